@@ -1,0 +1,280 @@
+"""The FLUX transformer: a velocity dx/dt from noisy image tokens, text, and time."""
+
+from dataclasses import dataclass, replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
+
+from fluxjax.kernels.attention import attention as attend
+from fluxjax.nets.layers import (
+    Linear,
+    RmsNorm,
+    gelu,
+    modulate,
+    rope_angles,
+    rotate,
+    scan_blocks,
+    sinusoid,
+    stack,
+)
+from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
+
+Heads = Float[Array, "tokens heads head_dim"]
+Angles = Float[Array, "tokens pairs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """The numbers of a FLUX transformer; the defaults are FLUX.1-dev's.
+
+    `in_channels`: features of an input token; `out_channels`: of an output token. `mlp_width`: hidden features of the
+    MLPs. `context`: features of a text token; `pooled`: of the pooled text vector. `rope_axes`: features of a head
+    that turn with each id column. `time_width`: features of the time sinusoid. `guidance_embed`: whether the network
+    takes a distilled guidance scale.
+    """
+
+    in_channels: int = 64
+    out_channels: int = 64
+    width: int = 3072
+    heads: int = 24
+    double_depth: int = 19
+    single_depth: int = 38
+    mlp_width: int = 12288
+    context: int = 4096
+    pooled: int = 768
+    rope_axes: tuple[int, ...] = (16, 56, 56)
+    rope_theta: float = 10_000.0
+    time_width: int = 256
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        if self.heads * sum(self.rope_axes) != self.width or any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(
+                "`FluxConfig` needs even rope_axes whose sum times heads is width, got "
+                f"rope_axes={self.rope_axes}, heads={self.heads}, width={self.width}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @classmethod
+    def dev(cls) -> "FluxConfig":
+        """FLUX.1-dev: 11.9 B parameters, guidance-distilled."""
+        return cls()
+
+    @classmethod
+    def schnell(cls) -> "FluxConfig":
+        """FLUX.1-schnell: dev without the guidance embedder."""
+        return replace(cls.dev(), guidance_embed=False)
+
+
+class Mlp(eqx.Module):
+    """down(activation(up(x)))."""
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, features: int, hidden: int, out: int, *, key: PRNGKeyArray):
+        up, down = jax.random.split(key)
+        self.up, self.down = Linear(features, hidden, key=up), Linear(hidden, out, key=down)
+
+    def __call__(self, x, activation):
+        return self.down(activation(self.up(x)))
+
+
+class Stream(eqx.Module):
+    """The half of a double block that belongs to one modality."""
+
+    modulation: Linear
+    qkv: Linear
+    query_norm: RmsNorm
+    key_norm: RmsNorm
+    out: Linear
+    mlp: Mlp
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        modulation, qkv, out, mlp = jax.random.split(key, 4)
+        width = config.width
+        self.heads = config.heads
+        self.modulation = Linear(width, 6 * width, scale=0, key=modulation)  # adaLN-zero: a new block is the identity
+        self.qkv = Linear(width, 3 * width, key=qkv)
+        self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
+        self.out = Linear(width, width, key=out)
+        self.mlp = Mlp(width, config.mlp_width, width, key=mlp)
+
+    def project(self, x: Float[Array, "tokens width"], shift, scale) -> tuple[Heads, Heads, Heads]:
+        """Return the queries, keys and values of these tokens."""
+        return _normed_heads(self.qkv(modulate(x, shift, scale)), self)
+
+    def finish(self, x: Float[Array, "tokens width"], mixed, gate1, shift2, scale2, gate2) -> Float[Array, "tokens width"]:
+        """Add the attention's output, then the MLP's, each through its gate."""
+        x = x + gate1 * self.out(mixed)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2), gelu)
+
+
+class DoubleBlock(eqx.Module):
+    """Image and text with weights of their own, mixed by one joint attention. Source: Esser et al. 2024, fig. 2b."""
+
+    img: Stream
+    txt: Stream
+
+    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        img, txt = jax.random.split(key)
+        self.img, self.txt = Stream(config, key=img), Stream(config, key=txt)
+
+    def __call__(self, img, txt, vec: Float[Array, " width"], angles: Angles, attention: str | None):
+        shift1, scale1, *img_rest = jnp.split(self.img.modulation(vec), 6)
+        txt_shift1, txt_scale1, *txt_rest = jnp.split(self.txt.modulation(vec), 6)
+        txt_qkv = self.txt.project(txt, txt_shift1, txt_scale1)
+        img_qkv = self.img.project(img, shift1, scale1)
+        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
+        mixed = _attend(q, k, v, angles, attention)
+        txt_mixed, img_mixed = mixed[: len(txt)], mixed[len(txt) :]
+        return self.img.finish(img, img_mixed, *img_rest), self.txt.finish(txt, txt_mixed, *txt_rest)
+
+
+class SingleBlock(eqx.Module):
+    """Text and image as one sequence; attention and MLP in parallel. Source: Dehghani et al. 2023, section 2."""
+
+    modulation: Linear
+    linear1: Linear
+    query_norm: RmsNorm
+    key_norm: RmsNorm
+    linear2: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        modulation, first, second = jax.random.split(key, 3)
+        width, hidden = config.width, config.mlp_width
+        self.heads = config.heads
+        self.modulation = Linear(width, 3 * width, scale=0, key=modulation)
+        self.linear1 = Linear(width, 3 * width + hidden, key=first)
+        self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
+        self.linear2 = Linear(width + hidden, width, key=second)
+
+    def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"], angles: Angles, attention: str | None):
+        shift, scale, gate = jnp.split(self.modulation(vec), 3)
+        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        mixed = _attend(*_normed_heads(qkv, self), angles, attention)
+        return x + gate * self.linear2(jnp.concatenate([mixed, gelu(hidden)], axis=-1))
+
+
+class FinalLayer(eqx.Module):
+    """Modulate, then project to the output channels."""
+
+    modulation: Linear
+    linear: Linear
+
+    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        modulation, linear = jax.random.split(key)
+        self.modulation = Linear(config.width, 2 * config.width, scale=0, key=modulation)
+        self.linear = Linear(config.width, config.out_channels, scale=0, key=linear)
+
+    def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"]) -> Float[Array, "tokens out_channels"]:
+        shift, scale = jnp.split(self.modulation(vec), 2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Flux(eqx.Module):
+    """The transformer, blocks stacked. Source: Black Forest Labs 2024, FLUX.1."""
+
+    config: FluxConfig = eqx.field(static=True)
+    img_in: Linear
+    txt_in: Linear
+    time_in: Mlp
+    vector_in: Mlp
+    guidance_in: Mlp | None
+    double: DoubleBlock
+    single: SingleBlock
+    final: FinalLayer
+
+    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        img, txt, time, vector, guidance, double, single, final = jax.random.split(key, 8)
+        width = config.width
+        self.config = config
+        self.img_in = Linear(config.in_channels, width, key=img)
+        self.txt_in = Linear(config.context, width, key=txt)
+        self.time_in = Mlp(config.time_width, width, width, key=time)
+        self.vector_in = Mlp(config.pooled, width, width, key=vector)
+        self.guidance_in = Mlp(config.time_width, width, width, key=guidance) if config.guidance_embed else None
+        self.double = stack(lambda key: DoubleBlock(config, key=key), config.double_depth, key=double)
+        self.single = stack(lambda key: SingleBlock(config, key=key), config.single_depth, key=single)
+        self.final = FinalLayer(config, key=final)
+
+    def __call__(
+        self,
+        x: Float[Array, "img_tokens in_channels"],
+        t: ScalarLike,
+        *,
+        txt: Float[Array, "txt_tokens context"],
+        vec: Float[Array, " pooled"],
+        img_ids: Float[Array, "img_tokens axes"],
+        txt_ids: Float[Array, "txt_tokens axes"] | None = None,
+        guidance: ScalarLike | None = None,
+        attention: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Float[Array, "img_tokens out_channels"]:
+        """Return the velocity dx/dt of the image tokens at time t.
+
+        **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], 1 is noise.
+        `txt`: T5's states. `vec`: CLIP's pooled state. `img_ids`, `txt_ids`: positions; text at zeros by default.
+        `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: an
+        implementation of `fluxjax.kernels.attention`. `dtype`: of the activations, by default that of `txt`, so that a
+        float32 sampler can run a bfloat16 network.
+        **Returns:** dx/dt in the dtype of `x`.
+        **Raises:** `ValueError` if guidance is missing or not taken, or a width is not the config's.
+        """
+        _check_inputs(self.config, x, txt, vec, img_ids, guidance)
+        if txt_ids is None:
+            txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
+        dtype = txt.dtype if dtype is None else dtype
+        angles = rope_angles(jnp.concatenate([txt_ids, img_ids]), self.config.rope_axes, self.config.rope_theta)
+        vec = jax.nn.silu(self._condition(t, vec.astype(dtype), guidance))
+        img, txt = self.img_in(x.astype(dtype)), self.txt_in(txt.astype(dtype))
+        img, txt = scan_blocks(self.double, (img, txt), lambda block, carry: block(*carry, vec, angles, attention))
+        joint = jnp.concatenate([txt, img])
+        joint = scan_blocks(self.single, joint, lambda block, carry: block(carry, vec, angles, attention))
+        return self.final(joint[len(txt) :], vec).astype(x.dtype)
+
+    def _condition(self, t: ScalarLike, vec: Float[Array, " pooled"], guidance: ScalarLike | None):
+        """Return the vector that modulates every block, before its SiLU."""
+
+        def embed(mlp: Mlp, value: ScalarLike):
+            wave = sinusoid(1000 * jnp.asarray(value, jnp.float32), self.config.time_width)
+            return mlp(wave.astype(vec.dtype), jax.nn.silu)
+
+        total = embed(self.time_in, t) + self.vector_in(vec, jax.nn.silu)
+        if self.guidance_in is not None and guidance is not None:
+            total = total + embed(self.guidance_in, guidance)
+        return total
+
+
+def _normed_heads(qkv: Float[Array, "tokens qkv"], block: Stream | SingleBlock) -> tuple[Heads, Heads, Heads]:
+    q, k, v = rearrange(qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, heads=block.heads)
+    return block.query_norm(q), block.key_norm(k), v
+
+
+def _attend(q: Heads, k: Heads, v: Heads, angles: Angles, implementation: str | None) -> Float[Array, "tokens width"]:
+    mixed = attend(rotate(q, angles), rotate(k, angles), v, implementation=implementation)
+    return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
+
+
+def _check_inputs(config: FluxConfig, x, txt, vec, img_ids, guidance) -> None:
+    widths = {
+        "x": (x.shape[-1], config.in_channels),
+        "txt": (txt.shape[-1], config.context),
+        "vec": (vec.shape[-1], config.pooled),
+        "img_ids": (img_ids.shape[-1], len(config.rope_axes)),
+    }
+    wrong = [f"{name} has {got} features, not {want}" for name, (got, want) in widths.items() if got != want]
+    if wrong:
+        raise ValueError(f"`Flux` got inputs that do not fit its config: {'; '.join(wrong)}.")
+    if config.guidance_embed and guidance is None:
+        raise ValueError("This `Flux` is guidance-distilled and needs `guidance=`. Pass guidance=3.5, FLUX.1-dev's default.")
+    if not config.guidance_embed and guidance is not None:
+        raise ValueError("This `Flux` has no guidance embedder (as schnell). Pass guidance=None.")

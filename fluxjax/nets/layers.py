@@ -1,0 +1,162 @@
+"""The layers that the networks share. A weight's storage is one abstract type, `Weight`."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
+
+Carry = TypeVar("Carry")
+Block = TypeVar("Block", bound=eqx.Module)
+
+
+class Weight(eqx.Module):
+    """The matrix of a linear layer, [out, in], whatever its storage."""
+
+    @abstractmethod
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        """Return x W^T, accumulated and returned in float32."""
+
+
+class Dense(Weight):
+    """A weight stored as itself."""
+
+    value: Float[Array, "out features"]
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=jnp.float32)
+
+
+class Linear(eqx.Module):
+    """x W^T + b over the last axis, in the dtype of x."""
+
+    weight: Weight
+    bias: Float[Array, " out"] | None
+
+    def __init__(
+        self, features: int, out: int, *, bias: bool = True, scale: float = 1.0, key: PRNGKeyArray
+    ):
+        """Draw the weight with standard deviation scale / sqrt(features), the bias as zeros."""
+        self.weight = Dense(jax.random.normal(key, (out, features)) * (scale / math.sqrt(features)))
+        self.bias = jnp.zeros(out) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        y = self.weight.matmul(x)
+        if self.bias is not None:
+            y = y + self.bias.astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    """A table of vectors, looked up by id."""
+
+    weight: Float[Array, "entries width"]
+
+    def __init__(self, entries: int, width: int, *, key: PRNGKeyArray):
+        self.weight = jax.random.normal(key, (entries, width))
+
+    def __call__(self, ids: Array, dtype: DTypeLike | None = None) -> Float[Array, "*ids width"]:
+        return jnp.take(self.weight, ids, axis=0).astype(self.weight.dtype if dtype is None else dtype)
+
+
+class RmsNorm(eqx.Module):
+    """x / rms(x) * scale over the last axis, computed in float32. Source: Zhang & Sennrich 2019, eq. 4."""
+
+    scale: Float[Array, " features"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, features: int, *, eps: float = 1e-6):
+        self.scale, self.eps = jnp.ones(features), eps
+
+    def __call__(self, x: Float[Array, "*batch features"], dtype: DTypeLike | None = None) -> Float[Array, "*batch features"]:
+        """Normalize; the result is in `dtype`, by default that of `x`."""
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale.astype(jnp.float32)).astype(x.dtype if dtype is None else dtype)
+
+
+class LayerNorm(eqx.Module):
+    """Standardize the last axis, then scale and shift it, computed in float32. Source: Ba et al. 2016, eq. 4."""
+
+    scale: Float[Array, " features"]
+    bias: Float[Array, " features"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale, self.bias, self.eps = jnp.ones(features), jnp.zeros(features), eps
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        y = standardize(x, self.eps) * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def standardize(x: Float[Array, "*batch features"], eps: float = 1e-6) -> Float[Array, "*batch features"]:
+    """Return the last axis with mean 0 and variance 1, in float32: a LayerNorm without affine."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+
+
+def modulate(
+    x: Float[Array, "tokens features"], shift: Float[Array, " features"], scale: Float[Array, " features"]
+) -> Float[Array, "tokens features"]:
+    """Return standardize(x) * (1 + scale) + shift in the dtype of x. Source: Peebles & Xie 2022, adaLN."""
+    y = standardize(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """GELU in its tanh form. Source: Hendrycks & Gimpel 2016."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def sinusoid(t: Float[Array, ""], width: int, *, base: float = 10_000.0) -> Float[Array, " width"]:
+    """Embed a scalar as `width` / 2 cosines then sines of geometric frequencies, in float32.
+
+    **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as FLUX has it.
+    """
+    frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angles = t.astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rope_angles(ids: Ids, axes: tuple[int, ...], theta: float) -> Float[Array, "tokens pairs"]:
+    """Return the rotation angle of each feature pair: `axes[i]` features turn with id column i. In float32.
+
+    **Source:** Su et al. 2021, eq. 34, an axis each.
+    """
+    columns = ids.astype(jnp.float32)
+    frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim) for dim in axes]
+    return jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
+
+
+def rotate(
+    x: Float[Array, "tokens heads head_dim"], angles: Float[Array, "tokens pairs"]
+) -> Float[Array, "tokens heads head_dim"]:
+    """Rotate adjacent feature pairs by `angles` (RoPE), computed in float32."""
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArray) -> Block:
+    """Return `depth` blocks as one whose arrays have a leading depth axis."""
+    return eqx.filter_vmap(make)(jax.random.split(key, depth))
+
+
+def scan_blocks(blocks: Block, carry: Carry, call: Callable[[Block, Carry], Carry]) -> Carry:
+    """Thread `carry` through stacked blocks, tracing the block once."""
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+
+    def body(carry: Carry, one: Any) -> tuple[Carry, None]:
+        return call(eqx.combine(one, static), carry), None
+
+    return jax.lax.scan(body, carry, arrays)[0]

@@ -1,0 +1,36 @@
+"""The array shapes that the public functions share, each with its meaning."""
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike
+
+Image = Float[Array, "height width 3"]
+"""An image, channels last, in [-1, 1]; sizes in pixels."""
+
+Latent = Float[Array, "latent_channels rows columns"]
+"""The VAE's latent, scaled and shifted to unit variance; rows and columns are cells of 8x8 pixels."""
+
+Packed = Float[Array, "img_tokens channels"]
+"""A latent as tokens: each folds 2x2 cells, so it covers 16x16 pixels."""
+
+Ids = Float[Array, "tokens axes"]
+"""A token's position on each RoPE axis: (sequence, row, column) in FLUX."""
+
+Times = Float[Array, " nodes"]
+"""Sampling times: strictly falling from 1 (noise) to 0 (image)."""
+
+Tokens = Int[Array, " tokens"]
+"""Token ids of one prompt."""
+
+__all__ = [
+    "Array",
+    "Float",
+    "Ids",
+    "Image",
+    "Int",
+    "Latent",
+    "PRNGKeyArray",
+    "Packed",
+    "Scalar",
+    "ScalarLike",
+    "Times",
+    "Tokens",
+]
