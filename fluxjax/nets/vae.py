@@ -1,11 +1,13 @@
 """The 8x VAE: an image of [-1, 1] to a 16-channel latent and back. Channels last inside."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
+from jax.typing import DTypeLike
 
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Linear
@@ -59,12 +61,30 @@ class Conv(eqx.Module):
         self.bias = jnp.zeros(out)
 
     def __call__(self, x: Cells, *, stride: int = 1, padding: str = "SAME") -> Float[Array, "new_rows new_columns out"]:
-        # The result's dtype is x's: accumulation is in float32 on every backend, but a float32 result
-        # from bfloat16 operands has no gradient rule.
-        y = jax.lax.conv_general_dilated(
-            x[None], self.weight.astype(x.dtype), (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )[0]
-        return y + self.bias.astype(x.dtype)
+        y = _convolve(x[None], self.weight.astype(x.dtype), stride, padding)[0]
+        return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve(x: Array, weight: Array, stride: int, padding: str) -> Array:
+    """Convolve [1, rows, columns, channels], accumulated and returned in float32."""
+    return _convolve_to(jnp.float32, x, weight, stride, padding)
+
+
+@_convolve.defjvp
+def _convolve_jvp(stride: int, padding: str, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """JAX transposes no convolution whose result has another dtype than its operands, so the tangent keeps theirs."""
+    (x, weight), (dx, dweight) = primals, tangents
+    by_x = _convolve_to(x.dtype, dx, weight, stride, padding)
+    by_weight = _convolve_to(x.dtype, x, dweight, stride, padding)
+    return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(jnp.float32)
+
+
+def _convolve_to(dtype: DTypeLike, x: Array, weight: Array, stride: int, padding: str) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, weight, (stride, stride), padding, dimension_numbers=layout, preferred_element_type=dtype
+    )
 
 
 class GroupNorm(eqx.Module):
@@ -262,10 +282,12 @@ class Vae(eqx.Module):
         **Raises:** `ValueError` for other sizes.
         """
         mean, log_variance = self.moments(image)
-        noise = 0 if key is None else jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
-        return (mean + noise - self.config.shift) * self.config.scale
+        z = mean.astype(jnp.float32)
+        if key is not None:
+            z = z + jnp.exp(0.5 * log_variance.astype(jnp.float32)) * jax.random.normal(key, z.shape)
+        return ((z - self.config.shift) * self.config.scale).astype(image.dtype)
 
     def decode(self, latent: Latent) -> Image:
         """Decode a latent, [16, rows, columns], to an image, [8 rows, 8 columns, 3], in [-1, 1] but not clipped."""
-        z = latent / self.config.scale + self.config.shift
-        return self.decoder(rearrange(z, "c y x -> y x c"))
+        z = latent.astype(jnp.float32) / self.config.scale + self.config.shift
+        return self.decoder(rearrange(z.astype(latent.dtype), "c y x -> y x c"))

@@ -1,0 +1,204 @@
+"""Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
+from fluxjax.nets.clip import Clip
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.t5 import T5
+from fluxjax.nets.vae import Vae
+from fluxjax.sample import sample
+from fluxjax.schedule import flow_times
+from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, Times
+from fluxjax.tokens import Tokenizers, tokenize
+from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
+
+
+class Models(NamedTuple):
+    """All that text to image needs, with the defaults it was made for."""
+
+    tokenizers: Tokenizers
+    clip: Clip
+    t5: T5
+    flux: Flux
+    vae: Vae
+    defaults: Defaults
+
+
+class Ids(NamedTuple):
+    """The token ids of a batch of prompts."""
+
+    clip: Int[Array, "images clip_tokens"]
+    t5: Int[Array, "images txt_tokens"]
+
+
+class Text(NamedTuple):
+    """A batch of encoded prompts: T5's states and CLIP's pooled states."""
+
+    txt: Float[Array, "images txt_tokens context"]
+    vec: Float[Array, "images pooled"]
+
+
+def load_models(source: str, *, dtype: DTypeLike | None = None) -> Models:
+    """Load every part of a model, from a zoo name, a diffusers folder or a hub id. `dtype`: of the weights; None keeps the
+    files'. **Raises:** as `fluxjax.zoo.load_flux`."""
+    return Models(
+        load_tokenizers(source),
+        load_clip(source, dtype=dtype),
+        load_t5(source, dtype=dtype),
+        load_flux(source, dtype=dtype),
+        load_vae(source, dtype=dtype),
+        load_defaults(source),
+    )
+
+
+def activation_dtype() -> DTypeLike:
+    """Return the default dtype of activations: bfloat16 on accelerators, float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def prompt_ids(
+    tokenizers: Tokenizers, prompts: Sequence[str], prompts_2: Sequence[str] | None = None, *, max_length: int
+) -> Ids:
+    """Tokenize a batch of prompts; `prompts_2`, one a prompt, feeds T5 in their place.
+
+    **Raises:** `ValueError` if there are not as many of both.
+    """
+    seconds = [None] * len(prompts) if prompts_2 is None else prompts_2
+    if len(seconds) != len(prompts):
+        raise ValueError(
+            f"`prompt_ids` got {len(prompts)} prompts and {len(seconds)} second prompts. Pass one second prompt a prompt."
+        )
+    ids = [tokenize(tokenizers, *pair, max_length=max_length) for pair in zip(prompts, seconds, strict=True)]
+    return Ids(jnp.asarray(np.stack([one.clip for one in ids])), jnp.asarray(np.stack([one.t5 for one in ids])))
+
+
+@eqx.filter_jit
+def encode_text(clip: Clip, t5: T5, ids: Ids, *, dtype: DTypeLike) -> Text:
+    """Encode a batch of prompts, in activations of `dtype`."""
+    vec = jax.vmap(lambda one: clip(one, dtype=dtype))(ids.clip)
+    return Text(jax.vmap(lambda one: t5(one, dtype=dtype))(ids.t5), vec)
+
+
+@eqx.filter_jit
+def denoise(
+    flux: Flux,
+    text: Text,
+    noise: Float[Array, "images latent_channels rows columns"],
+    times: Times,
+    guidance: Scalar | None,
+    *,
+    report: Callable[[Array], None] | None = None,
+) -> Float[Array, "images latent_channels rows columns"]:
+    """Integrate the transformer's velocity from noise to latents, a batch at once, by Euler steps.
+
+    **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times`. `guidance`: distilled scale, or None
+    for a network without it. `report`: called with t at every evaluation, on the host.
+    """
+    height, width = 8 * noise.shape[-2], 8 * noise.shape[-1]
+    img_ids = image_ids(height, width)
+
+    def velocity(x: Float[Array, "images img_tokens channels"], t: Scalar) -> Float[Array, "images img_tokens channels"]:
+        if report is not None:
+            jax.debug.callback(report, t)
+
+        def one(x: Array, text: Text) -> Array:
+            return flux(x, t, txt=text.txt, vec=text.vec, guidance=guidance, img_ids=img_ids)
+
+        return jax.vmap(one)(x, text)
+
+    packed = sample(velocity, jax.vmap(pack_latents)(noise), times).x
+    return jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
+
+
+@eqx.filter_jit
+def decode(
+    vae: Vae, latents: Float[Array, "images latent_channels rows columns"], *, dtype: DTypeLike
+) -> Float[Array, "images height width 3"]:
+    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped."""
+    return jax.lax.map(lambda one: jnp.clip(vae.decode(one.astype(dtype)).astype(jnp.float32), -1, 1), latents)
+
+
+def noise_batch(
+    key: PRNGKeyArray, numbers: Sequence[int], height: int, width: int, *, channels: int
+) -> Float[Array, "images channels rows columns"]:
+    """Draw the noise of the images of these numbers; an image's noise depends on the key and its number alone."""
+    return jnp.stack([initial_noise(jax.random.fold_in(key, n), height, width, channels=channels) for n in numbers])
+
+
+def model_times(defaults: Defaults, steps: int, height: int, width: int) -> Times:
+    """Return the model's schedule for an image of `height` x `width` pixels."""
+    tokens = (height // 16) * (width // 16) if defaults.shift else None
+    return flow_times(steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
+
+
+def text_to_image(
+    models: Models,
+    prompt: str | Sequence[str],
+    *,
+    key: PRNGKeyArray,
+    prompt_2: str | Sequence[str] | None = None,
+    images: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    max_length: int | None = None,
+    batch: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "images height width 3"]:
+    """Draw images of prompts.
+
+    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone. `images`: of
+    each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of the Euler integrator. `guidance`: distilled
+    scale. `max_length`: T5 tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes
+    the model's default, for `dtype` that of `activation_dtype`.
+    **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
+    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, or a guidance that the model does
+    not take.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
+    defaults = models.defaults
+    height = defaults.height if height is None else height
+    width = defaults.width if width is None else width
+    max_length = defaults.max_length if max_length is None else max_length
+    count = images * len(prompts)
+    batch = count if batch is None else batch
+    if count < 1 or batch < 1:
+        raise ValueError(f"`text_to_image` needs at least one prompt, image and batch, got {len(prompts)}, {images}, {batch}.")
+    dtype = activation_dtype() if dtype is None else dtype
+    times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
+    ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
+    text = encode_text(models.clip, models.t5, ids, dtype=dtype)
+    scale = guidance_scale(models.flux, defaults, guidance)
+    channels = models.vae.config.latent_channels
+    drawn = []
+    for numbers in batches(count, batch):
+        mine = jax.tree.map(lambda x: x[np.array(numbers) // images], text)
+        noise = noise_batch(key, numbers, height, width, channels=channels)
+        drawn.append(decode(models.vae, denoise(models.flux, mine, noise, times, scale), dtype=dtype))
+    return jnp.concatenate(drawn)[:count]
+
+
+def guidance_scale(flux: Flux, defaults: Defaults, guidance: float | None) -> Float[Array, ""] | None:
+    """Return the scale as an array, by default the model's. **Raises:** `ValueError` if the model takes none."""
+    if flux.config.guidance_embed:
+        scale = defaults.guidance if guidance is None else guidance
+        return jnp.asarray(3.5 if scale is None else scale, jnp.float32)
+    if guidance is not None:
+        raise ValueError(f"This model has no guidance embedder (as schnell), so guidance={guidance} would do nothing. Leave it out.")
+    return None
+
+
+def batches(count: int, size: int) -> list[list[int]]:
+    """Split range(count) into lists of one size, the last filled up with its last number, so that one shape serves all."""
+    starts = range(0, count, size)
+    return [[min(n, count - 1) for n in range(start, start + size)] for start in starts]
