@@ -182,7 +182,8 @@ def text_to_image(
     channels = models.vae.config.latent_channels
     drawn = []
     for numbers in batches(count, batch):
-        mine = jax.tree.map(lambda x: x[np.array(numbers) // images], text)
+        rows = np.array(numbers) // images
+        mine = Text(text.txt[rows], text.vec[rows])
         noise = noise_batch(key, numbers, height, width, channels=channels)
         drawn.append(decode(models.vae, denoise(models.flux, mine, noise, times, scale), dtype=dtype))
     return jnp.concatenate(drawn)[:count]
@@ -194,7 +195,9 @@ def guidance_scale(flux: Flux, defaults: Defaults, guidance: float | None) -> Fl
         scale = defaults.guidance if guidance is None else guidance
         return jnp.asarray(3.5 if scale is None else scale, jnp.float32)
     if guidance is not None:
-        raise ValueError(f"This model has no guidance embedder (as schnell), so guidance={guidance} would do nothing. Leave it out.")
+        raise ValueError(
+            f"This model has no guidance embedder (as schnell), so guidance={guidance} would do nothing. Leave it out."
+        )
     return None
 
 

@@ -12,9 +12,7 @@ PATCH = 2
 """Cells along a side of an image token."""
 
 
-def initial_noise(
-    key: PRNGKeyArray, height: int, width: int, *, channels: int = 16
-) -> Float[Array, "channels rows columns"]:
+def initial_noise(key: PRNGKeyArray, height: int, width: int, *, channels: int = 16) -> Float[Array, "channels rows columns"]:
     """Draw the latent at t = 1: standard normal, float32.
 
     **Arguments:** `height`, `width`: of the image, in pixels, multiples of 16. `channels`: of the latent.

@@ -1,6 +1,10 @@
-"""The array shapes that the public functions share, each with its meaning."""
+"""The array shapes that the public functions share, each with its meaning, and the checker of all annotations."""
 
+from beartype import BeartypeConf, beartype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+"""Beartype, with an int where a float is asked for, as type checkers have it."""
 
 Image = Float[Array, "height width 3"]
 """An image, channels last, in [-1, 1]; sizes in pixels."""
@@ -33,4 +37,5 @@ __all__ = [
     "ScalarLike",
     "Times",
     "Tokens",
+    "checked",
 ]

@@ -13,7 +13,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, words, single digits, and runs of other signs: the split of OpenAI's CLIP.
-_CLIP_SPLIT = Regex(rf"{START}|{END}|".replace("|>", r"\|>").replace("<|", r"<\|") + r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+_CLIP_SPLIT = Regex(
+    rf"{START}|{END}|".replace("|>", r"\|>").replace("<|", r"<\|") + r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
 
 
 class TokenIds(NamedTuple):

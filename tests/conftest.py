@@ -1,4 +1,16 @@
+import hypothesis
 import jax
+import pytest
+
+import fluxjax
 
 # Every cast in the package is written out: an implicit promotion is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
+hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> fluxjax.Models:
+    """The model that ships with the package, in float32."""
+    return fluxjax.load_models("tiny", dtype="float32")

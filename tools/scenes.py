@@ -59,10 +59,9 @@ def _heart(points: int = 72) -> np.ndarray:
 
 
 _ARM = 0.34
-_CROSS = np.array(
-    [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM), (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM)]
-    + [(-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]
-)
+_QUARTER = np.array([(_ARM, -1), (_ARM, -_ARM), (1, -_ARM)])
+_TURN = np.array([(0, 1), (-1, 0)])
+_CROSS = np.concatenate([_QUARTER @ np.linalg.matrix_power(_TURN, turns) for turns in range(4)])
 # Outlines that are filled, then outlines that are cut out.
 SHAPES = {
     "circle": ([_circle(0.95)], []),

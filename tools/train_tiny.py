@@ -5,10 +5,10 @@ Each stage is resumable and seeded: a step's batch depends on the seed and the s
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import tiny_tokenizers
 from scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Scene, caption, random_scene, render
 from tiny_tokenizers import T5_LENGTH
 
+from fluxjax.convert.load import abstract
 from fluxjax.latents import image_ids, pack_latents
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
@@ -38,6 +39,7 @@ from fluxjax.train import (
     logit_normal_times,
     make_step,
 )
+from fluxjax.zoo import ZOO, save_folder
 
 SEED = 0
 VAE = VaeConfig(channels=(16, 32, 64, 64), resnets=1, groups=8, scale=1.0, shift=0.0)
@@ -237,6 +239,7 @@ FLUX = FluxConfig(
     rope_axes=(4, 14, 14),
 )
 SHARD = 2000
+DEFAULTS = ZOO["tiny"].defaults
 
 
 class Latents(NamedTuple):
@@ -274,7 +277,7 @@ def make_latents(runs: Path, count: int) -> None:
 
 
 def read_latents(runs: Path) -> list[Latents]:
-    """Read the shards, joined by size, in the order of `SIZES_PIXELS`; normalized to mean 0 and deviation 1 over all."""
+    """Read the shards, joined by size, in the order of `SIZES_PIXELS`."""
     shards = [np.load(path, allow_pickle=True) for path in sorted((runs / "latents").glob("???.npz"))]
     joined = []
     for height, width in SIZES_PIXELS:
@@ -302,11 +305,16 @@ class Text(eqx.Module):
         return jax.vmap(self.clip)(clip_ids), jax.vmap(self.t5)(t5_ids)
 
 
+def shift_of(tokens: int) -> float:
+    """Return the log-shift that the model is sampled with at so many tokens."""
+    return resolution_mu(tokens, base_shift=DEFAULTS.base_shift, max_shift=DEFAULTS.max_shift)
+
+
 def flux_loss(flux: Flux, x0, ids, img_ids, text: Text, *, key: jax.Array) -> jax.Array:
     """Flow matching with logit-normal times, shifted as the sampler's, and one caption in ten dropped."""
     drop, when, noise = jax.random.split(key, 3)
     vec, txt = jax.lax.stop_gradient(text(*drop_captions(drop, ids, text.empty, 0.1)))
-    t = logit_normal_times(when, len(x0), mu=resolution_mu(x0.shape[1]))
+    t = logit_normal_times(when, len(x0), mu=shift_of(x0.shape[1]))
     noise = jax.random.normal(noise, x0.shape)
 
     def one(x0, t, noise, txt, vec):
@@ -377,9 +385,11 @@ def distill_loss(flux: Flux, x0, ids, img_ids, text: Text, teacher: Flux, *, key
     """
     when, noise, strength = jax.random.split(key, 3)
     vec, txt = text(*ids)
-    no_vec, no_txt = (jnp.broadcast_to(one, full.shape) for one, full in zip(
-        (text.clip(text.empty[0]), text.t5(text.empty[1])), (vec, txt), strict=True))
-    t = logit_normal_times(when, len(x0), mu=resolution_mu(x0.shape[1]))
+    no_vec, no_txt = (
+        jnp.broadcast_to(one, full.shape)
+        for one, full in zip((text.clip(text.empty[0]), text.t5(text.empty[1])), (vec, txt), strict=True)
+    )
+    t = logit_normal_times(when, len(x0), mu=shift_of(x0.shape[1]))
     noise = jax.random.normal(noise, x0.shape)
     scale = jax.random.uniform(strength, (len(x0),), minval=1.0, maxval=5.0)
     x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
@@ -402,3 +412,43 @@ def distill(runs: Path, steps: int) -> None:
     state = TrainState.create(teacher, optimizer)
     step, text, batches = make_step(distill_loss, optimizer, ema_decay=0.995), read_text(runs), flux_batches(runs, 48)
     fit("distill", runs, state, step, lambda rng, index: (*batches(rng, index), text, teacher), steps)
+
+
+def export(runs: Path, stage: str, folder: Path) -> None:
+    """Write the averaged weights as a diffusers folder in bfloat16, tokenizers included."""
+    vae = load_stage(runs, "vae", Vae(VAE, key=jax.random.key(SEED))).ema
+    mean, deviation = statistics(read_latents(runs))
+    normalized = abstract(Vae, replace(VAE, shift=mean, scale=1 / deviation))
+    vae = jax.tree.unflatten(jax.tree.structure(normalized), jax.tree.leaves(vae))
+    flux = load_stage(runs, stage, Flux(FLUX, key=jax.random.key(SEED + 2))).ema
+    text = read_text(runs)
+    networks = {"flux": flux, "clip": text.clip, "t5": text.t5, "vae": vae}
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, networks)
+    save_folder(folder, **small, defaults=DEFAULTS)
+    tiny_tokenizers.write(folder)
+
+
+def main() -> None:
+    stages = {
+        "vae": (train_vae, 2400),
+        "latents": (make_latents, 30_000),
+        "text": (train_text, 1500),
+        "flux": (train_flux, 6500),
+        "distill": (distill, 600),
+    }
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=[*stages, "export"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where the stages keep their state")
+    parser.add_argument("--steps", type=int, help="steps of the stage in all, or images of `latents`")
+    parser.add_argument("--from", dest="source", choices=("flux", "distill"), default="distill", help="what to export")
+    parser.add_argument("--to", type=Path, default=Path("weights/tiny"), help="where to export it")
+    options = parser.parse_args()
+    if options.stage == "export":
+        export(options.runs, options.source, options.to)
+        return
+    train, steps = stages[options.stage]
+    train(options.runs, steps if options.steps is None else options.steps)
+
+
+if __name__ == "__main__":
+    main()

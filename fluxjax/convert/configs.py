@@ -57,7 +57,7 @@ def flux_from_shapes(tensors: Mapping[str, Tensor]) -> FluxConfig:
     try:
         width, in_channels = tensors["img_in.weight"].shape
         head_dim = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
-        config = {
+        config: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": tensors["final_layer.linear.weight"].shape[0],
             "width": width,

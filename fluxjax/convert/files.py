@@ -1,4 +1,4 @@
-"""Safetensors files: headers checked, tensors read one at a time straight into their destination, files written whole or not at all."""
+"""Safetensors files: headers checked, tensors read one at a time into their place, files written whole or not at all."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class Tensor:
 
     def read_into(self, out: np.ndarray) -> None:
         """Read it into a contiguous array of its shape and dtype."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             done = 0

@@ -51,7 +51,7 @@ def _field(entry: Any) -> str:
 
 
 def _slots(network: eqx.Module) -> dict[str, _Slot]:
-    slots = {}
+    slots: dict[str, _Slot] = {}
     for index, (name, leaf) in enumerate(zip(leaf_names(network), jax.tree.leaves(network), strict=True)):
         field, _, rest = name.partition(".")
         if field in _STACKED:
@@ -83,7 +83,9 @@ def load(
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         shardings = [sharding] * len(leaves)
     else:
-        shardings = structure.flatten_up_to(sharding)
+        shardings = jax.tree.leaves(sharding)
+        if len(shardings) != len(leaves):
+            raise ValueError(f"`load(sharding)` needs one sharding a leaf, {len(leaves)}, got {len(shardings)}.")
     filled = []
     for index, leaf in enumerate(leaves):
         buffer = _fill(leaf.shape, plan[index], dtype)

@@ -194,6 +194,7 @@ T5_TRANSFORMERS = Dialect(
     unneeded=("encoder.embed_tokens.weight",),
 )
 
+
 def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
     return _rows((f"{theirs}.weight", f"{ours}.scale"), (f"{theirs}.bias", f"{ours}.bias"))
 
@@ -220,9 +221,7 @@ def _bfl_side(side: str) -> tuple[Row, ...]:
         *_vae_ends(side, "norm_out"),
         *_resnet(f"{side}.mid.block_1", f"{side}.middle.resnet1", "nin_shortcut"),
         *_norm(f"{attention}.norm", f"{ours}.norm"),
-        *_rows(
-            *((f"{attention}.{theirs}.{{p}}", f"{ours}.{name}.{{p}}") for theirs, name in _BFL_ATTENTION), layout="1x1"
-        ),
+        *_rows(*((f"{attention}.{theirs}.{{p}}", f"{ours}.{name}.{{p}}") for theirs, name in _BFL_ATTENTION), layout="1x1"),
         *_resnet(f"{side}.mid.block_2", f"{side}.middle.resnet2", "nin_shortcut"),
     )
 
@@ -250,7 +249,6 @@ def vae_bfl(levels: int) -> Dialect:
             *(row for up in ups for row in up),
         ),
     )
-
 
 
 def _diffusers_side(side: str, levels: str) -> tuple[Row, ...]:

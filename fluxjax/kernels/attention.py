@@ -68,6 +68,4 @@ def select(dtype: jnp.dtype, head_dim: int) -> Implementation:
 
 
 def _suits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
-    return (
-        jax.default_backend() == "gpu" and dtype in (jnp.float16, jnp.bfloat16) and head_dim % 8 == 0 and head_dim <= 128
-    )
+    return jax.default_backend() == "gpu" and dtype in (jnp.float16, jnp.bfloat16) and head_dim % 8 == 0 and head_dim <= 128

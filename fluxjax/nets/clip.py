@@ -37,7 +37,9 @@ class ClipConfig:
         if self.width % self.heads:
             raise ValueError(f"`ClipConfig` needs a width that heads divide, got {self.width} and {self.heads}.")
         if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of {', '.join(_ACTIVATIONS)}.")
+            raise ValueError(
+                f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of {', '.join(_ACTIVATIONS)}."
+            )
 
     @classmethod
     def large(cls) -> "ClipConfig":
@@ -103,7 +105,8 @@ class Clip(eqx.Module):
         """Return the state of every token after the final norm; arguments as for a call."""
         if len(ids) > self.config.positions:
             raise ValueError(
-                f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. Truncate the text, keeping its end token."
+                f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. "
+                "Truncate the text, keeping its end token."
             )
         x = self.tokens(ids, dtype) + self.positions(jnp.arange(len(ids)), dtype)
         return self.norm(scan_blocks(self.blocks, x, lambda block, x: block(x)))

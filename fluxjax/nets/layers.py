@@ -40,9 +40,7 @@ class Linear(eqx.Module):
     weight: Weight
     bias: Float[Array, " out"] | None
 
-    def __init__(
-        self, features: int, out: int, *, bias: bool = True, scale: float = 1.0, key: PRNGKeyArray
-    ):
+    def __init__(self, features: int, out: int, *, bias: bool = True, scale: float = 1.0, key: PRNGKeyArray):
         """Draw the weight with standard deviation scale / sqrt(features), the bias as zeros."""
         self.weight = Dense(jax.random.normal(key, (out, features)) * (scale / math.sqrt(features)))
         self.bias = jnp.zeros(out) if bias else None

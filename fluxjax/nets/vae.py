@@ -232,8 +232,7 @@ class Decoder(eqx.Module):
         self.conv_in = Conv(config.latent_channels, outs[0], key=first)
         self.middle = Middle(outs[0], groups, key=middle)
         self.up = tuple(
-            Level(ins[i], outs[i], config.resnets + 1, groups, resample=i < len(outs) - 1, key=k)
-            for i, k in enumerate(keys)
+            Level(ins[i], outs[i], config.resnets + 1, groups, resample=i < len(outs) - 1, key=k) for i, k in enumerate(keys)
         )
         self.norm_out = GroupNorm(outs[-1], groups)
         self.conv_out = Conv(outs[-1], 3, key=last)

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+
+import PIL.Image
+import pytest
+
+import fluxjax
+from fluxjax import cli
+
+PROMPT = "a large red star above a small blue ring on a beige background"
+
+
+def run(*arguments, tmp_path):
+    """Run the command as a user does, in a folder of its own."""
+    program = [sys.executable, "-c", "from fluxjax.cli import main; main()"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return subprocess.run([*program, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_path):
+    command = ("generate", PROMPT, "--steps", 2, "--images", 3, "--batch", 2, "--seed", 7, "--width", 96, "--height", 64)
+    first = run(*command, tmp_path=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "6/6 steps" not in first.stderr  # two batches of two steps
+    assert "4/4 steps" in first.stderr
+    for word in ("load", "compile", "encode", "denoise", "decode", "s per step"):
+        assert word in first.stdout
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flux_0.png", "flux_1.png", "flux_2.png"]
+    with PIL.Image.open(tmp_path / "flux_2.png") as file:
+        assert file.size == (96, 64)
+        assert file.text == {
+            "prompt": PROMPT,
+            "seed": "7",
+            "image": "2",
+            "steps": "2",
+            "guidance": "3.5",
+            "size": "96x64",
+            "model": "tiny",
+            "version": f"fluxjax {fluxjax.__version__}",
+        }
+    before = (tmp_path / "flux_0.png").read_bytes()
+    assert run(*command, tmp_path=tmp_path).returncode == 0
+    assert (tmp_path / "flux_0.png").read_bytes() == before
+    assert (tmp_path / "flux_5.png").read_bytes() == (tmp_path / "flux_2.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--height", "100"], "multiples of 16 pixels, got 100x128"),
+        (["--model", "nothing"], "Pass a known model"),
+        (["--steps", "0"], "at least 1 step"),
+        (["--images", "0"], "at least 1, got 0"),
+        (["--batch", "0"], "at least 1, got 1 and 0"),
+        (["--max-sequence-length", "0"], "at least 1 token"),
+        (["--output-dir", "/proc/nothing"], "can't be made"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", PROMPT, "--compilation-cache", str(tmp_path / "cache"), *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    last = error.split("\r")[-1].strip().splitlines()[-1]
+    assert last.startswith("fluxjax: ")
+    assert said in last
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
+    images = []
+    for flags in ([], ["--keep-encoders"]):
+        out = run("generate", PROMPT, "--steps", 1, "--prompt-2", "a ring", "--dtype", "float32", *flags, tmp_path=tmp_path)
+        assert out.returncode == 0, out.stderr
+    for path in sorted(tmp_path.glob("*.png")):
+        with PIL.Image.open(path) as file:
+            images.append(list(file.getdata()))
+            assert file.text["prompt_2"] == "a ring"
+    assert images[0] == images[1]

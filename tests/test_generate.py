@@ -1,0 +1,83 @@
+import jax
+import numpy as np
+import pytest
+
+import fluxjax
+from fluxjax import text_to_image
+from fluxjax.generate import batches, guidance_scale
+
+KEY = jax.random.key(0)
+# XLA:CPU's sums depend on the batch: some 1e-6 a network, carried through the steps and the decoder.
+BATCH_BOUND = 1e-4
+
+
+def draw(tiny, prompt="a red star on white", **options):
+    return np.asarray(text_to_image(tiny, prompt, **{"key": KEY, "steps": 2, "height": 64, "width": 96} | options))
+
+
+def test_images_have_the_asked_size_and_range(tiny):
+    image = draw(tiny)
+    assert image.shape == (1, 64, 96, 3)
+    assert image.dtype == np.float32
+    assert np.abs(image).max() <= 1
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn_or_on_the_batch(tiny):
+    many = draw(tiny, images=5)
+    for batch in (1, 2, 5):
+        np.testing.assert_allclose(draw(tiny, images=5, batch=batch), many, atol=BATCH_BOUND)
+    np.testing.assert_allclose(draw(tiny, images=1)[0], many[0], atol=BATCH_BOUND)
+    assert np.abs(many[0] - many[1]).max() > 0.01
+
+
+def test_several_prompts_each_get_their_own_images(tiny):
+    prompts = ["a red star on white", "a blue ring on black"]
+    both = draw(tiny, prompts, images=2)
+    assert both.shape[0] == 4
+    repeated = draw(tiny, [prompts[1]] * 2, images=2)
+    np.testing.assert_allclose(both[2:], repeated[2:], atol=BATCH_BOUND)
+
+
+def test_prompt_seed_guidance_and_second_prompt_change_the_image(tiny):
+    base = draw(tiny)
+    changes = [{"prompt": "a blue ring on black"}, {"key": jax.random.key(1)}, {"guidance": 1.0}, {"prompt_2": "a blue ring"}]
+    for change in changes:
+        assert np.abs(draw(tiny, **change) - base).max() > 0.01, change
+
+
+def test_a_second_prompt_seed_or_guidance_compiles_nothing(tiny):
+    draw(tiny)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    draw(tiny, "a small blue ring on black", key=jax.random.key(5), guidance=2.0)
+    assert not compiled
+    draw(tiny, steps=3)
+    assert compiled  # the listener hears what does compile
+
+
+def test_bad_arguments_are_refused(tiny):
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 60x96"):
+        draw(tiny, height=60)
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 0x96"):
+        draw(tiny, height=0)
+    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+        draw(tiny, steps=0)
+    with pytest.raises(ValueError, match="at least one prompt, image and batch"):
+        draw(tiny, images=0)
+    with pytest.raises(ValueError, match="1 prompts and 2 second prompts"):
+        draw(tiny, prompt_2=["a", "b"])
+
+
+def test_guidance_for_a_model_without_it_is_refused(tiny):
+    config = fluxjax.FluxConfig(**{**vars(tiny.flux.config), "guidance_embed": False})
+    schnell = fluxjax.Flux(config, key=KEY)
+    assert guidance_scale(schnell, tiny.defaults, None) is None
+    with pytest.raises(ValueError, match="no guidance embedder"):
+        guidance_scale(schnell, tiny.defaults, 2.0)
+
+
+def test_batches_have_one_size_and_hold_every_number():
+    assert batches(5, 2) == [[0, 1], [2, 3], [4, 4]]
+    assert batches(2, 4) == [[0, 1, 1, 1]]

@@ -1,0 +1,56 @@
+"""A module imports from lower layers alone."""
+
+import ast
+from pathlib import Path
+
+import fluxjax
+
+PACKAGE = Path(fluxjax.__file__).parent
+LAYERS = {
+    "shapes": 0,
+    "predict": 1,
+    "kernels": 1,
+    "nets": 2,
+    "tokens": 2,
+    "image": 2,
+    "latents": 2,
+    "schedule": 2,
+    "integrate": 2,
+    "guidance": 2,
+    "convert": 3,
+    "shard": 3,
+    "quantize": 3,
+    "sample": 4,
+    "lora": 4,
+    "zoo": 5,
+    "generate": 6,
+    "inverse": 5,
+    "edit": 5,
+    "train": 5,
+    "cli": 7,
+}
+
+
+def imports_of(path: Path) -> list[str]:
+    """Return the package's rooms that a file imports."""
+    tree = ast.parse(path.read_text())
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return [name.split(".")[1] for name in names if name.startswith("fluxjax.")]
+
+
+def test_every_import_points_to_a_lower_layer_or_stays_in_its_room():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        wrong += [
+            f"{path.name} imports {other}" for other in imports_of(path) if other != room and LAYERS[other] >= LAYERS[room]
+        ]
+    assert not wrong
+
+
+def test_what_samplers_know_of_is_no_network():
+    for name in ("schedule", "integrate", "sample"):
+        assert "nets" not in imports_of(PACKAGE / f"{name}.py")

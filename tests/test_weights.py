@@ -1,0 +1,241 @@
+"""Loading and exporting: exact, whole or not at all, and lean."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import fluxjax
+from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_flux, load_vae
+from fluxjax.convert import tables
+from fluxjax.convert.files import read_header, write
+from fluxjax.convert.load import export
+from fluxjax.zoo import flux_parts, tiny_folder
+
+CONFIG = FluxConfig(
+    width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=16, out_channels=16,
+    rope_axes=(4, 6, 6),
+)  # fmt: skip
+VAE_CONFIG = VaeConfig(channels=(8, 16, 16, 24), groups=8, resnets=1)
+
+
+def randomized(network):
+    leaves, structure = jax.tree.flatten(network)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return randomized(Flux(CONFIG, key=jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def tensors(flux):
+    return dict(export(flux, tables.FLUX_BFL))
+
+
+@pytest.fixture
+def bfl(tensors, tmp_path):
+    path = tmp_path / "flux.safetensors"
+    write(path, tensors)
+    return path
+
+
+def equal(a, b) -> bool:
+    return eqx.tree_equal(a, b, typematch=True) is True or bool(eqx.tree_equal(a, b))
+
+
+def test_what_is_written_is_what_safetensors_reads(tensors, bfl):
+    theirs = load_file(bfl)
+    assert theirs.keys() == tensors.keys()
+    assert all(np.array_equal(theirs[name], tensors[name]) for name in tensors)
+
+
+def test_a_bfl_file_comes_back_bitwise(flux, bfl):
+    assert equal(load_flux(bfl, config=CONFIG), flux)
+
+
+def test_a_diffusers_file_comes_back_bitwise(flux, tmp_path):
+    path = tmp_path / "flux.safetensors"
+    write(path, dict(export(flux, tables.FLUX_DIFFUSERS, parts=flux_parts(CONFIG))))
+    assert equal(load_flux(path, config=CONFIG), flux)
+
+
+def test_diffusers_last_modulation_is_scale_then_shift(flux, tensors):
+    theirs = dict(export(flux, tables.FLUX_DIFFUSERS, parts=flux_parts(CONFIG)))["norm_out.linear.bias"]
+    shift, scale = np.split(tensors["final_layer.adaLN_modulation.1.bias"], 2)
+    np.testing.assert_array_equal(theirs, np.concatenate([scale, shift]))
+
+
+@pytest.mark.parametrize("dialect", [tables.vae_bfl(4), tables.VAE_DIFFUSERS], ids=lambda d: d.name)
+def test_a_vae_comes_back_bitwise(dialect, tmp_path):
+    vae = randomized(Vae(VAE_CONFIG, key=jax.random.key(0)))
+    write(tmp_path / "ae.safetensors", dict(export(vae, dialect)))
+    assert equal(load_vae(tmp_path / "ae.safetensors", config=VAE_CONFIG), vae)
+
+
+def test_bfl_numbers_the_decoders_levels_finest_first():
+    names = dict(export(Vae(VAE_CONFIG, key=jax.random.key(0)), tables.vae_bfl(4)))
+    assert names["decoder.up.3.block.0.conv1.weight"].shape == (24, 24, 3, 3)
+    assert names["decoder.up.0.block.1.conv1.weight"].shape == (8, 8, 3, 3)
+
+
+def test_dtype_none_keeps_the_files_and_another_casts(bfl, tensors, tmp_path):
+    half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    write(tmp_path / "half.safetensors", half)
+    kept = load_flux(tmp_path / "half.safetensors", config=CONFIG)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
+    cast = load_flux(bfl, config=CONFIG, dtype=jnp.bfloat16)
+    assert equal(cast, kept)
+
+
+def test_sharding_places_every_leaf():
+    devices = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    vae = load_vae("tiny", sharding=devices)
+    assert all(leaf.sharding == devices for leaf in jax.tree.leaves(vae))
+    each = load_vae("tiny", sharding=jax.tree.map(lambda leaf: devices, vae))
+    assert all(leaf.sharding == devices for leaf in jax.tree.leaves(each))
+
+
+def test_one_error_lists_all_that_is_missing_unexpected_and_misshapen(tensors, tmp_path):
+    wrong = dict(tensors)
+    del wrong["img_in.bias"], wrong["double_blocks.1.txt_mlp.2.weight"]
+    wrong["lora.weight"] = wrong["img_in.weight"]
+    wrong["final_layer.linear.bias"] = np.zeros(5, np.float32)
+    wrong["single_blocks.3.linear1.bias"] = wrong["single_blocks.2.linear1.bias"]
+    write(tmp_path / "wrong.safetensors", wrong)
+    with pytest.raises(WeightsError) as caught:
+        load_flux(tmp_path / "wrong.safetensors", config=CONFIG)
+    message = str(caught.value)
+    assert "2 missing: double_blocks.1.txt_mlp.2.weight, img_in.bias" in message
+    assert "2 unexpected: lora.weight, single_blocks.3.linear1.bias" in message
+    assert "1 misshapen: final_layer.linear.bias is [5], not [16]" in message
+
+
+def test_a_missing_part_of_a_fused_weight_is_named(flux, tmp_path):
+    theirs = dict(export(flux, tables.FLUX_DIFFUSERS, parts=flux_parts(CONFIG)))
+    del theirs["transformer_blocks.0.attn.to_k.weight"]
+    write(tmp_path / "flux.safetensors", theirs)
+    with pytest.raises(WeightsError, match=r"1 missing: transformer_blocks\.0\.attn\.to_k\.weight"):
+        load_flux(tmp_path / "flux.safetensors", config=CONFIG)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 300, -1])
+def test_a_truncated_file_is_a_clear_error(bfl, keep):
+    content = bfl.read_bytes()
+    bfl.write_bytes(content[:keep])
+    with pytest.raises(WeightsError, match=r"truncated|not a safetensors file"):
+        load_flux(bfl, config=CONFIG)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00" + bytes(60)])
+def test_a_pickle_is_refused_unread(tmp_path, start):
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(start)
+    with pytest.raises(WeightsError, match="is a pickle"):
+        load_flux(path, config=CONFIG)
+
+
+def test_other_files_and_other_networks_are_told(tmp_path, bfl):
+    text = tmp_path / "notes.safetensors"
+    text.write_text("these are notes, and long enough for a header")
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        load_flux(text)
+    with pytest.raises(WeightsError, match="holds no VAE: found"):
+        load_vae(bfl)
+    with pytest.raises(FileNotFoundError, match="Pass a known model"):
+        load_flux("no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "does not fit its offsets"),
+        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "does not fit its offsets"),
+        ({"dtype": "F31", "shape": [4], "data_offsets": [0, 16]}, "dtype F31"),
+        ({"dtype": "F32", "shape": [4]}, "is damaged"),
+        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "is truncated"),
+    ],
+)
+def test_a_damaged_header_is_told(tmp_path, entry, problem):
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(WeightsError, match=problem):
+        read_header(path)
+
+
+def test_sharded_files_are_read_through_their_index(tmp_path, tensors, flux):
+    names = sorted(tensors)
+    for part in range(2):
+        save_file({name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors")
+    index = {"weight_map": {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(load_flux(tmp_path, config=CONFIG), flux)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"model-1\.safetensors, which is missing"):
+        load_flux(tmp_path, config=CONFIG)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
+    with pytest.raises(WeightsError, match="outside the folder"):
+        load_flux(tmp_path, config=CONFIG)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, {"a": np.ones(3, np.float32)})
+    with pytest.raises(KeyError):
+        write(path, {"a": np.ones(3, np.complex128)})
+    assert load_file(path)["a"].tolist() == [1, 1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_folder_that_is_saved_loads_the_same(tiny, tmp_path):
+    fluxjax.save_folder(tmp_path, flux=tiny.flux, clip=tiny.clip, t5=tiny.t5, vae=tiny.vae, defaults=tiny.defaults)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_folder() / name, tmp_path / name)
+    again = fluxjax.load_models(str(tmp_path))
+    assert equal((again.flux, again.clip, again.t5, again.vae), (tiny.flux, tiny.clip, tiny.t5, tiny.vae))
+    assert again.defaults == tiny.defaults
+
+
+MEMORY = """
+import numpy as np, pathlib, sys
+import fluxjax
+from fluxjax.convert.files import read_header
+import jax
+fluxjax.load_flux("tiny", dtype="float32")  # what the machinery itself takes
+path, config = pathlib.Path(sys.argv[1]), fluxjax.FluxConfig(
+    width=768, heads=6, double_depth=3, single_depth=6, mlp_width=3072, context=64, pooled=64)
+def status(name):
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+flux = fluxjax.load_flux(path, config=config, dtype=sys.argv[2] if len(sys.argv) > 2 else None)
+result = sum(leaf.nbytes for leaf in jax.tree.leaves(flux))
+largest = max(tensor.nbytes for tensor in read_header(path).values())
+print((status("VmHWM") - before - result) / largest)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_less_than_three_of_the_largest_tensor_above_the_result(tmp_path, dtype):
+    config = FluxConfig(width=768, heads=6, double_depth=3, single_depth=6, mlp_width=3072, context=64, pooled=64)
+    abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, ml_dtypes.bfloat16), abstract)
+    path = tmp_path / "large.safetensors"
+    write(path, dict(export(zeros, tables.FLUX_DIFFUSERS, parts=flux_parts(config))))
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEMORY), str(path), dtype], capture_output=True, text=True, check=True
+    )
+    assert float(out.stdout) < 3
