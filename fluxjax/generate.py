@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
+from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents, unpack_latents
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.t5 import T5
@@ -102,7 +102,7 @@ def denoise(
     **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times`. `guidance`: distilled scale, or None
     for a network without it. `report`: called with t at every evaluation, on the host.
     """
-    height, width = 8 * noise.shape[-2], 8 * noise.shape[-1]
+    height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
     img_ids = image_ids(height, width)
 
     def velocity(x: Float[Array, "images img_tokens channels"], t: Scalar) -> Float[Array, "images img_tokens channels"]:
@@ -135,7 +135,8 @@ def noise_batch(
 
 def model_times(defaults: Defaults, steps: int, height: int, width: int) -> Times:
     """Return the model's schedule for an image of `height` x `width` pixels."""
-    tokens = (height // 16) * (width // 16) if defaults.shift else None
+    side = CELL * PATCH
+    tokens = (height // side) * (width // side) if defaults.shift else None
     return flow_times(steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
 
 

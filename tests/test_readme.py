@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize(("program", "image"), zip(PROGRAMS[:2], ["heart.png", "star.png"], strict=True))
+@pytest.mark.parametrize(("program", "image"), list(zip(PROGRAMS[:2], ["heart.png", "star.png"], strict=True)))
 def test_the_readmes_programs_draw_their_images(program, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(program, {})

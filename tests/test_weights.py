@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fluxjax
-from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_flux, load_vae
+from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_clip, load_flux, load_vae
 from fluxjax.convert import tables
 from fluxjax.convert.files import read_header, write
 from fluxjax.convert.load import export
@@ -120,6 +120,28 @@ def test_one_error_lists_all_that_is_missing_unexpected_and_misshapen(tensors, t
     assert "2 missing: double_blocks.1.txt_mlp.2.weight, img_in.bias" in message
     assert "2 unexpected: lora.weight, single_blocks.3.linear1.bias" in message
     assert "1 misshapen: final_layer.linear.bias is [5], not [16]" in message
+
+
+def test_a_tensor_named_twice_and_one_of_integers_are_refused(tiny, tmp_path):
+    named = dict(export(tiny.clip, tables.CLIP_TRANSFORMERS))
+    named["final_layer_norm.weight"] = named["text_model.final_layer_norm.weight"]
+    named["text_model.final_layer_norm.bias"] = named["text_model.final_layer_norm.bias"].astype(np.int8)
+    write(tmp_path / "clip.safetensors", named)
+    with pytest.raises(WeightsError, match=r"1 misshapen: .*is int8, not a float\n  1 repeated: final_layer_norm\.weight"):
+        load_clip(tmp_path / "clip.safetensors", config=tiny.clip.config)
+
+
+def test_stacked_tensors_of_several_dtypes_take_the_widest(tensors, tmp_path, flux):
+    mixed = dict(tensors)
+    for name, dtype in (
+        ("double_blocks.0.img_mlp.0.weight", np.float16),
+        ("double_blocks.1.img_mlp.0.weight", ml_dtypes.bfloat16),
+    ):
+        mixed[name] = mixed[name].astype(dtype)
+    write(tmp_path / "mixed.safetensors", mixed)
+    weight = load_flux(tmp_path / "mixed.safetensors", config=CONFIG).double.img.mlp.up.weight.value
+    assert weight.dtype == jnp.float32
+    np.testing.assert_allclose(weight, flux.double.img.mlp.up.weight.value, rtol=2**-8)
 
 
 def test_a_missing_part_of_a_fused_weight_is_named(flux, tmp_path):

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -98,7 +100,7 @@ def _plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, 
     slots = _slots(network)
     plan: list[list[_Piece]] = [[] for _ in jax.tree.leaves(network)]
     wanted = {(name, part) for name in slots for part in _parts_of(name, dialect)}
-    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "repeated": []}
     for key, tensor in tensors.items():
         found = dialect.find(key)
         if found is None or found[0] not in slots:
@@ -106,11 +108,15 @@ def _plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, 
                 problems["unexpected"].append(key)
             continue
         name, row = found
+        if (name, row.part) not in wanted:
+            problems["repeated"].append(key)
         wanted.discard((name, row.part))
         piece = _Piece(key, tensor, row, slots[name], None if row.part is None else parts[row.part])
         expected = _their_shape(piece)
         if tensor.shape != expected:
             problems["misshapen"].append(f"{key} is {list(tensor.shape)}, not {list(expected)}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems["misshapen"].append(f"{key} is {tensor.dtype}, not a float")
         plan[piece.slot.leaf].append(piece)
     problems["missing"] = sorted(_their_key(name, part, dialect) for name, part in wanted)
     if any(problems.values()):
@@ -167,8 +173,9 @@ def _report(network: eqx.Module, dialect: Dialect, problems: Mapping[str, list[s
 
 def _fill(shape: Sequence[int], pieces: Sequence[_Piece], dtype: DTypeLike | None) -> np.ndarray:
     """Read a leaf's pieces into one buffer that the CPU backend can take over as it is."""
-    widest = np.result_type(*(piece.tensor.dtype for piece in pieces)) if len({p.tensor.dtype for p in pieces}) > 1 else None
-    target = np.dtype(dtype) if dtype is not None else (widest or pieces[0].tensor.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        widest = reduce(jnp.promote_types, (piece.tensor.dtype for piece in pieces))
+    target = np.dtype(widest if dtype is None else dtype)
     buffer = _aligned(shape, target)
     for piece in pieces:
         place = buffer if piece.slot.block is None else buffer[piece.slot.block]
