@@ -1,7 +1,7 @@
 """Train the tiny model from scratch: VAE, text encoders, transformer, guidance distillation, export.
 
 Each stage is resumable and seeded: a step's batch depends on the seed and the step alone. Stages keep their state under
-`--runs`, in the order vae, latents, text, flux, distill, export.
+`--runs`, in the order vae, latents, text, flux, distill, export. `restore` begins from exported weights instead.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Scene, caption
 from tiny_tokenizers import T5_LENGTH
 
 from fluxjax.convert.load import abstract
+from fluxjax.generate import load_models
 from fluxjax.latents import image_ids, pack_latents
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
@@ -428,6 +429,20 @@ def export(runs: Path, stage: str, folder: Path) -> None:
     tiny_tokenizers.write(folder)
 
 
+def restore(folder: Path, runs: Path) -> None:
+    """Begin from exported weights where the stages' own state is gone: optimizers and averages start anew, at step 0."""
+    models = load_models(str(folder), dtype="float32")
+    vae = jax.tree.unflatten(jax.tree.structure(abstract(Vae, VAE)), jax.tree.leaves(models.vae))
+    heads = TextEncoders(key=jax.random.key(SEED + 1))
+    text = eqx.tree_at(lambda encoders: (encoders.clip, encoders.t5), heads, (models.clip, models.t5))
+    for name, network in (("vae", vae), ("text", text), ("flux", models.flux)):
+        if (runs / f"{name}.eqx").exists():
+            raise FileExistsError(
+                f"{runs / name}.eqx is there: its stage goes on from it. Move it away to begin from {folder}."
+            )
+        save(runs / f"{name}.eqx", TrainState.create(network, OPTIMIZERS[name](1)))
+
+
 def main() -> None:
     stages = {
         "vae": (train_vae, 2400),
@@ -437,14 +452,17 @@ def main() -> None:
         "distill": (distill, 600),
     }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=[*stages, "export"])
+    parser.add_argument("stage", choices=[*stages, "export", "restore"])
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where the stages keep their state")
     parser.add_argument("--steps", type=int, help="steps of the stage in all, or images of `latents`")
     parser.add_argument("--from", dest="source", choices=("flux", "distill"), default="distill", help="what to export")
-    parser.add_argument("--to", type=Path, default=Path("weights/tiny"), help="where to export it")
+    parser.add_argument("--to", type=Path, default=Path("weights/tiny"), help="where to export it, or restore it from")
     options = parser.parse_args()
     if options.stage == "export":
         export(options.runs, options.source, options.to)
+        return
+    if options.stage == "restore":
+        restore(options.to, options.runs)
         return
     train, steps = stages[options.stage]
     train(options.runs, steps if options.steps is None else options.steps)

@@ -68,7 +68,7 @@ class T5Block(eqx.Module):
     def __call__(self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike) -> States:
         y = self.norm1(x, dtype)
         q, k, v = (rearrange(layer(y), "t (h d) -> t h d", h=self.heads) for layer in (self.q, self.k, self.v))
-        mixed = attention(q, k, v, bias=bias.astype(dtype), scale=1.0, implementation="xla")
+        mixed = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
         x = x + self.out(rearrange(mixed, "t h d -> t (h d)")).astype(x.dtype)
         y = self.norm2(x, dtype)
         hidden = gelu(self.gate(y)) * self.up(y)
