@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,20 +127,28 @@ def load_tokenizers(source: str | Path) -> Tokenizers:
 
 
 def load_defaults(source: str | Path) -> Defaults:
-    """Return how a model is meant to be sampled: a zoo entry's defaults, or those in the folder's `fluxjax.json`, or what
-    its scheduler and transformer configs say."""
-    if str(source) in ZOO:
-        return ZOO[str(source)].defaults
-    folder = Path(source)
-    if (folder / DEFAULTS_FILE).is_file():
-        return Defaults(**json.loads((folder / DEFAULTS_FILE).read_text()))
-    if not folder.is_dir():
-        by_repository = {entry.repository: entry.defaults for entry in ZOO.values()}
-        return by_repository.get(str(source), Defaults())
+    """Return how a model is meant to be sampled: a zoo entry's defaults, or those in the folder's `fluxjax.json`, or dev's or
+    schnell's, as its transformer takes guidance or not, with the shift that its scheduler's config says.
+
+    **Raises:** `WeightsError` for a scheduler with a static shift, `FileNotFoundError` for no such source.
+    """
+    named = {name: entry.defaults for name, entry in ZOO.items()}
+    named |= {entry.repository: entry.defaults for entry in ZOO.values() if entry.repository is not None}
+    if str(source) in named:
+        return named[str(source)]
+    own = Path(source) / DEFAULTS_FILE
+    if own.is_file():
+        return Defaults(**json.loads(own.read_text()))
     flux = json.loads((_locate(source, "transformer") / "config.json").read_text())
-    if not flux.get("guidance_embeds", False):
-        return ZOO["schnell"].defaults
-    return Defaults()
+    scheduler = json.loads((_locate(source, "scheduler") / "scheduler_config.json").read_text())
+    dynamic, static = scheduler.get("use_dynamic_shifting", False), scheduler.get("shift", 1.0)
+    if not dynamic and static != 1:
+        raise WeightsError(
+            f"{source} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
+        )
+    base = named["dev" if flux.get("guidance_embeds", False) else "schnell"]
+    shifts = {name: scheduler.get(name, getattr(base, name)) for name in ("base_shift", "max_shift")}
+    return replace(base, shift=dynamic, **shifts)
 
 
 def save_folder(folder: Path, *, flux: Flux, clip: Clip, t5: T5, vae: Vae, defaults: Defaults) -> None:

@@ -230,6 +230,23 @@ def test_a_folder_that_is_saved_loads_the_same(tiny, tmp_path):
     assert again.defaults == tiny.defaults
 
 
+def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tiny, tmp_path):
+    shutil.copytree(tiny_folder(), tmp_path / "model")
+    folder = tmp_path / "model"
+    (folder / "fluxjax.json").unlink()
+    dev = fluxjax.load_defaults(folder)
+    assert (dev.steps, dev.guidance, dev.max_length, dev.shift) == (28, 3.5, 512, True)
+    assert (dev.base_shift, dev.max_shift) == (2.0, 2.65)
+    config, scheduler = folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 1.0}))
+    schnell = fluxjax.load_defaults(folder)
+    assert (schnell.steps, schnell.guidance, schnell.max_length, schnell.shift) == (4, None, 256, False)
+    scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 3.0}))
+    with pytest.raises(WeightsError, match=r"static shift of 3\.0"):
+        fluxjax.load_defaults(folder)
+
+
 MEMORY = """
 import numpy as np, pathlib, sys
 import fluxjax
