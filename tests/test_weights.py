@@ -52,7 +52,7 @@ def bfl(tensors, tmp_path):
 
 
 def equal(a, b) -> bool:
-    return eqx.tree_equal(a, b, typematch=True) is True or bool(eqx.tree_equal(a, b))
+    return bool(eqx.tree_equal(a, b))
 
 
 def test_what_is_written_is_what_safetensors_reads(tensors, bfl):
