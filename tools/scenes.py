@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: drawn, captioned, and read back from an image by analysis. NumPy, Pillow and SciPy only.
 
 A scene is one object, or two in a relation, on a plain background. Sizes are radii in units of the image's shorter
-side, places are fractions of its height and width.
+side, places are measured from the image's center in the same units.
 """
 
 import hashlib
@@ -34,6 +34,8 @@ SIZES = {"small": 0.105, "": 0.145, "large": 0.19}
 RELATIONS = ("above", "below", "left of", "right of", "inside")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 INNER, OUTER = 0.095, 0.32
+APART = 0.23
+JITTER, GROWTH = 0.01, 0.025
 SIZE_LIMITS = {"small": (0.0, 0.125), "": (0.0, 1.0), "large": (0.1675, 1.0)}
 SUPERSAMPLE = 4
 
@@ -163,24 +165,23 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def place(scene: Scene, height: int, width: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Draw the center (x, y) and radius of each object, in pixels."""
+    """Draw the center (x, y) and radius of each object, in pixels: round fixed spots, by a share of a pixel to two."""
     short = min(height, width)
 
-    def spot(x: float, y: float, radius: float, jitter: float) -> tuple[float, float, float]:
+    def spot(x: float, y: float, radius: float) -> tuple[float, float, float]:
         dx, dy, grow = rng.uniform(-1, 1, 3)
-        return x * width + dx * jitter * short, y * height + dy * jitter * short, radius * short * (1 + 0.06 * grow)
+        x, y = x + dx * JITTER, y + dy * JITTER
+        return width / 2 + x * short, height / 2 + y * short, radius * short * (1 + GROWTH * grow)
 
     radii = [SIZES[thing.size] for thing in scene.things]
     if scene.relation is None:
-        return [spot(0.5, 0.5, radii[0], 0.06)]
+        return [spot(0, 0, radii[0])]
     if scene.relation == "inside":
-        outer = spot(0.5, 0.5, OUTER, 0.04)
-        inner = spot(0, 0, INNER, 0.02)
-        return [(outer[0] + inner[0], outer[1] + inner[1], inner[2]), outer]
-    first, second = {"above": (0.27, 0.73), "left of": (0.27, 0.73)}.get(scene.relation, (0.73, 0.27))
+        return [spot(0, 0, INNER), spot(0, 0, OUTER)]
+    first = -APART if scene.relation in ("above", "left of") else APART
     vertical = scene.relation in ("above", "below")
-    spots = [(0.5, along) if vertical else (along, 0.5) for along in (first, second)]
-    return [spot(*at, radius, 0.025) for at, radius in zip(spots, radii, strict=True)]
+    spots = [(0.0, along) if vertical else (along, 0.0) for along in (first, -first)]
+    return [spot(*at, radius) for at, radius in zip(spots, radii, strict=True)]
 
 
 def coverage(shape: str, x: float, y: float, radius: float, height: int, width: int) -> np.ndarray:

@@ -227,8 +227,8 @@ def train_text(runs: Path, steps: int) -> None:
     fit("text", runs, state, make_step(text_loss, optimizer, ema_decay=0.99), batch, steps)
 
 
-SIZES_PIXELS = ((128, 128), (96, 160), (160, 96))
-SHARE = (0.6, 0.2, 0.2)
+SIZES_PIXELS = ((128, 128), (128, 160), (160, 128))
+SHARE = (0.8, 0.1, 0.1)
 FLUX = FluxConfig(
     width=192,
     heads=6,
