@@ -21,9 +21,11 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.sample import Sample, sample
     from fluxjax.schedule import flow_times, resolution_mu, time_shift
     from fluxjax.tokens import Tokenizers, tokenize
+    from fluxjax.weights import convert_weights, inspect_weights
     from fluxjax.zoo import (
         ZOO,
         Defaults,
+        download,
         load_clip,
         load_defaults,
         load_flux,
@@ -52,9 +54,12 @@ __all__ = [
     "WeightsError",
     "activation_dtype",
     "attention",
+    "convert_weights",
+    "download",
     "flow_times",
     "image_ids",
     "initial_noise",
+    "inspect_weights",
     "load_clip",
     "load_defaults",
     "load_flux",

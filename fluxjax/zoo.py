@@ -1,7 +1,7 @@
 """The named models, as data, and the loaders of their parts from a name, a folder, a file, or a hub id."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import equinox as eqx
 from jax.typing import DTypeLike
 
-from fluxjax.convert import configs, tables
-from fluxjax.convert.files import Tensor, WeightsError, read_headers, weight_files, write
-from fluxjax.convert.load import abstract, choose, export, load
+from fluxjax.convert.files import WeightsError
+from fluxjax.convert.layouts import Given, sheets, write_json, write_sheets
+from fluxjax.convert.load import Held, load
+from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
@@ -64,71 +65,47 @@ def load_flux(
 ) -> Flux:
     """Load the transformer.
 
-    **Arguments:** `source`: a zoo name ("tiny", "dev", …), a diffusers folder or its `transformer` folder, a file of BFL's or
-    diffusers' names, or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
-    the weights; None keeps the file's. `sharding`: a `jax.sharding.Sharding` for every leaf, or a pytree of them.
+    **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the documentation's page on
+    weights lists them), or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
+    the weights; None keeps the file's, and decodes scaled fp8 and GGUF's blocks to bfloat16. `sharding`: a
+    `jax.sharding.Sharding` for every leaf, or a pytree of them; a process reads its devices' slices alone.
     **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source.
     """
-    tensors, settings = _read(source, "transformer")
-    dialect = choose(tensors, (tables.FLUX_BFL, tables.FLUX_DIFFUSERS), "FLUX transformer", source)
-    if config is None and settings is not None:
-        config = configs.flux_from_json(settings)
-    if config is None and dialect is tables.FLUX_DIFFUSERS:
-        raise WeightsError(f"{source} comes without a config.json. Pass its folder, or config=FluxConfig(…).")
-    config = configs.flux_from_shapes(tensors) if config is None else config
-    return load(abstract(Flux, config), tensors, dialect, parts=flux_parts(config), dtype=dtype, sharding=sharding)
+    return _load(FLUX, source, config, dtype, sharding)
 
 
 def load_clip(
     source: str | Path, *, config: ClipConfig | None = None, dtype: DTypeLike | None = None, sharding: Any = None
 ) -> Clip:
-    """Load CLIP's text encoder, from `text_encoder`; a single file without a config is taken for CLIP-L. Arguments and
-    errors as for `load_flux`."""
-    tensors, settings = _read(source, "text_encoder")
-    dialect = choose(tensors, (tables.CLIP_TRANSFORMERS,), "CLIP text encoder", source)
-    if config is None:
-        config = ClipConfig.large() if settings is None else configs.clip_from_json(settings)
-    return load(abstract(Clip, config), tensors, dialect, dtype=dtype, sharding=sharding)
+    """Load CLIP's text encoder. Arguments and errors as for `load_flux`."""
+    return _load(CLIP, source, config, dtype, sharding)
 
 
 def load_t5(source: str | Path, *, config: T5Config | None = None, dtype: DTypeLike | None = None, sharding: Any = None) -> T5:
-    """Load T5's encoder, from `text_encoder_2`; a single file without a config is taken for T5-XXL. Arguments and errors as
-    for `load_flux`."""
-    tensors, settings = _read(source, "text_encoder_2")
-    # Some files hold the embedding under its second name alone.
-    if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
-        tensors["shared.weight"] = tensors.pop("encoder.embed_tokens.weight")
-    dialect = choose(tensors, (tables.T5_TRANSFORMERS,), "T5 encoder", source)
-    if config is None:
-        config = T5Config.xxl() if settings is None else configs.t5_from_json(settings)
-    return load(abstract(T5, config), tensors, dialect, dtype=dtype, sharding=sharding)
+    """Load T5's encoder. Arguments and errors as for `load_flux`."""
+    return _load(T5_XXL, source, config, dtype, sharding)
 
 
 def load_vae(
     source: str | Path, *, config: VaeConfig | None = None, dtype: DTypeLike | None = None, sharding: Any = None
 ) -> Vae:
-    """Load the VAE, from `vae` or a file of BFL's names (`ae.safetensors`). Arguments and errors as for `load_flux`."""
-    tensors, settings = _read(source, "vae")
-    bfl = tables.vae_bfl(4 if config is None else len(config.channels))
-    dialect = choose(tensors, (bfl, tables.VAE_DIFFUSERS), "VAE", source)
-    if config is None and settings is not None:
-        config = configs.vae_from_json(settings)
-    if config is None and dialect is tables.VAE_DIFFUSERS:
-        raise WeightsError(f"{source} comes without a config.json. Pass its folder, or config=VaeConfig(…).")
-    config = configs.vae_from_shapes(tensors) if config is None else config
-    if dialect is not tables.VAE_DIFFUSERS:
-        dialect = tables.vae_bfl(len(config.channels))
-    return load(abstract(Vae, config), tensors, dialect, dtype=dtype, sharding=sharding)
+    """Load the VAE. Arguments and errors as for `load_flux`."""
+    return _load(VAE, source, config, dtype, sharding)
+
+
+def _load(kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, sharding: Any) -> Any:
+    part = open_source(locate(source, kind.folder)).part(kind)
+    return load(part.plan(config), dtype=dtype, sharding=sharding)
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
     """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a diffusers folder, a zoo name, or a hub id."""
-    return Tokenizers.read(_locate(source, "tokenizer"), _locate(source, "tokenizer_2"))
+    return Tokenizers.read(locate(source, "tokenizer"), locate(source, "tokenizer_2"))
 
 
 def load_defaults(source: str | Path) -> Defaults:
     """Return how a model is meant to be sampled: a zoo entry's defaults, or those in the folder's `fluxjax.json`, or dev's or
-    schnell's, as its transformer takes guidance or not, with the shift that its scheduler's config says.
+    schnell's, as its transformer takes guidance or not, with the shift that its scheduler's config says, if it has one.
 
     **Raises:** `WeightsError` for a scheduler with a static shift, `FileNotFoundError` for no such source.
     """
@@ -139,14 +116,18 @@ def load_defaults(source: str | Path) -> Defaults:
     own = Path(source) / DEFAULTS_FILE
     if own.is_file():
         return Defaults(**json.loads(own.read_text()))
-    flux = json.loads((_locate(source, "transformer") / "config.json").read_text())
-    scheduler = json.loads((_locate(source, "scheduler") / "scheduler_config.json").read_text())
+    folder = Path(source) if Path(source).exists() else locate(source, "scheduler").parent
+    flux = open_source(locate(source, FLUX.folder)).part(FLUX).config
+    base = named["dev" if flux.guidance_embed else "schnell"]
+    described = folder / "scheduler" / "scheduler_config.json"
+    if not described.is_file():
+        return base
+    scheduler = json.loads(described.read_text())
     dynamic, static = scheduler.get("use_dynamic_shifting", False), scheduler.get("shift", 1.0)
     if not dynamic and static != 1:
         raise WeightsError(
             f"{source} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
         )
-    base = named["dev" if flux.get("guidance_embeds", False) else "schnell"]
     shifts = {name: scheduler.get(name, getattr(base, name)) for name in ("base_shift", "max_shift")}
     return replace(base, shift=dynamic, **shifts)
 
@@ -156,19 +137,21 @@ def save_folder(folder: Path, *, flux: Flux, clip: Clip, t5: T5, vae: Vae, defau
 
     **Raises:** `WeightsError` for a config that diffusers can't express.
     """
-    parts: list[tuple[str, Any, tables.Dialect, dict[str, Any], str]] = [
-        ("transformer", flux, tables.FLUX_DIFFUSERS, configs.flux_to_json(flux.config), "diffusion_pytorch_model"),
-        ("text_encoder", clip, tables.CLIP_TRANSFORMERS, configs.clip_to_json(clip.config), "model"),
-        ("text_encoder_2", t5, tables.T5_TRANSFORMERS, configs.t5_to_json(t5.config), "model"),
-        ("vae", vae, tables.VAE_DIFFUSERS, configs.vae_to_json(vae.config), "diffusion_pytorch_model"),
-    ]
-    for name, network, dialect, settings, stem in parts:
-        rows = flux_parts(network.config) if isinstance(network, Flux) else None
-        write(folder / name / f"{stem}.safetensors", dict(export(network, dialect, parts=rows)))
-        _write_json(folder / name / "config.json", settings)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(defaults))
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-    _write_json(folder / DEFAULTS_FILE, asdict(defaults))
+    networks: list[Any] = [flux, clip, t5, vae]
+    kinds = (FLUX, CLIP, T5_XXL, VAE)
+    given = [Given(kind, net.config, Held(net), {}) for kind, net in zip(kinds, networks, strict=True)]
+    settings = {kind.folder: kind.to_json(net.config) for kind, net in zip(kinds, networks, strict=True)}
+    write_sheets(folder, sheets(given, "diffusers"))
+    for name, content in settings.items():
+        write_json(folder / name / "config.json", content)
+    write_pipeline(folder, defaults)
+
+
+def write_pipeline(folder: Path, defaults: Defaults) -> None:
+    """Write what a diffusers folder says of the whole: its index, its scheduler, and fluxjax's defaults."""
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(defaults))
+    write_json(folder / "model_index.json", _MODEL_INDEX)
+    write_json(folder / DEFAULTS_FILE, asdict(defaults))
 
 
 _MODEL_INDEX = {
@@ -196,39 +179,24 @@ def _scheduler(defaults: Defaults) -> dict[str, Any]:
     }
 
 
-def flux_parts(config: FluxConfig) -> dict[str, slice]:
-    """Return the rows that q, k, v and the MLP take in the fused weights."""
-    width = config.width
-    rows = {name: slice(i * width, (i + 1) * width) for i, name in enumerate("qkv")}
-    return rows | {"mlp": slice(3 * width, 3 * width + config.mlp_width)}
+def locate(source: str | Path, part: str) -> Path:
+    """Return where one part of a model lies: its own folder or file, or those of the whole; downloaded if need be.
 
-
-def _read(source: str | Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return a part's tensors, and its config if there is one."""
-    path = _locate(source, part)
-    if path.is_file():
-        return read_headers([path]), None
-    config = path / "config.json"
-    return read_headers(weight_files(path)), json.loads(config.read_text()) if config.is_file() else None
-
-
-def _locate(source: str | Path, part: str) -> Path:
-    """Return the folder of one part, or the file that the source is."""
+    **Raises:** `FileNotFoundError` for no such source, and what `download` raises.
+    """
     entry = ZOO.get(str(source))
     path = tiny_folder() if entry is not None and entry.repository is None else Path(source)
     if entry is not None and entry.repository is not None:
-        return _download(entry.repository, part)
+        return download(entry.repository, [part]) / part
     if path.is_file():
         return path
-    if (path / part).is_dir():
-        return path / part
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        return path  # the part's own folder
+    if path.is_dir():
+        return path / part if (path / part).is_dir() else path
     if not path.exists() and _is_repository(str(source)):
-        return _download(str(source), part)
+        return download(str(source), [part]) / part
     known = ", ".join(ZOO)
     raise FileNotFoundError(
-        f"No {part} at {str(source)!r}. Pass a known model ({known}), a diffusers folder, a .safetensors file, or a hub id."
+        f"No {part} at {str(source)!r}. Pass a known model ({known}), a model's folder, a .safetensors or .gguf file, or a hub id."
     )
 
 
@@ -236,34 +204,49 @@ def _is_repository(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
-def _download(repository: str, part: str) -> Path:
-    """Return a part's folder in the hub's cache, downloaded if it is not there."""
+WHOLE = ("transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler")
+"""The folders of a diffusers checkpoint that fluxjax reads."""
+
+
+def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
+    """Download the folders of a model that fluxjax reads into the hub's cache, those that are not there; what was cut off
+    goes on where it ended.
+
+    **Arguments:** `name`: a zoo name or a hub id in the diffusers layout. `parts`: of its folders.
+    **Returns:** the folder that holds them.
+    **Raises:** `WeightsError` for a gated repository, `FileNotFoundError` for none of that name or layout, `ConnectionError`
+    without a network; each says what to do.
+    """
     import huggingface_hub  # takes as long to import as the rest of fluxjax
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [f"{part}/*.safetensors", f"{part}/*.json", f"{part}/*.txt", f"{part}/*.model"]
+    entry = ZOO.get(name)
+    if entry is not None and entry.repository is None:
+        return tiny_folder()
+    repository = name if entry is None else entry.repository
+    if repository is None or not _is_repository(repository):
+        raise FileNotFoundError(f"No model {name!r} to download. Pass one of {', '.join(ZOO)}, or a hub id (owner/name).")
+    parts = list(parts)
+    patterns = ["model_index.json"] + [f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")]
+    page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
     try:
-        root = huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
+        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise WeightsError(
-            f"{repository} is gated: accept its licence on its hub page, then log in with `hf auth login`."
-        ) from error
+        raise WeightsError(f"{repository} is gated: accept its licence at {page}, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"The hub has no model {repository!r}, or it needs `hf auth login`.") from error
+        raise FileNotFoundError(f"There is no model at {page}, or it is private and needs `hf auth login`.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConnectionError(f"{repository} is not in the cache and can't be downloaded: {error}") from error
-    folder = Path(root) / part
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{repository} holds no {part} folder. Pass a repository in the diffusers layout.")
-    return folder
+        raise ConnectionError(
+            f"{repository} is not whole in the cache and can't be downloaded: {error}. Check the network and run it again: "
+            "what has come is kept."
+        ) from error
+    missing = [part for part in parts if not (root / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
+    return root
 
 
 def tiny_folder() -> Path:
     """Return where the model that ships with the package lies: inside it, or beside it in a checkout."""
     inside = Path(__file__).parent / "weights" / "tiny"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "weights" / "tiny"
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,13 +1,18 @@
-"""Configs from a checkpoint's `config.json`, or from the shapes of a single file; and back."""
+"""Configs from a checkpoint's `config.json`, from fluxjax's own metadata, or from a file's shapes; and back."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
-from fluxjax.convert.files import Tensor, WeightsError
+from fluxjax.convert.files import WeightsError
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
+
+Config = TypeVar("Config")
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes as a file has them, by our names; a fused weight's is that of one of its parts."""
 
 
 def flux_from_json(config: Mapping[str, Any]) -> FluxConfig:
@@ -48,36 +53,31 @@ def flux_to_json(config: FluxConfig) -> dict[str, Any]:
     }
 
 
-def flux_from_shapes(tensors: Mapping[str, Tensor]) -> FluxConfig:
-    """Read the config off a BFL file's shapes. The split of a head over the RoPE axes is FLUX.1's, which leaves no trace in
-    the weights: other heads than 128 features need a config.
+def flux_from_shapes(shapes: Shapes) -> FluxConfig:
+    """Read the config off the shapes in the file, by our names. The split of a head over the RoPE axes is FLUX.1's, which
+    leaves no trace in the weights: other heads than 128 features need a config.
 
     **Raises:** `WeightsError` for those.
     """
-    try:
-        width, in_channels = tensors["img_in.weight"].shape
-        head_dim = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
-        config: dict[str, Any] = {
-            "in_channels": in_channels,
-            "out_channels": tensors["final_layer.linear.weight"].shape[0],
-            "width": width,
-            "heads": width // head_dim,
-            "double_depth": _count(tensors, "double_blocks."),
-            "single_depth": _count(tensors, "single_blocks."),
-            "mlp_width": tensors["double_blocks.0.img_mlp.0.weight"].shape[0],
-            "context": tensors["txt_in.weight"].shape[1],
-            "pooled": tensors["vector_in.in_layer.weight"].shape[1],
-            "time_width": tensors["time_in.in_layer.weight"].shape[1],
-            "guidance_embed": "guidance_in.in_layer.weight" in tensors,
-        }
-    except (KeyError, IndexError) as error:
-        raise WeightsError(f"This is not a whole FLUX transformer in BFL's names: {error} is missing.") from error
+    width, in_channels = _shape(shapes, "img_in.weight")
+    (head_dim,) = _shape(shapes, "double.0.img.query_norm.scale", axes=1)
     if head_dim != sum(FluxConfig().rope_axes):
         raise WeightsError(
-            f"Heads of {head_dim} features are not FLUX.1's, and a single file does not tell their RoPE axes. "
-            "Pass config=FluxConfig(…)."
+            f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE axes. Pass config=FluxConfig(…)."
         )
-    return FluxConfig(**config)
+    return FluxConfig(
+        in_channels=in_channels,
+        out_channels=_shape(shapes, "final.linear.weight")[0],
+        width=width,
+        heads=width // head_dim,
+        double_depth=_count(shapes, "double."),
+        single_depth=_count(shapes, "single."),
+        mlp_width=_shape(shapes, "double.0.img.mlp.up.weight")[0],
+        context=_shape(shapes, "txt_in.weight")[1],
+        pooled=_shape(shapes, "vector_in.up.weight")[1],
+        time_width=_shape(shapes, "time_in.up.weight")[1],
+        guidance_embed="guidance_in.up.weight" in shapes,
+    )
 
 
 def vae_from_json(config: Mapping[str, Any]) -> VaeConfig:
@@ -116,13 +116,22 @@ def vae_to_json(config: VaeConfig) -> dict[str, Any]:
     }
 
 
-def vae_from_shapes(tensors: Mapping[str, Tensor]) -> VaeConfig:
-    """Read the config off a BFL file's shapes; groups, scale and shift are FLUX.1's."""
-    levels = _count(tensors, "encoder.down.")
+def vae_from_shapes(shapes: Shapes) -> VaeConfig:
+    """Read the config off the shapes in the file, by our names; groups, scale and shift are FLUX.1's.
+
+    **Raises:** `WeightsError` if its channels are not FLUX.1's, as those are not either then.
+    """
+    levels = _count(shapes, "encoder.down.")
+    channels = tuple(_shape(shapes, f"encoder.down.{i}.resnets.0.conv1.weight", axes=4)[0] for i in range(levels))
+    if channels != VaeConfig().channels:
+        raise WeightsError(
+            f"A VAE of {channels} channels is not FLUX.1's, and the file does not tell its groups, scale and shift. "
+            "Pass config=VaeConfig(…)."
+        )
     return VaeConfig(
-        channels=tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
-        resnets=_count(tensors, "encoder.down.0.block."),
-        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        channels=channels,
+        resnets=_count(shapes, "encoder.down.0.resnets."),
+        latent_channels=_shape(shapes, "decoder.conv_in.weight", axes=4)[1],
     )
 
 
@@ -145,6 +154,24 @@ def clip_from_json(config: Mapping[str, Any]) -> ClipConfig:
         eos_token=None if eos == 2 else eos,
         activation=_CLIP_ACTIVATIONS[activation],
         eps=config.get("layer_norm_eps", 1e-5),
+    )
+
+
+def clip_from_shapes(shapes: Shapes) -> ClipConfig:
+    """Read the config off the shapes in the file, by our names; heads, activation and EOS are CLIP-L's.
+
+    **Raises:** `WeightsError` for another width, which does not tell the heads.
+    """
+    vocabulary, width = _shape(shapes, "tokens.weight")
+    large = ClipConfig.large()
+    if width != large.width:
+        raise WeightsError(f"A CLIP of width {width} is not CLIP-L, and the file does not tell its heads. Pass config=ClipConfig(…).")
+    return replace(
+        large,
+        vocabulary=vocabulary,
+        positions=_shape(shapes, "positions.weight")[0],
+        depth=_count(shapes, "blocks."),
+        mlp_width=_shape(shapes, "blocks.0.up.weight")[0],
     )
 
 
@@ -185,6 +212,21 @@ def t5_from_json(config: Mapping[str, Any]) -> T5Config:
     )
 
 
+def t5_from_shapes(shapes: Shapes) -> T5Config:
+    """Read the config off the shapes in the file, by our names; the largest distance and eps are T5's own."""
+    vocabulary, width = _shape(shapes, "tokens.weight")
+    buckets, heads = _shape(shapes, "position_bias.weight")
+    return T5Config(
+        vocabulary=vocabulary,
+        width=width,
+        heads=heads,
+        head_dim=_shape(shapes, "blocks.0.q.weight")[0] // max(heads, 1),
+        depth=_count(shapes, "blocks."),
+        mlp_width=_shape(shapes, "blocks.0.up.weight")[0],
+        buckets=buckets,
+    )
+
+
 def t5_to_json(config: T5Config) -> dict[str, Any]:
     """Write transformers' `T5EncoderModel` config."""
     return {
@@ -208,6 +250,27 @@ def t5_to_json(config: T5Config) -> dict[str, Any]:
     }
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def to_dict(config: Any) -> dict[str, Any]:
+    """Write one of our configs as JSON's types."""
+    return asdict(config)
+
+
+def from_dict(kind: Callable[..., Config], fields: Any) -> Config:
+    """Read one of our configs back. **Raises:** `WeightsError` for what is none."""
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except Exception as error:  # a damaged file can hold anything
+        raise WeightsError(f"The file's own config is damaged: {fields}. Pass config=….") from error
+
+
+def _shape(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
+    if name not in shapes:
+        raise WeightsError(f"The network is not whole: it lacks {name} (its name in fluxjax), so its size is not known.")
+    if len(shapes[name]) != axes:
+        raise WeightsError(f"{name} (its name in fluxjax) has shape {list(shapes[name])}, which has not {axes} axes.")
+    return shapes[name]
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
     """Return how many indices follow a prefix."""
-    return len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)})
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})

@@ -1,11 +1,15 @@
-"""Safetensors files: headers checked, tensors read one at a time into their place, files written whole or not at all."""
+"""Safetensors files: headers checked, tensors read into their place, files written whole or not at all."""
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,35 +25,77 @@ DTYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000
+_MOST_AXES = 32  # NumPy's own limit is 64
+_DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
 
 
 class WeightsError(ValueError):
-    """Weights that can't be read, or do not fit the network. The message says what to do."""
+    """Weights that can't be read, written, or do not fit the network. The message says what to do."""
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies: its file, dtype, shape, and first byte."""
+class Tensor(ABC):
+    """A tensor of a file. `dtype`: of its values, and what they are loaded as unless told otherwise."""
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+
+    @property
+    @abstractmethod
+    def storage(self) -> str:
+        """How it is stored: a dtype, or the name of a quantization."""
+
+    @abstractmethod
+    def view(self) -> np.ndarray:
+        """Return its values, float32 where they are decoded; what is stored as it is, is mapped and read when used."""
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """A tensor stored as itself, from byte `offset` of its file."""
+
     offset: int
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """Read it into memory of its own."""
-        out = np.empty(self.shape, self.dtype)
-        self.read_into(out)
-        return out
+    @property
+    def storage(self) -> str:
+        return str(self.dtype)
+
+    def view(self) -> np.ndarray:
+        if not self.size:
+            return np.empty(self.shape, self.dtype)
+        # Copy on write: whoever is given the memory may reuse it, the file stays as it is.
+        return np.memmap(self.file, self.dtype, "c", self.offset, self.shape)
+
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Return some of its rows, unread."""
+        width = prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * width)
+
+    def split(self) -> list["Stored"]:
+        """Return it without its first axis, an element each, unread."""
+        return [replace(row, shape=row.shape[1:]) for row in (self.rows(i, i + 1) for i in range(self.shape[0]))]
 
     def read_into(self, out: np.ndarray) -> None:
         """Read it into a contiguous array of its shape and dtype."""
@@ -64,8 +110,17 @@ class Tensor:
                 done += count
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name, having checked that the file holds all of them.
+@dataclass(frozen=True)
+class File:
+    """What a file's header says: its tensors by name, and its metadata."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> File:
+    """Return what a safetensors file holds, having checked that all of it is there.
 
     **Raises:** `WeightsError` for a pickle, another kind of file, a truncated or a damaged one.
     """
@@ -79,87 +134,180 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 "Use the model's .safetensors file, or convert it with safetensors.torch.save_file where you trust it."
             )
         if len(start) < 8 or not 2 <= length <= _MOST_HEADER:
-            raise WeightsError(f"{path} is not a safetensors file. Pass a .safetensors file or a diffusers folder.")
+            raise WeightsError(f"{path} is not a safetensors file. Pass a .safetensors or .gguf file, or a model's folder.")
         if length > size - 8:
             raise WeightsError(f"{path} is truncated within its header ({size:,} bytes). Download it anew.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise WeightsError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
+        header = _parse(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path}: the header's metadata is damaged. Download the file anew.")
+    tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    check_overlaps(path, tensors)
+    return File(path, tensors, metadata)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise WeightsError(f"{path}: the header names {twice!r} twice. Download the file anew.")
+        return table
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except WeightsError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is not a safetensors file: its header is not a table of tensors.")
-    header.pop("__metadata__", None)
-    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    return header
 
 
-def _entry(path: Path, name: str, entry: Mapping, start: int, size: int) -> Tensor:
+def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
     try:
         code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last))
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, first, last)) and len(shape) <= _MOST_AXES
+        known = code in DTYPES
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: the header's entry for {name} is damaged. Download the file anew.") from error
-    if code not in DTYPES:
-        raise WeightsError(f"{path}: {name} has dtype {code}, which fluxjax does not read. Known: {', '.join(DTYPES)}.")
-    tensor = Tensor(path, np.dtype(DTYPES[code]), shape, start + first)
-    if not whole or tensor.nbytes != last - first:
-        raise WeightsError(f"{path}: {name} of shape {shape} does not fit its offsets. Download the file anew.")
-    if start + last > size:
-        raise WeightsError(f"{path} is truncated: {name} ends at byte {start + last:,} of {size:,}. Download it anew.")
+        raise WeightsError(f"{path}: the header's entry for {name!r} is damaged. Download the file anew.") from error
+    if not known:
+        raise WeightsError(f"{path}: {name!r} has dtype {code}, which fluxjax does not read. Known: {', '.join(DTYPES)}.")
+    if not whole:
+        raise WeightsError(f"{path}: the header's entry for {name!r} is damaged. Download the file anew.")
+    tensor = Stored(path, np.dtype(DTYPES[code]), shape, start + first)
+    if tensor.nbytes != last - first:
+        raise WeightsError(f"{path}: {name!r} of shape {list(shape)} does not fit its offsets. Download the file anew.")
+    check_end(path, name, start + last, size)
     return tensor
 
 
-def read_headers(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """Return the tensors of several files as one; **Raises:** `WeightsError` if a name comes twice."""
-    merged: dict[str, Tensor] = {}
-    for path in paths:
-        tensors = read_header(path)
-        twice = sorted(merged.keys() & tensors.keys())
-        if twice:
-            raise WeightsError(f"{path} holds {twice[0]}, which {merged[twice[0]].file} holds too. Remove one of the files.")
-        merged |= tensors
-    return merged
+def check_end(path: Path, name: str, end: int, size: int) -> None:
+    """**Raises:** `WeightsError` if a tensor ends beyond its file."""
+    if end > size:
+        raise WeightsError(f"{path} is truncated: {name!r} ends at byte {end:,} of {size:,}. Download it anew.")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a component's folder: those its index names, or its only one.
+def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
+    """**Raises:** `WeightsError` if two tensors share bytes."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.nbytes and tensor.offset < end:
+            raise WeightsError(f"{path}: {before!r} and {name!r} overlap. Download the file anew.")
+        if tensor.nbytes:
+            end, before = tensor.offset + tensor.nbytes, name
 
-    **Raises:** `WeightsError` if there is none, several without an index, or one of the index is missing.
+
+def read_index(index: Path) -> list[Path]:
+    """Return the files that an index of shards names.
+
+    **Raises:** `WeightsError` if it is damaged, a file is missing, or one lies outside the index's folder.
     """
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-        missing = [name for name in names if not (folder / name).is_file()]
-        if outside or missing:
-            problem = f"a path outside the folder, {outside[0]}" if outside else f"{missing[0]}, which is missing"
-            raise WeightsError(f"{index[0]} names {problem}. Download the folder anew.")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        found = "none" if not files else ", ".join(file.name for file in files)
-        raise WeightsError(f"{folder} should hold one .safetensors file, or several and their index; it holds {found}.")
-    return files
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or name == ".."]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is no index of shards: it has no weight_map of names. Download it anew.") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if outside or missing:
+        problem = f"a path outside its folder, {outside[0]!r}" if outside else f"{missing[0]}, which is missing"
+        raise WeightsError(f"{index} names {problem}. Download the folder anew.")
+    return [index.parent / name for name in names]
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and move it there, so that it is whole or not there."""
-    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": (offset, offset := offset + tensor.nbytes),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+@dataclass(frozen=True)
+class Out:
+    """A tensor to be written. `chunks`: its values in order, in pieces along the first axis or whole."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Out":
+        return cls(array.dtype, array.shape, lambda: [array])
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Out],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    report: Callable[[int], Any] | None = None,
+) -> None:
+    """Write a safetensors file beside its place and move it there, so that it is whole or not there; `report` hears of the
+    bytes of each piece.
+
+    **Raises:** `WeightsError` if the disk is full.
+    """
+    header, order = _header(tensors, metadata)
+    total = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary, disk_errors(path, total), open(temporary, "wb") as file:
+        _reserve(file.fileno(), total)
+        file.write(header)
+        for name in order:
+            wanted, written = tensors[name].nbytes, 0
+            for chunk in tensors[name].chunks():
+                data = np.ascontiguousarray(chunk, tensors[name].dtype).reshape(-1).view(np.uint8)
+                file.write(data.data)
+                written += data.size
+                if report is not None:
+                    report(data.size)
+            if written != wanted:
+                raise ValueError(f"{name} came with {written} bytes, not {wanted}.")
+
+
+def _header(tensors: Mapping[str, Out], metadata: Mapping[str, str] | None) -> tuple[bytes, Sequence[str]]:
+    """Return the header, and the tensors' order in the file: those that keep the next one aligned come first."""
+    order = sorted(tensors, key=lambda name: tensors[name].nbytes % _DATA_ALIGNMENT != 0)
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        span = (offset, offset := offset + tensor.nbytes)
+        table[name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _reserve(descriptor: int, total: int) -> None:
+    """Take the room on disk at once, where the file system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, total)
+    except AttributeError:  # not on this platform
+        return
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` and move it there at the end, or remove it if an error or an interrupt comes."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path, total: int) -> Iterator[None]:
+    """Turn a full disk into a `WeightsError` that says what is needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise WeightsError(
+            f"No room for {path} ({total / 1e9:,.2f} GB): {error.strerror}. Nothing was left behind. Free some, or write elsewhere."
+        ) from error

@@ -1,8 +1,10 @@
-"""Tensors of a file to the leaves of a network and back, one tensor at a time."""
+"""Tensors of a file to the leaves of a network: matched by name, checked all together, read one at a time into their place."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from math import prod
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -11,35 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.convert.files import Tensor, WeightsError
+from fluxjax.convert.files import Stored, Tensor, WeightsError
 from fluxjax.convert.tables import Dialect, Row
 
 Network = TypeVar("Network", bound=eqx.Module)
 Parts = Mapping[str, slice]
 """The rows that each part of a fused weight takes."""
+Bounds = Sequence[tuple[int, int]]
+"""First and past-the-last index along each axis."""
 
 _STACKED = ("double", "single", "blocks")
 _ALIGNMENT = 64  # what XLA:CPU asks of a buffer to take it over without a copy
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """A tensor's place: a leaf, and the block of it if the leaf is stacked."""
+class Slot:
+    """A leaf of a network, or one block of a leaf that is stacked."""
 
     leaf: int
     block: int | None
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A file's tensor and where it goes."""
-
-    key: str
-    tensor: Tensor
-    row: Row
-    slot: _Slot
-    part: slice | None
 
 
 def leaf_names(network: eqx.Module) -> list[str]:
@@ -52,53 +45,164 @@ def _field(entry: Any) -> str:
     return str(entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.idx)
 
 
-def _slots(network: eqx.Module) -> dict[str, _Slot]:
-    slots: dict[str, _Slot] = {}
+def is_stacked(leaf: str) -> bool:
+    """Return whether a leaf of this name has its blocks along the first axis."""
+    return leaf.partition(".")[0] in _STACKED
+
+
+def block_name(leaf: str, block: int) -> str:
+    """Return the name of one block of a stacked leaf: the index follows the first field."""
+    first, _, rest = leaf.partition(".")
+    return f"{first}.{block}.{rest}"
+
+
+def slots_of(network: eqx.Module) -> dict[str, Slot]:
+    """Return every slot of a network by name, blocks of a leaf in a row."""
+    slots: dict[str, Slot] = {}
     for index, (name, leaf) in enumerate(zip(leaf_names(network), jax.tree.leaves(network), strict=True)):
-        field, _, rest = name.partition(".")
-        if field in _STACKED:
-            slots |= {f"{field}.{block}.{rest}": _Slot(index, block, leaf.shape[1:]) for block in range(leaf.shape[0])}
+        if is_stacked(name):
+            slots |= {block_name(name, block): Slot(index, block, leaf.shape[1:]) for block in range(leaf.shape[0])}
         else:
-            slots[name] = _Slot(index, None, leaf.shape)
+            slots[name] = Slot(index, None, leaf.shape)
     return slots
 
 
-def load(
-    network: Network,
-    tensors: Mapping[str, Tensor],
-    dialect: Dialect,
-    *,
-    parts: Parts | None = None,
-    dtype: DTypeLike | None = None,
-    sharding: Any = None,
-) -> Network:
-    """Fill a network with the tensors of a checkpoint.
+class Weights(ABC):
+    """A network's weights, wherever they lie: read a slot at a time."""
 
-    **Arguments:** `network`: of `jax.ShapeDtypeStruct` leaves (`eqx.filter_eval_shape`). `tensors`: from `read_headers`.
-    `dialect`: how they are named. `parts`: the rows of the parts of fused weights. `dtype`: of the weights; None keeps the
-    file's, the widest of those stacked together. `sharding`: of every leaf, or a pytree of shardings, one a leaf.
-    **Returns:** the network with arrays on the default device, or as `sharding` says.
-    **Raises:** `WeightsError` that lists all that is missing, unexpected or misshapen; nothing is read then.
+    network: eqx.Module
+    """Its structure, with leaves that have a shape."""
+
+    @abstractmethod
+    def dtype(self, slot: str) -> np.dtype:
+        """Return what a slot's values are, unless cast."""
+
+    @abstractmethod
+    def read(self, slot: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+        """Return rows of a slot, in memory of their own or not, cast to a dtype."""
+
+
+@dataclass(frozen=True)
+class Held(Weights):
+    """Weights in memory."""
+
+    network: eqx.Module
+
+    @cached_property
+    def _leaves(self) -> dict[str, tuple[Any, int | None]]:
+        leaves = jax.tree.leaves(self.network)
+        return {name: (leaves[slot.leaf], slot.block) for name, slot in slots_of(self.network).items()}
+
+    def dtype(self, slot: str) -> np.dtype:
+        return np.dtype(self._leaves[slot][0].dtype)
+
+    def read(self, slot: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+        leaf, block = self._leaves[slot]
+        return cast(np.asarray(leaf if block is None else leaf[block])[rows], dtype, slot)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that fills the rows `start` to `stop` of a slot, with its own rows from `skip` on."""
+
+    tensor: Tensor
+    layout: str | None
+    start: int
+    stop: int
+    skip: int = 0
+
+    def take(self, bounds: Bounds) -> np.ndarray:
+        """Return a region of the slot that lies within these rows."""
+        (first, last), rest = bounds[0], bounds[1:]
+        shift = self.skip - self.start
+        values = _to_ours(self.tensor.view(), self.layout)
+        return values[(slice(first + shift, last + shift), *(slice(*bound) for bound in rest))]
+
+    def copy_into(self, out: np.ndarray, bounds: Bounds, name: str) -> None:
+        """Write a region of the slot that lies within these rows; whole rows of one dtype come straight from the file."""
+        (first, last), rest = bounds[0], bounds[1:]
+        plain = isinstance(self.tensor, Stored) and self.layout in (None, "ours", "swap") and self.tensor.dtype == out.dtype
+        straight = self.layout == "ours" or len(self.tensor.shape) < 4
+        if plain and straight and tuple(stop - start for start, stop in rest) == self.tensor.shape[1:]:
+            shift = self.skip - self.start
+            self.tensor.rows(first + shift, last + shift).read_into(out)  # type: ignore[attr-defined]
+        else:
+            cast_into(out, self.take(bounds), name)
+
+
+@dataclass(frozen=True)
+class Plan(Weights):
+    """Weights in files: the pieces of every slot."""
+
+    network: eqx.Module
+    pieces: Mapping[str, Sequence[Piece]]
+    slots: Mapping[str, Slot] = field(repr=False)
+
+    def dtype(self, slot: str) -> np.dtype:
+        return widest(piece.tensor.dtype for piece in self.pieces[slot])
+
+    def read(self, slot: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+        shape = self.slots[slot].shape
+        first, last, _ = rows.indices(shape[0])
+        out = np.empty((last - first, *shape[1:]), dtype)
+        self.fill(slot, out, [(first, last), *((0, n) for n in shape[1:])])
+        return out
+
+    def fill(self, slot: str, out: np.ndarray, bounds: Bounds) -> None:
+        """Write a region of a slot into a contiguous array."""
+        low, high = bounds[0]
+        for piece in self.pieces[slot]:
+            first, last = max(low, piece.start), min(high, piece.stop)
+            if first < last:
+                piece.copy_into(out[first - low : last - low], [(first, last), *bounds[1:]], slot)
+
+    def leaf(self, name: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a region of a leaf, mapped if it lies in one file just so, else read into memory that XLA:CPU can take over."""
+        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        mapped = self._mapped(name, shape, dtype)
+        if mapped is not None:
+            return mapped[index]
+        out = _aligned([stop - start for start, stop in bounds], dtype)
+        if not is_stacked(name):
+            self.fill(name, out, bounds)
+        else:
+            for block in range(*bounds[0]):
+                self.fill(block_name(name, block), out[block - bounds[0][0]], bounds[1:])
+        return out
+
+    def _mapped(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+        """Return a leaf that lies in one file as it would in memory."""
+        slots = [block_name(name, block) for block in range(shape[0])] if is_stacked(name) else [name]
+        pieces = [piece for slot in slots for piece in self.pieces[slot]]
+        first = pieces[0].tensor if pieces else None
+        if len(pieces) != len(slots) or not isinstance(first, Stored) or first.dtype != dtype:
+            return None
+        offset = first.offset
+        for piece in pieces:
+            tensor = piece.tensor
+            as_it_is = piece.layout == "ours" or (piece.layout is None and len(tensor.shape) < 4)
+            if not as_it_is or not isinstance(tensor, Stored) or (tensor.file, tensor.offset) != (first.file, offset):
+                return None
+            offset += tensor.nbytes
+        return Stored(first.file, dtype, shape, first.offset).view()
+
+
+Problems = Mapping[str, Sequence[str]]
+"""Keys that are missing, unexpected, misshapen or repeated, with what is wrong with them."""
+
+
+def match(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, parts: Parts) -> tuple[Plan, Problems]:
+    """Return where each tensor goes, and all that does not fit; nothing is read.
+
+    **Arguments:** `network`: of `jax.ShapeDtypeStruct` leaves. `dialect`: how the tensors are named. `parts`: the rows of the
+    parts of fused weights.
     """
-    plan = _plan(network, tensors, dialect, parts or {})
-    leaves, structure = jax.tree.flatten(network)
-    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        shardings = [sharding] * len(leaves)
-    else:
-        shardings = jax.tree.leaves(sharding)
-        if len(shardings) != len(leaves):
-            raise ValueError(f"`load(sharding)` needs one sharding a leaf, {len(leaves)}, got {len(shardings)}.")
-    filled = []
-    for index, leaf in enumerate(leaves):
-        buffer = _fill(leaf.shape, plan[index], dtype)
-        filled.append(jax.block_until_ready(jax.device_put(buffer, shardings[index], may_alias=True)))
-    return jax.tree.unflatten(structure, filled)
-
-
-def _plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, parts: Parts) -> list[list[_Piece]]:
-    """Return the pieces of each leaf, having checked that all fits."""
-    slots = _slots(network)
-    plan: list[list[_Piece]] = [[] for _ in jax.tree.leaves(network)]
+    names_and_leaves = zip(leaf_names(network), jax.tree.leaves(network), strict=True)
+    depth = max((leaf.shape[0] for name, leaf in names_and_leaves if is_stacked(name)), default=0)
+    if depth > max(len(tensors), 1000):  # a damaged config: don't enumerate it
+        raise WeightsError(f"The config asks for {depth} blocks, of {len(tensors)} tensors. Pass the file's own config.")
+    slots = slots_of(network)
+    pieces: dict[str, list[Piece]] = {name: [] for name in slots}
     wanted = {(name, part) for name in slots for part in _parts_of(name, dialect)}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "repeated": []}
     for key, tensor in tensors.items():
@@ -111,17 +215,73 @@ def _plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, 
         if (name, row.part) not in wanted:
             problems["repeated"].append(key)
         wanted.discard((name, row.part))
-        piece = _Piece(key, tensor, row, slots[name], None if row.part is None else parts[row.part])
-        expected = _their_shape(piece)
+        rows = slice(0, slots[name].shape[0]) if row.part is None else parts[row.part]
+        expected = their_shape((rows.stop - rows.start, *slots[name].shape[1:]), row)
         if tensor.shape != expected:
             problems["misshapen"].append(f"{key} is {list(tensor.shape)}, not {list(expected)}")
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             problems["misshapen"].append(f"{key} is {tensor.dtype}, not a float")
-        plan[piece.slot.leaf].append(piece)
+        pieces[name] += _pieces(tensor, row, rows)
     problems["missing"] = sorted(_their_key(name, part, dialect) for name, part in wanted)
+    return Plan(network, pieces, slots), problems
+
+
+def _pieces(tensor: Tensor, row: Row, rows: slice) -> list[Piece]:
+    if row.layout != "swap":
+        return [Piece(tensor, row.layout, rows.start, rows.stop)]
+    half = (rows.start + rows.stop) // 2
+    lower, upper = Piece(tensor, "swap", rows.start, half, half), Piece(tensor, "swap", half, rows.stop, 0)
+    return [lower, upper]
+
+
+def plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, parts: Parts) -> Plan:
+    """As `match`. **Raises:** `WeightsError` that lists all that does not fit."""
+    found, problems = match(network, tensors, dialect, parts)
     if any(problems.values()):
         raise WeightsError(_report(network, dialect, problems))
-    return plan
+    return found
+
+
+def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) -> Any:
+    """Fill a network with the tensors of a checkpoint.
+
+    **Arguments:** `dtype`: of the weights; None keeps the file's, the widest of those stacked together. `sharding`: of every
+    leaf, or a pytree of shardings, one a leaf; a process reads no more of a tensor than its devices hold.
+    **Returns:** the network with arrays on the default device, or as `sharding` says.
+    """
+    leaves, structure = jax.tree.flatten(plan.network)
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        shardings = [sharding] * len(leaves)
+    else:
+        shardings = jax.tree.leaves(sharding)
+        if len(shardings) != len(leaves):
+            raise ValueError(f"`load(sharding)` needs one sharding a leaf, {len(leaves)}, got {len(shardings)}.")
+    filled = []
+    for name, leaf, where in zip(leaf_names(plan.network), leaves, shardings, strict=True):
+        target = leaf_dtype(plan, name, leaf.shape) if dtype is None else np.dtype(dtype)
+        filled.append(jax.block_until_ready(_place(plan, name, leaf.shape, target, where)))
+    return jax.tree.unflatten(structure, filled)
+
+
+def leaf_dtype(weights: Weights, name: str, shape: Sequence[int]) -> np.dtype:
+    """Return the widest dtype of a leaf's slots."""
+    slots = [block_name(name, block) for block in range(shape[0])] if is_stacked(name) else [name]
+    return widest(weights.dtype(slot) for slot in slots)
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Return the one dtype, or what holds them all; 8-bit floats beside others count as bfloat16."""
+    different = set(dtypes)
+    if len(different) == 1:
+        return different.pop()
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(reduce(jnp.promote_types, (jnp.bfloat16 if dtype.itemsize == 1 else dtype for dtype in different)))
+
+
+def _place(plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
+    if sharding is not None and not sharding.is_fully_replicated:
+        return jax.make_array_from_callback(shape, sharding, lambda index: plan.leaf(name, shape, dtype, index))
+    return jax.device_put(plan.leaf(name, shape, dtype, (slice(None),) * len(shape)), sharding, may_alias=True)
 
 
 def _parts_of(name: str, dialect: Dialect) -> list[str | None]:
@@ -132,35 +292,52 @@ def _their_key(name: str, part: str | None, dialect: Dialect) -> str:
     return next((key for key, row in dialect.keys(name) if row.part == part), name)
 
 
-def _their_shape(piece: _Piece) -> tuple[int, ...]:
-    """Return the shape that the file's tensor should have."""
-    shape = piece.slot.shape
-    if piece.part is not None:
-        shape = (piece.part.stop - piece.part.start, *shape[1:])
+def their_shape(shape: tuple[int, ...], row: Row) -> tuple[int, ...]:
+    """Return the shape that a tensor of ours has in a file."""
+    if row.layout == "ours":
+        return shape
     if len(shape) == 4:
         return (shape[3], shape[2], shape[0], shape[1])
-    if piece.row.layout == "1x1" and len(shape) == 2:
-        return (*shape, 1, 1)
-    return shape
+    return (*shape, 1, 1) if row.layout == "1x1" and len(shape) == 2 else shape
 
 
-def _to_ours(tensor: np.ndarray, row: Row) -> np.ndarray:
-    if tensor.ndim == 4 and row.layout != "1x1":
-        return tensor.transpose(2, 3, 1, 0)
-    if tensor.ndim == 4:
-        return tensor[:, :, 0, 0]
-    return np.roll(tensor, len(tensor) // 2, axis=0) if row.layout == "swap" else tensor
+def _to_ours(values: np.ndarray, layout: str | None) -> np.ndarray:
+    if values.ndim == 4 and layout == "1x1":
+        return values[:, :, 0, 0]
+    return values.transpose(2, 3, 1, 0) if values.ndim == 4 and layout != "ours" else values
 
 
-def _to_theirs(tensor: np.ndarray, row: Row) -> np.ndarray:
-    if tensor.ndim == 4:
-        return tensor.transpose(3, 2, 0, 1)
-    if row.layout == "1x1" and tensor.ndim == 2:
-        return tensor[:, :, None, None]
-    return np.roll(tensor, len(tensor) // 2, axis=0) if row.layout == "swap" else tensor
+def to_theirs(values: np.ndarray, row: Row) -> np.ndarray:
+    """Return a tensor of ours as a file has it."""
+    if row.layout == "ours":
+        return values
+    if values.ndim == 4:
+        return values.transpose(3, 2, 0, 1)
+    if row.layout == "1x1" and values.ndim == 2:
+        return values[:, :, None, None]
+    return np.roll(values, len(values) // 2, axis=0) if row.layout == "swap" else values
 
 
-def _report(network: eqx.Module, dialect: Dialect, problems: Mapping[str, list[str]]) -> str:
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Return values in a dtype. **Raises:** `WeightsError` if one does not fit in it."""
+    if values.dtype == dtype:
+        return values
+    out = np.empty(values.shape, dtype)
+    cast_into(out, values, name)
+    return out
+
+
+def cast_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Write values into an array of another dtype, without a copy between. **Raises:** `WeightsError` if one does not fit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out[...] = values
+    most = float(jnp.finfo(out.dtype).max)
+    if most < float(jnp.finfo(values.dtype).max) and not np.isfinite(out).all() and np.isfinite(values).all():
+        largest = float(np.abs(values.astype(np.float32)).max())
+        raise WeightsError(f"{name} holds {largest:.4g}, which {out.dtype} can't (at most {most:g}). Use bfloat16.")
+
+
+def _report(network: eqx.Module, dialect: Dialect, problems: Problems) -> str:
     kind = type(network).__name__
     lines = [f"The file does not fit this {kind} (read as {dialect.name} names):"]
     for problem, found in problems.items():
@@ -171,55 +348,16 @@ def _report(network: eqx.Module, dialect: Dialect, problems: Mapping[str, list[s
     return "\n".join(lines)
 
 
-def _fill(shape: Sequence[int], pieces: Sequence[_Piece], dtype: DTypeLike | None) -> np.ndarray:
-    """Read a leaf's pieces into one buffer that the CPU backend can take over as it is."""
-    with jax.numpy_dtype_promotion("standard"):
-        widest = reduce(jnp.promote_types, (piece.tensor.dtype for piece in pieces))
-    target = np.dtype(widest if dtype is None else dtype)
-    buffer = _aligned(shape, target)
-    for piece in pieces:
-        place = buffer if piece.slot.block is None else buffer[piece.slot.block]
-        place = place if piece.part is None else place[piece.part]
-        if piece.tensor.dtype == target and place.shape == piece.tensor.shape and piece.row.layout is None:
-            piece.tensor.read_into(place)
-        else:
-            place[...] = _to_ours(piece.tensor.read(), piece.row)
-    return buffer
-
-
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    nbytes = int(np.prod(shape)) * dtype.itemsize
+    nbytes = prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def export(network: eqx.Module, dialect: Dialect, *, parts: Parts | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a network's weights as a dialect names and lays them out, one tensor at a time.
-
-    **Raises:** `WeightsError` for a leaf that the dialect has no name for.
-    """
-    leaves = jax.tree.leaves(network)
-    for name, slot in _slots(network).items():
-        keys = dialect.keys(name)
-        if not keys:
-            raise WeightsError(f"The {dialect.name} names have none for {name} of {type(network).__name__}.")
-        leaf = leaves[slot.leaf]
-        ours = np.asarray(leaf if slot.block is None else leaf[slot.block])
-        for key, row in keys:
-            piece = ours if row.part is None else ours[(parts or {})[row.part]]
-            yield key, np.ascontiguousarray(_to_theirs(piece, row))
-
-
-def choose(tensors: Mapping[str, Tensor], dialects: Sequence[Dialect], kind: str, file: Any) -> Dialect:
-    """Return the dialect whose mark the tensors hold. **Raises:** `WeightsError` if none does."""
-    for dialect in dialects:
-        if dialect.mark in tensors or dialect.prefix + dialect.mark in tensors:
-            return dialect
-    some = ", ".join(list(tensors)[:3]) or "no tensors at all"
-    raise WeightsError(f"{file} holds no {kind}: found {some}. Pass the {kind}'s own file or folder.")
-
-
 def abstract(make: Callable[..., Network], config: Any) -> Network:
-    """Return a network of shapes alone, no array made."""
-    return eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+    """Return a network of shapes alone, no array made. **Raises:** `WeightsError` for a config that makes none."""
+    try:
+        return eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+    except Exception as error:  # a config from a damaged file can fail anywhere
+        raise WeightsError(f"{config} makes no {getattr(make, '__name__', 'network')}: {error}") from error

@@ -1,6 +1,6 @@
 """How each dialect names the weights: one row a kind of tensor, read forwards to load and backwards to export.
 
-`{i}` and `{j}` stand for indices, `{p}` for weight or bias. A row's right side names one of our leaves; a stacked leaf
+`{i}` and `{j}` stand for indices, `{p}` for weight or bias, `{leaf}` for anything. A row's right side names one of our leaves; a stacked leaf
 carries its block's index after its first field.
 """
 
@@ -12,7 +12,7 @@ from functools import cached_property
 @dataclass(frozen=True)
 class Row:
     """One kind of tensor. `part`: the rows of a fused weight it holds, by name. `layout`: "1x1" for a linear layer stored as
-    a 1x1 convolution, "swap" for one whose halves are in the other order."""
+    a 1x1 convolution, "swap" for one whose halves are in the other order, "ours" for a tensor as it is in memory."""
 
     theirs: str
     ours: str
@@ -30,7 +30,7 @@ class Row:
 
 def _pattern(text: str) -> re.Pattern:
     escaped = re.escape(text)
-    for name, expression in (("i", r"\d+"), ("j", r"\d+"), ("p", "weight|bias")):
+    for name, expression in (("i", r"\d+"), ("j", r"\d+"), ("p", "weight|bias"), ("leaf", ".+")):
         escaped = escaped.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})", 1)
     return re.compile(escaped + r"\Z")
 
@@ -173,6 +173,9 @@ CLIP_TRANSFORMERS = Dialect(
     unneeded=("embeddings.position_ids", "logit_scale", "text_projection.weight"),
 )
 
+OWN = Dialect("own", "", (Row("{leaf}", "{leaf}", layout="ours"),))
+"""fluxjax's own names: the leaves'."""
+
 T5_TRANSFORMERS = Dialect(
     "transformers",
     "shared.weight",
@@ -192,6 +195,26 @@ T5_TRANSFORMERS = Dialect(
     ),
     # The same tensor as shared.weight, written twice by some.
     unneeded=("encoder.embed_tokens.weight",),
+)
+
+
+T5_LLAMA = Dialect(
+    "llama.cpp",
+    "token_embd.weight",
+    _rows(
+        ("token_embd.weight", "tokens.weight"),
+        ("enc.blk.0.attn_rel_b.weight", "position_bias.weight"),
+        ("enc.blk.{i}.attn_norm.weight", "blocks.{i}.norm1.scale"),
+        ("enc.blk.{i}.attn_q.weight", "blocks.{i}.q.weight"),
+        ("enc.blk.{i}.attn_k.weight", "blocks.{i}.k.weight"),
+        ("enc.blk.{i}.attn_v.weight", "blocks.{i}.v.weight"),
+        ("enc.blk.{i}.attn_o.weight", "blocks.{i}.out.weight"),
+        ("enc.blk.{i}.ffn_norm.weight", "blocks.{i}.norm2.scale"),
+        ("enc.blk.{i}.ffn_gate.weight", "blocks.{i}.gate.weight"),
+        ("enc.blk.{i}.ffn_up.weight", "blocks.{i}.up.weight"),
+        ("enc.blk.{i}.ffn_down.weight", "blocks.{i}.down.weight"),
+        ("enc.output_norm.weight", "norm.scale"),
+    ),
 )
 
 

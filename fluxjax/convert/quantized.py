@@ -1,0 +1,212 @@
+"""Weights that are stored in fewer bits and decoded as they are read: scaled fp8, and GGUF's block formats."""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from fluxjax.convert.files import File, Stored, Tensor, WeightsError, check_end, check_overlaps
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+GGUF_MAGIC = b"GGUF"
+_CHUNK = 4_194_304  # elements decoded at a time
+
+
+@dataclass(frozen=True)
+class Scaled(Tensor):
+    """An fp8 weight and its scale: one factor, or one a row. It is loaded as bfloat16 unless told otherwise."""
+
+    weight: Stored
+    scale: Stored
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes
+
+    @property
+    def storage(self) -> str:
+        return f"{self.weight.dtype} scaled"
+
+    def view(self) -> np.ndarray:
+        scale = self.scale.view().astype(np.float32)
+        return self.weight.view().astype(np.float32) * scale.reshape(-1, *(1,) * (len(self.shape) - 1))
+
+
+_SCALE, _UNUSED_SCALE, _MARKER = "scale_weight", "scale_input", "scaled_fp8"
+
+
+def join_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with fp8 weights joined to their scales; scales of activations and the marker are dropped, as
+    nothing here computes in fp8.
+
+    **Raises:** `WeightsError` for a scale without its weight, or of another shape than one factor or one a row.
+    """
+    joined = {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in (_SCALE, _UNUSED_SCALE, _MARKER)}
+    for name, scale in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last != _SCALE:
+            continue
+        weight = joined.get(f"{stem}.weight")
+        if not isinstance(weight, Stored) or not isinstance(scale, Stored):
+            raise WeightsError(f"{scale.file}: {name!r} scales {stem}.weight, which is missing. Download the file anew.")
+        if scale.size not in (1, *weight.shape[:1]) or scale.dtype.itemsize < 2:
+            raise WeightsError(f"{scale.file}: {name!r} of shape {list(scale.shape)} does not scale {list(weight.shape)}.")
+        joined[f"{stem}.weight"] = Scaled(weight.file, BFLOAT16, weight.shape, weight, scale)
+    return joined
+
+
+@dataclass(frozen=True)
+class Quantized(Tensor):
+    """A tensor in one of GGUF's block formats. It is loaded as bfloat16 unless told otherwise."""
+
+    kind: str
+    offset: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.row_bytes
+
+    @property
+    def storage(self) -> str:
+        return self.kind
+
+    def view(self) -> np.ndarray:
+        gguf = _gguf()
+        rows = prod(self.shape[:-1])
+        if not rows:
+            return np.empty(self.shape, np.float32)
+        packed = np.memmap(self.file, np.uint8, "r", self.offset, (rows, self.row_bytes))
+        out = np.empty((rows, self.shape[-1]), np.float32)
+        step = max(1, _CHUNK // self.shape[-1])
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            out[part] = gguf.quants.dequantize(packed[part], gguf.GGMLQuantizationType[self.kind])
+        return out.reshape(self.shape)
+
+
+_PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def read_gguf(path: Path) -> File:
+    """Return what a GGUF file holds, having checked that all of it is there; only text is kept of its metadata.
+
+    The header is read here rather than by the `gguf` package, whose reader does not end on some damaged files.
+    **Raises:** `WeightsError` for a truncated or damaged file, a format that can't be decoded, or without `gguf`.
+    **Source:** the GGUF specification, version 3.
+    """
+    _gguf()
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        reader = _Reader(path, file, size)
+        version, tensor_count, pair_count = reader.header()
+        if version not in (2, 3):
+            raise WeightsError(f"{path} is GGUF of version {version}; fluxjax reads 2 and 3. Convert it with llama.cpp's tools.")
+        pairs = [(reader.text(), reader.value(reader.number("I"))) for _ in range(pair_count)]
+        entries = [reader.entry() for _ in range(tensor_count)]
+        metadata = dict(pairs)
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise reader.damaged()
+        start = -(-file.tell() // alignment) * alignment
+    tensors = {name: _tensor(path, name, kind, shape, start + offset, size) for name, kind, shape, offset in entries}
+    if len(tensors) < len(entries):
+        raise WeightsError(f"{path}: the header names a tensor twice. Download the file anew.")
+    check_overlaps(path, tensors)
+    return File(path, tensors, {name: value for name, value in pairs if isinstance(value, str)})
+
+
+def _tensor(path: Path, name: str, code: int, shape: tuple[int, ...], offset: int, size: int) -> Tensor:
+    gguf = _gguf()
+    kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
+    kind = kinds.get(code)
+    if kind is None:
+        raise WeightsError(f"{path}: {name!r} has a type, {code}, that the installed gguf does not know. Update gguf.")
+    tensor: Tensor
+    if kind.name in _PLAIN:
+        tensor = Stored(path, np.dtype(_PLAIN[kind.name]), shape, offset)
+    else:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if not shape or not shape[-1] or shape[-1] % block:
+            raise WeightsError(f"{path}: {name!r} of shape {list(shape)} does not divide into {kind.name}'s blocks of {block}.")
+        if kind not in gguf.quants._type_traits:
+            raise WeightsError(f"{path}: {name!r} is {kind.name}, which gguf can't decode. Use another quantization's file.")
+        tensor = Quantized(path, BFLOAT16, shape, kind.name, offset, shape[-1] // block * block_bytes)
+    check_end(path, name, offset + tensor.nbytes, size)
+    return tensor
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise WeightsError("GGUF files need the gguf package: pip install 'fluxjax[gguf]'.") from error
+    return gguf
+
+
+class _Reader:
+    """The numbers and texts of a GGUF header, never beyond the file's end."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int):
+        self.path, self.file, self.size = path, file, size
+
+    def damaged(self) -> WeightsError:
+        return WeightsError(f"{self.path} is truncated or damaged within its header. Download it anew.")
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise self.damaged()
+        return self.file.read(count)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged() from error
+
+    def header(self) -> tuple[int, int, int]:
+        if self.take(4) != GGUF_MAGIC:
+            raise WeightsError(f"{self.path} is not a GGUF file.")
+        return self.number("I"), self.number("Q"), self.number("Q")
+
+    def value(self, kind: int) -> Any:
+        """Return a number or a text; arrays are passed over."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise self.damaged()
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _SCALARS:
+            self.skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
+        elif inner == _STRING:
+            for _ in range(count):
+                self.skip(self.number("Q"))
+        else:
+            raise self.damaged()
+        return None
+
+    def skip(self, count: int) -> None:
+        if count > self.size - self.file.tell():
+            raise self.damaged()
+        self.file.seek(count, 1)
+
+    def entry(self) -> tuple[str, int, tuple[int, ...], int]:
+        """Return a tensor's name, type, shape in row-major order, and offset."""
+        name, axes = self.text(), self.number("I")
+        if axes > 4:
+            raise self.damaged()
+        shape = tuple(self.number("Q") for _ in range(axes))[::-1]
+        return name, self.number("I"), shape, self.number("Q")

@@ -1,0 +1,233 @@
+"""Weights from any layout to any other, and what a file or a folder holds."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from fluxjax.convert.files import WeightsError, disk_errors
+from fluxjax.convert.layouts import LAYOUTS, Given, Sheet, parameters, sheets, write_json, write_sheets
+from fluxjax.convert.load import Problems
+from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
+from fluxjax.zoo import DEFAULTS_FILE, ZOO, download, load_defaults, tiny_folder, write_pipeline
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+def convert_weights(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "own",
+    dtype: DTypeLike | None = None,
+    only: Sequence[str] | None = None,
+    shard_size: int | None = None,
+    start: Callable[[int], Any] | None = None,
+    report: Callable[[int], Any] | None = None,
+) -> Path:
+    """Write a checkpoint in another layout, tensor by tensor; nothing is at the destination until all of it is.
+
+    **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id. `destination`: a new folder, or a new
+    file that ends in .safetensors. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder), "bfl" or "comfy".
+    `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
+    the linear layers' matrices alone. `only`: some of "flux", "t5", "clip", "vae". `shard_size`: the most bytes of a file, for
+    a folder of the own or the diffusers layout. `start`, `report`: hear of the bytes to be written, and of each piece.
+    **Returns:** the destination.
+    **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
+    the networks; `FileExistsError` if there is something at the destination.
+    """
+    target = Path(destination)
+    single = target.suffix == ".safetensors"
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
+    if shard_size is not None and (single or to not in ("own", "diffusers") or shard_size < 1):
+        raise ValueError("Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more.")
+    _check_free(target)
+    folder = _folder(source)
+    parts = _chosen(open_source(folder), only)
+    given = [_given(part) for part in parts]
+    files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
+    total = sum(sheet.nbytes for sheet in files)
+    if start is not None:
+        start(total)
+    if single:
+        write_sheets(target.parent, files, report=report)
+        return target
+    with _new_folder(target) as temporary, disk_errors(target, total):
+        write_sheets(temporary, files, shard_size=shard_size, report=report)
+        _write_rest(source, folder, temporary, parts, to)
+    return target
+
+
+def _folder(source: str | Path) -> Path:
+    """Return where all of a model lies, downloaded if need be."""
+    name, path = str(source), Path(source)
+    if name in ZOO:
+        return tiny_folder() if ZOO[name].repository is None else download(name)
+    return path if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) else download(name)
+
+
+def _check_free(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(f"There is something at {target} already. Remove it, or choose another destination.")
+
+
+def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
+    """Return the parts to convert. **Raises:** `WeightsError` if one is missing, or the source holds more than is converted."""
+    if only is not None:
+        unknown = sorted(set(only) - KINDS.keys())
+        if unknown:
+            raise ValueError(f"There is no network {unknown[0]!r}. Choose some of {', '.join(KINDS)}.")
+        return [source.part(KINDS[name]) for name in KINDS if name in set(only)]
+    for problem in source.strangers.values():
+        raise WeightsError(f"{problem} To convert the rest alone, name it with only=.")
+    if source.left:
+        raise WeightsError(
+            f"{source.path} holds {len(source.left)} tensors of no known network ({', '.join(source.left[:3])} …). "
+            "To convert the rest alone, name it with only=."
+        )
+    if not source.parts:
+        raise WeightsError(f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's folder.")
+    return list(source.parts.values())
+
+
+def _given(part: Part) -> Given:
+    origin = {"files": [file.name for file in part.files], "names": part.dialect.name}
+    return Given(part.kind, part.config, part.plan(), origin)
+
+
+def _write_rest(source: str | Path, folder: Path, target: Path, parts: Sequence[Part], layout: str) -> None:
+    """Write what a folder holds beside the weights: configs, tokenizers, and how the model is sampled."""
+    kinds = {part.kind.name for part in parts}
+    if layout == "diffusers":
+        for part in parts:
+            write_json(target / part.kind.folder / "config.json", part.kind.to_json(part.config))
+    if layout in ("own", "diffusers"):
+        found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
+        for name in found:
+            shutil.copytree(folder / name, target / name)
+        if "flux" in kinds:
+            defaults = load_defaults(source)
+            if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZERS):
+                write_pipeline(target, defaults)
+            else:
+                write_json(target / DEFAULTS_FILE, asdict(defaults))
+
+
+@contextmanager
+def _new_folder(target: Path):
+    """Give a temporary folder beside the target and move it there at the end, or remove it if an error or an interrupt comes."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _check_free(target)
+        os.replace(temporary, target)  # an empty folder gives way
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a file or folder holds of one network.
+
+    `names`: whose key names it has. `variant`: which of FLUX.1's transformers. `parameters`: None if its config is not known.
+    `nbytes`: in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype of most weights when loaded.
+    `problems`: keys that are missing, unexpected, misshapen or repeated. `error`: why its config is not known.
+    """
+
+    kind: str
+    title: str
+    names: str
+    variant: str | None
+    files: tuple[str, ...]
+    parameters: int | None
+    nbytes: int
+    storage: dict[str, int]
+    loads_as: str
+    problems: Problems
+    error: str | None
+
+    @property
+    def whole(self) -> bool:
+        return self.error is None and not any(self.problems.values())
+
+    def __str__(self) -> str:
+        size = "unknown size" if self.parameters is None else f"{self.parameters:,} parameters"
+        stored = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in sorted(self.storage.items(), key=lambda i: -i[1]))
+        what = self.title + ("" if self.variant is None else f" ({self.variant})")
+        lines = [
+            f"{self.kind}: {what}, {size}, {self.nbytes / 1e6:,.1f} MB",
+            f"  in {', '.join(self.files)}; {self.names} names; stored as {stored}",
+        ]
+        for problem, keys in self.problems.items():
+            if keys:
+                lines.append(f"  {len(keys)} {problem}: {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}")
+        verdict = f"  whole: loads with load_{self.kind} as {self.loads_as}" if self.whole else "  does not load"
+        return "\n".join([*lines, verdict if self.error is None else f"  does not load: {self.error}"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a file or folder holds. `strangers`: files that hold no network of FLUX, and why; `left`: tensors of none."""
+
+    networks: tuple[Summary, ...]
+    strangers: dict[str, str]
+    left: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is a network, and all that there is loads."""
+        return bool(self.networks) and all(network.whole for network in self.networks)
+
+    def __str__(self) -> str:
+        lines = [str(network) for network in self.networks] + list(self.strangers.values())
+        if self.left:
+            lines.append(f"{len(self.left)} tensors of no known network: {', '.join(self.left[:8])}{' …' if len(self.left) > 8 else ''}")
+        return "\n".join(lines or ["no weights"])
+
+
+def inspect_weights(source: str | Path) -> Report:
+    """Tell what a file or folder holds, from its headers alone: kind, variant, size, dtypes, what is missing or extra.
+
+    **Arguments:** `source`: as for `convert_weights`.
+    **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such source.
+    """
+    found = open_source(_folder(source))
+    networks = tuple(_summary(part) for part in found.parts.values())
+    return Report(networks, {path.name: problem for path, problem in found.strangers.items()}, tuple(found.left))
+
+
+def _summary(part: Part) -> Summary:
+    problems: Problems = {}
+    count = kind = error = None
+    try:
+        plan, problems = part.check()
+        count, kind = parameters(plan.network), variant(part.config)
+    except WeightsError as problem:
+        error = str(problem)
+    storage: dict[str, int] = {}
+    loaded: dict[str, int] = {}
+    for tensor in part.tensors.values():
+        storage[tensor.storage] = storage.get(tensor.storage, 0) + tensor.nbytes
+        loaded[str(tensor.dtype)] = loaded.get(str(tensor.dtype), 0) + tensor.size
+    return Summary(
+        kind=part.kind.name,
+        title=part.kind.title,
+        names=part.dialect.name,
+        variant=kind,
+        files=tuple(file.name for file in part.files),
+        parameters=count,
+        nbytes=sum(tensor.nbytes for tensor in part.tensors.values()),
+        storage=storage,
+        loads_as=max(loaded, key=loaded.__getitem__, default="nothing"),
+        problems=problems,
+        error=error,
+    )
