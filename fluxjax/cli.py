@@ -1,11 +1,12 @@
-"""The command line: `fluxjax generate "…"`."""
+"""The command line: `fluxjax generate`, `convert`, `inspect` and `download`."""
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +16,8 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 import fluxjax
+from fluxjax.convert.layouts import LAYOUTS
+from fluxjax.convert.source import KINDS
 from fluxjax.generate import (
     Text,
     activation_dtype,
@@ -30,7 +33,8 @@ from fluxjax.generate import (
 from fluxjax.image import write_numbered
 from fluxjax.latents import image_ids
 from fluxjax.shapes import Array, Times
-from fluxjax.zoo import ZOO, Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
+from fluxjax.weights import convert_weights, inspect_weights
+from fluxjax.zoo import WHOLE, ZOO, Defaults, download, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 Loaded = TypeVar("Loaded")
@@ -39,6 +43,8 @@ Loaded = TypeVar("Loaded")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake of the user's is one line on standard error and exit code 2."""
     options = _parser().parse_args(arguments)
+    # A polite end unwinds as an interrupt does, so that no half-written file stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options.run(options)
     except (ValueError, OSError) as error:
@@ -73,7 +79,72 @@ def _parser() -> argparse.ArgumentParser:
     cache = _cache_folder()
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
     add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
+    _add_weights(commands)
     return parser
+
+
+FLOATS = DTYPES | {"float8_e4m3": jnp.float8_e4m3fn}
+
+
+def _add_weights(commands: Any) -> None:
+    """Add the commands that read and write weights."""
+    about = "Write a checkpoint in another layout, tensor by tensor."
+    convert = commands.add_parser("convert", help="weights to another layout", description=about)
+    convert.set_defaults(run=_convert)
+    add = convert.add_argument
+    add("source", help="a file or a folder of any layout, a model's name, or a hub id")
+    add("destination", type=Path, help="a new folder, or a new .safetensors file")
+    add("--to", choices=LAYOUTS, default="own", help="the layout (default: %(default)s)")
+    add("--dtype", choices=FLOATS, help="of the weights; float8 is for the linear layers' matrices alone (default: theirs)")
+    add("--only", action="append", choices=KINDS, help="one of the networks; may be given again (default: all)")
+    add("--shard-size", type=_bytes, metavar="SIZE", help="the most bytes of a file, as 5GB (default: no limit)")
+    about = "Tell what a file or a folder holds, from its headers alone. Exit code 1 if it does not load."
+    inspect = commands.add_parser("inspect", help="what a file or a folder holds", description=about)
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("source", help="a file or a folder of any layout, a model's name, or a hub id")
+    about = "Download what fluxjax reads of a model into the hub's cache, and print where it lies."
+    fetch = commands.add_parser("download", help="a model into the cache", description=about)
+    fetch.set_defaults(run=_download)
+    fetch.add_argument("name", help=f"{', '.join(ZOO)}, or a hub id")
+    fetch.add_argument("--only", action="append", choices=KINDS, help="one of the networks; may be given again (default: all)")
+
+
+def _bytes(text: str) -> int:
+    """Read a size: a number, and kB, MB, GB or nothing after it."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+    number = text.upper().rstrip("KMGB")
+    try:
+        return int(float(number) * units[text.upper()[len(number) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one as 5GB or 500MB") from None
+
+
+def _convert(options: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        bars = []  # begun when the size is known
+        written = convert_weights(
+            options.source,
+            options.destination,
+            to=options.to,
+            dtype=FLOATS[options.dtype] if options.dtype else None,
+            only=options.only,
+            shard_size=options.shard_size,
+            start=lambda total: bars.append(stack.enter_context(tqdm(total=total, unit="B", unit_scale=True))),
+            report=lambda count: bars[0].update(count),
+        )
+    print(written)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    report = inspect_weights(options.source)
+    print(report)
+    if not report.whole:
+        raise SystemExit(1)
+
+
+def _download(options: argparse.Namespace) -> None:
+    parts = WHOLE if options.only is None else [KINDS[name].folder for name in options.only]
+    print(download(options.name, parts))
 
 
 def _cache_folder() -> Path:

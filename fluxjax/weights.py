@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.convert.files import WeightsError, disk_errors
-from fluxjax.convert.layouts import LAYOUTS, Given, Sheet, parameters, sheets, write_json, write_sheets
+from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
 from fluxjax.convert.load import Problems
 from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
 from fluxjax.zoo import DEFAULTS_FILE, ZOO, download, load_defaults, tiny_folder, write_pipeline
@@ -36,8 +36,9 @@ def convert_weights(
     **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id. `destination`: a new folder, or a new
     file that ends in .safetensors. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder), "bfl" or "comfy".
     `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
-    the linear layers' matrices alone. `only`: some of "flux", "t5", "clip", "vae". `shard_size`: the most bytes of a file, for
-    a folder of the own or the diffusers layout. `start`, `report`: hear of the bytes to be written, and of each piece.
+    the matrices of the transformer's and the encoders' linear layers. `only`: some of "flux", "t5", "clip", "vae".
+    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `start`, `report`: hear of
+    the bytes to be written, and of each piece's.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
     the networks; `FileExistsError` if there is something at the destination.
@@ -47,7 +48,9 @@ def convert_weights(
     if to not in LAYOUTS:
         raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
     if shard_size is not None and (single or to not in ("own", "diffusers") or shard_size < 1):
-        raise ValueError("Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more.")
+        raise ValueError(
+            "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
+        )
     _check_free(target)
     folder = _folder(source)
     parts = _chosen(open_source(folder), only)
@@ -86,11 +89,11 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
             raise ValueError(f"There is no network {unknown[0]!r}. Choose some of {', '.join(KINDS)}.")
         return [source.part(KINDS[name]) for name in KINDS if name in set(only)]
     for problem in source.strangers.values():
-        raise WeightsError(f"{problem} To convert the rest alone, name it with only=.")
+        raise WeightsError(f"{problem} To convert the rest, choose it with `only`.")
     if source.left:
         raise WeightsError(
             f"{source.path} holds {len(source.left)} tensors of no known network ({', '.join(source.left[:3])} …). "
-            "To convert the rest alone, name it with only=."
+            "To convert the rest, choose it with `only`."
         )
     if not source.parts:
         raise WeightsError(f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's folder.")
@@ -122,7 +125,7 @@ def _write_rest(source: str | Path, folder: Path, target: Path, parts: Sequence[
 
 @contextmanager
 def _new_folder(target: Path):
-    """Give a temporary folder beside the target and move it there at the end, or remove it if an error or an interrupt comes."""
+    """Give a temporary folder beside the target and move it there at the end, or remove it if an error comes."""
     temporary = target.with_name(f".{target.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -161,7 +164,9 @@ class Summary:
 
     def __str__(self) -> str:
         size = "unknown size" if self.parameters is None else f"{self.parameters:,} parameters"
-        stored = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in sorted(self.storage.items(), key=lambda i: -i[1]))
+        stored = ", ".join(
+            f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in sorted(self.storage.items(), key=lambda i: -i[1])
+        )
         what = self.title + ("" if self.variant is None else f" ({self.variant})")
         lines = [
             f"{self.kind}: {what}, {size}, {self.nbytes / 1e6:,.1f} MB",
@@ -190,7 +195,9 @@ class Report:
     def __str__(self) -> str:
         lines = [str(network) for network in self.networks] + list(self.strangers.values())
         if self.left:
-            lines.append(f"{len(self.left)} tensors of no known network: {', '.join(self.left[:8])}{' …' if len(self.left) > 8 else ''}")
+            lines.append(
+                f"{len(self.left)} tensors of no known network: {', '.join(self.left[:8])}{' …' if len(self.left) > 8 else ''}"
+            )
         return "\n".join(lines or ["no weights"])
 
 

@@ -196,7 +196,8 @@ def locate(source: str | Path, part: str) -> Path:
         return download(str(source), [part]) / part
     known = ", ".join(ZOO)
     raise FileNotFoundError(
-        f"No {part} at {str(source)!r}. Pass a known model ({known}), a model's folder, a .safetensors or .gguf file, or a hub id."
+        f"No {part} at {str(source)!r}. Pass a known model ({known}), a model's folder, a .safetensors or .gguf file, "
+        "or a hub id."
     )
 
 
@@ -227,7 +228,9 @@ def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
     if repository is None or not _is_repository(repository):
         raise FileNotFoundError(f"No model {name!r} to download. Pass one of {', '.join(ZOO)}, or a hub id (owner/name).")
     parts = list(parts)
-    patterns = ["model_index.json"] + [f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")]
+    patterns = ["model_index.json"] + [
+        f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")
+    ]
     page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
     try:
         root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))

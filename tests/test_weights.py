@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from layouts import export, write
 from safetensors.numpy import load_file, save_file
 
 import fluxjax
@@ -19,7 +20,6 @@ from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_clip, l
 from fluxjax.convert import tables
 from fluxjax.convert.files import read_header
 from fluxjax.zoo import tiny_folder
-from layouts import export, write
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=16, out_channels=16,

@@ -1,4 +1,5 @@
-"""Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling.
+"""Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `weights`,
+`weights-full`: loading and converting.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_weights
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,7 @@ def main() -> None:
     gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (default: %(default)s)")
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    bench_weights.add_commands(commands)
     options = parser.parse_args()
     rows = [{**row, **machine()} for row in options.run(options)]
     show(rows)

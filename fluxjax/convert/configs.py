@@ -63,7 +63,8 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
     (head_dim,) = _shape(shapes, "double.0.img.query_norm.scale", axes=1)
     if head_dim != sum(FluxConfig().rope_axes):
         raise WeightsError(
-            f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE axes. Pass config=FluxConfig(…)."
+            f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE axes. "
+            "Pass config=FluxConfig(…)."
         )
     return FluxConfig(
         in_channels=in_channels,
@@ -165,7 +166,9 @@ def clip_from_shapes(shapes: Shapes) -> ClipConfig:
     vocabulary, width = _shape(shapes, "tokens.weight")
     large = ClipConfig.large()
     if width != large.width:
-        raise WeightsError(f"A CLIP of width {width} is not CLIP-L, and the file does not tell its heads. Pass config=ClipConfig(…).")
+        raise WeightsError(
+            f"A CLIP of width {width} is not CLIP-L, and the file does not tell its heads. Pass config=ClipConfig(…)."
+        )
     return replace(
         large,
         vocabulary=vocabulary,

@@ -309,5 +309,6 @@ def disk_errors(path: Path, total: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise WeightsError(
-            f"No room for {path} ({total / 1e9:,.2f} GB): {error.strerror}. Nothing was left behind. Free some, or write elsewhere."
+            f"No room for {path} ({total / 1e9:,.2f} GB): {error.strerror}. Nothing was left behind. "
+            "Free some, or write elsewhere."
         ) from error

@@ -1,4 +1,4 @@
-"""The layouts that users hold: which files a checkpoint consists of, and the tensors of each, to be written as they are read."""
+"""The layouts that users hold: the files of a checkpoint and the tensors of each, written as they are read."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fluxjax.convert import configs, tables
+from fluxjax.convert import configs
 from fluxjax.convert.files import Out, WeightsError, write
 from fluxjax.convert.load import Weights, block_name, is_stacked, leaf_names, slots_of, their_shape, to_theirs, widest
-from fluxjax.convert.source import KINDS, OWN_METADATA, Kind, dialect_for, fused_parts, variant
+from fluxjax.convert.source import OWN_METADATA, VAE, Kind, dialect_for, fused_parts, variant
 from fluxjax.convert.tables import Dialect
 
 LAYOUTS = ("own", "diffusers", "bfl", "comfy")
@@ -47,8 +47,9 @@ class Given:
 def sheets(networks: Iterable[Given], layout: str, *, dtype: np.dtype | None = None, name: str | None = None) -> list[Sheet]:
     """Return the files of a layout.
 
-    **Arguments:** `layout`: one of `LAYOUTS`. `dtype`: of the weights; None keeps theirs; 8 bits are for the linear layers'
-    matrices alone, the rest keeps its dtype. `name`: of the one file to write; None for a folder's usual names.
+    **Arguments:** `layout`: one of `LAYOUTS`. `dtype`: of the weights; None keeps theirs; 8 bits are for the matrices
+    of the transformer's and the encoders' linear layers, the rest keeps its dtype. `name`: of the one file to write; None
+    for a folder's usual names.
     **Raises:** `WeightsError` if the layout, or one file, can't hold these networks.
     """
     networks = list(networks)
@@ -62,7 +63,9 @@ def sheets(networks: Iterable[Given], layout: str, *, dtype: np.dtype | None = N
         raise WeightsError("The diffusers layout is a folder. Give a destination without a .safetensors ending.")
     if len(networks) > 1 and layout != "comfy":
         held = ", ".join(one.kind.name for one in networks)
-        raise WeightsError(f"One file of the {layout} layout holds one network, not {held}. Pass a folder, or only= one of them.")
+        raise WeightsError(
+            f"One file of the {layout} layout holds one network, not {held}. Write a folder, or one of them only."
+        )
     return [_sheet(networks, layout, dtype, name)]
 
 
@@ -70,7 +73,7 @@ def _sheet(networks: list[Given], layout: str, dtype: np.dtype | None, path: str
     tensors: dict[str, Out] = {}
     for one in networks:
         prefix = one.kind.prefixes[0] if len(networks) > 1 else ""
-        found = stacked_outs(one.weights, dtype) if layout == "own" else outs(one, _dialect(one, layout), dtype)
+        found = stacked_outs(one, dtype) if layout == "own" else outs(one, _dialect(one, layout), dtype)
         tensors |= {prefix + key: out for key, out in found.items()}
     about = {
         "layout": layout,
@@ -86,13 +89,21 @@ def _dialect(given: Given, layout: str) -> Dialect:
     kind, bfl = given.kind.name, layout in ("bfl", "comfy")
     if kind in ("clip", "t5"):
         if layout == "bfl":
-            raise WeightsError(f"The BFL layout has no {given.kind.title}. Pass only= flux or vae, or write the comfy layout.")
+            raise WeightsError(
+                f"The BFL layout has no {given.kind.title}. Write the flux or the vae only, or the comfy layout."
+            )
         return given.kind.dialects[0]
     return dialect_for(given.kind.dialects[0 if bfl else 1], given.config)
 
 
 _BFL_NAMES = {"dev": "flux1-dev", "schnell": "flux1-schnell", "Fill": "flux1-fill-dev", "Canny/Depth": "flux1-control-dev"}
-_DTYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2"}
+_DTYPE_NAMES = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float8_e4m3fn": "fp8_e4m3fn",
+    "float8_e5m2": "fp8_e5m2",
+}
 
 
 def _file_name(given: Given, layout: str, dtype: np.dtype | None) -> str:
@@ -120,7 +131,7 @@ def outs(given: Given, dialect: Dialect, dtype: np.dtype | None) -> dict[str, Ou
         keys = dialect.keys(name)
         if not keys:
             raise WeightsError(f"The {dialect.name} names have none for {name} of a {given.kind.title}.")
-        target = _target(name, slot.shape, given.weights.dtype(name), dtype)
+        target = _target(given, name, slot.shape, dtype)
         for key, row in keys:
             rows = slice(0, slot.shape[0]) if row.part is None else parts[row.part]
             shape = their_shape((rows.stop - rows.start, *slot.shape[1:]), row)
@@ -132,13 +143,14 @@ def outs(given: Given, dialect: Dialect, dtype: np.dtype | None) -> dict[str, Ou
     return found
 
 
-def stacked_outs(weights: Weights, dtype: np.dtype | None) -> dict[str, Out]:
+def stacked_outs(given: Given, dtype: np.dtype | None) -> dict[str, Out]:
     """Return a network's tensors as they lie in memory, blocks stacked."""
     found: dict[str, Out] = {}
+    weights = given.weights
     for name, leaf in zip(leaf_names(weights.network), jax.tree.leaves(weights.network), strict=True):
         slots = [block_name(name, block) for block in range(leaf.shape[0])] if is_stacked(name) else [name]
         shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
-        target = widest(_target(slot, shape, weights.dtype(slot), dtype) for slot in slots)
+        target = widest(_target(given, slot, shape, dtype) for slot in slots)
 
         def chunks(slots=slots, shape=shape, target=target) -> Iterator[np.ndarray]:
             for slot in slots:
@@ -148,8 +160,10 @@ def stacked_outs(weights: Weights, dtype: np.dtype | None) -> dict[str, Out]:
     return found
 
 
-def _target(name: str, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype | None) -> np.dtype:
-    if dtype is None or (dtype.itemsize == 1 and (len(shape) != 2 or name in _TABLES)):
+def _target(given: Given, slot: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.dtype:
+    """Return the dtype that a slot is written in."""
+    stored = given.weights.dtype(slot)
+    if dtype is None or (dtype.itemsize == 1 and (len(shape) != 2 or slot in _TABLES or given.kind is VAE)):
         return stored
     return dtype
 

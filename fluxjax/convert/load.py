@@ -157,7 +157,7 @@ class Plan(Weights):
                 piece.copy_into(out[first - low : last - low], [(first, last), *bounds[1:]], slot)
 
     def leaf(self, name: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a region of a leaf, mapped if it lies in one file just so, else read into memory that XLA:CPU can take over."""
+        """Return a region of a leaf, mapped if it lies in one file just so, else read into memory that XLA:CPU takes over."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
         mapped = self._mapped(name, shape, dtype)
         if mapped is not None:
@@ -280,7 +280,7 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 def _place(plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
     if sharding is not None and not sharding.is_fully_replicated:
-        return jax.make_array_from_callback(shape, sharding, lambda index: plan.leaf(name, shape, dtype, index))
+        return jax.make_array_from_callback(shape, sharding, lambda index: plan.leaf(name, shape, dtype, index or ()))
     return jax.device_put(plan.leaf(name, shape, dtype, (slice(None),) * len(shape)), sharding, may_alias=True)
 
 

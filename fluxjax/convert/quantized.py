@@ -108,7 +108,9 @@ def read_gguf(path: Path) -> File:
         reader = _Reader(path, file, size)
         version, tensor_count, pair_count = reader.header()
         if version not in (2, 3):
-            raise WeightsError(f"{path} is GGUF of version {version}; fluxjax reads 2 and 3. Convert it with llama.cpp's tools.")
+            raise WeightsError(
+                f"{path} is GGUF of version {version}; fluxjax reads 2 and 3. Convert it with llama.cpp's tools."
+            )
         pairs = [(reader.text(), reader.value(reader.number("I"))) for _ in range(pair_count)]
         entries = [reader.entry() for _ in range(tensor_count)]
         metadata = dict(pairs)

@@ -100,8 +100,22 @@ VAE = Kind(
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
 
 # All-in-one files hold these beside the networks.
-_UNNEEDED = {"text_encoders.clip_l.logit_scale", "text_encoders.t5xxl.logit_scale", "text_encoders.clip_l.text_projection.weight"}
-_ADAPTERS = ("lora_A", "lora_B", "lora_down", "lora_up", "lokr_w1", "lokr_w1_a", "hada_w1_a", "dora_scale", "lora_magnitude_vector")
+_UNNEEDED = {
+    "text_encoders.clip_l.logit_scale",
+    "text_encoders.t5xxl.logit_scale",
+    "text_encoders.clip_l.text_projection.weight",
+}
+_ADAPTERS = (
+    "lora_A",
+    "lora_B",
+    "lora_down",
+    "lora_up",
+    "lokr_w1",
+    "lokr_w1_a",
+    "hada_w1_a",
+    "dora_scale",
+    "lora_magnitude_vector",
+)
 _OTHERS = {
     "double_stream_modulation_img": "FLUX.2",
     "distilled_guidance_layer": "Chroma",
@@ -266,7 +280,8 @@ def _collect(path: Path, groups: Sequence[Group]) -> Source:
             other = parts.setdefault(part.kind.name, part)
             if other is not part:
                 raise WeightsError(
-                    f"{path} holds two {part.kind.title}s, in {other.files[0].name} and {part.files[0].name}. Pass one of the files."
+                    f"{path} holds two {part.kind.title}s, in {other.files[0].name} and {part.files[0].name}. "
+                    "Pass one of the files."
                 )
         if found:
             left += rest
@@ -276,12 +291,17 @@ def _collect(path: Path, groups: Sequence[Group]) -> Source:
 
 
 def identify(files: Sequence[File], settings: Mapping[str, Any] | None = None) -> tuple[list[Part], list[str]]:
-    """Return the networks in files that belong together, and the tensors that are of none. **Raises:** `WeightsError` for a tensor that comes twice."""
+    """Return the networks in files that belong together, and the tensors that are of none.
+
+    **Raises:** `WeightsError` for a tensor that comes twice.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files:
         twice = sorted(tensors.keys() & file.tensors.keys())
         if twice:
-            raise WeightsError(f"{file.path} holds {twice[0]}, which {tensors[twice[0]].file} holds too. Remove one of the files.")
+            raise WeightsError(
+                f"{file.path} holds {twice[0]}, which {tensors[twice[0]].file} holds too. Remove one of the files."
+            )
         tensors |= file.tensors
     own, paths = _own_metadata(files), tuple(file.path for file in files)
     if own is not None and own.get("layout") == tables.OWN.name:

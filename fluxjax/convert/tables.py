@@ -1,7 +1,7 @@
 """How each dialect names the weights: one row a kind of tensor, read forwards to load and backwards to export.
 
-`{i}` and `{j}` stand for indices, `{p}` for weight or bias, `{leaf}` for anything. A row's right side names one of our leaves; a stacked leaf
-carries its block's index after its first field.
+`{i}` and `{j}` stand for indices, `{p}` for weight or bias, `{leaf}` for anything. A row's right side names one of our
+leaves; a stacked leaf carries its block's index after its first field.
 """
 
 import re
