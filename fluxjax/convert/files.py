@@ -127,8 +127,9 @@ def read_header(path: Path) -> File:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        length, brace = int.from_bytes(start, "little"), file.read(1)
+        # A header's length may begin with the same bytes, but then its brace follows.
+        if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise WeightsError(
                 f"{path} is a pickle (a torch checkpoint), which can run any code when it is read. "
                 "Use the model's .safetensors file, or convert it with safetensors.torch.save_file where you trust it."
@@ -137,7 +138,7 @@ def read_header(path: Path) -> File:
             raise WeightsError(f"{path} is not a safetensors file. Pass a .safetensors or .gguf file, or a model's folder.")
         if length > size - 8:
             raise WeightsError(f"{path} is truncated within its header ({size:,} bytes). Download it anew.")
-        header = _parse(path, file.read(length))
+        header = _parse(path, brace + file.read(length - 1))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightsError(f"{path}: the header's metadata is damaged. Download the file anew.")
