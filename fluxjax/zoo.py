@@ -1,5 +1,6 @@
 """The named models, as data, and the loaders of their parts from a name, a folder, a file, or a hub id."""
 
+import errno
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -219,7 +220,8 @@ def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
     without a network; each says what to do.
     """
     import huggingface_hub  # takes as long to import as the rest of fluxjax
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     entry = ZOO.get(name)
     if entry is not None and entry.repository is None:
@@ -231,22 +233,35 @@ def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
     patterns = ["model_index.json"] + [
         f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")
     ]
-    page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+    page = f"{ENDPOINT}/{repository}"
     try:
         root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError as error:
         raise WeightsError(f"{repository} is gated: accept its licence at {page}, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"There is no model at {page}, or it is private and needs `hf auth login`.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{repository} is not whole in the cache and can't be downloaded: {error}. Check the network and run it again: "
-            "what has come is kept."
-        ) from error
+    except Exception as error:  # the network's errors are of several libraries
+        raise _download_error(repository, page, error) from error
     missing = [part for part in parts if not (root / part).is_dir()]
     if missing:
         raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
     return root
+
+
+def _download_error(repository: str, page: str, error: Exception) -> Exception:
+    """Say what to do about a download that failed."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WeightsError(f"No room for {repository} in the hub's cache. Free some, or set HF_HOME to a larger disk.")
+    causes: list[Any] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    status = next((cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None), None)
+    if status in (401, 403):
+        return WeightsError(f"{page} refuses this login ({status}). Log in with `hf auth login`, with access to {repository}.")
+    return ConnectionError(
+        f"{repository} is not whole in the cache and can't be downloaded: {error}. Check the network and run it again: what "
+        "has come is kept."
+    )
 
 
 def tiny_folder() -> Path:

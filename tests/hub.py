@@ -1,0 +1,117 @@
+"""A local stand-in for the model hub, and what a fresh process makes of it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """`root`: the one repository's files. `status`, `code`: an error for every request. `cut`: how many bytes of the first
+    answer for a large file are sent before the connection ends."""
+
+    root: Path
+    status: int = 200
+    code: str | None = None
+    cut: int | None = None
+    ranges: list[str] = field(default_factory=list)
+    served: list[str] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Answer as the hub does, on a free port of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if hub.status != 200:
+                self.reply(hub.status, {"X-Error-Code": hub.code} if hub.code else {}, b"", body)
+            elif path.startswith("/api/models/owner/model/tree"):
+                self.reply(200, {}, json.dumps(self.tree()).encode(), body)
+            elif path.startswith("/api/models/owner/model"):
+                siblings = [{"rfilename": entry["path"]} for entry in self.tree()]
+                info = {"id": "owner/model", "modelId": "owner/model", "sha": COMMIT, "siblings": siblings, "private": False}
+                self.reply(200, {}, json.dumps(info).encode(), body)
+            elif path.startswith("/owner/model/resolve/"):
+                self.file(path.split("/", 5)[5], body)
+            else:
+                self.reply(404, {"X-Error-Code": "RepoNotFound"}, b"", body)
+
+        def tree(self) -> list[dict]:
+            files = sorted(path for path in hub.root.rglob("*") if path.is_file())
+            return [
+                {
+                    "type": "file",
+                    "path": str(path.relative_to(hub.root)),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                }
+                for path in files
+            ]
+
+        def file(self, name: str, body: bool) -> None:
+            content = (hub.root / name).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            status = 200
+            if wanted := self.headers.get("Range"):
+                start = int(wanted.removeprefix("bytes=").split("-")[0])
+                hub.ranges.append(wanted)
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                content, status = content[start:], 206
+            if body:
+                hub.served.append(name)
+            cut = hub.cut if body and len(content) > 1_000_000 else None
+            if cut is not None:
+                hub.cut = None
+            self.reply(status, headers, content, body, cut)
+
+        def reply(self, status: int, headers: dict, content: bytes, body: bool, cut: int | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content[:cut])
+            if cut is not None:
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def run(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line with this hub and an empty login."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    command = [sys.executable, "-m", "fluxjax.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
