@@ -189,27 +189,32 @@ def test_inspect_says_what_is_missing_and_what_is_extra(flux, tmp_path, capsys):
     )
 
 
-def scaled(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a checkpoint as ComfyUI's scaled fp8 has it."""
-    out: dict[str, np.ndarray] = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
+def scaled(tensors: dict[str, np.ndarray], *, newer: bool = False, rows: bool = False) -> dict[str, np.ndarray]:
+    """Return a checkpoint as ComfyUI's scaled fp8 has it, by its older or its newer names."""
+    out: dict[str, np.ndarray] = {} if newer else {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
     for name, tensor in tensors.items():
         if tensor.ndim != 2:
             out[name] = tensor.astype(ml_dtypes.bfloat16)
             continue
-        scale = np.float32(np.abs(tensor).max() / 448)
+        stem = name.removesuffix("weight")
+        scale = np.asarray(np.abs(tensor).max(1 if rows else None, keepdims=rows), np.float32) / np.float32(448)
         out[name] = (tensor / scale).astype(ml_dtypes.float8_e4m3fn)
-        out[name.removesuffix("weight") + "scale_weight"] = np.array(scale)
-        out[name.removesuffix("weight") + "scale_input"] = np.ones((), np.float32)
+        out[stem + ("weight_scale" if newer else "scale_weight")] = np.asarray(scale)
+        out[stem + ("input_scale" if newer else "scale_input")] = np.ones((), np.float32)
+        if newer:
+            out[stem + "comfy_quant"] = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     return out
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_scaled_fp8_is_weight_times_scale(flux, tmp_path, prefix):
-    stored = scaled(export(flux, tables.FLUX_BFL))
+@pytest.mark.parametrize("names", [{}, {"newer": True}, {"rows": True}], ids=["older", "newer", "rows"])
+def test_scaled_fp8_is_weight_times_scale(flux, tmp_path, prefix, names):
+    stored = scaled(export(flux, tables.FLUX_BFL), **names)
     write(tmp_path / "flux.safetensors", {prefix + name: tensor for name, tensor in stored.items()})
     exact = load_flux(tmp_path / "flux.safetensors", config=CONFIG, dtype="float32")
     name = "single_blocks.1.linear1"
-    expected = stored[f"{name}.weight"].astype(np.float32) * stored[f"{name}.scale_weight"]
+    scale = stored.get(f"{name}.scale_weight", stored.get(f"{name}.weight_scale"))
+    expected = stored[f"{name}.weight"].astype(np.float32) * scale
     np.testing.assert_array_equal(exact.single.linear1.weight.value[1], expected)
     # e4m3 has 4 significant bits: at most 1/16 off, but for what falls below its normal range.
     np.testing.assert_allclose(exact.single.linear1.weight.value, flux.single.linear1.weight.value, rtol=1 / 16, atol=2e-4)
@@ -222,7 +227,11 @@ def test_a_scale_without_a_weight_or_of_another_shape_is_refused(flux, tmp_path)
     stored = scaled(export(flux, tables.FLUX_BFL))
     stored["img_in.scale_weight"] = np.ones(7, np.float32)
     write(tmp_path / "flux.safetensors", stored)
-    with pytest.raises(WeightsError, match=r"'img_in\.scale_weight' of shape \[7\] does not scale"):
+    with pytest.raises(WeightsError, match=r"'img_in\.scale_weight' of float32 and shape \[7\] does not scale"):
+        load_flux(tmp_path / "flux.safetensors", config=CONFIG)
+    stored["img_in.weight"] = stored["img_in.weight"].astype(np.int8)  # of another quantization, perhaps rotated too
+    write(tmp_path / "flux.safetensors", stored)
+    with pytest.raises(WeightsError, match="scales a weight of int8; fluxjax reads scaled fp8 alone"):
         load_flux(tmp_path / "flux.safetensors", config=CONFIG)
     del stored["img_in.weight"]
     write(tmp_path / "flux.safetensors", stored)

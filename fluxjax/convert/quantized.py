@@ -13,6 +13,8 @@ import numpy as np
 from fluxjax.convert.files import File, Stored, Tensor, WeightsError, check_end, check_overlaps
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FP8 = [np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)]
+_FLOATS = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 GGUF_MAGIC = b"GGUF"
 _CHUNK = 4_194_304  # elements decoded at a time
 
@@ -37,26 +39,40 @@ class Scaled(Tensor):
         return self.weight.view().astype(np.float32) * scale.reshape(-1, *(1,) * (len(self.shape) - 1))
 
 
-_SCALE, _UNUSED_SCALE, _MARKER = "scale_weight", "scale_input", "scaled_fp8"
+# ComfyUI's names, the older ones first.
+_SCALES = ("scale_weight", "weight_scale")
+_UNUSED = ("scale_input", "input_scale", "scaled_fp8")
+_DESCRIPTION = "comfy_quant"
 
 
 def join_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with fp8 weights joined to their scales; scales of activations and the marker are dropped, as
-    nothing here computes in fp8.
+    """Return the tensors with fp8 weights joined to their scales; scales of activations and markers are dropped, as nothing
+    here computes in fp8.
 
-    **Raises:** `WeightsError` for a scale without its weight, or of another shape than one factor or one a row.
+    **Raises:** `WeightsError` for a scale without its weight, of another shape than one factor or one a row, or of a weight
+    that is not fp8.
     """
-    joined = {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in (_SCALE, _UNUSED_SCALE, _MARKER)}
+    beside = (*_SCALES, *_UNUSED)
+    joined = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in beside}
     for name, scale in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last != _SCALE:
+        if last not in _SCALES:
             continue
         weight = joined.get(f"{stem}.weight")
         if not isinstance(weight, Stored) or not isinstance(scale, Stored):
             raise WeightsError(f"{scale.file}: {name!r} scales {stem}.weight, which is missing. Download the file anew.")
-        if scale.size not in (1, *weight.shape[:1]) or scale.dtype.itemsize < 2:
-            raise WeightsError(f"{scale.file}: {name!r} of shape {list(scale.shape)} does not scale {list(weight.shape)}.")
+        if weight.dtype not in _FP8:
+            raise WeightsError(
+                f"{scale.file}: {name!r} scales a weight of {weight.dtype}; fluxjax reads scaled fp8 alone. Use the model's "
+                "fp8, bfloat16 or GGUF file."
+            )
+        if scale.size not in (1, *weight.shape[:1]) or scale.dtype not in _FLOATS:
+            raise WeightsError(
+                f"{scale.file}: {name!r} of {scale.dtype} and shape {list(scale.shape)} does not scale {list(weight.shape)} by "
+                "a factor or one a row. Use the model's scaled fp8, bfloat16 or GGUF file."
+            )
         joined[f"{stem}.weight"] = Scaled(weight.file, BFLOAT16, weight.shape, weight, scale)
+        joined.pop(f"{stem}.{_DESCRIPTION}", None)  # it says float8, as the weight does
     return joined
 
 
