@@ -101,7 +101,7 @@ def _add_weights(commands: Any) -> None:
     about = "Tell what a file or a folder holds, from its headers alone. Exit code 1 if it does not load."
     inspect = commands.add_parser("inspect", help="what a file or a folder holds", description=about)
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("source", help="a file or a folder of any layout, a model's name, or a hub id")
+    inspect.add_argument("source", help="a file or a folder of any layout, or the name or hub id of a downloaded model")
     about = "Download what fluxjax reads of a model into the hub's cache, and print where it lies."
     fetch = commands.add_parser("download", help="a model into the cache", description=about)
     fetch.set_defaults(run=_download)

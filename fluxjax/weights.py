@@ -15,7 +15,7 @@ from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
 from fluxjax.convert.load import Problems
 from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
-from fluxjax.zoo import DEFAULTS_FILE, ZOO, download, load_defaults, tiny_folder, write_pipeline
+from fluxjax.zoo import DEFAULTS_FILE, WHOLE, find, load_defaults, write_pipeline
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
@@ -52,7 +52,7 @@ def convert_weights(
             "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
         )
     _check_free(target)
-    folder = _folder(source)
+    folder = find(source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only])
     parts = _chosen(open_source(folder), only)
     given = [_given(part) for part in parts]
     files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
@@ -66,14 +66,6 @@ def convert_weights(
         write_sheets(temporary, files, shard_size=shard_size, report=report)
         _write_rest(source, folder, temporary, parts, to)
     return target
-
-
-def _folder(source: str | Path) -> Path:
-    """Return where all of a model lies, downloaded if need be."""
-    name, path = str(source), Path(source)
-    if name in ZOO:
-        return tiny_folder() if ZOO[name].repository is None else download(name)
-    return path if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) else download(name)
 
 
 def _check_free(target: Path) -> None:
@@ -204,10 +196,10 @@ class Report:
 def inspect_weights(source: str | Path) -> Report:
     """Tell what a file or folder holds, from its headers alone: kind, variant, size, dtypes, what is missing or extra.
 
-    **Arguments:** `source`: as for `convert_weights`.
+    **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's cache.
     **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such source.
     """
-    found = open_source(_folder(source))
+    found = open_source(find(source, WHOLE, cached=True))
     networks = tuple(_summary(part) for part in found.parts.values())
     return Report(networks, {path.name: problem for path, problem in found.strangers.items()}, tuple(found.left))
 

@@ -117,7 +117,7 @@ def load_defaults(source: str | Path) -> Defaults:
     own = Path(source) / DEFAULTS_FILE
     if own.is_file():
         return Defaults(**json.loads(own.read_text()))
-    folder = Path(source) if Path(source).exists() else locate(source, "scheduler").parent
+    folder = find(source, ["scheduler"])
     flux = open_source(locate(source, FLUX.folder)).part(FLUX).config
     base = named["dev" if flux.guidance_embed else "schnell"]
     described = folder / "scheduler" / "scheduler_config.json"
@@ -185,19 +185,22 @@ def locate(source: str | Path, part: str) -> Path:
 
     **Raises:** `FileNotFoundError` for no such source, and what `download` raises.
     """
-    entry = ZOO.get(str(source))
-    path = tiny_folder() if entry is not None and entry.repository is None else Path(source)
-    if entry is not None and entry.repository is not None:
-        return download(entry.repository, [part]) / part
-    if path.is_file():
+    path = find(source, [part])
+    return path / part if (path / part).is_dir() else path
+
+
+def find(source: str | Path, parts: Iterable[str], *, cached: bool = False) -> Path:
+    """Return the folder or file that a source is: a path, or a name whose parts are downloaded, or with `cached` only looked
+    for in the hub's cache. Errors as for `locate`."""
+    entry, path = ZOO.get(str(source)), Path(source)
+    if entry is not None and entry.repository is None:
+        return tiny_folder()
+    if entry is None and path.exists():
         return path
-    if path.is_dir():
-        return path / part if (path / part).is_dir() else path
-    if not path.exists() and _is_repository(str(source)):
-        return download(str(source), [part]) / part
-    known = ", ".join(ZOO)
+    if entry is not None or _is_repository(str(source)):
+        return download(str(source), parts, cached=cached)
     raise FileNotFoundError(
-        f"No {part} at {str(source)!r}. Pass a known model ({known}), a model's folder, a .safetensors or .gguf file, "
+        f"There is no {str(source)!r}. Pass a known model ({', '.join(ZOO)}), a model's folder, a .safetensors or .gguf file, "
         "or a hub id."
     )
 
@@ -210,11 +213,12 @@ WHOLE = ("transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "t
 """The folders of a diffusers checkpoint that fluxjax reads."""
 
 
-def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
+def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -> Path:
     """Download the folders of a model that fluxjax reads into the hub's cache, those that are not there; what was cut off
     goes on where it ended.
 
-    **Arguments:** `name`: a zoo name or a hub id in the diffusers layout. `parts`: of its folders.
+    **Arguments:** `name`: a zoo name or a hub id in the diffusers layout. `parts`: of its folders. `cached`: take
+    what is in the cache, and ask nobody.
     **Returns:** the folder that holds them.
     **Raises:** `WeightsError` for a gated repository, `FileNotFoundError` for none of that name or layout, `ConnectionError`
     without a network; each says what to do.
@@ -235,15 +239,17 @@ def download(name: str, parts: Iterable[str] = WHOLE) -> Path:
     ]
     page = f"{ENDPOINT}/{repository}"
     try:
-        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=cached))
     except GatedRepoError as error:
         raise WeightsError(f"{repository} is gated: accept its licence at {page}, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"There is no model at {page}, or it is private and needs `hf auth login`.") from error
     except Exception as error:  # the network's errors are of several libraries
+        if cached:
+            raise FileNotFoundError(f"{repository} is not in the hub's cache. Run `fluxjax download {name}` first.") from error
         raise _download_error(repository, page, error) from error
     missing = [part for part in parts if not (root / part).is_dir()]
-    if missing:
+    if missing and not cached:
         raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
     return root
 

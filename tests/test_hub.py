@@ -77,11 +77,19 @@ def test_without_a_network_the_error_says_so_and_what_is_there_still_loads(repos
     with serve(Hub(repository)) as hub:
         assert run(hub.url, tmp_path, "download", "owner/model").returncode == 0
         gone = hub.url
-    assert run(gone, tmp_path, "inspect", "owner/model").returncode == 0
-    done = run(gone, tmp_path / "empty", "inspect", "owner/model")
+    assert run(gone, tmp_path, "convert", "owner/model", str(tmp_path / "own")).returncode == 0
+    done = run(gone, tmp_path / "empty", "convert", "owner/model", str(tmp_path / "x"))
     assert done.returncode == 2
     assert "can't be downloaded" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_inspect_downloads_nothing(repository, tmp_path):
+    with serve(Hub(repository)) as hub:
+        done = run(hub.url, tmp_path, "inspect", "owner/model")
+        assert hub.served == []
+    assert done.returncode == 2
+    assert "Run `fluxjax download owner/model` first" in done.stderr
 
 
 def test_another_layout_is_told(tmp_path):
