@@ -100,8 +100,17 @@ def _load(kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, 
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
-    """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a diffusers folder, a zoo name, or a hub id."""
-    return Tokenizers.read(locate(source, "tokenizer"), locate(source, "tokenizer_2"))
+    """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a model's folder, a zoo name, or a hub id.
+
+    **Raises:** `FileNotFoundError` for a source without them, as files of weights are; `ValueError` for damaged ones.
+    """
+    folder = find(source, ["tokenizer", "tokenizer_2"])
+    if not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(
+            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` and `tokenizer_2`, which are "
+            "the same for all of FLUX.1."
+        )
+    return Tokenizers.read(folder / "tokenizer", folder / "tokenizer_2")
 
 
 def load_defaults(source: str | Path) -> Defaults:

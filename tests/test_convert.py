@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from fluxjax import (
     inspect_weights,
     load_clip,
     load_flux,
+    load_models,
     load_t5,
     load_tokenizers,
     load_vae,
@@ -93,6 +95,16 @@ def test_one_file_holds_all_in_comfys_layout_and_one_network_in_others(originals
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["all.safetensors", "own.safetensors", "bfl.safetensors", "comfy.safetensors"]
     )
+
+
+def test_one_file_beside_the_tokenizers_is_a_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    everything = convert_weights("tiny", tmp_path / "model" / "all.safetensors", to="comfy")
+    with pytest.raises(FileNotFoundError, match="comes without tokenizers"):
+        load_models(str(everything))
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_folder() / name, tmp_path / "model" / name)
+    assert load_models(str(tmp_path / "model")).flux.config.width == 192
 
 
 @pytest.mark.parametrize("layout", ["own", "diffusers"])
