@@ -14,6 +14,9 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.integrate import Euler, Step
     from fluxjax.kernels.attention import attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
+    from fluxjax.lora.attach import attach
+    from fluxjax.lora.merge import merge, unmerge
+    from fluxjax.lora.read import Lora, read_lora
     from fluxjax.nets.clip import Clip, ClipConfig
     from fluxjax.nets.flux import Flux, FluxConfig
     from fluxjax.nets.t5 import T5, T5Config
@@ -44,6 +47,7 @@ __all__ = [
     "Euler",
     "Flux",
     "FluxConfig",
+    "Lora",
     "Models",
     "Sample",
     "Step",
@@ -53,6 +57,7 @@ __all__ = [
     "VaeConfig",
     "WeightsError",
     "activation_dtype",
+    "attach",
     "attention",
     "convert_weights",
     "download",
@@ -67,14 +72,17 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "merge",
     "pack_latents",
     "read_image",
+    "read_lora",
     "resolution_mu",
     "sample",
     "save_folder",
     "text_to_image",
     "time_shift",
     "tokenize",
+    "unmerge",
     "unpack_latents",
     "write_png",
 ]

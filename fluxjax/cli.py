@@ -32,9 +32,23 @@ from fluxjax.generate import (
 )
 from fluxjax.image import write_numbered
 from fluxjax.latents import image_ids
+from fluxjax.lora.merge import merge
+from fluxjax.lora.read import Lora, describe_lora, read_lora
 from fluxjax.shapes import Array, Times
 from fluxjax.weights import convert_weights, inspect_weights
-from fluxjax.zoo import WHOLE, ZOO, Defaults, download, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
+from fluxjax.zoo import (
+    WHOLE,
+    ZOO,
+    Defaults,
+    download,
+    download_file,
+    load_clip,
+    load_defaults,
+    load_flux,
+    load_t5,
+    load_tokenizers,
+    load_vae,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 Loaded = TypeVar("Loaded")
@@ -75,12 +89,76 @@ def _parser() -> argparse.ArgumentParser:
         help="of weights and activations (default: the files' and, for activations, bfloat16, on CPU float32)",
     )
     add("--batch", type=int, help="images a forward pass (default: all)")
+    about = "merge an adapter: [NAME=]FILE[:SCALE] or [NAME=]hub:OWNER/REPO/FILE[:SCALE]; may be given again"
+    add("--lora", action="append", type=_adapter, default=[], metavar="ADAPTER", help=about)
     add("--output-dir", type=Path, default=Path(), help="where flux_N.png is written (default: here)")
     cache = _cache_folder()
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
     add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
     _add_weights(commands)
+    _add_lora(commands)
     return parser
+
+
+class _Adapter(NamedTuple):
+    """An adapter as the command line names it."""
+
+    name: str
+    place: str
+    scale: float
+
+    def file(self) -> Path:
+        """Return its file, downloaded if need be."""
+        hub = self.place.removeprefix("hub:")
+        if hub == self.place:
+            return Path(self.place)
+        owner, _, rest = hub.partition("/")
+        repository, _, file = rest.partition("/")
+        return download_file(f"{owner}/{repository}", file)
+
+
+def _adapter(text: str) -> _Adapter:
+    """Read [NAME=]FILE[:SCALE], or hub:OWNER/REPO/FILE in place of the file."""
+    name, equals, place = text.partition("=")
+    if not equals or "/" in name:
+        name, place = "", text
+    head, colon, last = place.rpartition(":")
+    try:
+        scale = float(last) if colon else 1.0
+        place = head if colon else place
+    except ValueError:
+        scale = 1.0  # a colon of the path's
+    if not place or (place.startswith("hub:") and place.count("/") < 2):
+        raise argparse.ArgumentTypeError(f"{text!r} names no adapter; write FILE:SCALE or hub:OWNER/REPO/FILE:SCALE")
+    return _Adapter(name or Path(place).stem, place, scale)
+
+
+def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any:
+    """Return a network with the adapters that change it."""
+    mine = [(lora, scale) for lora, scale in loras if kind in lora.changes]
+    return merge(network, [lora for lora, _ in mine], [scale for _, scale in mine], donate=True) if mine else network
+
+
+def _add_lora(commands: Any) -> None:
+    """Add the commands about adapters."""
+    lora = commands.add_parser("lora", help="adapters", description="Look into adapters, and merge them into a checkpoint.")
+    actions = lora.add_subparsers(required=True, metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="what an adapter holds", description="Tell what an adapter holds.")
+    inspect.set_defaults(run=_inspect_lora)
+    inspect.add_argument("adapter", type=_adapter, metavar="FILE", help="a safetensors file, or hub:OWNER/REPO/FILE")
+    about = "Write a checkpoint with adapters merged into it, tensor by tensor."
+    merging = actions.add_parser("merge", help="a checkpoint with adapters merged", description=about)
+    merging.set_defaults(run=_convert, only=None, shard_size=None)
+    add = merging.add_argument
+    add("source", metavar="BASE", help="a file or a folder of any layout, a model's name, or a hub id")
+    add("lora", nargs="+", type=_adapter, metavar="ADAPTER", help="FILE[:SCALE] or hub:OWNER/REPO/FILE[:SCALE]")
+    add("-o", "--output", dest="destination", type=Path, required=True, help="a new folder, or a new .safetensors file")
+    add("--to", choices=LAYOUTS, default="own", help="the layout (default: %(default)s)")
+    add("--dtype", choices=FLOATS, help="of the weights (default: theirs)")
+
+
+def _inspect_lora(options: argparse.Namespace) -> None:
+    print(describe_lora(options.adapter.file()))
 
 
 FLOATS = DTYPES | {"float8_e4m3": jnp.float8_e4m3fn}
@@ -90,7 +168,7 @@ def _add_weights(commands: Any) -> None:
     """Add the commands that read and write weights."""
     about = "Write a checkpoint in another layout, tensor by tensor."
     convert = commands.add_parser("convert", help="weights to another layout", description=about)
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run=_convert, lora=[])
     add = convert.add_argument
     add("source", help="a file or a folder of any layout, a model's name, or a hub id")
     add("destination", type=Path, help="a new folder, or a new .safetensors file")
@@ -129,6 +207,7 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=FLOATS[options.dtype] if options.dtype else None,
             only=options.only,
             shard_size=options.shard_size,
+            loras=[(read_lora(one.file()), one.scale) for one in options.lora],
             start=lambda total: bars.append(stack.enter_context(tqdm(total=total, unit="B", unit_scale=True))),
             report=lambda count: bars[0].update(count),
         )
@@ -237,13 +316,15 @@ def _generate(options: argparse.Namespace) -> None:
     plan = _plan(options, defaults)
     folder = _writable(options.output_dir)
     _use_cache(options.compilation_cache)
+    loras = [(read_lora(adapter.file()), adapter.scale) for adapter in options.lora]
     written = []
     with _Clock(plan.steps * len(plan.groups)) as clock:
         encoders = [clock.load(load, options.model, dtype=plan.weights) for load in (load_clip, load_t5)]
+        encoders = [_merged(encoder, kind, loras) for encoder, kind in zip(encoders, ("clip", "t5"), strict=True)]
         text = _encode(clock, encoders, options, plan)
         if not options.keep_encoders:
             encoders.clear()
-        flux = clock.load(load_flux, options.model, dtype=plan.weights)
+        flux = _merged(clock.load(load_flux, options.model, dtype=plan.weights), "flux", loras)
         guidance = guidance_scale(flux, defaults, options.guidance)
         vae = clock.load(load_vae, options.model, dtype=plan.weights)
         key, channels = jax.random.key(options.seed), vae.config.latent_channels
@@ -278,6 +359,7 @@ def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, 
         "guidance": "none" if guidance is None else f"{float(guidance):g}",
         "size": f"{plan.width}x{plan.height}",
         "model": options.model,
+        **({"lora": ", ".join(f"{one.name}:{one.scale:g}" for one in options.lora)} if options.lora else {}),
         "version": f"fluxjax {fluxjax.__version__}",
     }
 

@@ -13,8 +13,10 @@ from jax.typing import DTypeLike
 
 from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
-from fluxjax.convert.load import Problems
+from fluxjax.convert.load import Problems, Weights
 from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
+from fluxjax.lora.merge import Merged, Scale, changes_of
+from fluxjax.lora.read import Lora
 from fluxjax.zoo import DEFAULTS_FILE, WHOLE, find, load_defaults, write_pipeline
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -28,6 +30,7 @@ def convert_weights(
     dtype: DTypeLike | None = None,
     only: Sequence[str] | None = None,
     shard_size: int | None = None,
+    loras: Sequence[tuple[Lora, Scale]] = (),
     start: Callable[[int], Any] | None = None,
     report: Callable[[int], Any] | None = None,
 ) -> Path:
@@ -37,8 +40,8 @@ def convert_weights(
     file that ends in .safetensors. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder), "bfl" or "comfy".
     `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
     the matrices of the transformer's and the encoders' linear layers. `only`: some of "flux", "t5", "clip", "vae".
-    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `start`, `report`: hear of
-    the bytes to be written, and of each piece's.
+    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `loras`: adapters to
+    merge on the way, and their scales. `start`, `report`: hear of the bytes to be written, and of each piece's.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
     the networks; `FileExistsError` if there is something at the destination.
@@ -54,7 +57,8 @@ def convert_weights(
     _check_free(target)
     folder = find(source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only])
     parts = _chosen(open_source(folder), only)
-    given = [_given(part) for part in parts]
+    given = [_given(part, loras) for part in parts]
+    _check_used(loras, parts)
     files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
     total = sum(sheet.nbytes for sheet in files)
     if start is not None:
@@ -64,7 +68,7 @@ def convert_weights(
         return target
     with _new_folder(target) as temporary, disk_errors(target, total):
         write_sheets(temporary, files, shard_size=shard_size, report=report)
-        _write_rest(source, folder, temporary, parts, to)
+        _write_rest(source, folder, temporary, given, to)
     return target
 
 
@@ -92,17 +96,30 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
     return list(source.parts.values())
 
 
-def _given(part: Part) -> Given:
-    origin = {"files": [file.name for file in part.files], "names": part.dialect.name}
-    return Given(part.kind, part.config, part.plan(), origin)
+def _given(part: Part, loras: Sequence[tuple[Lora, Scale]]) -> Given:
+    origin: dict[str, Any] = {"files": [file.name for file in part.files], "names": part.dialect.name}
+    weights: Weights = part.plan()
+    mine = [(lora, scale) for lora, scale in loras if part.kind.name in lora.changes]
+    if not mine:
+        return Given(part.kind, part.config, weights, origin)
+    merged = Merged(weights, changes_of(weights.network, [lora for lora, _ in mine], [scale for _, scale in mine]))
+    config = merged.network.config  # type: ignore[attr-defined]
+    return Given(part.kind, config, merged, origin | {"adapters": len(mine)})
 
 
-def _write_rest(source: str | Path, folder: Path, target: Path, parts: Sequence[Part], layout: str) -> None:
+def _check_used(loras: Sequence[tuple[Lora, Scale]], parts: Sequence[Part]) -> None:
+    """**Raises:** `WeightsError` for an adapter of a network that is not converted."""
+    left = {network for lora, _ in loras for network in lora.changes} - {part.kind.name for part in parts}
+    if left:
+        raise WeightsError(f"An adapter changes {', '.join(sorted(left))} too, which is not converted. Convert it as well.")
+
+
+def _write_rest(source: str | Path, folder: Path, target: Path, given: Sequence[Given], layout: str) -> None:
     """Write what a folder holds beside the weights: configs, tokenizers, and how the model is sampled."""
-    kinds = {part.kind.name for part in parts}
+    kinds = {one.kind.name for one in given}
     if layout == "diffusers":
-        for part in parts:
-            write_json(target / part.kind.folder / "config.json", part.kind.to_json(part.config))
+        for one in given:
+            write_json(target / one.kind.folder / "config.json", one.kind.to_json(one.config))
     if layout in ("own", "diffusers"):
         found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
         for name in found:

@@ -2,7 +2,8 @@
 
 import errno
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -233,8 +234,6 @@ def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -
     without a network; each says what to do.
     """
     import huggingface_hub  # takes as long to import as the rest of fluxjax
-    from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     entry = ZOO.get(name)
     if entry is not None and entry.repository is None:
@@ -246,9 +245,31 @@ def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -
     patterns = ["model_index.json"] + [
         f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")
     ]
+    with _hub_errors(name, repository, cached):
+        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=cached))
+    missing = [part for part in parts if not (root / part).is_dir()]
+    if missing and not cached:
+        raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
+    return root
+
+
+def download_file(repository: str, file: str) -> Path:
+    """Download one file of a repository into the hub's cache, unless it is there. Errors as for `download`."""
+    import huggingface_hub
+
+    with _hub_errors(repository, repository, cached=False):
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+
+
+@contextmanager
+def _hub_errors(name: str, repository: str, cached: bool) -> Iterator[None]:
+    """Turn the hub's errors into ones that say what to do."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     page = f"{ENDPOINT}/{repository}"
     try:
-        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=cached))
+        yield
     except GatedRepoError as error:
         raise WeightsError(f"{repository} is gated: accept its licence at {page}, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
@@ -256,11 +277,9 @@ def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -
     except Exception as error:  # the network's errors are of several libraries
         if cached:
             raise FileNotFoundError(f"{repository} is not in the hub's cache. Run `fluxjax download {name}` first.") from error
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise FileNotFoundError(f"{page} does not hold that file: see its list of files.") from error
         raise _download_error(repository, page, error) from error
-    missing = [part for part in parts if not (root / part).is_dir()]
-    if missing and not cached:
-        raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
-    return root
 
 
 def _download_error(repository: str, page: str, error: Exception) -> Exception:

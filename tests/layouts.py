@@ -20,4 +20,4 @@ def export(network, dialect: Dialect) -> dict[str, np.ndarray]:
 
 def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays to a safetensors file."""
-    files.write(path, {name: files.Out.of(tensor) for name, tensor in tensors.items()}, metadata)
+    files.write(path, {name: files.Out.of(np.asarray(tensor)) for name, tensor in tensors.items()}, metadata)

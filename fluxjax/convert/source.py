@@ -184,7 +184,7 @@ def fused_parts(config: Any) -> Parts:
         return {}
     width = config.width
     rows = {name: slice(i * width, (i + 1) * width) for i, name in enumerate("qkv")}
-    return rows | {"mlp": slice(3 * width, 3 * width + config.mlp_width)}
+    return rows | {"qkv": slice(0, 3 * width), "mlp": slice(3 * width, 3 * width + config.mlp_width)}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,17 @@ class Dense(Weight):
         return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=jnp.float32)
 
 
+class Adapted(Weight):
+    """A weight with a low-rank matrix added, up @ down, both kept apart from it. Source: Hu et al. 2021, LoRA, eq. 3."""
+
+    base: Weight
+    down: Float[Array, "*depth rank features"]
+    up: Float[Array, "*depth out rank"]
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        return self.base.matmul(x) + Dense(self.up).matmul(Dense(self.down).matmul(x).astype(x.dtype))
+
+
 class Linear(eqx.Module):
     """x W^T + b over the last axis, in the dtype of x."""
 

@@ -1,0 +1,94 @@
+"""Adapters beside the weights: low-rank leaves, so that adapters and scales are arguments of a compiled function."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax.convert.files import WeightsError
+from fluxjax.convert.load import is_stacked, leaf_names, slots_of
+from fluxjax.convert.source import fused_parts
+from fluxjax.lora.merge import Scale, changes_of, merge_changes, rows_of
+from fluxjax.lora.read import Change, Lora
+from fluxjax.lora.terms import LowRank
+from fluxjax.nets.layers import Adapted, Weight
+from fluxjax.shapes import Array
+
+Network = TypeVar("Network", bound=eqx.Module)
+
+
+def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None) -> Network:
+    """Return a network whose adapted weights carry the adapters as low-rank leaves; the weights themselves are shared, not
+    copied, and may be quantized. Biases and norm scales, which are small, are changed as by `merge`.
+
+    It costs next to nothing and is a pure function of arrays, so call it inside what is jitted: with adapters and scales as
+    arguments, another scale, or another adapter of the same modules and ranks, compiles nothing; under `jax.vmap` each image
+    has its own.
+
+    **Arguments:** as for `merge`; scales may be traced.
+    **Raises:** `WeightsError` for an adapter that does not fit or has no low-rank form (LoKr, LoHa, DoRA, full differences, a
+    widened input): merge it instead.
+    """
+    scales = [1.0] * len(loras) if scales is None else scales
+    wanted = changes_of(model, loras, scales)
+    slots, parts = slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    vectors = {name: found for name, found in wanted.items() if len(slots[name].shape) < 2}
+    model = merge_changes(model, vectors, donate=False)
+    matrices: dict[str, dict[int | None, Sequence[tuple[Change, Any]]]] = {}
+    names = leaf_names(model)
+    for name, found in wanted.items():
+        if name not in vectors:
+            slot = slots[name]
+            matrices.setdefault(names[slot.leaf], {})[slot.block] = found
+
+    def adapted(path: Any, weight: Any) -> Any:
+        name = ".".join(str(entry.name) for entry in path)
+        if name not in matrices:
+            return weight
+        if not isinstance(weight, Weight):
+            raise WeightsError(f"{name} is a table, which no low-rank leaf can stand beside. Merge the adapter instead.")
+        return _beside(name, weight, matrices.pop(name), parts)
+
+    model = jax.tree_util.tree_map_with_path(adapted, model, is_leaf=lambda node: isinstance(node, Weight))
+    return model
+
+
+def _beside(
+    name: str, base: Weight, found: Mapping[int | None, Sequence[tuple[Change, Any]]], parts: Mapping[str, slice]
+) -> Adapted:
+    """Return a weight with the factors of its blocks beside it, padded with zeros to the largest rank."""
+    (leaf,) = jax.tree.leaves(eqx.filter(base, lambda x: eqx.is_array(x) and x.ndim >= 2))[:1]
+    shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
+    factors = {block: _factors(name, changes, shape, parts) for block, changes in found.items()}
+    if not is_stacked(name):
+        return Adapted(base, *factors[None])
+    rank = max(down.shape[0] for down, _ in factors.values())
+    none = (jnp.zeros((rank, shape[1])), jnp.zeros((shape[0], rank)))
+    blocks = [_padded(*factors[block], rank) if block in factors else none for block in range(leaf.shape[0])]
+    return Adapted(base, jnp.stack([down for down, _ in blocks]), jnp.stack([up for _, up in blocks]))
+
+
+def _padded(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
+    extra = rank - down.shape[0]
+    return jnp.pad(down, ((0, extra), (0, 0))), jnp.pad(up, ((0, 0), (0, extra)))
+
+
+def _factors(
+    name: str, changes: Sequence[tuple[Change, Any]], shape: tuple[int, ...], parts: Mapping[str, slice]
+) -> tuple[Array, Array]:
+    """Return all of a weight's changes as one low-rank product: downs stacked, ups placed in their rows, scales in the ups."""
+    downs, ups = [], []
+    for change, scale in changes:
+        term = change.term
+        if not isinstance(term, LowRank) or term.down.shape[1] != shape[1]:
+            raise WeightsError(
+                f"What an adapter does to {name} ({type(term).__name__}) has no low-rank form. Merge it instead."
+            )
+        start, stop = rows_of(change, shape, parts)
+        up = jnp.float32(scale) * term.factor * term.up.astype(jnp.float32)
+        up = jnp.roll(up, (stop - start) // 2, axis=0) if change.swap else up
+        downs.append(term.down.astype(jnp.float32))
+        ups.append(jnp.zeros((shape[0], up.shape[1])).at[start:stop].set(up))
+    return jnp.concatenate(downs), jnp.concatenate(ups, axis=1)

@@ -1,0 +1,92 @@
+"""What an adapter adds to a weight: one class a kind of factorization, each a function of the base in float32."""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax.shapes import Array, Float
+
+
+class Term(eqx.Module):
+    """A change of a weight, [rows, columns], or of a vector."""
+
+    @abstractmethod
+    def delta(self, base: Float[Array, "*shape"]) -> Float[Array, "*changed"]:
+        """Return what is added to the base at scale 1, in float32; the base is taken in float32 too."""
+
+
+class LowRank(Term):
+    """factor * up @ down. Source: Hu et al. 2021, LoRA, section 4.1; `factor` is alpha / rank."""
+
+    up: Float[Array, "rows rank"]
+    down: Float[Array, "rank columns"]
+    factor: Float[Array, ""]
+
+    def delta(self, base):
+        return _float32(self.factor) * (_float32(self.up) @ _float32(self.down))
+
+
+class Kron(Term):
+    """factor * kron(left, right). Source: Yeh et al. 2023, LyCORIS, LoKr."""
+
+    left: Float[Array, "a b"]
+    right: Float[Array, "c d"]
+    factor: Float[Array, ""]
+
+    def delta(self, base):
+        return _float32(self.factor) * jnp.kron(_float32(self.left), _float32(self.right))
+
+
+class Hadamard(Term):
+    """factor * (up1 @ down1) * (up2 @ down2), elementwise. Source: Hyeon-Woo et al. 2021, FedPara; LyCORIS calls it LoHa."""
+
+    up1: Float[Array, "rows rank"]
+    down1: Float[Array, "rank columns"]
+    up2: Float[Array, "rows rank2"]
+    down2: Float[Array, "rank2 columns"]
+    factor: Float[Array, ""]
+
+    def delta(self, base):
+        first = _float32(self.up1) @ _float32(self.down1)
+        return _float32(self.factor) * first * (_float32(self.up2) @ _float32(self.down2))
+
+
+class Full(Term):
+    """A difference stored as itself."""
+
+    value: Float[Array, "*shape"]
+
+    def delta(self, base):
+        return _float32(self.value)
+
+
+class Assigned(Term):
+    """A value that takes the base's place at scale 1."""
+
+    value: Float[Array, "*shape"]
+
+    def delta(self, base):
+        return _float32(self.value) - base
+
+
+class Magnitude(Term):
+    """magnitude * (W + delta) / |W + delta| - W, the norm of each row, or of each column if there are as many magnitudes.
+
+    **Source:** Liu et al. 2024, DoRA, eq. 5.
+    """
+
+    inner: Term
+    magnitude: Float[Array, " length"]
+    by_row: bool = eqx.field(static=True)
+
+    def delta(self, base):
+        changed = base + self.inner.delta(base)
+        norm = jnp.linalg.norm(changed, axis=1 if self.by_row else 0, keepdims=True)
+        magnitude = _float32(self.magnitude)
+        return changed * ((magnitude[:, None] if self.by_row else magnitude[None]) / norm) - base
+
+
+def _float32(x: jax.typing.ArrayLike) -> Array:
+    return jnp.asarray(x).astype(jnp.float32)
