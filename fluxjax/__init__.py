@@ -17,6 +17,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.lora.attach import attach
     from fluxjax.lora.merge import merge, unmerge
     from fluxjax.lora.read import Lora, read_lora
+    from fluxjax.lora.write import extract_lora, write_lora
     from fluxjax.nets.clip import Clip, ClipConfig
     from fluxjax.nets.flux import Flux, FluxConfig
     from fluxjax.nets.t5 import T5, T5Config
@@ -61,6 +62,7 @@ __all__ = [
     "attention",
     "convert_weights",
     "download",
+    "extract_lora",
     "flow_times",
     "image_ids",
     "initial_noise",
@@ -84,5 +86,6 @@ __all__ = [
     "tokenize",
     "unmerge",
     "unpack_latents",
+    "write_lora",
     "write_png",
 ]

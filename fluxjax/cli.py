@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import fluxjax
 from fluxjax.convert.layouts import LAYOUTS
-from fluxjax.convert.source import KINDS
+from fluxjax.convert.source import KINDS, open_source
 from fluxjax.generate import (
     Text,
     activation_dtype,
@@ -34,6 +34,7 @@ from fluxjax.image import write_numbered
 from fluxjax.latents import image_ids
 from fluxjax.lora.merge import merge
 from fluxjax.lora.read import Lora, describe_lora, read_lora
+from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.shapes import Array, Times
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
@@ -48,6 +49,7 @@ from fluxjax.zoo import (
     load_t5,
     load_tokenizers,
     load_vae,
+    locate,
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -141,7 +143,7 @@ def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any
 
 def _add_lora(commands: Any) -> None:
     """Add the commands about adapters."""
-    lora = commands.add_parser("lora", help="adapters", description="Look into adapters, and merge them into a checkpoint.")
+    lora = commands.add_parser("lora", help="adapters", description="Inspect, merge, convert and extract adapters.")
     actions = lora.add_subparsers(required=True, metavar="ACTION")
     inspect = actions.add_parser("inspect", help="what an adapter holds", description="Tell what an adapter holds.")
     inspect.set_defaults(run=_inspect_lora)
@@ -155,6 +157,41 @@ def _add_lora(commands: Any) -> None:
     add("-o", "--output", dest="destination", type=Path, required=True, help="a new folder, or a new .safetensors file")
     add("--to", choices=LAYOUTS, default="own", help="the layout (default: %(default)s)")
     add("--dtype", choices=FLOATS, help="of the weights (default: theirs)")
+
+    about = "Write an adapter in another format; every difference stays what it is."
+    convert = actions.add_parser("convert", help="an adapter in another format", description=about)
+    convert.set_defaults(run=_convert_lora)
+    convert.add_argument("adapter", type=_adapter, metavar="FILE", help="a safetensors file, or hub:OWNER/REPO/FILE")
+    convert.add_argument("destination", type=Path, help="a new .safetensors file")
+    convert.add_argument("--to", choices=FORMATS, default="peft", help="the format (default: %(default)s)")
+    about = "Write the adapter that is nearest to what distinguishes a fine-tuned checkpoint from its base."
+    extract = actions.add_parser("extract", help="an adapter from two checkpoints", description=about)
+    extract.set_defaults(run=_extract_lora)
+    add = extract.add_argument
+    add("base", metavar="BASE", help="a file or a folder of any layout, a model's name, or a hub id")
+    add("tuned", metavar="TUNED", help="the same, fine-tuned")
+    add("-o", "--output", dest="destination", type=Path, required=True, help="a new .safetensors file")
+    add("--rank", type=int, required=True, help="of each weight's difference")
+    add("--only", choices=("flux", "t5", "clip"), default="flux", help="the network (default: %(default)s)")
+    add("--to", choices=FORMATS, default="peft", help="the format (default: %(default)s)")
+
+
+def _convert_lora(options: argparse.Namespace) -> None:
+    write_lora(_new_file(options.destination), read_lora(options.adapter.file()), to=options.to)
+    print(options.destination)
+
+
+def _extract_lora(options: argparse.Namespace) -> None:
+    kind = KINDS[options.only]
+    base, tuned = (open_source(locate(name, kind.folder)).part(kind).plan() for name in (options.base, options.tuned))
+    write_lora(_new_file(options.destination), extract_lora(base, tuned, kind.name, rank=options.rank), to=options.to)
+    print(options.destination)
+
+
+def _new_file(path: Path) -> Path:
+    if path.exists():
+        raise FileExistsError(f"There is something at {path} already. Remove it, or choose another destination.")
+    return path
 
 
 def _inspect_lora(options: argparse.Namespace) -> None:

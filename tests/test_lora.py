@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from layouts import write
 from PIL import Image
+from safetensors.numpy import load_file
 
 from fluxjax import (
     T5,
@@ -33,8 +34,13 @@ from fluxjax import (
     read_image,
     read_lora,
     unmerge,
+    write_lora,
 )
-from fluxjax.convert.load import leaf_names
+from fluxjax.convert import tables
+from fluxjax.convert.load import abstract, leaf_names, slots_of
+from fluxjax.convert.source import fused_parts
+from fluxjax.lora.merge import changes_of
+from fluxjax.lora.write import _nearest
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=64, out_channels=64,
@@ -566,3 +572,117 @@ def test_a_control_adapter_widens_a_checkpoint_and_its_config(tmp_path):
     assert wide.config.in_channels == 128
     assert eqx.tree_equal(wide, merge(load_flux("tiny"), [lora]))
     assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["out_channels"] == 64
+
+
+@pytest.mark.parametrize("name", ["kohya", "peft, alpha tensors", "onetrainer", "comfy", "xlabs"])
+def test_converted_there_and_back_every_delta_stays(flux, tmp_path, name):
+    lora, x = read_lora(saved(FORMATS[name](), tmp_path / "x.safetensors")), tmp_path
+    wanted = weights(merge(flux, [lora], [0.7]))
+    for number, to in enumerate(("peft", "kohya", "peft")):
+        write_lora(x / f"{number}.safetensors", lora, to=to)
+        lora = read_lora(x / f"{number}.safetensors")
+        assert lora.format == to
+        assert_close(merge(flux, [lora], [0.7]), wanted, EXACT)
+
+
+def test_a_split_adapter_keeps_its_ranks_there_and_back(tmp_path):
+    original = diffusers()
+    write_lora(tmp_path / "fused.safetensors", read_lora(saved(original, tmp_path / "x.safetensors")), to="kohya")
+    fused = load_file(tmp_path / "fused.safetensors")
+    assert fused["lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"].shape == (2 + 5, 32)
+    write_lora(tmp_path / "split.safetensors", read_lora(tmp_path / "fused.safetensors"), to="peft")
+    split = load_file(tmp_path / "split.safetensors")
+    assert {key: tensor.shape for key, tensor in split.items()} == {
+        key: tensor.shape for key, tensor in original.tensors.items()
+    }
+    assert all(np.array_equal(split[key], tensor) for key, tensor in original.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["lokr", "loha", "dora", "control"])
+def test_what_is_not_of_low_rank_is_not_written(tmp_path, name):
+    lora = read_lora(saved(FORMATS[name](), tmp_path / "x.safetensors"))
+    with pytest.raises(WeightsError, match="is not of low rank"):
+        write_lora(tmp_path / "out.safetensors", lora)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample = Sample()
+    pair(sample, Draw(30), "lora_unet_double_blocks_1_img_attn_qkv", KOHYA, (576, 192), 3, 0.03)
+    pair(sample, Draw(31), "lora_unet_single_blocks_0_linear2", KOHYA, (192, 960), 5, 0.05)
+    lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
+    convert_weights("tiny", "base", only=["flux"], dtype="float32")
+    convert_weights("base", "tuned", only=["flux"], loras=[(lora, 1.0)])
+    cli.main(["lora", "extract", "base", "tuned", "-o", "found.safetensors", "--rank", "5", "--to", "kohya"])
+    found = read_lora("found.safetensors")
+    assert found.changes["flux"].keys() == lora.changes["flux"].keys()
+    assert_close(merge(load_flux("base"), [found]), weights(load_flux("tuned")), EXACT)
+    # A lower rank leaves the singular values beyond it, and no less.
+    cli.main(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
+    base, tuned = (weights(load_flux(name))["single.linear2.weight"][0] for name in ("base", "tuned"))
+    less = weights(merge(load_flux("base"), [read_lora("less.safetensors")]))["single.linear2.weight"][0]
+    values = np.linalg.svd(tuned - base, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(tuned - less), np.linalg.norm(values[2:]), rtol=1e-4)
+    with pytest.raises(SystemExit):
+        cli.main(["lora", "extract", "base", "base", "-o", "none.safetensors", "--rank", "2"])
+    with pytest.raises(SystemExit):
+        cli.main(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
+
+
+def test_a_large_matrix_is_projected_to_the_same_nearest_one():
+    rng = np.random.default_rng(0)
+    matrix = (rng.standard_normal((1100, 40)) * 0.9 ** np.arange(40)) @ rng.standard_normal((40, 1200))
+    matrix = (matrix + 0.01 * rng.standard_normal(matrix.shape)).astype(np.float32)
+    term = _nearest(matrix, 8)
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    error = np.linalg.norm(matrix - np.asarray(term.up, np.float64) @ np.asarray(term.down, np.float64))
+    # Halko et al. bound the expected excess; four power iterations leave next to none.
+    np.testing.assert_allclose(error, np.linalg.norm(values[8:]), rtol=1e-4)
+
+
+def names_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the modules of dev with the shapes of a rank-16 pair: its linear layers, in a dialect's names."""
+    network = abstract(Flux, FluxConfig.dev())
+    parts, modules = fused_parts(FluxConfig.dev()), {}
+    for name, slot in slots_of(network).items():
+        for key, row in dialect.keys(name) if len(slot.shape) == 2 else ():
+            rows = slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
+            module = key.removesuffix(".weight")
+            modules[prefix + (module.replace(".", "_") if flat else module)] = ((16, slot.shape[1]), (rows, 16))
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("prefix", "dialect", "flat", "ends"),
+    [
+        ("lora_unet_", tables.FLUX_BFL, True, KOHYA),
+        ("transformer.", tables.FLUX_DIFFUSERS, False, PEFT),
+        ("lora_transformer_", tables.FLUX_DIFFUSERS, True, KOHYA),
+        ("diffusion_model.", tables.FLUX_BFL, False, KOHYA),
+        ("base_model.model.", tables.FLUX_BFL, False, PEFT),
+        ("lycoris_", tables.FLUX_BFL, True, ("lokr_w2_b", "lokr_w2_a")),
+    ],
+    ids=["kohya", "peft", "onetrainer", "comfy", "fal", "lokr"],
+)
+def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, prefix, dialect, flat, ends):
+    modules = names_at_full_size(prefix, dialect, flat)
+    header, offset = {}, 0
+    for module, shapes in modules.items():
+        tensors = dict(zip(ends, shapes, strict=True))
+        if "lokr" in ends[0]:
+            (rank, columns), (rows, _) = shapes
+            tensors = {"lokr_w1": (16, 16), ends[0]: (rank, columns // 16), ends[1]: (rows // 16, rank)}
+        for end, shape in tensors.items():
+            nbytes = 2 * int(np.prod(shape))
+            header[f"{module}.{end}"] = {"dtype": "BF16", "shape": shape, "data_offsets": (offset, offset := offset + nbytes)}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    lora = read_lora(tmp_path / "x.safetensors")
+    dev = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(Flux, FluxConfig.dev()))
+    wanted = changes_of(dev, [lora], [1.0])  # raises if one does not fit
+    matrices = {name for name, slot in slots_of(dev).items() if len(slot.shape) == 2}
+    assert wanted.keys() == matrices
+    assert sum(len(changes) for changes in wanted.values()) == len(modules)

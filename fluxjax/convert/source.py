@@ -180,11 +180,13 @@ def dialect_for(dialect: Dialect, config: Any) -> Dialect:
 
 def fused_parts(config: Any) -> Parts:
     """Return the rows that q, k, v and the MLP take in the transformer's fused weights; other networks have none."""
-    if not isinstance(config, FluxConfig):
-        return {}
-    width = config.width
+    return fused_rows(config.width, config.mlp_width) if isinstance(config, FluxConfig) else {}
+
+
+def fused_rows(width: int, mlp_width: int) -> Parts:
+    """Return the rows of the parts of a transformer's fused weights."""
     rows = {name: slice(i * width, (i + 1) * width) for i, name in enumerate("qkv")}
-    return rows | {"qkv": slice(0, 3 * width), "mlp": slice(3 * width, 3 * width + config.mlp_width)}
+    return rows | {"qkv": slice(0, 3 * width), "mlp": slice(3 * width, 3 * width + mlp_width)}
 
 
 @dataclass(frozen=True)

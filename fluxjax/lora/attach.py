@@ -61,7 +61,7 @@ def _beside(
     """Return a weight with the factors of its blocks beside it, padded with zeros to the largest rank."""
     (leaf,) = jax.tree.leaves(eqx.filter(base, lambda x: eqx.is_array(x) and x.ndim >= 2))[:1]
     shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
-    factors = {block: _factors(name, changes, shape, parts) for block, changes in found.items()}
+    factors = {block: factors_of(name, changes, shape, parts) for block, changes in found.items()}
     if not is_stacked(name):
         return Adapted(base, *factors[None])
     rank = max(down.shape[0] for down, _ in factors.values())
@@ -75,7 +75,7 @@ def _padded(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
     return jnp.pad(down, ((0, extra), (0, 0))), jnp.pad(up, ((0, 0), (0, extra)))
 
 
-def _factors(
+def factors_of(
     name: str, changes: Sequence[tuple[Change, Any]], shape: tuple[int, ...], parts: Mapping[str, slice]
 ) -> tuple[Array, Array]:
     """Return all of a weight's changes as one low-rank product: downs stacked, ups placed in their rows, scales in the ups."""

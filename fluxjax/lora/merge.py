@@ -205,7 +205,7 @@ def _columns(term: Term) -> int | None:
     if isinstance(term, LowRank):
         return term.down.shape[1]
     if isinstance(term, Kron):
-        return term.left.shape[1] * term.right.shape[1]
+        return term.left[-1].shape[1] * term.right[-1].shape[1]
     if isinstance(term, Hadamard):
         return term.down1.shape[1]
     return _columns(term.inner) if isinstance(term, Magnitude) else None

@@ -321,13 +321,13 @@ def _low_rank(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
 def _kron(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
     rank = None
 
-    def side(name: str) -> Array:
+    def side(name: str) -> tuple[Array, ...]:
         nonlocal rank
         if name in roles:
-            return take(name)
+            return (take(name),)
         first, second = take(f"{name}_a"), take(f"{name}_b")
         rank = len(second)
-        return first.astype(jnp.float32) @ second.astype(jnp.float32)
+        return first, second
 
     left, right = side("w1"), side("w2")
     # Alpha applies where a factor is itself decomposed.
@@ -383,7 +383,7 @@ def _rows(term: Term) -> int:
     if isinstance(term, LowRank):
         return len(term.up)
     if isinstance(term, Kron):
-        return len(term.left) * len(term.right)
+        return len(term.left[0]) * len(term.right[0])
     if isinstance(term, Hadamard):
         return len(term.up1)
     return len(term.value)  # type: ignore[attr-defined]

@@ -29,14 +29,17 @@ class LowRank(Term):
 
 
 class Kron(Term):
-    """factor * kron(left, right). Source: Yeh et al. 2023, LyCORIS, LoKr."""
+    """factor * kron(left, right), each a matrix or a product of two. Source: Yeh et al. 2023, LyCORIS, LoKr."""
 
-    left: Float[Array, "a b"]
-    right: Float[Array, "c d"]
+    left: tuple[Float[Array, "_ _"], ...]
+    right: tuple[Float[Array, "_ _"], ...]
     factor: Float[Array, ""]
 
     def delta(self, base):
-        return _float32(self.factor) * jnp.kron(_float32(self.left), _float32(self.right))
+        left, right = (
+            _float32(side[0]) if len(side) == 1 else _float32(side[0]) @ _float32(side[1]) for side in (self.left, self.right)
+        )
+        return _float32(self.factor) * jnp.kron(left, right)
 
 
 class Hadamard(Term):

@@ -1,0 +1,150 @@
+"""Adapters to files: converted between formats, and extracted from the difference of two checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.convert import tables
+from fluxjax.convert.files import Out, WeightsError, write
+from fluxjax.convert.load import Weights, slots_of
+from fluxjax.convert.source import fused_rows
+from fluxjax.convert.tables import Dialect
+from fluxjax.lora.attach import factors_of
+from fluxjax.lora.read import Change, Lora
+from fluxjax.lora.terms import LowRank
+from fluxjax.nets.flux import FluxConfig
+
+_KOHYA = {
+    "flux": ("lora_unet_", tables.FLUX_BFL),
+    "clip": ("lora_te1_", tables.CLIP_TRANSFORMERS),
+    "t5": ("lora_te3_", tables.T5_TRANSFORMERS),
+}
+_PEFT = {
+    "flux": ("transformer.", tables.FLUX_DIFFUSERS),
+    "clip": ("text_encoder.", tables.CLIP_TRANSFORMERS),
+    "t5": ("text_encoder_2.", tables.T5_TRANSFORMERS),
+}
+FORMATS = ("peft", "kohya")
+
+
+def write_lora(path: str | Path, lora: Lora, *, to: str = "peft") -> None:
+    """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
+
+    Every difference stays what it is: a fused weight's factors are cut into its parts' rows, or parts are put together as a
+    block-diagonal product, and alpha / rank goes into the up matrix.
+    **Raises:** `WeightsError` for an adapter that is not of low rank alone.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
+    tensors: dict[str, np.ndarray] = {}
+    for network, changes in lora.changes.items():
+        prefix, dialect = (_PEFT if to == "peft" else _KOHYA)[network]
+        width = _width(changes)
+        # The MLP of every FLUX transformer is four times as wide.
+        parts = fused_rows(width, 4 * width) if network == "flux" else {}
+        for name, found in changes.items():
+            for module, up, down in _modules(name, found, dialect, parts):
+                if to == "peft":
+                    tensors |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
+                else:
+                    stem = prefix + module.replace(".", "_")
+                    tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+                    tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
+    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()})
+
+
+def _modules(
+    name: str, changes: Sequence[Change], dialect: Dialect, parts: Mapping[str, slice]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return the modules that a weight's change is written to, each with its up and down."""
+    rows = _fused_rows(name, changes, parts)
+    columns = _low_rank(name, changes[0]).down.shape[1]
+    for change in changes:
+        _low_rank(name, change)
+    down, up = (np.asarray(x) for x in factors_of(name, [(change, 1.0) for change in changes], (rows, columns), parts))
+    written = []
+    for key, row in dialect.keys(name):
+        place = slice(0, rows) if row.part is None else parts[row.part]
+        mine = up[place]
+        mine = np.roll(mine, len(mine) // 2, axis=0) if row.layout == "swap" else mine
+        used = np.any(mine != 0, axis=0)
+        if used.any():
+            written.append((key.removesuffix(".weight"), mine[:, used], down[used]))
+    return written
+
+
+def _low_rank(name: str, change: Change) -> LowRank:
+    if not isinstance(change.term, LowRank):
+        raise WeightsError(
+            f"What the adapter does to {name} ({type(change.term).__name__}) is not of low rank, so it can't be written."
+        )
+    return change.term
+
+
+def _fused_rows(name: str, changes: Sequence[Change], parts: Mapping[str, slice]) -> int:
+    """Return the rows of a weight, of which its changes may cover a part."""
+    if all(change.part is None for change in changes):
+        return len(_low_rank(name, changes[0]).up)
+    return parts["mlp"].stop if name.endswith("linear1.weight") else parts["v"].stop
+
+
+def _width(changes: Mapping[str, Sequence[Change]]) -> int:
+    """Return the width of the transformer that an adapter was made for, as its blocks' factors tell."""
+    for name, found in changes.items():
+        if not name.startswith(("double", "single")):
+            continue
+        takes_width = name.endswith(("qkv.weight", "linear1.weight", "mlp.up.weight", "modulation.weight"))
+        for change in found:
+            if isinstance(change.term, LowRank):
+                return change.term.down.shape[1] if takes_width else len(change.term.up)
+    return FluxConfig().width  # no block is changed, so no fused weight is
+
+
+def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int) -> Lora:
+    """Return the adapter of a rank that is nearest, in the Frobenius norm, to what distinguishes two networks' matrices.
+
+    **Arguments:** `base`, `tuned`: of the same shapes, in files or in memory. `network`: "flux", "clip" or "t5".
+    **Raises:** `ValueError` for a rank below 1; `WeightsError` for networks of other shapes, or that do not differ.
+    **Source:** Eckart & Young 1936.
+    """
+    if rank < 1:
+        raise ValueError(f"An adapter needs a rank of at least 1, got {rank}.")
+    slots, theirs = slots_of(base.network), slots_of(tuned.network)
+    if {name: slot.shape for name, slot in slots.items()} != {name: slot.shape for name, slot in theirs.items()}:
+        raise WeightsError("The two checkpoints are networks of different shapes. Pass a fine-tuned model and its own base.")
+    changes: dict[str, tuple[Change, ...]] = {}
+    for name, slot in slots.items():
+        if len(slot.shape) != 2 or name in ("tokens.weight", "positions.weight", "position_bias.weight"):
+            continue
+        rows, exact = slice(0, slot.shape[0]), np.dtype(np.float32)
+        difference = tuned.read(name, rows, exact) - base.read(name, rows, exact)
+        if difference.any():
+            changes[name] = (Change(_nearest(difference, rank), None, False),)
+    if not changes:
+        raise WeightsError("The two checkpoints have the same matrices: there is nothing to extract.")
+    return Lora({network: changes}, "extracted")
+
+
+_OVERSAMPLED, _POWERS, _EXACT_SIDE = 16, 4, 1024
+
+
+def _nearest(matrix: np.ndarray, rank: int) -> LowRank:
+    """Return the nearest matrix of a rank, halves of its singular values on each side.
+
+    Large matrices are first projected on a random range, which power iterations sharpen.
+    **Source:** Halko et al. 2011, algorithm 4.4.
+    """
+    basis: Any = None
+    if min(matrix.shape) > max(_EXACT_SIDE, 2 * (rank + _OVERSAMPLED)):
+        sample = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + _OVERSAMPLED)).astype(np.float32)
+        basis = np.linalg.qr(matrix @ sample)[0]
+        for _ in range(_POWERS):
+            basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
+    left, values, right = np.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+    left = left if basis is None else basis @ left
+    count = max(1, min(rank, int((values > 0).sum())))
+    root = np.sqrt(values[:count])
+    return LowRank(jnp.asarray(left[:, :count] * root), jnp.asarray(root[:, None] * right[:count]), jnp.float32(1.0))
