@@ -15,6 +15,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.kernels.attention import attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
     from fluxjax.lora.attach import attach
+    from fluxjax.lora.init import init_lora, trainable
     from fluxjax.lora.merge import merge, unmerge
     from fluxjax.lora.read import Lora, read_lora
     from fluxjax.lora.write import extract_lora, write_lora
@@ -65,6 +66,7 @@ __all__ = [
     "extract_lora",
     "flow_times",
     "image_ids",
+    "init_lora",
     "initial_noise",
     "inspect_weights",
     "load_clip",
@@ -84,6 +86,7 @@ __all__ = [
     "text_to_image",
     "time_shift",
     "tokenize",
+    "trainable",
     "unmerge",
     "unpack_latents",
     "write_lora",

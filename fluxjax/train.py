@@ -21,24 +21,35 @@ class TrainState(eqx.Module):
     step: Array
 
     @classmethod
-    def create(cls, model: eqx.Module, optimizer: optax.GradientTransformation) -> "TrainState":
-        """Start from a model, its own average."""
-        return cls(model, model, optimizer.init(eqx.filter(model, eqx.is_inexact_array)), jnp.zeros((), jnp.int32))
+    def create(
+        cls, model: eqx.Module, optimizer: optax.GradientTransformation, *, trainable: Any = eqx.is_inexact_array
+    ) -> "TrainState":
+        """Start from a model, its own average. `trainable`: as for `make_step`."""
+        return cls(model, model, optimizer.init(eqx.filter(model, trainable)), jnp.zeros((), jnp.int32))
 
 
 def make_step(
-    loss: Callable[..., Scalar], optimizer: optax.GradientTransformation, *, ema_decay: float
+    loss: Callable[..., Scalar],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    trainable: Any = eqx.is_inexact_array,
 ) -> Callable[..., tuple[TrainState, Scalar]]:
     """Return a jitted `step(state, *batch, key) -> (state, loss)`.
 
     **Arguments:** `loss`: (model, *batch, key=) -> scalar. `ema_decay`: of the averaged weights, in [0, 1); the first
-    steps average over fewer: min(ema_decay, (1 + step) / (10 + step)).
+    steps average over fewer: min(ema_decay, (1 + step) / (10 + step)). `trainable`: which leaves are, as a function of one or
+    a tree of booleans; an adapter's are `fluxjax.trainable(lora)`, and its loss takes the model as an argument of the batch.
     """
 
     @eqx.filter_jit
     def step(state: TrainState, *batch: Any, key: PRNGKeyArray) -> tuple[TrainState, Scalar]:
-        value, gradient = eqx.filter_value_and_grad(loss)(state.model, *batch, key=key)
-        trained = eqx.filter(state.model, eqx.is_inexact_array)
+        trained, frozen = eqx.partition(state.model, trainable)
+
+        def loss_of(trained: eqx.Module) -> Scalar:
+            return loss(eqx.combine(trained, frozen), *batch, key=key)
+
+        value, gradient = eqx.filter_value_and_grad(loss_of)(trained)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trained)
         model = eqx.apply_updates(state.model, updates)
         age = state.step.astype(jnp.float32)
