@@ -1,7 +1,7 @@
 """Train the tiny model from scratch: VAE, text encoders, transformer, guidance distillation, export.
 
 Each stage is resumable and seeded: a step's batch depends on the seed and the step alone. Stages keep their state under
-`--runs`, in the order vae, latents, text, flux, distill, export. `restore` begins from exported weights instead.
+`--runs`, in the order vae, decoder, latents, text, flux, distill, export. `restore` begins from exported weights instead.
 """
 
 import argparse
@@ -47,6 +47,7 @@ VAE = VaeConfig(channels=(16, 32, 64, 64), resnets=1, groups=8, scale=1.0, shift
 CLIP = ClipConfig(vocabulary=641, width=128, heads=4, depth=2, mlp_width=512, eos_token=640)
 T5_ = T5Config(vocabulary=90, width=128, heads=4, head_dim=32, depth=3, mlp_width=320)
 KL_WEIGHT = 3e-4
+LATENT_NOISE, ABSOLUTE_WEIGHT = 0.05, 0.1
 
 
 def fit(
@@ -143,6 +144,44 @@ def train_vae(runs: Path, steps: int) -> None:
     state = TrainState.create(Vae(VAE, key=jax.random.key(SEED)), optimizer)
     report = lambda state: f"PSNR {psnr(state.ema, test):.2f} dB"  # noqa: E731
     fit("vae", runs, state, make_step(vae_loss, optimizer, ema_decay=0.995), batch, steps, report=report)
+
+
+def decoder_loss(vae: Vae, latents: jax.Array, images: jax.Array, *, key: jax.Array) -> jax.Array:
+    """Squared and absolute error of what the decoder makes of latents that are a little off, as a transformer's are."""
+    x = images.astype(jnp.float32) / 127.5 - 1
+    z = latents.astype(jnp.float32)
+    off = jax.vmap(vae.decode)(z + LATENT_NOISE * jax.random.normal(key, z.shape)) - x
+    return jnp.mean(jnp.square(off)) + ABSOLUTE_WEIGHT * jnp.mean(jnp.abs(off))
+
+
+def decoder_leaves(vae: Vae) -> Vae:
+    """Return which leaves of a VAE are the decoder's, as a tree of booleans."""
+    return eqx.tree_at(
+        lambda vae: vae.decoder, jax.tree.map(lambda leaf: False, vae), jax.tree.map(lambda leaf: True, vae.decoder)
+    )
+
+
+def train_decoder(runs: Path, steps: int) -> None:
+    """Sharpen the decoder on whole scenes, the encoder left as it is, so that latents and transformer stay valid."""
+    vae = load_stage(runs, "vae", Vae(VAE, key=jax.random.key(SEED))).ema
+    encode = eqx.filter_jit(lambda vae, x: jax.vmap(vae.encode)(x.astype(jnp.float32) / 127.5 - 1))
+    groups = []
+    for size, count, seed in zip(SIZES_PIXELS, (6000, 1000, 1000), (5, 6, 7), strict=True):
+        images = draw(count, size, seed)
+        latents = [np.asarray(encode(vae, part)).astype(np.float16) for part in np.split(images, count // 100)]
+        groups.append((np.concatenate(latents), images))
+
+    def batch(rng: np.random.Generator, index: int) -> tuple:
+        latents, images = groups[rng.choice(len(groups), p=SHARE)]
+        picks = rng.integers(0, len(images), 8)
+        return latents[picks], images[picks]
+
+    trained = decoder_leaves(vae)
+    optimizer = OPTIMIZERS["decoder"](steps)
+    state = TrainState.create(vae, optimizer, trainable=trained)
+    step = make_step(decoder_loss, optimizer, ema_decay=0.99, trainable=trained)
+    test = draw(64, (128, 128), 2)
+    fit("decoder", runs, state, step, batch, steps, report=lambda state: f"PSNR {psnr(state.ema, test):.2f} dB", every=200)
 
 
 class TextEncoders(eqx.Module):
@@ -343,6 +382,7 @@ def adamw(peak: float, weight_decay: float, b2: float) -> Callable[[int], optax.
 
 OPTIMIZERS = {
     "vae": adamw(3e-3, 1e-4, 0.99),
+    "decoder": adamw(1e-3, 1e-4, 0.99),
     "text": adamw(2e-3, 0.01, 0.999),
     "flux": adamw(2e-3, 0.01, 0.99),
     "distill": adamw(5e-4, 0.0, 0.99),
@@ -415,9 +455,16 @@ def distill(runs: Path, steps: int) -> None:
     fit("distill", runs, state, step, lambda rng, index: (*batches(rng, index), text, teacher), steps)
 
 
+def read_decoder(runs: Path) -> Vae:
+    """Read the VAE with its sharpened decoder."""
+    vae = Vae(VAE, key=jax.random.key(SEED))
+    state = TrainState.create(vae, OPTIMIZERS["decoder"](1), trainable=decoder_leaves(vae))
+    return eqx.tree_deserialise_leaves(runs / "decoder.eqx", state).ema
+
+
 def export(runs: Path, stage: str, folder: Path) -> None:
     """Write the averaged weights as a diffusers folder in bfloat16, tokenizers included."""
-    vae = load_stage(runs, "vae", Vae(VAE, key=jax.random.key(SEED))).ema
+    vae = read_decoder(runs)
     mean, deviation = statistics(read_latents(runs))
     normalized = abstract(Vae, replace(VAE, shift=mean, scale=1 / deviation))
     vae = jax.tree.unflatten(jax.tree.structure(normalized), jax.tree.leaves(vae))
@@ -446,7 +493,8 @@ def restore(folder: Path, runs: Path) -> None:
 def main() -> None:
     stages = {
         "vae": (train_vae, 2400),
-        "latents": (make_latents, 30_000),
+        "decoder": (train_decoder, 2000),
+        "latents": (make_latents, 40_000),
         "text": (train_text, 1500),
         "flux": (train_flux, 6500),
         "distill": (distill, 600),
