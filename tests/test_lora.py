@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from adapters import KOHYA, PEFT, Draw, Sample, pair
 from layouts import write
@@ -27,12 +28,14 @@ from fluxjax import (
     cli,
     convert_weights,
     image_ids,
+    init_lora,
     load_clip,
     load_flux,
     load_t5,
     merge,
     read_image,
     read_lora,
+    trainable,
     unmerge,
     write_lora,
 )
@@ -41,6 +44,7 @@ from fluxjax.convert.load import abstract, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
 from fluxjax.lora.merge import changes_of
 from fluxjax.lora.write import _nearest
+from fluxjax.train import TrainState, make_step
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=64, out_channels=64,
@@ -654,3 +658,35 @@ def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, prefix, di
     matrices = {name for name, slot in slots_of(dev).items() if len(slot.shape) == 2}
     assert wanted.keys() == matrices
     assert sum(len(changes) for changes in wanted.values()) == len(modules)
+
+
+def test_a_new_adapter_changes_nothing_and_training_moves_its_factors_alone(moderate):
+    lora = init_lora(moderate, 2, [r"double\.\d+\.img\.qkv", r"single\.2\.linear1"], alpha=4.0, key=jax.random.key(0))
+    assert set(lora.changes["flux"]) == {"double.0.img.qkv.weight", "double.1.img.qkv.weight", "single.2.linear1.weight"}
+    assert eqx.tree_equal(merge(moderate, [lora]), moderate)
+    x = jnp.asarray(Draw(23)(6, 64))
+    target = velocity(moderate, x) + 0.1
+
+    def loss(lora, model, *, key):
+        del key
+        return jnp.mean(jnp.square(velocity(attach(model, [lora]), x) - target))
+
+    # Weight decay would move alpha / rank, if that were trained.
+    optimizer, spec = optax.adamw(1e-2, weight_decay=0.1), trainable(lora)
+    state = TrainState.create(lora, optimizer, trainable=spec)
+    step = make_step(loss, optimizer, ema_decay=0.9, trainable=spec)
+    losses = []
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        for _ in range(40):
+            state, value = step(state, moderate, key=jax.random.key(0))
+            losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    for (change,) in state.model.changes["flux"].values():
+        assert float(change.term.factor) == 2.0
+        assert jnp.any(change.term.up != 0)
+    with pytest.raises(ValueError, match=r"\['doubel.*'\] match no matrix of this network"):
+        init_lora(moderate, 2, ["doubel.*"], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="a rank of at least 1, got 0"):
+        init_lora(moderate, 0, key=jax.random.key(0))
+    every = init_lora(moderate, 1, key=jax.random.key(0)).changes["flux"]
+    assert len(every) == 2 * 8 + 3 * 2  # two streams of four matrices a double block, two matrices a single one
