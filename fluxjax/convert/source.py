@@ -142,8 +142,8 @@ class Part:
 
     @cached_property
     def config(self) -> Any:
-        """Its config: fluxjax's own metadata, else config.json, else the shapes tell. **Raises:** `WeightsError`."""
-        if self.own is not None:
+        """Its config: config.json, else fluxjax's own metadata, else the shapes tell. **Raises:** `WeightsError`."""
+        if self.settings is None and self.own is not None:
             return configs.from_dict(self.kind.config, self.own)
         if self.settings is None:
             return self.kind.from_shapes(self._shapes)
