@@ -157,7 +157,11 @@ def _add_lora(commands: Any) -> None:
     add("-o", "--output", dest="destination", type=Path, required=True, help="a new folder, or a new .safetensors file")
     add("--to", choices=LAYOUTS, default="own", help="the layout (default: %(default)s)")
     add("--dtype", choices=FLOATS, help="of the weights (default: theirs)")
+    _add_lora_files(actions)
 
+
+def _add_lora_files(actions: Any) -> None:
+    """Add the commands that write adapters."""
     about = "Write an adapter in another format; every difference stays what it is."
     convert = actions.add_parser("convert", help="an adapter in another format", description=about)
     convert.set_defaults(run=_convert_lora)

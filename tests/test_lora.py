@@ -364,6 +364,12 @@ def test_scales_may_differ_by_network_and_by_block(flux, tmp_path):
     assert_close(merged, wanted, EXACT)
 
 
+def test_a_scale_for_no_weight_is_told(flux, tmp_path):
+    lora = read_lora(saved(kohya(), tmp_path / "x.safetensors"))
+    with pytest.raises(ValueError, match="No weight of this Flux begins with 'doubel'"):
+        merge(flux, [lora], [{"": 1.0, "doubel": 0.5}])
+
+
 def test_merging_needs_shapes_alone_and_donates_when_told(flux, tmp_path):
     lora = read_lora(saved(kohya(), tmp_path / "x.safetensors"))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), flux)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fluxjax.convert import configs
 from fluxjax.convert.files import Out, WeightsError, write
-from fluxjax.convert.load import Weights, block_name, is_stacked, leaf_names, slots_of, their_shape, to_theirs, widest
+from fluxjax.convert.load import Weights, is_stacked, leaf_names, slots_of, slots_of_leaf, their_shape, to_theirs, widest
 from fluxjax.convert.source import OWN_METADATA, VAE, Kind, dialect_for, fused_parts, variant
 from fluxjax.convert.tables import Dialect
 
@@ -148,7 +148,7 @@ def stacked_outs(given: Given, dtype: np.dtype | None) -> dict[str, Out]:
     found: dict[str, Out] = {}
     weights = given.weights
     for name, leaf in zip(leaf_names(weights.network), jax.tree.leaves(weights.network), strict=True):
-        slots = [block_name(name, block) for block in range(leaf.shape[0])] if is_stacked(name) else [name]
+        slots = slots_of_leaf(name, leaf.shape)
         shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
         target = widest(_target(given, slot, shape, dtype) for slot in slots)
 

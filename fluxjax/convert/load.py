@@ -56,6 +56,11 @@ def block_name(leaf: str, block: int) -> str:
     return f"{first}.{block}.{rest}"
 
 
+def slots_of_leaf(leaf: str, shape: Sequence[int]) -> list[str]:
+    """Return the names of a leaf's slots: itself, or its blocks where it is stacked."""
+    return [block_name(leaf, block) for block in range(shape[0])] if is_stacked(leaf) else [leaf]
+
+
 def slots_of(network: eqx.Module) -> dict[str, Slot]:
     """Return every slot of a network by name, blocks of a leaf in a row."""
     slots: dict[str, Slot] = {}
@@ -172,7 +177,7 @@ class Plan(Weights):
 
     def _mapped(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
         """Return a leaf that lies in one file as it would in memory."""
-        slots = [block_name(name, block) for block in range(shape[0])] if is_stacked(name) else [name]
+        slots = slots_of_leaf(name, shape)
         pieces = [piece for slot in slots for piece in self.pieces[slot]]
         first = pieces[0].tensor if pieces else None
         if len(pieces) != len(slots) or not isinstance(first, Stored) or first.dtype != dtype:
@@ -265,8 +270,7 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) ->
 
 def leaf_dtype(weights: Weights, name: str, shape: Sequence[int]) -> np.dtype:
     """Return the widest dtype of a leaf's slots."""
-    slots = [block_name(name, block) for block in range(shape[0])] if is_stacked(name) else [name]
-    return widest(weights.dtype(slot) for slot in slots)
+    return widest(weights.dtype(slot) for slot in slots_of_leaf(name, shape))
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:

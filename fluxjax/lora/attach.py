@@ -21,7 +21,7 @@ Network = TypeVar("Network", bound=eqx.Module)
 
 def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None) -> Network:
     """Return a network whose adapted weights carry the adapters as low-rank leaves; the weights themselves are shared, not
-    copied, and may be quantized. Biases and norm scales, which are small, are changed as by `merge`.
+    copied. Biases and norm scales, which are small, are changed as by `merge`.
 
     It costs next to nothing and is a pure function of arrays, so call it inside what is jitted: with adapters and scales as
     arguments, another scale, or another adapter of the same modules and ranks, compiles nothing; under `jax.vmap` each image
@@ -51,15 +51,14 @@ def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None
             raise WeightsError(f"{name} is a table, which no low-rank leaf can stand beside. Merge the adapter instead.")
         return _beside(name, weight, matrices.pop(name), parts)
 
-    model = jax.tree_util.tree_map_with_path(adapted, model, is_leaf=lambda node: isinstance(node, Weight))
-    return model
+    return jax.tree_util.tree_map_with_path(adapted, model, is_leaf=lambda node: isinstance(node, Weight))
 
 
 def _beside(
     name: str, base: Weight, found: Mapping[int | None, Sequence[tuple[Change, Any]]], parts: Mapping[str, slice]
 ) -> Adapted:
     """Return a weight with the factors of its blocks beside it, padded with zeros to the largest rank."""
-    (leaf,) = jax.tree.leaves(eqx.filter(base, lambda x: eqx.is_array(x) and x.ndim >= 2))[:1]
+    (leaf,) = jax.tree.leaves(base)
     shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
     factors = {block: factors_of(name, changes, shape, parts) for block, changes in found.items()}
     if not is_stacked(name):

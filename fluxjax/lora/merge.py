@@ -20,7 +20,8 @@ from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
 Scale = float | jax.Array | Mapping[str, float]
-"""One scale, or scales by the beginning of a weight's name ("double.3", "single", "" for the rest); the longest counts."""
+"""One scale, or scales by the beginning of a weight's name ("double.3", "single", "" for the rest); the longest counts, and
+what none fits is left as it is."""
 
 
 def merge(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None, *, donate: bool = False) -> Network:
@@ -47,8 +48,9 @@ def unmerge(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | Non
                 raise WeightsError(
                     f"What an adapter did to {name} can't be subtracted: it set it, or scaled it. Load the base again."
                 )
-            if name == "img_in.weight" and any(_columns(change.term) != 64 for change in changes):
-                raise WeightsError("An adapter widened img_in, which can't be undone. Load the base again.")
+            wider = any((_columns(change.term) or 0) > model.config.out_channels for change in changes)  # type: ignore[attr-defined]
+            if name == "img_in.weight" and wider:
+                raise WeightsError("An adapter that widened img_in can't be undone. Load the base again.")
     scales = [1.0] * len(loras) if scales is None else scales
     return _apply(model, loras, [_negative(scale) for scale in scales], donate)
 
@@ -67,8 +69,12 @@ def kind_of(model: eqx.Module) -> str:
 def scale_of(scale: Scale, name: str) -> Any:
     if not isinstance(scale, Mapping):
         return scale
-    fitting = [key for key in scale if key == "" or name == key or name.startswith(f"{key}.")]
+    fitting = [key for key in scale if _begins(name, key)]
     return scale[max(fitting, key=len)] if fitting else 0.0
+
+
+def _begins(name: str, key: str) -> bool:
+    return key == "" or name == key or name.startswith(f"{key}.")
 
 
 Wanted = Mapping[str, Sequence[tuple[Change, Any]]]
@@ -88,6 +94,10 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Scale]
         held = ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
         raise WeightsError(f"The adapters change nothing of a {KINDS[kind].title}; they are for: {held}.")
     _check(model, wanted)
+    keys = {key for scale in scales if isinstance(scale, Mapping) for key in scale}
+    idle = sorted(key for key in keys if not any(_begins(name, key) for name in slots_of(model)))
+    if idle:
+        raise ValueError(f"No weight of this {type(model).__name__} begins with {idle[0]!r}, which a scale is for.")
     return wanted
 
 

@@ -69,12 +69,9 @@ def _open(ours: str) -> str:
 
 def _module_pattern(dialect: Dialect, row: Row, flat: bool) -> re.Pattern:
     theirs = row.theirs.removesuffix(".{p}").removesuffix(".weight")
-    text = re.escape(dialect.prefix) and f"(?:{re.escape(dialect.prefix)})?" if not flat else ""
     body = re.escape(theirs).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-    if flat:
-        prefix = f"(?:{re.escape(dialect.prefix.replace('.', '_'))})?" if dialect.prefix else ""
-        return re.compile(prefix + body.replace(r"\.", "_") + r"\Z")
-    return re.compile(text + body + r"\Z")
+    text = f"(?:{re.escape(dialect.prefix)})?{body}"
+    return re.compile((text.replace(r"\.", "_") if flat else text) + r"\Z")
 
 
 # XLabs name the processors of BFL's blocks: 1 is the image's, 2 the text's; a single block's covers q, k, v alone.
