@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fluxjax.convert import tables
 from fluxjax.convert.files import Out, WeightsError, write
@@ -30,12 +31,12 @@ _PEFT = {
 FORMATS = ("peft", "kohya")
 
 
-def write_lora(path: str | Path, lora: Lora, *, to: str = "peft") -> None:
+def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32) -> None:
     """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
 
     Every difference stays what it is: a fused weight's factors are cut into its parts' rows, or parts are put together as a
-    block-diagonal product, and alpha / rank goes into the up matrix.
-    **Raises:** `WeightsError` for an adapter that is not of low rank alone.
+    block-diagonal product, and alpha / rank goes into the up matrix. `dtype`: of the factors; below float32 they are rounded.
+    **Raises:** `WeightsError` for an adapter that is not of low rank alone, or that changes nothing.
     """
     if to not in FORMATS:
         raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
@@ -46,13 +47,16 @@ def write_lora(path: str | Path, lora: Lora, *, to: str = "peft") -> None:
         # The MLP of every FLUX transformer is four times as wide.
         parts = fused_rows(width, 4 * width) if network == "flux" else {}
         for name, found in changes.items():
-            for module, up, down in _modules(name, found, dialect, parts):
+            for module, *factors in _modules(name, found, dialect, parts):
+                up, down = (np.asarray(factor, dtype) for factor in factors)
                 if to == "peft":
                     tensors |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
                 else:
                     stem = prefix + module.replace(".", "_")
                     tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
                     tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
+    if not tensors:
+        raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
     write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()})
 
 

@@ -218,6 +218,7 @@ class Flux(eqx.Module):
         guidance: ScalarLike | None = None,
         attention: str | None = None,
         dtype: DTypeLike | None = None,
+        remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
         """Return the velocity dx/dt of the image tokens at time t.
 
@@ -225,7 +226,8 @@ class Flux(eqx.Module):
         `txt`: T5's states. `vec`: CLIP's pooled state. `img_ids`, `txt_ids`: positions; text at zeros by default.
         `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: an
         implementation of `fluxjax.kernels.attention`. `dtype`: of the activations, by default that of `txt`, so that a
-        float32 sampler can run a bfloat16 network.
+        float32 sampler can run a bfloat16 network. `remat`: a gradient recomputes each block instead of keeping what it
+        computed: a third more work, memory for one block and for each block's input.
         **Returns:** dx/dt in the dtype of `x`.
         **Raises:** `ValueError` if guidance is missing or not taken, or a width is not the config's.
         """
@@ -236,9 +238,9 @@ class Flux(eqx.Module):
         angles = rope_angles(jnp.concatenate([txt_ids, img_ids]), self.config.rope_axes, self.config.rope_theta)
         vec = jax.nn.silu(self._condition(t, vec.astype(dtype), guidance))
         img, txt = self.img_in(x.astype(dtype)), self.txt_in(txt.astype(dtype))
-        img, txt = scan_blocks(self.double, (img, txt), lambda block, carry: block(*carry, vec, angles, attention))
+        img, txt = scan_blocks(self.double, (img, txt), lambda block, carry: block(*carry, vec, angles, attention), remat=remat)
         joint = jnp.concatenate([txt, img])
-        joint = scan_blocks(self.single, joint, lambda block, carry: block(carry, vec, angles, attention))
+        joint = scan_blocks(self.single, joint, lambda block, carry: block(carry, vec, angles, attention), remat=remat)
         return self.final(joint[len(txt) :], vec).astype(x.dtype)
 
     def _condition(self, t: ScalarLike, vec: Float[Array, " pooled"], guidance: ScalarLike | None):

@@ -161,11 +161,15 @@ def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArra
     return eqx.filter_vmap(make)(jax.random.split(key, depth))
 
 
-def scan_blocks(blocks: Block, carry: Carry, call: Callable[[Block, Carry], Carry]) -> Carry:
-    """Thread `carry` through stacked blocks, tracing the block once."""
+def scan_blocks(blocks: Block, carry: Carry, call: Callable[[Block, Carry], Carry], *, remat: bool = False) -> Carry:
+    """Thread `carry` through stacked blocks, tracing the block once.
+
+    `remat`: a gradient keeps each block's input alone and runs the block again. Source: Chen et al. 2016.
+    """
     arrays, static = eqx.partition(blocks, eqx.is_array)
 
     def body(carry: Carry, one: Any) -> tuple[Carry, None]:
         return call(eqx.combine(one, static), carry), None
 
-    return jax.lax.scan(body, carry, arrays)[0]
+    # Inside a scan nothing can be merged with the second run, so the barriers against that would only cost.
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, carry, arrays)[0]
