@@ -6,6 +6,8 @@ import fluxjax
 
 # Every cast in the package is written out: an implicit promotion is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# For what is sharded; everything else stays on the first.
+jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("untimed")
 

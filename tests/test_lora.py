@@ -1,6 +1,7 @@
 """Adapters: each format's deltas against dense NumPy, the laws of merging, and no key ever dropped in silence."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from adapters import KOHYA, PEFT, Draw, Sample, pair
+from jax.sharding import NamedSharding, PartitionSpec
 from layouts import write
 from PIL import Image
 from safetensors.numpy import load_file
@@ -44,6 +46,7 @@ from fluxjax.convert.load import abstract, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
 from fluxjax.lora.merge import changes_of
 from fluxjax.lora.write import _nearest
+from fluxjax.nets.layers import Dense, Weight
 from fluxjax.train import TrainState, make_step
 
 CONFIG = FluxConfig(
@@ -619,51 +622,109 @@ def test_a_large_matrix_is_projected_to_the_same_nearest_one():
     np.testing.assert_allclose(error, np.linalg.norm(values[8:]), rtol=1e-4)
 
 
-def names_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the modules of dev with the shapes of a rank-16 pair: its linear layers, in a dialect's names."""
-    network = abstract(Flux, FluxConfig.dev())
+Shapes = dict[str, tuple[int, ...]]
+
+
+def modules_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of dev with their shapes, in a dialect's names."""
     parts, modules = fused_parts(FluxConfig.dev()), {}
-    for name, slot in slots_of(network).items():
+    for name, slot in slots_of(abstract(Flux, FluxConfig.dev())).items():
         for key, row in dialect.keys(name) if len(slot.shape) == 2 else ():
             rows = slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
             module = key.removesuffix(".weight")
-            modules[prefix + (module.replace(".", "_") if flat else module)] = ((16, slot.shape[1]), (rows, 16))
+            modules[prefix + (module.replace(".", "_") if flat else module)] = (rows, slot.shape[1])
     return modules
 
 
-@pytest.mark.parametrize(
-    ("prefix", "dialect", "flat", "ends"),
-    [
-        ("lora_unet_", tables.FLUX_BFL, True, KOHYA),
-        ("transformer.", tables.FLUX_DIFFUSERS, False, PEFT),
-        ("lora_transformer_", tables.FLUX_DIFFUSERS, True, KOHYA),
-        ("diffusion_model.", tables.FLUX_BFL, False, KOHYA),
-        ("base_model.model.", tables.FLUX_BFL, False, PEFT),
-        ("lycoris_", tables.FLUX_BFL, True, ("lokr_w2_b", "lokr_w2_a")),
-    ],
-    ids=["kohya", "peft", "onetrainer", "comfy", "fal", "lokr"],
-)
-def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, prefix, dialect, flat, ends):
-    modules = names_at_full_size(prefix, dialect, flat)
+def low_rank(module: str, rows: int, columns: int, ends=PEFT) -> Shapes:
+    return {f"{module}.{ends[0]}": (16, columns), f"{module}.{ends[1]}": (rows, 16)}
+
+
+def lokr(module: str, rows: int, columns: int) -> Shapes:
+    return {
+        f"{module}.lokr_w1": (16, 16),
+        f"{module}.lokr_w2_a": (rows // 16, 16),
+        f"{module}.lokr_w2_b": (16, columns // 16),
+    }
+
+
+def loha(module: str, rows: int, columns: int) -> Shapes:
+    pairs = {f"{module}.hada_w{i}_a": (rows, 16) for i in (1, 2)}
+    return pairs | {f"{module}.hada_w{i}_b": (16, columns) for i in (1, 2)}
+
+
+def dora(module: str, rows: int, columns: int) -> Shapes:
+    return low_rank(module, rows, columns, KOHYA) | {f"{module}.dora_scale": (rows, 1)}
+
+
+def full(prefix: str, dialect, flat: bool, shapes=low_rank, **options) -> tuple[Shapes, Callable[[str, int], bool]]:
+    """Return an adapter of every linear layer, and which of dev's weights it should meet, by name and dimensions."""
+    modules = modules_at_full_size(prefix, dialect, flat)
+    tensors = [shapes(module, *shape, **options) for module, shape in modules.items()]
+    return {key: shape for one in tensors for key, shape in one.items()}, lambda name, dimensions: dimensions == 2
+
+
+def full_xlabs() -> tuple[Shapes, Callable[[str, int], bool]]:
+    """XLabs train the attention of all 57 blocks."""
+    tensors: Shapes = {}
+    ends = ("down.weight", "up.weight")
+    for block in range(19):
+        for stream in (1, 2):
+            stem = f"double_blocks.{block}.processor"
+            tensors |= low_rank(f"{stem}.qkv_lora{stream}", 9216, 3072, ends)
+            tensors |= low_rank(f"{stem}.proj_lora{stream}", 3072, 3072, ends)
+    for block in range(38):
+        tensors |= low_rank(f"single_blocks.{block}.processor.qkv_lora", 9216, 3072, ends)
+        tensors |= low_rank(f"single_blocks.{block}.processor.proj_lora", 3072, 15360, ends)
+    pattern = r"(double\.\d+\.(img|txt)\.(qkv|out)|single\.\d+\.linear[12])\.weight"
+    return tensors, lambda name, dimensions: re.fullmatch(pattern, name) is not None
+
+
+def full_control() -> tuple[Shapes, Callable[[str, int], bool]]:
+    """BFL's Control adapters change every weight, bias and norm, and widen the input."""
+    modules, tensors = modules_at_full_size("", tables.FLUX_BFL, False), {}
+    for module, (rows, columns) in modules.items():
+        tensors |= low_rank(module, rows, 128 if module == "img_in" else columns) | {f"{module}.lora_B.bias": (rows,)}
+    norms = [f"double_blocks.{i}.{side}_attn" for i in range(19) for side in ("img", "txt")]
+    norms += [f"single_blocks.{i}" for i in range(38)]
+    tensors |= {f"{norm}.norm.{which}_norm.scale": (128,) for norm in norms for which in ("query", "key")}
+    return tensors, lambda name, dimensions: True
+
+
+FULL = {
+    "kohya": full("lora_unet_", tables.FLUX_BFL, True, ends=KOHYA),
+    "peft": full("transformer.", tables.FLUX_DIFFUSERS, False),
+    "onetrainer": full("lora_transformer_", tables.FLUX_DIFFUSERS, True, ends=KOHYA),
+    "comfy": full("diffusion_model.", tables.FLUX_BFL, False, ends=KOHYA),
+    "fal": full("base_model.model.", tables.FLUX_BFL, False),
+    "lokr": full("lycoris_", tables.FLUX_BFL, True, lokr),
+    "loha": full("lora_unet_", tables.FLUX_BFL, True, loha),
+    "dora": full("lora_unet_", tables.FLUX_BFL, True, dora),
+    "xlabs": full_xlabs(),
+    "control": full_control(),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, name):
+    tensors, meets = FULL[name]
     header, offset = {}, 0
-    for module, shapes in modules.items():
-        tensors = dict(zip(ends, shapes, strict=True))
-        if "lokr" in ends[0]:
-            (rank, columns), (rows, _) = shapes
-            tensors = {"lokr_w1": (16, 16), ends[0]: (rank, columns // 16), ends[1]: (rows // 16, rank)}
-        for end, shape in tensors.items():
-            nbytes = 2 * int(np.prod(shape))
-            header[f"{module}.{end}"] = {"dtype": "BF16", "shape": shape, "data_offsets": (offset, offset := offset + nbytes)}
+    for key, shape in tensors.items():
+        span = (offset, offset := offset + 2 * int(np.prod(shape)))
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": span}
     text = json.dumps(header).encode()
     with open(tmp_path / "x.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     lora = read_lora(tmp_path / "x.safetensors")
+    assert lora.format == {"lokr": "lycoris", "loha": "kohya", "dora": "kohya", "control": "bfl"}.get(name, name)
     dev = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(Flux, FluxConfig.dev()))
     wanted = changes_of(dev, [lora], [1.0])  # raises if one does not fit
-    matrices = {name for name, slot in slots_of(dev).items() if len(slot.shape) == 2}
-    assert wanted.keys() == matrices
-    assert sum(len(changes) for changes in wanted.values()) == len(modules)
+    assert wanted.keys() == {name for name, slot in slots_of(dev).items() if meets(name, len(slot.shape))}
+    # On shapes alone, nothing is read and nothing allocated.
+    merged = jax.eval_shape(lambda dev: merge(dev, [lora]), dev)
+    assert merged.config.in_channels == (128 if name == "control" else 64)
+    assert merged.config.out_channels == 64
 
 
 def test_a_new_adapter_changes_nothing_and_training_moves_its_factors_alone(moderate):
@@ -696,3 +757,62 @@ def test_a_new_adapter_changes_nothing_and_training_moves_its_factors_alone(mode
         init_lora(moderate, 0, key=jax.random.key(0))
     every = init_lora(moderate, 1, key=jax.random.key(0)).changes["flux"]
     assert len(every) == 2 * 8 + 3 * 2  # two streams of four matrices a double block, two matrices a single one
+
+
+class Int8(Weight):
+    """A weight of bytes with a scale a row, as a quantized network has."""
+
+    value: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    def matmul(self, x):
+        return Dense(self.value.astype(jnp.float32) * self.scale[..., None]).matmul(x)
+
+
+def quantized(weight: Dense) -> Int8:
+    scale = jnp.max(jnp.abs(weight.value), axis=-1) / 127
+    return Int8(jnp.round(weight.value / scale[..., None]).astype(jnp.int8), scale)
+
+
+def test_adapters_stand_beside_quantized_and_beside_adapted_weights(moderate, tmp_path):
+    def is_weight(node):
+        return isinstance(node, Weight)
+
+    small = jax.tree.map(lambda node: quantized(node) if is_weight(node) else node, moderate, is_leaf=is_weight)
+    rounded = jax.tree.map(
+        lambda node: Dense(node.value.astype(jnp.float32) * node.scale[..., None]) if is_weight(node) else node,
+        small,
+        is_leaf=is_weight,
+    )
+    first, second = (
+        read_lora(saved(FORMATS[name](), tmp_path / f"{name}.safetensors")) for name in ("kohya", "peft, metadata")
+    )
+    x = jnp.asarray(Draw(21)(6, 64))
+    wanted = velocity(merge(rounded, [first, second], [0.1, 0.05]), x)
+    # Two calls, so that the second stands beside weights that are adapted already.
+    out = velocity(attach(attach(small, [first], [0.1]), [second], [0.05]), x)
+    assert jnp.linalg.norm(out - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
+    assert jnp.linalg.norm(out - velocity(small, x)) > 1e-2 * jnp.linalg.norm(wanted)
+    with pytest.raises(WeightsError, match=r"stored as Int8\. Merge into the plain ones before, or `attach`"):
+        merge(small, [first])
+
+
+def test_sharded_weights_merge_to_the_same_and_stay_sharded(flux, tmp_path):
+    lora = read_lora(saved(kohya(), tmp_path / "x.safetensors"))
+    mesh = jax.make_mesh((2,), ("fsdp",))
+
+    def sharding(leaf) -> NamedSharding:
+        # The last axis that two devices can share.
+        axis = max((i for i, n in enumerate(leaf.shape) if n % 2 == 0), default=None)
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if i == axis else None for i in range(leaf.ndim))))
+
+    shardings = jax.tree.map(sharding, flux)
+    split = jax.device_put(flux, shardings)
+    merged = merge(split, [lora], [0.5], donate=True)
+    assert jax.tree.all(jax.tree.map(lambda leaf, kept: leaf.sharding.is_equivalent_to(kept, leaf.ndim), merged, shardings))
+    for ours, whole in zip(weights(merged).values(), weights(merge(flux, [lora], [0.5])).values(), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-6, atol=1e-6)

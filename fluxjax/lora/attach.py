@@ -13,7 +13,7 @@ from fluxjax.convert.source import fused_parts
 from fluxjax.lora.merge import Scale, changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import LowRank
-from fluxjax.nets.layers import Adapted, Weight
+from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -32,12 +32,13 @@ def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None
     widened input): merge it instead.
     """
     scales = [1.0] * len(loras) if scales is None else scales
-    wanted = changes_of(model, loras, scales)
-    slots, parts = slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    plain = _plain(model)
+    wanted = changes_of(plain, loras, scales)
+    slots, parts = slots_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
     vectors = {name: found for name, found in wanted.items() if len(slots[name].shape) < 2}
     model = merge_changes(model, vectors, donate=False)
     matrices: dict[str, dict[int | None, Sequence[tuple[Change, Any]]]] = {}
-    names = leaf_names(model)
+    names = leaf_names(plain)
     for name, found in wanted.items():
         if name not in vectors:
             slot = slots[name]
@@ -54,18 +55,27 @@ def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None
     return jax.tree_util.tree_map_with_path(adapted, model, is_leaf=lambda node: isinstance(node, Weight))
 
 
+def _plain(model: Network) -> Network:
+    """Return the shapes of a network as if its matrices were stored as themselves."""
+
+    def shape(node: Any) -> Any:
+        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32) if isinstance(node, Weight) or eqx.is_array(node) else node
+        return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain) if isinstance(node, Weight) else plain
+
+    return jax.tree.map(shape, model, is_leaf=lambda node: isinstance(node, Weight))
+
+
 def _beside(
     name: str, base: Weight, found: Mapping[int | None, Sequence[tuple[Change, Any]]], parts: Mapping[str, slice]
 ) -> Adapted:
     """Return a weight with the factors of its blocks beside it, padded with zeros to the largest rank."""
-    (leaf,) = jax.tree.leaves(base)
-    shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
+    shape = base.shape[1:] if is_stacked(name) else base.shape
     factors = {block: factors_of(name, changes, shape, parts) for block, changes in found.items()}
     if not is_stacked(name):
         return Adapted(base, *factors[None])
     rank = max(down.shape[0] for down, _ in factors.values())
     none = (jnp.zeros((rank, shape[1])), jnp.zeros((shape[0], rank)))
-    blocks = [_padded(*factors[block], rank) if block in factors else none for block in range(leaf.shape[0])]
+    blocks = [_padded(*factors[block], rank) if block in factors else none for block in range(base.shape[0])]
     return Adapted(base, jnp.stack([down for down, _ in blocks]), jnp.stack([up for _, up in blocks]))
 
 

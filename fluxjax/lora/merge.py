@@ -16,6 +16,7 @@ from fluxjax.convert.source import KINDS, fused_parts
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import Assigned, Hadamard, Kron, LowRank, Magnitude, Term
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.layers import Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -102,6 +103,12 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Scale]
 
 
 def _apply(model: Network, loras: Sequence[Lora], scales: Sequence[Scale], donate: bool) -> Network:
+    for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Weight)):
+        if isinstance(node, Weight) and not isinstance(node, Dense):
+            raise WeightsError(
+                f"Nothing can be merged into weights that are stored as {type(node).__name__}. Merge into the plain ones "
+                "before, or `attach` the adapters."
+            )
     return merge_changes(model, changes_of(model, loras, scales), donate=donate)
 
 

@@ -17,7 +17,12 @@ Block = TypeVar("Block", bound=eqx.Module)
 
 
 class Weight(eqx.Module):
-    """The matrix of a linear layer, [out, in], whatever its storage."""
+    """The matrix of a linear layer, [out, in], whatever its storage; stacked with its blocks' in front."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, or of the stack."""
 
     @abstractmethod
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
@@ -27,7 +32,11 @@ class Weight(eqx.Module):
 class Dense(Weight):
     """A weight stored as itself."""
 
-    value: Float[Array, "out features"]
+    value: Float[Array, "*depth out features"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
@@ -40,6 +49,10 @@ class Adapted(Weight):
     base: Weight
     down: Float[Array, "*depth rank features"]
     up: Float[Array, "*depth out rank"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         return self.base.matmul(x) + Dense(self.up).matmul(Dense(self.down).matmul(x).astype(x.dtype))
