@@ -50,6 +50,7 @@ from fluxjax.zoo import (
     load_tokenizers,
     load_vae,
     locate,
+    shipped_lora,
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of weights and activations (default: the files' and, for activations, bfloat16, on CPU float32)",
     )
     add("--batch", type=int, help="images a forward pass (default: all)")
-    about = "merge an adapter: [NAME=]FILE[:SCALE] or [NAME=]hub:OWNER/REPO/FILE[:SCALE]; may be given again"
+    about = "merge an adapter: [NAME=]FILE[:SCALE], where FILE may be hub:OWNER/REPO/FILE or tiny:STYLE; may be given again"
     add("--lora", action="append", type=_adapter, default=[], metavar="ADAPTER", help=about)
     add("--output-dir", type=Path, default=Path(), help="where flux_N.png is written (default: here)")
     cache = _cache_folder()
@@ -111,16 +112,17 @@ class _Adapter(NamedTuple):
 
     def file(self) -> Path:
         """Return its file, downloaded if need be."""
-        hub = self.place.removeprefix("hub:")
-        if hub == self.place:
+        kind, _, rest = self.place.partition(":")
+        if kind == "tiny":
+            return shipped_lora(rest)
+        if kind != "hub":
             return Path(self.place)
-        owner, _, rest = hub.partition("/")
-        repository, _, file = rest.partition("/")
+        owner, repository, file = rest.split("/", 2)
         return download_file(f"{owner}/{repository}", file)
 
 
 def _adapter(text: str) -> _Adapter:
-    """Read [NAME=]FILE[:SCALE], or hub:OWNER/REPO/FILE in place of the file."""
+    """Read [NAME=]FILE[:SCALE]; in place of the file also hub:OWNER/REPO/FILE, and tiny:STYLE for what is shipped."""
     name, equals, place = text.partition("=")
     if not equals or "/" in name:
         name, place = "", text
@@ -132,7 +134,7 @@ def _adapter(text: str) -> _Adapter:
         scale = 1.0  # a colon of the path's
     if not place or (place.startswith("hub:") and place.count("/") < 2):
         raise argparse.ArgumentTypeError(f"{text!r} names no adapter; write FILE:SCALE or hub:OWNER/REPO/FILE:SCALE")
-    return _Adapter(name or Path(place).stem, place, scale)
+    return _Adapter(name or Path(place).stem.removeprefix("tiny:"), place, scale)
 
 
 def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any:

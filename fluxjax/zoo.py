@@ -302,3 +302,13 @@ def tiny_folder() -> Path:
     """Return where the model that ships with the package lies: inside it, or beside it in a checkout."""
     inside = Path(__file__).parent / "weights" / "tiny"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "weights" / "tiny"
+
+
+def shipped_lora(name: str) -> Path:
+    """Return an adapter that ships with the tiny model. **Raises:** `FileNotFoundError` for none of that name."""
+    folder = tiny_folder() / "loras"
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in folder.glob("*.safetensors")))
+        raise FileNotFoundError(f"No adapter {name!r} ships with the tiny model. There are: {known}.")
+    return path

@@ -1,5 +1,5 @@
 """Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `weights`,
-`weights-full`: loading and converting.
+`weights-full`: loading and converting. `lora`: merging an adapter.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -12,26 +12,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_lora
 import bench_weights
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+from bench_model import random_flux
 
 import fluxjax
-from fluxjax import Flux, FluxConfig, flow_times, initial_noise
+from fluxjax import FluxConfig, flow_times, initial_noise
 from fluxjax.generate import Text, denoise
 from fluxjax.kernels.attention import select
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
-
-
-def random_flux(config: FluxConfig) -> Flux:
-    """Draw bfloat16 weights on the device, leaf by leaf, so that no float32 copy of the model ever exists."""
-    abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
-    leaves, structure = jax.tree.flatten(abstract)
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
 
 
 def forward_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
@@ -136,6 +128,7 @@ def main() -> None:
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
     bench_weights.add_commands(commands)
+    bench_lora.add_commands(commands)
     options = parser.parse_args()
     rows = [{**row, **machine()} for row in options.run(options)]
     show(rows)

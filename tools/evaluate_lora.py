@@ -46,14 +46,16 @@ def score(models: fluxjax.Models, path: Path, style: str, count: int, scales: Se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny", help="what they are merged into (default: %(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="the last is what is judged (default: 0 to 1)")
     parser.add_argument("--loras", type=Path, default=tiny_folder() / "loras", help="folder of the adapters")
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts (default: %(default)s)")
     parser.add_argument("--picture", type=Path, help="a PNG of the base, one, the other and both")
     options = parser.parse_args()
-    models = fluxjax.load_models("tiny", dtype="float32")
+    models = fluxjax.load_models(options.model, dtype="float32")
     paths = {style: options.loras / f"{style}.safetensors" for style in STYLES}
     for style, path in paths.items():
-        print(style, json.dumps(score(models, path, style, options.prompts)), flush=True)
+        print(style, json.dumps(score(models, path, style, options.prompts, options.scales)), flush=True)
     if options.picture:
         chosen = ([], ["night"], ["frame"], ["night", "frame"])
         drawn = [adapted(models, [paths[style] for style in styles], [1.0] * len(styles)) for styles in chosen]
