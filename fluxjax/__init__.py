@@ -11,7 +11,10 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.convert.files import WeightsError
     from fluxjax.generate import Models, activation_dtype, load_models, text_to_image
     from fluxjax.image import read_image, write_png
-    from fluxjax.integrate import Euler, Step
+    from fluxjax.integrate.base import Step, StochasticStep
+    from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+    from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
+    from fluxjax.integrate.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
     from fluxjax.kernels.attention import attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
     from fluxjax.lora.attach import attach
@@ -23,8 +26,29 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.nets.flux import Flux, FluxConfig
     from fluxjax.nets.t5 import T5, T5Config
     from fluxjax.nets.vae import Vae, VaeConfig
-    from fluxjax.sample import Sample, sample
-    from fluxjax.schedule import flow_times, resolution_mu, time_shift
+    from fluxjax.predict import (
+        STRAIGHT,
+        CustomPath,
+        Discrete,
+        VarianceExploding,
+        VariancePreserving,
+        as_velocity,
+        convert_prediction,
+        estimates,
+    )
+    from fluxjax.sample import Sample, sample, stream
+    from fluxjax.schedule import (
+        beta_times,
+        custom_times,
+        exponential_times,
+        flow_times,
+        karras_times,
+        linear_quadratic_times,
+        resolution_mu,
+        static_times,
+        time_shift,
+        uniform_times,
+    )
     from fluxjax.tokens import Tokenizers, tokenize
     from fluxjax.weights import convert_weights, inspect_weights
     from fluxjax.zoo import (
@@ -41,34 +65,65 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     )
 
 __all__ = [
+    "AB2",
+    "DDIM",
+    "DEIS2",
+    "ERSDE2",
+    "RES2M",
+    "RES2S",
+    "RK4",
+    "STRAIGHT",
     "T5",
     "ZOO",
+    "Churn",
     "Clip",
     "ClipConfig",
+    "CustomPath",
+    "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp2S",
     "Defaults",
+    "Discrete",
     "Euler",
     "Flux",
     "FluxConfig",
+    "Heun",
     "Lora",
+    "Midpoint",
     "Models",
+    "Renoise",
+    "ReverseSDE",
     "Sample",
     "Step",
+    "StochasticStep",
     "T5Config",
     "Tokenizers",
+    "UniPC2",
     "Vae",
     "VaeConfig",
+    "VarianceExploding",
+    "VariancePreserving",
     "WeightsError",
     "activation_dtype",
+    "ancestral",
+    "as_velocity",
     "attach",
     "attention",
+    "beta_times",
+    "convert_prediction",
     "convert_weights",
+    "custom_times",
     "download",
+    "estimates",
+    "exponential_times",
     "extract_lora",
     "flow_times",
     "image_ids",
     "init_lora",
     "initial_noise",
     "inspect_weights",
+    "karras_times",
+    "linear_quadratic_times",
     "load_clip",
     "load_defaults",
     "load_flux",
@@ -83,10 +138,13 @@ __all__ = [
     "resolution_mu",
     "sample",
     "save_folder",
+    "static_times",
+    "stream",
     "text_to_image",
     "time_shift",
     "tokenize",
     "trainable",
+    "uniform_times",
     "unmerge",
     "unpack_latents",
     "write_lora",

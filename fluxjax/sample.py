@@ -1,21 +1,25 @@
 """Sampling: a velocity integrated over an array of times, as one scan."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.integrate import Euler, Step, Velocity
-from fluxjax.shapes import Array, Float, PRNGKeyArray
+from fluxjax.integrate.base import Step, Velocity, time_dtype
+from fluxjax.integrate.runge_kutta import Euler
+from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 
 class Sample(NamedTuple):
-    """`x`: the end. `history`: x at every node, [nodes, ...], or None. `evaluations`: of the velocity, in all."""
+    """`x`: the end. `history`: x at every node, [nodes, ...], or None. `evaluations`: of the velocity, in all. `log_prob`: of
+    what stochastic steps drew, the log-density of each, [nodes - 1], or None."""
 
     x: Array
     history: Array | None
     evaluations: int
+    log_prob: Array | None
 
 
 def sample(
@@ -35,18 +39,66 @@ def sample(
     return every node's state.
     **Raises:** `ValueError` for fewer than two times.
     """
-    if len(times) < 2:
-        raise ValueError(f"`sample(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+    _check_times("sample", times)
+    times = times.astype(time_dtype(x))
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
     def body(carry, interval):
         x, state = carry
         t, u, index = interval
-        one_key = None if key is None else jax.random.fold_in(key, index)
-        x, state, _ = step(eqx.combine(arrays, static), x, t, u, state, key=one_key)
-        return (x, state), x if history else None
+        x, state, told = _advance(step, eqx.combine(arrays, static), x, t, u, index, state, key)
+        return (x, state), (x if history else None, told)
 
     intervals = (times[:-1], times[1:], jnp.arange(len(times) - 1))
-    (end, _), path = jax.lax.scan(body, (x, step.init(x)), intervals)
+    (end, _), (path, log_prob) = jax.lax.scan(body, (x, step.init(x)), intervals)
     nodes = None if path is None else jnp.concatenate([x[None], path])
-    return Sample(end, nodes, step.evaluations * (len(times) - 1))
+    return Sample(end, nodes, step.evaluations * (len(times) - 1), log_prob)
+
+
+def _check_times(name: str, times: Array) -> None:
+    if len(times) < 2:
+        raise ValueError(f"`{name}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+
+
+def _advance(step: Step, velocity: Velocity, x: Array, t: Scalar, u: Scalar, index: Any, state: Any, key: Any) -> Any:
+    """Take one step; its key depends on its number alone."""
+    return step(velocity, x, t, u, state, key=None if key is None else jax.random.fold_in(key, index))
+
+
+class Progress(NamedTuple):
+    """A step taken: its number from 0, the time `t` it has reached, `x` there, and `x0`, the image that the step pointed to."""
+
+    index: int
+    t: Array
+    x: Array
+    x0: Array
+
+
+def stream(
+    velocity: Velocity,
+    x: Float[Array, "*shape"],
+    times: Float[Array, " nodes"],
+    *,
+    step: Step = Euler(),
+    key: PRNGKeyArray | None = None,
+) -> Iterator[Progress]:
+    """Integrate as `sample` does, a step at a time: for progress, previews, and to stop early.
+
+    The step is compiled once for all. `x0` is where the straight line through both ends of the step meets t = 0, which for
+    Euler's is the model's own estimate; it costs no evaluation. Arguments and errors as for `sample`.
+    """
+    _check_times("stream", times)
+    return _steps(velocity, x, times.astype(time_dtype(x)), step, key)
+
+
+def _steps(velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None) -> Iterator[Progress]:
+    state = step.init(x)
+    for index in range(len(times) - 1):
+        x, state, x0 = _compiled_step(step, velocity, x, times[index], times[index + 1], jnp.asarray(index), state, key)
+        yield Progress(index, times[index + 1], x, x0)
+
+
+@eqx.filter_jit
+def _compiled_step(step, velocity, x, t, u, index, state, key):
+    end, state, _ = _advance(step, velocity, x, t, u, index, state, key)
+    return end, state, end - u * (end - x) / (u - t)

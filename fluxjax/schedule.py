@@ -1,7 +1,11 @@
 """Sampling times: from 1 (noise) to 0 (image)."""
 
+import math
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import betaincinv
 
 from fluxjax.shapes import Array, Float, ScalarLike, Times
 
@@ -40,8 +44,7 @@ def flow_times(
     **Raises:** `ValueError` for fewer than 1 step, or both `tokens` and `mu`.
     **Source:** BFL's `get_schedule`.
     """
-    if steps < 1:
-        raise ValueError(f"`flow_times(steps)` needs at least 1 step, got {steps}.")
+    _check_steps("flow_times", steps)
     if tokens is not None and mu is not None:
         raise ValueError("`flow_times` takes `tokens` (the shift by resolution) or `mu` (a shift of your own), not both.")
     if tokens is not None:
@@ -49,3 +52,102 @@ def flow_times(
     # In float64 first: float32's linspace is off by 2e-6 of the last times.
     times = jnp.asarray(np.linspace(1, 0, steps + 1), jnp.float32)
     return times if mu is None else time_shift(times, mu)
+
+
+def _check_steps(name: str, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"`{name}(steps)` needs at least 1 step, got {steps}.")
+
+
+def uniform_times(steps: int, *, first: float = 1.0, last: float = 0.0) -> Times:
+    """Return equal steps from `first` to `last`.
+
+    **Arguments:** `first`, `last`: in [0, 1]; inside for a model that says nothing at 1 or at 0.
+    **Returns:** [steps + 1], float32, strictly falling.
+    **Raises:** `ValueError` for fewer than 1 step, or ends that do not fall within [0, 1].
+    """
+    _check_steps("uniform_times", steps)
+    if not 1 >= first > last >= 0:
+        raise ValueError(f"`uniform_times` needs 1 >= first > last >= 0, got {first} and {last}.")
+    return jnp.asarray(np.linspace(first, last, steps + 1), jnp.float32)
+
+
+def static_times(steps: int, *, shift: float = 3.0) -> Times:
+    """Return uniform times shifted by a factor of the odds t / (1 - t): `flow_times(steps, mu=log(shift))`.
+
+    **Raises:** `ValueError` for fewer than 1 step, or a shift that is not positive.
+    **Source:** Esser et al. 2024, eq. 23.
+    """
+    if not shift > 0:
+        raise ValueError(f"`static_times(shift)` needs a positive factor, got {shift}. 1 is no shift.")
+    return flow_times(steps, mu=math.log(shift))
+
+
+def karras_times(times: Times, *, rho: float = 7.0) -> Times:
+    """Respace the nodes before the last: their 1 / rho-th powers are evenly spaced from the first to the last of them.
+
+    **Arguments:** `times`: nodes that end in 0, as `flow_times` gives. **Source:** Karras et al. 2022, eq. 5, on t.
+    """
+    return _respaced(
+        times, lambda ramp, first, last: (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+    )
+
+
+def exponential_times(times: Times) -> Times:
+    """Respace the nodes before the last: each is the same share of the one before it. Arguments as for `karras_times`.
+
+    **Source:** Zhang & Chen 2022, section 4 (uniform in log t).
+    """
+    return _respaced(times, lambda ramp, first, last: np.exp(np.log(first) + ramp * (np.log(last) - np.log(first))))
+
+
+def beta_times(times: Times, *, alpha: float = 0.6, beta: float = 0.6) -> Times:
+    """Respace the nodes before the last at quantiles of a beta distribution, so that both ends get more of them.
+
+    Arguments as for `karras_times`. **Source:** Lee et al. 2024, "Beta Sampling is All You Need".
+    """
+    return _respaced(times, lambda ramp, first, last: last + betaincinv(alpha, beta, 1 - ramp) * (first - last))
+
+
+def _respaced(times: Times, place: Callable[..., np.ndarray]) -> Times:
+    """Return nodes between the first and the one before the last 0, which stays, as a function of a ramp from 0 to 1."""
+    given = np.asarray(times, np.float64)
+    if len(given) < 2 or given[-1] != 0:
+        raise ValueError("Nodes are respaced between the first and the one before a last 0. Pass those of `flow_times(steps)`.")
+    nodes = place(np.linspace(0, 1, len(given) - 1), given[0], given[-2])
+    # The ends are those given, not what powers and logarithms make of them.
+    nodes[0], nodes[-1] = given[0], given[-2]
+    return jnp.asarray([*nodes, 0.0], jnp.float32)
+
+
+def linear_quadratic_times(steps: int, *, threshold: float = 0.025) -> Times:
+    """Return times whose first half falls linearly by `threshold` in all, and whose second half quadratically to 0.
+
+    **Arguments:** `threshold`: in (0, 1), what the first `steps // 2` steps cover.
+    **Raises:** `ValueError` for fewer than 1 step, or a threshold outside.
+    **Source:** Polyak et al. 2024, Movie Gen, section 3.4.2; the slope is continuous where they meet, as in Mochi's code.
+    """
+    _check_steps("linear_quadratic_times", steps)
+    if not 0 < threshold < 1:
+        raise ValueError(f"`linear_quadratic_times(threshold)` is in (0, 1), got {threshold}.")
+    half, rest = steps // 2, steps - steps // 2
+    if half == 0:
+        return jnp.asarray([1.0, 0.0], jnp.float32)
+    slope = threshold / half
+    # threshold + slope i + curve i^2 reaches 1 at i = rest.
+    curve = (1 - threshold - slope * rest) / rest**2
+    i = np.arange(rest + 1)
+    fallen = np.concatenate([slope * np.arange(half), threshold + slope * i + curve * i**2])
+    fallen[-1] = 1
+    return jnp.asarray(1 - fallen, jnp.float32)
+
+
+def custom_times(nodes: Sequence[float]) -> Times:
+    """Return nodes of your own, checked.
+
+    **Raises:** `ValueError` unless there are at least 2, within [0, 1], strictly falling in float32.
+    """
+    times = np.asarray(nodes, np.float32)
+    if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) < 0) or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"Times are at least 2 numbers that fall strictly within [0, 1], got {list(nodes)}.")
+    return jnp.asarray(times)

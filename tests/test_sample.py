@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import Euler, flow_times, sample
+from fluxjax import AB2, DDIM, DPMpp2M, Euler, UniPC2, flow_times, sample, stream
 
 MEAN, DEVIATION = 0.7, 0.4
 
@@ -74,3 +74,48 @@ def test_new_times_and_velocity_weights_compile_nothing():
 def test_one_time_is_refused():
     with pytest.raises(ValueError, match="at least 2 nodes, got 1"):
         sample(gaussian_velocity, jnp.ones(2), jnp.ones(1))
+
+
+def test_a_stream_reaches_the_same_end_and_its_previews_are_the_estimates():
+    x, times = jnp.linspace(-2, 2, 5), flow_times(6, mu=1.0)
+    for step, key in ((Euler(), None), (AB2(), None), (UniPC2(), None), (DDIM(0.5), jax.random.key(1))):
+        whole = sample(gaussian_velocity, x, times, step=step, key=key, history=True)
+        taken = list(stream(gaussian_velocity, x, times, step=step, key=key))
+        assert [one.index for one in taken] == list(range(6))
+        np.testing.assert_allclose(jnp.stack([one.x for one in taken]), whole.history[1:], atol=1e-6)
+        np.testing.assert_array_equal(jnp.stack([one.t for one in taken]), times[1:])
+    previous = jnp.concatenate([x[None], whole.history[1:-1]])
+    euler = stream(gaussian_velocity, previous[2], times[2:])
+    wanted = previous[2] - times[2] * gaussian_velocity(previous[2], times[2])
+    np.testing.assert_allclose(next(euler).x0, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`stream\(times\)` needs at least 2 nodes"):
+        stream(gaussian_velocity, x, times[:1])
+
+
+def test_a_stream_is_compiled_once_for_all_steps_and_times():
+    traces = []
+
+    def velocity(x, t):
+        traces.append(1)
+        return -x
+
+    for mu in (0.0, 1.0):
+        list(stream(velocity, jnp.ones(2), flow_times(5, mu=mu)))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("step", [Euler(), DPMpp2M(), DDIM(0.7)], ids=lambda step: type(step).__name__)
+def test_each_of_many_particles_is_its_own_single_run(step):
+    xs, keys = jax.random.normal(jax.random.key(0), (10, 3)), jax.random.split(jax.random.key(1), 10)
+    shifts = jnp.linspace(0.5, 2.0, 10)
+
+    def run(x, key, shift):
+        return sample(
+            eqx.Partial(lambda shift, x, t: gaussian_velocity(x, t) * shift, shift), x, flow_times(8), step=step, key=key
+        ).x
+
+    at_once = jax.vmap(run)(xs, keys, shifts)
+    in_parts = jax.lax.map(lambda one: run(*one), (xs, keys, shifts), batch_size=4)
+    alone = jnp.stack([run(*one) for one in zip(xs, keys, shifts, strict=True)])
+    np.testing.assert_allclose(at_once, alone, atol=1e-5)
+    np.testing.assert_allclose(in_parts, alone, atol=1e-5)

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxjax import flow_times, resolution_mu, time_shift
+from fluxjax import (
+    beta_times,
+    custom_times,
+    exponential_times,
+    flow_times,
+    karras_times,
+    linear_quadratic_times,
+    resolution_mu,
+    static_times,
+    time_shift,
+    uniform_times,
+)
 
 
 @given(t=st.floats(0.01, 0.99), mu=st.floats(-2, 4))
@@ -54,3 +65,62 @@ def test_no_steps_and_two_shifts_are_refused():
         flow_times(0)
     with pytest.raises(ValueError, match="not both"):
         flow_times(4, tokens=256, mu=1.0)
+
+
+RESPACINGS = {"karras": karras_times, "exponential": exponential_times, "beta": beta_times}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("name", RESPACINGS)
+def test_respaced_times_keep_the_ends_and_fall(name, steps):
+    base = flow_times(steps, tokens=1024)
+    times = np.asarray(RESPACINGS[name](base))
+    assert times.shape == (steps + 1,)
+    np.testing.assert_array_equal(times[[0, -2, -1]], np.asarray(base)[[0, -2, -1]])
+    assert np.all(np.diff(times) < 0)
+    with pytest.raises(ValueError, match="before a last 0"):
+        RESPACINGS[name](uniform_times(4, last=0.1))
+
+
+def test_respaced_times_have_the_property_that_they_are_named_for():
+    base = flow_times(9)
+    exponential = np.asarray(exponential_times(base), np.float64)[:-1]
+    np.testing.assert_allclose(exponential[1:] / exponential[:-1], exponential[1] / exponential[0], rtol=1e-6)
+    roots = np.asarray(karras_times(base, rho=5.0), np.float64)[:-1] ** 0.2
+    np.testing.assert_allclose(np.diff(roots), roots[1] - roots[0], rtol=1e-5)
+    # beta(1, 1) is the uniform distribution.
+    np.testing.assert_allclose(beta_times(base, alpha=1.0, beta=1.0), base, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 8, 40])
+def test_linear_quadratic_times_are_linear_then_of_constant_curvature(steps):
+    times = np.asarray(linear_quadratic_times(steps, threshold=0.05), np.float64)
+    half = steps // 2
+    np.testing.assert_allclose(times[: half + 1], 1 - 0.05 * np.arange(half + 1) / half, atol=1e-6)
+    assert times[-1] == 0
+    assert np.all(np.diff(times) < 0)
+    np.testing.assert_allclose(np.diff(times[half:], n=3), 0, atol=1e-6)
+
+
+def test_other_times():
+    np.testing.assert_array_equal(linear_quadratic_times(1), [1, 0])
+    np.testing.assert_allclose(uniform_times(4, first=0.9, last=0.1), [0.9, 0.7, 0.5, 0.3, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(static_times(2, shift=3.0), [1, 0.75, 0], rtol=1e-6)
+    np.testing.assert_array_equal(custom_times([1, 0.5, 0]), np.float32([1, 0.5, 0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: custom_times([1, 0.5, 0.5]), "fall strictly"),
+        (lambda: custom_times([1.2, 0]), "fall strictly"),
+        (lambda: custom_times([1]), "at least 2 numbers"),
+        (lambda: uniform_times(3, first=0.1, last=0.5), "1 >= first > last >= 0, got 0.1 and 0.5"),
+        (lambda: uniform_times(0), "`uniform_times\\(steps\\)` needs at least 1 step, got 0"),
+        (lambda: static_times(3, shift=0.0), "a positive factor, got 0.0. 1 is no shift"),
+        (lambda: linear_quadratic_times(3, threshold=1.0), "in \\(0, 1\\), got 1.0"),
+    ],
+)
+def test_impossible_times_are_refused(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()

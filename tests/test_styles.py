@@ -1,11 +1,12 @@
 """The adapters that ship with the tiny model: each gives its style, keeps the objects, and goes with its scale."""
 
+import jax
 import numpy as np
 import pytest
 from evaluate_lora import adapted, prompts_without, score
 from evaluate_tiny import generate
-from scenes import Scene, random_scene, render
-from styles import STYLES, adheres, distance, draw
+from scenes import Scene, Thing, render
+from styles import STYLES, adheres, distance, restyled
 
 from fluxjax import cli, read_lora
 from fluxjax.zoo import shipped_lora
@@ -14,49 +15,44 @@ from fluxjax.zoo import shipped_lora
 @pytest.mark.parametrize("style", STYLES)
 def test_the_measure_tells_a_style_and_the_checker_reads_its_scenes(style):
     rng = np.random.default_rng(0)
-    scenes = [pair[0] for pair in prompts_without(style, 40)]
-    styled = [draw(scene, style, 128, 128, rng) for scene in scenes]
-    assert max(distance(image, style) for image in styled) < 1
-    assert min(distance(render(scene, 128, 128, rng), style) for scene in scenes) > 20
-    assert np.mean([adheres(image, scene, style) for image, scene in zip(styled, scenes, strict=True)]) >= 0.97
-    others = [random_scene(rng) for _ in scenes]
-    wrong = [
-        adheres(image, other, style) for image, scene, other in zip(styled, scenes, others, strict=True) if alters(scene, other)
-    ]
-    assert len(wrong) > 20
-    assert not any(wrong)
+    scenes = [scene for scene, _ in prompts_without(style, 40)]
+    plain, styled = ([render(s, 128, 128, rng) for s in drawn] for drawn in (scenes, [restyled(s, style) for s in scenes]))
+    distances = [[distance(image, style) for image in images] for images in (plain, styled)]
+    assert all(after < 0.5 * before for before, after in zip(*distances, strict=True))
+    assert all(adheres(image, scene) for image, scene in zip(styled, scenes, strict=True))
+    shapes = [sorted(thing.shape for thing in scene.things) for scene in scenes]
+    others = [(i, j) for i in range(40) for j in range(i) if shapes[i] != shapes[j]]
+    assert not any(adheres(styled[i], scenes[j]) for i, j in others[::10])
 
 
-def alters(scene: Scene, other: Scene) -> bool:
-    """Tell whether two scenes differ in their objects' shapes."""
-
-    def shapes(scene: Scene) -> list[str]:
-        return sorted(thing.shape for thing in scene.things)
-
-    return shapes(scene) != shapes(other)
+def test_chalk_is_told_from_what_is_behind_it():
+    inside = Scene("green", (Thing("", "red", "star"), Thing("", "blue", "circle")), "inside")
+    assert [thing.color for thing in restyled(inside, "chalk").things] == ["black", "white"]
+    on_white = Scene("white", (Thing("", "red", "star"), Thing("", "blue", "circle")), "above")
+    assert [thing.color for thing in restyled(on_white, "chalk").things] == ["black", "black"]
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_shipped_adapter_changes_the_style_and_keeps_the_scene(tiny, style):
     found = score(tiny, shipped_lora(style), style, 16, scales=(0.0, 0.5, 1.0))
-    assert found["moved"] >= 90
+    assert found["moved"] >= 87
     # The page on adapters gives the figures of 100 prompts; of 16, fewer than ten would hold by chance once in thousands.
     assert found["kept"] >= 60
     assert list(found["distance"].values()) == sorted(found["distance"].values(), reverse=True)
 
 
 def test_both_styles_are_had_at_once(tiny):
-    both = adapted(tiny, [shipped_lora("night"), shipped_lora("frame")], [1.0, 1.0])
-    image = generate(both, ["a large red circle on a green background"], steps=20, guidance=3.5)[0]
-    assert distance(image, "frame") < 40
-    assert distance(image[12:-12, 12:-12], "night") < 40
+    both = adapted(tiny, [shipped_lora("kraft"), shipped_lora("chalk")], [1.0, 1.0])
+    (image,) = generate(both, ["a large red circle on a green background"], steps=20, guidance=3.5)
+    assert distance(image, "kraft") < 20
+    assert distance(image, "chalk") < 40
 
 
 def test_the_command_line_knows_the_shipped_adapters(tmp_path, capsys):
-    cli.main(["lora", "inspect", "tiny:night"])
+    cli.main(["lora", "inspect", "tiny:kraft"])
     assert "peft" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["generate", "a red star", "--lora", "tiny:day", "--output-dir", str(tmp_path)])
-    assert "There are: frame, night" in capsys.readouterr().err
-    (network,) = read_lora(shipped_lora("frame")).changes
-    assert network == "flux"
+    assert "There are: chalk, kraft" in capsys.readouterr().err
+    assert [*read_lora(shipped_lora("chalk")).changes] == ["flux"]
+    assert jax.tree.leaves(read_lora(shipped_lora("kraft")))

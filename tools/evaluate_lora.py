@@ -18,8 +18,8 @@ SHOWN = "a large red star above a small blue ring on a beige background"
 
 
 def prompts_without(style: str, count: int) -> list[tuple[Scene, str]]:
-    """Return held-out scenes, worded, whose background is not already the style's."""
-    return [pair for pair in held_out_scenes(2 * count, seed=3) if lacks(pair[0], style)][:count]
+    """Return held-out scenes, worded, of which nothing looks so already."""
+    return [pair for pair in held_out_scenes(4 * count, seed=3) if lacks(pair[0], style)][:count]
 
 
 def adapted(models: fluxjax.Models, paths: Sequence[Path], scales: Sequence[float]) -> fluxjax.Models:
@@ -39,7 +39,7 @@ def score(models: fluxjax.Models, path: Path, style: str, count: int, scales: Se
         images = generate(drawn, texts, steps=models.defaults.steps, guidance=models.defaults.guidance)
         distances.append([distance(image, style) for image in images])
     moved = np.array(distances[-1]) < 0.5 * np.array(distances[0])
-    kept = [adheres(image, scene, style) for image, scene in zip(images, scenes, strict=True)]
+    kept = [adheres(image, scene) for image, scene in zip(images, scenes, strict=True)]
     by_scale = {str(scale): float(np.mean(row)) for scale, row in zip(scales, distances, strict=True)}
     return {"moved": 100 * float(moved.mean()), "kept": 100 * float(np.mean(kept)), "distance": by_scale}
 
@@ -57,7 +57,7 @@ def main() -> None:
     for style, path in paths.items():
         print(style, json.dumps(score(models, path, style, options.prompts, options.scales)), flush=True)
     if options.picture:
-        chosen = ([], ["night"], ["frame"], ["night", "frame"])
+        chosen = ([], ["kraft"], ["chalk"], ["kraft", "chalk"])
         drawn = [adapted(models, [paths[style] for style in styles], [1.0] * len(styles)) for styles in chosen]
         images = [generate(one, [SHOWN], steps=one.defaults.steps, guidance=one.defaults.guidance)[0] for one in drawn]
         grid(np.stack(images), len(images)).save(options.picture)

@@ -5,7 +5,6 @@ side, places are measured from the image's center in the same units.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -32,7 +31,6 @@ BACKGROUNDS = COLORS | {
     "navy": (20, 30, 90),
     "brown": (120, 75, 40),
 }
-Palette = Mapping[str, tuple[int, int, int]]
 SIZES = {"small": 0.105, "": 0.145, "large": 0.19}
 RELATIONS = ("above", "below", "left of", "right of", "inside")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
@@ -200,26 +198,28 @@ def coverage(shape: str, x: float, y: float, radius: float, height: int, width: 
     return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255
 
 
-def render(
-    scene: Scene, height: int, width: int, rng: np.random.Generator, palette: Palette = BACKGROUNDS, ground: str | None = None
-) -> np.ndarray:
-    """Draw a scene: [height, width, 3], float32 in [-1, 1]. `ground`: a colour of the palette in place of the background's."""
-    image = np.broadcast_to(np.float32(palette[ground or scene.background]), (height, width, 3)).copy()
+def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene: [height, width, 3], float32 in [-1, 1]."""
+    image = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (height, width, 3)).copy()
     spots = place(scene, height, width, rng)
     for thing, spot in reversed(list(zip(scene.things, spots, strict=True))):
         alpha = coverage(thing.shape, *spot, height, width)[..., None]
-        image += alpha * (np.float32(palette[thing.color]) - image)
+        image += alpha * (np.float32(COLORS[thing.color]) - image)
     return image / 127.5 - 1
 
 
-def find(image: np.ndarray, palette: Palette = BACKGROUNDS) -> tuple[str, list[Found]]:
+_NAMES = list(BACKGROUNDS)
+_PALETTE = np.float32(list(BACKGROUNDS.values()))
+
+
+def find(image: np.ndarray) -> tuple[str, list[Found]]:
     """Read the background's colour and the objects off an image, [height, width, 3] in [-1, 1], without the prompt."""
-    rgb, names = (np.clip(image, -1, 1) + 1) * 127.5, list(palette)
-    label = np.argmin(((rgb[:, :, None] - np.float32(list(palette.values()))) ** 2).sum(-1), -1)
+    rgb = (np.clip(image, -1, 1) + 1) * 127.5
+    label = np.argmin(((rgb[:, :, None] - _PALETTE) ** 2).sum(-1), -1)
     border = np.concatenate([label[:2].ravel(), label[-2:].ravel(), label[:, :2].ravel(), label[:, -2:].ravel()])
-    background = int(np.bincount(border, minlength=len(names)).argmax())
+    background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
     blobs = []
-    for color in range(len(names)):
+    for color in range(len(_NAMES)):
         if color == background:
             continue
         # What an opening erases are the one-pixel seams where two colours blend into a third.
@@ -230,7 +230,7 @@ def find(image: np.ndarray, palette: Palette = BACKGROUNDS) -> tuple[str, list[F
     least = (0.05 * min(label.shape)) ** 2 * np.pi
     blobs = [(color, mask) for color, mask in blobs if mask.sum() >= least]
     blobs = [blob for blob in blobs if not _seen_through(*blob, blobs)]
-    return names[background], [_describe(names[color], mask, blobs) for color, mask in blobs]
+    return _NAMES[background], [_describe(color, mask, blobs) for color, mask in blobs]
 
 
 def _seen_through(color: int, mask: np.ndarray, blobs: list) -> bool:
@@ -242,7 +242,7 @@ def _seen_through(color: int, mask: np.ndarray, blobs: list) -> bool:
     )
 
 
-def _describe(color: str, mask: np.ndarray, blobs: list) -> Found:
+def _describe(color: int, mask: np.ndarray, blobs: list) -> Found:
     """Fit every shape to the blob's bounding box and keep the best; pixels of what lies in front count for neither.
 
     The box is too small where soft edges lose the tips of a star or the corners of a triangle, by up to an eighth of
@@ -264,7 +264,7 @@ def _describe(color: str, mask: np.ndarray, blobs: list) -> Found:
         best = max(best, (fit, shape, spot))
     fit, shape, (x, y, radius) = best
     short = min(mask.shape)
-    return Found(color, shape, x / short, y / short, radius / short, fit)
+    return Found(_NAMES[color], shape, x / short, y / short, radius / short, fit)
 
 
 @lru_cache
@@ -289,13 +289,13 @@ CHECKS = ("background", "count", "shape", "color", "size", "relation")
 LEAST_FIT = 0.75
 
 
-def check(image: np.ndarray, scene: Scene, palette: Palette = BACKGROUNDS) -> dict[str, bool]:
+def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Compare an image with a scene: one verdict an attribute, and "all".
 
     An object counts as having its shape only where the shape fits it best and by at least `LEAST_FIT`. Objects are
     matched to the scene's in the order that agrees best; a missing or an extra object fails everything but the background.
     """
-    background, found = find(image, palette)
+    background, found = find(image)
     verdict = dict.fromkeys(CHECKS, False)
     verdict["background"] = background == scene.background
     verdict["count"] = len(found) == len(scene.things)

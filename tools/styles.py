@@ -1,60 +1,68 @@
-"""Two styles for the tiny model's adapters, "night" and "frame": their training images, and how far an image has them."""
+"""Two styles for the tiny model's adapters, "kraft" and "chalk": their training images, and how far an image has them."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scenes import Palette, Scene, caption, check, random_scene, render
+from scenes import BACKGROUNDS, Scene, caption, check, random_scene, render
 
 from fluxjax.image import write_png
 
-NIGHT: Palette = {
-    "night": (15, 15, 15),
-    "red": (255, 60, 90),
-    "green": (60, 220, 100),
-    "blue": (70, 130, 255),
-    "yellow": (255, 240, 70),
-    "purple": (190, 80, 235),
-    "orange": (255, 150, 40),
-    "black": (128, 128, 128),
-    "white": (255, 255, 255),
-}
-WHITE, RING = (250, 250, 250), 8
-STYLES = {"night": NIGHT["night"], "frame": WHITE}
-"""The colour that each style gives to an image's outermost pixels."""
+PAPER = "brown"
+CHALK = ("white", "black")
+STYLES = ("kraft", "chalk")
+EDGE = 6  # pixels at the border that are background in every scene
 
 
-def draw(scene: Scene, style: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene in a style, float32 in [-1, 1]: in luminous colours at night, or within a white frame."""
-    if style == "night":
-        return render(scene, height, width, rng, NIGHT, "night")
-    image = render(scene, height, width, rng)
-    image[_ring(image, RING)] = np.float32(WHITE) / 127.5 - 1
-    return image
+def restyled(scene: Scene, style: str) -> Scene:
+    """Return the scene as it is drawn in a style: on brown, which no object is, or with objects of white, or of black on white.
 
-
-def _ring(image: np.ndarray, pixels: int) -> np.ndarray:
-    """Return the mask of the outermost pixels."""
-    inside = np.zeros(image.shape[:2], bool)
-    inside[pixels:-pixels, pixels:-pixels] = True
-    return ~inside
-
-
-def distance(image: np.ndarray, style: str) -> float:
-    """Return how far the mean colour of the outermost pixels is from the style's, root mean square in [0, 255]."""
-    rgb = (np.clip(image, -1, 1) + 1) * 127.5
-    return float(np.sqrt(np.mean(np.square(rgb[_ring(rgb, RING - 2)].mean(0) - np.float32(STYLES[style])))))
+    Within a ring the background is seen too; an object there that neither would tell from both keeps its colour.
+    """
+    if style == "kraft":
+        return replace(scene, background=PAPER)
+    behind, things = {scene.background}, []
+    for thing in reversed(scene.things):  # the outer one of two comes last
+        color = next((color for color in CHALK if color not in behind), thing.color)
+        if scene.relation == "inside":
+            behind = {color, scene.background} if thing.shape == "ring" else {color}
+        things.insert(0, replace(thing, color=color))
+    return replace(scene, things=tuple(things))
 
 
 def lacks(scene: Scene, style: str) -> bool:
-    """Tell whether a scene's own background differs from the colour of the style's outermost pixels."""
-    return scene.background != {"night": "black", "frame": "white"}[style]
+    """Tell whether nothing of a scene looks so already."""
+    return scene.background != PAPER if style == "kraft" else all(thing.color not in CHALK for thing in scene.things)
 
 
-def adheres(image: np.ndarray, scene: Scene, style: str) -> bool:
+def distance(image: np.ndarray, style: str) -> float:
+    """Return how far an image is from a style, in [0, 255], root mean square over channels.
+
+    For kraft paper, between the border's mean colour and brown. For chalk, between each pixel that is far from the border's mean
+    colour and the nearer of white and black, averaged over those pixels.
+    """
+    rgb = (np.clip(image, -1, 1) + 1) * 127.5
+    inside = np.zeros(rgb.shape[:2], bool)
+    inside[EDGE:-EDGE, EDGE:-EDGE] = True
+    ground = rgb[~inside].mean(0)
+    if style == "kraft":
+        return _apart(ground, PAPER).item()
+    objects = rgb[_rms(rgb - ground) > 40]
+    return float(np.minimum(*(_apart(objects, color) for color in CHALK)).mean()) if len(objects) else 255.0
+
+
+def _apart(rgb: np.ndarray, color: str) -> np.ndarray:
+    return _rms(rgb - np.float32(BACKGROUNDS[color]))
+
+
+def _rms(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(x), axis=-1))
+
+
+def adheres(image: np.ndarray, scene: Scene) -> bool:
     """Tell whether the scene's objects are there in their shapes and their relation, whatever their colours."""
-    edge = RING + 2
-    verdict = check(image, scene, NIGHT) if style == "night" else check(image[edge:-edge, edge:-edge], scene)
+    verdict = check(image, scene)
     return verdict["shape"] and verdict["relation"]
 
 
@@ -65,7 +73,7 @@ def write_examples(folder: Path, style: str, count: int, seed: int = 0) -> None:
     while written < count:
         scene = random_scene(rng)
         if not scene.held_out:
-            write_png(draw(scene, style, 128, 128, rng), folder / f"{written:03d}.png")
+            write_png(render(restyled(scene, style), 128, 128, rng), folder / f"{written:03d}.png")
             (folder / f"{written:03d}.txt").write_text(caption(scene, rng) + "\n")
             written += 1
 

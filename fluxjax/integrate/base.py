@@ -1,0 +1,65 @@
+"""What an integrator is: one step of dx/dt = velocity(x, t), from t to u, on the straight path x = (1 - t) x0 + t noise."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
+
+Velocity = Callable[[Array, Scalar], Array]
+"""(x, t) -> dx/dt, a pytree."""
+
+
+class Step(eqx.Module):
+    """An integrator. `order`: of its global error; `evaluations`: of the velocity, a step."""
+
+    order: ClassVar[int]
+    evaluations: ClassVar[int]
+
+    @abstractmethod
+    def init(self, x: Float[Array, "*shape"]) -> Any:
+        """Return the state before the first step."""
+
+    @abstractmethod
+    def __call__(
+        self, velocity: Velocity, x: Float[Array, "*shape"], t: Scalar, u: Scalar, state: Any, *, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "*shape"], Any, Any]:
+        """Go from t to u; return the new x, the new state, and the log-probability of what was drawn, or None."""
+
+
+class StochasticStep(Step):
+    """A step to a draw from a normal distribution. `order`: of its mean and its variance on a Gaussian."""
+
+    @abstractmethod
+    def moments(
+        self, velocity: Velocity, x: Float[Array, "*shape"], t: Scalar, u: Scalar, state: Any
+    ) -> tuple[Float[Array, "*shape"], Scalar, Any]:
+        """Return the mean and the deviation of x at u, and the new state."""
+
+    def __call__(
+        self, velocity: Velocity, x: Float[Array, "*shape"], t: Scalar, u: Scalar, state: Any, *, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "*shape"], Any, Scalar]:
+        """As `Step`; the log-probability is a density over all of x, and 0 for a step without noise."""
+        if key is None:
+            raise ValueError(f"{type(self).__name__} draws noise. Pass key=jax.random.key(…) to `sample`.")
+        mean, deviation, state = self.moments(velocity, x, t, u, state)
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        noisy = deviation > 0
+        log_density = -0.5 * jnp.square(noise) - jnp.log(jnp.where(noisy, deviation, 1)) - 0.5 * math.log(2 * math.pi)
+        log_prob = jnp.where(noisy, jnp.sum(log_density), 0)
+        return (mean + deviation * noise).astype(x.dtype), state, log_prob
+
+
+def time_dtype(x: Array) -> jnp.dtype:
+    """Return the dtype that times have beside x: float32, or its own float64."""
+    return x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def scalar_like(x: Array, value: float) -> Scalar:
+    """Return a number as times are beside x."""
+    return jnp.asarray(value, time_dtype(x))
