@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.convert.files import WeightsError
     from fluxjax.generate import Models, activation_dtype, load_models, text_to_image
+    from fluxjax.guidance import ClassifierFree, Guided, Projected, ZeroStar
     from fluxjax.image import read_image, write_png
     from fluxjax.integrate.base import Step, StochasticStep
     from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
@@ -76,6 +77,7 @@ __all__ = [
     "T5",
     "ZOO",
     "Churn",
+    "ClassifierFree",
     "Clip",
     "ClipConfig",
     "CustomPath",
@@ -87,10 +89,12 @@ __all__ = [
     "Euler",
     "Flux",
     "FluxConfig",
+    "Guided",
     "Heun",
     "Lora",
     "Midpoint",
     "Models",
+    "Projected",
     "Renoise",
     "ReverseSDE",
     "Sample",
@@ -104,6 +108,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "WeightsError",
+    "ZeroStar",
     "activation_dtype",
     "ancestral",
     "as_velocity",

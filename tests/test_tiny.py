@@ -1,11 +1,13 @@
 """The shipped model, on real behaviour: what the prompt says is in the image, as an analytic checker finds it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluate_tiny import generate, held_out_scenes, score
-from scenes import Scene, Thing, caption, check, find, random_scene, render
+from scenes import SHAPES, Scene, Thing, caption, check, find, random_scene, render
 
 import fluxjax
 from fluxjax.zoo import ZOO, load_defaults, tiny_folder
@@ -46,6 +48,31 @@ def test_the_checker_forgives_no_wrong_attribute(attribute, other):
     verdict = check(image, other)
     assert not verdict[attribute]
     assert not verdict["all"]
+
+
+def test_the_checker_accepts_no_scene_that_is_wrong_in_one_shape_or_size():
+    rng = np.random.default_rng(1)
+    accepted = []
+    for index in range(100):
+        scene = random_scene(rng)
+        other = altered(scene, rng)
+        if other is not None:
+            accepted.append(check(render(scene, *SIZES[index % 3], rng), other)["all"])
+    assert len(accepted) > 60
+    assert not any(accepted)
+
+
+def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
+    """Return a scene with another shape, or the other size where one is told, of one object."""
+    index = int(rng.integers(len(scene.things)))
+    thing = scene.things[index]
+    if rng.random() < 0.5:
+        thing = replace(thing, shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])))
+    elif scene.relation == "inside" or not thing.size:  # drawn at sizes of their own, or at none in particular
+        return None
+    else:
+        thing = replace(thing, size={"small": "large", "large": "small"}[thing.size])
+    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))
 
 
 def test_captions_never_leave_out_what_was_drawn():

@@ -39,8 +39,8 @@ def lacks(scene: Scene, style: str) -> bool:
 def distance(image: np.ndarray, style: str) -> float:
     """Return how far an image is from a style, in [0, 255], root mean square over channels.
 
-    For kraft paper, between the border's mean colour and brown. For chalk, between each pixel that is far from the border's mean
-    colour and the nearer of white and black, averaged over those pixels.
+    For kraft paper, between the border's mean colour and brown. For chalk, between each pixel that is far from the border's
+    mean colour and the nearer of white and black, averaged over those pixels.
     """
     rgb = (np.clip(image, -1, 1) + 1) * 127.5
     inside = np.zeros(rgb.shape[:2], bool)

@@ -1,0 +1,110 @@
+"""The laws of guidance."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluxjax import ClassifierFree, Guided, Projected, ZeroStar, flow_times, sample
+
+X = jnp.float32([0.4, -1.0, 2.0])
+WANTED, UNWANTED = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])
+
+
+def velocity(x, t, condition):
+    return condition - 0.3 * t * x
+
+
+def both(t: float):
+    return velocity(X, t, WANTED), velocity(X, t, UNWANTED)
+
+
+@pytest.mark.parametrize("rule", [ClassifierFree(), ZeroStar(), Projected(0.3, 0.5)], ids=lambda rule: type(rule).__name__)
+def test_at_scale_1_every_rule_gives_the_wanted_velocity(rule):
+    t = jnp.float32(0.7)
+    wanted, unwanted = both(t)
+    np.testing.assert_allclose(rule(X, t, wanted, unwanted, jnp.float32(1)), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(Guided(velocity, WANTED, UNWANTED, 1.0, rule)(X, t), wanted)
+
+
+def test_classifier_free_guidance_is_linear_in_its_scale():
+    t = jnp.float32(0.7)
+    wanted, unwanted = both(t)
+    np.testing.assert_allclose(Guided(velocity, WANTED, UNWANTED, 0.0)(X, t), unwanted, rtol=1e-6)
+    for scale in (-1.0, 3.5):
+        found = Guided(velocity, WANTED, UNWANTED, scale)(X, t)
+        np.testing.assert_allclose(found, unwanted + scale * (wanted - unwanted), rtol=1e-5)
+
+
+def test_zero_star_takes_out_what_differs_in_size_alone():
+    t = jnp.float32(0.7)
+    wanted, unwanted = both(t)
+    np.testing.assert_allclose(ZeroStar()(X, t, 2 * unwanted, unwanted, jnp.float32(5)), 2 * unwanted, rtol=1e-5)
+    # The scaled velocity is the projection: what is left is orthogonal to it.
+    guided = ZeroStar()(X, t, wanted, unwanted, jnp.float32(3))
+    near = wanted @ unwanted / (unwanted @ unwanted) * unwanted
+    np.testing.assert_allclose(guided, near + 3 * (wanted - near), rtol=1e-5)
+    np.testing.assert_array_equal(ZeroStar(0.9)(X, jnp.float32(0.95), wanted, unwanted, jnp.float32(3)), 0)
+    np.testing.assert_array_equal(ZeroStar()(X, t, wanted, 0 * unwanted, jnp.float32(3)), 3 * wanted)
+
+
+def test_projection_damps_what_is_along_the_estimate_and_bounds_the_rest():
+    t, scale = jnp.float32(0.7), jnp.float32(4)
+    wanted, unwanted = both(t)
+    plain = ClassifierFree()(X, t, wanted, unwanted, scale)
+    np.testing.assert_allclose(Projected(1.0)(X, t, wanted, unwanted, scale), plain, rtol=1e-5)
+    estimate = X - t * wanted
+    orthogonal = Projected()(X, t, wanted, unwanted, scale) - wanted
+    assert abs(float(orthogonal @ estimate)) < 1e-5
+    bounded = Projected(1.0, 0.2)(X, t, wanted, unwanted, scale) - wanted
+    # The change of the estimate of x0, over scale - 1.
+    assert float(jnp.linalg.norm(t * bounded)) / 3 == pytest.approx(0.2, rel=1e-5)
+    # At t = 0 nothing is divided by 0.
+    assert np.isfinite(Projected(0.5, 0.2)(X, jnp.float32(0), wanted, unwanted, scale)).all()
+
+
+def counted(calls):
+    def one(x, t, condition):
+        jax.debug.callback(lambda _: calls.append(1), condition.sum())
+        return velocity(x, t, condition)
+
+    return one
+
+
+@pytest.mark.parametrize(("scale", "low", "high", "evaluated"), [(1.0, 0.0, 1.0, 4), (3.0, 0.0, 1.0, 8), (3.0, 0.3, 0.8, 6)])
+def test_no_evaluation_is_wasted(scale, low, high, evaluated):
+    calls = []
+
+    @eqx.filter_jit
+    def run(scale):
+        return sample(Guided(counted(calls), WANTED, UNWANTED, scale, low=low, high=high), X, flow_times(4)).x
+
+    run(jnp.float32(scale)).block_until_ready()
+    jax.effects_barrier()
+    # A batch of two counts as two; of the times 1, 0.75, 0.5, 0.25 the window holds two.
+    assert len(calls) == evaluated
+
+
+def test_another_scale_condition_or_window_compiles_nothing():
+    traces = []
+
+    @eqx.filter_jit
+    def run(guided, x):
+        traces.append(1)
+        return sample(guided, x, flow_times(3)).x
+
+    for scale in (1.0, 2.0, 7.0):
+        guided = Guided(
+            velocity, WANTED * scale, UNWANTED, jnp.float32(scale), Projected(jnp.float32(scale)), jnp.float32(scale / 10)
+        )
+        run(guided, X)
+    assert len(traces) == 1
+
+
+def test_each_particle_may_have_a_scale_of_its_own():
+    scales = jnp.float32([1.0, 2.0, 5.0])
+    t = jnp.float32(0.5)
+    batch = jax.vmap(lambda scale: Guided(velocity, WANTED, UNWANTED, scale)(X, t))(scales)
+    for row, scale in zip(batch, scales, strict=True):
+        np.testing.assert_allclose(row, Guided(velocity, WANTED, UNWANTED, scale)(X, t), rtol=1e-6)
