@@ -26,15 +26,18 @@ from fluxjax.generate import (
     denoise,
     encode_text,
     guidance_scale,
-    model_times,
     noise_batch,
     prompt_ids,
+    repeated,
+    step_keys,
 )
 from fluxjax.image import write_numbered
+from fluxjax.integrate.base import Step
 from fluxjax.latents import image_ids
 from fluxjax.lora.merge import merge
 from fluxjax.lora.read import Lora, describe_lora, read_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
+from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
 from fluxjax.shapes import Array, Times
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
@@ -79,8 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", help="what the image shows")
     add("--prompt-2", help="a text for T5 alone; CLIP keeps the prompt")
     add("--model", default="tiny", help=f"{', '.join(ZOO)}, a diffusers folder, or a hub id (default: %(default)s)")
-    add("--steps", type=int, help="Euler steps (default: the model's)")
+    add("--steps", type=int, help="of the integrator (default: the model's)")
     add("--guidance", type=float, help="distilled guidance scale (default: the model's)")
+    add("--negative-prompt", help="what true classifier-free guidance leads away from (default: the empty prompt)")
+    add("--cfg", type=float, default=1.0, help="scale of true classifier-free guidance, twice the work (default: 1, none)")
+    add("--timer", choices=TIMERS, default="model", help="how the times are spaced (default: as the model's)")
+    add("--shift", type=float, help="factor of flux_static's shift (default: 3)")
+    add("--integrator", choices=INTEGRATORS, default="euler", help="(default: %(default)s)")
+    add("--eta", type=float, help="noise of ddim, sde and dpmpp_2m_sde, in [0, 1] (default: 0 of ddim, 1 of the others)")
     add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--images", type=int, default=1, help="how many (default: %(default)s)")
@@ -274,12 +283,13 @@ def _cache_folder() -> Path:
 
 
 class _Clock:
-    """Seconds spent on each kind of work, and a progress bar over steps that names the stage."""
+    """Seconds spent on each kind of work, and a progress bar over the network's evaluations that names the stage."""
 
-    def __init__(self, evaluations: int):
+    def __init__(self, steps: int, evaluations: int):
+        self.steps = steps
         self.spent: dict[str, float] = {}
         self.compiled: dict[str, Any] = {}
-        self.bar = tqdm(total=evaluations, bar_format="{desc:<16} {bar} {n_fmt}/{total_fmt} steps")
+        self.bar = tqdm(total=steps * evaluations, bar_format="{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations")
 
     def __enter__(self) -> "_Clock":
         return self
@@ -313,7 +323,7 @@ class _Clock:
 
     def report(self) -> str:
         parts = [f"{kind} {seconds:.2f} s" for kind, seconds in self.spent.items()]
-        return f"{', '.join(parts)} ({self.spent['denoise'] / self.bar.total:.3f} s per step)"
+        return f"{', '.join(parts)} ({self.spent['denoise'] / self.steps:.3f} s per step)"
 
 
 class _Plan(NamedTuple):
@@ -325,6 +335,7 @@ class _Plan(NamedTuple):
     max_length: int
     groups: list[list[int]]
     times: Times
+    step: Step
     weights: DTypeLike | None
     activations: DTypeLike
 
@@ -340,6 +351,8 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         raise ValueError(f"--images and --batch need at least 1, got {options.images} and {batch}.")
     steps, height, width = (pick(getattr(options, name), getattr(defaults, name)) for name in ("steps", "height", "width"))
     image_ids(height, width)  # raises if the size won't do
+    if options.negative_prompt is not None and options.cfg == 1:
+        raise ValueError("--negative-prompt does nothing at --cfg 1. Give a scale, as --cfg 3.")
     weights = DTYPES[options.dtype] if options.dtype else None
     return _Plan(
         steps,
@@ -347,7 +360,8 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         width,
         pick(options.max_sequence_length, defaults.max_length),
         batches(options.images, batch),
-        model_times(defaults, steps, height, width),
+        timer(options.timer, steps, defaults, height, width, shift=options.shift),
+        integrator(options.integrator, eta=options.eta),
         weights,
         activation_dtype() if weights is None else weights,
     )
@@ -361,10 +375,10 @@ def _generate(options: argparse.Namespace) -> None:
     _use_cache(options.compilation_cache)
     loras = [(read_lora(adapter.file()), adapter.scale) for adapter in options.lora]
     written = []
-    with _Clock(plan.steps * len(plan.groups)) as clock:
+    with _Clock(plan.steps * len(plan.groups), plan.step.evaluations) as clock:
         encoders = [clock.load(load, options.model, dtype=plan.weights) for load in (load_clip, load_t5)]
         encoders = [_merged(encoder, kind, loras) for encoder, kind in zip(encoders, ("clip", "t5"), strict=True)]
-        text = _encode(clock, encoders, options, plan)
+        text, unwanted = _encode(clock, encoders, options, plan)
         if not options.keep_encoders:
             encoders.clear()
         flux = _merged(clock.load(load_flux, options.model, dtype=plan.weights), "flux", loras)
@@ -373,7 +387,16 @@ def _generate(options: argparse.Namespace) -> None:
         key, channels = jax.random.key(options.seed), vae.config.latent_channels
         for group in plan.groups:
             noise = noise_batch(key, group, plan.height, plan.width, channels=channels)
-            latents = clock.run("denoise", denoise, flux, text, noise, plan.times, guidance, report=clock.tick)
+            latents = clock.run(
+                "denoise",
+                denoise,
+                *(flux, text, noise, plan.times, guidance),
+                step=plan.step,
+                keys=step_keys(key, group, plan.step),
+                unwanted=unwanted,
+                cfg=jnp.float32(options.cfg),
+                report=clock.tick,
+            )
             images = clock.run("decode", decode, vae, latents, dtype=plan.activations)
             # The last group repeats its last number.
             for number, image in zip(dict.fromkeys(group), images, strict=False):
@@ -382,13 +405,17 @@ def _generate(options: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in written))
 
 
-def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, plan: _Plan) -> Text:
-    """Encode the prompt once and repeat it over a batch."""
+def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, plan: _Plan) -> tuple[Text, Text | None]:
+    """Encode the prompt once, and what is led away from if anything is, and repeat them over a batch."""
     tokenizers = clock.load(load_tokenizers, options.model)
     seconds = None if options.prompt_2 is None else [options.prompt_2]
     ids = prompt_ids(tokenizers, [options.prompt], seconds, max_length=plan.max_length)
-    text = clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations)
-    return jax.tree.map(lambda x: jnp.repeat(x, len(plan.groups[0]), axis=0), text)
+    count = len(plan.groups[0])
+    text = repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
+    if options.cfg == 1:
+        return text, None
+    ids = prompt_ids(tokenizers, [options.negative_prompt or ""], max_length=plan.max_length)
+    return text, repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
 
 
 def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, number: int) -> dict[str, str]:
@@ -400,6 +427,9 @@ def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, 
         "image": str(number),
         "steps": str(plan.steps),
         "guidance": "none" if guidance is None else f"{float(guidance):g}",
+        "integrator": options.integrator + ("" if options.eta is None else f", eta {options.eta:g}"),
+        "timer": options.timer + ("" if options.shift is None else f", shift {options.shift:g}"),
+        **({} if options.cfg == 1 else {"cfg": f"{options.cfg:g}", "negative_prompt": options.negative_prompt or ""}),
         "size": f"{plan.width}x{plan.height}",
         "model": options.model,
         **({"lora": ", ".join(f"{one.name}:{one.scale:g}" for one in options.lora)} if options.lora else {}),

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fluxjax.guidance import ClassifierFree, Guided, Rule
+from fluxjax.integrate.base import Step, StochasticStep
+from fluxjax.integrate.runge_kutta import Euler
+from fluxjax.integrate.stochastic import Churn
 from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents, unpack_latents
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
@@ -16,7 +20,7 @@ from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
 from fluxjax.sample import sample
 from fluxjax.schedule import flow_times
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, Times
+from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
@@ -95,27 +99,42 @@ def denoise(
     times: Times,
     guidance: Scalar | None,
     *,
+    step: Step = Euler(),
+    keys: Array | None = None,
+    unwanted: Text | None = None,
+    cfg: ScalarLike = 1.0,
+    rule: Rule = ClassifierFree(),
     report: Callable[[Array], None] | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
-    """Integrate the transformer's velocity from noise to latents, a batch at once, by Euler steps.
+    """Integrate the transformer's velocity from noise to latents, a batch at once.
 
-    **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times`. `guidance`: distilled scale, or None
-    for a network without it. `report`: called with t at every evaluation, on the host.
+    **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times` or another timer. `guidance`: distilled
+    scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
+    `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`. `report`: called
+    with t at every evaluation, on the host.
     """
     height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
     img_ids = image_ids(height, width)
 
-    def velocity(x: Float[Array, "images img_tokens channels"], t: Scalar) -> Float[Array, "images img_tokens channels"]:
-        if report is not None:
-            jax.debug.callback(report, t)
+    def network(x: Array, t: Scalar, text: Text) -> Array:
+        return flux(x, t, txt=text.txt, vec=text.vec, guidance=guidance, img_ids=img_ids)
 
-        def one(x: Array, text: Text) -> Array:
-            return flux(x, t, txt=text.txt, vec=text.vec, guidance=guidance, img_ids=img_ids)
+    def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
+        plain = eqx.Partial(_swapped, network, text)
+        guided = plain if unwanted is None else Guided(network, text, unwanted, cfg, rule)
 
-        return jax.vmap(one)(x, text)
+        def velocity(x: Array, t: Scalar) -> Array:
+            if report is not None:
+                jax.debug.callback(report, t)
+            return guided(x, t)
 
-    packed = sample(velocity, jax.vmap(pack_latents)(noise), times).x
-    return jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
+        return unpack_latents(sample(velocity, pack_latents(noise), times, step=step, key=key).x, height, width)
+
+    return jax.vmap(one)(noise, text, unwanted, keys)
+
+
+def _swapped(network: Callable[..., Array], text: Text, x: Array, t: Scalar) -> Array:
+    return network(x, t, text)
 
 
 @eqx.filter_jit
@@ -133,6 +152,17 @@ def noise_batch(
     return jnp.stack([initial_noise(jax.random.fold_in(key, n), height, width, channels=channels) for n in numbers])
 
 
+_STEPS = 2**32 - 1
+
+
+def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
+    """Return a key for each image of these numbers, apart from that of its first noise, or None for a step that draws none."""
+    if not isinstance(step, StochasticStep | Churn):
+        return None
+    root = jax.random.fold_in(key, _STEPS)
+    return jnp.stack([jax.random.fold_in(root, n) for n in numbers])
+
+
 def model_times(defaults: Defaults, steps: int, height: int, width: int) -> Times:
     """Return the model's schedule for an image of `height` x `width` pixels."""
     side = CELL * PATCH
@@ -146,10 +176,15 @@ def text_to_image(
     *,
     key: PRNGKeyArray,
     prompt_2: str | Sequence[str] | None = None,
+    negative_prompt: str = "",
+    cfg: ScalarLike = 1.0,
+    rule: Rule = ClassifierFree(),
     images: int = 1,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
+    times: Times | None = None,
+    step: Step = Euler(),
     guidance: float | None = None,
     max_length: int | None = None,
     batch: int | None = None,
@@ -157,14 +192,20 @@ def text_to_image(
 ) -> Float[Array, "images height width 3"]:
     """Draw images of prompts.
 
-    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone. `images`: of
-    each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of the Euler integrator. `guidance`: distilled
-    scale. `max_length`: T5 tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes
-    the model's default, for `dtype` that of `activation_dtype`.
+    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone.
+    `negative_prompt`, `cfg`, `rule`: what true classifier-free guidance leads away from, its scale (1 is none, and another
+    takes twice the work) and its rule. `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of
+    the model's timer, or `times`: nodes of another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5
+    tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes the model's default, for
+    `dtype` that of `activation_dtype`.
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
-    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, or a guidance that the model does
-    not take.
+    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
+    model does not take, or a negative prompt that cfg = 1 would leave unused.
     """
+    if steps is not None and times is not None:
+        raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
+    if negative_prompt and isinstance(cfg, int | float) and cfg == 1:
+        raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
     defaults = models.defaults
@@ -176,9 +217,14 @@ def text_to_image(
     if count < 1 or batch < 1:
         raise ValueError(f"`text_to_image` needs at least one prompt, image and batch, got {len(prompts)}, {images}, {batch}.")
     dtype = activation_dtype() if dtype is None else dtype
-    times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
+    if times is None:
+        times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
     ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
     text = encode_text(models.clip, models.t5, ids, dtype=dtype)
+    unwanted = None
+    if not (isinstance(cfg, int | float) and cfg == 1):
+        ids = prompt_ids(models.tokenizers, [negative_prompt], max_length=max_length)
+        unwanted = encode_text(models.clip, models.t5, ids, dtype=dtype)
     scale = guidance_scale(models.flux, defaults, guidance)
     channels = models.vae.config.latent_channels
     drawn = []
@@ -186,8 +232,16 @@ def text_to_image(
         rows = np.array(numbers) // images
         mine = Text(text.txt[rows], text.vec[rows])
         noise = noise_batch(key, numbers, height, width, channels=channels)
-        drawn.append(decode(models.vae, denoise(models.flux, mine, noise, times, scale), dtype=dtype))
+        options = {"step": step, "keys": step_keys(key, numbers, step), "cfg": jnp.float32(cfg), "rule": rule}
+        away = None if unwanted is None else repeated(unwanted, len(numbers))
+        latents = denoise(models.flux, mine, noise, times, scale, unwanted=away, **options)
+        drawn.append(decode(models.vae, latents, dtype=dtype))
     return jnp.concatenate(drawn)[:count]
+
+
+def repeated(text: Text, count: int) -> Text:
+    """Return one encoded prompt as a batch of them."""
+    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), text)
 
 
 def guidance_scale(flux: Flux, defaults: Defaults, guidance: float | None) -> Float[Array, ""] | None:

@@ -66,9 +66,9 @@ def _advance(step: Step, velocity: Velocity, x: Array, t: Scalar, u: Scalar, ind
 
 
 class Progress(NamedTuple):
-    """A step taken: its number from 0, the time `t` it has reached, `x` there, and `x0`, the image that the step pointed to."""
+    """A step taken: its `number` from 0, the time `t` that it reached, `x` there, and `x0`, the image that it pointed to."""
 
-    index: int
+    number: int
     t: Array
     x: Array
     x0: Array

@@ -22,8 +22,8 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
     command = ("generate", PROMPT, "--steps", 2, "--images", 3, "--batch", 2, "--seed", 7, "--width", 96, "--height", 64)
     first = run(*command, tmp_path=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "6/6 steps" not in first.stderr  # two batches of two steps
-    assert "4/4 steps" in first.stderr
+    assert "6/6 evaluations" not in first.stderr  # two batches of two steps
+    assert "4/4 evaluations" in first.stderr
     for word in ("load", "compile", "encode", "denoise", "decode", "s per step"):
         assert word in first.stdout
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flux_0.png", "flux_1.png", "flux_2.png"]
@@ -35,6 +35,8 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
             "image": "2",
             "steps": "2",
             "guidance": "3.5",
+            "integrator": "euler",
+            "timer": "model",
             "size": "96x64",
             "model": "tiny",
             "version": f"fluxjax {fluxjax.__version__}",
@@ -55,6 +57,10 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--batch", "0"], "at least 1, got 1 and 0"),
         (["--max-sequence-length", "0"], "at least 1 token"),
         (["--output-dir", "/proc/nothing"], "can't be made"),
+        (["--negative-prompt", "a ring"], "does nothing at --cfg 1"),
+        (["--eta", "0.5"], "euler takes no eta. Leave it out, or choose one of ddim, sde, dpmpp_2m_sde"),
+        (["--integrator", "ddim", "--eta", "2"], "eta is in [0, 1], got 2.0"),
+        (["--shift", "2"], "The timer model takes no shift"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys, monkeypatch):
@@ -80,3 +86,18 @@ def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
             images.append(file.tobytes())
             assert file.text["prompt_2"] == "a ring"
     assert images[0] == images[1]
+
+
+def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = ["generate", PROMPT, "--steps", "2", "--compilation-cache", "cache"]
+    sampler = ["--integrator", "ddim", "--eta", "0.5", "--timer", "flux_static", "--shift", "2"]
+    guided = ["--cfg", "2", "--negative-prompt", "a blue ring"]
+    for extra in ([], sampler, [*sampler, *guided], ["--integrator", "heun", "--timer", "karras"]):
+        cli.main([*base, *extra])
+    assert "4/4 evaluations" in capsys.readouterr().err.split("\r")[-1]
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(4)]
+    assert all(abs(a - b).max() > 0.05 for i, a in enumerate(images) for b in images[:i])
+    with PIL.Image.open(tmp_path / "flux_2.png") as file:
+        told = {"integrator": "ddim, eta 0.5", "timer": "flux_static, shift 2", "cfg": "2", "negative_prompt": "a blue ring"}
+        assert told.items() <= file.text.items()

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import text_to_image
-from fluxjax.generate import batches, guidance_scale
+from fluxjax import DDIM, text_to_image, uniform_times
+from fluxjax.generate import batches, guidance_scale, model_times
+from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
 
 KEY = jax.random.key(0)
 # XLA:CPU's sums depend on the batch: some 1e-6 a network, carried through the steps and the decoder.
@@ -81,3 +82,34 @@ def test_guidance_for_a_model_without_it_is_refused(tiny):
 def test_batches_have_one_size_and_hold_every_number():
     assert batches(5, 2) == [[0, 1], [2, 3], [4, 4]]
     assert batches(2, 4) == [[0, 1, 1, 1]]
+
+
+def test_with_a_stochastic_step_an_image_does_not_depend_on_its_batch_either(tiny):
+    many = draw(tiny, images=3, step=DDIM(1.0))
+    np.testing.assert_allclose(draw(tiny, images=3, batch=1, step=DDIM(1.0)), many, atol=BATCH_BOUND)
+    assert np.abs(draw(tiny, images=3) - many).max() > 0.01
+
+
+def test_guidance_leads_away_from_the_negative_prompt(tiny):
+    base = draw(tiny)
+    away = draw(tiny, negative_prompt="a blue ring on black", cfg=2.0)
+    assert np.abs(away - base).max() > 0.01
+    # At a scale of 1 given as an array, the prompt alone is evaluated.
+    np.testing.assert_allclose(draw(tiny, negative_prompt="a blue ring", cfg=jax.numpy.float32(1.0)), base, atol=BATCH_BOUND)
+    # Away from the prompt itself is nowhere.
+    np.testing.assert_allclose(draw(tiny, negative_prompt="a red star on white", cfg=3.0), base, atol=10 * BATCH_BOUND)
+
+
+def test_times_and_steps_are_one_or_the_other(tiny):
+    np.testing.assert_array_equal(draw(tiny, steps=None, times=model_times(tiny.defaults, 2, 64, 96)), draw(tiny))
+    with pytest.raises(ValueError, match="not both"):
+        draw(tiny, times=uniform_times(3))
+    with pytest.raises(ValueError, match="does nothing at cfg = 1"):
+        draw(tiny, negative_prompt="a blue ring")
+
+
+@pytest.mark.parametrize("name", INTEGRATORS)
+def test_every_integrator_by_name_draws_with_every_timer(tiny, name):
+    times = timer(TIMERS[list(INTEGRATORS).index(name) % len(TIMERS)], 2, tiny.defaults, 32, 32)
+    image = text_to_image(tiny, "a red star", key=KEY, height=32, width=32, times=times, step=integrator(name))
+    assert np.isfinite(image).all()

@@ -81,7 +81,7 @@ def test_a_stream_reaches_the_same_end_and_its_previews_are_the_estimates():
     for step, key in ((Euler(), None), (AB2(), None), (UniPC2(), None), (DDIM(0.5), jax.random.key(1))):
         whole = sample(gaussian_velocity, x, times, step=step, key=key, history=True)
         taken = list(stream(gaussian_velocity, x, times, step=step, key=key))
-        assert [one.index for one in taken] == list(range(6))
+        assert [one.number for one in taken] == list(range(6))
         np.testing.assert_allclose(jnp.stack([one.x for one in taken]), whole.history[1:], atol=1e-6)
         np.testing.assert_array_equal(jnp.stack([one.t for one in taken]), times[1:])
     previous = jnp.concatenate([x[None], whole.history[1:-1]])

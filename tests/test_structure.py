@@ -24,6 +24,7 @@ LAYERS = {
     "lora": 4,
     "zoo": 5,
     "generate": 6,
+    "named": 6,
     "weights": 6,
     "inverse": 5,
     "edit": 5,

@@ -15,8 +15,13 @@ STYLES = ("kraft", "chalk")
 EDGE = 6  # pixels at the border that are background in every scene
 
 
+def suits(scene: Scene, style: str) -> bool:
+    """Tell whether a scene can be drawn in a style: with chalk, on anything but white."""
+    return style == "kraft" or scene.background != CHALK[0]
+
+
 def restyled(scene: Scene, style: str) -> Scene:
-    """Return the scene as it is drawn in a style: on brown, which no object is, or with objects of white, or of black on white.
+    """Return the scene as it is drawn in a style: on brown, or with objects of white, and of black on white.
 
     Within a ring the background is seen too; an object there that neither would tell from both keeps its colour.
     """
@@ -32,8 +37,10 @@ def restyled(scene: Scene, style: str) -> Scene:
 
 
 def lacks(scene: Scene, style: str) -> bool:
-    """Tell whether nothing of a scene looks so already."""
-    return scene.background != PAPER if style == "kraft" else all(thing.color not in CHALK for thing in scene.things)
+    """Tell whether nothing of a scene that suits a style looks so already."""
+    if style == "kraft":
+        return scene.background != PAPER
+    return suits(scene, style) and all(thing.color not in CHALK for thing in scene.things)
 
 
 def distance(image: np.ndarray, style: str) -> float:
@@ -67,12 +74,12 @@ def adheres(image: np.ndarray, scene: Scene) -> bool:
 
 
 def write_examples(folder: Path, style: str, count: int, seed: int = 0) -> None:
-    """Write captioned images of a style, of scenes that are not held out."""
+    """Write captioned images of a style, of scenes that suit it and are not held out."""
     rng, written = np.random.default_rng((seed, *style.encode())), 0
     folder.mkdir(parents=True, exist_ok=True)
     while written < count:
         scene = random_scene(rng)
-        if not scene.held_out:
+        if not scene.held_out and suits(scene, style):
             write_png(render(restyled(scene, style), 128, 128, rng), folder / f"{written:03d}.png")
             (folder / f"{written:03d}.txt").write_text(caption(scene, rng) + "\n")
             written += 1

@@ -493,7 +493,7 @@ def restore(folder: Path, runs: Path) -> None:
 def main() -> None:
     stages = {
         "vae": (train_vae, 2400),
-        "decoder": (train_decoder, 2000),
+        "decoder": (train_decoder, 7400),
         "latents": (make_latents, 40_000),
         "text": (train_text, 1500),
         "flux": (train_flux, 6500),

@@ -31,7 +31,7 @@ class ReverseSDE(StochasticStep):
 
     def moments(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None) -> tuple[X, Scalar, None]:
         v = velocity(x, t)
-        squared = 2 * self.eta * t if self.squared is None else self.squared(t)
+        squared = jnp.asarray(2 * self.eta * t if self.squared is None else self.squared(t))
         drift = v + squared / (2 * t) * (x + (1 - t) * v)
         return x + (u - t) * drift, jnp.sqrt(squared * jnp.abs(u - t)), None
 
@@ -56,7 +56,7 @@ class DDIM(StochasticStep):
         fresh = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
         deviation = self.eta * u / t * jnp.sqrt(jnp.maximum(fresh, 0))
         kept = jnp.sqrt(jnp.maximum(jnp.square(u) - jnp.square(deviation), 0))
-        return (1 - u) * image + kept * noise, deviation, None
+        return (1 - u) * image + kept * noise, jnp.asarray(deviation), None
 
 
 def ancestral() -> DDIM:
@@ -174,7 +174,7 @@ class Churn(Step):
         """Return the raised time, the factor of x that leads there, and the deviation of the noise that is added."""
         rate = jnp.where((self.low <= t) & (t <= self.high), self.rate, 0).astype(t.dtype)
         whole = 1 + rate * t
-        return (1 + rate) * t / whole, 1 / whole, self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole
+        return (1 + rate) * t / whole, 1 / whole, jnp.asarray(self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole)
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Any, *, key: PRNGKeyArray | None):
         if key is None:
