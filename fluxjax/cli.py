@@ -1,21 +1,23 @@
-"""The command line: `fluxjax generate`, `convert`, `inspect` and `download`."""
+"""The command line: `fluxjax generate`, `compare`, `convert`, `inspect`, `download` and `lora`."""
 
 import argparse
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
 import fluxjax
+from fluxjax.compare import compare, grid, table
 from fluxjax.convert.layouts import LAYOUTS
 from fluxjax.convert.source import KINDS, open_source
 from fluxjax.generate import (
@@ -26,6 +28,7 @@ from fluxjax.generate import (
     denoise,
     encode_text,
     guidance_scale,
+    load_models,
     noise_batch,
     prompt_ids,
     repeated,
@@ -107,9 +110,88 @@ def _parser() -> argparse.ArgumentParser:
     cache = _cache_folder()
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
     add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
+    _add_compare(commands)
     _add_weights(commands)
     _add_lora(commands)
     return parser
+
+
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a reader of names with commas between, each one of those known."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; choose of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def _counts(text: str) -> list[int]:
+    """Read whole numbers with commas between."""
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write it as 8,20") from None
+
+
+def _add_compare(commands: Any) -> None:
+    """Add the command that puts samplers side by side."""
+    about = "Draw a prompt through several samplers from the same noise: a labelled grid (PNG) and a table (CSV)."
+    parser = commands.add_parser("compare", help="samplers side by side", description=about)
+    parser.set_defaults(run=_compare)
+    add = parser.add_argument
+    add("prompt", help="what the image shows")
+    add("--model", default="tiny", help=f"{', '.join(ZOO)}, a diffusers folder, or a hub id (default: %(default)s)")
+    some = "with commas between"
+    add(
+        "--integrators",
+        type=_names(INTEGRATORS),
+        default=["euler", "heun", "dpmpp_2m"],
+        help=f"{some}: {', '.join(INTEGRATORS)}",
+    )
+    add("--timers", type=_names(TIMERS), default=["model"], help=f"{some}: {', '.join(TIMERS)}")
+    add("--steps", type=_counts, default=[8, 20], help=f"{some} (default: 8,20)")
+    add("--reference-steps", type=int, default=200, help="of Heun's at the model's times (default: %(default)s)")
+    add("--guidance", type=float, help="distilled guidance scale (default: the model's)")
+    add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
+    add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of weights and activations (default: as for generate)")
+    add("--output-dir", type=Path, default=Path(), help="where compare_N.png and .csv are written (default: here)")
+    add("--compilation-cache", type=Path, default=_cache_folder(), metavar="DIR", help="(default: %(default)s)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    folder = _writable(options.output_dir)
+    _use_cache(options.compilation_cache)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    models = load_models(options.model, dtype=dtype)
+    count = len(options.integrators) * len(options.timers) * len(options.steps)
+    with tqdm(total=count, unit="run") as bar:
+        runs, images = compare(
+            models,
+            options.prompt,
+            integrators=options.integrators,
+            timers=options.timers,
+            steps=options.steps,
+            key=jax.random.key(options.seed),
+            reference_steps=options.reference_steps,
+            guidance=options.guidance,
+            height=options.height,
+            width=options.width,
+            dtype=dtype,
+            report=lambda run: bar.update(),
+        )
+    picture = np.asarray(grid(runs, images), np.float32) / 127.5 - 1
+    image = write_numbered(picture, folder, {"prompt": options.prompt, "model": options.model}, stem="compare")
+    rows = image.with_suffix(".csv")
+    with open(rows, "x") as file:
+        file.write(table(runs))
+    print(table(runs), end="")
+    print(f"{image}\n{rows}")
 
 
 class _Adapter(NamedTuple):

@@ -1,12 +1,16 @@
+import csv
 import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import PIL.Image
 import pytest
 
 import fluxjax
 from fluxjax import cli
+from fluxjax.compare import compare
 
 PROMPT = "a large red star above a small blue ring on a beige background"
 
@@ -90,14 +94,43 @@ def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
 
 def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = ["generate", PROMPT, "--steps", "2", "--compilation-cache", "cache"]
+    base = ["generate", PROMPT, "--steps", "2", "--compilation-cache", str(tmp_path / "cache")]
     sampler = ["--integrator", "ddim", "--eta", "0.5", "--timer", "flux_static", "--shift", "2"]
     guided = ["--cfg", "2", "--negative-prompt", "a blue ring"]
     for extra in ([], sampler, [*sampler, *guided], ["--integrator", "heun", "--timer", "karras"]):
         cli.main([*base, *extra])
-    assert "4/4 evaluations" in capsys.readouterr().err.split("\r")[-1]
+    assert "4/4 evaluations" in capsys.readouterr().err  # Heun's
     images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(4)]
     assert all(abs(a - b).max() > 0.05 for i, a in enumerate(images) for b in images[:i])
     with PIL.Image.open(tmp_path / "flux_2.png") as file:
         told = {"integrator": "ddim, eta 0.5", "timer": "flux_static, shift 2", "cfg": "2", "negative_prompt": "a blue ring"}
         assert told.items() <= file.text.items()
+
+
+def test_compare_writes_a_grid_and_a_table(tmp_path, capsys):
+    options = ["--integrators", "euler,heun", "--timers", "uniform,karras", "--steps", "2,6", "--reference-steps", "24"]
+    fixed = ["--height", "32", "--width", "48", "--output-dir", str(tmp_path), "--compilation-cache", str(tmp_path / "cache")]
+    cli.main(["compare", "a red star", *options, *fixed])
+    rows = list(csv.DictReader((tmp_path / "compare_0.csv").read_text().splitlines()))
+    assert [(row["timer"], row["integrator"], row["steps"], row["evaluations"]) for row in rows[:4]] == [
+        ("uniform", "euler", "2", "2"),
+        ("uniform", "euler", "6", "6"),
+        ("uniform", "heun", "2", "4"),
+        ("uniform", "heun", "6", "12"),
+    ]
+    assert len(rows) == 8
+    distances = {(row["timer"], row["integrator"], row["steps"]): float(row["distance"]) for row in rows}
+    assert distances["uniform", "heun", "6"] < distances["uniform", "heun", "2"]
+    with PIL.Image.open(tmp_path / "compare_0.png") as file:
+        # An image of 48x32 six times as large and its part, twice; four rows and the reference's.
+        assert file.size == (2 * (2 * 288 + 12) + 6, 5 * (6 * 32 + 26 + 6) + 6)
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "a red star", "--integrators", "euler,eller", *fixed])
+    assert "there is no 'eller'" in capsys.readouterr().err
+
+
+def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
+    options = {"integrators": ["heun"], "timers": ["model"], "steps": [3], "reference_steps": 3}
+    (run,), images = compare(tiny, "a red star", **options, key=jax.random.key(0), height=32, width=32)
+    assert (run.distance, run.evaluations) == (0, 6)
+    np.testing.assert_array_equal(images[0], images[1])

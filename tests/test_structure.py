@@ -29,7 +29,8 @@ LAYERS = {
     "inverse": 5,
     "edit": 5,
     "train": 5,
-    "cli": 7,
+    "compare": 7,
+    "cli": 8,
 }
 
 
