@@ -45,6 +45,7 @@ from fluxjax.convert import tables
 from fluxjax.convert.load import abstract, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
 from fluxjax.lora.merge import changes_of
+from fluxjax.lora.terms import Hadamard, Kron
 from fluxjax.lora.write import _nearest
 from fluxjax.nets.layers import Dense, Weight
 from fluxjax.train import TrainState, make_step
@@ -427,7 +428,7 @@ def test_an_adapter_that_does_not_fit_lists_what_does_not(flux, tmp_path):
         read_lora(tmp_path / "half.safetensors")
 
 
-LOW_RANK = ("kohya", "peft, metadata", "onetrainer", "control", "xlabs")
+LOW_RANK = ("kohya", "peft, metadata", "onetrainer", "control", "xlabs", "loha")
 
 
 @eqx.filter_jit
@@ -450,7 +451,7 @@ def test_an_attached_adapter_gives_what_the_merged_one_gives(moderate, tmp_path,
     base, merged, attached = (
         velocity(m, x) for m in (moderate, merge(moderate, [lora], [0.1]), attach(moderate, [lora], [0.1]))
     )
-    assert jnp.linalg.norm(merged - base) > 1e-2 * jnp.linalg.norm(base)
+    assert jnp.linalg.norm(merged - base) > 1e-3 * jnp.linalg.norm(base)
     # The product is taken in another order, over six layers in float32.
     assert jnp.linalg.norm(attached - merged) <= 1e-5 * jnp.linalg.norm(merged)
 
@@ -484,11 +485,38 @@ def test_each_image_of_a_batch_has_its_own_adapter_and_scale(moderate, tmp_path)
         assert jnp.linalg.norm(batch[i] - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("name", ["lokr", "loha", "dora"])
+@pytest.mark.parametrize("name", ["lokr", "dora"])
 def test_what_has_no_low_rank_form_is_told(flux, tmp_path, name):
     lora = read_lora(saved(FORMATS[name](), tmp_path / "x.safetensors"))
     with pytest.raises(WeightsError, match=r"has no low-rank form\. Merge it instead"):
         attach(flux, [lora])
+
+
+@pytest.mark.parametrize(
+    ("term", "rank"),
+    [
+        (
+            Hadamard(
+                *(jnp.asarray(Draw(i)(*shape)) for i, shape in enumerate([(8, 2), (2, 6), (8, 3), (3, 6)])), jnp.float32(0.5)
+            ),
+            6,
+        ),
+        (Kron((jnp.asarray(Draw(1)(4, 3)),), (jnp.asarray(Draw(2)(2, 2)), jnp.asarray(Draw(3)(2, 5))), jnp.float32(0.5)), 6),
+        (
+            Kron(
+                (jnp.asarray(Draw(1)(4, 2)), jnp.asarray(Draw(4)(2, 3))),
+                (jnp.asarray(Draw(2)(2, 2)), jnp.asarray(Draw(3)(2, 5))),
+                jnp.float32(0.5),
+            ),
+            4,
+        ),
+    ],
+    ids=["loha", "lokr of a whole first factor", "lokr"],
+)
+def test_lohas_and_lokrs_are_products_of_the_rank_that_they_amount_to(term, rank):
+    up, down = term.factors()
+    assert up.shape[1] == down.shape[0] == rank
+    np.testing.assert_allclose(up @ down, term.delta(jnp.zeros(())), rtol=1e-5, atol=1e-5)
 
 
 def tiny_adapter(path: Path) -> Sample:
@@ -640,7 +668,7 @@ def low_rank(module: str, rows: int, columns: int, ends=PEFT) -> Shapes:
     return {f"{module}.{ends[0]}": (16, columns), f"{module}.{ends[1]}": (rows, 16)}
 
 
-def lokr(module: str, rows: int, columns: int) -> Shapes:
+def lokr_shapes(module: str, rows: int, columns: int) -> Shapes:
     return {
         f"{module}.lokr_w1": (16, 16),
         f"{module}.lokr_w2_a": (rows // 16, 16),
@@ -648,12 +676,12 @@ def lokr(module: str, rows: int, columns: int) -> Shapes:
     }
 
 
-def loha(module: str, rows: int, columns: int) -> Shapes:
+def loha_shapes(module: str, rows: int, columns: int) -> Shapes:
     pairs = {f"{module}.hada_w{i}_a": (rows, 16) for i in (1, 2)}
     return pairs | {f"{module}.hada_w{i}_b": (16, columns) for i in (1, 2)}
 
 
-def dora(module: str, rows: int, columns: int) -> Shapes:
+def dora_shapes(module: str, rows: int, columns: int) -> Shapes:
     return low_rank(module, rows, columns, KOHYA) | {f"{module}.dora_scale": (rows, 1)}
 
 
@@ -697,9 +725,9 @@ FULL = {
     "onetrainer": full("lora_transformer_", tables.FLUX_DIFFUSERS, True, ends=KOHYA),
     "comfy": full("diffusion_model.", tables.FLUX_BFL, False, ends=KOHYA),
     "fal": full("base_model.model.", tables.FLUX_BFL, False),
-    "lokr": full("lycoris_", tables.FLUX_BFL, True, lokr),
-    "loha": full("lora_unet_", tables.FLUX_BFL, True, loha),
-    "dora": full("lora_unet_", tables.FLUX_BFL, True, dora),
+    "lokr": full("lycoris_", tables.FLUX_BFL, True, lokr_shapes),
+    "loha": full("lora_unet_", tables.FLUX_BFL, True, loha_shapes),
+    "dora": full("lora_unet_", tables.FLUX_BFL, True, dora_shapes),
     "xlabs": full_xlabs(),
     "control": full_control(),
 }

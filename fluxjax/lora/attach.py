@@ -12,7 +12,6 @@ from fluxjax.convert.load import is_stacked, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
 from fluxjax.lora.merge import Scale, changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import LowRank
 from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.shapes import Array
 
@@ -28,8 +27,8 @@ def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None
     has its own.
 
     **Arguments:** as for `merge`; scales may be traced.
-    **Raises:** `WeightsError` for an adapter that does not fit or has no low-rank form (LoKr, LoHa, DoRA, full differences, a
-    widened input): merge it instead.
+    **Raises:** `WeightsError` for an adapter that does not fit or has no low-rank form (DoRA, a LoKr of whole factors, full
+    differences, a widened input): merge it instead.
     """
     scales = [1.0] * len(loras) if scales is None else scales
     plain = _plain(model)
@@ -90,14 +89,14 @@ def factors_of(
     """Return all of a weight's changes as one low-rank product: downs stacked, ups placed in their rows, scales in the ups."""
     downs, ups = [], []
     for change, scale in changes:
-        term = change.term
-        if not isinstance(term, LowRank) or term.down.shape[1] != shape[1]:
+        factors = change.term.factors()
+        if factors is None or factors[1].shape[1] != shape[1]:
             raise WeightsError(
-                f"What an adapter does to {name} ({type(term).__name__}) has no low-rank form. Merge it instead."
+                f"What an adapter does to {name} ({type(change.term).__name__}) has no low-rank form. Merge it instead."
             )
         start, stop = rows_of(change, shape, parts)
-        up = jnp.float32(scale) * term.factor * term.up.astype(jnp.float32)
+        up = jnp.float32(scale) * factors[0]
         up = jnp.roll(up, (stop - start) // 2, axis=0) if change.swap else up
-        downs.append(term.down.astype(jnp.float32))
+        downs.append(factors[1])
         ups.append(jnp.zeros((shape[0], up.shape[1])).at[start:stop].set(up))
     return jnp.concatenate(downs), jnp.concatenate(ups, axis=1)

@@ -16,6 +16,10 @@ class Term(eqx.Module):
     def delta(self, base: Float[Array, "*shape"]) -> Float[Array, "*changed"]:
         """Return what is added to the base at scale 1, in float32; the base is taken in float32 too."""
 
+    def factors(self) -> tuple[Array, Array] | None:
+        """Return the up and the down, in float32, whose product is the delta, or None for a change of no lower rank."""
+        return None
+
 
 class LowRank(Term):
     """factor * up @ down. Source: Hu et al. 2021, LoRA, section 4.1; `factor` is alpha / rank."""
@@ -26,6 +30,9 @@ class LowRank(Term):
 
     def delta(self, base):
         return _float32(self.factor) * (_float32(self.up) @ _float32(self.down))
+
+    def factors(self):
+        return _float32(self.factor) * _float32(self.up), _float32(self.down)
 
 
 class Kron(Term):
@@ -41,6 +48,15 @@ class Kron(Term):
         )
         return _float32(self.factor) * jnp.kron(left, right)
 
+    def factors(self):
+        """kron(A, B C) is kron(A, B) kron(I, C), and kron(A D, B C) is kron(A, B) kron(D, C)."""
+        if len(self.right) == 1:
+            return None
+        left, *rest = (_float32(part) for part in self.left)
+        up, down = (_float32(part) for part in self.right)
+        inner = rest[0] if rest else jnp.eye(left.shape[1], dtype=jnp.float32)
+        return _float32(self.factor) * jnp.kron(left, up), jnp.kron(inner, down)
+
 
 class Hadamard(Term):
     """factor * (up1 @ down1) * (up2 @ down2), elementwise. Source: Hyeon-Woo et al. 2021, FedPara; LyCORIS calls it LoHa."""
@@ -54,6 +70,12 @@ class Hadamard(Term):
     def delta(self, base):
         first = _float32(self.up1) @ _float32(self.down1)
         return _float32(self.factor) * first * (_float32(self.up2) @ _float32(self.down2))
+
+    def factors(self):
+        """An elementwise product of ranks r and s has rank r s: products of the ups' columns, and of the downs' rows."""
+        up1, down1, up2, down2 = (_float32(x) for x in (self.up1, self.down1, self.up2, self.down2))
+        up = (up1[:, :, None] * up2[:, None]).reshape(len(up1), -1)
+        return _float32(self.factor) * up, (down1[:, None] * down2[None]).reshape(-1, down1.shape[1])
 
 
 class Full(Term):
