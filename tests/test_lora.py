@@ -451,7 +451,9 @@ def test_an_attached_adapter_gives_what_the_merged_one_gives(moderate, tmp_path,
     base, merged, attached = (
         velocity(m, x) for m in (moderate, merge(moderate, [lora], [0.1]), attach(moderate, [lora], [0.1]))
     )
-    assert jnp.linalg.norm(merged - base) > 1e-3 * jnp.linalg.norm(base)
+    # The LoHa changes the keys of one block alone, so that little comes out of it.
+    assert jnp.linalg.norm(merged - base) > 1e-4 * jnp.linalg.norm(base)
+    assert jnp.linalg.norm(attached - merged) < 1e-2 * jnp.linalg.norm(merged - base)
     # The product is taken in another order, over six layers in float32.
     assert jnp.linalg.norm(attached - merged) <= 1e-5 * jnp.linalg.norm(merged)
 
