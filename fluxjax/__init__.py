@@ -27,6 +27,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.nets.flux import Flux, FluxConfig
     from fluxjax.nets.t5 import T5, T5Config
     from fluxjax.nets.vae import Vae, VaeConfig
+    from fluxjax.ode import sample_ode
     from fluxjax.predict import (
         STRAIGHT,
         CustomPath,
@@ -142,6 +143,7 @@ __all__ = [
     "read_lora",
     "resolution_mu",
     "sample",
+    "sample_ode",
     "save_folder",
     "static_times",
     "stream",

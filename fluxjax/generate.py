@@ -120,21 +120,14 @@ def denoise(
         return flux(x, t, txt=text.txt, vec=text.vec, guidance=guidance, img_ids=img_ids)
 
     def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
-        plain = eqx.Partial(_swapped, network, text)
-        guided = plain if unwanted is None else Guided(network, text, unwanted, cfg, rule)
-
         def velocity(x: Array, t: Scalar) -> Array:
             if report is not None:
                 jax.debug.callback(report, t)
-            return guided(x, t)
+            return network(x, t, text) if unwanted is None else Guided(network, text, unwanted, cfg, rule)(x, t)
 
         return unpack_latents(sample(velocity, pack_latents(noise), times, step=step, key=key).x, height, width)
 
     return jax.vmap(one)(noise, text, unwanted, keys)
-
-
-def _swapped(network: Callable[..., Array], text: Text, x: Array, t: Scalar) -> Array:
-    return network(x, t, text)
 
 
 @eqx.filter_jit

@@ -21,6 +21,7 @@ LAYERS = {
     "shard": 3,
     "quantize": 3,
     "sample": 4,
+    "ode": 5,
     "lora": 4,
     "zoo": 5,
     "generate": 6,

@@ -88,6 +88,10 @@ def test_neither_micro_batches_nor_interruptions_change_what_is_trained(flux, tm
     assert eqx.tree_equal(average, resumed)
     with pytest.raises(ValueError, match=r"other settings: seed 0, not 5\. Give those again, or another --state"):
         fit(flux, tmp_path / "other", *options, *kept, "--seed", "5")
+    for content in (b"", (tmp_path / "kept").read_bytes()[:-100]):
+        (tmp_path / "broken").write_bytes(content)
+        with pytest.raises(ValueError, match="or damaged"):
+            fit(flux, tmp_path / "broken", *options, "--state", str(tmp_path / "broken"))
 
 
 def test_a_folder_of_images_becomes_an_adapter_file(tmp_path, images):

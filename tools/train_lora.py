@@ -171,9 +171,13 @@ def save_state(path: Path, settings: dict[str, Any], state: TrainState) -> None:
 
 
 def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> TrainState:
-    """Read what `save_state` wrote. **Raises:** `ValueError` if it was made with other settings."""
+    """Read what `save_state` wrote. **Raises:** `ValueError` if it was made with other settings, or is damaged."""
+    damaged = ValueError(f"{path} is no state of a training, or damaged. Move it away to begin anew.")
     with open(path, "rb") as file:
-        theirs = json.loads(file.readline())
+        try:
+            theirs = json.loads(file.readline())
+        except ValueError:
+            raise damaged from None
         other = [name for name, value in settings.items() if theirs.get(name) != value]
         if other:
             raise ValueError(
@@ -181,13 +185,17 @@ def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> Train
                 + ", ".join(f"{name} {theirs.get(name)}, not {settings[name]}" for name in other)
                 + ". Give those again, or another --state."
             )
-        return eqx.tree_deserialise_leaves(file, state)
+        try:
+            return eqx.tree_deserialise_leaves(file, state)
+        except (ValueError, RuntimeError, EOFError):
+            raise damaged from None
 
 
 def fit(options: argparse.Namespace, flux: Flux, buckets: Sequence[Bucket], defaults: Defaults, dtype: Any) -> Lora:
     """Train an adapter, from its state if there is one, to `options.steps`; return its average over the last steps."""
     targets, seed, parts = options.target or BLOCKS, options.seed, options.accumulate
-    guidance = guidance_scale(flux, defaults, options.guidance if flux.config.guidance_embed else None)
+    distilled = 1.0 if flux.config.guidance_embed and options.guidance is None else options.guidance
+    guidance = guidance_scale(flux, defaults, distilled)
     lora = init_lora(flux, options.rank, targets, alpha=options.alpha, key=jax.random.key(seed))
     spec, optimizer = trainable(lora), make_optimizer(options.learning_rate, parts)
     state = TrainState.create(lora, optimizer, trainable=spec)
@@ -252,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=_number(float, 0), default=1e-3, help="of AdamW, after a warm-up of 20 steps")
     add("--ema", type=_number(float, 0, 1), default=0.98, help="decay of the averaged adapter, which is what is written")
     add("--caption-dropout", type=_number(float, 0, 1), default=0.1, help="share of examples without their caption")
-    add("--guidance", type=float, default=1.0, help="distilled scale that the network is trained at, if it takes one")
+    add("--guidance", type=float, help="distilled scale that the network is trained at (default: 1, if it takes one)")
     add("--size", type=_number(int, SIDE), help="images get about this many pixels squared (default: the model's)")
     add("--max-sequence-length", type=_number(int, 1), help="T5 tokens (default: the model's)")
     add("--seed", type=int, default=0, help="of the adapter, the batches and the noise")

@@ -1,0 +1,72 @@
+"""Sampling by diffrax's solvers of ordinary differential equations. Needs the extra `ode`."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from fluxjax.integrate.base import Velocity, time_dtype
+from fluxjax.sample import Sample
+from fluxjax.shapes import Array, Float, Scalar
+
+
+def sample_ode(
+    velocity: Velocity,
+    x: Float[Array, "*shape"],
+    times: Float[Array, " nodes"],
+    *,
+    solver: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    history: bool = False,
+) -> Sample:
+    """Integrate dx/dt = velocity(x, t) from the first time to the last by a solver of diffrax's.
+
+    **Arguments:** as for `sample`. `solver`: as `diffrax.Dopri5()`. `rtol`, `atol`: tolerances of steps that adapt; without them
+    the steps are from node to node. `max_steps`: of those that adapt; more are an error as it runs.
+    **Returns:** as `sample`; `evaluations` is an array, a Runge-Kutta solver's stages times its steps, rejected ones too.
+    **Raises:** `ValueError` for fewer than two times, or for one tolerance without the other; `ImportError` without diffrax.
+    """
+    diffrax = _diffrax()
+    if len(times) < 2:
+        raise ValueError(f"`sample_ode(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+    if (rtol is None) != (atol is None):
+        raise ValueError("`sample_ode` adapts its steps to both `rtol` and `atol`. Pass both, or neither.")
+    times = times.astype(time_dtype(x))
+    fixed = rtol is None
+    arrays, static = eqx.partition(velocity, eqx.is_array)
+
+    def field(t: Scalar, x: Array, arrays: Any) -> Array:
+        return eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype))
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        t0=times[0],
+        t1=times[-1],
+        dt0=None,
+        y0=x,
+        args=arrays,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.StepTo(ts=times) if fixed else diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=len(times) if fixed else max_steps,
+    )
+    steps = solution.stats["num_steps"]
+    return Sample(solution.ys[-1], solution.ys if history else None, _stages(solver) * steps, None)
+
+
+def _stages(solver: Any) -> int:
+    """Return a solver's evaluations a step; one of each that is the next step's first counts once."""
+    tableau = getattr(solver, "tableau", None)
+    if tableau is None:
+        return 1
+    return tableau.num_stages - int(tableau.fsal)
+
+
+def _diffrax() -> Any:
+    try:
+        import diffrax
+    except ImportError as error:
+        raise ImportError("`sample_ode` needs diffrax. Install it with `pip install 'fluxjax[ode]'`.") from error
+    return diffrax
