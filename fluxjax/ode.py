@@ -23,7 +23,7 @@ def sample_ode(
 ) -> Sample:
     """Integrate dx/dt = velocity(x, t) from the first time to the last by a solver of diffrax's.
 
-    **Arguments:** as for `sample`. `solver`: as `diffrax.Dopri5()`. `rtol`, `atol`: tolerances of steps that adapt; without them
+    **Arguments:** as for `sample`. `solver`: as `diffrax.Dopri5()`. `rtol`, `atol`: tolerances of steps that adapt; without,
     the steps are from node to node. `max_steps`: of those that adapt; more are an error as it runs.
     **Returns:** as `sample`; `evaluations` is an array, a Runge-Kutta solver's stages times its steps, rejected ones too.
     **Raises:** `ValueError` for fewer than two times, or for one tolerance without the other; `ImportError` without diffrax.
