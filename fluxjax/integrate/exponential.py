@@ -22,13 +22,13 @@ def read_clock(clock: Clock, t: Scalar) -> Scalar:
     return jnp.log((1 - t) / t) if clock == "log_snr" else -jnp.log(t)
 
 
-def between(clock: Clock, t: Scalar, u: Scalar, share: float) -> Scalar:
-    """Return the time at which the clock has gone a share of its way from t to u; 0 for u = 0, 1 for t = 1 by the log-SNR."""
+def halfway(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
+    """Return the time at which the clock has gone half of its way from t to u; 0 for u = 0, 1 for t = 1 by the log-SNR."""
+    noise = jnp.sqrt(t * u)
     if clock == "log_time":
-        return t ** (1 - share) * u**share
+        return noise
     # In shares of image and noise nothing is infinite.
-    noise, image = t ** (1 - share) * u**share, (1 - t) ** (1 - share) * (1 - u) ** share
-    whole = noise + image
+    whole = noise + jnp.sqrt((1 - t) * (1 - u))
     return jnp.where(whole > 0, noise / jnp.where(whole > 0, whole, 1), 0)
 
 
@@ -81,7 +81,7 @@ class DPMpp2S(_OneStep):
     evaluations: ClassVar[int] = 2
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
-        middle = between(self.clock, t, u, 0.5)
+        middle = halfway(self.clock, t, u)
         there = _constant(x, t, middle, x - t * velocity(x, t))
         return _constant(x, t, u, there - middle * velocity(there, middle)), None, None
 
@@ -96,7 +96,7 @@ class RES2S(_OneStep):
     evaluations: ClassVar[int] = 2
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
-        middle = between(self.clock, t, u, 0.5)
+        middle = halfway(self.clock, t, u)
         estimate = x - t * velocity(x, t)
         there = _constant(x, t, middle, estimate)
         moved = there - middle * velocity(there, middle) - estimate
@@ -113,10 +113,10 @@ class DPMpp2M(_Multistep):
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past, *, key: PRNGKeyArray | None):
         estimate, now = x - t * velocity(x, t), read_clock(self.clock, t)
-        return _halfway(self.clock, x, t, u, state, estimate), Past(estimate, now), None
+        return _half_extrapolated(self.clock, x, t, u, state, estimate), Past(estimate, now), None
 
 
-def _halfway(clock: Clock, x: X, t: Scalar, u: Scalar, past: Past, estimate: X) -> X:
+def _half_extrapolated(clock: Clock, x: X, t: Scalar, u: Scalar, past: Past, estimate: X) -> X:
     now = read_clock(clock, t)
     half = jnp.where(u > 0, (read_clock(clock, u) - now) / 2, 0)
     # From t = 1 by the log-SNR the way is infinite too, but there nothing is past.
@@ -181,7 +181,7 @@ class UniPC2(_Multistep):
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Corrected, *, key: PRNGKeyArray | None):
         estimate, now = x - t * velocity(x, t), read_clock(self.clock, t)
         x = jnp.where(state.seen > 0, self._corrected(state, t, now, estimate), x)
-        end = _halfway(self.clock, x, t, u, state.last, estimate)
+        end = _half_extrapolated(self.clock, x, t, u, state.last, estimate)
         return end, Corrected(x, t, Past(estimate, now), state.last, state.seen + 1), None
 
     def _corrected(self, state: Corrected, t: Scalar, now: Scalar, estimate: X) -> X:
