@@ -4,7 +4,6 @@ import sys
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,4 +63,3 @@ def test_what_is_missing_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(ImportError, match=r"pip install 'fluxjax\[ode\]'"):
         sample_ode(gaussian_velocity, X, flow_times(4), solver=None)
-    assert jax.default_backend()

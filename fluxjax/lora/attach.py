@@ -58,7 +58,9 @@ def _plain(model: Network) -> Network:
     """Return the shapes of a network as if its matrices were stored as themselves."""
 
     def shape(node: Any) -> Any:
-        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32) if isinstance(node, Weight) or eqx.is_array(node) else node
+        if not isinstance(node, Weight) and not eqx.is_array(node):
+            return node
+        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
         return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain) if isinstance(node, Weight) else plain
 
     return jax.tree.map(shape, model, is_leaf=lambda node: isinstance(node, Weight))
