@@ -8,15 +8,17 @@ __version__ = "0.1.0"
 
 # Shapes and types of every call are checked as it is traced, so a mistake names the argument at fault.
 with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
+    from fluxjax.cache import Cached, FirstBlock, TeaCache
     from fluxjax.convert.files import WeightsError
     from fluxjax.generate import Models, activation_dtype, load_models, text_to_image
-    from fluxjax.guidance import ClassifierFree, Guided, Projected, ZeroStar
+    from fluxjax.guidance import ClassifierFree, Guided, Projected, Weak, ZeroStar
     from fluxjax.image import read_image, write_png
-    from fluxjax.integrate.base import Step, StochasticStep
+    from fluxjax.integrate.base import Remembering, Step, StochasticStep
     from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
     from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
     from fluxjax.integrate.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
     from fluxjax.kernels.attention import attention
+    from fluxjax.kernels.guiding import Nag, isolated_attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
     from fluxjax.lora.attach import attach
     from fluxjax.lora.init import init_lora, trainable
@@ -24,7 +26,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.lora.read import Lora, read_lora
     from fluxjax.lora.write import extract_lora, write_lora
     from fluxjax.nets.clip import Clip, ClipConfig
-    from fluxjax.nets.flux import Flux, FluxConfig
+    from fluxjax.nets.flux import Flux, FluxConfig, Weaken
     from fluxjax.nets.t5 import T5, T5Config
     from fluxjax.nets.vae import Vae, VaeConfig
     from fluxjax.ode import sample_ode
@@ -77,6 +79,7 @@ __all__ = [
     "STRAIGHT",
     "T5",
     "ZOO",
+    "Cached",
     "Churn",
     "ClassifierFree",
     "Clip",
@@ -88,6 +91,7 @@ __all__ = [
     "Defaults",
     "Discrete",
     "Euler",
+    "FirstBlock",
     "Flux",
     "FluxConfig",
     "Guided",
@@ -95,19 +99,24 @@ __all__ = [
     "Lora",
     "Midpoint",
     "Models",
+    "Nag",
     "Projected",
+    "Remembering",
     "Renoise",
     "ReverseSDE",
     "Sample",
     "Step",
     "StochasticStep",
     "T5Config",
+    "TeaCache",
     "Tokenizers",
     "UniPC2",
     "Vae",
     "VaeConfig",
     "VarianceExploding",
     "VariancePreserving",
+    "Weak",
+    "Weaken",
     "WeightsError",
     "ZeroStar",
     "activation_dtype",
@@ -128,6 +137,7 @@ __all__ = [
     "init_lora",
     "initial_noise",
     "inspect_weights",
+    "isolated_attention",
     "karras_times",
     "linear_quadratic_times",
     "load_clip",

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 import fluxjax
+from fluxjax.cache import Reuse
 from fluxjax.compare import compare, grid, table
 from fluxjax.convert.layouts import LAYOUTS
 from fluxjax.convert.source import KINDS, open_source
@@ -36,11 +37,12 @@ from fluxjax.generate import (
 )
 from fluxjax.image import write_numbered
 from fluxjax.integrate.base import Step
+from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import image_ids
 from fluxjax.lora.merge import merge
 from fluxjax.lora.read import Lora, describe_lora, read_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
-from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
+from fluxjax.named import INTEGRATORS, RULES, TIMERS, cache, integrator, timer
 from fluxjax.shapes import Array, Times
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
@@ -89,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, help="distilled guidance scale (default: the model's)")
     add("--negative-prompt", help="what true classifier-free guidance leads away from (default: the empty prompt)")
     add("--cfg", type=float, default=1.0, help="scale of true classifier-free guidance, twice the work (default: 1, none)")
+    add("--rule", choices=RULES, default="cfg", help="of --cfg (default: %(default)s)")
+    add("--nag", type=float, metavar="SCALE", help="normalized attention guidance, away from the negative prompt")
+    add("--cache", metavar="[KIND:]THRESHOLD", help="skip blocks that change little: 0.1, or teacache:0.4 (default: never)")
     add("--timer", choices=TIMERS, default="model", help="how the times are spaced (default: as the model's)")
     add("--shift", type=float, help="factor of flux_static's shift (default: 3)")
     add("--integrator", choices=INTEGRATORS, default="euler", help="(default: %(default)s)")
@@ -418,6 +423,8 @@ class _Plan(NamedTuple):
     groups: list[list[int]]
     times: Times
     step: Step
+    nag: Nag | None
+    reuse: Reuse | None
     weights: DTypeLike | None
     activations: DTypeLike
 
@@ -433,8 +440,10 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         raise ValueError(f"--images and --batch need at least 1, got {options.images} and {batch}.")
     steps, height, width = (pick(getattr(options, name), getattr(defaults, name)) for name in ("steps", "height", "width"))
     image_ids(height, width)  # raises if the size won't do
-    if options.negative_prompt is not None and options.cfg == 1:
-        raise ValueError("--negative-prompt does nothing at --cfg 1. Give a scale, as --cfg 3.")
+    if options.negative_prompt is not None and options.cfg == 1 and options.nag is None:
+        raise ValueError("--negative-prompt does nothing at --cfg 1 without --nag. Give a scale, as --cfg 3.")
+    if options.rule != "cfg" and options.cfg == 1:
+        raise ValueError("--rule does nothing at --cfg 1. Give a scale, as --cfg 3.")
     weights = DTYPES[options.dtype] if options.dtype else None
     return _Plan(
         steps,
@@ -444,6 +453,8 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         batches(options.images, batch),
         timer(options.timer, steps, defaults, height, width, shift=options.shift),
         integrator(options.integrator, eta=options.eta),
+        None if options.nag is None else Nag(jnp.float32(options.nag)),
+        None if options.cache is None else cache(options.cache),
         weights,
         activation_dtype() if weights is None else weights,
     )
@@ -477,6 +488,9 @@ def _generate(options: argparse.Namespace) -> None:
                 keys=step_keys(key, group, plan.step),
                 unwanted=unwanted,
                 cfg=jnp.float32(options.cfg),
+                rule=RULES[options.rule](),
+                nag=plan.nag,
+                reuse=plan.reuse,
                 report=clock.tick,
             )
             images = clock.run("decode", decode, vae, latents, dtype=plan.activations)
@@ -494,7 +508,7 @@ def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, pla
     ids = prompt_ids(tokenizers, [options.prompt], seconds, max_length=plan.max_length)
     count = len(plan.groups[0])
     text = repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
-    if options.cfg == 1:
+    if options.cfg == 1 and plan.nag is None:
         return text, None
     ids = prompt_ids(tokenizers, [options.negative_prompt or ""], max_length=plan.max_length)
     return text, repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
@@ -511,12 +525,22 @@ def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, 
         "guidance": "none" if guidance is None else f"{float(guidance):g}",
         "integrator": options.integrator + ("" if options.eta is None else f", eta {options.eta:g}"),
         "timer": options.timer + ("" if options.shift is None else f", shift {options.shift:g}"),
-        **({} if options.cfg == 1 else {"cfg": f"{options.cfg:g}", "negative_prompt": options.negative_prompt or ""}),
+        **_led_away(options),
+        **({} if options.cache is None else {"cache": options.cache}),
         "size": f"{plan.width}x{plan.height}",
         "model": options.model,
         **({"lora": ", ".join(f"{one.name}:{one.scale:g}" for one in options.lora)} if options.lora else {}),
         "version": f"fluxjax {fluxjax.__version__}",
     }
+
+
+def _led_away(options: argparse.Namespace) -> dict[str, str]:
+    """Return what there is to tell of the negative prompt's guidance."""
+    if options.cfg == 1 and options.nag is None:
+        return {}
+    cfg = {} if options.cfg == 1 else {"cfg": f"{options.cfg:g}", "rule": options.rule}
+    nag = {} if options.nag is None else {"nag": f"{options.nag:g}"}
+    return {**cfg, **nag, "negative_prompt": options.negative_prompt or ""}
 
 
 def _writable(folder: Path) -> Path:

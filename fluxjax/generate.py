@@ -1,7 +1,7 @@
 """Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.guidance import ClassifierFree, Guided, Rule
-from fluxjax.integrate.base import Step, StochasticStep
+from fluxjax.cache import Cached, Reuse
+from fluxjax.guidance import ClassifierFree, Guided, Rule, Weak
+from fluxjax.integrate.base import Remembering, Step, StochasticStep, begin
 from fluxjax.integrate.runge_kutta import Euler
 from fluxjax.integrate.stochastic import Churn
+from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents, unpack_latents
 from fluxjax.nets.clip import Clip
-from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux import Flux, Weaken
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
 from fluxjax.sample import sample
@@ -104,30 +106,63 @@ def denoise(
     unwanted: Text | None = None,
     cfg: ScalarLike = 1.0,
     rule: Rule = ClassifierFree(),
+    nag: Nag | None = None,
+    weaken: Weaken | None = None,
+    strength: ScalarLike = 0.0,
+    reuse: Reuse | None = None,
     report: Callable[[Array], None] | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Integrate the transformer's velocity from noise to latents, a batch at once.
 
     **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times` or another timer. `guidance`: distilled
     scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
-    `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`. `report`: called
-    with t at every evaluation, on the host.
+    `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`, and `nag`, if given,
+    inside of the attention. `weaken`, `strength`: blocks that are spoilt, and by how much to lead away from that. `reuse`: of
+    what the blocks said, decided for the batch. `report`: called with t at every evaluation, on the host.
+    **Raises:** `ValueError` for nag without `unwanted`, or with an attention of `weaken`.
     """
+    _check_guidance(unwanted, nag, weaken)
     height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
-    img_ids = image_ids(height, width)
+    inputs: dict[str, Any] = {"guidance": guidance, "img_ids": image_ids(height, width), "attention": nag}
 
     def network(x: Array, t: Scalar, text: Text) -> Array:
-        return flux(x, t, txt=text.txt, vec=text.vec, guidance=guidance, img_ids=img_ids)
+        return flux(x, t, txt=text.txt, vec=text.vec, **inputs)
+
+    def spoilt(x: Array, t: Scalar, text: Text) -> Array:
+        return flux(x, t, txt=text.txt, vec=text.vec, weaken=weaken, **inputs)
+
+    velocity = network if reuse is None else Cached(flux, reuse, over=("images",), **inputs)
+    weak = None if weaken is None else Weak(spoilt, strength)
 
     def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
-        def velocity(x: Array, t: Scalar) -> Array:
-            if report is not None:
-                jax.debug.callback(report, t)
-            return network(x, t, text) if unwanted is None else Guided(network, text, unwanted, cfg, rule)(x, t)
+        if nag is not None and unwanted is not None:
+            text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
+        guided = Guided(velocity, text, unwanted, cfg, rule, weak=weak)
+        told = guided if report is None else _Told(guided, report)
+        return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
 
-        return unpack_latents(sample(velocity, pack_latents(noise), times, step=step, key=key).x, height, width)
+    return jax.vmap(one, axis_name="images")(noise, text, unwanted, keys)
 
-    return jax.vmap(one)(noise, text, unwanted, keys)
+
+class _Told(Remembering):
+    """A velocity whose evaluations are reported."""
+
+    velocity: Guided
+    report: Callable[[Array], None] = eqx.field(static=True)
+
+    def init(self, x: Array) -> Any:
+        return begin(self.velocity, x)
+
+    def __call__(self, x: Array, t: Scalar, *condition: Any, memory: Any = None) -> Any:
+        jax.debug.callback(self.report, t)
+        return self.velocity(x, t, memory=memory)
+
+
+def _check_guidance(unwanted: Text | None, nag: Nag | None, weaken: Weaken | None) -> None:
+    if nag is not None and unwanted is None:
+        raise ValueError("`denoise(nag)` needs the text to lead away from. Pass unwanted=.")
+    if nag is not None and weaken is not None and weaken.attention is not None:
+        raise ValueError("`denoise` takes one attention of its own: nag, or that of weaken. Leave one out.")
 
 
 @eqx.filter_jit
@@ -172,6 +207,10 @@ def text_to_image(
     negative_prompt: str = "",
     cfg: ScalarLike = 1.0,
     rule: Rule = ClassifierFree(),
+    nag: Nag | None = None,
+    weaken: Weaken | None = None,
+    strength: ScalarLike = 0.0,
+    reuse: Reuse | None = None,
     images: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -187,18 +226,20 @@ def text_to_image(
 
     **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone.
     `negative_prompt`, `cfg`, `rule`: what true classifier-free guidance leads away from, its scale (1 is none, and another
-    takes twice the work) and its rule. `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of
-    the model's timer, or `times`: nodes of another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5
-    tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes the model's default, for
-    `dtype` that of `activation_dtype`.
+    takes twice the work) and its rule; `nag` leads away from it inside of the attention. `weaken`, `strength`: blocks to spoil,
+    and by how much to lead away from that. `reuse`: of what the blocks said a step before. `images`: of each prompt. `height`,
+    `width`: in pixels, multiples of 16. `steps`: of the model's timer, or `times`: nodes of another. `step`: the integrator.
+    `guidance`: distilled scale. `max_length`: T5 tokens. `batch`: images a forward pass, by default all. `dtype`: of the
+    activations. None takes the model's default, for `dtype` that of `activation_dtype`.
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
     **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
-    model does not take, or a negative prompt that cfg = 1 would leave unused.
+    model does not take, a negative prompt that cfg = 1 without nag would leave unused, or what `denoise` refuses.
     """
     if steps is not None and times is not None:
         raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
-    if negative_prompt and isinstance(cfg, int | float) and cfg == 1:
-        raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0.")
+    plain = isinstance(cfg, int | float) and cfg == 1
+    if negative_prompt and plain and nag is None:
+        raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
     defaults = models.defaults
@@ -215,7 +256,7 @@ def text_to_image(
     ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
     text = encode_text(models.clip, models.t5, ids, dtype=dtype)
     unwanted = None
-    if not (isinstance(cfg, int | float) and cfg == 1):
+    if not plain or nag is not None:
         ids = prompt_ids(models.tokenizers, [negative_prompt], max_length=max_length)
         unwanted = encode_text(models.clip, models.t5, ids, dtype=dtype)
     scale = guidance_scale(models.flux, defaults, guidance)
@@ -225,9 +266,18 @@ def text_to_image(
         rows = np.array(numbers) // images
         mine = Text(text.txt[rows], text.vec[rows])
         noise = noise_batch(key, numbers, height, width, channels=channels)
-        options = {"step": step, "keys": step_keys(key, numbers, step), "cfg": jnp.float32(cfg), "rule": rule}
-        away = None if unwanted is None else repeated(unwanted, len(numbers))
-        latents = denoise(models.flux, mine, noise, times, scale, unwanted=away, **options)
+        latents = denoise(
+            *(models.flux, mine, noise, times, scale),
+            step=step,
+            keys=step_keys(key, numbers, step),
+            unwanted=None if unwanted is None else repeated(unwanted, len(numbers)),
+            cfg=jnp.float32(cfg),
+            rule=rule,
+            nag=nag,
+            weaken=weaken,
+            strength=jnp.float32(strength),
+            reuse=reuse,
+        )
         drawn.append(decode(models.vae, latents, dtype=dtype))
     return jnp.concatenate(drawn)[:count]
 

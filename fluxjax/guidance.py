@@ -1,4 +1,4 @@
-"""Guidance: two velocities, with and without what is asked for, combined into one."""
+"""Guidance: velocities with and without what is asked for, or of a spoilt network, combined into one."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.integrate.base import Remembering, begin
 from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 Conditional = Callable[[Array, Scalar, Any], Array]
@@ -21,6 +22,14 @@ class Rule(eqx.Module):
     @abstractmethod
     def __call__(self, x: X, t: Scalar, wanted: X, unwanted: X, scale: Scalar) -> X:
         """Return the velocity at x and t. `scale` 1 gives the wanted one."""
+
+    def init(self, x: X) -> Any:
+        """Return what the rule remembers before the first evaluation, by default nothing."""
+        return None
+
+    def remembering(self, x: X, t: Scalar, wanted: X, unwanted: X, scale: Scalar, memory: Any) -> tuple[X, Any]:
+        """Return the velocity and the new memory."""
+        return self(x, t, wanted, unwanted, scale), memory
 
 
 class ClassifierFree(Rule):
@@ -47,19 +56,35 @@ class ZeroStar(Rule):
 
 class Projected(Rule):
     """Adaptive projected guidance: of the difference of the estimates of x0, the part along the wanted one, which saturates
-    colours, is damped, and the rest is bounded. Without the paper's momentum.
+    colours, is damped, and the rest is bounded.
 
-    `parallel`: how much of that part is kept; 1, with no bound, is classifier-free guidance. `bound`: of the difference's
-    norm, in the units of x.
+    `parallel`: how much of that part is kept; 1, with no bound and no momentum, is classifier-free guidance. `bound`: of the
+    difference's norm, in the units of x. `momentum`: this times the difference before is added to each; the paper's are
+    negative, -0.5 and -0.75.
     **Source:** Sadat et al. 2024, algorithm 1.
     """
 
     parallel: ScalarLike = 0.0
     bound: ScalarLike = float("inf")
+    momentum: ScalarLike | None = None
 
     def __call__(self, x: X, t: Scalar, wanted: X, unwanted: X, scale: Scalar) -> X:
-        # The estimates differ by -t times this, so that nothing is divided by t.
-        difference, estimate = wanted - unwanted, x - t * wanted
+        return self._guide(x, t, wanted, wanted - unwanted, scale)
+
+    def init(self, x: X) -> X | None:
+        return None if self.momentum is None else jnp.zeros_like(x)
+
+    def remembering(self, x: X, t: Scalar, wanted: X, unwanted: X, scale: Scalar, memory: X | None) -> tuple[X, X | None]:
+        if memory is None:
+            return self(x, t, wanted, unwanted, scale), None
+        # In the units of x0, of which the velocity's are 1 / t; at t = 0 guidance changes no estimate.
+        carried = jnp.asarray(self.momentum, x.dtype) * memory
+        difference = wanted - unwanted + jnp.where(t > 0, carried / jnp.where(t > 0, t, 1), 0)
+        return self._guide(x, t, wanted, difference, scale), t * (wanted - unwanted) + carried
+
+    def _guide(self, x: X, t: Scalar, wanted: X, difference: X, scale: Scalar) -> X:
+        # The estimates differ by -t times the difference, so that nothing is divided by t.
+        estimate = x - t * wanted
         length = t * jnp.linalg.norm(difference)
         difference = difference * jnp.where(length > self.bound, self.bound / jnp.where(length > 0, length, 1), 1)
         square = jnp.vdot(estimate, estimate)
@@ -67,34 +92,84 @@ class Projected(Rule):
         return wanted + (scale - 1) * (difference - along + self.parallel * along)
 
 
-class Guided(eqx.Module):
-    """A `Velocity` guided towards one condition and away from another.
+class Weak(eqx.Module):
+    """A weaker model, to be led away from.
 
-    Both are evaluated as one batch; only the first where the scale is 1 or the time is outside of `low` to `high`, if neither
-    is batched by `jax.vmap`, which turns the choice into both.
+    `velocity`: (x, t, condition) -> dx/dt: the same network with blocks skipped (skip-layer guidance) or their attention
+    spoilt (PAG), as `fluxjax.Weaken` makes it, or another one (Karras et al. 2024, autoguidance). `strength`: 0 is none, and
+    costs nothing. `low`, `high`: times within which it is used.
+    """
 
-    `velocity`: (x, t, condition) -> dx/dt, of one condition. `wanted`, `unwanted`: conditions, pytrees of the same shapes.
-    `scale`: 1 is no guidance. `rule`: how they are combined. `low`, `high`: times (Kynkäänniemi et al. 2024).
+    velocity: Conditional
+    strength: ScalarLike
+    low: ScalarLike = 0.0
+    high: ScalarLike = 1.0
+
+
+class Guided(Remembering):
+    """A `Velocity` guided towards one condition, away from another, and away from a weaker model: the rule's velocity of both
+    conditions, plus strength (wanted - weak).
+
+    Both conditions are evaluated as one batch (one after the other if the velocity is `Remembering`, each with a memory of its
+    own); only the first where the scale is 1 or the time is outside of `low` to `high`, if neither is batched by
+    `jax.vmap`, which turns the choice into both.
+
+    `velocity`: (x, t, condition) -> dx/dt, of one condition. `wanted`, `unwanted`: conditions, pytrees of the same shapes;
+    without the second, the first is bound and nothing is led away from it. `scale`: 1 is no guidance. `rule`: how they are
+    combined. `low`, `high`: times (Kynkäänniemi et al. 2024). `weak`: a weaker model.
+    **Raises:** `ValueError` for a scale without `unwanted`.
     """
 
     velocity: Conditional
     wanted: Any
-    unwanted: Any
-    scale: ScalarLike
+    unwanted: Any = None
+    scale: ScalarLike = 1.0
     rule: Rule = ClassifierFree()
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
+    weak: Weak | None = None
 
-    def __call__(self, x: X, t: Scalar) -> X:
-        scale = jnp.asarray(self.scale, x.dtype)
+    def __check_init__(self):
+        if self.unwanted is None and isinstance(self.scale, int | float) and self.scale != 1:
+            raise ValueError(f"`Guided(scale={self.scale})` needs the condition to lead away from. Pass unwanted=.")
 
-        def one() -> X:
-            return self.velocity(x, t, self.wanted)
+    def init(self, x: X) -> Any:
+        one, state = begin(self.velocity, x), self.rule.init(x)
+        return None if one is None and state is None else (state, one, one)
 
-        def both() -> X:
-            pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.wanted, self.unwanted)
-            wanted, unwanted = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
-            return self.rule(x, t, wanted, unwanted, scale)
+    def __call__(self, x: X, t: Scalar, *condition: Any, memory: Any = None) -> Any:
+        scale, t = jnp.asarray(self.scale, x.dtype), jnp.asarray(t, x.dtype)
+        before = self.init(x) if memory is None else memory
+        before = (None, None, None) if before is None else before
+        state, first, second = before
 
-        t = jnp.asarray(t, x.dtype)
-        return jax.lax.cond((scale != 1) & (self.low <= t) & (t <= self.high), both, one)
+        def one() -> tuple[X, X, Any]:
+            wanted, now = self._ask(x, t, self.wanted, first)
+            return wanted, wanted, (state, now, second)
+
+        def both() -> tuple[X, X, Any]:
+            if first is None:
+                pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.wanted, self.unwanted)
+                wanted, unwanted = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
+                now, then = None, None
+            else:
+                (wanted, now), (unwanted, then) = self._ask(x, t, self.wanted, first), self._ask(x, t, self.unwanted, second)
+            guided, after = self.rule.remembering(x, t, wanted, unwanted, scale, state)
+            return guided, wanted, (after, now, then)
+
+        if self.unwanted is None:
+            guided, wanted, after = one()
+        else:
+            guided, wanted, after = jax.lax.cond((scale != 1) & (self.low <= t) & (t <= self.high), both, one)
+        guided = guided if self.weak is None else self._from_weak(self.weak, x, t, guided, wanted)
+        return guided if memory is None else (guided, after)
+
+    def _ask(self, x: X, t: Scalar, condition: Any, memory: Any) -> tuple[X, Any]:
+        if memory is None:
+            return self.velocity(x, t, condition), None
+        return self.velocity(x, t, condition, memory=memory)  # type: ignore[call-arg, return-value]
+
+    def _from_weak(self, weak: Weak, x: X, t: Scalar, guided: X, wanted: X) -> X:
+        strength = jnp.asarray(weak.strength, x.dtype)
+        used = (strength != 0) & (weak.low <= t) & (t <= weak.high)
+        return jax.lax.cond(used, lambda: guided + strength * (wanted - weak.velocity(x, t, self.wanted)), lambda: guided)

@@ -1,7 +1,9 @@
-"""Timers and integrators by name, for a command line or a configuration."""
+"""Timers, integrators, rules of guidance and caches by name, for a command line or a configuration."""
 
 from collections.abc import Callable, Mapping
 
+from fluxjax.cache import FirstBlock, Reuse, TeaCache
+from fluxjax.guidance import ClassifierFree, Projected, Rule, ZeroStar
 from fluxjax.integrate.base import Step
 from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
 from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
@@ -39,6 +41,8 @@ INTEGRATORS: Mapping[str, Callable[[], Step]] = {
     "renoise": Renoise,
 }
 _WITH_ETA: Mapping[str, Callable[[float], Step]] = {"ddim": DDIM, "sde": ReverseSDE, "dpmpp_2m_sde": DPMpp2MSDE}
+RULES: Mapping[str, Callable[[], Rule]] = {"cfg": ClassifierFree, "zero_star": ZeroStar, "apg": Projected}
+CACHES: Mapping[str, Callable[[float], Reuse]] = {"first_block": FirstBlock, "teacache": TeaCache}
 TIMERS = ("model", "uniform", "flux_static", "flux_dynamic", "karras", "exponential", "beta", "linear_quadratic")
 
 
@@ -56,6 +60,22 @@ def integrator(name: str, *, eta: float | None = None) -> Step:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is in [0, 1], got {eta}.")
     return _WITH_ETA[name](eta)
+
+
+def cache(text: str) -> Reuse:
+    """Return a cache of `CACHES` from NAME:THRESHOLD, or the first block's from THRESHOLD alone.
+
+    **Raises:** `ValueError` for another name, or a threshold that is no number from 0 on.
+    """
+    name, colon, number = text.rpartition(":")
+    name = name if colon else "first_block"
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = -1.0
+    if name not in CACHES or not threshold >= 0:
+        raise ValueError(f"{text!r} is no cache. Write a threshold from 0 on, as 0.1, or {' or '.join(CACHES)}:THRESHOLD.")
+    return CACHES[name](threshold)
 
 
 def timer(name: str, steps: int, defaults: Defaults, height: int, width: int, *, shift: float | None = None) -> Times:

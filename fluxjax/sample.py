@@ -7,19 +7,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.integrate.base import Step, Velocity, time_dtype
+from fluxjax.integrate.base import Step, Velocity, begin, time_dtype
 from fluxjax.integrate.runge_kutta import Euler
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 
 class Sample(NamedTuple):
     """`x`: the end. `history`: x at every node, [nodes, ...], or None. `evaluations`: of the velocity, in all. `log_prob`: of
-    what stochastic steps drew, the log-density of each, [nodes - 1], or None."""
+    what stochastic steps drew, the log-density of each, [nodes - 1], or None. `memory`: what a velocity that remembers
+    has at the end, or None."""
 
     x: Array
     history: Array | None
     evaluations: int
     log_prob: Array | None
+    memory: Any = None
 
 
 def sample(
@@ -44,15 +46,15 @@ def sample(
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
     def body(carry, interval):
-        x, state = carry
+        x, state, memory = carry
         t, u, index = interval
-        x, state, told = _advance(step, eqx.combine(arrays, static), x, t, u, index, state, key)
-        return (x, state), (x if history else None, told)
+        x, state, memory, told = _advance(step, eqx.combine(arrays, static), x, t, u, index, state, memory, key)
+        return (x, state, memory), (x if history else None, told)
 
     intervals = (times[:-1], times[1:], jnp.arange(len(times) - 1))
-    (end, _), (path, log_prob) = jax.lax.scan(body, (x, step.init(x)), intervals)
+    (end, _, memory), (path, log_prob) = jax.lax.scan(body, (x, step.init(x), begin(velocity, x)), intervals)
     nodes = None if path is None else jnp.concatenate([x[None], path])
-    return Sample(end, nodes, step.evaluations * (len(times) - 1), log_prob)
+    return Sample(end, nodes, step.evaluations * (len(times) - 1), log_prob, memory)
 
 
 def _check_times(name: str, times: Array) -> None:
@@ -60,9 +62,22 @@ def _check_times(name: str, times: Array) -> None:
         raise ValueError(f"`{name}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
 
 
-def _advance(step: Step, velocity: Velocity, x: Array, t: Scalar, u: Scalar, index: Any, state: Any, key: Any) -> Any:
-    """Take one step; its key depends on its number alone."""
-    return step(velocity, x, t, u, state, key=None if key is None else jax.random.fold_in(key, index))
+def _advance(
+    step: Step, velocity: Velocity, x: Array, t: Scalar, u: Scalar, index: Any, state: Any, memory: Any, key: Any
+) -> tuple[Array, Any, Any, Any]:
+    """Take one step; its key depends on its number alone. A memory passes through the step's evaluations one after another."""
+    key = None if key is None else jax.random.fold_in(key, index)
+    if memory is None:
+        x, state, told = step(velocity, x, t, u, state, key=key)
+        return x, state, None, told
+
+    def remembering(x: Array, t: Scalar) -> Array:
+        nonlocal memory
+        value, memory = velocity(x, t, memory=memory)  # type: ignore[call-arg]
+        return value
+
+    x, state, told = step(remembering, x, t, u, state, key=key)
+    return x, state, memory, told
 
 
 class Progress(NamedTuple):
@@ -92,13 +107,14 @@ def stream(
 
 
 def _steps(velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None) -> Iterator[Progress]:
-    state = step.init(x)
+    state, memory = step.init(x), begin(velocity, x)
     for index in range(len(times) - 1):
-        x, state, x0 = _compiled_step(step, velocity, x, times[index], times[index + 1], jnp.asarray(index), state, key)
-        yield Progress(index, times[index + 1], x, x0)
+        t, u = times[index], times[index + 1]
+        x, state, memory, x0 = _compiled_step(step, velocity, x, t, u, jnp.asarray(index), state, memory, key)
+        yield Progress(index, u, x, x0)
 
 
 @eqx.filter_jit
-def _compiled_step(step, velocity, x, t, u, index, state, key):
-    end, state, _ = _advance(step, velocity, x, t, u, index, state, key)
-    return end, state, end - u * (end - x) / (u - t)
+def _compiled_step(step, velocity, x, t, u, index, state, memory, key):
+    end, state, memory, _ = _advance(step, velocity, x, t, u, index, state, memory, key)
+    return end, state, memory, end - u * (end - x) / (u - t)

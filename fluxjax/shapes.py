@@ -1,7 +1,7 @@
 """The array shapes that the public functions share, each with its meaning, and the checker of all annotations."""
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 """Beartype, with an int where a float is asked for, as type checkers have it."""
@@ -26,6 +26,7 @@ Tokens = Int[Array, " tokens"]
 
 __all__ = [
     "Array",
+    "Bool",
     "Float",
     "Ids",
     "Image",

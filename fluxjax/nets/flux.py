@@ -1,10 +1,13 @@
 """The FLUX transformer: a velocity dx/dt from noisy image tokens, text, and time."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
@@ -19,11 +22,14 @@ from fluxjax.nets.layers import (
     scan_blocks,
     sinusoid,
     stack,
+    take,
 )
-from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
-Angles = Float[Array, "tokens pairs"]
+Joint = Callable[[Heads, Heads, Heads, int], Heads]
+"""(q, k, v, txt_tokens) -> mixed values: an attention over the text's tokens, then the image's."""
+Mix = Callable[[Heads, Heads, Heads], Float[Array, "tokens width"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +133,14 @@ class DoubleBlock(eqx.Module):
         img, txt = jax.random.split(key)
         self.img, self.txt = Stream(config, key=img), Stream(config, key=txt)
 
-    def __call__(self, img, txt, vec: Float[Array, " width"], angles: Angles, attention: str | None):
+    def __call__(self, carry: tuple[Array, Array], vec: Float[Array, " width"], mix: Mix) -> tuple[Array, Array]:
+        """Return the image's and the text's tokens."""
+        img, txt = carry
         shift1, scale1, *img_rest = jnp.split(self.img.modulation(vec), 6)
         txt_shift1, txt_scale1, *txt_rest = jnp.split(self.txt.modulation(vec), 6)
         txt_qkv = self.txt.project(txt, txt_shift1, txt_scale1)
         img_qkv = self.img.project(img, shift1, scale1)
-        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        mixed = _attend(q, k, v, angles, attention)
+        mixed = mix(*(jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True)))
         txt_mixed, img_mixed = mixed[: len(txt)], mixed[len(txt) :]
         return self.img.finish(img, img_mixed, *img_rest), self.txt.finish(txt, txt_mixed, *txt_rest)
 
@@ -157,10 +164,10 @@ class SingleBlock(eqx.Module):
         self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
         self.linear2 = Linear(width + hidden, width, key=second)
 
-    def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"], angles: Angles, attention: str | None):
+    def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"], mix: Mix):
         shift, scale, gate = jnp.split(self.modulation(vec), 3)
         qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
-        mixed = _attend(*_normed_heads(qkv, self), angles, attention)
+        mixed = mix(*_normed_heads(qkv, self))
         return x + gate * self.linear2(jnp.concatenate([mixed, gelu(hidden)], axis=-1))
 
 
@@ -178,6 +185,49 @@ class FinalLayer(eqx.Module):
     def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"]) -> Float[Array, "tokens out_channels"]:
         shift, scale = jnp.split(self.modulation(vec), 2)
         return self.linear(modulate(x, shift, scale))
+
+
+class Weaken(eqx.Module):
+    """A network made worse on purpose in some of its blocks, to be led away from: they are skipped, or attend otherwise.
+
+    `double`, `single`: flags, one a block. `attention`: in place of theirs; None skips the blocks.
+    **Source:** skip-layer guidance of Stable Diffusion 3.5; with `isolated_attention`, PAG (Ahn et al. 2024).
+    """
+
+    double: Bool[Array, " double_depth"]
+    single: Bool[Array, " single_depth"]
+    attention: Joint | None
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        double: Sequence[int] = (),
+        single: Sequence[int] = (),
+        attention: Joint | None = None,
+    ):
+        """Name the blocks by number. **Raises:** `ValueError` for none, or one that the config does not have."""
+        if not (double or single):
+            raise ValueError("`Weaken` needs a block to weaken. Pass double=(number, …) or single=(number, …).")
+        self.double = _flags("double", config.double_depth, double)
+        self.single = _flags("single", config.single_depth, single)
+        self.attention = attention
+
+
+def _flags(kind: str, depth: int, numbers: Sequence[int]) -> Bool[Array, " depth"]:
+    wrong = [number for number in numbers if not 0 <= number < depth]
+    if wrong:
+        raise ValueError(f"`Weaken({kind})` got {wrong}; this network has {kind} blocks 0 to {depth - 1}.")
+    return jnp.asarray(np.isin(np.arange(depth), numbers))
+
+
+class Hidden(NamedTuple):
+    """What goes through the blocks, of one example, with what steers them: the modulation's vector and RoPE's angles."""
+
+    img: Float[Array, "img_tokens width"]
+    txt: Float[Array, "txt_tokens width"]
+    vec: Float[Array, " width"]
+    angles: Float[Array, "tokens pairs"]
 
 
 class Flux(eqx.Module):
@@ -216,7 +266,8 @@ class Flux(eqx.Module):
         img_ids: Float[Array, "img_tokens axes"],
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
-        attention: str | None = None,
+        attention: str | Joint | None = None,
+        weaken: Weaken | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
@@ -225,23 +276,66 @@ class Flux(eqx.Module):
         **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], 1 is noise.
         `txt`: T5's states. `vec`: CLIP's pooled state. `img_ids`, `txt_ids`: positions; text at zeros by default.
         `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: an
-        implementation of `fluxjax.kernels.attention`. `dtype`: of the activations, by default that of `txt`, so that a
+        implementation of `fluxjax.kernels.attention`, or a function of your own over the text's tokens and the image's.
+        `weaken`: blocks to spoil. `dtype`: of the activations, by default that of `txt`, so that a
         float32 sampler can run a bfloat16 network. `remat`: a gradient recomputes each block instead of keeping what it
         computed: a third more work, memory for one block and for each block's input.
         **Returns:** dx/dt in the dtype of `x`.
         **Raises:** `ValueError` if guidance is missing or not taken, or a width is not the config's.
         """
+        hidden = self.embed(x, t, txt=txt, vec=vec, img_ids=img_ids, txt_ids=txt_ids, guidance=guidance, dtype=dtype)
+        img = self.blocks(hidden, attention=attention, weaken=weaken, remat=remat)
+        return self.final(img, hidden.vec).astype(x.dtype)
+
+    def embed(
+        self,
+        x: Float[Array, "img_tokens in_channels"],
+        t: ScalarLike,
+        *,
+        txt: Float[Array, "txt_tokens context"],
+        vec: Float[Array, " pooled"],
+        img_ids: Float[Array, "img_tokens axes"],
+        txt_ids: Float[Array, "txt_tokens axes"] | None = None,
+        guidance: ScalarLike | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Hidden:
+        """Return what goes through the blocks. Arguments and errors as for the call."""
         _check_inputs(self.config, x, txt, vec, img_ids, guidance)
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
         angles = rope_angles(jnp.concatenate([txt_ids, img_ids]), self.config.rope_axes, self.config.rope_theta)
         vec = jax.nn.silu(self._condition(t, vec.astype(dtype), guidance))
-        img, txt = self.img_in(x.astype(dtype)), self.txt_in(txt.astype(dtype))
-        img, txt = scan_blocks(self.double, (img, txt), lambda block, carry: block(*carry, vec, angles, attention), remat=remat)
+        return Hidden(self.img_in(x.astype(dtype)), self.txt_in(txt.astype(dtype)), vec, angles)
+
+    def first(self, hidden: Hidden, *, attention: str | Joint | None = None) -> tuple[Array, Array]:
+        """Return the image's and the text's tokens after the first double block."""
+        return take(self.double, 0)((hidden.img, hidden.txt), hidden.vec, _mix(attention, hidden))
+
+    def blocks(
+        self,
+        hidden: Hidden,
+        *,
+        attention: str | Joint | None = None,
+        weaken: Weaken | None = None,
+        start: int = 0,
+        remat: bool = False,
+    ) -> Float[Array, "img_tokens width"]:
+        """Return the image's tokens after the blocks. `start`: the first double block; the rest as for the call."""
+        vec, count = hidden.vec, len(hidden.txt)
+        mix = _mix(attention, hidden)
+        worse = None if weaken is None or weaken.attention is None else _mix(weaken.attention, hidden)
+
+        def run(block: Any, carry: Any, *flag: Bool[Array, ""]) -> Any:
+            if not flag:
+                return block(carry, vec, mix)
+            spoilt = (lambda: carry) if worse is None else (lambda: block(carry, vec, worse))
+            return jax.lax.cond(flag[0], spoilt, lambda: block(carry, vec, mix))
+
+        flags = (None, None) if weaken is None else (weaken.double, weaken.single)
+        img, txt = scan_blocks(self.double, (hidden.img, hidden.txt), run, flags=flags[0], start=start, remat=remat)
         joint = jnp.concatenate([txt, img])
-        joint = scan_blocks(self.single, joint, lambda block, carry: block(carry, vec, angles, attention), remat=remat)
-        return self.final(joint[len(txt) :], vec).astype(x.dtype)
+        return scan_blocks(self.single, joint, run, flags=flags[1], remat=remat)[count:]
 
     def _condition(self, t: ScalarLike, vec: Float[Array, " pooled"], guidance: ScalarLike | None):
         """Return the vector that modulates every block, before its SiLU."""
@@ -261,9 +355,18 @@ def _normed_heads(qkv: Float[Array, "tokens qkv"], block: Stream | SingleBlock) 
     return block.query_norm(q), block.key_norm(k), v
 
 
-def _attend(q: Heads, k: Heads, v: Heads, angles: Angles, implementation: str | None) -> Float[Array, "tokens width"]:
-    mixed = attend(rotate(q, angles), rotate(k, angles), v, implementation=implementation)
-    return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
+def _mix(attention: str | Joint | None, hidden: Hidden) -> Mix:
+    """Return the attention of these tokens: rotated, mixed, heads joined."""
+
+    def mix(q: Heads, k: Heads, v: Heads) -> Float[Array, "tokens width"]:
+        q, k = rotate(q, hidden.angles), rotate(k, hidden.angles)
+        if callable(attention):
+            mixed = attention(q, k, v, len(hidden.txt))
+        else:
+            mixed = attend(q, k, v, implementation=attention)
+        return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
+
+    return mix
 
 
 def _check_inputs(config: FluxConfig, x, txt, vec, img_ids, guidance) -> None:

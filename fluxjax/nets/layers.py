@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
+from fluxjax.shapes import Array, Bool, Float, Ids, PRNGKeyArray
 
 Carry = TypeVar("Carry")
 Block = TypeVar("Block", bound=eqx.Module)
+Rows = TypeVar("Rows")
 
 
 class Weight(eqx.Module):
@@ -174,15 +175,39 @@ def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArra
     return eqx.filter_vmap(make)(jax.random.split(key, depth))
 
 
-def scan_blocks(blocks: Block, carry: Carry, call: Callable[[Block, Carry], Carry], *, remat: bool = False) -> Carry:
-    """Thread `carry` through stacked blocks, tracing the block once.
+def scan_blocks(
+    blocks: Block,
+    carry: Carry,
+    call: Callable[..., Carry],
+    *,
+    flags: Bool[Array, " depth"] | None = None,
+    start: int = 0,
+    remat: bool = False,
+) -> Carry:
+    """Thread `carry` through stacked blocks by call(block, carry), tracing the block once.
 
-    `remat`: a gradient keeps each block's input alone and runs the block again. Source: Chen et al. 2016.
+    `flags`: one a block, then by call(block, carry, flag). `start`: the first block; where it is not 0, a gradient takes a
+    sum over the whole stack a block. `remat`: a gradient keeps each block's input alone and runs the block again. Source:
+    Chen et al. 2016.
     """
     arrays, static = eqx.partition(blocks, eqx.is_array)
+    rows = (arrays,) if flags is None else (arrays, flags)
 
-    def body(carry: Carry, one: Any) -> tuple[Carry, None]:
-        return call(eqx.combine(one, static), carry), None
+    def body(carry: Carry, row: Any) -> tuple[Carry, None]:
+        # A slice of the stack would be a copy of it; rows by number are read where they lie.
+        one, *flag = take(rows, row) if start else row
+        return call(eqx.combine(one, static), carry, *flag), None
 
     # Inside a scan nothing can be merged with the second run, so the barriers against that would only cost.
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, carry, arrays)[0]
+    step = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(step, carry, jnp.arange(start, depth_of(blocks)) if start else rows)[0]
+
+
+def depth_of(blocks: eqx.Module) -> int:
+    """Return how many blocks are stacked."""
+    return jax.tree.leaves(eqx.filter(blocks, eqx.is_array))[0].shape[0]
+
+
+def take(stacked: Rows, index: Any) -> Rows:
+    """Return the block of this number, of stacked ones."""
+    return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, stacked)

@@ -1,0 +1,68 @@
+"""Attention that guides: the image's values led away from a second text's, or confined to themselves."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax.kernels.attention import attention
+from fluxjax.shapes import Array, Float, ScalarLike
+
+Heads = Float[Array, "tokens heads head_dim"]
+
+
+def isolated_attention(q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
+    """Joint attention in which an image token sees the text and, of the image, itself alone: the image's own attention map is
+    the identity.
+
+    **Arguments:** `q`, `k`, `v`: of `txt_tokens` of text, then of the image.
+    **Source:** Ahn et al. 2024, PAG, with text in the same attention, as diffusers has it for Stable Diffusion 3.
+    """
+    text, image = slice(None, txt_tokens), slice(txt_tokens, None)
+    scale = q.shape[-1] ** -0.5
+    # A column for the token itself, so that no image x image map is made.
+    own = jnp.einsum("qhd,qhd->hq", q[image], k[image], preferred_element_type=jnp.float32)[..., None]
+    others = jnp.einsum("qhd,khd->hqk", q[image], k[text], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scale * jnp.concatenate([others, own], axis=-1))
+    mixed = jnp.einsum("hqk,khd->qhd", weights[..., :-1], v[text].astype(jnp.float32))
+    mixed = mixed + weights[..., -1].T[..., None] * v[image].astype(jnp.float32)
+    return jnp.concatenate([attention(q[text], k, v), mixed.astype(q.dtype)])
+
+
+class Nag(eqx.Module):
+    """Normalized attention guidance: in every attention, the image's values are led away from those that another text gives.
+
+    The text's tokens are those of the unwanted prompt and then, as many, of the wanted one, each with an attention of its own.
+    One pass of the network a step, so that it also guides models without classifier-free guidance, as schnell.
+
+    `scale`: 1 is none. `tau`: how many times its norm the guided value may have. `alpha`: how much of it is taken.
+    `implementation`: of `fluxjax.attention`.
+    **Source:** Chen et al. 2025 (2505.21179), with its L1 norm.
+    """
+
+    scale: ScalarLike = 4.0
+    tau: ScalarLike = 2.5
+    alpha: ScalarLike = 0.25
+    implementation: str | None = eqx.field(static=True, default=None)
+
+    def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
+        half = txt_tokens // 2
+        if 2 * half != txt_tokens:
+            raise ValueError(f"`Nag` needs as many tokens of the unwanted text as of the wanted, got {txt_tokens} in all.")
+
+        def mix(text: slice) -> tuple[Array, Array]:
+            parts = (jnp.concatenate([x[text], x[txt_tokens:]]) for x in (q, k, v))
+            mixed = attention(*parts, implementation=self.implementation)
+            return mixed[:half], mixed[half:]
+
+        away, unwanted = mix(slice(half))
+        text, wanted = mix(slice(half, txt_tokens))
+        return jnp.concatenate([away, text, self.combine(wanted, unwanted)])
+
+    def combine(self, wanted: Heads, unwanted: Heads) -> Heads:
+        """Return the guided values; norms are over all heads of a token."""
+        near, far = wanted.astype(jnp.float32), unwanted.astype(jnp.float32)
+        guided = near + (jnp.asarray(self.scale, jnp.float32) - 1) * (near - far)
+        size = jnp.sum(jnp.abs(guided), (-2, -1), keepdims=True)
+        bound = self.tau * jnp.sum(jnp.abs(near), (-2, -1), keepdims=True)
+        guided = guided * jnp.where(size > bound, bound / jnp.where(size > 0, size, 1), 1)
+        return (near + self.alpha * (guided - near)).astype(wanted.dtype)
