@@ -109,7 +109,7 @@ class Cached(Remembering):
 
     def init(self, x: Float[Array, "img_tokens in_channels"]) -> Memory:
         zeros, none = jnp.zeros((len(x), self.flux.config.width)), jnp.zeros(())
-        return Memory(zeros, none, zeros, jnp.asarray(False), jnp.asarray(0))
+        return Memory(zeros, none, zeros, jnp.asarray(False), jnp.zeros((), jnp.int32))
 
     def __call__(self, x: Float[Array, "img_tokens in_channels"], t: Scalar, *condition: Any, memory: Any = None) -> Any:
         txt, vec = condition[0]

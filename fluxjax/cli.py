@@ -34,6 +34,7 @@ from fluxjax.generate import (
     prompt_ids,
     repeated,
     step_keys,
+    traced,
 )
 from fluxjax.image import write_numbered
 from fluxjax.integrate.base import Step
@@ -453,8 +454,8 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         batches(options.images, batch),
         timer(options.timer, steps, defaults, height, width, shift=options.shift),
         integrator(options.integrator, eta=options.eta),
-        None if options.nag is None else Nag(jnp.float32(options.nag)),
-        None if options.cache is None else cache(options.cache),
+        None if options.nag is None else traced(Nag(options.nag)),
+        None if options.cache is None else traced(cache(options.cache)),
         weights,
         activation_dtype() if weights is None else weights,
     )
@@ -488,7 +489,7 @@ def _generate(options: argparse.Namespace) -> None:
                 keys=step_keys(key, group, plan.step),
                 unwanted=unwanted,
                 cfg=jnp.float32(options.cfg),
-                rule=RULES[options.rule](),
+                rule=traced(RULES[options.rule]()),
                 nag=plan.nag,
                 reuse=plan.reuse,
                 report=clock.tick,

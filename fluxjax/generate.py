@@ -1,7 +1,7 @@
 """Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -25,6 +25,8 @@ from fluxjax.schedule import flow_times
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
+
+Tree = TypeVar("Tree")
 
 
 class Models(NamedTuple):
@@ -272,14 +274,19 @@ def text_to_image(
             keys=step_keys(key, numbers, step),
             unwanted=None if unwanted is None else repeated(unwanted, len(numbers)),
             cfg=jnp.float32(cfg),
-            rule=rule,
-            nag=nag,
+            rule=traced(rule),
+            nag=traced(nag),
             weaken=weaken,
             strength=jnp.float32(strength),
-            reuse=reuse,
+            reuse=traced(reuse),
         )
         drawn.append(decode(models.vae, latents, dtype=dtype))
     return jnp.concatenate(drawn)[:count]
+
+
+def traced(tree: Tree) -> Tree:
+    """Return a pytree with its Python numbers as float32 arrays, so that others compile nothing."""
+    return jax.tree.map(lambda leaf: jnp.float32(leaf) if isinstance(leaf, int | float) else leaf, tree)
 
 
 def repeated(text: Text, count: int) -> Text:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -106,6 +106,14 @@ class Weak(eqx.Module):
     high: ScalarLike = 1.0
 
 
+class Memories(NamedTuple):
+    """What a guided velocity remembers: the rule's memory, and the velocity's of either condition."""
+
+    rule: Any
+    wanted: Any
+    unwanted: Any
+
+
 class Guided(Remembering):
     """A `Velocity` guided towards one condition, away from another, and away from a weaker model: the rule's velocity of both
     conditions, plus strength (wanted - weak).
@@ -135,19 +143,19 @@ class Guided(Remembering):
 
     def init(self, x: X) -> Any:
         one, state = begin(self.velocity, x), self.rule.init(x)
-        return None if one is None and state is None else (state, one, one)
+        return None if one is None and state is None else Memories(state, one, one)
 
     def __call__(self, x: X, t: Scalar, *condition: Any, memory: Any = None) -> Any:
         scale, t = jnp.asarray(self.scale, x.dtype), jnp.asarray(t, x.dtype)
         before = self.init(x) if memory is None else memory
-        before = (None, None, None) if before is None else before
+        before = Memories(None, None, None) if before is None else before
         state, first, second = before
 
-        def one() -> tuple[X, X, Any]:
+        def one() -> tuple[X, X, Memories]:
             wanted, now = self._ask(x, t, self.wanted, first)
-            return wanted, wanted, (state, now, second)
+            return wanted, wanted, Memories(state, now, second)
 
-        def both() -> tuple[X, X, Any]:
+        def both() -> tuple[X, X, Memories]:
             if first is None:
                 pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.wanted, self.unwanted)
                 wanted, unwanted = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
@@ -155,7 +163,7 @@ class Guided(Remembering):
             else:
                 (wanted, now), (unwanted, then) = self._ask(x, t, self.wanted, first), self._ask(x, t, self.unwanted, second)
             guided, after = self.rule.remembering(x, t, wanted, unwanted, scale, state)
-            return guided, wanted, (after, now, then)
+            return guided, wanted, Memories(after, now, then)
 
         if self.unwanted is None:
             guided, wanted, after = one()

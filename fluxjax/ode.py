@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from fluxjax.integrate.base import Velocity, time_dtype
+from fluxjax.integrate.base import Velocity, begin, time_dtype
 from fluxjax.sample import Sample
 from fluxjax.shapes import Array, Float, Scalar
 
@@ -26,13 +26,16 @@ def sample_ode(
     **Arguments:** as for `sample`. `solver`: as `diffrax.Dopri5()`. `rtol`, `atol`: tolerances of steps that adapt; without,
     the steps are from node to node. `max_steps`: of those that adapt; more are an error as it runs.
     **Returns:** as `sample`; `evaluations` is an array, a Runge-Kutta solver's stages times its steps, rejected ones too.
-    **Raises:** `ValueError` for fewer than two times, or for one tolerance without the other; `ImportError` without diffrax.
+    **Raises:** `ValueError` for fewer than two times, one tolerance without the other, or a velocity that remembers;
+    `ImportError` without diffrax.
     """
     diffrax = _diffrax()
     if len(times) < 2:
         raise ValueError(f"`sample_ode(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
     if (rtol is None) != (atol is None):
         raise ValueError("`sample_ode` adapts its steps to both `rtol` and `atol`. Pass both, or neither.")
+    if begin(velocity, x) is not None:
+        raise ValueError("`sample_ode` may take steps back, and this velocity remembers. Use `sample`, or one without memory.")
     times = times.astype(time_dtype(x))
     fixed = rtol is None
     arrays, static = eqx.partition(velocity, eqx.is_array)

@@ -1,12 +1,15 @@
 """The laws of guidance."""
 
+import itertools
+
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import ClassifierFree, Guided, Projected, ZeroStar, flow_times, sample
+from fluxjax import ClassifierFree, Guided, Heun, Projected, Weak, ZeroStar, flow_times, sample, sample_ode, stream
 
 X = jnp.float32([0.4, -1.0, 2.0])
 WANTED, UNWANTED = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])
@@ -108,3 +111,75 @@ def test_each_particle_may_have_a_scale_of_its_own():
     batch = jax.vmap(lambda scale: Guided(velocity, WANTED, UNWANTED, scale)(X, t))(scales)
     for row, scale in zip(batch, scales, strict=True):
         np.testing.assert_allclose(row, Guided(velocity, WANTED, UNWANTED, scale)(X, t), rtol=1e-6)
+
+
+def weak(x, t, condition):
+    return 0.5 * condition + t * x
+
+
+def test_away_from_a_weaker_model_adds_its_difference_from_the_wanted():
+    t = jnp.float32(0.7)
+    wanted, unwanted = both(t)
+    difference = wanted - weak(X, t, WANTED)
+    alone = Guided(velocity, WANTED, weak=Weak(weak, 1.5))
+    np.testing.assert_allclose(alone(X, t), wanted + 1.5 * difference, rtol=1e-5)
+    with_both = Guided(velocity, WANTED, UNWANTED, 3.0, weak=Weak(weak, 1.5))
+    np.testing.assert_allclose(with_both(X, t), unwanted + 3 * (wanted - unwanted) + 1.5 * difference, rtol=1e-5)
+    for off in (Weak(weak, 0.0), Weak(weak, 1.5, low=0.8), Weak(weak, 1.5, high=0.6)):
+        np.testing.assert_array_equal(Guided(velocity, WANTED, weak=off)(X, t), wanted)
+
+
+def test_where_a_weaker_model_is_not_used_it_is_not_evaluated():
+    calls, spoilt = [], []
+
+    @eqx.filter_jit
+    def run(strength):
+        def told(x, t, condition):
+            jax.debug.callback(lambda _: spoilt.append(1), t)
+            return weak(x, t, condition)
+
+        return sample(Guided(counted(calls), WANTED, weak=Weak(told, strength, low=0.3, high=0.8)), X, flow_times(4)).x
+
+    for strength, evaluated in ((2.0, 2), (0.0, 0)):
+        calls.clear(), spoilt.clear()
+        run(jnp.float32(strength)).block_until_ready()
+        jax.effects_barrier()
+        assert (len(calls), len(spoilt)) == (4, evaluated)
+
+
+def test_a_scale_without_an_unwanted_condition_is_refused():
+    with pytest.raises(ValueError, match=r"Pass unwanted="):
+        Guided(velocity, WANTED, scale=3.0)
+    np.testing.assert_array_equal(Guided(velocity, WANTED)(X, jnp.float32(0.5)), velocity(X, jnp.float32(0.5), WANTED))
+
+
+def momentum_by_hand(times, scale, parallel, momentum):
+    """Euler's steps of algorithm 1 of the paper, on estimates of x0, in float64."""
+    x, carried = np.float64(X), np.zeros(3)
+    for t, u in itertools.pairwise(times):
+        wanted, unwanted = (x - t * (np.float64(side) - 0.3 * t * x) for side in (WANTED, UNWANTED))
+        carried = wanted - unwanted + momentum * carried
+        along = carried @ wanted / (wanted @ wanted) * wanted
+        estimate = wanted + (scale - 1) * (carried - along + parallel * along)
+        x = x + (u - t) * (x - estimate) / t
+    return x
+
+
+@pytest.mark.parametrize("momentum", [-0.5, 0.0])
+def test_momentum_runs_through_the_evaluations(momentum):
+    times = flow_times(5)
+    guided = Guided(velocity, WANTED, UNWANTED, 3.0, Projected(0.2, momentum=momentum))
+    expected = momentum_by_hand(np.float64(times), 3.0, 0.2, momentum)
+    np.testing.assert_allclose(sample(guided, X, times).x, expected, rtol=2e-5)
+    *_, last = stream(guided, X, times)
+    np.testing.assert_allclose(last.x, expected, rtol=2e-5)
+    none = sample(Guided(velocity, WANTED, UNWANTED, 3.0, Projected(0.2)), X, times).x
+    assert (np.abs(none - expected).max() > 1e-3) == (momentum != 0)
+    # A step that evaluates at 0 divides by nothing.
+    assert np.isfinite(sample(guided, X, times, step=Heun()).x).all()
+
+
+def test_a_solver_that_may_take_steps_back_refuses_a_memory():
+    guided = Guided(velocity, WANTED, UNWANTED, 3.0, Projected(momentum=-0.5))
+    with pytest.raises(ValueError, match="remembers"):
+        sample_ode(guided, X, flow_times(4), solver=diffrax.Euler())

@@ -360,10 +360,7 @@ def _mix(attention: str | Joint | None, hidden: Hidden) -> Mix:
 
     def mix(q: Heads, k: Heads, v: Heads) -> Float[Array, "tokens width"]:
         q, k = rotate(q, hidden.angles), rotate(k, hidden.angles)
-        if callable(attention):
-            mixed = attention(q, k, v, len(hidden.txt))
-        else:
-            mixed = attend(q, k, v, implementation=attention)
+        mixed = attention(q, k, v, len(hidden.txt)) if callable(attention) else attend(q, k, v, implementation=attention)
         return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
 
     return mix

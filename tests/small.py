@@ -1,0 +1,37 @@
+"""A small FLUX transformer of random weights, and inputs that fit it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax import Flux, FluxConfig
+from fluxjax.shapes import Array
+
+TEXT, IMAGE = 3, 5
+CONFIG = FluxConfig(
+    in_channels=8,
+    out_channels=8,
+    width=32,
+    heads=2,
+    double_depth=3,
+    single_depth=2,
+    mlp_width=48,
+    context=12,
+    pooled=6,
+    rope_axes=(4, 6, 6),
+    time_width=16,
+)
+IDS = jnp.zeros((IMAGE, 3)).at[:, 1].set(jnp.arange(IMAGE, dtype=jnp.float32))
+
+
+def draw(*shape: int, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def small_flux() -> Flux:
+    """Return a network all of whose weights are drawn; a new one's modulations are zeros, so that its blocks do nothing."""
+    network = Flux(CONFIG, key=jax.random.key(0))
+    leaves, tree = jax.tree.flatten(eqx.filter(network, eqx.is_array))
+    filled = [0.2 * draw(*leaf.shape, seed=number) for number, leaf in enumerate(leaves)]
+    return eqx.combine(jax.tree.unflatten(tree, filled), network)

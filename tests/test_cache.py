@@ -1,0 +1,197 @@
+"""Step caching: bitwise nothing at threshold 0, one choice for a batch, and what is reused is what was said before."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
+
+from fluxjax import Cached, FirstBlock, Flux, Guided, Heun, Nag, TeaCache, attention, flow_times, sample, stream
+from fluxjax.named import cache
+
+TXT, VEC, NOISE = draw(TEXT, 12, seed=3), draw(6, seed=4), draw(IMAGE, 8)
+TIMES = flow_times(10)
+# A change's own size, so that thresholds mean the same for both.
+IDENTITY = (1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return small_flux()
+
+
+def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
+    return sample(Guided(Cached(flux, reuse, IDS, 2.0, **options), (TXT, VEC)), noise, TIMES, step=step)
+
+
+def plain(flux, noise=NOISE, **options):
+    velocity = eqx.Partial(flux, txt=TXT, vec=VEC, guidance=2.0, img_ids=IDS, **options)
+    return sample(velocity, noise, TIMES, step=Heun()).x
+
+
+@pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
+def test_threshold_0_is_bitwise_the_plain_result(flux, kind):
+    cached = run(flux, kind(0.0))
+    np.testing.assert_array_equal(cached.x, plain(flux))
+    assert int(cached.memory.wanted.reused) == 0
+
+
+@pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
+def test_of_everything_but_the_first_evaluation_the_blocks_are_reused(flux, kind):
+    cached = Cached(flux, kind(float("inf")), IDS, 2.0)
+    result = sample(Guided(cached, (TXT, VEC)), NOISE, TIMES)
+    assert int(result.memory.wanted.reused) == len(TIMES) - 2
+    # By hand: what the blocks added at the first time, added again after the embedding (and the first block).
+    x, added = NOISE, None
+    for t, u in itertools.pairwise(TIMES):
+        hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
+        img = flux.first(hidden)[0] if kind is FirstBlock else hidden.img
+        added = flux.blocks(hidden) - img if added is None else added
+        x = x + (u - t) * flux.final(img + added, hidden.vec)
+    np.testing.assert_allclose(result.x, x, atol=1e-5)
+
+
+def relative(new, old):
+    return float(np.abs(np.asarray(new) - old).mean() / np.abs(old).mean())
+
+
+@pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
+def test_reuse_follows_the_gathered_change(flux, kind):
+    """Every evaluation's choice, beside one made here from the network's own stages."""
+    reuse = FirstBlock(0.6) if kind is FirstBlock else TeaCache(0.3, polynomial=IDENTITY)
+    chosen, old, distance = [], None, 0.0
+    x, added = NOISE, None
+    for t, u in itertools.pairwise(TIMES):
+        hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
+        img, _ = flux.first(hidden)
+        if kind is FirstBlock:
+            signal, base = np.asarray(img - hidden.img), img
+        else:
+            modulation = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, flux.double.img.modulation)
+            shift, scale = np.split(np.asarray(modulation(hidden.vec)), 6)[:2]
+            centred = np.asarray(hidden.img) - np.asarray(hidden.img).mean(-1, keepdims=True)
+            signal, base = centred / centred.std(-1, keepdims=True) * (1 + scale) + shift, hidden.img
+        change = float("inf") if old is None else relative(signal, old)
+        distance = change if kind is FirstBlock else distance + change
+        chosen.append(distance < float(reuse.threshold))
+        if not chosen[-1]:
+            added, distance = flux.blocks(hidden) - base, 0.0
+        old = signal if kind is TeaCache or not chosen[-1] else old
+        x = x + (u - t) * flux.final(base + added, hidden.vec)
+    assert 0 < sum(chosen) < len(TIMES) - 2  # both happen
+    result = sample(Guided(Cached(flux, reuse, IDS, 2.0), (TXT, VEC)), NOISE, TIMES)
+    assert int(result.memory.wanted.reused) == sum(chosen)
+    np.testing.assert_allclose(result.x, x, atol=2e-5)
+
+
+def test_outside_of_its_times_nothing_is_reused(flux):
+    assert int(run(flux, FirstBlock(float("inf"), low=0.5)).memory.wanted.reused) == np.sum(evaluated() >= 0.5) - 1
+    assert int(run(flux, FirstBlock(float("inf"), high=0.5)).memory.wanted.reused) == np.sum(evaluated() <= 0.5)
+
+
+def evaluated():
+    """The times at which Heun's steps evaluate."""
+    return np.repeat(np.asarray(TIMES), 2)[1:-1]
+
+
+def counted(calls):
+    def attend(q, k, v, txt_tokens):
+        jax.debug.callback(lambda: calls.append(1))
+        return attention(q, k, v)
+
+    return attend
+
+
+def test_the_blocks_of_a_reused_step_are_not_run_in_a_batch_either(flux):
+    calls = []
+    noises = jnp.stack([NOISE, 1.1 * NOISE, NOISE - 0.2])
+
+    @eqx.filter_jit
+    def many(reuse):
+        cached = Cached(flux, reuse, IDS, 2.0, attention=counted(calls), over=("images",))
+        velocity = Guided(cached, (TXT, VEC))
+        return jax.vmap(lambda noise: sample(velocity, noise, TIMES), axis_name="images")(noises)
+
+    blocks, steps = CONFIG.double_depth + CONFIG.single_depth, len(TIMES) - 1
+    for threshold, runs in ((float("inf"), 1), (0.0, steps)):
+        calls.clear()
+        result = many(FirstBlock(jnp.float32(threshold)))
+        jax.block_until_ready(result.x)
+        jax.effects_barrier()
+        # The first block is always run. A callback of a batch that needs none of it is called once.
+        assert len(calls) == steps + runs * (blocks - 1)
+        np.testing.assert_array_equal(result.memory.wanted.reused, [steps - runs] * 3)
+
+
+def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
+    noises = jnp.stack([NOISE, 4.0 * NOISE, draw(IMAGE, 8, seed=8)])
+
+    def alone(noise, reuse):
+        return int(sample(Guided(Cached(flux, reuse, IDS, 2.0), (TXT, VEC)), noise, TIMES).memory.wanted.reused)
+
+    def together(noise, reuse):
+        return sample(Guided(Cached(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC)), noise, TIMES).memory.wanted.reused
+
+    for threshold in (0.5, 0.6, 0.8):
+        reuse = FirstBlock(threshold)
+        counts = jax.vmap(lambda noise, reuse=reuse: together(noise, reuse), axis_name="images")(noises)
+        assert len(set(counts.tolist())) == 1
+        assert int(counts[0]) <= min(alone(noise, reuse) for noise in noises)
+
+
+def test_with_two_conditions_each_has_a_memory_of_its_own(flux):
+    away = (draw(TEXT, 12, seed=9), draw(6, seed=10))
+
+    def network(x, t, condition):
+        return flux(x, t, txt=condition[0], vec=condition[1], guidance=2.0, img_ids=IDS)
+
+    exact = sample(Guided(network, (TXT, VEC), away, 3.0), NOISE, TIMES).x
+    cached = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC), away, 3.0), NOISE, TIMES)
+    # One batch of two, and one after the other: XLA:CPU's sums differ by some 1e-6.
+    np.testing.assert_allclose(cached.x, exact, atol=1e-4)
+    wanted = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC)), NOISE, TIMES[:3]).memory.wanted
+    both = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC), away, 3.0), NOISE, TIMES[:3]).memory
+    assert np.abs(both.wanted.signal - both.unwanted.signal).max() > 1e-3
+    assert np.abs(both.wanted.signal - wanted.signal).max() > 1e-4  # the paths part after a step
+
+
+def test_with_an_attention_that_guides_and_step_by_step_it_is_the_same(flux):
+    both = jnp.concatenate([draw(TEXT, 12, seed=9), TXT])
+    cached = Guided(Cached(flux, FirstBlock(0.6), IDS, 2.0, attention=Nag(3.0)), (both, VEC))
+    scanned = sample(cached, NOISE, TIMES)
+    assert int(scanned.memory.wanted.reused) > 0
+    *_, last = stream(cached, NOISE, TIMES)
+    np.testing.assert_allclose(last.x, scanned.x, atol=1e-6)
+    exact = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0, attention=Nag(3.0)), (both, VEC)), NOISE, TIMES, step=Heun())
+    velocity = eqx.Partial(flux, txt=both, vec=VEC, guidance=2.0, img_ids=IDS, attention=Nag(3.0))
+    np.testing.assert_array_equal(exact.x, sample(velocity, NOISE, TIMES, step=Heun()).x)
+
+
+def test_another_threshold_compiles_nothing(flux):
+    traces = []
+
+    @eqx.filter_jit
+    def go(reuse):
+        traces.append(1)
+        return run(flux, reuse).x
+
+    results = [go(FirstBlock(jnp.float32(threshold))) for threshold in (0.0, 0.6, 0.8)]
+    assert len(traces) == 1
+    assert np.abs(results[0] - results[2]).max() > 1e-6
+
+
+def test_a_network_without_double_blocks_is_refused():
+    config = type(CONFIG)(**{**vars(CONFIG), "double_depth": 0})
+    with pytest.raises(ValueError, match="has none"):
+        Cached(Flux(config, key=jax.random.key(0)), FirstBlock(0.1), IDS)
+
+
+def test_caches_are_named_with_their_thresholds():
+    assert (type(cache("0.1")), cache("0.1").threshold) == (FirstBlock, 0.1)
+    assert (type(cache("teacache:0.4")), cache("teacache:0.4").threshold) == (TeaCache, 0.4)
+    for wrong in ("teacache", "second_block:0.1", "-1", "nan", ""):
+        with pytest.raises(ValueError, match="Write a threshold"):
+            cache(wrong)
