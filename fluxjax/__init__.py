@@ -30,6 +30,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.nets.t5 import T5, T5Config
     from fluxjax.nets.vae import Vae, VaeConfig
     from fluxjax.ode import sample_ode
+    from fluxjax.plots import plot_errors, plot_times
     from fluxjax.predict import (
         STRAIGHT,
         CustomPath,
@@ -40,6 +41,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         convert_prediction,
         estimates,
     )
+    from fluxjax.preview import Preview, fit_preview
     from fluxjax.sample import Sample, sample, stream
     from fluxjax.schedule import (
         beta_times,
@@ -100,6 +102,7 @@ __all__ = [
     "Midpoint",
     "Models",
     "Nag",
+    "Preview",
     "Projected",
     "Remembering",
     "Renoise",
@@ -132,6 +135,7 @@ __all__ = [
     "estimates",
     "exponential_times",
     "extract_lora",
+    "fit_preview",
     "flow_times",
     "image_ids",
     "init_lora",
@@ -149,6 +153,8 @@ __all__ = [
     "load_vae",
     "merge",
     "pack_latents",
+    "plot_errors",
+    "plot_times",
     "read_image",
     "read_lora",
     "resolution_mu",

@@ -32,7 +32,9 @@ LAYERS = {
     "edit": 5,
     "train": 5,
     "compare": 7,
-    "cli": 8,
+    "plots": 8,
+    "preview": 3,
+    "cli": 9,
 }
 
 

@@ -1,0 +1,133 @@
+"""Measure what docs/sampling.md tells of the tiny model: adherence by guidance, caches, and integrators' errors."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from evaluate_tiny import held_out_scenes, score
+
+import fluxjax
+from fluxjax import FirstBlock, Nag, Projected, TeaCache, Weaken, ZeroStar, isolated_attention, text_to_image
+from fluxjax.compare import compare
+from fluxjax.generate import denoise, encode_text, guidance_scale, model_times, noise_batch, prompt_ids
+from fluxjax.named import INTEGRATORS, integrator
+from fluxjax.plots import plot_errors
+
+HERE = Path(__file__).resolve().parent.parent / "docs"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table."""
+    lines = [" | ".join(row) for row in (header, ["---"] * len(list(header)), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def ways(models: fluxjax.Models) -> dict[str, dict[str, Any]]:
+    """Return each kind of guidance with its options of `text_to_image`."""
+    config, plain = models.flux.config, {"guidance": 1.0}
+    kinds: dict[str, dict[str, Any]] = {"none (distilled 1)": plain}
+    kinds |= {f"distilled {scale:g}": {"guidance": scale} for scale in (2.0, 3.5, 6.0)}
+    kinds |= {f"classifier-free {scale:g}": {**plain, "cfg": scale} for scale in (1.5, 2.0, 3.0)}
+    kinds |= {f"CFG-Zero* {scale:g}": {**plain, "cfg": scale, "rule": ZeroStar()} for scale in (1.5, 2.0, 3.0)}
+    kinds |= {f"APG {scale:g}": {**plain, "cfg": scale, "rule": Projected()} for scale in (1.5, 2.0, 3.0)}
+    kinds |= {
+        f"APG {scale:g}, momentum -0.5": {**plain, "cfg": scale, "rule": Projected(momentum=-0.5)} for scale in (2.0, 3.0)
+    }
+    skipped, isolated = Weaken(config, single=[2]), Weaken(config, double=[1], single=[2], attention=isolated_attention)
+    kinds |= {f"skip-layer {s:g}": {**plain, "weaken": skipped, "strength": s} for s in (0.25, 0.5, 1.0)}
+    kinds |= {f"PAG {s:g}": {**plain, "weaken": isolated, "strength": s} for s in (0.25, 0.5, 1.0)}
+    kinds |= {f"NAG {scale:g}": {**plain, "nag": Nag(scale)} for scale in (2.0, 4.0, 8.0)}
+    return kinds
+
+
+def guidance(options: argparse.Namespace) -> None:
+    """Adherence by kind and scale."""
+    models = fluxjax.load_models("tiny")
+    scenes = held_out_scenes(options.prompts)
+    rows = []
+    for name, way in ways(models).items():
+        images = []
+        for start in range(0, len(scenes), 50):
+            prompts = [prompt for _, prompt in scenes[start : start + 50]]
+            key = jax.random.fold_in(jax.random.key(0), start)
+            images.append(np.asarray(text_to_image(models, prompts, key=key, steps=options.steps, **way)))
+        scores = score(np.concatenate(images), [scene for scene, _ in scenes])
+        rows.append([name, *(f"{scores[kind]:.1f}" for kind in ("shape", "color", "relation", "all"))])
+        print(rows[-1], flush=True)
+    print(markdown(["guidance", "shape", "color", "relation", "all"], rows))
+
+
+def seconds(run: Callable[[], Any], others: Callable[[], Any], repeats: int) -> float:
+    """Return the median ratio of one's time to the other's, taken in turns, after each has been compiled."""
+    jax.block_until_ready((run(), others()))
+    ratios = []
+    for _ in range(repeats):
+        times = []
+        for call in (run, others):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return float(np.median(ratios))
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Speed and distance by threshold."""
+    models = fluxjax.load_models("tiny")
+    prompts = [prompt for _, prompt in held_out_scenes(options.prompts)]
+    size = models.defaults.height
+    ids = prompt_ids(models.tokenizers, prompts, max_length=models.defaults.max_length)
+    text = encode_text(models.clip, models.t5, ids, dtype=jnp.float32)
+    noise = noise_batch(jax.random.key(0), range(len(prompts)), size, size, channels=16)
+    times, scale = model_times(models.defaults, options.steps, size, size), guidance_scale(models.flux, models.defaults, None)
+
+    def run(reuse: Any = None) -> Any:
+        return denoise(models.flux, text, noise, times, scale, reuse=reuse)
+
+    plain, rows = run(), []
+    kinds = [(FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)), (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8))]
+    for kind, thresholds in kinds:
+        for threshold in thresholds:
+            reuse = kind(jnp.float32(threshold))
+            ratio = seconds(run, lambda reuse=reuse: run(reuse), 5)
+            distance = run(reuse) - plain
+            error = float(jnp.linalg.norm(distance) / jnp.linalg.norm(plain))
+            rows.append([kind.__name__, f"{threshold:g}", f"{ratio:.2f}", f"{error:.3g}"])
+            print(rows[-1], flush=True)
+    print(markdown(["cache", "threshold", "times as fast", "distance"], rows))
+
+
+def integrators(options: argparse.Namespace) -> None:
+    """Errors of the deterministic integrators by evaluations, as a plot and a table."""
+    models = fluxjax.load_models("tiny")
+    names = [name for name in INTEGRATORS if integrator(name).order and name not in STOCHASTIC]
+    counts = (4, 8, 16, 32, 64)
+    runs = []
+    for seed, (_, prompt) in enumerate(held_out_scenes(options.prompts)):
+        for name in names:
+            each = integrator(name).evaluations
+            steps = [count // each for count in counts]
+            runs += compare(models, prompt, integrators=[name], timers=["model"], steps=steps, key=jax.random.key(seed))[0]
+    figure = plot_errors(runs)
+    figure.savefig(HERE / "integrators.png", dpi=100)
+    rows = []
+    for name in names:
+        mine = [[run.distance for run in runs if run.integrator == name and run.evaluations == count] for count in counts]
+        rows.append([name, *(f"{np.exp(np.mean(np.log(each))):.2g}" for each in mine)])
+    print(markdown(["integrator", *map(str, counts)], rows))
+
+
+STOCHASTIC = {"ddim", "ancestral", "sde", "dpmpp_2m_sde", "er_sde", "renoise"}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["guidance", "cache", "integrators"])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20)
+    chosen = parser.parse_args()
+    {"guidance": guidance, "cache": cache, "integrators": integrators}[chosen.what](chosen)
