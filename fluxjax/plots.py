@@ -49,7 +49,7 @@ def plot_errors(runs: Sequence[Run]) -> Any:
         axes.loglog(counts, means, marker="osv^DPX*"[number % 8], label=label)
     axes.set(xlabel="evaluations", ylabel="distance to the reference")
     axes.set_xticks(ticks := sorted({run.evaluations for run in runs}), [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.legend(fontsize="small", ncols=2)
     return figure
 
@@ -59,6 +59,6 @@ def _figure(columns: int) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib. Install it with `pip install 'fluxjax[plot]'`.") from error
-    # Not pyplot's: nothing stays open, and a notebook shows it all the same.
+    # Not pyplot's, so that nothing stays open; a notebook shows it after `%matplotlib inline`.
     figure = Figure(figsize=(5.0 * columns + 1, 4.2), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, columns))

@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,12 @@ from evaluate_tiny import held_out_scenes, score
 
 import fluxjax
 from fluxjax import FirstBlock, Nag, Projected, TeaCache, Weaken, ZeroStar, isolated_attention, text_to_image
-from fluxjax.compare import compare
-from fluxjax.generate import denoise, encode_text, guidance_scale, model_times, noise_batch, prompt_ids
-from fluxjax.named import INTEGRATORS, integrator
+from fluxjax.compare import Run
+from fluxjax.generate import Text, denoise, encode_text, guidance_scale, noise_batch, prompt_ids
+from fluxjax.named import INTEGRATORS, integrator, timer
 from fluxjax.plots import plot_errors
 
-HERE = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -62,6 +64,38 @@ def guidance(options: argparse.Namespace) -> None:
     print(markdown(["guidance", "shape", "color", "relation", "all"], rows))
 
 
+class Setting(NamedTuple):
+    """The tiny model with encoded prompts and noise."""
+
+    models: fluxjax.Models
+    text: Text
+    noise: Any
+
+    @classmethod
+    def of(cls, count: int) -> "Setting":
+        models = fluxjax.load_models("tiny")
+        ids = prompt_ids(
+            models.tokenizers, [prompt for _, prompt in held_out_scenes(count)], max_length=models.defaults.max_length
+        )
+        size = models.defaults.height
+        noise = noise_batch(jax.random.key(0), range(count), size, size, channels=16)
+        return cls(models, encode_text(models.clip, models.t5, ids, dtype=jnp.float32), noise)
+
+    def times(self, name: str, steps: int) -> Any:
+        return timer(name, steps, self.models.defaults, self.models.defaults.height, self.models.defaults.width)
+
+    def run(self, times: Any, **options: Any) -> Any:
+        scale = guidance_scale(self.models.flux, self.models.defaults, None)
+        return denoise(self.models.flux, self.text, self.noise, times, scale, **options)
+
+
+def distances(end: Any, truth: Any) -> np.ndarray:
+    """Return each image's distance from the truth, relative to its norm."""
+    return np.asarray(jnp.linalg.norm((end - truth).reshape(len(end), -1), axis=1)) / np.asarray(
+        jnp.linalg.norm(truth.reshape(len(end), -1), axis=1)
+    )
+
+
 def seconds(run: Callable[[], Any], others: Callable[[], Any], repeats: int) -> float:
     """Return the median ratio of one's time to the other's, taken in turns, after each has been compiled."""
     jax.block_until_ready((run(), others()))
@@ -78,48 +112,39 @@ def seconds(run: Callable[[], Any], others: Callable[[], Any], repeats: int) -> 
 
 def cache(options: argparse.Namespace) -> None:
     """Speed and distance by threshold."""
-    models = fluxjax.load_models("tiny")
-    prompts = [prompt for _, prompt in held_out_scenes(options.prompts)]
-    size = models.defaults.height
-    ids = prompt_ids(models.tokenizers, prompts, max_length=models.defaults.max_length)
-    text = encode_text(models.clip, models.t5, ids, dtype=jnp.float32)
-    noise = noise_batch(jax.random.key(0), range(len(prompts)), size, size, channels=16)
-    times, scale = model_times(models.defaults, options.steps, size, size), guidance_scale(models.flux, models.defaults, None)
-
-    def run(reuse: Any = None) -> Any:
-        return denoise(models.flux, text, noise, times, scale, reuse=reuse)
-
-    plain, rows = run(), []
-    kinds = [(FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)), (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8))]
-    for kind, thresholds in kinds:
+    setting, rows = Setting.of(options.prompts), []
+    times = setting.times("model", options.steps)
+    plain = setting.run(times)
+    for kind, thresholds in ((FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)), (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8))):
         for threshold in thresholds:
             reuse = kind(jnp.float32(threshold))
-            ratio = seconds(run, lambda reuse=reuse: run(reuse), 5)
-            distance = run(reuse) - plain
-            error = float(jnp.linalg.norm(distance) / jnp.linalg.norm(plain))
-            rows.append([kind.__name__, f"{threshold:g}", f"{ratio:.2f}", f"{error:.3g}"])
+            ratio = seconds(lambda: setting.run(times), lambda reuse=reuse: setting.run(times, reuse=reuse), 7)
+            error = float(np.mean(distances(setting.run(times, reuse=reuse), plain)))
+            rows.append([kind.__name__, f"{threshold:g}", f"{ratio:.2f}", f"{error:.2g}"])
             print(rows[-1], flush=True)
     print(markdown(["cache", "threshold", "times as fast", "distance"], rows))
 
 
 def integrators(options: argparse.Namespace) -> None:
-    """Errors of the deterministic integrators by evaluations, as a plot and a table."""
-    models = fluxjax.load_models("tiny")
-    names = [name for name in INTEGRATORS if integrator(name).order and name not in STOCHASTIC]
+    """Errors of the deterministic integrators by evaluations, as a plot and a table for each of two timers."""
+    setting = Setting.of(options.prompts)
+    names = [name for name in INTEGRATORS if name not in STOCHASTIC]
     counts = (4, 8, 16, 32, 64)
-    runs = []
-    for seed, (_, prompt) in enumerate(held_out_scenes(options.prompts)):
-        for name in names:
-            each = integrator(name).evaluations
-            steps = [count // each for count in counts]
-            runs += compare(models, prompt, integrators=[name], timers=["model"], steps=steps, key=jax.random.key(seed))[0]
-    figure = plot_errors(runs)
-    figure.savefig(HERE / "integrators.png", dpi=100)
-    rows = []
-    for name in names:
-        mine = [[run.distance for run in runs if run.integrator == name and run.evaluations == count] for count in counts]
-        rows.append([name, *(f"{np.exp(np.mean(np.log(each))):.2g}" for each in mine)])
-    print(markdown(["integrator", *map(str, counts)], rows))
+    truth = setting.run(setting.times("model", 200), step=integrator("heun"))
+    for spacing in ("model", "uniform"):
+        runs = []
+        for name, count in product(names, counts):
+            step = integrator(name)
+            steps = count // step.evaluations
+            end = setting.run(setting.times(spacing, steps), step=step)
+            runs += [Run(spacing, name, steps, count, 0.0, float(d), 0.0) for d in distances(end, truth)]
+        plot_errors(runs).savefig(DOCS / f"errors_{spacing}.png", dpi=80)
+        means = defaultdict(dict)
+        for name, count in product(names, counts):
+            mine = [run.distance for run in runs if (run.integrator, run.evaluations) == (name, count)]
+            means[name][count] = float(np.exp(np.mean(np.log(mine))))
+        rows = [[name, *(f"{means[name][count]:.2g}" for count in counts)] for name in names]
+        print(markdown([f"integrator, {spacing} times", *map(str, counts)], rows), flush=True)
 
 
 STOCHASTIC = {"ddim", "ancestral", "sde", "dpmpp_2m_sde", "er_sde", "renoise"}
