@@ -235,13 +235,16 @@ def text_to_image(
     activations. None takes the model's default, for `dtype` that of `activation_dtype`.
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
     **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
-    model does not take, a negative prompt that cfg = 1 without nag would leave unused, or what `denoise` refuses.
+    model does not take, a negative prompt that cfg = 1 without nag would leave unused, a
+    strength without weaken, or what `denoise` refuses.
     """
     if steps is not None and times is not None:
         raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
     plain = isinstance(cfg, int | float) and cfg == 1
     if negative_prompt and plain and nag is None:
         raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=.")
+    if weaken is None and isinstance(strength, int | float) and strength != 0:
+        raise ValueError(f"`text_to_image(strength={strength})` does nothing without blocks to weaken. Pass weaken=.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
     defaults = models.defaults

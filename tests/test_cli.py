@@ -65,6 +65,8 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--eta", "0.5"], "euler takes no eta. Leave it out, or choose one of ddim, sde, dpmpp_2m_sde"),
         (["--integrator", "ddim", "--eta", "2"], "eta is in [0, 1], got 2.0"),
         (["--shift", "2"], "The timer model takes no shift"),
+        (["--rule", "apg"], "--rule does nothing at --cfg 1"),
+        (["--cache", "half"], "'half' is no cache. Write a threshold"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys, monkeypatch):
@@ -97,13 +99,17 @@ def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
     base = ["generate", PROMPT, "--steps", "2", "--compilation-cache", str(tmp_path / "cache")]
     sampler = ["--integrator", "ddim", "--eta", "0.5", "--timer", "flux_static", "--shift", "2"]
     guided = ["--cfg", "2", "--negative-prompt", "a blue ring"]
-    for extra in ([], sampler, [*sampler, *guided], ["--integrator", "heun", "--timer", "karras"]):
+    led = ["--nag", "3", "--cache", "teacache:9", "--negative-prompt", "a blue ring", "--cfg", "1.5", "--rule", "zero_star"]
+    for extra in ([], sampler, [*sampler, *guided], ["--integrator", "heun", "--timer", "karras"], led):
         cli.main([*base, *extra])
     assert "4/4 evaluations" in capsys.readouterr().err  # Heun's
-    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(4)]
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(5)]
     assert all(abs(a - b).max() > 0.05 for i, a in enumerate(images) for b in images[:i])
     with PIL.Image.open(tmp_path / "flux_2.png") as file:
         told = {"integrator": "ddim, eta 0.5", "timer": "flux_static, shift 2", "cfg": "2", "negative_prompt": "a blue ring"}
+        assert told.items() <= file.text.items()
+    with PIL.Image.open(tmp_path / "flux_4.png") as file:
+        told = {"nag": "3", "cache": "teacache:9", "cfg": "1.5", "rule": "zero_star", "negative_prompt": "a blue ring"}
         assert told.items() <= file.text.items()
 
 

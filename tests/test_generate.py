@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import DDIM, text_to_image, uniform_times
+from fluxjax import DDIM, FirstBlock, Nag, Weaken, isolated_attention, text_to_image, uniform_times
 from fluxjax.generate import batches, guidance_scale, model_times
 from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
 
@@ -98,6 +98,30 @@ def test_guidance_leads_away_from_the_negative_prompt(tiny):
     np.testing.assert_allclose(draw(tiny, negative_prompt="a blue ring", cfg=jax.numpy.float32(1.0)), base, atol=BATCH_BOUND)
     # Away from the prompt itself is nowhere.
     np.testing.assert_allclose(draw(tiny, negative_prompt="a red star on white", cfg=3.0), base, atol=10 * BATCH_BOUND)
+
+
+def test_a_cache_decides_for_the_batch_and_at_threshold_0_is_nothing(tiny):
+    plain = draw(tiny, images=3, steps=6)
+    np.testing.assert_array_equal(draw(tiny, images=3, steps=6, reuse=FirstBlock(0.0)), plain)
+    # So large a threshold runs the blocks once.
+    assert np.abs(draw(tiny, images=3, steps=6, reuse=FirstBlock(100.0)) - plain).max() > 0.01
+
+
+def test_nag_and_weakened_blocks_guide_the_image(tiny):
+    base, config = draw(tiny), tiny.flux.config
+    np.testing.assert_allclose(draw(tiny, nag=Nag(1.0), negative_prompt="a blue ring"), base, atol=BATCH_BOUND)
+    weaken = Weaken(config, double=[1], attention=isolated_attention)
+    np.testing.assert_allclose(draw(tiny, weaken=weaken), base, atol=BATCH_BOUND)
+    for way in (
+        {"nag": Nag(4.0)},
+        {"weaken": weaken, "strength": 1.0},
+        {"weaken": Weaken(config, single=[0]), "strength": 1.0},
+    ):
+        assert np.abs(draw(tiny, **way) - base).max() > 0.01
+    with pytest.raises(ValueError, match="one attention of its own"):
+        draw(tiny, nag=Nag(4.0), weaken=weaken)
+    with pytest.raises(ValueError, match="without blocks to weaken"):
+        draw(tiny, strength=1.0)
 
 
 def test_times_and_steps_are_one_or_the_other(tiny):
