@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fluxjax.cache import Cached, Reuse
@@ -23,6 +24,7 @@ from fluxjax.nets.vae import Vae
 from fluxjax.sample import sample
 from fluxjax.schedule import flow_times
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
+from fluxjax.shard import OnTokens, on_mesh
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
@@ -113,6 +115,7 @@ def denoise(
     strength: ScalarLike = 0.0,
     reuse: Reuse | None = None,
     report: Callable[[Array], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Integrate the transformer's velocity from noise to latents, a batch at once.
 
@@ -120,30 +123,41 @@ def denoise(
     scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
     `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`, and `nag`, if given,
     inside of the attention. `weaken`, `strength`: blocks that are spoilt, and by how much to lead away from that. `reuse`: of
-    what the blocks said, decided for the batch. `report`: called with t at every evaluation, on the host.
-    **Raises:** `ValueError` for nag without `unwanted`, or with an attention of `weaken`.
+    what the blocks said, decided for the batch. `report`: called with t at every evaluation, on the host. `mesh`: of devices,
+    from `make_mesh`; `flux` is then from `shard`.
+    **Raises:** `ValueError` for nag without `unwanted`, or with an attention of `weaken`; as `on_mesh` and `OnTokens`.
     """
     _check_guidance(unwanted, nag, weaken)
+    if reuse is not None and mesh is not None and mesh.shape["context"] > 1:
+        raise ValueError("`denoise(reuse)` compares all tokens of an image. Use a mesh of context=1 with it.")
     height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
-    inputs: dict[str, Any] = {"guidance": guidance, "img_ids": image_ids(height, width), "attention": nag}
+    everywhere = ("images",) if mesh is None else ("images", "data", "fsdp")
 
-    def network(x: Array, t: Scalar, text: Text) -> Array:
-        return flux(x, t, txt=text.txt, vec=text.vec, **inputs)
+    def run(flux: Flux, rows: Any, rest: Any) -> Array:
+        times, guidance, step, cfg, rule, nag, weaken, strength, reuse = rest
+        inputs: dict[str, Any] = {"guidance": guidance, "img_ids": image_ids(height, width), "attention": nag}
+        call = flux if mesh is None or mesh.shape["context"] == 1 else OnTokens(flux)
 
-    def spoilt(x: Array, t: Scalar, text: Text) -> Array:
-        return flux(x, t, txt=text.txt, vec=text.vec, weaken=weaken, **inputs)
+        def network(x: Array, t: Scalar, text: Text) -> Array:
+            return call(x, t, txt=text.txt, vec=text.vec, **inputs)
 
-    velocity = network if reuse is None else Cached(flux, reuse, over=("images",), **inputs)
-    weak = None if weaken is None else Weak(spoilt, strength)
+        def spoilt(x: Array, t: Scalar, text: Text) -> Array:
+            return call(x, t, txt=text.txt, vec=text.vec, weaken=weaken, **inputs)
 
-    def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
-        if nag is not None and unwanted is not None:
-            text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
-        guided = Guided(velocity, text, unwanted, cfg, rule, weak=weak)
-        told = guided if report is None else _Told(guided, report)
-        return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
+        velocity = network if reuse is None else Cached(flux, reuse, over=everywhere, **inputs)
+        weak = None if weaken is None else Weak(spoilt, strength)
 
-    return jax.vmap(one, axis_name="images")(noise, text, unwanted, keys)
+        def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
+            if nag is not None and unwanted is not None:
+                text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
+            guided = Guided(velocity, text, unwanted, cfg, rule, weak=weak)
+            told = guided if report is None else _Told(guided, report)
+            return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
+
+        return jax.vmap(one, axis_name="images")(*rows)
+
+    rows, rest = (noise, text, unwanted, keys), (times, guidance, step, cfg, rule, nag, weaken, strength, reuse)
+    return run(flux, rows, rest) if mesh is None else on_mesh(run, mesh, flux, rows, rest)
 
 
 class _Told(Remembering):

@@ -65,20 +65,20 @@ class ClipBlock(eqx.Module):
     norm2: LayerNorm
     up: Linear
     down: Linear
-    heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
     activation: str = eqx.field(static=True)
 
     def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
         width, hidden = config.width, config.mlp_width
         *projections, up, down = jax.random.split(key, 6)
-        self.heads, self.activation = config.heads, config.activation
+        self.head_dim, self.activation = config.width // config.heads, config.activation
         self.norm1, self.norm2 = LayerNorm(width, eps=config.eps), LayerNorm(width, eps=config.eps)
         self.q, self.k, self.v, self.out = (Linear(width, width, key=k) for k in projections)
         self.up, self.down = Linear(width, hidden, key=up), Linear(hidden, width, key=down)
 
     def __call__(self, x: States) -> States:
         y = self.norm1(x)
-        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", h=self.heads) for layer in (self.q, self.k, self.v))
+        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim) for layer in (self.q, self.k, self.v))
         mixed = attention(q, k, v, causal=True, implementation="xla")
         x = x + self.out(rearrange(mixed, "t h d -> t (h d)"))
         return x + self.down(_ACTIVATIONS[self.activation](self.up(self.norm2(x))))

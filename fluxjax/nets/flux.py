@@ -101,12 +101,10 @@ class Stream(eqx.Module):
     key_norm: RmsNorm
     out: Linear
     mlp: Mlp
-    heads: int = eqx.field(static=True)
 
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
         modulation, qkv, out, mlp = jax.random.split(key, 4)
         width = config.width
-        self.heads = config.heads
         self.modulation = Linear(width, 6 * width, scale=0, key=modulation)  # adaLN-zero: a new block is the identity
         self.qkv = Linear(width, 3 * width, key=qkv)
         self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
@@ -153,12 +151,10 @@ class SingleBlock(eqx.Module):
     query_norm: RmsNorm
     key_norm: RmsNorm
     linear2: Linear
-    heads: int = eqx.field(static=True)
 
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
         modulation, first, second = jax.random.split(key, 3)
         width, hidden = config.width, config.mlp_width
-        self.heads = config.heads
         self.modulation = Linear(width, 3 * width, scale=0, key=modulation)
         self.linear1 = Linear(width, 3 * width + hidden, key=first)
         self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
@@ -166,7 +162,9 @@ class SingleBlock(eqx.Module):
 
     def __call__(self, x: Float[Array, "tokens width"], vec: Float[Array, " width"], mix: Mix):
         shift, scale, gate = jnp.split(self.modulation(vec), 3)
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        # Of 3 a + m features out and a + m in, a are attention's: by shape, so that a share of the heads is a block too.
+        attended = (self.linear1.weight.shape[-2] - self.linear2.weight.shape[-1]) // 2
+        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * attended], axis=-1)
         mixed = mix(*_normed_heads(qkv, self))
         return x + gate * self.linear2(jnp.concatenate([mixed, gelu(hidden)], axis=-1))
 
@@ -351,7 +349,8 @@ class Flux(eqx.Module):
 
 
 def _normed_heads(qkv: Float[Array, "tokens qkv"], block: Stream | SingleBlock) -> tuple[Heads, Heads, Heads]:
-    q, k, v = rearrange(qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, heads=block.heads)
+    dim = block.query_norm.scale.shape[-1]
+    q, k, v = rearrange(qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, dim=dim)
     return block.query_norm(q), block.key_norm(k), v
 
 

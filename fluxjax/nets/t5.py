@@ -51,12 +51,12 @@ class T5Block(eqx.Module):
     gate: Linear
     up: Linear
     down: Linear
-    heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
         width, inner, hidden = config.width, config.heads * config.head_dim, config.mlp_width
         q, k, v, out, gate, up, down = jax.random.split(key, 7)
-        self.heads = config.heads
+        self.head_dim = config.head_dim
         self.norm1, self.norm2 = RmsNorm(width, eps=config.eps), RmsNorm(width, eps=config.eps)
         # T5 has no 1/sqrt(head_dim) on its scores: the queries are drawn that much smaller instead.
         self.q = Linear(width, inner, bias=False, scale=1 / math.sqrt(config.head_dim), key=q)
@@ -67,7 +67,7 @@ class T5Block(eqx.Module):
 
     def __call__(self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike) -> States:
         y = self.norm1(x, dtype)
-        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", h=self.heads) for layer in (self.q, self.k, self.v))
+        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim) for layer in (self.q, self.k, self.v))
         mixed = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
         x = x + self.out(rearrange(mixed, "t h d -> t (h d)")).astype(x.dtype)
         y = self.norm2(x, dtype)
