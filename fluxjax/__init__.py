@@ -55,6 +55,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         time_shift,
         uniform_times,
     )
+    from fluxjax.shard import make_mesh, on_mesh, shard, shardings
     from fluxjax.tokens import Tokenizers, tokenize
     from fluxjax.weights import convert_weights, inspect_weights
     from fluxjax.zoo import (
@@ -151,7 +152,9 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "make_mesh",
     "merge",
+    "on_mesh",
     "pack_latents",
     "plot_errors",
     "plot_times",
@@ -161,6 +164,8 @@ __all__ = [
     "sample",
     "sample_ode",
     "save_folder",
+    "shard",
+    "shardings",
     "static_times",
     "stream",
     "text_to_image",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ from fluxjax.lora.read import Lora, describe_lora, read_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.named import INTEGRATORS, RULES, TIMERS, cache, integrator, timer
 from fluxjax.shapes import Array, Times
+from fluxjax.shard import AXES, make_mesh, shard, shardings
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
     WHOLE,
@@ -115,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-dir", type=Path, default=Path(), help="where flux_N.png is written (default: here)")
     cache = _cache_folder()
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
+    about = "devices that share the work, as data=2,fsdp=4; one size may be -1, for those that are left (default: one)"
+    add("--mesh", type=_mesh, metavar="SIZES", help=about)
     add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
     _add_compare(commands)
     _add_weights(commands)
@@ -133,6 +137,21 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return names
 
     return read
+
+
+def _mesh(text: str) -> Mesh:
+    """Read a mesh: axes and their sizes, with commas between."""
+    try:
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; write it as data=2,fsdp=4") from None
+    unknown = sizes.keys() - set(AXES)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no axis {unknown.pop()!r}; choose of {', '.join(AXES)}")
+    try:
+        return make_mesh(**sizes)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _counts(text: str) -> list[int]:
@@ -470,14 +489,13 @@ def _generate(options: argparse.Namespace) -> None:
     loras = [(read_lora(adapter.file()), adapter.scale) for adapter in options.lora]
     written = []
     with _Clock(plan.steps * len(plan.groups), plan.step.evaluations) as clock:
-        encoders = [clock.load(load, options.model, dtype=plan.weights) for load in (load_clip, load_t5)]
-        encoders = [_merged(encoder, kind, loras) for encoder, kind in zip(encoders, ("clip", "t5"), strict=True)]
+        encoders = [_network(clock, load, kind, loras, options, plan) for load, kind in ((load_clip, "clip"), (load_t5, "t5"))]
         text, unwanted = _encode(clock, encoders, options, plan)
         if not options.keep_encoders:
             encoders.clear()
-        flux = _merged(clock.load(load_flux, options.model, dtype=plan.weights), "flux", loras)
+        flux = _network(clock, load_flux, "flux", loras, options, plan)
         guidance = guidance_scale(flux, defaults, options.guidance)
-        vae = clock.load(load_vae, options.model, dtype=plan.weights)
+        vae = _network(clock, load_vae, "vae", loras, options, plan)
         key, channels = jax.random.key(options.seed), vae.config.latent_channels
         for group in plan.groups:
             noise = noise_batch(key, group, plan.height, plan.width, channels=channels)
@@ -492,14 +510,23 @@ def _generate(options: argparse.Namespace) -> None:
                 rule=traced(RULES[options.rule]()),
                 nag=plan.nag,
                 reuse=plan.reuse,
+                mesh=options.mesh,
                 report=clock.tick,
             )
-            images = clock.run("decode", decode, vae, latents, dtype=plan.activations)
+            images = clock.run("decode", decode, vae, latents, dtype=plan.activations, mesh=options.mesh)
             # The last group repeats its last number.
             for number, image in zip(dict.fromkeys(group), images, strict=False):
                 written.append(write_numbered(image, folder, _metadata(options, plan, guidance, number)))
     print(clock.report())
     print("\n".join(str(path) for path in written))
+
+
+def _network(clock: _Clock, loader: Callable[..., Any], kind: str, loras: Any, options: argparse.Namespace, plan: _Plan) -> Any:
+    """Return a network with its adapters merged, on the mesh if there is one."""
+    mesh = options.mesh
+    where = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
+    network = _merged(clock.load(loader, options.model, dtype=plan.weights, **where), kind, loras)
+    return network if mesh is None else shard(network, mesh)
 
 
 def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, plan: _Plan) -> tuple[Text, Text | None]:
@@ -508,11 +535,11 @@ def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, pla
     seconds = None if options.prompt_2 is None else [options.prompt_2]
     ids = prompt_ids(tokenizers, [options.prompt], seconds, max_length=plan.max_length)
     count = len(plan.groups[0])
-    text = repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
+    text = repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations, mesh=options.mesh), count)
     if options.cfg == 1 and plan.nag is None:
         return text, None
     ids = prompt_ids(tokenizers, [options.negative_prompt or ""], max_length=plan.max_length)
-    return text, repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations), count)
+    return text, repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations, mesh=options.mesh), count)
 
 
 def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, number: int) -> dict[str, str]:

@@ -24,15 +24,16 @@ from fluxjax.nets.vae import Vae
 from fluxjax.sample import sample
 from fluxjax.schedule import flow_times
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
-from fluxjax.shard import OnTokens, on_mesh
+from fluxjax.shard import OnTokens, on_mesh, shard, shardings
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
 Tree = TypeVar("Tree")
+Network = TypeVar("Network", bound=eqx.Module)
 
 
 class Models(NamedTuple):
-    """All that text to image needs, with the defaults it was made for."""
+    """All that text to image needs, with the defaults it was made for, and the mesh that the networks lie on, if any."""
 
     tokenizers: Tokenizers
     clip: Clip
@@ -40,6 +41,7 @@ class Models(NamedTuple):
     flux: Flux
     vae: Vae
     defaults: Defaults
+    mesh: Mesh | None = None
 
 
 class Ids(NamedTuple):
@@ -56,17 +58,21 @@ class Text(NamedTuple):
     vec: Float[Array, "images pooled"]
 
 
-def load_models(source: str, *, dtype: DTypeLike | None = None) -> Models:
-    """Load every part of a model, from a zoo name, a diffusers folder or a hub id. `dtype`: of the weights; None keeps the
-    files'. **Raises:** as `fluxjax.zoo.load_flux`."""
-    return Models(
-        load_tokenizers(source),
-        load_clip(source, dtype=dtype),
-        load_t5(source, dtype=dtype),
-        load_flux(source, dtype=dtype),
-        load_vae(source, dtype=dtype),
-        load_defaults(source),
-    )
+def load_models(source: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Models:
+    """Load every part of a model, from a zoo name, a diffusers folder or a hub id.
+
+    **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from `make_mesh`, each of which is given
+    its part of the networks; then `text_to_image` runs on it.
+    **Raises:** as `fluxjax.zoo.load_flux`; `ValueError` for a mesh that does not divide heads and hidden features.
+    """
+
+    def load(loader: Callable[..., Network]) -> Network:
+        if mesh is None:
+            return loader(source, dtype=dtype)
+        return shard(loader(source, dtype=dtype, sharding=lambda network: shardings(network, mesh)), mesh)
+
+    networks = load(load_clip), load(load_t5), load(load_flux), load(load_vae)
+    return Models(load_tokenizers(source), *networks, load_defaults(source), mesh)
 
 
 def activation_dtype() -> DTypeLike:
@@ -91,10 +97,16 @@ def prompt_ids(
 
 
 @eqx.filter_jit
-def encode_text(clip: Clip, t5: T5, ids: Ids, *, dtype: DTypeLike) -> Text:
-    """Encode a batch of prompts, in activations of `dtype`."""
-    vec = jax.vmap(lambda one: clip(one, dtype=dtype))(ids.clip)
-    return Text(jax.vmap(lambda one: t5(one, dtype=dtype))(ids.t5), vec)
+def encode_text(clip: Clip, t5: T5, ids: Ids, *, dtype: DTypeLike, mesh: Mesh | None = None) -> Text:
+    """Encode a batch of prompts, in activations of `dtype`. `mesh`: of devices; the encoders are then from `shard`."""
+
+    def run(networks: tuple[Clip, T5], ids: Ids, rest: None) -> Text:
+        clip, t5 = networks
+        vec = jax.vmap(lambda one: clip(one, dtype=dtype))(ids.clip)
+        return Text(jax.vmap(lambda one: t5(one, dtype=dtype))(ids.t5), vec)
+
+    # A prompt is encoded once: rows that only fill are no loss worth an error.
+    return run((clip, t5), ids, None) if mesh is None else on_mesh(run, mesh, (clip, t5), ids, fill=True)
 
 
 @eqx.filter_jit
@@ -132,6 +144,8 @@ def denoise(
         raise ValueError("`denoise(reuse)` compares all tokens of an image. Use a mesh of context=1 with it.")
     height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
     everywhere = ("images",) if mesh is None else ("images", "data", "fsdp")
+    if nag is not None and mesh is not None:
+        nag = Nag(nag.scale, nag.tau, nag.alpha, nag.implementation, over=("tensor",))
 
     def run(flux: Flux, rows: Any, rest: Any) -> Array:
         times, guidance, step, cfg, rule, nag, weaken, strength, reuse = rest
@@ -183,10 +197,19 @@ def _check_guidance(unwanted: Text | None, nag: Nag | None, weaken: Weaken | Non
 
 @eqx.filter_jit
 def decode(
-    vae: Vae, latents: Float[Array, "images latent_channels rows columns"], *, dtype: DTypeLike
+    vae: Vae,
+    latents: Float[Array, "images latent_channels rows columns"],
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "images height width 3"]:
-    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped."""
-    return jax.lax.map(lambda one: jnp.clip(vae.decode(one.astype(dtype)).astype(jnp.float32), -1, 1), latents)
+    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped. `mesh`: of devices,
+    of which each decodes its rows; the VAE is then from `shard`."""
+
+    def run(vae: Vae, latents: Array, rest: None) -> Array:
+        return jax.lax.map(lambda one: jnp.clip(vae.decode(one.astype(dtype)).astype(jnp.float32), -1, 1), latents)
+
+    return run(vae, latents, None) if mesh is None else on_mesh(run, mesh, vae, latents)
 
 
 def noise_batch(
@@ -273,11 +296,11 @@ def text_to_image(
     if times is None:
         times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
     ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
-    text = encode_text(models.clip, models.t5, ids, dtype=dtype)
+    text = encode_text(models.clip, models.t5, ids, dtype=dtype, mesh=models.mesh)
     unwanted = None
     if not plain or nag is not None:
         ids = prompt_ids(models.tokenizers, [negative_prompt], max_length=max_length)
-        unwanted = encode_text(models.clip, models.t5, ids, dtype=dtype)
+        unwanted = encode_text(models.clip, models.t5, ids, dtype=dtype, mesh=models.mesh)
     scale = guidance_scale(models.flux, defaults, guidance)
     channels = models.vae.config.latent_channels
     drawn = []
@@ -296,8 +319,9 @@ def text_to_image(
             weaken=weaken,
             strength=jnp.float32(strength),
             reuse=traced(reuse),
+            mesh=models.mesh,
         )
-        drawn.append(decode(models.vae, latents, dtype=dtype))
+        drawn.append(decode(models.vae, latents, dtype=dtype, mesh=models.mesh))
     return jnp.concatenate(drawn)[:count]
 
 

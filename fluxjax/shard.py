@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluxjax.kernels.context import Ring, Ulysses
+from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.shapes import Array, Float
@@ -116,13 +117,13 @@ def _leaf(path: Any) -> _Leaf:
 def specs(network: Network, mesh: Mesh) -> Network:
     """Return where each array of a network lies on a mesh, as a pytree of `PartitionSpec`.
 
-    Matrices are split over "fsdp", those of blocks over "tensor" too, and biases as what they are added to; the rest is on every
-    device, as is a matrix whose size the axis does not divide.
+    Matrices are split over "fsdp", those of blocks (but CLIP's) over "tensor" too, and biases as what they are added to; the
+    rest is on every device, as is a matrix whose size the axis does not divide.
     """
 
-    def place(path: Any, leaf: Array) -> PartitionSpec:
+    def place(path: Any, leaf: Any) -> PartitionSpec:
         layer, role, stacked = _leaf(path)
-        how = _TENSOR.get(layer) if stacked and mesh.shape["tensor"] > 1 else None
+        how = _TENSOR.get(layer) if stacked and parts > 1 else None
         dims: list[str | None] = [None] * leaf.ndim
         if role == "value":
             if how is not None:
@@ -134,21 +135,31 @@ def specs(network: Network, mesh: Mesh) -> Network:
             dims[-1] = "tensor"
         elif role == "up" and how in ("out", "joined"):
             dims[-2] = "tensor"
-        elif layer == "position_bias" and mesh.shape["tensor"] > 1:
+        elif layer == "position_bias" and parts > 1:
             dims[-1] = "tensor"
         return PartitionSpec(*dims)
 
-    _check_heads(network, mesh)
-    return jax.tree_util.tree_map_with_path(place, eqx.filter(network, eqx.is_array))
+    parts = _tensor_parts(network, mesh)
+    return jax.tree_util.tree_map_with_path(place, eqx.filter(network, lambda leaf: hasattr(leaf, "shape")))
 
 
-def _check_heads(network: eqx.Module, mesh: Mesh) -> None:
+def shardings(network: Network, mesh: Mesh) -> Network:
+    """Return `specs` as shardings: with `load_flux(sharding=lambda network: shardings(network, mesh))` and its siblings, a
+    process reads its devices' slices alone."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(network, mesh))
+
+
+def _tensor_parts(network: eqx.Module, mesh: Mesh) -> int:
+    """Return how many parts "tensor" makes of a network's heads and hidden features."""
+    if isinstance(network, Clip):
+        return 1  # a hundredth of the transformer, and its 12 heads are not divided by 8
     config, parts = getattr(network, "config", None), mesh.shape["tensor"]
     for name in ("heads", "mlp_width"):
         if (size := getattr(config, name, None)) is not None and size % parts:
             raise ValueError(
                 f"tensor={parts} does not divide the {size} {name} of {type(network).__name__}. Choose one that does."
             )
+    return parts
 
 
 def shard(network: Network, mesh: Mesh) -> Network:
@@ -186,8 +197,9 @@ def _regrouped(path: Any, leaf: Array, network: Any, parts: int) -> Array:
     return jnp.take(leaf, np.concatenate(order), axis=axis)
 
 
-def local(network: Network, placed: Network) -> Network:
-    """Return a network of one device's arrays, inside of `jax.shard_map`, whose weights fetch and sum what they lack.
+def local(network: Any, placed: Any) -> Any:
+    """Return a network, or a pytree of some, of one device's arrays, inside of `jax.shard_map`: its weights fetch and sum what
+    they lack.
 
     `placed`: its `specs`.
     """
@@ -212,17 +224,19 @@ def _gathering(weight: Weight, spec: Any) -> Weight:
     raise ValueError(f"A {type(weight).__name__} weight has no form on a mesh. Use dense ones, or attached adapters.")
 
 
-def on_mesh(function: Callable[[Any, Any, Any], Result], mesh: Mesh, networks: Any, rows: Any, rest: Any = None) -> Result:
+def on_mesh(
+    function: Callable[[Any, Any, Any], Result], mesh: Mesh, networks: Any, rows: Any, rest: Any = None, *, fill: bool = False
+) -> Result:
     """Return function(networks, rows, rest), computed on a mesh by `jax.shard_map`.
 
     **Arguments:** `function`: of the networks in their local form, of this device's rows, and of what is the same everywhere;
     gives arrays of its rows. `networks`: from `shard`. `rows`: arrays with one row an example; where the devices do not divide
-    them, the last is repeated and dropped. `rest`: a pytree.
-    **Raises:** `ValueError` for fewer rows than data x fsdp.
+    them, the last is repeated and dropped. `rest`: a pytree. `fill`: whether that may leave a device nothing but the repeated.
+    **Raises:** `ValueError` for fewer rows than data x fsdp, without `fill`.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     count = len(jax.tree.leaves(eqx.filter(rows, eqx.is_array))[0])
-    if count < parts:
+    if count < parts and not fill:
         raise ValueError(
             f"A batch of {count} leaves some of data x fsdp = {parts} devices idle. Draw more at once, or let them serve "
             "tensor= or context=."
@@ -242,7 +256,7 @@ def on_mesh(function: Callable[[Any, Any, Any], Result], mesh: Mesh, networks: A
 
 
 def _filled(x: Array, more: int) -> Array:
-    return jnp.concatenate([x, jnp.repeat(x[-1:], more, axis=0)]) if more else x
+    return x[np.minimum(np.arange(len(x) + more), len(x) - 1)] if more else x
 
 
 class OnTokens(eqx.Module):

@@ -70,7 +70,8 @@ def load_flux(
     **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the documentation's page on
     weights lists them), or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
     the weights; None keeps the file's, and decodes scaled fp8 and GGUF's blocks to bfloat16. `sharding`: a
-    `jax.sharding.Sharding` for every leaf, or a pytree of them; a process reads its devices' slices alone.
+    `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one of the network of shapes; a process
+    reads its devices' slices alone.
     **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source.
     """
     return _load(FLUX, source, config, dtype, sharding)

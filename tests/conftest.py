@@ -16,3 +16,10 @@ hypothesis.settings.load_profile("untimed")
 def tiny() -> fluxjax.Models:
     """The model that ships with the package, in float32."""
     return fluxjax.load_models("tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go_of():
+    """XLA:CPU maps some pages a compiled program, and a process may have 65,530 maps, which one of all tests would reach."""
+    yield
+    jax.clear_caches()

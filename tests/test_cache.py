@@ -1,6 +1,7 @@
 """Step caching: bitwise nothing at threshold 0, one choice for a batch, and what is reused is what was said before."""
 
 import itertools
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
-from fluxjax import Cached, FirstBlock, Flux, Guided, Heun, Nag, TeaCache, attention, flow_times, sample, stream
+from fluxjax import Cached, Euler, FirstBlock, Flux, Guided, Heun, Nag, TeaCache, attention, flow_times, sample, stream
+from fluxjax.generate import traced
 from fluxjax.named import cache
 
 TXT, VEC, NOISE = draw(TEXT, 12, seed=3), draw(6, seed=4), draw(IMAGE, 8)
@@ -23,34 +25,50 @@ def flux():
     return small_flux()
 
 
-def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
+@eqx.filter_jit
+def sampled(flux, reuse, noise, step, options):
     return sample(Guided(Cached(flux, reuse, IDS, 2.0, **options), (TXT, VEC)), noise, TIMES, step=step)
 
 
-def plain(flux, noise=NOISE, **options):
-    velocity = eqx.Partial(flux, txt=TXT, vec=VEC, guidance=2.0, img_ids=IDS, **options)
-    return sample(velocity, noise, TIMES, step=Heun()).x
+def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
+    """Sample with thresholds and times as arrays, so that few programs are compiled."""
+    return sampled(flux, traced(reuse), noise, step, options)
 
 
 @pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
 def test_threshold_0_is_bitwise_the_plain_result(flux, kind):
+    velocity = eqx.Partial(flux, txt=TXT, vec=VEC, guidance=2.0, img_ids=IDS)
     cached = run(flux, kind(0.0))
-    np.testing.assert_array_equal(cached.x, plain(flux))
+    np.testing.assert_array_equal(cached.x, eqx.filter_jit(sample)(velocity, NOISE, TIMES, step=Heun()).x)
     assert int(cached.memory.wanted.reused) == 0
+
+
+class Stages(NamedTuple):
+    """What the network's parts say at one evaluation."""
+
+    entered: jax.Array
+    after_first: jax.Array
+    after_all: jax.Array
+    vec: jax.Array
+
+
+@eqx.filter_jit
+def stages(flux, x, t) -> Stages:
+    hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
+    return Stages(hidden.img, flux.first(hidden)[0], flux.blocks(hidden), hidden.vec)
 
 
 @pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
 def test_of_everything_but_the_first_evaluation_the_blocks_are_reused(flux, kind):
-    cached = Cached(flux, kind(float("inf")), IDS, 2.0)
-    result = sample(Guided(cached, (TXT, VEC)), NOISE, TIMES)
+    result = run(flux, kind(float("inf")), step=Euler())
     assert int(result.memory.wanted.reused) == len(TIMES) - 2
     # By hand: what the blocks added at the first time, added again after the embedding (and the first block).
     x, added = NOISE, None
     for t, u in itertools.pairwise(TIMES):
-        hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
-        img = flux.first(hidden)[0] if kind is FirstBlock else hidden.img
-        added = flux.blocks(hidden) - img if added is None else added
-        x = x + (u - t) * flux.final(img + added, hidden.vec)
+        now = stages(flux, x, t)
+        img = now.after_first if kind is FirstBlock else now.entered
+        added = now.after_all - img if added is None else added
+        x = x + (u - t) * flux.final(img + added, now.vec)
     np.testing.assert_allclose(result.x, x, atol=1e-5)
 
 
@@ -65,24 +83,24 @@ def test_reuse_follows_the_gathered_change(flux, kind):
     chosen, old, distance = [], None, 0.0
     x, added = NOISE, None
     for t, u in itertools.pairwise(TIMES):
-        hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
-        img, _ = flux.first(hidden)
+        now = stages(flux, x, t)
         if kind is FirstBlock:
-            signal, base = np.asarray(img - hidden.img), img
+            signal, base = np.asarray(now.after_first - now.entered), now.after_first
         else:
             modulation = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, flux.double.img.modulation)
-            shift, scale = np.split(np.asarray(modulation(hidden.vec)), 6)[:2]
-            centred = np.asarray(hidden.img) - np.asarray(hidden.img).mean(-1, keepdims=True)
-            signal, base = centred / centred.std(-1, keepdims=True) * (1 + scale) + shift, hidden.img
+            shift, scale = np.split(np.asarray(modulation(now.vec)), 6)[:2]
+            entered = np.asarray(now.entered)
+            centred = entered - entered.mean(-1, keepdims=True)
+            signal, base = centred / centred.std(-1, keepdims=True) * (1 + scale) + shift, now.entered
         change = float("inf") if old is None else relative(signal, old)
         distance = change if kind is FirstBlock else distance + change
         chosen.append(distance < float(reuse.threshold))
         if not chosen[-1]:
-            added, distance = flux.blocks(hidden) - base, 0.0
+            added, distance = now.after_all - base, 0.0
         old = signal if kind is TeaCache or not chosen[-1] else old
-        x = x + (u - t) * flux.final(base + added, hidden.vec)
+        x = x + (u - t) * flux.final(base + added, now.vec)
     assert 0 < sum(chosen) < len(TIMES) - 2  # both happen
-    result = sample(Guided(Cached(flux, reuse, IDS, 2.0), (TXT, VEC)), NOISE, TIMES)
+    result = run(flux, reuse, step=Euler())
     assert int(result.memory.wanted.reused) == sum(chosen)
     np.testing.assert_allclose(result.x, x, atol=2e-5)
 
@@ -129,17 +147,16 @@ def test_the_blocks_of_a_reused_step_are_not_run_in_a_batch_either(flux):
 def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
     noises = jnp.stack([NOISE, 4.0 * NOISE, draw(IMAGE, 8, seed=8)])
 
-    def alone(noise, reuse):
-        return int(sample(Guided(Cached(flux, reuse, IDS, 2.0), (TXT, VEC)), noise, TIMES).memory.wanted.reused)
-
-    def together(noise, reuse):
-        return sample(Guided(Cached(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC)), noise, TIMES).memory.wanted.reused
+    @eqx.filter_jit
+    def together(reuse):
+        velocity = Guided(Cached(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC))
+        return jax.vmap(lambda noise: sample(velocity, noise, TIMES).memory.wanted.reused, axis_name="images")(noises)
 
     for threshold in (0.5, 0.6, 0.8):
-        reuse = FirstBlock(threshold)
-        counts = jax.vmap(lambda noise, reuse=reuse: together(noise, reuse), axis_name="images")(noises)
+        counts = together(FirstBlock(jnp.float32(threshold)))
         assert len(set(counts.tolist())) == 1
-        assert int(counts[0]) <= min(alone(noise, reuse) for noise in noises)
+        alone = [int(run(flux, FirstBlock(threshold), noise, step=Euler()).memory.wanted.reused) for noise in noises]
+        assert int(counts[0]) <= min(alone)
 
 
 def test_with_two_conditions_each_has_a_memory_of_its_own(flux):
@@ -148,26 +165,29 @@ def test_with_two_conditions_each_has_a_memory_of_its_own(flux):
     def network(x, t, condition):
         return flux(x, t, txt=condition[0], vec=condition[1], guidance=2.0, img_ids=IDS)
 
-    exact = sample(Guided(network, (TXT, VEC), away, 3.0), NOISE, TIMES).x
-    cached = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC), away, 3.0), NOISE, TIMES)
+    @eqx.filter_jit
+    def guided(velocity):
+        return sample(Guided(velocity, (TXT, VEC), away, 3.0), NOISE, TIMES)
+
+    cached = guided(Cached(flux, FirstBlock(0.0), IDS, 2.0))
     # One batch of two, and one after the other: XLA:CPU's sums differ by some 1e-6.
-    np.testing.assert_allclose(cached.x, exact, atol=1e-4)
-    wanted = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC)), NOISE, TIMES[:3]).memory.wanted
-    both = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0), (TXT, VEC), away, 3.0), NOISE, TIMES[:3]).memory
-    assert np.abs(both.wanted.signal - both.unwanted.signal).max() > 1e-3
-    assert np.abs(both.wanted.signal - wanted.signal).max() > 1e-4  # the paths part after a step
+    np.testing.assert_allclose(cached.x, guided(network).x, atol=1e-4)
+    assert np.abs(cached.memory.wanted.signal - cached.memory.unwanted.signal).max() > 1e-3
 
 
 def test_with_an_attention_that_guides_and_step_by_step_it_is_the_same(flux):
     both = jnp.concatenate([draw(TEXT, 12, seed=9), TXT])
-    cached = Guided(Cached(flux, FirstBlock(0.6), IDS, 2.0, attention=Nag(3.0)), (both, VEC))
-    scanned = sample(cached, NOISE, TIMES)
+
+    def guided(threshold):
+        return Guided(Cached(flux, FirstBlock(jnp.float32(threshold)), IDS, 2.0, attention=Nag(3.0)), (both, VEC))
+
+    jitted = eqx.filter_jit(sample)
+    scanned = jitted(guided(0.6), NOISE, TIMES)
     assert int(scanned.memory.wanted.reused) > 0
-    *_, last = stream(cached, NOISE, TIMES)
+    *_, last = stream(guided(0.6), NOISE, TIMES)
     np.testing.assert_allclose(last.x, scanned.x, atol=1e-6)
-    exact = sample(Guided(Cached(flux, FirstBlock(0.0), IDS, 2.0, attention=Nag(3.0)), (both, VEC)), NOISE, TIMES, step=Heun())
     velocity = eqx.Partial(flux, txt=both, vec=VEC, guidance=2.0, img_ids=IDS, attention=Nag(3.0))
-    np.testing.assert_array_equal(exact.x, sample(velocity, NOISE, TIMES, step=Heun()).x)
+    np.testing.assert_array_equal(jitted(guided(0.0), NOISE, TIMES).x, jitted(velocity, NOISE, TIMES).x)
 
 
 def test_another_threshold_compiles_nothing(flux):

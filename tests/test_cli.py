@@ -140,3 +140,31 @@ def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
     (run,), images = compare(tiny, "a red star", **options, key=jax.random.key(0), height=32, width=32)
     assert (run.distance, run.evaluations) == (0, 6)
     np.testing.assert_array_equal(images[0], images[1])
+
+
+def test_a_mesh_draws_the_same_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = ["generate", PROMPT, "--steps", "2", "--images", "4", "--compilation-cache", str(tmp_path / "cache")]
+    for extra in (
+        [],
+        ["--mesh", "fsdp=2,tensor=-1,data=2"],
+        ["--lora", "tiny:kraft"],
+        ["--lora", "tiny:kraft", "--mesh", "data=4,tensor=2"],
+    ):
+        cli.main([*base, *extra])
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(16)]
+    for one, many in ((0, 4), (8, 12)):
+        for number in range(4):
+            # A level of 255 where a value is on the edge between two.
+            assert abs(images[one + number] - images[many + number]).max() < 0.01
+    assert abs(images[0] - images[8]).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("fsdp", "is no mesh"), ("rows=2", "there is no axis 'rows'"), ("data=3", "does not use 8 devices")]
+)
+def test_a_wrong_mesh_is_told(text, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", PROMPT, "--mesh", text])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -72,7 +72,7 @@ def flux():
 
 def call(flux, text=None, **options):
     text = draw(TEXT, 12, seed=3) if text is None else text
-    return flux(draw(IMAGE, 8), 0.6, txt=text, vec=draw(6, seed=4), img_ids=IDS, guidance=2.0, **options)
+    return eqx.filter_jit(flux)(draw(IMAGE, 8), 0.6, txt=text, vec=draw(6, seed=4), img_ids=IDS, guidance=2.0, **options)
 
 
 def test_a_skipped_block_is_one_that_the_network_does_not_have(flux):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax.generate import denoise, encode_text, noise_batch, prompt_ids
-from fluxjax.shard import make_mesh, shard
+from fluxjax import DDIM, FirstBlock, Nag, Weaken, attention, isolated_attention, make_mesh, shard
+from fluxjax.generate import denoise, encode_text, noise_batch, prompt_ids, step_keys
+from fluxjax.kernels.context import Ring, Ulysses
+from fluxjax.nets.layers import Dense
+from fluxjax.shard import Gathered, Joined, Summed
 
 HEIGHT, WIDTH = 48, 80  # 15 tokens, which neither 2 nor 4 divide
 PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of a white heart"]
@@ -15,11 +18,11 @@ PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of
 BOUND = 1e-5
 
 
-def inputs(tiny, images):
+def drawn(tiny, images, steps=2):
     ids = prompt_ids(tiny.tokenizers, [PROMPTS[i % 3] for i in range(images)], max_length=12)
     text = encode_text(tiny.clip, tiny.t5, ids, dtype=jnp.float32)
     noise = noise_batch(jax.random.key(0), range(images), HEIGHT, WIDTH, channels=16)
-    return text, noise, fluxjax.flow_times(2), jnp.float32(3.5)
+    return text, noise, fluxjax.flow_times(steps), jnp.float32(3.5)
 
 
 def some(count):
@@ -39,14 +42,118 @@ MESHES = {
 }
 
 
+def mesh_of(**sizes):
+    return make_mesh(**sizes, devices=some(int(np.prod(list(sizes.values())))))
+
+
+def relative(found, expected):
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_sampling_on_a_mesh_is_sampling_on_one_device(tiny, name):
     sizes, bound = MESHES[name]
-    mesh = make_mesh(**sizes, devices=some(int(np.prod(list(sizes.values())))))
-    images = mesh.shape["data"] * mesh.shape["fsdp"] + 3  # not divided by any of them but 1 and 3
-    text, noise, times, scale = inputs(tiny, images)
-    expected = denoise(tiny.flux, text, noise, times, scale)
-    found = denoise(shard(tiny.flux, mesh), text, noise, times, scale, mesh=mesh)
-    error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
-    assert error <= bound
-    print(name, error)
+    mesh = mesh_of(**sizes)
+    images = mesh.shape["data"] * mesh.shape["fsdp"] + 3  # which they divide only if they are 1
+    inputs = drawn(tiny, images)
+    expected = denoise(tiny.flux, *inputs)
+    assert relative(denoise(shard(tiny.flux, mesh), *inputs, mesh=mesh), expected) <= bound
+
+
+COLLECTIVES = {Gathered: "fsdp", Summed: "tensor", Joined: "tensor", Ulysses: "context", Ring: "context"}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES, ids=lambda kind: kind.__name__)
+def test_without_its_collective_a_mesh_is_wrong(tiny, monkeypatch, kind):
+    """Each is replaced by what one device would do alone."""
+
+    def alone(weight, x):
+        if kind is Gathered:
+            repeats = [1, 1]
+            repeats[weight.axis] = 2
+            return Dense(jnp.tile(weight.value, repeats)).matmul(x)
+        part = weight.base.matmul(x)
+        return part if kind is Summed else jnp.concatenate([part, part], -1)
+
+    if kind in (Ulysses, Ring):
+        monkeypatch.setattr(kind, "__call__", lambda self, q, k, v, txt_tokens: attention(q, k, v))
+    else:
+        monkeypatch.setattr(kind, "matmul", alone)
+    mesh, inputs = mesh_of(**{COLLECTIVES[kind]: 4 if kind is Ring else 2}), drawn(tiny, 2)
+    found = denoise.__wrapped__(shard(tiny.flux, mesh), *inputs, mesh=mesh)
+    assert not relative(found, denoise(tiny.flux, *inputs)) <= 100 * BOUND
+
+
+def test_what_guides_and_draws_runs_on_a_mesh_too(tiny):
+    mesh, inputs = mesh_of(data=2, tensor=2), drawn(tiny, 2)
+    flux, placed = tiny.flux, shard(tiny.flux, mesh)
+    unwanted = jax.tree.map(lambda x: x[::-1], inputs[0])
+    ways = {
+        "guided": dict(unwanted=unwanted, cfg=jnp.float32(2.0), nag=Nag(jnp.float32(3.0))),
+        "weakened": dict(weaken=Weaken(flux.config, double=[1], attention=isolated_attention), strength=jnp.float32(0.5)),
+        "drawn": dict(step=DDIM(1.0), keys=step_keys(jax.random.key(1), [0, 1], DDIM(1.0))),
+    }
+    for name, way in ways.items():
+        assert relative(denoise(placed, *inputs, mesh=mesh, **way), denoise(flux, *inputs, **way)) <= 5 * BOUND, name
+
+
+def test_a_cache_decides_for_all_devices(tiny):
+    mesh, inputs = mesh_of(data=2, fsdp=2), drawn(tiny, 4, steps=6)
+    for threshold in (0.3, 100.0):
+        reuse = FirstBlock(jnp.float32(threshold))
+        expected = denoise(tiny.flux, *inputs, reuse=reuse)
+        assert relative(denoise(shard(tiny.flux, mesh), *inputs, reuse=reuse, mesh=mesh), expected) <= BOUND
+
+
+def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
+    options = dict(key=jax.random.key(0), steps=2, height=HEIGHT, width=WIDTH, images=2)
+    expected = fluxjax.text_to_image(tiny, "a red star", **options)
+    for sizes in (dict(data=2, tensor=2), dict(fsdp=2, context=2)):
+        models = fluxjax.load_models("tiny", dtype="float32", mesh=mesh_of(**sizes))
+        np.testing.assert_allclose(fluxjax.text_to_image(models, "a red star", **options), expected, atol=1e-4)
+        weight = models.t5.blocks.up.weight.value
+        assert weight.addressable_shards[0].data.size == weight.size // 2
+
+
+def test_a_mesh_splits_every_large_matrix(tiny):
+    mesh = mesh_of(fsdp=4, tensor=2)
+    for network, blocks in ((tiny.flux, "single"), (tiny.flux, "double"), (tiny.t5, "blocks")):
+        whole = sum(leaf.size for leaf in jax.tree.leaves(getattr(network, blocks)))
+        placed = jax.tree.leaves(getattr(shard(network, mesh), blocks))
+        assert sum(leaf.addressable_shards[0].data.size for leaf in placed) < 1.1 * whole / 8
+
+
+def test_attached_adapters_are_split_as_their_weights(tiny):
+    mesh, inputs = mesh_of(fsdp=2, tensor=2), drawn(tiny, 2)
+    lora = fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    adapted = fluxjax.attach(tiny.flux, [lora])
+    expected = denoise(adapted, *inputs)
+    assert relative(expected, denoise(tiny.flux, *inputs)) > 0.01
+    assert relative(denoise(shard(adapted, mesh), *inputs, mesh=mesh), expected) <= BOUND
+    # Merged on a mesh before it is regrouped.
+    split = mesh_of(fsdp=4)
+    placed = jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, split))
+    merged = shard(fluxjax.merge(placed, [lora]), split)
+    assert relative(denoise(merged, *drawn(tiny, 4), mesh=split), denoise(adapted, *drawn(tiny, 4))) <= BOUND
+
+
+def test_sizes_that_do_not_fit_are_told():
+    assert dict(make_mesh(data=2, fsdp=-1, devices=some(8)).shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    for wrong in (dict(data=3), dict(data=-1, fsdp=-1), dict(data=3, fsdp=-1), dict(data=0)):
+        with pytest.raises(ValueError, match="does not use 8 devices"):
+            make_mesh(**wrong, devices=some(8))
+
+
+def test_what_a_mesh_can_not_do_is_told(tiny):
+    inputs = drawn(tiny, 2)
+    with pytest.raises(ValueError, match="tensor=4 does not divide the 6 heads of Flux"):
+        shard(tiny.flux, mesh_of(tensor=4))
+    wide = mesh_of(data=4)
+    with pytest.raises(ValueError, match="A batch of 2 leaves some of data x fsdp = 4 devices idle"):
+        denoise(shard(tiny.flux, wide), *inputs, mesh=wide)
+    long = mesh_of(context=2)
+    placed = shard(tiny.flux, long)
+    with pytest.raises(ValueError, match="Use a mesh of context=1"):
+        denoise(placed, *inputs, mesh=long, reuse=FirstBlock(0.1))
+    with pytest.raises(ValueError, match="would see a part of the tokens"):
+        denoise(placed, *inputs, mesh=long, unwanted=inputs[0], nag=Nag(3.0))

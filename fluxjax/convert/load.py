@@ -251,10 +251,12 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) ->
     """Fill a network with the tensors of a checkpoint.
 
     **Arguments:** `dtype`: of the weights; None keeps the file's, the widest of those stacked together. `sharding`: of every
-    leaf, or a pytree of shardings, one a leaf; a process reads no more of a tensor than its devices hold.
+    leaf, or a pytree of shardings, one a leaf, or a function that makes one of the network of shapes; a process reads no more
+    of a tensor than its devices hold.
     **Returns:** the network with arrays on the default device, or as `sharding` says.
     """
     leaves, structure = jax.tree.flatten(plan.network)
+    sharding = sharding(plan.network) if callable(sharding) else sharding
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         shardings = [sharding] * len(leaves)
     else:

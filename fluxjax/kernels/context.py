@@ -45,8 +45,8 @@ class Ulysses(eqx.Module):
 
 
 class Ring(eqx.Module):
-    """As `Ulysses`, for any number of heads: the image's keys and values go round the devices, a part at a time, and each device
-    adds up what its own queries take from them.
+    """As `Ulysses`, for any number of heads: the image's keys and values go round the devices, a part at a time, and each
+    device adds up what its own queries take from them.
 
     Moves the image's k and v (n - 1) / n times. Sums and maxima are float32.
     **Source:** Liu et al. 2023 (2310.01889).

@@ -35,7 +35,7 @@ class Nag(eqx.Module):
     One pass of the network a step, so that it also guides models without classifier-free guidance, as schnell.
 
     `scale`: 1 is none. `tau`: how many times its norm the guided value may have. `alpha`: how much of it is taken.
-    `implementation`: of `fluxjax.attention`.
+    `implementation`: of `fluxjax.attention`. `over`: axes of a mesh that the heads are split over.
     **Source:** Chen et al. 2025 (2505.21179), with its L1 norm.
     """
 
@@ -43,6 +43,7 @@ class Nag(eqx.Module):
     tau: ScalarLike = 2.5
     alpha: ScalarLike = 0.25
     implementation: str | None = eqx.field(static=True, default=None)
+    over: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
         half = txt_tokens // 2
@@ -62,7 +63,8 @@ class Nag(eqx.Module):
         """Return the guided values; norms are over all heads of a token."""
         near, far = wanted.astype(jnp.float32), unwanted.astype(jnp.float32)
         guided = near + (jnp.asarray(self.scale, jnp.float32) - 1) * (near - far)
-        size = jnp.sum(jnp.abs(guided), (-2, -1), keepdims=True)
-        bound = self.tau * jnp.sum(jnp.abs(near), (-2, -1), keepdims=True)
+        sizes = [jnp.sum(jnp.abs(x), (-2, -1), keepdims=True) for x in (guided, near)]
+        size, plain = jax.lax.psum(sizes, self.over) if self.over else sizes
+        bound = self.tau * plain
         guided = guided * jnp.where(size > bound, bound / jnp.where(size > 0, size, 1), 1)
         return (near + self.alpha * (guided - near)).astype(wanted.dtype)
