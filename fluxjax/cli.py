@@ -4,68 +4,38 @@ import argparse
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from tqdm import tqdm
 
 import fluxjax
-from fluxjax.cache import Reuse
 from fluxjax.compare import compare, grid, table
 from fluxjax.convert.layouts import LAYOUTS
 from fluxjax.convert.source import KINDS, open_source
+from fluxjax.draw import DTYPES, generate, use_cache, writable
 from fluxjax.generate import (
-    Text,
-    activation_dtype,
-    batches,
-    decode,
-    denoise,
-    encode_text,
-    guidance_scale,
     load_models,
-    noise_batch,
-    prompt_ids,
-    repeated,
-    step_keys,
-    traced,
 )
 from fluxjax.image import write_numbered
-from fluxjax.integrate.base import Step
-from fluxjax.kernels.guiding import Nag
-from fluxjax.latents import image_ids
-from fluxjax.lora.merge import merge
-from fluxjax.lora.read import Lora, describe_lora, read_lora
+from fluxjax.lora.read import describe_lora, read_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
-from fluxjax.named import INTEGRATORS, RULES, TIMERS, cache, integrator, timer
-from fluxjax.shapes import Array, Times
-from fluxjax.shard import AXES, make_mesh, shard, shardings
+from fluxjax.named import INTEGRATORS, RULES, TIMERS
+from fluxjax.shard import AXES
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
     WHOLE,
     ZOO,
-    Defaults,
     download,
     download_file,
-    load_clip,
-    load_defaults,
-    load_flux,
-    load_t5,
-    load_tokenizers,
-    load_vae,
     locate,
     shipped_lora,
 )
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-Loaded = TypeVar("Loaded")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,10 +54,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fluxjax", description="FLUX for JAX.")
     parser.add_argument("--version", action="version", version=f"fluxjax {fluxjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="draw images of a prompt", description="Draw images of a prompt.")
-    generate.set_defaults(run=_generate)
-    add = generate.add_argument
-    add("prompt", help="what the image shows")
+    _add_generate(commands)
+    _add_compare(commands)
+    _add_weights(commands)
+    _add_lora(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    """Add the command that draws."""
+    about = "Draw images of a prompt, or of a file of them."
+    parser = commands.add_parser("generate", help="draw images of a prompt", description=about)
+    parser.set_defaults(run=generate)
+    add = parser.add_argument
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("prompt", nargs="?", help="what the image shows")
+    about = "in its place, a JSON object a line: prompt, and, if wanted, prompt_2, negative_prompt, id, and seed"
+    asked.add_argument("--prompts", type=Path, metavar="FILE", help=about)
     add("--prompt-2", help="a text for T5 alone; CLIP keeps the prompt")
     add("--model", default="tiny", help=f"{', '.join(ZOO)}, a diffusers folder, or a hub id (default: %(default)s)")
     add("--steps", type=int, help="of the integrator (default: the model's)")
@@ -104,26 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--images", type=int, default=1, help="how many (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--seed", type=int, help="of the noise (default: 0; of --prompts, a line's number)")
     add("--max-sequence-length", type=int, help="T5 tokens (default: the model's)")
     add(
         "--dtype",
         choices=DTYPES,
         help="of weights and activations (default: the files' and, for activations, bfloat16, on CPU float32)",
     )
-    add("--batch", type=int, help="images a forward pass (default: all)")
+    add("--batch", type=int, help="images a forward pass (default: all; of --prompts, one)")
     about = "merge an adapter: [NAME=]FILE[:SCALE], where FILE may be hub:OWNER/REPO/FILE or tiny:STYLE; may be given again"
     add("--lora", action="append", type=_adapter, default=[], metavar="ADAPTER", help=about)
-    add("--output-dir", type=Path, default=Path(), help="where flux_N.png is written (default: here)")
+    add("--output-dir", type=Path, default=Path(), help="where flux_N.png, or ID.png, is written (default: here)")
     cache = _cache_folder()
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
     about = "devices that share the work, as data=2,fsdp=4; one size may be -1, for those that are left (default: one)"
     add("--mesh", type=_mesh, metavar="SIZES", help=about)
+    add("--distributed", action="store_true", help="share the lines of --prompts with the job's other processes")
     add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
-    _add_compare(commands)
-    _add_weights(commands)
-    _add_lora(commands)
-    return parser
 
 
 def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -139,7 +119,7 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def _mesh(text: str) -> Mesh:
+def _mesh(text: str) -> dict[str, int]:
     """Read a mesh: axes and their sizes, with commas between."""
     try:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
@@ -148,10 +128,7 @@ def _mesh(text: str) -> Mesh:
     unknown = sizes.keys() - set(AXES)
     if unknown:
         raise argparse.ArgumentTypeError(f"there is no axis {unknown.pop()!r}; choose of {', '.join(AXES)}")
-    try:
-        return make_mesh(**sizes)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return sizes
 
 
 def _counts(text: str) -> list[int]:
@@ -190,8 +167,8 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    folder = _writable(options.output_dir)
-    _use_cache(options.compilation_cache)
+    folder = writable(options.output_dir)
+    use_cache(options.compilation_cache)
     dtype = DTYPES[options.dtype] if options.dtype else None
     models = load_models(options.model, dtype=dtype)
     count = len(options.integrators) * len(options.timers) * len(options.steps)
@@ -251,12 +228,6 @@ def _adapter(text: str) -> _Adapter:
     if not place or (place.startswith("hub:") and place.count("/") < 2):
         raise argparse.ArgumentTypeError(f"{text!r} names no adapter; write FILE:SCALE or hub:OWNER/REPO/FILE:SCALE")
     return _Adapter(name or Path(place).stem.removeprefix("tiny:"), place, scale)
-
-
-def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any:
-    """Return a network with the adapters that change it."""
-    mine = [(lora, scale) for lora, scale in loras if kind in lora.changes]
-    return merge(network, [lora for lora, _ in mine], [scale for _, scale in mine], donate=True) if mine else network
 
 
 def _add_lora(commands: Any) -> None:
@@ -387,208 +358,6 @@ def _download(options: argparse.Namespace) -> None:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxjax" / "compiled"
-
-
-class _Clock:
-    """Seconds spent on each kind of work, and a progress bar over the network's evaluations that names the stage."""
-
-    def __init__(self, steps: int, evaluations: int):
-        self.steps = steps
-        self.spent: dict[str, float] = {}
-        self.compiled: dict[str, Any] = {}
-        self.bar = tqdm(total=steps * evaluations, bar_format="{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations")
-
-    def __enter__(self) -> "_Clock":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        jax.effects_barrier()  # the last ticks
-        self.bar.set_description_str("done" if error[0] is None else "stopped")
-        self.bar.close()
-
-    @contextmanager
-    def measure(self, kind: str, what: str = "") -> Iterator[None]:
-        self.bar.set_description_str(f"{kind} {what}".strip())
-        start = time.monotonic()
-        yield
-        self.spent[kind] = self.spent.get(kind, 0.0) + time.monotonic() - start
-
-    def load(self, loader: Callable[..., Loaded], source: str, **options: Any) -> Loaded:
-        with self.measure("load", loader.__name__.removeprefix("load_")):
-            return jax.block_until_ready(loader(source, **options))
-
-    def run(self, kind: str, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Run a jitted function on arguments of one shape, compiled the first time; the two are counted apart."""
-        if kind not in self.compiled:
-            with self.measure("compile", kind):
-                self.compiled[kind] = function.lower(*arguments, **options).compile()
-        with self.measure(kind):
-            return jax.block_until_ready(self.compiled[kind](*arguments, **options))
-
-    def tick(self, t: Any) -> None:
-        self.bar.update()
-
-    def report(self) -> str:
-        parts = [f"{kind} {seconds:.2f} s" for kind, seconds in self.spent.items()]
-        return f"{', '.join(parts)} ({self.spent['denoise'] / self.steps:.3f} s per step)"
-
-
-class _Plan(NamedTuple):
-    """The options with the model's defaults filled in."""
-
-    steps: int
-    height: int
-    width: int
-    max_length: int
-    groups: list[list[int]]
-    times: Times
-    step: Step
-    nag: Nag | None
-    reuse: Reuse | None
-    weights: DTypeLike | None
-    activations: DTypeLike
-
-
-def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
-    """Fill in and check the options, before anything is loaded."""
-
-    def pick(given: int | None, default: int) -> int:
-        return default if given is None else given
-
-    batch = pick(options.batch, options.images)
-    if options.images < 1 or batch < 1:
-        raise ValueError(f"--images and --batch need at least 1, got {options.images} and {batch}.")
-    steps, height, width = (pick(getattr(options, name), getattr(defaults, name)) for name in ("steps", "height", "width"))
-    image_ids(height, width)  # raises if the size won't do
-    if options.negative_prompt is not None and options.cfg == 1 and options.nag is None:
-        raise ValueError("--negative-prompt does nothing at --cfg 1 without --nag. Give a scale, as --cfg 3.")
-    if options.rule != "cfg" and options.cfg == 1:
-        raise ValueError("--rule does nothing at --cfg 1. Give a scale, as --cfg 3.")
-    weights = DTYPES[options.dtype] if options.dtype else None
-    return _Plan(
-        steps,
-        height,
-        width,
-        pick(options.max_sequence_length, defaults.max_length),
-        batches(options.images, batch),
-        timer(options.timer, steps, defaults, height, width, shift=options.shift),
-        integrator(options.integrator, eta=options.eta),
-        None if options.nag is None else traced(Nag(options.nag)),
-        None if options.cache is None else traced(cache(options.cache)),
-        weights,
-        activation_dtype() if weights is None else weights,
-    )
-
-
-def _generate(options: argparse.Namespace) -> None:
-    """Encode, free the encoders, denoise, decode and write, a batch at a time."""
-    defaults = load_defaults(options.model)
-    plan = _plan(options, defaults)
-    folder = _writable(options.output_dir)
-    _use_cache(options.compilation_cache)
-    loras = [(read_lora(adapter.file()), adapter.scale) for adapter in options.lora]
-    written = []
-    with _Clock(plan.steps * len(plan.groups), plan.step.evaluations) as clock:
-        encoders = [_network(clock, load, kind, loras, options, plan) for load, kind in ((load_clip, "clip"), (load_t5, "t5"))]
-        text, unwanted = _encode(clock, encoders, options, plan)
-        if not options.keep_encoders:
-            encoders.clear()
-        flux = _network(clock, load_flux, "flux", loras, options, plan)
-        guidance = guidance_scale(flux, defaults, options.guidance)
-        vae = _network(clock, load_vae, "vae", loras, options, plan)
-        key, channels = jax.random.key(options.seed), vae.config.latent_channels
-        for group in plan.groups:
-            noise = noise_batch(key, group, plan.height, plan.width, channels=channels)
-            latents = clock.run(
-                "denoise",
-                denoise,
-                *(flux, text, noise, plan.times, guidance),
-                step=plan.step,
-                keys=step_keys(key, group, plan.step),
-                unwanted=unwanted,
-                cfg=jnp.float32(options.cfg),
-                rule=traced(RULES[options.rule]()),
-                nag=plan.nag,
-                reuse=plan.reuse,
-                mesh=options.mesh,
-                report=clock.tick,
-            )
-            images = clock.run("decode", decode, vae, latents, dtype=plan.activations, mesh=options.mesh)
-            # The last group repeats its last number.
-            for number, image in zip(dict.fromkeys(group), images, strict=False):
-                written.append(write_numbered(image, folder, _metadata(options, plan, guidance, number)))
-    print(clock.report())
-    print("\n".join(str(path) for path in written))
-
-
-def _network(clock: _Clock, loader: Callable[..., Any], kind: str, loras: Any, options: argparse.Namespace, plan: _Plan) -> Any:
-    """Return a network with its adapters merged, on the mesh if there is one."""
-    mesh = options.mesh
-    where = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
-    network = _merged(clock.load(loader, options.model, dtype=plan.weights, **where), kind, loras)
-    return network if mesh is None else shard(network, mesh)
-
-
-def _encode(clock: _Clock, encoders: list[Any], options: argparse.Namespace, plan: _Plan) -> tuple[Text, Text | None]:
-    """Encode the prompt once, and what is led away from if anything is, and repeat them over a batch."""
-    tokenizers = clock.load(load_tokenizers, options.model)
-    seconds = None if options.prompt_2 is None else [options.prompt_2]
-    ids = prompt_ids(tokenizers, [options.prompt], seconds, max_length=plan.max_length)
-    count = len(plan.groups[0])
-    text = repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations, mesh=options.mesh), count)
-    if options.cfg == 1 and plan.nag is None:
-        return text, None
-    ids = prompt_ids(tokenizers, [options.negative_prompt or ""], max_length=plan.max_length)
-    return text, repeated(clock.run("encode", encode_text, *encoders, ids, dtype=plan.activations, mesh=options.mesh), count)
-
-
-def _metadata(options: argparse.Namespace, plan: _Plan, guidance: Array | None, number: int) -> dict[str, str]:
-    second = {} if options.prompt_2 is None else {"prompt_2": options.prompt_2}
-    return {
-        "prompt": options.prompt,
-        **second,
-        "seed": str(options.seed),
-        "image": str(number),
-        "steps": str(plan.steps),
-        "guidance": "none" if guidance is None else f"{float(guidance):g}",
-        "integrator": options.integrator + ("" if options.eta is None else f", eta {options.eta:g}"),
-        "timer": options.timer + ("" if options.shift is None else f", shift {options.shift:g}"),
-        **_led_away(options),
-        **({} if options.cache is None else {"cache": options.cache}),
-        "size": f"{plan.width}x{plan.height}",
-        "model": options.model,
-        **({"lora": ", ".join(f"{one.name}:{one.scale:g}" for one in options.lora)} if options.lora else {}),
-        "version": f"fluxjax {fluxjax.__version__}",
-    }
-
-
-def _led_away(options: argparse.Namespace) -> dict[str, str]:
-    """Return what there is to tell of the negative prompt's guidance."""
-    if options.cfg == 1 and options.nag is None:
-        return {}
-    cfg = {} if options.cfg == 1 else {"cfg": f"{options.cfg:g}", "rule": options.rule}
-    nag = {} if options.nag is None else {"nag": f"{options.nag:g}"}
-    return {**cfg, **nag, "negative_prompt": options.negative_prompt or ""}
-
-
-def _writable(folder: Path) -> Path:
-    """Make a folder. **Raises:** `ValueError` if it can't be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder} can't be made ({error.strerror}). Choose a folder that you may write to."
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {folder} is not writable. Choose a folder that you may write to.")
-    return folder
-
-
-def _use_cache(folder: Path) -> None:
-    """Keep every compiled program in a folder."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ LAYERS = {
     "compare": 7,
     "plots": 8,
     "preview": 3,
+    "prompts": 2,
+    "draw": 8,
     "cli": 9,
 }
 

@@ -1,0 +1,159 @@
+"""Files of prompts: what is wrong is told by line, and the rest goes on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import PIL.Image
+import pytest
+
+from fluxjax import cli
+from fluxjax.prompts import Line, read_prompts, share
+
+
+def read(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return read_prompts(path)
+
+
+def test_lines_have_their_number_as_id_and_seed(tmp_path):
+    full = {"prompt": "ein Stern ★", "prompt_2": "b", "negative_prompt": "c", "id": "star-1.v2", "seed": 7}
+    lines, problems = read(tmp_path, {"prompt": "a"}, "", full)
+    assert lines == [Line("a", None, None, "0", 0), Line("ein Stern ★", "b", "c", "star-1.v2", 7)]
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"prompt": ', "line 2: it is no JSON"),
+        ('"a red star"', "line 2: it is no object with a prompt"),
+        ({"id": "a"}, "line 2: it is no object with a prompt"),
+        ({"prompt": 3}, "its prompt is no text"),
+        ({"prompt": "a", "seed": "3"}, "its seed is no whole number"),
+        ({"prompt": "a", "seed": True}, "its seed is no whole number"),
+        ({"prompt": "a", "seed": -1}, "its seed -1 is not in"),
+        ({"prompt": "a", "steps": 3}, "unknown field 'steps'"),
+        ({"prompt": "a", "id": "../a"}, "its id '../a' is no file name"),
+        ({"prompt": "a", "id": "/a"}, "is no file name"),
+        ({"prompt": "a", "id": ".."}, "is no file name"),
+        ({"prompt": "a", "id": ""}, "is no file name"),
+        ({"prompt": "a", "id": "a\u0000b"}, "is no file name"),
+        ({"prompt": "a", "id": "FIRST"}, "its id 'FIRST' is that of line 1"),
+    ],
+)
+def test_a_bad_line_is_told_and_the_others_are_read(tmp_path, line, told):
+    lines, problems = read(tmp_path, {"prompt": "a", "id": "first"}, line, {"prompt": "b"})
+    assert [line.id for line in lines] == ["first", "2"]
+    assert len(problems) == 1
+    assert told in problems[0]
+
+
+def test_processes_share_what_is_not_there_yet(tmp_path):
+    lines, _ = read(tmp_path, *({"prompt": str(i)} for i in range(7)))
+    (tmp_path / "3.png").touch()
+    parts = [share(lines, tmp_path, process, 3) for process in range(3)]
+    assert [[line.id for line in part] for part in parts] == [["0", "6"], ["1", "4"], ["2", "5"]]
+
+
+PROMPTS = [
+    {"prompt": "a red star on white"},
+    {"prompt": "a blue ring on black", "id": "ring", "seed": 5},
+    {"prompt": "a cross", "id": "../cross"},
+    {"prompt": "a large green cross left of a small white heart on a navy background", "prompt_2": "a green cross"},
+    {"prompt": "a yellow heart on teal", "negative_prompt": "a red star"},
+    {"prompt": "a purple diamond on pink"},
+]
+NAMES = ["0.png", "3.png", "4.png", "5.png", "ring.png"]
+
+
+def command(tmp_path, folder, *more):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, PROMPTS)))
+    options = ["--steps", "2", "--batch", "2", "--integrator", "ancestral", "--cfg", "1.5"]
+    cache = ["--compilation-cache", str(tmp_path / "cache")]
+    return ["generate", "--prompts", str(path), "--output-dir", str(tmp_path / folder), *options, *cache, *more]
+
+
+def start(arguments, **environment):
+    program = [sys.executable, "-c", "from fluxjax.cli import main; main()", *arguments]
+    return subprocess.Popen(program, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def images(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The images of one process that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("one")
+    process = start(command(folder, "out"))
+    said = process.communicate(timeout=300)
+    assert process.returncode == 2  # for the line that was refused
+    assert said[1].splitlines()[-1].endswith("which it may not begin with")
+    assert "line 3: its id '../cross'" in said[1]
+    found = images(folder / "out")
+    assert list(found) == NAMES
+    assert not (folder / "cross.png").exists()
+    return found
+
+
+def test_an_image_of_a_file_says_how_it_was_made_and_is_that_of_its_line_alone(undisturbed, tmp_path):
+    (tmp_path / "ring.png").write_bytes(undisturbed["ring.png"])
+    with PIL.Image.open(tmp_path / "ring.png") as file:
+        assert {"prompt": "a blue ring on black", "seed": "5", "steps": "2"}.items() <= file.text.items()
+    # Batches of others: one line is passed over, so that every later one has another neighbour.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.png").write_bytes(b"mine")
+    start(command(tmp_path, "out")).communicate(timeout=300)
+    found = images(tmp_path / "out")
+    assert found.pop("0.png") == b"mine"
+    assert found == {name: data for name, data in undisturbed.items() if name != "0.png"}
+
+
+def test_killed_at_any_moment_and_run_again_every_line_has_its_image(undisturbed, tmp_path):
+    process = start(command(tmp_path, "out", "--batch", "1"))
+    while not images(tmp_path / "out") and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = images(tmp_path / "out")
+    assert 0 < len(done) < len(NAMES)
+    again = start(command(tmp_path, "out", "--batch", "1"))
+    again.communicate(timeout=300)
+    found = images(tmp_path / "out")
+    assert list(found) == NAMES
+    assert done.items() <= found.items()
+
+
+def test_two_processes_share_a_file(undisturbed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start(command(tmp_path, "out", "--distributed"), **environment, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert ["3 images written" in said[0], "2 images written" in said[1]] == [True, True]
+    assert images(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["a star", "--distributed"], "Give one by --prompts"),
+        (["--prompts", "none.jsonl"], "No such file"),
+        (["--prompts", "none.jsonl", "--seed", "1"], "--seed does nothing with --prompts"),
+        (["a star", "--prompts", "none.jsonl"], "not allowed with"),
+        ([], "one of the arguments"),
+    ],
+)
+def test_what_does_not_go_together_is_told(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", *arguments])
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
