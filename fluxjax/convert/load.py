@@ -256,7 +256,8 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) ->
     **Returns:** the network with arrays on the default device, or as `sharding` says.
     """
     leaves, structure = jax.tree.flatten(plan.network)
-    sharding = sharding(plan.network) if callable(sharding) else sharding
+    if callable(sharding) and not isinstance(sharding, eqx.Module):  # a pytree of shardings is a network, which can be called
+        sharding = sharding(plan.network)
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         shardings = [sharding] * len(leaves)
     else:
