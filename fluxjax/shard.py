@@ -67,8 +67,14 @@ class Gathered(Weight):
         return tuple(whole)
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        whole = jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True)
-        return Dense(whole).matmul(x)
+        return self.fetch().matmul(x)
+
+    @property
+    def spread(self) -> bool:
+        return True
+
+    def fetch(self) -> Weight:
+        return Dense(jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True))
 
 
 class Summed(Weight):
@@ -83,6 +89,13 @@ class Summed(Weight):
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         return jax.lax.psum(self.base.matmul(x), "tensor")
 
+    @property
+    def spread(self) -> bool:
+        return self.base.spread
+
+    def fetch(self) -> Weight:
+        return Summed(self.base.fetch())
+
 
 class Joined(Weight):
     """A weight of which each device holds some rows; what comes out is joined."""
@@ -96,6 +109,13 @@ class Joined(Weight):
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         part = self.base.matmul(x)
         return jax.lax.all_gather(part, "tensor", axis=part.ndim - 1, tiled=True)
+
+    @property
+    def spread(self) -> bool:
+        return self.base.spread
+
+    def fetch(self) -> Weight:
+        return Joined(self.base.fetch())
 
 
 class _Leaf(NamedTuple):

@@ -29,6 +29,15 @@ class Weight(eqx.Module):
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         """Return x W^T, accumulated and returned in float32."""
 
+    @property
+    def spread(self) -> bool:
+        """Whether its product needs what lies on other devices."""
+        return False
+
+    def fetch(self) -> "Weight":
+        """Return the weight with all that its product needs at hand: itself, unless it is `spread`."""
+        return self
+
 
 class Dense(Weight):
     """A weight stored as itself."""
@@ -57,6 +66,13 @@ class Adapted(Weight):
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         return self.base.matmul(x) + Dense(self.up).matmul(Dense(self.down).matmul(x).astype(x.dtype))
+
+    @property
+    def spread(self) -> bool:
+        return self.base.spread
+
+    def fetch(self) -> Weight:
+        return Adapted(self.base.fetch(), self.down, self.up)
 
 
 class Linear(eqx.Module):
@@ -192,6 +208,8 @@ def scan_blocks(
     """
     arrays, static = eqx.partition(blocks, eqx.is_array)
     rows = (arrays,) if flags is None else (arrays, flags)
+    if not remat and any(weight.spread for weight in _weights(blocks)):
+        return _scan_ahead(blocks, carry, call, flags, start)
 
     def body(carry: Carry, row: Any) -> tuple[Carry, None]:
         # A slice of the stack would be a copy of it; rows by number are read where they lie.
@@ -201,6 +219,34 @@ def scan_blocks(
     # Inside a scan nothing can be merged with the second run, so the barriers against that would only cost.
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
     return jax.lax.scan(step, carry, jnp.arange(start, depth_of(blocks)) if start else rows)[0]
+
+
+def _scan_ahead(blocks: Block, carry: Carry, call: Callable[..., Carry], flags: Array | None, start: int) -> Carry:
+    """Thread `carry` through the blocks while each next one's weights are fetched, so that the transfer and the work overlap.
+
+    The last turn fetches the first block again, for nothing: the loop's body is one for all.
+    """
+    depth = depth_of(blocks)
+
+    def fetched(number: Any) -> Any:
+        fetch = lambda node: node.fetch() if isinstance(node, Weight) else node  # noqa: E731
+        block = jax.tree.map(fetch, take(blocks, number), is_leaf=lambda node: isinstance(node, Weight))
+        return eqx.partition(block, eqx.is_array)
+
+    ready, static = fetched(start)
+
+    def body(state: tuple[Carry, Any], number: Array) -> tuple[tuple[Carry, Any], None]:
+        carry, ready = state
+        soon, _ = fetched((number + 1) % depth)
+        flag = () if flags is None else (flags[number],)
+        return (call(eqx.combine(ready, static), carry, *flag), soon), None
+
+    return jax.lax.scan(body, (carry, ready), jnp.arange(start, depth))[0][0]
+
+
+def _weights(blocks: eqx.Module) -> list[Weight]:
+    leaves = jax.tree.leaves(blocks, is_leaf=lambda node: isinstance(node, Weight))
+    return [leaf for leaf in leaves if isinstance(leaf, Weight)]
 
 
 def depth_of(blocks: eqx.Module) -> int:
