@@ -120,7 +120,8 @@ class Cached(Remembering):
         # Of all the rows of a batch the one that has changed most decides.
         distance = jax.lax.pmax(distance, self.over) if self.over else distance
         timely = (self.reuse.low <= t) & (t <= self.reuse.high)
-        reuse = old.known & timely & (distance < self.reuse.threshold)
+        # A polynomial may be negative, and 0 is still never.
+        reuse = old.known & timely & (distance < self.reuse.threshold) & (jnp.asarray(self.reuse.threshold) > 0)
 
         def recall() -> tuple[Tokens, Tokens]:
             return hidden.img + old.residual.astype(hidden.img.dtype), old.residual
