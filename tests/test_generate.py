@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_bad_arguments_are_refused(tiny):
 
 def test_guidance_for_a_model_without_it_is_refused(tiny):
     config = fluxjax.FluxConfig(**{**vars(tiny.flux.config), "guidance_embed": False})
-    schnell = fluxjax.Flux(config, key=KEY)
+    schnell = eqx.filter_eval_shape(fluxjax.Flux, config, key=KEY)
     assert guidance_scale(schnell, tiny.defaults, None) is None
     with pytest.raises(ValueError, match="no guidance embedder"):
         guidance_scale(schnell, tiny.defaults, 2.0)
