@@ -212,10 +212,7 @@ def _generate_file(options: argparse.Namespace) -> None:
     plan = _plan(options, defaults)
     folder = writable(options.output_dir)
     use_cache(options.compilation_cache)
-    lines, problems = read_prompts(options.prompts)
-    for line in lines:
-        if line.negative_prompt is not None and options.cfg == 1 and plan.nag is None:
-            problems.append(f"{line.id}: its negative_prompt does nothing at --cfg 1 without --nag")
+    lines, problems = read_prompts(options.prompts, guided=options.cfg != 1 or plan.nag is not None)
     todo = share(lines, folder, jax.process_index(), jax.process_count())
     groups = batches(len(todo), 1 if options.batch is None else options.batch)
     if groups:
@@ -286,10 +283,10 @@ class _Stage(NamedTuple):
             ids = prompt_ids(tokenizers, prompts, seconds, max_length=self.plan.max_length)
             return self.clock.run("encode", encode_text, *networks, ids, dtype=self.plan.activations, mesh=self.options.mesh)
 
-        text = run([line.prompt for line in lines], [line.prompt_2 or line.prompt for line in lines])
+        text = run([line.prompt for line in lines], [line.prompt if line.prompt_2 is None else line.prompt_2 for line in lines])
         if self.options.cfg == 1 and self.plan.nag is None:
             return text, None
-        away = [line.negative_prompt or self.options.negative_prompt or "" for line in lines]
+        away = [_away(line, self.options) for line in lines]
         return text, run(away, away)
 
     def draw(self, networks: _Networks, text: Text, unwanted: Text | None, noise: Array, keys: Array | None) -> Array:
@@ -337,7 +334,13 @@ def _led_away(options: argparse.Namespace, line: Line) -> dict[str, str]:
         return {}
     cfg = {} if options.cfg == 1 else {"cfg": f"{options.cfg:g}", "rule": options.rule}
     nag = {} if options.nag is None else {"nag": f"{options.nag:g}"}
-    return {**cfg, **nag, "negative_prompt": line.negative_prompt or options.negative_prompt or ""}
+    return {**cfg, **nag, "negative_prompt": _away(line, options)}
+
+
+def _away(line: Line, options: argparse.Namespace) -> str:
+    """Return what a line is led away from: its own negative prompt, else the command's, else the empty one."""
+    given = (line.negative_prompt, options.negative_prompt, "")
+    return next(text for text in given if text is not None)
 
 
 def writable(folder: Path) -> Path:

@@ -165,7 +165,7 @@ def denoise(
             if nag is not None and unwanted is not None:
                 text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
             guided = Guided(velocity, text, unwanted, cfg, rule, weak=weak)
-            told = guided if report is None else _Told(guided, report)
+            told = guided if report is None else _Told(guided, report, () if mesh is None else mesh.axis_names)
             return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
 
         return jax.vmap(one, axis_name="images")(*rows)
@@ -175,16 +175,18 @@ def denoise(
 
 
 class _Told(Remembering):
-    """A velocity whose evaluations are reported."""
+    """A velocity whose evaluations are reported, by one device of those along the axes."""
 
     velocity: Guided
     report: Callable[[Array], None] = eqx.field(static=True)
+    axes: tuple[str, ...] = eqx.field(static=True)
 
     def init(self, x: Array) -> Any:
         return begin(self.velocity, x)
 
     def __call__(self, x: Array, t: Scalar, *condition: Any, memory: Any = None) -> Any:
-        jax.debug.callback(self.report, t)
+        number = jax.lax.axis_index(self.axes) if self.axes else 0
+        jax.debug.callback(lambda t, number: self.report(t) if number == 0 else None, t, number)
         return self.velocity(x, t, memory=memory)
 
 

@@ -24,11 +24,12 @@ class Line(NamedTuple):
         return folder / f"{self.id}.png"
 
 
-def read_prompts(path: Path | str) -> tuple[list[Line], list[str]]:
+def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], list[str]]:
     """Read a file of prompts.
 
     A line is a JSON object with `prompt`, and, if wanted, `prompt_2`, `negative_prompt`, `id` (by default the line's number
-    from 0) and `seed` (the same). Empty lines are passed over.
+    from 0) and `seed` (the same). Empty lines are passed over. `guided`: whether a negative prompt does anything; else it is
+    refused.
     **Returns:** the lines, and what is wrong with the others, each with its number from 1.
     **Raises:** `OSError` if the file can't be read.
     """
@@ -39,6 +40,8 @@ def read_prompts(path: Path | str) -> tuple[list[Line], list[str]]:
             continue
         try:
             line = _line(text, number - 1)
+            if line.negative_prompt is not None and not guided:
+                raise ValueError("its negative_prompt does nothing at --cfg 1 without --nag")
             if line.id.lower() in taken:
                 raise ValueError(f"its id {line.id!r} is that of line {taken[line.id.lower()]}")
         except ValueError as error:

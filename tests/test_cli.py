@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -84,14 +85,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
 
 def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
     images = []
-    for flags in ([], ["--keep-encoders"]):
+    for flags in ([], ["--keep-encoders"], ["--prompt-2", ""]):
         out = run("generate", PROMPT, "--steps", 1, "--prompt-2", "a ring", "--dtype", "float32", *flags, tmp_path=tmp_path)
         assert out.returncode == 0, out.stderr
     for path in sorted(tmp_path.glob("*.png")):
         with PIL.Image.open(path) as file:
             images.append(file.tobytes())
-            assert file.text["prompt_2"] == "a ring"
+            assert file.text["prompt_2"] == ("" if len(images) == 3 else "a ring")
     assert images[0] == images[1]
+    assert images[0] != images[2]
 
 
 def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
@@ -152,6 +154,8 @@ def test_a_mesh_draws_the_same_images(tmp_path, monkeypatch, capsys):
         ["--lora", "tiny:kraft", "--mesh", "data=4,tensor=2"],
     ):
         cli.main([*base, *extra])
+        # Of eight devices one reports.
+        assert max(map(int, re.findall(r"(\d+)/2 evaluations", capsys.readouterr().err))) == 2
     images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(16)]
     for one, many in ((0, 4), (8, 12)):
         for number in range(4):

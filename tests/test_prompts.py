@@ -53,6 +53,16 @@ def test_a_bad_line_is_told_and_the_others_are_read(tmp_path, line, told):
     assert told in problems[0]
 
 
+def test_a_negative_prompt_that_nothing_would_use_is_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "a", "negative_prompt": ""}')
+    lines, problems = read_prompts(path, guided=False)
+    assert ([line.id for line in lines], problems) == (
+        ["0"],
+        ["line 2: its negative_prompt does nothing at --cfg 1 without --nag"],
+    )
+
+
 def test_processes_share_what_is_not_there_yet(tmp_path):
     lines, _ = read(tmp_path, *({"prompt": str(i)} for i in range(7)))
     (tmp_path / "3.png").touch()
