@@ -56,6 +56,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         uniform_times,
     )
     from fluxjax.shard import make_mesh, on_mesh, shard, shardings
+    from fluxjax.tiles import tiled
     from fluxjax.tokens import Tokenizers, tokenize
     from fluxjax.weights import convert_weights, inspect_weights
     from fluxjax.zoo import (
@@ -169,6 +170,7 @@ __all__ = [
     "static_times",
     "stream",
     "text_to_image",
+    "tiled",
     "time_shift",
     "tokenize",
     "trainable",

@@ -25,6 +25,7 @@ from fluxjax.sample import sample
 from fluxjax.schedule import flow_times
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
 from fluxjax.shard import OnTokens, on_mesh, shard, shardings
+from fluxjax.tiles import tiled
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
@@ -205,13 +206,39 @@ def decode(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images height width 3"]:
-    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped. `mesh`: of devices,
-    of which each decodes its rows; the VAE is then from `shard`."""
+    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped. `mesh`: of devices;
+    the VAE is then from `shard`, images are shared over "data" and "fsdp", and the rows of each over the other axes."""
 
     def run(vae: Vae, latents: Array, rest: None) -> Array:
         return jax.lax.map(lambda one: jnp.clip(vae.decode(one.astype(dtype)).astype(jnp.float32), -1, 1), latents)
 
-    return run(vae, latents, None) if mesh is None else on_mesh(run, mesh, vae, latents)
+    return _autoencoded(run, vae, latents, mesh)
+
+
+@eqx.filter_jit
+def encode(
+    vae: Vae,
+    images: Float[Array, "images height width 3"],
+    *,
+    dtype: DTypeLike,
+    keys: Array | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "images latent_channels rows columns"]:
+    """Encode images of [-1, 1] one after another, in activations of `dtype`, to float32. `keys`: one an image, to sample the
+    posterior, whose mean is given without. `mesh`: as for `decode`. **Raises:** `ValueError` for sizes that are not multiples
+    of 8."""
+
+    def run(vae: Vae, rows: tuple[Array, Array | None], rest: None) -> Array:
+        return jax.lax.map(lambda row: vae.encode(row[0].astype(dtype), key=row[1]).astype(jnp.float32), rows)
+
+    return _autoencoded(run, vae, (images, keys), mesh)
+
+
+def _autoencoded(run: Callable[[Any, Any, Any], Array], vae: Vae, rows: Any, mesh: Mesh | None) -> Array:
+    if mesh is None:
+        return run(vae, rows, None)
+    shared = [axis for axis in ("tensor", "context") if mesh.shape[axis] > 1]
+    return on_mesh(lambda vae, rows, rest: run(tiled(vae, shared) if shared else vae, rows, rest), mesh, vae, rows)
 
 
 def noise_batch(

@@ -20,6 +20,7 @@ LAYERS = {
     "cache": 3,
     "convert": 3,
     "shard": 3,
+    "tiles": 3,
     "quantize": 3,
     "sample": 4,
     "ode": 5,

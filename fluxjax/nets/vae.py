@@ -14,6 +14,7 @@ from fluxjax.nets.layers import Linear
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
 
 Cells = Float[Array, "rows columns channels"]
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +61,24 @@ class Conv(eqx.Module):
         self.weight = jax.random.normal(key, (side, side, channels, out)) / jnp.sqrt(fan_in)
         self.bias = jnp.zeros(out)
 
-    def __call__(self, x: Cells, *, stride: int = 1, padding: str = "SAME") -> Float[Array, "new_rows new_columns out"]:
+    def __call__(
+        self, x: Cells, *, stride: int = 1, padding: Padding | None = None
+    ) -> Float[Array, "new_rows new_columns out"]:
+        """Convolve. `padding`: zeros above and below, left and right; None keeps the size."""
+        around = self.weight.shape[0] // 2
+        padding = ((around, around), (around, around)) if padding is None else padding
         y = _convolve(x[None], self.weight.astype(x.dtype), stride, padding)[0]
         return (y + self.bias.astype(y.dtype)).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _convolve(x: Array, weight: Array, stride: int, padding: str) -> Array:
+def _convolve(x: Array, weight: Array, stride: int, padding: Padding) -> Array:
     """Convolve [1, rows, columns, channels], accumulated and returned in float32."""
     return _convolve_to(jnp.float32, x, weight, stride, padding)
 
 
 @_convolve.defjvp
-def _convolve_jvp(stride: int, padding: str, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _convolve_jvp(stride: int, padding: Padding, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """JAX transposes no convolution whose result has another dtype than its operands, so the tangent keeps theirs."""
     (x, weight), (dx, dweight) = primals, tangents
     by_x = _convolve_to(x.dtype, dx, weight, stride, padding)
@@ -80,7 +86,7 @@ def _convolve_jvp(stride: int, padding: str, primals: tuple, tangents: tuple) ->
     return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(jnp.float32)
 
 
-def _convolve_to(dtype: DTypeLike, x: Array, weight: Array, stride: int, padding: str) -> Array:
+def _convolve_to(dtype: DTypeLike, x: Array, weight: Array, stride: int, padding: Padding) -> Array:
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
         x, weight, (stride, stride), padding, dimension_numbers=layout, preferred_element_type=dtype
@@ -105,8 +111,12 @@ class GroupNorm(eqx.Module):
 
     def _group_means(self, x: Cells) -> Float[Array, " channels"]:
         """Return, for each channel, the mean over all cells of its group; channels stay the fastest axis throughout."""
-        means = reduce(jnp.mean(x, axis=(0, 1)), "(groups each) -> groups", "mean", groups=self.groups)
+        means = reduce(self.means(x), "(groups each) -> groups", "mean", groups=self.groups)
         return jnp.repeat(means, x.shape[-1] // self.groups)
+
+    def means(self, x: Cells) -> Float[Array, " channels"]:
+        """Return each channel's mean over all cells."""
+        return jnp.mean(x, axis=(0, 1))
 
 
 class Resnet(eqx.Module):
@@ -147,8 +157,12 @@ class CellAttention(eqx.Module):
     def __call__(self, x: Cells) -> Cells:
         y = rearrange(self.norm(x), "y x c -> (y x) c")
         q, k, v = (rearrange(layer(y), "cells c -> cells 1 c") for layer in (self.q, self.k, self.v))
-        mixed = rearrange(attention(q, k, v, implementation="xla"), "cells 1 c -> cells c")
+        mixed = rearrange(self.mix(q, k, v), "cells 1 c -> cells c")
         return x + rearrange(self.out(mixed), "(y x) c -> y x c", y=x.shape[0])
+
+    def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "cells 1 channels"]:
+        """Return the values of all cells, mixed for these queries."""
+        return attention(q, k, v, implementation="xla")
 
 
 class Middle(eqx.Module):
@@ -212,7 +226,7 @@ class Encoder(eqx.Module):
         for level in self.down:
             x = level(x)
             if level.resample is not None:
-                x = level.resample(jnp.pad(x, ((0, 1), (0, 1), (0, 0))), stride=2, padding="VALID")
+                x = level.resample(x, stride=2, padding=((0, 1), (0, 1)))
         return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
 
 
