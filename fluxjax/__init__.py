@@ -25,6 +25,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.lora.merge import merge, unmerge
     from fluxjax.lora.read import Lora, read_lora
     from fluxjax.lora.write import extract_lora, write_lora
+    from fluxjax.memory import fetch, offload, residency, stream_blocks
     from fluxjax.nets.clip import Clip, ClipConfig
     from fluxjax.nets.flux import Flux, FluxConfig, Weaken
     from fluxjax.nets.t5 import T5, T5Config
@@ -137,6 +138,7 @@ __all__ = [
     "estimates",
     "exponential_times",
     "extract_lora",
+    "fetch",
     "fit_preview",
     "flow_times",
     "image_ids",
@@ -155,12 +157,14 @@ __all__ = [
     "load_vae",
     "make_mesh",
     "merge",
+    "offload",
     "on_mesh",
     "pack_latents",
     "plot_errors",
     "plot_times",
     "read_image",
     "read_lora",
+    "residency",
     "resolution_mu",
     "sample",
     "sample_ode",
@@ -169,6 +173,7 @@ __all__ = [
     "shardings",
     "static_times",
     "stream",
+    "stream_blocks",
     "text_to_image",
     "tiled",
     "time_shift",

@@ -17,6 +17,7 @@ from fluxjax.integrate.runge_kutta import Euler
 from fluxjax.integrate.stochastic import Churn
 from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents, unpack_latents
+from fluxjax.memory import fetch, offload
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux, Weaken
 from fluxjax.nets.t5 import T5
@@ -59,11 +60,14 @@ class Text(NamedTuple):
     vec: Float[Array, "images pooled"]
 
 
-def load_models(source: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Models:
+def load_models(
+    source: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None, offload_encoders: bool = False
+) -> Models:
     """Load every part of a model, from a zoo name, a diffusers folder or a hub id.
 
     **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from `make_mesh`, each of which is given
-    its part of the networks; then `text_to_image` runs on it.
+    its part of the networks; then `text_to_image` runs on it. `offload_encoders`: keep the text encoders in host memory, from
+    which they are fetched while they are used.
     **Raises:** as `fluxjax.zoo.load_flux`; `ValueError` for a mesh that does not divide heads and hidden features.
     """
 
@@ -72,7 +76,10 @@ def load_models(source: str, *, dtype: DTypeLike | None = None, mesh: Mesh | Non
             return loader(source, dtype=dtype)
         return shard(loader(source, dtype=dtype, sharding=lambda network: shardings(network, mesh)), mesh)
 
-    networks = load(load_clip), load(load_t5), load(load_flux), load(load_vae)
+    def encoder(loader: Callable[..., Network]) -> Network:
+        return offload(load(loader)) if offload_encoders else load(loader)
+
+    networks = encoder(load_clip), encoder(load_t5), load(load_flux), load(load_vae)
     return Models(load_tokenizers(source), *networks, load_defaults(source), mesh)
 
 
@@ -324,12 +331,8 @@ def text_to_image(
     dtype = activation_dtype() if dtype is None else dtype
     if times is None:
         times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
-    ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
-    text = encode_text(models.clip, models.t5, ids, dtype=dtype, mesh=models.mesh)
-    unwanted = None
-    if not plain or nag is not None:
-        ids = prompt_ids(models.tokenizers, [negative_prompt], max_length=max_length)
-        unwanted = encode_text(models.clip, models.t5, ids, dtype=dtype, mesh=models.mesh)
+    away = None if plain and nag is None else negative_prompt
+    text, unwanted = _encoded(models, prompts, seconds, away, max_length, dtype)
     scale = guidance_scale(models.flux, defaults, guidance)
     channels = models.vae.config.latent_channels
     drawn = []
@@ -352,6 +355,24 @@ def text_to_image(
         )
         drawn.append(decode(models.vae, latents, dtype=dtype, mesh=models.mesh))
     return jnp.concatenate(drawn)[:count]
+
+
+def _encoded(
+    models: Models,
+    prompts: Sequence[str],
+    seconds: Sequence[str] | None,
+    negative_prompt: str | None,
+    max_length: int,
+    dtype: DTypeLike,
+) -> tuple[Text, Text | None]:
+    """Encode prompts, and a negative one if there is one, by encoders that are fetched for it."""
+    encoders = fetch(models.clip), fetch(models.t5)
+
+    def run(prompts: Sequence[str], seconds: Sequence[str] | None) -> Text:
+        ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
+        return encode_text(*encoders, ids, dtype=dtype, mesh=models.mesh)
+
+    return run(prompts, seconds), None if negative_prompt is None else run([negative_prompt], None)
 
 
 def traced(tree: Tree) -> Tree:

@@ -15,6 +15,7 @@ from fluxjax.convert.files import WeightsError
 from fluxjax.convert.layouts import Given, sheets, write_json, write_sheets
 from fluxjax.convert.load import Held, load
 from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
+from fluxjax.memory import load_streamed
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
@@ -63,7 +64,12 @@ ZOO: Mapping[str, Entry] = {
 
 
 def load_flux(
-    source: str | Path, *, config: FluxConfig | None = None, dtype: DTypeLike | None = None, sharding: Any = None
+    source: str | Path,
+    *,
+    config: FluxConfig | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: Any = None,
+    stream: bool = False,
 ) -> Flux:
     """Load the transformer.
 
@@ -71,10 +77,12 @@ def load_flux(
     weights lists them), or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
     the weights; None keeps the file's, and decodes scaled fp8 and GGUF's blocks to bfloat16. `sharding`: a
     `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one of the network of shapes; a process
-    reads its devices' slices alone.
-    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source.
+    reads its devices' slices alone. `stream`: leave the blocks' matrices in the files, from which each is read whenever it is
+    used, the next one ahead: for a machine whose memory does not hold them.
+    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source,
+    `ValueError` for a sharding of what is streamed.
     """
-    return _load(FLUX, source, config, dtype, sharding)
+    return _load(FLUX, source, config, dtype, sharding, stream)
 
 
 def load_clip(
@@ -84,9 +92,16 @@ def load_clip(
     return _load(CLIP, source, config, dtype, sharding)
 
 
-def load_t5(source: str | Path, *, config: T5Config | None = None, dtype: DTypeLike | None = None, sharding: Any = None) -> T5:
+def load_t5(
+    source: str | Path,
+    *,
+    config: T5Config | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: Any = None,
+    stream: bool = False,
+) -> T5:
     """Load T5's encoder. Arguments and errors as for `load_flux`."""
-    return _load(T5_XXL, source, config, dtype, sharding)
+    return _load(T5_XXL, source, config, dtype, sharding, stream)
 
 
 def load_vae(
@@ -96,9 +111,11 @@ def load_vae(
     return _load(VAE, source, config, dtype, sharding)
 
 
-def _load(kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, sharding: Any) -> Any:
-    part = open_source(locate(source, kind.folder)).part(kind)
-    return load(part.plan(config), dtype=dtype, sharding=sharding)
+def _load(kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, sharding: Any, stream: bool = False) -> Any:
+    if stream and sharding is not None:
+        raise ValueError("What is streamed is read by one device. Leave out stream= or sharding=.")
+    plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
+    return load_streamed(plan, dtype=dtype) if stream else load(plan, dtype=dtype, sharding=sharding)
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:

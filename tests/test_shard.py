@@ -109,7 +109,10 @@ def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
     options = dict(key=jax.random.key(0), steps=2, height=HEIGHT, width=WIDTH, images=2)
     expected = fluxjax.text_to_image(tiny, "a red star", **options)
     for sizes in (dict(data=2, tensor=2), dict(fsdp=2, context=2)):
-        models = fluxjax.load_models("tiny", dtype="float32", mesh=mesh_of(**sizes))
+        away = "fsdp" in sizes
+        models = fluxjax.load_models("tiny", dtype="float32", mesh=mesh_of(**sizes), offload_encoders=away)
+        kinds = [next(iter(jax.tree.leaves(one))).sharding.memory_kind for one in (models.clip, models.t5, models.flux)]
+        assert kinds == (["pinned_host"] * 2 if away else ["device"] * 2) + ["device"]
         np.testing.assert_allclose(fluxjax.text_to_image(models, "a red star", **options), expected, atol=1e-4)
         weight = models.t5.blocks.up.weight.value
         assert weight.addressable_shards[0].data.size == weight.size // 2

@@ -23,6 +23,7 @@ LAYERS = {
     "tiles": 3,
     "quantize": 3,
     "sample": 4,
+    "memory": 4,
     "ode": 5,
     "lora": 4,
     "zoo": 5,

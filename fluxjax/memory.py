@@ -1,0 +1,161 @@
+"""Networks that are not all on the device: kept in host memory until they are used, or passed through it block by block."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.convert.load import Plan, is_stacked, leaf_dtype, load
+from fluxjax.nets.layers import Dense, Weight
+from fluxjax.shapes import Array, Float, Int
+
+Network = TypeVar("Network", bound=eqx.Module)
+_HOST, _DEVICE = "pinned_host", "device"
+
+
+def offload(network: Network) -> Network:
+    """Return a network with its arrays in the host's memory, on the same devices' side. `fetch` brings it back; nothing runs
+    on it there."""
+    return _moved(network, _HOST)
+
+
+def fetch(network: Network) -> Network:
+    """Return a network with its arrays on their devices; those that are there are not copied."""
+    return _moved(network, _DEVICE)
+
+
+def _moved(network: Any, kind: str) -> Any:
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.sharding.memory_kind == kind:
+            return leaf
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(move, network)
+
+
+class Hosted(Weight):
+    """A weight in the host's memory, copied to the device as it is used; blocks' are fetched while the block before runs."""
+
+    value: Float[Array, "*depth out features"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        return self.fetch().matmul(x)
+
+    @property
+    def spread(self) -> bool:
+        return True
+
+    def fetch(self) -> Weight:
+        return Dense(jax.device_put(self.value, jax.memory.Space.Device))
+
+
+def stream_blocks(network: Network) -> Network:
+    """Return a network whose blocks' matrices stay in the host's memory, from which each is fetched while the block before it
+    runs: two blocks are on the device at once. The rest is on the device.
+
+    `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, which saves it from ever being there whole. Adapters
+    are merged before, or attached.
+    """
+
+    def place(path: Any, node: Any) -> Any:
+        if isinstance(node, Dense) and is_stacked(str(path[0].name)):
+            return Hosted(_moved(node, _HOST).value)
+        return _moved(node, _DEVICE)
+
+    return jax.tree_util.tree_map_with_path(place, network, is_leaf=lambda node: isinstance(node, Dense))
+
+
+class _Reader:
+    """Reads the blocks of a stacked leaf, each next one in the background while the one before is used."""
+
+    # One for all leaves: the blocks' matrices are read in the order in which they are used.
+    pool = ThreadPoolExecutor(1, "fluxjax-reader")
+
+    def __init__(self, plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.plan, self.name, self.shape, self.dtype = plan, name, shape, dtype
+        self.ahead: tuple[int, Future] | None = None
+
+    def read(self, number: int) -> np.ndarray:
+        # Copied, so that a mapped file is read here and not where it is waited for.
+        whole = tuple(slice(0, size) for size in self.shape[1:])
+        return np.array(self.plan.leaf(self.name, self.shape, self.dtype, (slice(number, number + 1), *whole))[0])
+
+    def __call__(self, number: Any) -> np.ndarray:
+        wanted = int(number)
+        ahead, self.ahead = self.ahead, None
+        found = ahead[1].result() if ahead is not None and ahead[0] == wanted else self.read(wanted)
+        after = (wanted + 1) % self.shape[0]
+        self.ahead = (after, self.pool.submit(self.read, after))
+        return found
+
+
+class Filed(Weight):
+    """A weight that stays in its file, from which a block's is read by a callback as it is used. `number`: of the block."""
+
+    number: Int[Array, "*depth"]
+    reader: _Reader = eqx.field(static=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.number.shape, *self.reader.shape[1:])
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        return self.fetch().matmul(x)
+
+    def fetch(self) -> Weight:
+        found = jax.ShapeDtypeStruct(self.reader.shape[1:], self.reader.dtype)
+        return Dense(jax.pure_callback(self.reader, found, self.number))
+
+
+def load_streamed(plan: Plan, *, dtype: Any = None) -> Any:
+    """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files."""
+    filed: dict[str, Filed] = {}
+
+    def leave(path: Any, node: Any) -> Any:
+        name = _name(path)
+        if not isinstance(node, Dense) or not is_stacked(name):
+            return node
+        target = leaf_dtype(plan, name, node.shape) if dtype is None else np.dtype(dtype)
+        filed[name] = Filed(jnp.arange(node.shape[0]), _Reader(plan, name, node.shape, target))
+        return None
+
+    def put(path: Any, node: Any) -> Any:
+        return filed.get(_name(path), node)
+
+    rest = jax.tree_util.tree_map_with_path(leave, plan.network, is_leaf=lambda node: isinstance(node, Dense))
+    loaded = load(Plan(rest, plan.pieces, plan.slots), dtype=dtype)
+    return jax.tree_util.tree_map_with_path(put, loaded, is_leaf=lambda node: node is None)
+
+
+def _name(path: Any) -> str:
+    return ".".join(str(entry.name if hasattr(entry, "name") else entry.idx) for entry in path)
+
+
+def residency(networks: Mapping[str, Any]) -> str:
+    """Return where the bytes of networks lie, a line each: on the devices, in the host's memory, in files."""
+    return "\n".join(f"{name}: {_told(network)}" for name, network in networks.items())
+
+
+def _told(network: Any) -> str:
+    places = {"device": "on each of {} device(s)", "pinned_host": "in host memory", "file": "in files"}
+    found: dict[str, int] = {}
+    devices = 1
+    for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, Filed)):
+        if isinstance(node, Filed):
+            size = int(np.prod(node.shape)) * node.reader.dtype.itemsize
+            found["file"] = found.get("file", 0) + size
+        elif isinstance(node, jax.Array):
+            kind = str(node.sharding.memory_kind)
+            devices = max(devices, len(node.sharding.device_set))
+            share = node.sharding.shard_shape(node.shape)
+            found[kind] = found.get(kind, 0) + int(np.prod(share)) * node.dtype.itemsize
+    sizes = [f"{size / 1e9:.3f} GB {places.get(kind, kind).format(devices)}" for kind, size in found.items()]
+    return ", ".join(sizes) or "freed"
