@@ -102,8 +102,17 @@ def _add_generate(commands: Any) -> None:
     add("--compilation-cache", type=Path, default=cache, metavar="DIR", help="of compiled programs (default: %(default)s)")
     about = "devices that share the work, as data=2,fsdp=4; one size may be -1, for those that are left (default: one)"
     add("--mesh", type=_mesh, metavar="SIZES", help=about)
-    add("--distributed", action="store_true", help="share the lines of --prompts with the job's other processes")
-    add("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
+    about = "with the job's other processes, share the lines of --prompts, or draw on a mesh of all their devices"
+    add("--distributed", action="store_true", help=about)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--keep-encoders", action="store_true", help="keep the text encoders in memory while denoising")
+    about = "keep those of --prompts in the host's memory, and fetch them for each batch"
+    where.add_argument("--offload-encoders", action="store_true", help=about)
+    about = (
+        "pass the weights of transformer and T5 through the device block by block, from the host's memory; on CPU, from files"
+    )
+    add("--stream-blocks", action="store_true", help=about)
+    add("--show-memory", action="store_true", help="print what lies in which memory, once loaded")
 
 
 def _names(known: Iterable[str]) -> Callable[[str], list[str]]:

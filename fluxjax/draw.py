@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
@@ -33,12 +35,15 @@ from fluxjax.image import write_numbered, write_png
 from fluxjax.integrate.base import Step
 from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import image_ids
+from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge
 from fluxjax.lora.read import Lora, read_lora
+from fluxjax.memory import fetch, offload, residency, stream_blocks
 from fluxjax.named import RULES, cache, integrator, timer
 from fluxjax.prompts import Line, read_prompts, share
 from fluxjax.shapes import Array, Times
 from fluxjax.shard import make_mesh, shard, shardings
+from fluxjax.tokens import Tokenizers
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -51,14 +56,17 @@ def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any
     return merge(network, [lora for lora, _ in mine], [scale for _, scale in mine], donate=True) if mine else network
 
 
+_BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"
+
+
 class _Clock:
     """Seconds spent on each kind of work, and a progress bar over the network's evaluations that names the stage."""
 
-    def __init__(self, steps: int, evaluations: int):
+    def __init__(self, steps: int, evaluations: int, *, silent: bool = False):
         self.steps = steps
         self.spent: dict[str, float] = {}
         self.compiled: dict[str, Any] = {}
-        self.bar = tqdm(total=steps * evaluations, bar_format="{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations")
+        self.bar = tqdm(total=steps * evaluations, bar_format=_BAR, disable=silent)
 
     def __enter__(self) -> "_Clock":
         return self
@@ -150,7 +158,8 @@ def generate(options: argparse.Namespace) -> None:
     """Encode, free the encoders, denoise, decode and write, a batch at a time; or all that a file of prompts asks for."""
     _join(options)
     if options.mesh is not None:
-        options.mesh = make_mesh(**options.mesh, devices=jax.local_devices())
+        # Lines of a file are drawn by each process alone, the images of a prompt by all together.
+        options.mesh = make_mesh(**options.mesh, devices=jax.devices() if options.prompts is None else jax.local_devices())
     if options.prompts is not None:
         _generate_file(options)
         return
@@ -159,34 +168,42 @@ def generate(options: argparse.Namespace) -> None:
     folder = writable(options.output_dir)
     use_cache(options.compilation_cache)
     written = []
-    with _Clock(plan.steps * len(plan.groups), plan.step.evaluations) as clock:
+    first = jax.process_index() == 0  # of several, the one that writes
+    with _Clock(plan.steps * len(plan.groups), plan.step.evaluations, silent=not first) as clock:
         stage = _Stage(clock, options, plan, defaults)
         encoders = stage.encoders()
         count = len(plan.groups[0])
         asked = [Line(options.prompt, options.prompt_2, options.negative_prompt, "", plan.seed)]
         text, unwanted = stage.encode(encoders, asked)
         text, unwanted = repeated(text, count), None if unwanted is None else repeated(unwanted, count)
-        if not options.keep_encoders:
-            encoders = None
+        stage.tell(encoders, None)
+        kept = encoders if options.keep_encoders else None
+        del encoders
         networks = stage.networks()
+        stage.tell(kept, networks)
         key, channels = jax.random.key(plan.seed), networks.vae.config.latent_channels
         for group in plan.groups:
             noise = noise_batch(key, group, plan.height, plan.width, channels=channels)
             images = stage.draw(networks, text, unwanted, noise, step_keys(key, group, plan.step))
+            if not images.is_fully_addressable:
+                images = process_allgather(images, tiled=True)
             # The last group repeats its last number.
-            for number, image in zip(dict.fromkeys(group), images, strict=False):
+            for number, image in zip(dict.fromkeys(group) if first else (), images, strict=False):
                 told = stage.metadata(asked[0], networks.guidance) | {"image": str(number)}
                 written.append(write_numbered(image, folder, told))
-    print(clock.report())
-    print("\n".join(str(path) for path in written))
+    if first:
+        print(clock.report())
+        print("\n".join(str(path) for path in written))
 
 
 def _join(options: argparse.Namespace) -> None:
-    """Check what goes with a file of prompts, and join the job's other processes, before anything asks for devices."""
-    if options.prompts is None:
-        if options.distributed:
-            raise ValueError("--distributed shares the lines of a file among processes. Give one by --prompts.")
-        return
+    """Check what goes with what, and join the job's other processes, before anything asks for devices."""
+    if options.stream_blocks and options.mesh is not None:
+        raise ValueError("--stream-blocks passes the weights through one device. Leave out --mesh, which splits them.")
+    if options.prompts is None and options.offload_encoders:
+        raise ValueError("--offload-encoders does nothing for one prompt: once it is encoded they are freed. Leave it out.")
+    if options.distributed and options.prompts is None and options.mesh is None:
+        raise ValueError("--distributed shares the lines of --prompts among processes, or a prompt's --mesh. Give one of them.")
     useless = {
         "--prompt-2": options.prompt_2,
         "--seed": options.seed,
@@ -194,7 +211,7 @@ def _join(options: argparse.Namespace) -> None:
         "--keep-encoders": options.keep_encoders or None,
     }
     given = [name for name, value in useless.items() if value is not None]
-    if given:
+    if given and options.prompts is not None:
         raise ValueError(f"{', '.join(given)} does nothing with --prompts: the lines say it, and encoders stay. Leave it out.")
     if options.distributed:
         environment = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
@@ -219,6 +236,7 @@ def _generate_file(options: argparse.Namespace) -> None:
         with _Clock(plan.steps * len(groups), plan.step.evaluations) as clock:
             stage = _Stage(clock, options, plan, defaults)
             encoders, networks = stage.encoders(), stage.networks()
+            stage.tell(encoders, networks)
             for group in groups:
                 _draw_lines(stage, encoders, networks, [todo[number] for number in group], folder)
         print(clock.report())
@@ -227,7 +245,7 @@ def _generate_file(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.prompts}: " + "; ".join(problems))
 
 
-def _draw_lines(stage: "_Stage", encoders: Any, networks: "_Networks", lines: Sequence[Line], folder: Path) -> None:
+def _draw_lines(stage: "_Stage", encoders: "_Encoders", networks: "_Networks", lines: Sequence[Line], folder: Path) -> None:
     plan, channels = stage.plan, networks.vae.config.latent_channels
     text, unwanted = stage.encode(encoders, lines)
     keys = [jax.random.key(line.seed) for line in lines]
@@ -238,6 +256,14 @@ def _draw_lines(stage: "_Stage", encoders: Any, networks: "_Networks", lines: Se
     for line, image in zip(dict.fromkeys(lines), images, strict=False):
         with suppress(FileExistsError):  # another process has begun anew with what was this one's
             write_png(image, line.image(folder), stage.metadata(line, networks.guidance))
+
+
+class _Encoders(NamedTuple):
+    """What prompts are encoded with."""
+
+    tokenizers: Tokenizers
+    clip: Any
+    t5: Any
 
 
 class _Networks(NamedTuple):
@@ -256,31 +282,55 @@ class _Stage(NamedTuple):
     plan: _Plan
     defaults: Defaults
 
-    def encoders(self) -> Any:
-        """Load the tokenizers and text encoders."""
+    def encoders(self) -> _Encoders:
+        """Load the tokenizers and text encoders, into host memory if they are to stay there."""
         tokenizers = self.clock.load(load_tokenizers, self.options.model)
-        return tokenizers, self._network(load_clip, "clip"), self._network(load_t5, "t5")
+        clip, t5 = self._network(load_clip, "clip"), self._network(load_t5, "t5", blocks=True)
+        away = self.options.offload_encoders
+        return _Encoders(tokenizers, *(offload(network) if away else network for network in (clip, t5)))
 
     def networks(self) -> _Networks:
         """Load the transformer and the VAE."""
-        flux = self._network(load_flux, "flux")
+        flux = self._network(load_flux, "flux", blocks=True)
         scale = guidance_scale(flux, self.defaults, self.options.guidance)
         return _Networks(flux, self._network(load_vae, "vae"), scale)
 
-    def _network(self, loader: Callable[..., Any], kind: str) -> Any:
-        """Load a network and merge its adapters, on the mesh if there is one."""
+    def _network(self, loader: Callable[..., Any], kind: str, *, blocks: bool = False) -> Any:
+        """Load a network and merge its adapters, on the mesh if there is one; `blocks`: that may be streamed."""
+        if blocks and self.options.stream_blocks:
+            return self._streamed(loader, kind)
         mesh = self.options.mesh
         where = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
         network = self.clock.load(loader, self.options.model, dtype=self.plan.weights, **where)
         network = _merged(network, kind, self.plan.loras)
         return network if mesh is None else shard(network, mesh)
 
-    def encode(self, encoders: Any, lines: Sequence[Line]) -> tuple[Text, Text | None]:
+    def _streamed(self, loader: Callable[..., Any], kind: str) -> Any:
+        """Load a network whose blocks stay in the host's memory, or, where that is the device's own, in their files; what
+        would be merged is attached."""
+        load = partial(self.clock.load, loader, self.options.model, dtype=self.plan.weights)
+        if jax.default_backend() == "cpu":
+            network = load(stream=True)
+        else:
+            host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+            network = stream_blocks(load(sharding=host))
+        mine = [(lora, scale) for lora, scale in self.plan.loras if kind in lora.changes]
+        return attach(network, [lora for lora, _ in mine], [scale for _, scale in mine]) if mine else network
+
+    def tell(self, encoders: _Encoders | None, networks: _Networks | None) -> None:
+        """Print what is resident where, if it is wanted."""
+        if not self.options.show_memory:
+            return
+        clip, t5 = (None, None) if encoders is None else (encoders.clip, encoders.t5)
+        flux, vae = (None, None) if networks is None else (networks.flux, networks.vae)
+        tqdm.write(residency({"clip": clip, "t5": t5, "flux": flux, "vae": vae}) + "\n")
+
+    def encode(self, encoders: _Encoders, lines: Sequence[Line]) -> tuple[Text, Text | None]:
         """Encode prompts, and what is led away from if anything is."""
-        tokenizers, *networks = encoders
+        networks = fetch(encoders.clip), fetch(encoders.t5)
 
         def run(prompts: list[str], seconds: list[str]) -> Text:
-            ids = prompt_ids(tokenizers, prompts, seconds, max_length=self.plan.max_length)
+            ids = prompt_ids(encoders.tokenizers, prompts, seconds, max_length=self.plan.max_length)
             return self.clock.run("encode", encode_text, *networks, ids, dtype=self.plan.activations, mesh=self.options.mesh)
 
         text = run([line.prompt for line in lines], [line.prompt if line.prompt_2 is None else line.prompt_2 for line in lines])

@@ -1,5 +1,6 @@
 """Networks that are not all on the device: kept in host memory until they are used, or passed through it block by block."""
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ def offload(network: Network) -> Network:
 
 
 def fetch(network: Network) -> Network:
-    """Return a network with its arrays on their devices; those that are there are not copied."""
+    """Return a network with its arrays on their devices; those that are there are not copied, and what is streamed stays."""
     return _moved(network, _DEVICE)
 
 
@@ -34,7 +35,7 @@ def _moved(network: Any, kind: str) -> Any:
             return leaf
         return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
 
-    return jax.tree.map(move, network)
+    return jax.tree.map(move, network, is_leaf=lambda node: isinstance(node, Hosted))
 
 
 class Hosted(Weight):
@@ -140,22 +141,22 @@ def _name(path: Any) -> str:
 
 
 def residency(networks: Mapping[str, Any]) -> str:
-    """Return where the bytes of networks lie, a line each: on the devices, in the host's memory, in files."""
+    """Return where the bytes of networks lie, a line each: on the devices, in the host's memory, in files. None: nowhere."""
     return "\n".join(f"{name}: {_told(network)}" for name, network in networks.items())
 
 
 def _told(network: Any) -> str:
-    places = {"device": "on each of {} device(s)", "pinned_host": "in host memory", "file": "in files"}
     found: dict[str, int] = {}
-    devices = 1
+
+    def add(place: str, size: int) -> None:
+        found[place] = found.get(place, 0) + size
+
     for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, Filed)):
         if isinstance(node, Filed):
-            size = int(np.prod(node.shape)) * node.reader.dtype.itemsize
-            found["file"] = found.get("file", 0) + size
+            add("in files", math.prod(node.shape) * node.reader.dtype.itemsize)
         elif isinstance(node, jax.Array):
-            kind = str(node.sharding.memory_kind)
-            devices = max(devices, len(node.sharding.device_set))
-            share = node.sharding.shard_shape(node.shape)
-            found[kind] = found.get(kind, 0) + int(np.prod(share)) * node.dtype.itemsize
-    sizes = [f"{size / 1e9:.3f} GB {places.get(kind, kind).format(devices)}" for kind, size in found.items()]
-    return ", ".join(sizes) or "freed"
+            devices = len(node.sharding.device_set)
+            share = math.prod(node.sharding.shard_shape(node.shape)) * node.dtype.itemsize
+            place = "in host memory" if node.sharding.memory_kind == _HOST else "in device memory"
+            add(place if devices == 1 else f"{place} for each of {devices} devices", share)
+    return ", ".join(f"{size / 1e9:.3f} GB {place}" for place, size in found.items()) or "not in memory"

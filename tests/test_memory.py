@@ -40,6 +40,7 @@ def test_streamed_networks_are_the_same(tiny, streamed, where):
     for network in (flux, t5):
         found = jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, Hosted | Filed))
         assert sum(isinstance(node, Hosted | Filed) for node in found) >= 7
+        assert kinds(fetch(network)) == kinds(network)
         held = sum(leaf.size for leaf in found if isinstance(leaf, jax.Array))
         assert held < 0.3 * sum(leaf.size for leaf in jax.tree.leaves(tiny.flux if network is flux else tiny.t5))
     ids = prompt_ids(tiny.tokenizers, ["a red star"], max_length=12)
@@ -77,8 +78,8 @@ def test_what_is_where_is_told(tiny, streamed):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(sharded))
     part = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(sharded))
     assert part < size / 3
-    assert told[1:] == [f"t5: {part / 1e9:.3f} GB in host memory", "clip: freed"]
-    assert "on each of 1 device(s), 0.0" in told[0]
+    assert told[1:] == [f"t5: {part / 1e9:.3f} GB in host memory for each of 4 devices", "clip: not in memory"]
+    assert " GB in device memory, 0.0" in told[0]
     assert told[0].endswith("in files")
 
 

@@ -1,14 +1,11 @@
 """Files of prompts: what is wrong is told by line, and the rest goes on."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import PIL.Image
 import pytest
+from jobs import start, start_job
 
 from fluxjax import cli
 from fluxjax.prompts import Line, read_prompts, share
@@ -85,13 +82,8 @@ def command(tmp_path, folder, *more):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, PROMPTS)))
     options = ["--steps", "2", "--batch", "2", "--integrator", "ancestral", "--cfg", "1.5"]
-    cache = ["--compilation-cache", str(tmp_path / "cache")]
+    cache = ["--compilation-cache", str(tmp_path.parent / "programs")]  # shared: no test is about compiling
     return ["generate", "--prompts", str(path), "--output-dir", str(tmp_path / folder), *options, *cache, *more]
-
-
-def start(arguments, **environment):
-    program = [sys.executable, "-c", "from fluxjax.cli import main; main()", *arguments]
-    return subprocess.Popen(program, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def images(folder):
@@ -120,7 +112,8 @@ def test_an_image_of_a_file_says_how_it_was_made_and_is_that_of_its_line_alone(u
     # Batches of others: one line is passed over, so that every later one has another neighbour.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0.png").write_bytes(b"mine")
-    start(command(tmp_path, "out")).communicate(timeout=300)
+    # Where the weights lie changes no image either.
+    start(command(tmp_path, "out", "--offload-encoders", "--stream-blocks", "--show-memory")).communicate(timeout=300)
     found = images(tmp_path / "out")
     assert found.pop("0.png") == b"mine"
     assert found == {name: data for name, data in undisturbed.items() if name != "0.png"}
@@ -141,22 +134,31 @@ def test_killed_at_any_moment_and_run_again_every_line_has_its_image(undisturbed
     assert done.items() <= found.items()
 
 
-def test_two_processes_share_a_file(undisturbed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [start(command(tmp_path, "out", "--distributed"), **environment, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert ["3 images written" in said[0], "2 images written" in said[1]] == [True, True]
+def test_two_processes_share_a_file_and_one_that_is_killed_ends_the_other(undisturbed, tmp_path):
+    arguments = command(tmp_path, "out")
+    first, second = start_job(arguments, 2)
+    second.stderr.read(1)  # has joined, and begins to load
+    second.kill()
+    killed = time.monotonic()
+    said = first.communicate(timeout=120)[1]
+    assert time.monotonic() - killed < 60
+    assert first.returncode not in (0, 2)
+    assert "another task died" in said
+    second.communicate()
+    done = images(tmp_path / "out")
+    assert len(done) <= 3  # of five
+    said = [process.communicate(timeout=300)[0] for process in start_job(arguments, 2)]
+    assert sum(int(one[: one.index(" images written")].split()[-1]) for one in said) == len(NAMES) - len(done)
     assert images(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["a star", "--distributed"], "Give one by --prompts"),
+        (["a star", "--distributed"], "Give one of them"),
         (["--prompts", "none.jsonl"], "No such file"),
+        (["a star", "--offload-encoders"], "does nothing for one prompt"),
+        (["a star", "--stream-blocks", "--mesh", "data=1"], "Leave out --mesh"),
         (["--prompts", "none.jsonl", "--seed", "1"], "--seed does nothing with --prompts"),
         (["a star", "--prompts", "none.jsonl"], "not allowed with"),
         ([], "one of the arguments"),

@@ -286,7 +286,8 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def _place(plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
-    if sharding is not None and not sharding.is_fully_replicated:
+    # One array for several processes is made of what each has, not sent or compared.
+    if sharding is not None and not (sharding.is_fully_replicated and sharding.is_fully_addressable):
         return jax.make_array_from_callback(shape, sharding, lambda index: plan.leaf(name, shape, dtype, index or ()))
     return jax.device_put(plan.leaf(name, shape, dtype, (slice(None),) * len(shape)), sharding, may_alias=True)
 
