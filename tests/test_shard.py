@@ -18,9 +18,12 @@ PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of
 BOUND = 1e-5
 
 
+def ids_of(tiny, images):
+    return prompt_ids(tiny.tokenizers, [PROMPTS[i % 3] for i in range(images)], max_length=12)
+
+
 def drawn(tiny, images, steps=2):
-    ids = prompt_ids(tiny.tokenizers, [PROMPTS[i % 3] for i in range(images)], max_length=12)
-    text = encode_text(tiny.clip, tiny.t5, ids, dtype=jnp.float32)
+    text = encode_text(tiny.clip, tiny.t5, ids_of(tiny, images), dtype=jnp.float32)
     noise = noise_batch(jax.random.key(0), range(images), HEIGHT, WIDTH, channels=16)
     return text, noise, fluxjax.flow_times(steps), jnp.float32(3.5)
 
@@ -58,6 +61,28 @@ def test_sampling_on_a_mesh_is_sampling_on_one_device(tiny, name):
     inputs = drawn(tiny, images)
     expected = denoise(tiny.flux, *inputs)
     assert relative(denoise(shard(tiny.flux, mesh), *inputs, mesh=mesh), expected) <= bound
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
+    sizes, bound = MESHES[name]
+    mesh, ids = mesh_of(**sizes), ids_of(tiny, 3)
+    expected = encode_text(tiny.clip, tiny.t5, ids, dtype=jnp.float32)
+    found = encode_text(shard(tiny.clip, mesh), shard(tiny.t5, mesh), ids, dtype=jnp.float32, mesh=mesh)
+    assert relative(found.txt, expected.txt) <= bound
+    assert relative(found.vec, expected.vec) <= bound
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_merged_on_a_mesh_a_network_has_the_same_weights(tiny, name):
+    mesh, lora = mesh_of(**MESHES[name][0]), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    merged = fluxjax.merge(jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh)), [lora])
+    expected = fluxjax.merge(tiny.flux, [lora])
+    for found, one, before in zip(*map(jax.tree.leaves, (merged, expected, tiny.flux)), strict=True):
+        # To a few roundings of the largest, and where it lay.
+        np.testing.assert_allclose(np.asarray(found), one, atol=1e-6 * float(jnp.abs(one).max()))
+        assert found.shape == before.shape
+    assert [leaf.sharding for leaf in jax.tree.leaves(merged)] == jax.tree.leaves(fluxjax.shardings(tiny.flux, mesh))
 
 
 COLLECTIVES = {Gathered: "fsdp", Summed: "tensor", Joined: "tensor", Ulysses: "context", Ring: "context"}
