@@ -85,6 +85,7 @@ PROGRAM = """HloModule run, is_scheduled=true, num_partitions=8
 
 %kernel (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %scattered = f32[2,128]{1,0:T(8,128)} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
   ROOT %call = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", \
 backend_config={"custom_call_config": {"body": "", "cost_estimate": {"flops": 1000, "bytes_accessed": 7}}}
 }
@@ -117,8 +118,8 @@ ENTRY %main (x: f32[8,128], q: bf16[6,4608,128], k: bf16[6,512,128]) -> f32[8,12
   %k = bf16[6,512,128]{2,1,0} parameter(2)
   %rows = f32[6,4608,512]{2,1,0} convolution(%q, %k), window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0oi->0bf
   %shuffled = u16[8,128]{1,0} convolution(%x, %x), dim_labels=bf_oi->bf
-  %one = s32[]{:T(128)} constant(1)
-  %start = s32[]{:T(128)} copy(%one)
+  %three = s32[]{:T(128)} constant(3)
+  %start = s32[]{:T(128)} copy(%three)
   %tuple = (s32[], f32[8,128]{1,0}) tuple(%start, %x)
   %while = (s32[], f32[8,128]{1,0}) while(%tuple), condition=%condition, body=%body
   ROOT %y = f32[8,128]{1,0} get-tuple-element(%while), index=1
@@ -128,12 +129,13 @@ ENTRY %main (x: f32[8,128], q: bf16[6,4608,128], k: bf16[6,512,128]) -> f32[8,12
 
 def test_a_program_for_tpus_is_read():
     cost = read(PROGRAM)
-    turns, part = 5, 8 * 128 * 4  # from 1 by 2 to below 10
+    turns, part = 4, 8 * 128 * 4  # from 3 by 2 to below 10
     assert cost.flop == 2 * 6 * 4608 * 512 * 128  # a batch of products, as a convolution that is mostly holes
     assert cost.declared == turns * 1000
     assert cost.moved == {
-        "all-gather": Moved(turns, turns * 4 * part, turns * 3 * part),
-        "all-reduce": Moved(turns, turns * part, turns * part),
+        "all-gather": Moved(turns, turns * 4 * part, turns * 3 * part, turns),
+        "all-reduce": Moved(turns, turns * part, turns * part, turns),
+        "reduce-scatter": Moved(turns, turns * part / 4, turns * part * 3 / 4, turns),
     }
 
 

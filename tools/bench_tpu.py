@@ -60,11 +60,11 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     return jax.jit(run).lower(flux, text, noise, times, scale)
 
 
-def compiled_text(lowered: Any) -> tuple[Any, str]:
+def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
     """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
     turn ahead."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags})
         (dump,) = Path(folder).glob("*.after_optimizations.txt")
         return compiled, dump.read_text()
 
@@ -72,16 +72,16 @@ def compiled_text(lowered: Any) -> tuple[Any, str]:
 def bench_tpu(options: argparse.Namespace) -> list[dict]:
     """Compile each variant for each machine, over each axis."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    rows = []
+    rows, flags = [], dict(flag.split("=") for flag in options.flags)
     for chip in options.chips:
         where, limit = CHIPS[chip]
         devices = topologies.get_topology_desc(platform="tpu", **where).devices
         for variant in options.variants:
             for axis in options.axes:
                 mesh = make_mesh(**{axis: -1}, devices=devices)
-                row = {"machine": chip, "devices": len(devices), "model": variant, "mesh": axis, "limit GiB": limit}
+                row = {"machine": chip, "devices": len(devices), "model": variant, "mesh": axis, "limit GiB": limit, **flags}
                 try:
-                    row |= measured(*VARIANTS[variant], mesh, options.size)
+                    row |= measured(*VARIANTS[variant], mesh, options.size, flags)
                     row |= expected(*VARIANTS[variant][:2], axis, len(devices), options.size, row)
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
@@ -98,13 +98,14 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     tpu.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
 
 
-def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int) -> dict[str, Any]:
+def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str]) -> dict[str, Any]:
     """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
     start = time.perf_counter()
-    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size))
+    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size), flags)
     memory, gib = compiled.memory_analysis(), 2**30
     step = read(text).times(1 / steps)
     return {
@@ -114,7 +115,10 @@ def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: 
         "TFLOP": round(step.flop / 1e12, 3),
         "kernels' TFLOP": round(step.declared / 1e12, 3),
         "GB sent": round(step.sent / 1e9, 4),
-        "collectives": {kind: f"{one.count:.1f} x, {one.sent / 1e9:.4f} GB sent" for kind, one in step.moved.items()},
+        "collectives": {
+            kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"
+            for kind, one in step.moved.items()
+        },
     }
 
 

@@ -20,12 +20,13 @@ _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|conv", re.IGNORECASE)
 
 
 class Moved(NamedTuple):
-    """Of a kind of collective, on one device: how often it runs, the bytes that come out, and those sent to other devices, as
-    a ring sends them."""
+    """Of a kind of collective, on one device: how often it runs, the bytes that come out, those sent to other devices, as a
+    ring sends them, and how often other work may run beside it."""
 
     count: float
     made: float
     sent: float
+    asynchronous: float = 0
 
 
 class Cost(NamedTuple):
@@ -101,7 +102,7 @@ def total(costs: Iterable[Cost]) -> Cost:
     for cost in costs:
         flop, declared = flop + cost.flop, declared + cost.declared
         for kind, one in cost.moved.items():
-            moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, (0, 0, 0)), one, strict=True)))
+            moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True)))
     return Cost(flop, declared, moved)
 
 
@@ -162,8 +163,11 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
         return max(branches, key=lambda one: (one.flop + one.declared, one.sent))
     if kind == "custom-call":
         return total([Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))])
-    if kind in ("fusion", "call", "async"):
+    if kind in ("fusion", "call"):
         return total(map(cost, line.called("to_apply" if kind == "call" else "calls")))
+    if line.opcode == "async-start":
+        inside = total(map(cost, line.called("calls")))
+        return inside._replace(moved={kind: one._replace(asynchronous=one.count) for kind, one in inside.moved.items()})
     return Cost()
 
 
@@ -260,14 +264,14 @@ def _declared(line: Instruction) -> float:
 
 def _moved(line: Instruction, kind: str, devices: int) -> Moved:
     """Return what one run of a collective makes and sends."""
-    made = size(_result(line, kind))
+    made, asynchronous = size(_result(line, kind)), line.opcode.endswith("-start")
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{([{}\d,]*)\}", line.attributes)
         sending = sum(a != b for a, b in re.findall(r"(\d+),(\d+)", pairs[1])) if pairs else devices
-        return Moved(1, made, made * sending / devices)
+        return Moved(1, made, made * sending / devices, asynchronous)
     others = _group(line, devices) - 1
     share = others / (others + 1)
-    return Moved(1, made, made * {"all-reduce": 2 * share, "reduce-scatter": others}.get(kind, share))
+    return Moved(1, made, made * {"all-reduce": 2 * share, "reduce-scatter": others}.get(kind, share), asynchronous)
 
 
 def _result(line: Instruction, kind: str) -> str:
