@@ -20,6 +20,7 @@ import bench_weights
 import jax
 import jax.numpy as jnp
 from bench_model import random_flux
+from scaling import forward_flop
 
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise
@@ -27,16 +28,6 @@ from fluxjax.generate import Text, denoise
 from fluxjax.kernels.attention import select
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
-
-
-def forward_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
-    """Return the floating-point operations of one forward pass: two a weight and token it multiplies, and attention's."""
-    tokens, width, hidden = img_tokens + txt_tokens, config.width, config.mlp_width
-    double = 4 * width * width + 2 * width * hidden
-    single = width * (3 * width + hidden) + (width + hidden) * width
-    linear = 2 * tokens * (config.double_depth * double + config.single_depth * single)
-    attention = 4 * tokens * tokens * width * (config.double_depth + config.single_depth)
-    return linear + attention
 
 
 def timed(call: Callable[[], jax.Array], repeats: int) -> float:

@@ -1,13 +1,13 @@
-"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device and the collectives of the program.
+"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's operations and bytes sent beside
+the formulas of tools/scaling.py.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """
 
 import argparse
 import os
-import re
+import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from program import read
+from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.generate import Text, denoise
@@ -25,14 +27,10 @@ from fluxjax.shard import ROWS, make_mesh, specs
 CHIPS = {
     "v6e-4": ({"topology_name": "v6e:2x2"}, 31.24),
     "v6e-8": ({"topology_name": "v6e:2x4"}, 31.24),
+    "v6e-16": ({"topology_name": "v6e:4x4"}, 31.24),
     "v4-8": ({"topology_name": "v4:2x2x1", "chip_config_name": "megacore"}, 30.75),
 }
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
-_COLLECTIVE = re.compile(
-    r"= (?P<type>.*?) (?P<kind>all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\("
-)
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2}
 
 
 def structs(tree: Any, shardings: Any) -> Any:
@@ -62,37 +60,29 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     return jax.jit(run).lower(flux, text, noise, times, scale)
 
 
-def collectives(program: str) -> dict[str, tuple[int, float]]:
-    """Return how often each kind stands in a compiled program, and the bytes that come out of one run of each."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for match in _COLLECTIVE.finditer(program):
-        shapes = _SHAPE.findall(match["type"])
-        # Of an asynchronous one's pair of operand and result, the larger is what it makes.
-        sizes = [_BYTES.get(dtype, 4) * _product(dims) for dtype, dims in shapes]
-        found[match["kind"]].append(max(sizes, default=0))
-    return {kind: (len(sizes), sum(sizes)) for kind, sizes in found.items()}
-
-
-def _product(dims: str) -> int:
-    total = 1
-    for dim in filter(None, dims.split(",")):
-        total *= int(dim)
-    return total
+def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
+    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
+    turn ahead."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags})
+        (dump,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, dump.read_text()
 
 
 def bench_tpu(options: argparse.Namespace) -> list[dict]:
-    """Compile each variant for each machine, data-parallel and FSDP."""
+    """Compile each variant for each machine, over each axis."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    rows = []
+    rows, flags = [], dict(flag.split("=") for flag in options.flags)
     for chip in options.chips:
         where, limit = CHIPS[chip]
         devices = topologies.get_topology_desc(platform="tpu", **where).devices
         for variant in options.variants:
             for axis in options.axes:
                 mesh = make_mesh(**{axis: -1}, devices=devices)
-                row = {"machine": chip, "devices": len(devices), "model": variant, "mesh": axis, "limit GiB": limit}
+                row = {"machine": chip, "devices": len(devices), "model": variant, "mesh": axis, "limit GiB": limit, **flags}
                 try:
-                    row |= measured(*VARIANTS[variant], mesh, options.size)
+                    row |= measured(*VARIANTS[variant], mesh, options.size, flags)
+                    row |= expected(*VARIANTS[variant][:2], axis, len(devices), options.size, row)
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
                 print(row, flush=True)
@@ -106,19 +96,41 @@ def add_commands(commands: Any) -> None:
     tpu.set_defaults(run=bench_tpu)
     tpu.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    tpu.add_argument("--axes", nargs="+", choices=("data", "fsdp"), default=["data", "fsdp"])
+    tpu.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
 
 
-def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int) -> dict[str, Any]:
+def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str]) -> dict[str, Any]:
+    """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
     start = time.perf_counter()
-    compiled = lowered(config, txt_tokens, steps, mesh, size).compile()
+    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size), flags)
     memory, gib = compiled.memory_analysis(), 2**30
-    moved = collectives(compiled.as_text())
+    step = read(text).times(1 / steps)
     return {
         "compile s": round(time.perf_counter() - start, 1),
         "arguments GiB": round(memory.argument_size_in_bytes / gib, 2),
         "temporaries GiB": round(memory.temp_size_in_bytes / gib, 2),
-        "collectives": {kind: f"{count} x, {total / 1e6:.1f} MB" for kind, (count, total) in moved.items()},
+        "TFLOP": round(step.flop / 1e12, 3),
+        "kernels' TFLOP": round(step.declared / 1e12, 3),
+        "GB sent": round(step.sent / 1e9, 4),
+        "collectives": {
+            kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"
+            for kind, one in step.moved.items()
+        },
+    }
+
+
+def expected(config: FluxConfig, txt_tokens: int, axis: str, chips: int, size: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Return what the formulas say of a step, and the compiled program's share of it."""
+    cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens), chips)
+    if cost is None:
+        return {}
+    computed = row["TFLOP"] + row["kernels' TFLOP"]
+    return {
+        "TFLOP by formula": round(cost.flop / 1e12, 3),
+        "GB sent by formula": round(cost.sent / 1e9, 4),
+        "TFLOP ratio": round(computed / (cost.flop / 1e12), 4),
+        "GB sent ratio": round(row["GB sent"] / (cost.sent / 1e9), 4) if cost.sent else None,
     }

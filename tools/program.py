@@ -1,0 +1,355 @@
+"""Read what a compiled program does: `read(compiled.as_text())` counts its floating-point operations and what it sends, each
+as often as the loops around it turn.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import NamedTuple
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_HEAD = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
+_LINE = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|conv", re.IGNORECASE)
+
+
+class Moved(NamedTuple):
+    """Of a kind of collective, on one device: how often it runs, the bytes that come out, those sent to other devices, as a
+    ring sends them, and how often other work may run beside it."""
+
+    count: float
+    made: float
+    sent: float
+    asynchronous: float = 0
+
+
+class Cost(NamedTuple):
+    """Of one device: `flop`, of dots and convolutions of floating-point numbers; `declared`, what kernels say of themselves;
+    collectives by kind."""
+
+    flop: float = 0.0
+    declared: float = 0.0
+    moved: Mapping[str, Moved] = MappingProxyType({})
+
+    @property
+    def sent(self) -> float:
+        return sum(kind.sent for kind in self.moved.values())
+
+    def times(self, count: float) -> "Cost":
+        moved = {kind: Moved(*(count * value for value in one)) for kind, one in self.moved.items()}
+        return Cost(count * self.flop, count * self.declared, moved)
+
+
+class Instruction(NamedTuple):
+    """A line of a computation; `type` and `operands` as they stand, `attributes`: all after them."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: str
+    attributes: str
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the operands."""
+        return re.findall(r"%([\w.-]+)", self.operands)
+
+    def called(self, role: str) -> list[str]:
+        """Return the computations that an attribute names, one or a list in braces."""
+        found = re.search(rf"\b{role}=(\{{[^}}]*\}}|%[\w.-]+)", self.attributes)
+        return re.findall(r"%([\w.-]+)", found[1]) if found else []
+
+
+class Computation(NamedTuple):
+    """Instructions by name, and the name of the one whose value it returns."""
+
+    lines: dict[str, Instruction]
+    root: str
+
+
+class Program(NamedTuple):
+    """Computations by name, the name of the first, and the number of devices."""
+
+    computations: dict[str, Computation]
+    entry: str
+    devices: int
+
+
+def read(text: str) -> Cost:
+    """Return the cost of one run of a compiled program, on one device.
+
+    **Raises:** `ValueError` for a loop whose turns are not known, and for collectives, groups of devices and matrix products in
+    libraries' calls that are not understood.
+    """
+    program = parse(text)
+
+    @cache
+    def cost(name: str) -> Cost:
+        return total(_instruction(line, program, name, cost) for line in program.computations[name].lines.values())
+
+    return cost(program.entry)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of costs."""
+    flop, declared, moved = 0.0, 0.0, dict[str, Moved]()
+    for cost in costs:
+        flop, declared = flop + cost.flop, declared + cost.declared
+        for kind, one in cost.moved.items():
+            moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True)))
+    return Cost(flop, declared, moved)
+
+
+def parse(text: str) -> Program:
+    """Return a program's computations."""
+    computations, entry, name = dict[str, Computation](), "", ""
+    lines, root = dict[str, Instruction](), ""
+    for line in text.splitlines():
+        if not name:
+            if (head := _HEAD.match(line)) and "->" in line:
+                name, lines, root = head["name"], {}, ""
+                entry = name if head["entry"] else entry
+        elif line.startswith("}"):
+            computations[name], name = Computation(lines, root), ""
+        elif found := _LINE.match(line):
+            one = _split(found["name"], found["rest"])
+            lines[one.name] = one
+            root = one.name if found["root"] else root
+    if not entry:
+        raise ValueError("`parse` found no ENTRY computation. Pass a compiled program's text.")
+    counts = [re.search(rf"\b{key}=(\d+)", text.partition("\n")[0]) for key in ("num_partitions", "replica_count")]
+    return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
+
+
+def _split(name: str, rest: str) -> Instruction:
+    """Return "type opcode(operands), attributes" in its parts."""
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opening = rest.index("(", end)
+    closing = _closing(rest, opening)
+    return Instruction(name, rest[:end], rest[end:opening].strip(), rest[opening + 1 : closing], rest[closing + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    """Return where the bracket that opens here is closed."""
+    depth = 0
+    for found in re.finditer(r"[()]", text[opening:]):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return opening + found.start()
+    raise ValueError(f"`parse` found an open bracket in {text[:200]!r}.")
+
+
+def _instruction(line: Instruction, program: Program, name: str, cost: Callable[[str], Cost]) -> Cost:
+    """Return what an instruction of the computation `name` costs. `cost`: of a computation."""
+    kind = line.opcode.removesuffix("-start")
+    if line.opcode in ("dot", "convolution"):
+        count = _dot if line.opcode == "dot" else _convolution
+        return Cost(count(line, program.computations[name]))
+    if kind in _COLLECTIVES:
+        return Cost(moved={kind: _moved(line, kind, program.devices)})
+    if kind in _UNKNOWN and "is_host_transfer=true" not in line.attributes:
+        raise ValueError(f"`read` does not know what {line.opcode} sends ({line.name}). Add its formula.")
+    if kind == "while":
+        (condition,), (body,) = line.called("condition"), line.called("body")
+        return total([cost(condition), cost(body)]).times(turns(line, program, name))
+    if kind == "conditional":
+        branches = [cost(one) for role in _BRANCHES for one in line.called(role)]
+        return max(branches, key=lambda one: (one.flop + one.declared, one.sent))
+    if kind == "custom-call":
+        return total([Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))])
+    if kind in ("fusion", "call"):
+        return total(map(cost, line.called("to_apply" if kind == "call" else "calls")))
+    if line.opcode == "async-start":
+        inside = total(map(cost, line.called("calls")))
+        return inside._replace(moved={kind: one._replace(asynchronous=one.count) for kind, one in inside.moved.items()})
+    return Cost()
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the dtypes and dimensions of a type, in the order in which they stand."""
+    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _SHAPE.findall(text)]
+
+
+def size(text: str) -> int:
+    """Return the bytes of a type."""
+    return sum(_bits(dtype) * math.prod(dims) for dtype, dims in shapes(text)) // 8
+
+
+def _bits(dtype: str) -> int:
+    """Return the bits of a number: s4, bf16, f8e4m3fn, c64 say it."""
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    if found is None and dtype != "pred":
+        raise ValueError(f"`size` does not know a {dtype}. Add its bits.")
+    return int(found[1]) if found else 8
+
+
+def _numbers(attributes: str, key: str) -> list[int]:
+    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", attributes)
+    return [int(number) for number in found[1].split(",") if number] if found else []
+
+
+def _floating(line: Instruction) -> bool:
+    # A shuffle of features is a product of integers on some machines.
+    return re.match(r"b?f\d", line.type) is not None
+
+
+def _dot(line: Instruction, computation: Computation) -> float:
+    """Return two operations for each number of the result and each that it is a sum of."""
+    if not _floating(line):
+        return 0
+    left = shapes(computation.lines[line.inputs[0]].type)[0][1]
+    summed = math.prod(left[i] for i in _numbers(line.attributes, "lhs_contracting_dims"))
+    return 2 * math.prod(shapes(line.type)[0][1]) * summed
+
+
+def _convolution(line: Instruction, computation: Computation) -> float:
+    """Return two operations for each product of two numbers, those with padding and between dilated ones left out: a batch of
+    products may be a convolution that is mostly such."""
+    if not _floating(line):
+        return 0
+    image, kernel = (shapes(computation.lines[name].type)[0][1] for name in line.inputs)
+    out = shapes(line.type)[0][1]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
+    if labels is None:
+        raise ValueError(f"`read` finds no dim_labels in {line.name}.")
+    products = 1
+    for i, window in enumerate(_windows(line.attributes, len(out) - 2)):
+        sizes = (dims[axes.index(str(i))] for dims, axes in zip((image, kernel, out), labels.groups(), strict=True))
+        products *= _met(*sizes, **window)
+    return 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")] * products
+
+
+def _windows(attributes: str, count: int) -> list[dict[str, int]]:
+    """Return the window of each spatial dimension."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in found[1].split()) if found else {}
+
+    def values(key: str, default: str) -> list[str]:
+        return given[key].split("x") if key in given else [default] * count
+
+    strides, dilations, gaps = values("stride", "1"), values("lhs_dilate", "1"), values("rhs_dilate", "1")
+    pads, turned = values("pad", "0_0"), values("rhs_reversal", "0")
+    return [
+        {
+            "stride": int(strides[i]),
+            "dilation": int(dilations[i]),
+            "gap": int(gaps[i]),
+            "pad": int(pads[i].split("_")[0]),
+            "turned": int(turned[i]),
+        }
+        for i in range(count)
+    ]
+
+
+def _met(image: int, kernel: int, out: int, *, stride: int, dilation: int, gap: int, pad: int, turned: int) -> int:
+    """Return how often a number of the kernel meets one of the image, along one dimension."""
+    places = (o * stride - pad + (kernel - 1 - k if turned else k) * gap for o in range(out) for k in range(kernel))
+    return sum(1 for place in places if place % dilation == 0 and 0 <= place // dilation < image)
+
+
+def _declared(line: Instruction) -> float:
+    """Return the operations that a kernel's `cost_estimate` declares, 0 without one."""
+    target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
+    found = re.search(r'"cost_estimate":\s*(\{[^}]*\})', line.attributes)
+    if found is None and target is not None and _MATRIX_CALL.search(target[1]):
+        raise ValueError(f"`read` does not know what {target[1]} computes ({line.name}). Add its formula.")
+    return float(json.loads(found[1]).get("flops", 0)) if found else 0.0
+
+
+def _moved(line: Instruction, kind: str, devices: int) -> Moved:
+    """Return what one run of a collective makes and sends."""
+    made, asynchronous = size(_result(line, kind)), line.opcode.endswith("-start")
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{([{}\d,]*)\}", line.attributes)
+        sending = sum(a != b for a, b in re.findall(r"(\d+),(\d+)", pairs[1])) if pairs else devices
+        return Moved(1, made, made * sending / devices, asynchronous)
+    others = _group(line, devices) - 1
+    share = others / (others + 1)
+    return Moved(1, made, made * {"all-reduce": 2 * share, "reduce-scatter": others}.get(kind, share), asynchronous)
+
+
+def _result(line: Instruction, kind: str) -> str:
+    """Return the type of what a collective makes: after its operands, in an asynchronous one's start but all-reduce's."""
+    if not line.opcode.endswith("-start") or kind == "all-reduce":
+        return line.type
+    parts, depth, start = list[str](), 0, 1
+    for i, letter in enumerate(line.type):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(line.type[start:i])
+            start = i + 1
+    return parts[1]
+
+
+def _group(line: Instruction, devices: int) -> int:
+    """Return how many devices a collective joins."""
+    found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", line.attributes)
+    if found is None:
+        raise ValueError(f"`read` does not know which devices {line.name} joins. Add the form of its replica_groups.")
+    return len(found[2].split(",")) if found[2] else int(found[3]) if found[3] else devices
+
+
+def turns(line: Instruction, program: Program, name: str) -> int:
+    """Return how often a loop of the computation `name` turns: as the compiler knows it, or from its counter's start, step and
+    limit. **Raises:** `ValueError` where neither says it."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line.attributes):
+        return int(known[1])
+    (condition,), (body,) = line.called("condition"), line.called("body")
+    try:
+        index, limit = _limit(program, condition)
+        start = _constant(program, name, program.computations[name].lines[line.inputs[0]].inputs[index])
+        step = _step(program, body, program.computations[body].lines[program.computations[body].root].inputs[index])
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"`read` does not know how often {line.name} of {name} turns: {error}.") from error
+    return max(0, -(-(limit - start) // step))
+
+
+def _constant(program: Program, name: str, value: str) -> int:
+    """Return an integer of a computation, behind copies."""
+    line = program.computations[name].lines[value]
+    if line.opcode == "constant":
+        return int(line.operands)
+    if line.opcode not in ("copy", "copy-done", "copy-start", "bitcast"):
+        raise ValueError(f"{value} is a {line.opcode}, not a constant")
+    return _constant(program, name, line.inputs[0])
+
+
+def _limit(program: Program, condition: str) -> tuple[int, int]:
+    """Return the number of a loop's counter in its state, and the value that it stays below."""
+    computation = program.computations[condition]
+    test = computation.lines[computation.root]
+    inside = _fused(program, test)
+    if inside.opcode != "compare" or not re.search(r"direction=L[TE]", inside.attributes):
+        raise ValueError(f"{test.name} does not compare a counter with its limit")
+    counter = computation.lines[test.inputs[0]]
+    index = re.search(r"index=(\d+)", counter.attributes)
+    if counter.opcode != "get-tuple-element" or index is None:
+        raise ValueError(f"{counter.name} is no part of the loop's state")
+    return int(index[1]), _constant(program, condition, test.inputs[1]) + ("direction=LE" in inside.attributes)
+
+
+def _step(program: Program, body: str, value: str) -> int:
+    """Return what a loop's body adds to its counter."""
+    line = program.computations[body].lines[value]
+    if line.opcode == "copy":
+        return _step(program, body, line.inputs[0])
+    if _fused(program, line).opcode != "add":
+        raise ValueError(f"{value} does not add to a counter")
+    return _constant(program, body, line.inputs[1])
+
+
+def _fused(program: Program, line: Instruction) -> Instruction:
+    """Return the one operation of a fusion that only wraps it, or the instruction itself."""
+    if line.opcode != "fusion":
+        return line
+    inside = program.computations[line.called("calls")[0]]
+    root = inside.lines[inside.root]
+    if [inside.lines[name].operands for name in root.inputs] != ["0", "1"]:
+        raise ValueError(f"{line.name} does more than {root.opcode}")
+    return root
