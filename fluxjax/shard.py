@@ -280,7 +280,8 @@ def _filled(x: Array, more: int) -> Array:
 
 
 class OnTokens(eqx.Module):
-    """A `Flux` of which each device along "context" runs a part of the image's tokens; its call is the network's.
+    """A `Flux` of which each device along "context" runs a part of the text's and of the image's tokens; its call is the
+    network's.
 
     Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
     (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`).
@@ -294,22 +295,27 @@ class OnTokens(eqx.Module):
         x: Float[Array, "img_tokens channels"],
         t: Any,
         *,
+        txt: Float[Array, "txt_tokens context"],
         img_ids: Any,
+        txt_ids: Any = None,
         attention: Any = None,
         weaken: Any = None,
         **inputs: Any,
     ) -> Float[Array, "img_tokens out_channels"]:
         if callable(attention) or (weaken is not None and weaken.attention is not None):
             raise ValueError("An attention of one's own would see a part of the tokens. Use context=1 with it.")
-        devices, count = jax.lax.axis_size("context"), len(x)
-        part = -(-count // devices)
-        start = jax.lax.axis_index("context") * part
-        mine = [
-            jax.lax.dynamic_slice_in_dim(jnp.pad(rows, ((0, part * devices - count), (0, 0))), start, part)
-            for rows in (x, img_ids)
-        ]
+        devices, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+
+        def mine(rows: Any) -> Any:
+            if rows is None:
+                return None
+            part = -(-len(rows) // devices)
+            rows = jnp.pad(rows, ((0, part * devices - len(rows)), (0, 0)))
+            return jax.lax.dynamic_slice_in_dim(rows, index * part, part)
+
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
-        exchanged = heads % devices == 0
-        joint = Ulysses("context", count, attention) if exchanged else Ring("context", count)
-        out = self.flux(mine[0], t, img_ids=mine[1], attention=joint, weaken=weaken, **inputs)
-        return jax.lax.all_gather(out, "context", tiled=True)[:count]
+        counts = (len(txt), len(x))
+        joint = Ring("context", *counts) if heads % devices else Ulysses("context", *counts, attention)
+        inputs |= {"txt": mine(txt), "img_ids": mine(img_ids), "txt_ids": mine(txt_ids)}
+        out = self.flux(mine(x), t, attention=joint, weaken=weaken, **inputs)
+        return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]

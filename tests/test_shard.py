@@ -12,14 +12,14 @@ from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.layers import Dense
 from fluxjax.shard import Gathered, Joined, Summed
 
-HEIGHT, WIDTH = 48, 80  # 15 tokens, which neither 2 nor 4 divide
+HEIGHT, WIDTH = 48, 80  # 15 tokens, and 13 of text, which neither 2 nor 4 divide
 PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of a white heart"]
 # Sums in another order, through two steps of six blocks.
 BOUND = 1e-5
 
 
 def ids_of(tiny, images):
-    return prompt_ids(tiny.tokenizers, [PROMPTS[i % 3] for i in range(images)], max_length=12)
+    return prompt_ids(tiny.tokenizers, [PROMPTS[i % 3] for i in range(images)], max_length=13)
 
 
 def drawn(tiny, images, steps=2):

@@ -21,6 +21,8 @@ from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.generate import Text, denoise
+from fluxjax.memory import Hosted
+from fluxjax.nets.layers import Dense
 from fluxjax.shard import ROWS, make_mesh, specs
 
 # Name, chips, usable GiB of each device.
@@ -29,7 +31,10 @@ CHIPS = {
     "v6e-8": ({"topology_name": "v6e:2x4"}, 31.24),
     "v6e-16": ({"topology_name": "v6e:4x4"}, 31.24),
     "v4-8": ({"topology_name": "v4:2x2x1", "chip_config_name": "megacore"}, 30.75),
+    "v5e-4": ({"topology_name": "v5e:2x2"}, 15.75),
 }
+STREAM = "stream"
+"""In an axis's place: one device, whose blocks are streamed from the host's memory."""
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 
 
@@ -38,11 +43,13 @@ def structs(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
 
 
-def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int) -> Any:
-    """Return one image a row of the mesh, lowered."""
+def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, *, stream: bool) -> Any:
+    """Return one image a row of the mesh, lowered. `stream`: its device's blocks."""
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     flux = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), flux)
     flux = structs(flux, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(flux, mesh)))
+    if stream:
+        flux = hosted(flux, NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host"))
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
     images, side = mesh.shape["data"] * mesh.shape["fsdp"], size // 8
 
@@ -55,9 +62,25 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) if config.guidance_embed else None
 
     def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
-        return denoise.__wrapped__(flux, text, noise, times, scale, mesh=mesh)
+        return denoise.__wrapped__(flux, text, noise, times, scale, mesh=None if stream else mesh)
 
     return jax.jit(run).lower(flux, text, noise, times, scale)
+
+
+def hosted(flux: Flux, host: NamedSharding) -> Flux:
+    """Return the shapes of what `fluxjax.stream_blocks` makes."""
+
+    def place(path: Any, node: Any) -> Any:
+        stays = isinstance(node, Dense) and path[0].name in ("double", "single")
+        return eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
+
+    def struct(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+
+    return jax.tree_util.tree_map_with_path(place, flux, is_leaf=lambda node: isinstance(node, Dense))
+
+
+_EMPTY = Hosted(jnp.zeros((0, 0)))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
@@ -78,11 +101,12 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
         devices = topologies.get_topology_desc(platform="tpu", **where).devices
         for variant in options.variants:
             for axis in options.axes:
-                mesh = make_mesh(**{axis: -1}, devices=devices)
-                row = {"machine": chip, "devices": len(devices), "model": variant, "mesh": axis, "limit GiB": limit, **flags}
+                stream = axis == STREAM
+                mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
+                row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
                 try:
-                    row |= measured(*VARIANTS[variant], mesh, options.size, flags)
-                    row |= expected(*VARIANTS[variant][:2], axis, len(devices), options.size, row)
+                    row |= measured(*VARIANTS[variant], mesh, options.size, flags, stream=stream)
+                    row |= expected(*VARIANTS[variant][:2], "data" if stream else axis, mesh.size, options.size, row)
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
                 print(row, flush=True)
@@ -96,22 +120,25 @@ def add_commands(commands: Any) -> None:
     tpu.set_defaults(run=bench_tpu)
     tpu.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    tpu.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
 
 
-def measured(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str]) -> dict[str, Any]:
+def measured(
+    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str], *, stream: bool
+) -> dict[str, Any]:
     """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
     start = time.perf_counter()
-    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size), flags)
+    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size, stream=stream), flags)
     memory, gib = compiled.memory_analysis(), 2**30
     step = read(text).times(1 / steps)
     return {
         "compile s": round(time.perf_counter() - start, 1),
         "arguments GiB": round(memory.argument_size_in_bytes / gib, 2),
         "temporaries GiB": round(memory.temp_size_in_bytes / gib, 2),
+        "host GiB": round(memory.host_argument_size_in_bytes / gib, 2),
         "TFLOP": round(step.flop / 1e12, 3),
         "kernels' TFLOP": round(step.declared / 1e12, 3),
         "GB sent": round(step.sent / 1e9, 4),

@@ -90,18 +90,16 @@ def tensor(work: Work, chips: int) -> Cost | None:
 
 
 def context(work: Work, chips: int) -> Cost:
-    """One image; queries, keys and values leave for their heads' device, and mixed values come back, the text's to every
-    device; or, where the devices do not divide the heads, keys and values go round. Each device has all of the text."""
-    config, txt_tokens = work.config, work.txt_tokens
-    tokens, blocks, others = -(-work.img_tokens // chips), config.double_depth + config.single_depth, chips - 1
-    attention = attention_flop(*work)
-    share = (tokens + txt_tokens) / (work.img_tokens + txt_tokens)
+    """One image; queries, keys and values leave for their heads' device, and mixed values come back; or, where the devices do
+    not divide the heads, keys and values go round. Parts of tokens are whole."""
+    config, others = work.config, chips - 1
+    img_tokens, txt_tokens = -(-work.img_tokens // chips), -(-work.txt_tokens // chips)
+    tokens, blocks = img_tokens + txt_tokens, config.double_depth + config.single_depth
     exchanged = config.heads % chips == 0
-    row = BFLOAT16 * config.width
-    sent = blocks * others * row * ((4 * tokens + txt_tokens) / chips if exchanged else 2 * tokens)
-    sent += others * tokens * FLOAT32 * config.out_channels
-    mixed = attention / chips if exchanged else attention * share
-    return Cost((forward_flop(*work) - attention) * share + mixed, weight_bytes(config), sent)
+    sent = blocks * others * BFLOAT16 * config.width * tokens * (4 / chips if exchanged else 2)
+    sent += others * img_tokens * FLOAT32 * config.out_channels
+    share = tokens / (work.img_tokens + work.txt_tokens)
+    return Cost(forward_flop(*work) * share, weight_bytes(config), sent)
 
 
 AXES: dict[str, Callable[[Work, int], Cost | None]] = {
