@@ -1,5 +1,5 @@
-"""Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `weights`,
-`weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would
+"""Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `cpu`: the
+networks beside torch's. `weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would
 hold and move, compiled without one. `stream`: dev a block at a time from its file, in little memory.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_cpu
 import bench_lora
 import bench_stream
 import bench_tpu
@@ -121,6 +122,7 @@ def main() -> None:
     gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (default: %(default)s)")
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    bench_cpu.add_commands(commands)
     bench_weights.add_commands(commands)
     bench_lora.add_commands(commands)
     bench_tpu.add_commands(commands)

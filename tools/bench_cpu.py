@@ -1,0 +1,252 @@
+"""Measure the networks on this machine's CPU beside diffusers and transformers on torch: the same weights and inputs, in turns."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scaling import forward_flop
+
+import fluxjax
+from fluxjax.latents import image_ids
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Case(NamedTuple):
+    """What is compared: calls without arguments that give an output, by contender; the operations of one, if they are known."""
+
+    ours: Callable[[], jax.Array]
+    theirs: Mapping[str, Callable[[], Any]]
+    flop: float | None = None
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each call, in turns, so that what else the machine does falls on all; each is run once before."""
+    for call in calls.values():
+        call()
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            spent[name].append(time.perf_counter() - start)
+    return spent
+
+
+def _torch(dtype: str) -> Any:
+    import torch
+
+    return getattr(torch, dtype)
+
+
+def _compiled(module: Any, compile_too: bool, call: Callable[[Any], Any]) -> dict[str, Callable[[], Any]]:
+    """Return calls of a torch module as it is, and compiled."""
+    import torch
+
+    def run(module: Any) -> Any:
+        with torch.no_grad():
+            return call(module)
+
+    calls = {"torch": lambda: run(module)}
+    if compile_too:
+        compiled = torch.compile(module)
+        calls["torch.compile"] = lambda: run(compiled)
+    return calls
+
+
+def _blocked(call: Callable[..., jax.Array], *arguments: Any) -> Callable[[], jax.Array]:
+    jitted = jax.jit(call)
+    return lambda: jax.block_until_ready(jitted(*arguments))
+
+
+def _normal(*shape: int, seed: int, dtype: str) -> tuple[jax.Array, Any]:
+    """Return the same values for both."""
+    import torch
+
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(values).astype(dtype), torch.from_numpy(values).to(_torch(dtype))
+
+
+def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
+    """The transformer of the official widths, of a few blocks."""
+    import diffusers
+    import torch
+
+    double, single = options.blocks
+    theirs = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+    theirs.eval().save_pretrained(folder)
+    theirs = theirs.to(_torch(dtype))
+    ours = fluxjax.load_flux(folder, dtype=dtype)
+    side = int(options.img_tokens**0.5)
+    (x, their_x), (txt, their_txt), (vec, their_vec) = (
+        _normal(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate([(side * side, 64), (options.txt_tokens, 4096), (768,)])
+    )
+    ids = image_ids(16 * side, 16 * side)
+    scalar = {"t": jnp.float32(0.5), "guidance": jnp.float32(4.0)}  # exact in bfloat16, as theirs are
+    arguments = {
+        "hidden_states": their_x[None],
+        "encoder_hidden_states": their_txt[None],
+        "pooled_projections": their_vec[None],
+        "timestep": torch.tensor([0.5]).to(_torch(dtype)),
+        "guidance": torch.tensor([4.0]).to(_torch(dtype)),
+        "img_ids": torch.from_numpy(np.array(ids)).to(_torch(dtype)),
+        "txt_ids": torch.zeros(options.txt_tokens, 3).to(_torch(dtype)),
+        "return_dict": False,
+    }
+
+    def call(flux: fluxjax.Flux, x: jax.Array, txt: jax.Array, vec: jax.Array, scalar: dict) -> jax.Array:
+        return flux(x, txt=txt, vec=vec, img_ids=ids, **scalar)
+
+    flop = forward_flop(ours.config, side * side, options.txt_tokens)
+    theirs_calls = _compiled(theirs, options.compile, lambda module: module(**arguments)[0])
+    return Case(_blocked(call, ours, x, txt, vec, scalar), theirs_calls, flop)
+
+
+def t5(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
+    """A layer of T5-XXL over 512 tokens."""
+    import torch
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=1000, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    theirs = transformers.T5EncoderModel(config).eval()
+    theirs.save_pretrained(folder)
+    ids = np.random.default_rng(0).integers(0, 1000, options.txt_tokens).astype(np.int32)
+    ours = fluxjax.load_t5(folder, dtype=dtype)
+    calls = _compiled(
+        theirs.to(_torch(dtype)), options.compile, lambda module: module(torch.from_numpy(ids[None]).long()).last_hidden_state
+    )
+    flop = 2 * options.txt_tokens * 4096 * (4 * 4096 + 3 * 10240) + 4 * options.txt_tokens**2 * 4096
+    return Case(_blocked(lambda network, ids: network(ids), ours, jnp.asarray(ids)), calls, flop)
+
+
+def clip(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
+    """CLIP-L's text encoder over 77 tokens."""
+    import torch
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=2
+    )
+    theirs = transformers.CLIPTextModel(config).eval()
+    theirs.save_pretrained(folder)
+    ids = np.random.default_rng(0).integers(0, 49000, 77).astype(np.int32)
+    ids[20:] = 49407
+    ours = fluxjax.load_clip(folder, dtype=dtype)
+    calls = _compiled(
+        theirs.to(_torch(dtype)), options.compile, lambda module: module(torch.from_numpy(ids[None]).long()).pooler_output
+    )
+    flop = 12 * (2 * 77 * 768 * (4 * 768 + 2 * 3072) + 4 * 77**2 * 768)
+    return Case(_blocked(lambda network, ids: network(ids), ours, jnp.asarray(ids)), calls, flop)
+
+
+def vae(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
+    """The VAE's decoder, an image of 512x512."""
+    import diffusers
+
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    theirs.save_pretrained(folder)
+    ours = fluxjax.load_vae(folder, dtype=dtype)
+    side = options.image // 8
+    z, their_z = _normal(16, side, side, seed=0, dtype=dtype)
+    decoder = theirs.to(_torch(dtype)).decoder
+    calls = _compiled(decoder, options.compile, lambda module: module(their_z[None]).movedim(1, -1))
+
+    def call(vae: fluxjax.Vae, z: jax.Array) -> jax.Array:
+        return vae.decoder(jnp.moveaxis(z, 0, -1))
+
+    return Case(_blocked(call, ours, z), calls)
+
+
+CASES: Mapping[str, Callable[[Path, str, argparse.Namespace], Case]] = {"flux": flux, "t5": t5, "clip": clip, "vae": vae}
+
+
+def ceiling(dtype: str) -> dict[str, Callable[[], Any]]:
+    """Return a product of the transformer's own size, on both."""
+    import torch
+
+    (a, their_a), (b, their_b) = (_normal(*shape, seed=0, dtype=dtype) for shape in [(1536, 3072), (12288, 3072)])
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+
+    return {"fluxjax": _blocked(product, a, b), "torch": lambda: torch.nn.functional.linear(their_a, their_b)}
+
+
+def _error(found: Any, expected: Any) -> float:
+    found, expected = (np.asarray(value, np.float64).reshape(-1) for value in (found, expected.detach().float().numpy()))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def bench_cpu(options: argparse.Namespace) -> list[dict]:
+    """Compare each case in each dtype; a row that fails is told and the others go on."""
+    import torch
+
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    rows = []
+    for dtype in options.dtypes:
+        spent = in_turns(ceiling(dtype), 3 * options.repeats)
+        best = {name: 2 * 1536 * 3072 * 12288 / min(seconds) for name, seconds in spent.items()}
+        print(f"{dtype} matmul: " + ", ".join(f"{name} {flops / 1e9:.0f} GFLOP/s" for name, flops in best.items()), flush=True)
+        for name in options.cases:
+            row: dict[str, Any] = {"bench": "cpu", "case": name, "dtype": dtype, "torch": torch.__version__}
+            row |= {f"{library} matmul GFLOP/s": round(flops / 1e9, 1) for library, flops in best.items()}
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    row |= compared(CASES[name](Path(folder), dtype, options), options.repeats, best["fluxjax"])
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
+    """Return the medians of all, their spread, ours' relative error, and how many times faster it is than their best."""
+    calls = {"fluxjax": case.ours, **case.theirs}
+    error = _error(case.ours(), case.theirs["torch"]())
+    spent = in_turns(calls, repeats)
+    median = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    best = min(seconds for name, seconds in median.items() if name != "fluxjax")
+    share = {} if case.flop is None else {"share of matmul": round(case.flop / median["fluxjax"] / ceiling, 3)}
+    return {
+        "relative error": float(f"{error:.2g}"),
+        **{f"{name} s": round(seconds, 4) for name, seconds in median.items()},
+        "spread": {name: round((max(seconds) - min(seconds)) / median[name], 2) for name, seconds in spent.items()},
+        "ratio": round(best / median["fluxjax"], 2),
+        **share,
+    }
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    cpu = commands.add_parser("cpu", help="the networks on a CPU beside diffusers and transformers on torch (extra `parity`)")
+    cpu.set_defaults(run=bench_cpu)
+    cpu.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    cpu.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    cpu.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"), help="(default: 1 2)")
+    cpu.add_argument("--img-tokens", type=int, default=1024, help="a square (default: %(default)s)")
+    cpu.add_argument("--txt-tokens", type=int, default=512, help="(default: %(default)s)")
+    cpu.add_argument("--image", type=int, default=512, help="pixels along a side, of the VAE (default: %(default)s)")
+    cpu.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    cpu.add_argument("--threads", type=int, help="of torch (default: its own)")
+    cpu.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    cpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
