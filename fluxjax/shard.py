@@ -35,7 +35,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
     """Return a mesh of devices, by default all.
 
     **Arguments:** `data`: parts of a batch. `fsdp`: parts of a batch and of every weight, which is gathered as it is used.
-    `tensor`: parts of the heads and hidden features. `context`: parts of the image's tokens. One of them may be -1, for the
+    `tensor`: parts of the heads and hidden features. `context`: parts of the tokens. One of them may be -1, for the
     devices that the others leave.
     **Raises:** `ValueError` if their product is not the number of devices.
     """

@@ -1,6 +1,6 @@
 """Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `cpu`: the
-networks beside torch's. `weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would
-hold and move, compiled without one. `stream`: dev a block at a time from its file, in little memory.
+networks beside torch's. `weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs
+would hold and move, compiled without one. `stream`: dev a block at a time from its file, in little memory.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """

@@ -1,4 +1,4 @@
-"""Measure the networks on this machine's CPU beside diffusers and transformers on torch: the same weights and inputs, in turns."""
+"""Measure the networks on a CPU beside diffusers and transformers on torch: the same weights and inputs, in turns."""
 
 import argparse
 import statistics
