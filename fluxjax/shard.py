@@ -13,6 +13,7 @@ from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Adapted, Dense, Weight
+from fluxjax.nets.vae import Conv
 from fluxjax.shapes import Array, Float
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -77,6 +78,16 @@ class Gathered(Weight):
         return Dense(jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True))
 
 
+class GatheredConv(Conv):
+    """A convolution of which each device holds the kernels of some outputs, put together as it is used."""
+
+    def __init__(self, part: Conv):
+        self.weight, self.bias = part.weight, part.bias
+
+    def kernel(self) -> Float[Array, "side side channels all"]:
+        return jax.lax.all_gather(self.weight, "fsdp", axis=3, tiled=True)
+
+
 class Summed(Weight):
     """A weight of which each device holds the columns of its features; the products are summed."""
 
@@ -137,14 +148,16 @@ def _leaf(path: Any) -> _Leaf:
 def specs(network: Network, mesh: Mesh) -> Network:
     """Return where each array of a network lies on a mesh, as a pytree of `PartitionSpec`.
 
-    Matrices are split over "fsdp", those of blocks (but CLIP's) over "tensor" too, and biases as what they are added to; the
-    rest is on every device, as is a matrix whose size the axis does not divide.
+    Matrices and convolutions are split over "fsdp", matrices of blocks (but CLIP's) over "tensor" too, and biases as what they
+    are added to; the rest is on every device, as is a matrix whose size the axis does not divide.
     """
 
     def place(path: Any, leaf: Any) -> PartitionSpec:
         layer, role, stacked = _leaf(path)
         how = _TENSOR.get(layer) if stacked and parts > 1 else None
         dims: list[str | None] = [None] * leaf.ndim
+        if leaf.ndim == 4 and mesh.shape["fsdp"] > 1 and leaf.shape[-1] % mesh.shape["fsdp"] == 0:
+            dims[-1] = "fsdp"  # a convolution's outputs
         if role == "value":
             if how is not None:
                 dims[-1 if how == "in" else -2] = "tensor"
@@ -225,13 +238,15 @@ def local(network: Any, placed: Any) -> Any:
     """
 
     def wrap(path: Any, weight: Any, spec: Any) -> Any:
+        if isinstance(weight, Conv) and "fsdp" in tuple(spec.weight):
+            return GatheredConv(weight)
         if not isinstance(weight, Weight):
             return weight
         how = _TENSOR.get(_leaf((*path, path[-1])).layer) if "tensor" in str(spec) else None
         part = _gathering(weight, spec)
         return Summed(part) if how == "in" else Joined(part) if how == "joined" else part
 
-    return jax.tree_util.tree_map_with_path(wrap, network, placed, is_leaf=lambda node: isinstance(node, Weight))
+    return jax.tree_util.tree_map_with_path(wrap, network, placed, is_leaf=lambda node: isinstance(node, Weight | Conv))
 
 
 def _gathering(weight: Weight, spec: Any) -> Weight:

@@ -18,6 +18,7 @@ MESHES = {
     "a part of each axis": dict(tensor=2, context=2),
     "more devices than rows": dict(context=8),
     "images too": dict(data=2, context=2),
+    "weights too": dict(fsdp=2, context=2),
 }
 
 
@@ -36,6 +37,8 @@ def test_a_vae_over_strips_is_the_whole_one(vae, name):
     mesh = mesh_of(**MESHES[name])
     pixels, latents = drawn(3)
     placed = shard(vae, mesh)
+    parts = [(leaf.addressable_shards[0].data.size, leaf.size) for leaf in jax.tree.leaves(placed)]
+    assert sum(part for part, _ in parts) <= 1.1 * sum(whole for _, whole in parts) / mesh.shape["fsdp"]
     for keys in (None, jax.random.split(jax.random.key(3), 3)):
         expected = encode(vae, pixels, dtype=jnp.float32, keys=keys)
         assert relative(encode(placed, pixels, dtype=jnp.float32, keys=keys, mesh=mesh), expected) <= BOUND

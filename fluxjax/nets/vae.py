@@ -67,8 +67,12 @@ class Conv(eqx.Module):
         """Convolve. `padding`: zeros above and below, left and right; None keeps the size."""
         around = self.weight.shape[0] // 2
         padding = ((around, around), (around, around)) if padding is None else padding
-        y = _convolve(x[None], self.weight.astype(x.dtype), stride, padding)[0]
+        y = _convolve(x[None], self.kernel().astype(x.dtype), stride, padding)[0]
         return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+
+    def kernel(self) -> Float[Array, "side side channels out"]:
+        """Return the whole weight."""
+        return self.weight
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
