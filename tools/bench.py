@@ -23,7 +23,7 @@ from bench_model import random_flux
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise
 from fluxjax.generate import Text, denoise
-from fluxjax.kernels.attention import select
+from fluxjax.kernels.attention import select_attention
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 
@@ -72,6 +72,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         img_tokens = (options.size // 16) ** 2
         guidance = jnp.float32(3.5) if config.guidance_embed else None
         arguments = (flux, text, noise, flow_times(steps, tokens=img_tokens), guidance)
+        heads = jax.ShapeDtypeStruct((txt_tokens + img_tokens, config.heads, config.head_dim), jnp.bfloat16)
         start = time.perf_counter()
         compiled = denoise.lower(*arguments).compile()
         compile_seconds = time.perf_counter() - start
@@ -86,7 +87,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
                 "size": options.size,
                 "blocks": [config.double_depth, config.single_depth],
                 "steps": steps,
-                "attention": select(jnp.dtype(jnp.bfloat16), config.head_dim),
+                "attention": select_attention(heads, heads),
                 "compile_seconds": compile_seconds,
                 "seconds_per_step": step_seconds,
                 "tflop_per_second": speed / 1e12,

@@ -147,7 +147,7 @@ class CellAttention(eqx.Module):
     def __call__(self, x: Cells) -> Cells:
         y = rearrange(self.norm(x), "y x c -> (y x) c")
         q, k, v = (rearrange(layer(y), "cells c -> cells 1 c") for layer in (self.q, self.k, self.v))
-        mixed = rearrange(attention(q, k, v, implementation="xla"), "cells 1 c -> cells c")
+        mixed = rearrange(attention(q, k, v), "cells 1 c -> cells c")
         return x + rearrange(self.out(mixed), "(y x) c -> y x c", y=x.shape[0])
 
 
