@@ -1,6 +1,6 @@
 """Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `weights`,
 `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would
-hold and move, compiled without one.
+hold and move, compiled without one; `flash-aot`: the attention kernels' VMEM, so too.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_flash
 import bench_lora
 import bench_tpu
 import bench_weights
@@ -133,6 +134,7 @@ def main() -> None:
     bench_weights.add_commands(commands)
     bench_lora.add_commands(commands)
     bench_tpu.add_commands(commands)
+    bench_flash.add_commands(commands)
     options = parser.parse_args()
     rows = [{**row, **machine()} for row in options.run(options)]
     show(rows)

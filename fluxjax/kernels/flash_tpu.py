@@ -204,6 +204,7 @@ def _pallas(
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes),
         ),
         interpret=call.interpret,
+        name=f"flash_{name}",
     )
     return tuple(run(*lengths, *(x for x, _ in operands)))
 
