@@ -1,5 +1,6 @@
 """One battery for the implementations of attention that never hold all logits, against float64."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fluxjax import attention, select_attention
 from fluxjax.kernels import flash_tpu
-from fluxjax.kernels.blocks import CHIPS, PRESETS, BlockSizes, even
+from fluxjax.kernels.blocks import CHIPS, PRESETS, BlockSizes, even, least_padded
 
 
 def interpreted(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128)):
@@ -92,14 +93,14 @@ def test_values_and_gradients_equal_float64(name, queries, keys, heads, dim, see
 
 
 def test_bfloat16_is_as_near_as_its_roundings():
-    *inputs, grad = operands(300, 300, 1, 128, 4, dtype=jnp.bfloat16)
+    *inputs, grad = operands(700, 300, 1, 128, 4, dtype=jnp.bfloat16)
     wanted_all = exact(*inputs, grad)
     for name in IMPLEMENTATIONS:
         for found, (wanted, _) in zip(values_and_gradients(name)(grad, None, *inputs), wanted_all, strict=True):
             assert found.dtype == jnp.bfloat16
-            # The weights, their slopes and the result are rounded, each to 2^-9 of it.
+            # The weights or their slopes, and the result, are rounded to 2^-9 of them; sums are not, of 15 chunks either.
             error = np.asarray(found, np.float64) - wanted
-            assert np.linalg.norm(error) < 3 * 2**-9 * np.linalg.norm(wanted), name
+            assert np.linalg.norm(error) < 2 * 2**-9 * np.linalg.norm(wanted), name
 
 
 @blocked
@@ -207,19 +208,24 @@ def test_what_does_not_suit_is_refused():
 
 
 def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
-    fits = partial(flash_tpu.blocks, 4608, 4608, block_sizes=PRESETS["trillium-dev"])
-    flash_tpu.check_vmem(fits("v6e"), 128, jnp.bfloat16, "v6e")
+    fits = partial(flash_tpu.blocks, 4608, 4608, 128, jnp.bfloat16, block_sizes=PRESETS["trillium-dev"])
+    assert set(fits("v6e").values()) == {(1536, 1536)}
     with pytest.raises(
         ValueError, match=r"1536 queries and 1536 keys takes 19,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216"
     ):
-        flash_tpu.check_vmem(fits("v4"), 128, jnp.bfloat16, "v4")
+        fits("v4")
 
 
-def test_default_blocks_fit_every_chip_and_cover_any_count_evenly():
-    for chip in CHIPS:
+def test_default_blocks_fit_every_chip_and_waste_little():
+    for chip, dim, dtype in itertools.product(CHIPS, (64, 128, 512), (jnp.bfloat16, jnp.float32)):
         for tokens in (77, 1536, 4133, 4352, 4608):
-            sizes = flash_tpu.blocks(tokens, tokens, chip)
-            flash_tpu.check_vmem(sizes, 128, jnp.bfloat16, chip)
-            assert all(size % 128 == 0 and size <= CHIPS[chip].blocks.q for pair in sizes.values() for size in pair)
-    assert flash_tpu.blocks(4352, 77, "v6e")["forward"] == (1536, 128)
-    assert [even(10, 4), even(4608, 1536, 128), even(4133, 512, 128)] == [4, 1536, 512]
+            for block in flash_tpu.blocks(tokens, tokens, dim, dtype, chip).values():
+                assert block[0] % 128 == 0
+                assert block[0] <= CHIPS[chip].block
+                # From 1 to 1.14 times the tokens, of which 128 at most are the tail of a single block.
+                assert -(-tokens // block[0]) * block[0] < max(1.14 * tokens, tokens + 128)
+    # As published for v6e.
+    for tokens, size in ((4608, 1536), (4352, 2176)):
+        assert set(flash_tpu.blocks(tokens, tokens, 128, jnp.bfloat16, "v6e").values()) == {(size, size)}
+    assert flash_tpu.blocks(4608, 77, 128, jnp.bfloat16, "v5e")["forward"] == (768, 128)
+    assert [even(10, 4), even(4, 4), least_padded(300, 100, 50)] == [4, 4, 100]

@@ -51,28 +51,22 @@ def run_of(kind: str, **options: Any) -> Callable:
 
 
 def compiled_row(chip: str, device: Any, tokens: int, preset: str | None, kind: str, batch: int | None) -> dict[str, Any]:
-    sizes = blocks(tokens, tokens, chip, None if preset is None else PRESETS[preset])
+    wanted = None if preset is None else PRESETS[preset]
+    row = {"bench": "flash-aot", "chip": chip, "tokens": tokens, "batch": batch, "pass": kind, "blocks": preset or "default"}
+    try:
+        sizes = blocks(tokens, tokens, 128, jnp.bfloat16, chip, wanted)
+    except ValueError as error:  # blocks that do not fit are a result
+        return row | {"error": str(error)}
     computed = {kernel: vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]}
-    row = {
-        "bench": "flash-aot",
-        "chip": chip,
-        "tokens": tokens,
-        "batch": batch,
-        "pass": kind,
-        "blocks": preset or "default",
-        "sizes": {kernel: sizes[kernel] for kernel in KERNELS[kind]},
-        "VMEM MiB by shapes": {kernel: round(size / 2**20, 1) for kernel, size in computed.items()},
-    }
+    row["sizes"] = {kernel: sizes[kernel] for kernel in KERNELS[kind]}
+    row["VMEM MiB by shapes"] = {kernel: round(size / 2**20, 1) for kernel, size in computed.items()}
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
     # A batch has a key length an example, so that the masked form is compiled too.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     start = time.perf_counter()
-    try:
-        run = run_of(kind, chip=chip, block_sizes=None if preset is None else PRESETS[preset])
-        program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
-    except Exception as error:  # blocks that do not fit are a result
-        return row | {"error": str(error).splitlines()[0][:240]}
+    run = run_of(kind, chip=chip, block_sizes=wanted)
+    program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
     used = used_vmem(program.as_text())
     return row | {
         "VMEM MiB by compiler": {kernel: round(size / 2**20, 1) for kernel, size in used.items()},

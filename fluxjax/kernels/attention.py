@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.kernels.blocks import BlockSizes, chip_of, even, named, round_up
-from fluxjax.kernels.flash_tpu import flash as flash_tpu
 from fluxjax.shapes import Array, Float, Int
 
 Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu"]
@@ -57,7 +56,9 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     match chosen:
         case "flash_tpu":
-            return flash_tpu(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(_device()))
+            from fluxjax.kernels.flash_tpu import flash  # Pallas takes a third of a second to import
+
+            return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(_device()))
         case "cudnn":
             mixed = _cudnn(q, k, v, bias, causal, scale, length)
         case "xla_chunked":
@@ -164,9 +165,12 @@ def _chunked(
     if bias is not None:
         bias = rearrange(jnp.pad(bias, ((0, 0), (0, missing), (0, 0))), "h (chunks q) k -> chunks h q k", q=size)
 
+    # A gradient sums over the chunks in the dtype of what enters the loop.
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)
+
     def mix(part: tuple) -> Array:
         start, q, bias = part
-        return _xla(q, k, v, bias, causal, scale, length, start)
+        return _xla(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), bias, causal, scale, length, start)
 
     # In a loop nothing is moved across its turns, so that the barriers against that would only cost.
     mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), (size * jnp.arange(len(q)), q, bias))

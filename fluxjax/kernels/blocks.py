@@ -55,17 +55,17 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A TPU: `vmem`, bytes a core; `blocks`, the largest that flash_tpu takes by default."""
+    """A TPU: `vmem`, bytes a core; `block`, the most tokens that a block of flash_tpu has by default."""
 
     vmem: int
-    blocks: BlockSizes
+    block: int
 
 
 CHIPS = {
-    "v4": Chip(vmem=16 * 2**20, blocks=BlockSizes(q=512)),
-    "v5e": Chip(vmem=128 * 2**20, blocks=BlockSizes(q=1024)),
-    "v5p": Chip(vmem=64 * 2**20, blocks=BlockSizes(q=1024)),
-    "v6e": Chip(vmem=128 * 2**20, blocks=BlockSizes(q=1536)),
+    "v4": Chip(vmem=16 * 2**20, block=512),
+    "v5e": Chip(vmem=128 * 2**20, block=1024),
+    "v5p": Chip(vmem=64 * 2**20, block=1024),
+    "v6e": Chip(vmem=128 * 2**20, block=2176),
 }
 _KINDS = {
     "TPU v4": "v4",
@@ -96,7 +96,13 @@ def round_up(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def even(tokens: int, largest: int, multiple: int = 1) -> int:
-    """Return the size of as few blocks as `largest` allows, as even as `multiple` allows."""
-    count = -(-tokens // largest)
-    return round_up(-(-tokens // count), multiple)
+def even(tokens: int, largest: int) -> int:
+    """Return the size of as few blocks as `largest` allows, as even as can be."""
+    return -(-tokens // -(-tokens // largest))
+
+
+def least_padded(tokens: int, largest: int, multiple: int) -> int:
+    """Return the size, of the multiples up to `largest`, whose blocks have the fewest tokens in all: with the padding, and 64
+    more for what each block costs."""
+    sizes = range(min(largest, round_up(tokens, multiple)), 0, -multiple)
+    return min(sizes, key=lambda size: -(-tokens // size) * (size + 64))

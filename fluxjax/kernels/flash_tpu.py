@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fluxjax.kernels.blocks import CHIPS, BlockSizes, even, round_up
+from fluxjax.kernels.blocks import CHIPS, BlockSizes, least_padded, round_up
 from fluxjax.shapes import Array, Float, Int
 
 LANES = 128
@@ -59,8 +59,7 @@ def flash(
         raise ValueError(f"`flash_tpu` needs bfloat16 or float32, got {q.dtype}. Pass implementation=None.")
     (queries, _, dim), keys = q.shape, len(k)
     lanes = round_up(dim, LANES)
-    sizes = blocks(queries, keys, chip, block_sizes)
-    check_vmem(sizes, lanes, q.dtype, chip)
+    sizes = blocks(queries, keys, dim, q.dtype, chip, block_sizes)
     call = _Call(
         head_dim=lanes,
         # Exponentials are to base 2, so that the scale's multiplication is the only one.
@@ -79,24 +78,30 @@ def _pad(x: Array, lanes: int) -> Array:
     return x if x.shape[-1] == lanes else jnp.pad(x, ((0, 0), (0, 0), (0, lanes - x.shape[-1])))
 
 
-def blocks(queries: int, keys: int, chip: str, block_sizes: BlockSizes | None = None) -> dict[str, tuple[int, int]]:
-    """Return the (queries, keys) of a block of each kernel, forward, dq and dkv: as given, or as even as the chip's allow.
+def blocks(
+    queries: int, keys: int, head_dim: int, dtype: Any, chip: str, block_sizes: BlockSizes | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return the (queries, keys) of a block of each kernel, forward, dq and dkv.
 
-    **Raises:** `ValueError` for sizes that are no multiples of 128.
+    They are as given, but no larger than the tokens; or else, of the sizes that the chip holds, those that are least padded.
+
+    **Raises:** `ValueError` for sizes that are no multiples of 128, or take more than the chip's VMEM.
     """
-    wanted = CHIPS[chip].blocks if block_sizes is None else block_sizes
     found = {}
     for kernel in ("forward", "dq", "dkv"):
-        sizes = getattr(wanted, kernel)
-        if any(size % LANES for size in sizes):
-            raise ValueError(f"`flash_tpu` needs blocks in multiples of {LANES} tokens, got {sizes} for {kernel}.")
-        fit = even if block_sizes is None else _cut
-        found[kernel] = fit(queries, sizes[0], LANES), fit(keys, sizes[1], LANES)
+        if block_sizes is None:
+            largest = CHIPS[chip].block
+            while largest > LANES and vmem_bytes(kernel, (largest, largest), head_dim, dtype) > CHIPS[chip].vmem:
+                largest -= LANES
+            block = least_padded(queries, largest, LANES), least_padded(keys, largest, LANES)
+        else:
+            q, kv = getattr(block_sizes, kernel)
+            if q % LANES or kv % LANES:
+                raise ValueError(f"`flash_tpu` needs blocks in multiples of {LANES} tokens, got {(q, kv)} for {kernel}.")
+            block = min(q, round_up(queries, LANES)), min(kv, round_up(keys, LANES))
+        _check_vmem(kernel, block, head_dim, dtype, chip)
+        found[kernel] = block
     return found
-
-
-def _cut(tokens: int, size: int, multiple: int) -> int:
-    return min(size, round_up(tokens, multiple))
 
 
 def vmem_bytes(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any) -> int:
@@ -117,15 +122,13 @@ def vmem_bytes(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any) -
 _LOGIT = {"forward": {2: 6, 4: 12}, "dq": {2: 6, 4: 16}, "dkv": {2: 12, 4: 24}}
 
 
-def check_vmem(sizes: dict[str, tuple[int, int]], head_dim: int, dtype: Any, chip: str) -> None:
-    """**Raises:** `ValueError` if a kernel's blocks take more than the chip's VMEM."""
-    for kernel, block in sizes.items():
-        needed, limit = vmem_bytes(kernel, block, head_dim, dtype), CHIPS[chip].vmem
-        if needed > limit:
-            raise ValueError(
-                f"`flash_tpu` with blocks of {block[0]} queries and {block[1]} keys takes {needed:,} bytes of VMEM ({kernel}), "
-                f"of {limit:,} that {chip} has. Choose smaller block sizes."
-            )
+def _check_vmem(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any, chip: str) -> None:
+    needed, limit = vmem_bytes(kernel, block, head_dim, dtype), CHIPS[chip].vmem
+    if needed > limit:
+        raise ValueError(
+            f"`flash_tpu` with blocks of {block[0]} queries and {block[1]} keys takes {needed:,} bytes of VMEM ({kernel}), "
+            f"of {limit:,} that {chip} has. Choose smaller block sizes."
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -196,7 +199,8 @@ def _pallas(
         out_shape=[shape for shape, _ in results],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=min(CHIPS[call.chip].vmem, 2 * needed)
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=min(CHIPS[call.chip].vmem, needed * 5 // 4),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * matmuls * heads * queries * keys * dim,
