@@ -17,7 +17,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
     from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
     from fluxjax.integrate.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
-    from fluxjax.kernels.attention import attention
+    from fluxjax.kernels.attention import attention, select_attention
     from fluxjax.kernels.guiding import Nag, isolated_attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
     from fluxjax.lora.attach import attach
@@ -169,6 +169,7 @@ __all__ = [
     "sample",
     "sample_ode",
     "save_folder",
+    "select_attention",
     "shard",
     "shardings",
     "static_times",

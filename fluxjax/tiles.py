@@ -111,7 +111,7 @@ class _SplitAttention(CellAttention):
     def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "cells 1 channels"]:
         cells = self.strip.whole(q)
         k, v = (jax.lax.all_gather(x, self.strip.axes, tiled=True)[:cells] for x in (k, v))
-        return attention(q, k, v, implementation="xla")
+        return attention(q, k, v)
 
 
 def _is_split(node: Any) -> bool:

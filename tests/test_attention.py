@@ -60,7 +60,7 @@ def test_gradients_equal_finite_differences_under_vmap():
 
 def test_an_unknown_and_an_unsuitable_implementation_are_refused():
     q, k, v = operands(4, 4, 1, 8, 0)
-    with pytest.raises(ValueError, match=r"'best'.*is unknown. Choose one of xla, cudnn"):
+    with pytest.raises(ValueError, match=r"'best'.*is unknown. Choose one of xla, xla_chunked, cudnn"):
         attention(q, k, v, implementation="best")
     with pytest.raises(ValueError, match=r"needs an NVIDIA GPU.*float32"):
         attention(q, k, v, implementation="cudnn")

@@ -1,6 +1,7 @@
 """Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `cpu`: the
 networks beside torch's. `weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs
-would hold and move, compiled without one. `stream`: dev a block at a time from its file, in little memory.
+would hold and move, compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time
+from its file, in little memory.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_cpu
+import bench_flash
 import bench_lora
 import bench_stream
 import bench_tpu
@@ -26,7 +28,7 @@ from scaling import forward_flop
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise
 from fluxjax.generate import Text, denoise
-from fluxjax.kernels.attention import select
+from fluxjax.kernels.attention import select_attention
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 
@@ -65,6 +67,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         img_tokens = (options.size // 16) ** 2
         guidance = jnp.float32(3.5) if config.guidance_embed else None
         arguments = (flux, text, noise, flow_times(steps, tokens=img_tokens), guidance)
+        heads = jax.ShapeDtypeStruct((txt_tokens + img_tokens, config.heads, config.head_dim), jnp.bfloat16)
         start = time.perf_counter()
         compiled = denoise.lower(*arguments).compile()
         compile_seconds = time.perf_counter() - start
@@ -79,7 +82,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
                 "size": options.size,
                 "blocks": [config.double_depth, config.single_depth],
                 "steps": steps,
-                "attention": select(jnp.dtype(jnp.bfloat16), config.head_dim),
+                "attention": select_attention(heads, heads),
                 "compile_seconds": compile_seconds,
                 "seconds_per_step": step_seconds,
                 "tflop_per_second": speed / 1e12,
@@ -127,6 +130,7 @@ def main() -> None:
     bench_lora.add_commands(commands)
     bench_tpu.add_commands(commands)
     bench_stream.add_commands(commands)
+    bench_flash.add_commands(commands)
     options = parser.parse_args()
     rows = [{**row, **machine()} for row in options.run(options)]
     show(rows)

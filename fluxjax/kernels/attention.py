@@ -1,14 +1,20 @@
 """One attention function in front of the implementations."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from fluxjax.shapes import Array, Float
+from fluxjax.kernels.blocks import BlockSizes, chip_of, even, named, round_up
+from fluxjax.shapes import Array, Float, Int
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu"]
+LOGITS = 2**29
+"""Bytes of one example's float32 logits beyond which None takes xla_chunked rather than xla."""
+_CHUNK = 2**26
+"""Bytes of the logits that xla_chunked holds."""
 
 
 def attention(
@@ -19,53 +25,168 @@ def attention(
     bias: Float[Array, "heads queries keys"] | None = None,
     causal: bool = False,
     scale: float | None = None,
+    key_length: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
+    block_sizes: BlockSizes | str | None = None,
 ) -> Float[Array, "queries heads head_dim"]:
     """Mix the values by softmax(scale * q k^T + bias), the softmax and sums in float32.
 
-    **Arguments:** `q`, `k`, `v`: one dtype. `bias`: added to the logits. `causal`: a query sees the keys
-    up to its own index. `scale`: on the logits, 1 / sqrt(head_dim) by default. `implementation`: "xla", "cudnn"
-    (NVIDIA GPUs; float16 or bfloat16) or None for the best that suits, as `select` has it.
+    - "xla": two matmuls; holds the logits, heads x queries x keys in float32.
+    - "xla_chunked": the same by chunks of queries, each computed again for a gradient: half as much work more, and no more
+      logits than 64 MiB an example.
+    - "cudnn": NVIDIA GPUs; float16 or bfloat16; head_dim a multiple of 8 up to 128.
+    - "flash_tpu": TPUs; bfloat16 or float32 (at the highest precision); neither bias nor causal. Its gradient does 3.5 times
+      the forward's matmuls; no derivative but by reverse mode.
+
+    **Arguments:** `q`, `k`, `v`: one dtype. `bias`: added to the logits. `causal`: a query sees the keys up to its own
+    index. `scale`: on the logits, 1 / sqrt(head_dim) by default. `key_length`: keys from there on are padding that no query
+    sees, of finite values; where it is 0, so is the result. `implementation`: one of the above, or None for the best that
+    suits, which `select_attention` says. `block_sizes`: of flash_tpu or xla_chunked, or a name of
+    `fluxjax.kernels.blocks.PRESETS`.
     **Returns:** the mixed values, in the dtype of `q`.
-    **Raises:** `ValueError` if `implementation` is unknown or does not suit.
+    **Raises:** `ValueError` if `implementation` is unknown or does not suit, `block_sizes` do not, or `key_length` is a plain
+    number and none of 1 to keys.
     **Source:** Vaswani et al. 2017, eq. 1.
     """
-    chosen = select(q.dtype, q.shape[-1]) if implementation is None else implementation
-    if chosen not in get_args(Implementation):
-        raise ValueError(
-            f"`attention(implementation={chosen!r})` is unknown. Choose one of {', '.join(get_args(Implementation))}, or None."
-        )
-    if chosen == "cudnn" and not _suits_cudnn(q.dtype, q.shape[-1]):
-        raise ValueError(
-            "`attention(implementation='cudnn')` needs an NVIDIA GPU, float16 or bfloat16, and a head_dim that is a "
-            f"multiple of 8 up to 128, got {jax.default_backend()}, {q.dtype}, {q.shape[-1]}. Pass implementation=None."
-        )
+    chosen = _chosen(q, k, bias is not None, causal, implementation)
+    if isinstance(key_length, int) and not 1 <= key_length <= len(k):
+        raise ValueError(f"`attention(key_length={key_length})` must be 1 to {len(k)}, the number of keys.")
+    length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
+    sizes = _sizes(block_sizes, implementation)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if chosen == "xla":
-        return _xla(q, k, v, bias, causal, scale)
-    bias = None if bias is None else bias[None].astype(q.dtype)
-    return jax.nn.dot_product_attention(
-        q[None], k[None], v[None], bias=bias, is_causal=causal, scale=scale, implementation="cudnn"
-    )[0]
+    match chosen:
+        case "flash_tpu":
+            from fluxjax.kernels.flash_tpu import flash  # Pallas takes a third of a second to import
+
+            return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(_device()))
+        case "cudnn":
+            mixed = _cudnn(q, k, v, bias, causal, scale, length)
+        case "xla_chunked":
+            mixed = _chunked(q, k, v, bias, causal, scale, length, None if sizes is None else sizes.q)
+        case _:
+            mixed = _xla(q, k, v, bias, causal, scale, length)
+    return mixed if length is None else jnp.where(length > 0, mixed, jnp.zeros_like(mixed))
 
 
-def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float) -> Array:
-    """Attention as two einsums; on XLA:CPU, one training step of a small FLUX took 0.82 of its time with
-    `jax.nn.dot_product_attention`, whose operands are transposed."""
+def select_attention(
+    q: Any, k: Any, *, bias: bool = False, causal: bool = False, platform: str | None = None
+) -> Implementation:
+    """Return the implementation that `attention` takes by default.
+
+    **Arguments:** `q`, `k`: [tokens, heads, head_dim], arrays or shapes with a dtype (`jax.ShapeDtypeStruct`). `bias`,
+    `causal`: whether there is one. `platform`: "cpu", "gpu" or "tpu"; this machine's by default.
+    **Returns:** on TPUs, flash_tpu for bfloat16 and a head_dim of 128 or 256, from 1024 keys on; on NVIDIA GPUs, cudnn where
+    it suits; else xla, or xla_chunked where an example's logits would take more than 512 MiB.
+    """
+    platform = _device().platform if platform is None else platform
+    (queries, heads, dim), keys = q.shape, k.shape[0]
+    if dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16 and not _refusal("flash_tpu", q, bias, causal, platform):
+        return "flash_tpu"
+    if not _refusal("cudnn", q, bias, causal, platform):
+        return "cudnn"
+    return "xla" if 4 * heads * queries * keys <= LOGITS else "xla_chunked"
+
+
+def _chosen(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> str:
+    if name is None:
+        return select_attention(q, k, bias=bias, causal=causal)
+    if name not in get_args(Implementation):
+        raise ValueError(
+            f"`attention(implementation={name!r})` is unknown. Choose one of {', '.join(get_args(Implementation))}, or None."
+        )
+    refusal = _refusal(name, q, bias, causal, _device().platform)
+    if refusal:
+        raise ValueError(f"`attention(implementation={name!r})` needs {refusal}. Pass implementation=None.")
+    return name
+
+
+def _refusal(name: str, q: Any, bias: bool, causal: bool, platform: str) -> str | None:
+    """Return what an implementation needs and what came instead, if it does not suit."""
+    dim = q.shape[-1]
+    match name:
+        case "cudnn" if not (platform == "gpu" and q.dtype in (jnp.float16, jnp.bfloat16) and dim % 8 == 0 and dim <= 128):
+            return (
+                "an NVIDIA GPU, float16 or bfloat16, and a head_dim that is a multiple of 8 up to 128, "
+                f"got {platform}, {q.dtype}, {dim}"
+            )
+        case "flash_tpu" if platform != "tpu" or q.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"a TPU, and bfloat16 or float32, got {platform}, {q.dtype}"
+        case "flash_tpu" if bias or causal:
+            return f"an attention without bias that is not causal, got {'bias' if bias else 'causal=True'}"
+        case _:
+            return None
+
+
+def _sizes(block_sizes: BlockSizes | str | None, implementation: str | None) -> BlockSizes | None:
+    if block_sizes is None:
+        return None
+    sizes = named(block_sizes)
+    if implementation not in ("flash_tpu", "xla_chunked"):
+        raise ValueError(
+            f"`attention(block_sizes=…)` is for flash_tpu and xla_chunked, got implementation={implementation!r}. Name one."
+        )
+    if implementation == "xla_chunked" and sizes != BlockSizes(q=sizes.q):
+        raise ValueError(f"`attention(implementation='xla_chunked')` takes `BlockSizes(q=…)` alone, got {sizes}.")
+    return sizes
+
+
+def _device() -> jax.Device:
+    """Return the device that arrays are made on by default."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # made as jax is imported
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
+def _xla(
+    q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, start: Any = 0
+) -> Array:
+    """Attention as two einsums, of queries from `start` on; on XLA:CPU, one training step of a small FLUX took 0.82 of its
+    time with `jax.nn.dot_product_attention`, whose operands are transposed."""
     logits = scale * jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
+    keys = jnp.arange(k.shape[0])
     if causal:
-        visible = jnp.arange(q.shape[0])[:, None] >= jnp.arange(k.shape[0])
-        logits = jnp.where(visible, logits, -jnp.inf)
+        logits = jnp.where(start + jnp.arange(q.shape[0])[:, None] >= keys, logits, -jnp.inf)
+    if length is not None:
+        # Finite, so that a length of 0 gives numbers, which `attention` sets to 0.
+        logits = jnp.where(keys < length, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return jnp.einsum("hqk,khd->qhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def select(dtype: jnp.dtype, head_dim: int) -> Implementation:
-    """Return the implementation that `attention` takes by default on this machine's platform."""
-    return "cudnn" if _suits_cudnn(dtype, head_dim) else "xla"
+def _chunked(
+    q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, chunk: int | None
+) -> Array:
+    """`_xla`, a chunk of queries after another, each recomputed for a gradient."""
+    (queries, heads, _), keys = q.shape, len(k)
+    size = even(queries, max(1, _CHUNK // (4 * heads * keys))) if chunk is None else min(chunk, queries)
+    missing = round_up(queries, size) - queries
+    q = rearrange(jnp.pad(q, ((0, missing), (0, 0), (0, 0))), "(chunks q) h d -> chunks q h d", q=size)
+    if bias is not None:
+        bias = rearrange(jnp.pad(bias, ((0, 0), (0, missing), (0, 0))), "h (chunks q) k -> chunks h q k", q=size)
+
+    # A gradient sums over the chunks in the dtype of what enters the loop.
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def mix(part: tuple) -> Array:
+        start, q, bias = part
+        return _xla(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), bias, causal, scale, length, start)
+
+    # In a loop nothing is moved across its turns, so that the barriers against that would only cost.
+    mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), (size * jnp.arange(len(q)), q, bias))
+    return rearrange(mixed, "chunks q h d -> (chunks q) h d")[:queries]
 
 
-def _suits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
-    return jax.default_backend() == "gpu" and dtype in (jnp.float16, jnp.bfloat16) and head_dim % 8 == 0 and head_dim <= 128
+def _cudnn(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:
+    bias = None if bias is None else bias[None].astype(q.dtype)
+    lengths = None if length is None else length[None]
+    return jax.nn.dot_product_attention(
+        q[None],
+        k[None],
+        v[None],
+        bias=bias,
+        is_causal=causal,
+        scale=scale,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )[0]

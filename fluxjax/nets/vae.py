@@ -166,7 +166,7 @@ class CellAttention(eqx.Module):
 
     def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "cells 1 channels"]:
         """Return the values of all cells, mixed for these queries."""
-        return attention(q, k, v, implementation="xla")
+        return attention(q, k, v)
 
 
 class Middle(eqx.Module):
