@@ -154,6 +154,7 @@ def test_padding_is_not_seen_and_of_no_keys_there_are_no_values(name):
     jax.tree.map(np.testing.assert_array_equal, found[:3], wanted[:3])
     assert not any(x[9:].any() for x in found[2:])
     assert not any(x.any() for x in run(grad, jnp.int32(0), q, k, v))
+    jax.tree.map(np.testing.assert_array_equal, run(grad, jnp.int32(999), q, k, v), run(grad, jnp.int32(140), q, k, v))
 
 
 def test_chunks_take_bias_and_causality():
@@ -211,7 +212,7 @@ def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
     fits = partial(flash_tpu.blocks, 4608, 4608, 128, jnp.bfloat16, block_sizes=PRESETS["trillium-dev"])
     assert set(fits("v6e").values()) == {(1536, 1536)}
     with pytest.raises(
-        ValueError, match=r"1536 queries and 1536 keys takes 19,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216"
+        ValueError, match=r"1536 queries and 1536 keys takes 2\d,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216"
     ):
         fits("v4")
 

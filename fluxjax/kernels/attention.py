@@ -32,8 +32,8 @@ def attention(
     """Mix the values by softmax(scale * q k^T + bias), the softmax and sums in float32.
 
     - "xla": two matmuls; holds the logits, heads x queries x keys in float32.
-    - "xla_chunked": the same by chunks of queries, each computed again for a gradient: half as much work more, and no more
-      logits than 64 MiB an example.
+    - "xla_chunked": the same by chunks of queries, each computed again for a gradient: a sixth more work, and no more logits
+      than 64 MiB an example.
     - "cudnn": NVIDIA GPUs; float16 or bfloat16; head_dim a multiple of 8 up to 128.
     - "flash_tpu": TPUs; bfloat16 or float32 (at the highest precision); neither bias nor causal. Its gradient does 3.5 times
       the forward's matmuls; no derivative but by reverse mode.

@@ -70,7 +70,8 @@ def flash(
     )
     # A head is a column of 128 lanes, so that a block of one head is cut from [tokens, width] and nothing is transposed.
     columns = [rearrange(_pad(x, lanes), "tokens heads dim -> tokens (heads dim)") for x in (q, k, v)]
-    mixed = _flash(call, *columns, None if key_length is None else key_length.reshape(1, 1).astype(jnp.int32))
+    length = None if key_length is None else jnp.minimum(key_length.astype(jnp.int32), keys).reshape(1, 1)
+    mixed = _flash(call, *columns, length)
     return rearrange(mixed, "tokens (heads dim) -> tokens heads dim", dim=lanes)[..., :dim]
 
 
@@ -107,19 +108,23 @@ def blocks(
 def vmem_bytes(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any) -> int:
     """Return the bytes of VMEM that a kernel (forward, dq or dkv) takes at a block of (queries, keys), at most.
 
-    Operands and results, twice, since the next are fetched meanwhile; sums; logits and what is made of them, as many bytes as
-    the compiler needs for v4 to v6e.
+    Operands and results, twice, since the next are fetched meanwhile; sums; and what is made of a block, as many bytes as the
+    compiler needs for v4 to v6e.
     """
     (queries, keys), dim, size = block, round_up(head_dim, LANES), jnp.dtype(dtype).itemsize
-    rows = {"forward": 2 * queries + 2 * keys, "dq": 3 * queries + 2 * keys, "dkv": 2 * queries + 4 * keys}[kernel]
-    sums = {"forward": queries * (dim + 2 * LANES), "dq": queries * (dim + 2 * LANES), "dkv": 2 * keys * dim}[kernel]
-    # Softmax's rows, one a query, fill 8 sublanes each.
-    statistics = {"forward": 1, "dq": 2, "dkv": 2}[kernel] * 2 * 8 * queries
-    return 2 * rows * dim * size + 4 * (sums + statistics) + _LOGIT[kernel][size] * queries * keys
+    read = (queries if kernel == "forward" else 2 * queries) + 2 * keys
+    written, masked = (2 * keys, 2 * queries) if kernel == "dkv" else (queries, keys)
+    windows = 2 * size * dim * (read + written)
+    # Softmax's statistics: columns fill 128 lanes, rows 8 sublanes.
+    statistics = 8 * 4 * queries * (2 if kernel == "forward" else 4) + (0 if kernel == "dkv" else 4 * 2 * LANES * queries)
+    sums = 4 * dim * written
+    # Products before they are added, operands cut at the last token, and the parts that float32 is multiplied in.
+    made = dim * (4 * written + size * masked + (4 * read if size == 4 else 0))
+    return windows + sums + statistics + made + _LOGIT[kernel][size] * queries * keys
 
 
-# Bytes a logit, by the operands' itemsize; the parts that float32 is multiplied in take more.
 _LOGIT = {"forward": {2: 6, 4: 12}, "dq": {2: 6, 4: 16}, "dkv": {2: 12, 4: 24}}
+"""Bytes a logit, by the operands' itemsize."""
 
 
 def _check_vmem(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any, chip: str) -> None:
