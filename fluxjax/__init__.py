@@ -17,7 +17,8 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
     from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
     from fluxjax.integrate.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
-    from fluxjax.kernels.attention import attention, select_attention
+    from fluxjax.kernels.attention import Attention, attention, select_attention
+    from fluxjax.kernels.blocks import BlockSizes
     from fluxjax.kernels.guiding import Nag, isolated_attention
     from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
     from fluxjax.lora.attach import attach
@@ -43,6 +44,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         estimates,
     )
     from fluxjax.preview import Preview, fit_preview
+    from fluxjax.quantize import quantize
     from fluxjax.sample import Sample, sample, stream
     from fluxjax.schedule import (
         beta_times,
@@ -84,6 +86,8 @@ __all__ = [
     "STRAIGHT",
     "T5",
     "ZOO",
+    "Attention",
+    "BlockSizes",
     "Cached",
     "Churn",
     "ClassifierFree",
@@ -162,6 +166,7 @@ __all__ = [
     "pack_latents",
     "plot_errors",
     "plot_times",
+    "quantize",
     "read_image",
     "read_lora",
     "residency",

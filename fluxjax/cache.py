@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.integrate.base import Remembering
+from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux, Hidden, Joint
 from fluxjax.nets.layers import modulate, take
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
@@ -34,7 +35,7 @@ class Reuse(eqx.Module):
     high: ScalarLike = 1.0
 
     @abstractmethod
-    def look(self, flux: Flux, hidden: Hidden, attention: str | Joint | None) -> tuple[Hidden, Tokens, int]:
+    def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:
         """Return the hidden state after what is always run, the signal, and the first double block left."""
 
     @abstractmethod
@@ -52,7 +53,7 @@ class FirstBlock(Reuse):
     Source: first-block cache of ParaAttention (Cheng 2024), as in diffusers.
     """
 
-    def look(self, flux: Flux, hidden: Hidden, attention: str | Joint | None) -> tuple[Hidden, Tokens, int]:
+    def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
 
@@ -75,7 +76,7 @@ class TeaCache(Reuse):
         static=True, default=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
     )
 
-    def look(self, flux: Flux, hidden: Hidden, attention: str | Joint | None) -> tuple[Hidden, Tokens, int]:
+    def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:
         shift, scale = jnp.split(take(flux.double.img.modulation, 0)(hidden.vec), 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 
@@ -98,7 +99,7 @@ class Cached(Remembering):
     reuse: Reuse
     img_ids: Float[Array, "img_tokens axes"]
     guidance: ScalarLike | None = None
-    attention: str | Joint | None = None
+    attention: str | Attention | Joint | None = None
     over: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __check_init__(self):

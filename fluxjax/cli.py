@@ -23,9 +23,12 @@ from fluxjax.generate import (
     load_models,
 )
 from fluxjax.image import write_numbered
+from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.kernels.blocks import PRESETS, BlockSizes
 from fluxjax.lora.read import describe_lora, read_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.named import INTEGRATORS, RULES, TIMERS
+from fluxjax.nets.quantized import EIGHT_BITS
 from fluxjax.shard import AXES
 from fluxjax.weights import convert_weights, inspect_weights
 from fluxjax.zoo import (
@@ -80,6 +83,10 @@ def _add_generate(commands: Any) -> None:
     add("--rule", choices=RULES, default="cfg", help="of --cfg (default: %(default)s)")
     add("--nag", type=float, metavar="SCALE", help="normalized attention guidance, away from the negative prompt")
     add("--cache", metavar="[KIND:]THRESHOLD", help="skip blocks that change little: 0.1, or teacache:0.4 (default: never)")
+    about = "implementation of the attention (default: the best that suits; docs/performance.md says which)"
+    add("--attention", choices=IMPLEMENTATIONS, help=about)
+    about = f"tokens a block of --attention flash_tpu or xla_chunked: a number, two (queries,keys), or {', '.join(PRESETS)}"
+    add("--flash-block-sizes", type=_block_sizes, metavar="SIZES", help=about)
     add("--timer", choices=TIMERS, default="model", help="how the times are spaced (default: as the model's)")
     add("--shift", type=float, help="factor of flux_static's shift (default: 3)")
     add("--integrator", choices=INTEGRATORS, default="euler", help="(default: %(default)s)")
@@ -94,6 +101,7 @@ def _add_generate(commands: Any) -> None:
         choices=DTYPES,
         help="of weights and activations (default: the files' and, for activations, bfloat16, on CPU float32)",
     )
+    add("--quantize", choices=EIGHT_BITS, help="multiply the matrices of transformer and T5 in 8 bits (default: never)")
     add("--batch", type=int, help="images a forward pass (default: all; of --prompts, one)")
     about = "merge an adapter: [NAME=]FILE[:SCALE], where FILE may be hub:OWNER/REPO/FILE or tiny:STYLE; may be given again"
     add("--lora", action="append", type=_adapter, default=[], metavar="ADAPTER", help=about)
@@ -126,6 +134,18 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return names
 
     return read
+
+
+def _block_sizes(text: str) -> BlockSizes:
+    """Read block sizes: queries, and keys if they are others, or a preset's name."""
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        q, *kv = (int(size) for size in text.split(","))
+        return BlockSizes(q=q, kv=None if not kv else kv[0])
+    except ValueError:
+        known = ", ".join(PRESETS)
+        raise argparse.ArgumentTypeError(f"{text!r} are no block sizes; write 1536, or 1536,512, or one of {known}") from None
 
 
 def _mesh(text: str) -> dict[str, int]:

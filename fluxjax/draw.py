@@ -33,6 +33,7 @@ from fluxjax.generate import (
 )
 from fluxjax.image import write_numbered, write_png
 from fluxjax.integrate.base import Step
+from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import image_ids
 from fluxjax.lora.attach import attach
@@ -41,6 +42,7 @@ from fluxjax.lora.read import Lora, read_lora
 from fluxjax.memory import fetch, offload, residency, stream_blocks
 from fluxjax.named import RULES, cache, integrator, timer
 from fluxjax.prompts import Line, read_prompts, share
+from fluxjax.quantize import quantize
 from fluxjax.shapes import Array, Times
 from fluxjax.shard import make_mesh, shard, shardings
 from fluxjax.tokens import Tokenizers
@@ -115,6 +117,7 @@ class _Plan(NamedTuple):
     step: Step
     nag: Nag | None
     reuse: Reuse | None
+    attention: Attention | None
     loras: list[tuple[Lora, float]]
     seed: int
     weights: DTypeLike | None
@@ -137,6 +140,9 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
     if options.rule != "cfg" and options.cfg == 1:
         raise ValueError("--rule does nothing at --cfg 1. Give a scale, as --cfg 3.")
     weights = DTYPES[options.dtype] if options.dtype else None
+    attention = None
+    if options.attention is not None or options.flash_block_sizes is not None:
+        attention = Attention(options.attention, options.flash_block_sizes)
     return _Plan(
         steps,
         height,
@@ -147,6 +153,7 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         integrator(options.integrator, eta=options.eta),
         None if options.nag is None else traced(Nag(options.nag)),
         None if options.cache is None else traced(cache(options.cache)),
+        attention,
         [(read_lora(adapter.file()), adapter.scale) for adapter in options.lora],
         pick(options.seed, 0),
         weights,
@@ -200,6 +207,8 @@ def _join(options: argparse.Namespace) -> None:
     """Check what goes with what, and join the job's other processes, before anything asks for devices."""
     if options.stream_blocks and options.mesh is not None:
         raise ValueError("--stream-blocks passes the weights through one device. Leave out --mesh, which splits them.")
+    if options.stream_blocks and options.quantize:
+        raise ValueError("--stream-blocks passes the weights as they are. Leave out --quantize, or keep them on the device.")
     if options.prompts is None and options.offload_encoders:
         raise ValueError("--offload-encoders does nothing for one prompt: once it is encoded they are freed. Leave it out.")
     if options.distributed and options.prompts is None and options.mesh is None:
@@ -296,13 +305,16 @@ class _Stage(NamedTuple):
         return _Networks(flux, self._network(load_vae, "vae"), scale)
 
     def _network(self, loader: Callable[..., Any], kind: str, *, blocks: bool = False) -> Any:
-        """Load a network and merge its adapters, on the mesh if there is one; `blocks`: that may be streamed."""
+        """Load a network and merge its adapters, on the mesh if there is one; `blocks`: that may be streamed or rounded."""
         if blocks and self.options.stream_blocks:
             return self._streamed(loader, kind)
-        mesh = self.options.mesh
-        where = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
-        network = self.clock.load(loader, self.options.model, dtype=self.plan.weights, **where)
-        network = _merged(network, kind, self.plan.loras)
+        mesh, eight = self.options.mesh, self.options.quantize if blocks else None
+        adapted = any(kind in lora.changes for lora, _ in self.plan.loras)
+        how: dict[str, Any] = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
+        if eight and mesh is None and not adapted:  # never whole in memory
+            return self.clock.load(loader, self.options.model, dtype=self.plan.weights, quantize=eight)
+        network = _merged(self.clock.load(loader, self.options.model, dtype=self.plan.weights, **how), kind, self.plan.loras)
+        network = quantize(network, eight, donate=True) if eight else network
         return network if mesh is None else shard(network, mesh)
 
     def _streamed(self, loader: Callable[..., Any], kind: str) -> Any:
@@ -353,6 +365,7 @@ class _Stage(NamedTuple):
             rule=traced(RULES[options.rule]()),
             nag=plan.nag,
             reuse=plan.reuse,
+            attention=plan.attention,
             mesh=options.mesh,
             report=self.clock.tick,
         )
@@ -373,6 +386,7 @@ class _Stage(NamedTuple):
             **({} if options.cache is None else {"cache": options.cache}),
             "size": f"{plan.width}x{plan.height}",
             "model": options.model,
+            **({"quantize": options.quantize} if options.quantize else {}),
             **({"lora": ", ".join(f"{one.name}:{one.scale:g}" for one in options.lora)} if options.lora else {}),
             "version": f"fluxjax {fluxjax.__version__}",
         }

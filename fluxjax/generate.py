@@ -15,11 +15,12 @@ from fluxjax.guidance import ClassifierFree, Guided, Rule, Weak
 from fluxjax.integrate.base import Remembering, Step, StochasticStep, begin
 from fluxjax.integrate.runge_kutta import Euler
 from fluxjax.integrate.stochastic import Churn
+from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents, unpack_latents
 from fluxjax.memory import fetch, offload
 from fluxjax.nets.clip import Clip
-from fluxjax.nets.flux import Flux, Weaken
+from fluxjax.nets.flux import Flux, Joint, Weaken
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
 from fluxjax.sample import sample
@@ -134,6 +135,7 @@ def denoise(
     weaken: Weaken | None = None,
     strength: ScalarLike = 0.0,
     reuse: Reuse | None = None,
+    attention: str | Attention | Joint | None = None,
     report: Callable[[Array], None] | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
@@ -143,21 +145,26 @@ def denoise(
     scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
     `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`, and `nag`, if given,
     inside of the attention. `weaken`, `strength`: blocks that are spoilt, and by how much to lead away from that. `reuse`: of
-    what the blocks said, decided for the batch. `report`: called with t at every evaluation, on the host. `mesh`: of devices,
-    from `make_mesh`; `flux` is then from `shard`.
-    **Raises:** `ValueError` for nag without `unwanted`, or with an attention of `weaken`; as `on_mesh` and `OnTokens`.
+    what the blocks said, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t at every
+    evaluation, on the host. `mesh`: of devices, from `make_mesh`; `flux` is then from `shard`.
+    **Raises:** `ValueError` for nag without `unwanted`, or with another attention of one's own; as `on_mesh` and `OnTokens`.
     """
-    _check_guidance(unwanted, nag, weaken)
+    _check_guidance(unwanted, nag, weaken, attention)
     if reuse is not None and mesh is not None and mesh.shape["context"] > 1:
         raise ValueError("`denoise(reuse)` compares all tokens of an image. Use a mesh of context=1 with it.")
     height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
     everywhere = ("images",) if mesh is None else ("images", "data", "fsdp")
-    if nag is not None and mesh is not None:
-        nag = Nag(nag.scale, nag.tau, nag.alpha, nag.implementation, over=("tensor",))
+    if nag is not None:
+        named: Any = nag.implementation if attention is None else attention
+        nag = Nag(nag.scale, nag.tau, nag.alpha, named, over=() if mesh is None else ("tensor",))
 
     def run(flux: Flux, rows: Any, rest: Any) -> Array:
         times, guidance, step, cfg, rule, nag, weaken, strength, reuse = rest
-        inputs: dict[str, Any] = {"guidance": guidance, "img_ids": image_ids(height, width), "attention": nag}
+        inputs: dict[str, Any] = {
+            "guidance": guidance,
+            "img_ids": image_ids(height, width),
+            "attention": attention if nag is None else nag,
+        }
         call = flux if mesh is None or mesh.shape["context"] == 1 else OnTokens(flux)
 
         def network(x: Array, t: Scalar, text: Text) -> Array:
@@ -198,11 +205,13 @@ class _Told(Remembering):
         return self.velocity(x, t, memory=memory)
 
 
-def _check_guidance(unwanted: Text | None, nag: Nag | None, weaken: Weaken | None) -> None:
+def _check_guidance(unwanted: Text | None, nag: Nag | None, weaken: Weaken | None, attention: Any) -> None:
     if nag is not None and unwanted is None:
         raise ValueError("`denoise(nag)` needs the text to lead away from. Pass unwanted=.")
     if nag is not None and weaken is not None and weaken.attention is not None:
         raise ValueError("`denoise` takes one attention of its own: nag, or that of weaken. Leave one out.")
+    if nag is not None and callable(attention) and not isinstance(attention, Attention):
+        raise ValueError("`denoise(nag)` has an attention of its own. Pass attention= by name, or leave one out.")
 
 
 @eqx.filter_jit
@@ -286,6 +295,7 @@ def text_to_image(
     weaken: Weaken | None = None,
     strength: ScalarLike = 0.0,
     reuse: Reuse | None = None,
+    attention: str | Attention | Joint | None = None,
     images: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -302,10 +312,10 @@ def text_to_image(
     **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone.
     `negative_prompt`, `cfg`, `rule`: what true classifier-free guidance leads away from, its scale (1 is none, and another
     takes twice the work) and its rule; `nag` leads away from it inside of the attention. `weaken`, `strength`: blocks to spoil,
-    and by how much to lead away from that. `reuse`: of what the blocks said a step before. `images`: of each prompt. `height`,
-    `width`: in pixels, multiples of 16. `steps`: of the model's timer, or `times`: nodes of another. `step`: the integrator.
-    `guidance`: distilled scale. `max_length`: T5 tokens. `batch`: images a forward pass, by default all. `dtype`: of the
-    activations. None takes the model's default, for `dtype` that of `activation_dtype`.
+    and by how much to lead away from that. `reuse`: of what the blocks said a step before. `attention`: as of `Flux`.
+    `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of the model's timer, or `times`: nodes of
+    another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5 tokens. `batch`: images a forward pass, by
+    default all. `dtype`: of the activations. None takes the model's default, for `dtype` that of `activation_dtype`.
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
     **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
     model does not take, a negative prompt that cfg = 1 without nag would leave unused, a
@@ -351,6 +361,7 @@ def text_to_image(
             weaken=weaken,
             strength=jnp.float32(strength),
             reuse=traced(reuse),
+            attention=attention,
             mesh=models.mesh,
         )
         drawn.append(decode(models.vae, latents, dtype=dtype, mesh=models.mesh))

@@ -1,7 +1,7 @@
 """Networks that are not all on the device: kept in host memory until they are used, or passed through it block by block."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -118,22 +118,40 @@ class Filed(Weight):
 
 def load_streamed(plan: Plan, *, dtype: Any = None) -> Any:
     """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files."""
-    filed: dict[str, Filed] = {}
+    rest, taken = take_out(plan)
+
+    def filed(name: str, shape: tuple[int, ...], target: np.dtype) -> Filed:
+        return Filed(jnp.arange(shape[0]), _Reader(plan, name, shape, target))
+
+    return put_back(load(rest, dtype=dtype), {name: filed(name, *leaf(dtype)) for name, leaf in taken.items()})
+
+
+Taken = Mapping[str, Callable[[Any], tuple[tuple[int, ...], np.dtype]]]
+"""Of a leaf's name: a function of the dtype that is wanted, or None, that gives its shape and dtype."""
+
+
+def take_out(plan: Plan) -> tuple[Plan, Taken]:
+    """Return a plan without the blocks' matrices, and those."""
+    taken: dict[str, Any] = {}
 
     def leave(path: Any, node: Any) -> Any:
         name = _name(path)
         if not isinstance(node, Dense) or not is_stacked(name):
             return node
-        target = leaf_dtype(plan, name, node.shape) if dtype is None else np.dtype(dtype)
-        filed[name] = Filed(jnp.arange(node.shape[0]), _Reader(plan, name, node.shape, target))
+        taken[name] = lambda dtype: (node.shape, leaf_dtype(plan, name, node.shape) if dtype is None else np.dtype(dtype))
         return None
 
-    def put(path: Any, node: Any) -> Any:
-        return filed.get(_name(path), node)
-
     rest = jax.tree_util.tree_map_with_path(leave, plan.network, is_leaf=lambda node: isinstance(node, Dense))
-    loaded = load(Plan(rest, plan.pieces, plan.slots), dtype=dtype)
-    return jax.tree_util.tree_map_with_path(put, loaded, is_leaf=lambda node: node is None)
+    return Plan(rest, plan.pieces, plan.slots), taken
+
+
+def put_back(network: Any, weights: Mapping[str, Weight]) -> Any:
+    """Return a network with weights in the places that `take_out` left."""
+
+    def put(path: Any, node: Any) -> Any:
+        return weights.get(_name(path), node)
+
+    return jax.tree_util.tree_map_with_path(put, network, is_leaf=lambda node: node is None)
 
 
 def _name(path: Any) -> str:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Adapted, Dense, Weight
+from fluxjax.nets.quantized import Quantized
 from fluxjax.nets.vae import Conv
 from fluxjax.shapes import Array, Float
 
@@ -58,12 +60,12 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
 class Gathered(Weight):
     """A weight of which each device holds a part, put together as it is used. `axis`: of the matrix, -2 (out) or -1 (in)."""
 
-    value: Float[Array, "*depth out features"]
+    part: Dense | Quantized
     axis: int = eqx.field(static=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        whole = list(self.value.shape)
+        whole = list(self.part.shape)
         whole[self.axis] *= jax.lax.axis_size("fsdp")
         return tuple(whole)
 
@@ -75,7 +77,9 @@ class Gathered(Weight):
         return True
 
     def fetch(self) -> Weight:
-        return Dense(jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True))
+        value = self.part.value
+        whole = jax.lax.all_gather(value, "fsdp", axis=value.ndim + self.axis, tiled=True)
+        return eqx.tree_at(lambda part: part.value, self.part, whole)
 
 
 class GatheredConv(Conv):
@@ -164,7 +168,7 @@ def specs(network: Network, mesh: Mesh) -> Network:
             free = -1 if dims[-2] else -2
             if mesh.shape["fsdp"] > 1 and leaf.shape[free] % mesh.shape["fsdp"] == 0:
                 dims[free] = "fsdp"
-        elif (role, how) == ("bias", "out") or (role, how) == ("down", "in"):
+        elif (role in ("bias", "scale") and how == "out") or (role, how) in (("down", "in"), ("scale", "joined")):
             dims[-1] = "tensor"
         elif role == "up" and how in ("out", "joined"):
             dims[-2] = "tensor"
@@ -218,8 +222,9 @@ def _regrouped(path: Any, leaf: Array, network: Any, parts: int) -> Array:
     width, hidden = network.config.width, network.config.mlp_width
     fused = {"qkv": [width] * 3, "linear1": [width] * 3 + [hidden], "linear2": [width, hidden]}[layer]
     columns = layer == "linear2"
-    axis = {"value": -1 if columns else -2, "down": -1 if columns else None, "up": None if columns else -2, "bias": -1}[role]
-    if axis is None or (role == "bias" and columns):
+    rows: dict[str, int | None] = {"value": -2, "down": None, "up": -2, "bias": -1, "scale": -1}
+    axis = rows[role] if not columns else -1 if role in ("value", "down") else None
+    if axis is None:
         return leaf
     starts = np.cumsum([0, *fused[:-1]])
     order = [
@@ -253,10 +258,12 @@ def _gathering(weight: Weight, spec: Any) -> Weight:
     """Return a weight that gathers what "fsdp" splits."""
     if isinstance(weight, Adapted):
         return Adapted(_gathering(weight.base, spec.base), weight.down, weight.up)
-    if isinstance(weight, Dense):
+    if isinstance(weight, Dense | Quantized):
         axes = tuple(spec.value)
-        return Gathered(weight.value, axes.index("fsdp") - len(axes)) if "fsdp" in axes else weight
-    raise ValueError(f"A {type(weight).__name__} weight has no form on a mesh. Use dense ones, or attached adapters.")
+        return Gathered(weight, axes.index("fsdp") - len(axes)) if "fsdp" in axes else weight
+    raise ValueError(
+        f"A {type(weight).__name__} weight has no form on a mesh. Use dense or quantized ones, or attached adapters."
+    )
 
 
 def on_mesh(
@@ -317,7 +324,8 @@ class OnTokens(eqx.Module):
         weaken: Any = None,
         **inputs: Any,
     ) -> Float[Array, "img_tokens out_channels"]:
-        if callable(attention) or (weaken is not None and weaken.attention is not None):
+        own = callable(attention) and not isinstance(attention, Attention)
+        if own or (weaken is not None and weaken.attention is not None):
             raise ValueError("An attention of one's own would see a part of the tokens. Use context=1 with it.")
         devices, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
 

@@ -20,6 +20,7 @@ from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
+from fluxjax.quantize import load_quantized
 from fluxjax.tokens import Tokenizers
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -70,6 +71,7 @@ def load_flux(
     dtype: DTypeLike | None = None,
     sharding: Any = None,
     stream: bool = False,
+    quantize: str | None = None,
 ) -> Flux:
     """Load the transformer.
 
@@ -78,11 +80,12 @@ def load_flux(
     the weights; None keeps the file's, and decodes scaled fp8 and GGUF's blocks to bfloat16. `sharding`: a
     `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one of the network of shapes; a process
     reads its devices' slices alone. `stream`: leave the blocks' matrices in the files, from which each is read whenever it is
-    used, the next one ahead: for a machine whose memory does not hold them.
+    used, the next one ahead: for a machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the blocks'
+    matrices as they are read, as `fluxjax.quantize` does.
     **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source,
-    `ValueError` for a sharding of what is streamed.
+    `ValueError` for more than one of `sharding`, `stream` and `quantize`.
     """
-    return _load(FLUX, source, config, dtype, sharding, stream)
+    return _load(FLUX, source, config, dtype, sharding, stream, quantize)
 
 
 def load_clip(
@@ -99,9 +102,10 @@ def load_t5(
     dtype: DTypeLike | None = None,
     sharding: Any = None,
     stream: bool = False,
+    quantize: str | None = None,
 ) -> T5:
     """Load T5's encoder. Arguments and errors as for `load_flux`."""
-    return _load(T5_XXL, source, config, dtype, sharding, stream)
+    return _load(T5_XXL, source, config, dtype, sharding, stream, quantize)
 
 
 def load_vae(
@@ -111,10 +115,20 @@ def load_vae(
     return _load(VAE, source, config, dtype, sharding)
 
 
-def _load(kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, sharding: Any, stream: bool = False) -> Any:
-    if stream and sharding is not None:
-        raise ValueError("What is streamed is read by one device. Leave out stream= or sharding=.")
+def _load(
+    kind: Kind,
+    source: str | Path,
+    config: Any,
+    dtype: DTypeLike | None,
+    sharding: Any,
+    stream: bool = False,
+    quantize: str | None = None,
+) -> Any:
+    if (sharding is not None) + stream + (quantize is not None) > 1:
+        raise ValueError("What is streamed or quantized is read by one device. Pass one of sharding=, stream= and quantize=.")
     plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
+    if quantize is not None:
+        return load_quantized(plan, quantize, dtype=dtype)
     return load_streamed(plan, dtype=dtype) if stream else load(plan, dtype=dtype, sharding=sharding)
 
 

@@ -84,7 +84,7 @@ def test_what_is_where_is_told(tiny, streamed):
 
 
 def test_a_streamed_network_lies_on_one_device(tiny, streamed):
-    with pytest.raises(ValueError, match="Leave out stream= or sharding="):
+    with pytest.raises(ValueError, match="Pass one of sharding="):
         fluxjax.load_flux("tiny", stream=True, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     mesh = mesh_of(fsdp=2)
     with pytest.raises(ValueError, match="has no form on a mesh"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import DDIM, FirstBlock, Nag, Weaken, attention, isolated_attention, make_mesh, shard
+from fluxjax import DDIM, Attention, BlockSizes, FirstBlock, Nag, Weaken, attention, isolated_attention, make_mesh, shard
 from fluxjax.generate import denoise, encode_text, noise_batch, prompt_ids, step_keys
 from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.layers import Dense
@@ -96,7 +96,7 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, monkeypatch, kind):
         if kind is Gathered:
             repeats = [1, 1]
             repeats[weight.axis] = 2
-            return Dense(jnp.tile(weight.value, repeats)).matmul(x)
+            return Dense(jnp.tile(weight.part.value, repeats)).matmul(x)
         part = weight.base.matmul(x)
         return part if kind is Summed else jnp.concatenate([part, part], -1)
 
@@ -114,12 +114,18 @@ def test_what_guides_and_draws_runs_on_a_mesh_too(tiny):
     flux, placed = tiny.flux, shard(tiny.flux, mesh)
     unwanted = jax.tree.map(lambda x: x[::-1], inputs[0])
     ways = {
-        "guided": dict(unwanted=unwanted, cfg=jnp.float32(2.0), nag=Nag(jnp.float32(3.0))),
+        "guided": dict(
+            unwanted=unwanted,
+            cfg=jnp.float32(2.0),
+            nag=Nag(jnp.float32(3.0)),
+            attention=Attention("xla_chunked", BlockSizes(q=9)),
+        ),
         "weakened": dict(weaken=Weaken(flux.config, double=[1], attention=isolated_attention), strength=jnp.float32(0.5)),
         "drawn": dict(step=DDIM(1.0), keys=step_keys(jax.random.key(1), [0, 1], DDIM(1.0))),
     }
     for name, way in ways.items():
-        assert relative(denoise(placed, *inputs, mesh=mesh, **way), denoise(flux, *inputs, **way)) <= 5 * BOUND, name
+        expected = denoise(flux, *inputs, **{key: value for key, value in way.items() if key != "attention"})
+        assert relative(denoise(placed, *inputs, mesh=mesh, **way), expected) <= 5 * BOUND, name
 
 
 def test_a_cache_decides_for_all_devices(tiny):
@@ -183,5 +189,7 @@ def test_what_a_mesh_can_not_do_is_told(tiny):
     placed = shard(tiny.flux, long)
     with pytest.raises(ValueError, match="Use a mesh of context=1"):
         denoise(placed, *inputs, mesh=long, reuse=FirstBlock(0.1))
+    with pytest.raises(ValueError, match="Pass attention= by name"):
+        denoise(tiny.flux, *inputs, unwanted=inputs[0], nag=Nag(3.0), attention=isolated_attention)
     with pytest.raises(ValueError, match="would see a part of the tokens"):
         denoise(placed, *inputs, mesh=long, unwanted=inputs[0], nag=Nag(3.0))

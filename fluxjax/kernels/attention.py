@@ -1,6 +1,8 @@
 """One attention function in front of the implementations."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,10 +13,13 @@ from fluxjax.kernels.blocks import BlockSizes, chip_of, even, named, round_up
 from fluxjax.shapes import Array, Float, Int
 
 Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu"]
+IMPLEMENTATIONS = get_args(Implementation)
 LOGITS = 2**29
 """Bytes of one example's float32 logits beyond which None takes xla_chunked rather than xla."""
 _CHUNK = 2**26
 """Bytes of the logits that xla_chunked holds."""
+_CACHE = 2**25
+"""Bytes of all heads' logits from which CPUs take a head after another."""
 
 
 def attention(
@@ -68,6 +73,35 @@ def attention(
     return mixed if length is None else jnp.where(length > 0, mixed, jnp.zeros_like(mixed))
 
 
+@dataclass(frozen=True)
+class Attention:
+    """An implementation of `attention` and its block sizes, for what takes an attention: (q, k, v) -> mixed values.
+
+    **Raises:** `ValueError` for an unknown implementation, or for block sizes that it does not take.
+    """
+
+    implementation: str | None = None
+    block_sizes: BlockSizes | str | None = None
+
+    def __post_init__(self):
+        _known(self.implementation)
+        _sizes(self.block_sizes, self.implementation)
+
+    def __call__(
+        self,
+        q: Float[Array, "queries heads head_dim"],
+        k: Float[Array, "keys heads head_dim"],
+        v: Float[Array, "keys heads head_dim"],
+        txt_tokens: int = 0,
+    ) -> Float[Array, "queries heads head_dim"]:
+        return attention(q, k, v, implementation=self.implementation, block_sizes=self.block_sizes)
+
+
+def as_attention(choice: "str | Attention | None") -> Attention:
+    """Return a choice by name as one."""
+    return choice if isinstance(choice, Attention) else Attention(choice)
+
+
 def select_attention(
     q: Any, k: Any, *, bias: bool = False, causal: bool = False, platform: str | None = None
 ) -> Implementation:
@@ -90,14 +124,18 @@ def select_attention(
 def _chosen(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> str:
     if name is None:
         return select_attention(q, k, bias=bias, causal=causal)
-    if name not in get_args(Implementation):
-        raise ValueError(
-            f"`attention(implementation={name!r})` is unknown. Choose one of {', '.join(get_args(Implementation))}, or None."
-        )
+    _known(name)
     refusal = _refusal(name, q, bias, causal, _device().platform)
     if refusal:
         raise ValueError(f"`attention(implementation={name!r})` needs {refusal}. Pass implementation=None.")
     return name
+
+
+def _known(name: str | None) -> None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`attention(implementation={name!r})` is unknown. Choose one of {', '.join(IMPLEMENTATIONS)}, or None."
+        )
 
 
 def _refusal(name: str, q: Any, bias: bool, causal: bool, platform: str) -> str | None:
@@ -136,12 +174,31 @@ def _device() -> jax.Device:
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
-def _xla(
+def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:
+    """Attention with all of its logits. On CPUs large ones are computed a head after another: plain matmuls, of logits that
+    stay in the cache, took 0.6 of the time of those batched over 24 heads of 1536 tokens."""
+
+    def mix(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return _head(q, k, v, bias, causal, scale, length)
+
+    def together() -> Array:
+        return jax.vmap(mix, in_axes=(1, 1, 1, 0), out_axes=1)(q, k, v, bias)
+
+    def apart() -> Array:
+        heads = (*(jnp.swapaxes(x, 0, 1) for x in (q, k, v)), bias)
+        return jnp.swapaxes(jax.lax.map(lambda head: mix(*head), heads), 0, 1)
+
+    if q.shape[1] == 1 or 4 * q.shape[1] * len(q) * len(k) < _CACHE:
+        return together()
+    return jax.lax.platform_dependent(cpu=apart, default=together)
+
+
+def _head(
     q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, start: Any = 0
 ) -> Array:
-    """Attention as two einsums, of queries from `start` on; on XLA:CPU, one training step of a small FLUX took 0.82 of its
-    time with `jax.nn.dot_product_attention`, whose operands are transposed."""
-    logits = scale * jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32)
+    """One head's attention as two matmuls, [queries, head_dim], of queries from `start` on; on XLA:CPU, one training step of a
+    small FLUX took 0.82 of its time with `jax.nn.dot_product_attention`, whose operands are transposed."""
+    logits = scale * jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     keys = jnp.arange(k.shape[0])
@@ -151,30 +208,41 @@ def _xla(
         # Finite, so that a length of 0 gives numbers, which `attention` sets to 0.
         logits = jnp.where(keys < length, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("hqk,khd->qhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
 def _chunked(
     q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, chunk: int | None
 ) -> Array:
-    """`_xla`, a chunk of queries after another, each recomputed for a gradient."""
-    (queries, heads, _), keys = q.shape, len(k)
-    size = even(queries, max(1, _CHUNK // (4 * heads * keys))) if chunk is None else min(chunk, queries)
+    """`_xla`, a head and a chunk of its queries after another, each recomputed for a gradient."""
+    queries, keys = len(q), len(k)
+    size = even(queries, max(1, _CHUNK // (4 * keys))) if chunk is None else min(chunk, queries)
     missing = round_up(queries, size) - queries
-    q = rearrange(jnp.pad(q, ((0, missing), (0, 0), (0, 0))), "(chunks q) h d -> chunks q h d", q=size)
-    if bias is not None:
-        bias = rearrange(jnp.pad(bias, ((0, 0), (0, missing), (0, 0))), "h (chunks q) k -> chunks h q k", q=size)
-
-    # A gradient sums over the chunks in the dtype of what enters the loop.
-    wide = k.astype(jnp.float32), v.astype(jnp.float32)
-
-    def mix(part: tuple) -> Array:
-        start, q, bias = part
-        return _xla(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), bias, causal, scale, length, start)
+    starts = jnp.arange(0, queries, size)
 
     # In a loop nothing is moved across its turns, so that the barriers against that would only cost.
-    mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), (size * jnp.arange(len(q)), q, bias))
-    return rearrange(mixed, "chunks q h d -> (chunks q) h d")[:queries]
+    @partial(jax.checkpoint, prevent_cse=False)
+    def mix(start: Array, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return _head(q, k, v, bias, causal, scale, length, start)
+
+    def one(head: tuple) -> Array:
+        q, k, v, bias = head
+        if len(starts) == 1:
+            return mix(starts[0], q, k, v, bias)
+        q = rearrange(jnp.pad(q, ((0, missing), (0, 0))), "(chunks q) d -> chunks q d", q=size)
+        if bias is not None:
+            bias = rearrange(jnp.pad(bias, ((0, missing), (0, 0))), "(chunks q) k -> chunks q k", q=size)
+        # A gradient sums over the chunks in the dtype of what enters the loop.
+        wide = k.astype(jnp.float32), v.astype(jnp.float32)
+
+        def part(chunk: tuple) -> Array:
+            start, q, bias = chunk
+            return mix(start, q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), bias)
+
+        return rearrange(jax.lax.map(part, (starts, q, bias)), "chunks q d -> (chunks q) d")[:queries]
+
+    heads = (*(jnp.swapaxes(x, 0, 1) for x in (q, k, v)), bias)
+    return jnp.swapaxes(jax.lax.map(one, heads), 0, 1)
 
 
 def _cudnn(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.attention import attention
+from fluxjax.kernels.attention import Attention, as_attention
 from fluxjax.shapes import Array, Float, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
@@ -22,7 +22,7 @@ class Ulysses(eqx.Module):
     axis: str = eqx.field(static=True)
     txt_tokens: int = eqx.field(static=True)
     img_tokens: int = eqx.field(static=True)
-    implementation: str | None = eqx.field(static=True, default=None)
+    implementation: str | Attention | None = eqx.field(static=True, default=None)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
         devices = jax.lax.axis_size(self.axis)
@@ -42,7 +42,7 @@ class Ulysses(eqx.Module):
             return jnp.concatenate([text[: self.txt_tokens], image[: self.img_tokens]])
 
         text, image = collect(q)
-        mixed = attention(jnp.concatenate([text, image]), real(k), real(v), implementation=self.implementation)
+        mixed = as_attention(self.implementation)(jnp.concatenate([text, image]), real(k), real(v))
         return jnp.concatenate(
             [
                 jax.lax.all_to_all(part, self.axis, split_axis=0, concat_axis=1, tiled=True)

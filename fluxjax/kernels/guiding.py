@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.attention import attention
+from fluxjax.kernels.attention import Attention, as_attention, attention
 from fluxjax.shapes import Array, Float, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
@@ -42,7 +42,7 @@ class Nag(eqx.Module):
     scale: ScalarLike = 4.0
     tau: ScalarLike = 2.5
     alpha: ScalarLike = 0.25
-    implementation: str | None = eqx.field(static=True, default=None)
+    implementation: str | Attention | None = eqx.field(static=True, default=None)
     over: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
@@ -51,8 +51,8 @@ class Nag(eqx.Module):
             raise ValueError(f"`Nag` needs as many tokens of the unwanted text as of the wanted, got {txt_tokens} in all.")
 
         def mix(text: slice) -> tuple[Array, Array]:
-            parts = (jnp.concatenate([x[text], x[txt_tokens:]]) for x in (q, k, v))
-            mixed = attention(*parts, implementation=self.implementation)
+            queries, keys, values = (jnp.concatenate([x[text], x[txt_tokens:]]) for x in (q, k, v))
+            mixed = as_attention(self.implementation)(queries, keys, values)
             return mixed[:half], mixed[half:]
 
         away, unwanted = mix(slice(half))

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.kernels.attention import attention as attend
+from fluxjax.kernels.attention import Attention
 from fluxjax.nets.layers import (
     Linear,
     RmsNorm,
@@ -264,7 +264,7 @@ class Flux(eqx.Module):
         img_ids: Float[Array, "img_tokens axes"],
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
-        attention: str | Joint | None = None,
+        attention: str | Attention | Joint | None = None,
         weaken: Weaken | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
@@ -273,8 +273,9 @@ class Flux(eqx.Module):
 
         **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], 1 is noise.
         `txt`: T5's states. `vec`: CLIP's pooled state. `img_ids`, `txt_ids`: positions; text at zeros by default.
-        `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: an
-        implementation of `fluxjax.kernels.attention`, or a function of your own over the text's tokens and the image's.
+        `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: the
+        name of an implementation of `fluxjax.attention`, an `Attention`, which may say block sizes too, or a function of your
+        own over the text's tokens and the image's.
         `weaken`: blocks to spoil. `dtype`: of the activations, by default that of `txt`, so that a
         float32 sampler can run a bfloat16 network. `remat`: a gradient recomputes each block instead of keeping what it
         computed: a third more work, memory for one block and for each block's input.
@@ -306,7 +307,7 @@ class Flux(eqx.Module):
         vec = jax.nn.silu(self._condition(t, vec.astype(dtype), guidance))
         return Hidden(self.img_in(x.astype(dtype)), self.txt_in(txt.astype(dtype)), vec, angles)
 
-    def first(self, hidden: Hidden, *, attention: str | Joint | None = None) -> tuple[Array, Array]:
+    def first(self, hidden: Hidden, *, attention: str | Attention | Joint | None = None) -> tuple[Array, Array]:
         """Return the image's and the text's tokens after the first double block."""
         return take(self.double, 0)((hidden.img, hidden.txt), hidden.vec, _mix(attention, hidden))
 
@@ -314,7 +315,7 @@ class Flux(eqx.Module):
         self,
         hidden: Hidden,
         *,
-        attention: str | Joint | None = None,
+        attention: str | Attention | Joint | None = None,
         weaken: Weaken | None = None,
         start: int = 0,
         remat: bool = False,
@@ -354,12 +355,12 @@ def _normed_heads(qkv: Float[Array, "tokens qkv"], block: Stream | SingleBlock) 
     return block.query_norm(q), block.key_norm(k), v
 
 
-def _mix(attention: str | Joint | None, hidden: Hidden) -> Mix:
+def _mix(attention: str | Attention | Joint | None, hidden: Hidden) -> Mix:
     """Return the attention of these tokens: rotated, mixed, heads joined."""
 
     def mix(q: Heads, k: Heads, v: Heads) -> Float[Array, "tokens width"]:
         q, k = rotate(q, hidden.angles), rotate(k, hidden.angles)
-        mixed = attention(q, k, v, len(hidden.txt)) if callable(attention) else attend(q, k, v, implementation=attention)
+        mixed = (attention if callable(attention) else Attention(attention))(q, k, v, len(hidden.txt))
         return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
 
     return mix
