@@ -153,3 +153,18 @@ def test_an_axis_of_one_device_costs_what_one_device_does():
     for cost in AXES.values():
         assert cost(work, 1).flop == pytest.approx(forward_flop(*work))
         assert cost(work, 1).sent == 0
+
+
+def test_products_of_8_bits_count_apart():
+    text = """HloModule products, num_partitions=1
+
+ENTRY %main (a: s8[4,8], b: s8[6,8], c: s32[4,6], d: s32[6,5]) -> s32[4,5] {
+  %a = s8[4,8]{1,0} parameter(0)
+  %b = s8[6,8]{1,0} parameter(1)
+  %d = s32[6,5]{1,0} parameter(2)
+  %rows = s32[4,6]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %shuffled = s32[4,5]{1,0} dot(%rows, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    found = read(text)
+    assert (found.flop, found.eight) == (0, 2 * 4 * 6 * 8)

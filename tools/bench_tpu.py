@@ -8,8 +8,9 @@ import argparse
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,8 +22,10 @@ from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.generate import Text, denoise
+from fluxjax.kernels.flash_tpu import flash
 from fluxjax.memory import Hosted
 from fluxjax.nets.layers import Dense
+from fluxjax.nets.quantized import EIGHT_BITS, Quantized
 from fluxjax.shard import ROWS, make_mesh, specs
 
 # Name, chips, usable GiB of each device.
@@ -43,10 +46,21 @@ def structs(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
 
 
-def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, *, stream: bool) -> Any:
-    """Return one image a row of the mesh, lowered. `stream`: its device's blocks."""
+class Form(NamedTuple):
+    """How a network is compiled: with its blocks streamed, with the attention kernel of a chip, with weights of 8 bits."""
+
+    stream: bool = False
+    flash: str | None = None
+    quantize: str | None = None
+
+
+def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, form: Form) -> Any:
+    """Return one image a row of the mesh, lowered."""
+    stream = form.stream
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     flux = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), flux)
+    if form.quantize is not None:
+        flux = eight_bits(flux, EIGHT_BITS[form.quantize])
     flux = structs(flux, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(flux, mesh)))
     if stream:
         flux = hosted(flux, NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host"))
@@ -62,9 +76,30 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) if config.guidance_embed else None
 
     def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
-        return denoise.__wrapped__(flux, text, noise, times, scale, mesh=None if stream else mesh)
+        attention = None if form.flash is None else partial(_flash, form.flash)
+        return denoise.__wrapped__(flux, text, noise, times, scale, attention=attention, mesh=None if stream else mesh)
 
     return jax.jit(run).lower(flux, text, noise, times, scale)
+
+
+def _flash(chip: str, q: jax.Array, k: jax.Array, v: jax.Array, txt_tokens: int) -> jax.Array:
+    return flash(q, k, v, scale=q.shape[-1] ** -0.5, chip=chip)
+
+
+def eight_bits(flux: Flux, dtype: Any) -> Flux:
+    """Return the shapes of what `fluxjax.quantize` makes."""
+
+    def place(path: Any, node: Any) -> Any:
+        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+            return node
+        shape = node.value.shape
+        parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
+        return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
+
+    return jax.tree_util.tree_map_with_path(place, flux, is_leaf=lambda node: isinstance(node, Dense))
+
+
+_EIGHT = Quantized(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
 
 
 def hosted(flux: Flux, host: NamedSharding) -> Flux:
@@ -103,9 +138,11 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
             for axis in options.axes:
                 stream = axis == STREAM
                 mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
+                form = Form(stream, chip.partition("-")[0] if options.flash else None, options.quantize)
                 row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
+                row |= {"attention": "flash_tpu" if options.flash else "xla", "quantize": options.quantize}
                 try:
-                    row |= measured(*VARIANTS[variant], mesh, options.size, flags, stream=stream)
+                    row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
                     row |= expected(*VARIANTS[variant][:2], "data" if stream else axis, mesh.size, options.size, row)
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
@@ -122,16 +159,18 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    tpu.add_argument("--flash", action="store_true", help="the attention kernel, in place of XLA's")
+    tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
 
 
 def measured(
-    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str], *, stream: bool
+    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str], form: Form
 ) -> dict[str, Any]:
     """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
     start = time.perf_counter()
-    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size, stream=stream), flags)
+    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size, form), flags)
     memory, gib = compiled.memory_analysis(), 2**30
     step = read(text).times(1 / steps)
     return {
@@ -141,6 +180,7 @@ def measured(
         "host GiB": round(memory.host_argument_size_in_bytes / gib, 2),
         "TFLOP": round(step.flop / 1e12, 3),
         "kernels' TFLOP": round(step.declared / 1e12, 3),
+        "TOP of 8 bits": round(step.eight / 1e12, 3),
         "GB sent": round(step.sent / 1e9, 4),
         "collectives": {
             kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"
@@ -154,7 +194,7 @@ def expected(config: FluxConfig, txt_tokens: int, axis: str, chips: int, size: i
     cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens), chips)
     if cost is None:
         return {}
-    computed = row["TFLOP"] + row["kernels' TFLOP"]
+    computed = row["TFLOP"] + row["kernels' TFLOP"] + row["TOP of 8 bits"]
     return {
         "TFLOP by formula": round(cost.flop / 1e12, 3),
         "GB sent by formula": round(cost.sent / 1e9, 4),

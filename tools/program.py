@@ -31,10 +31,11 @@ class Moved(NamedTuple):
 
 class Cost(NamedTuple):
     """Of one device: `flop`, of dots and convolutions of floating-point numbers; `declared`, what kernels say of themselves;
-    collectives by kind."""
+    `eight`, of dots and convolutions of 8-bit numbers; collectives by kind."""
 
     flop: float = 0.0
     declared: float = 0.0
+    eight: float = 0.0
     moved: Mapping[str, Moved] = MappingProxyType({})
 
     @property
@@ -43,7 +44,7 @@ class Cost(NamedTuple):
 
     def times(self, count: float) -> "Cost":
         moved = {kind: Moved(*(count * value for value in one)) for kind, one in self.moved.items()}
-        return Cost(count * self.flop, count * self.declared, moved)
+        return Cost(count * self.flop, count * self.declared, count * self.eight, moved)
 
 
 class Instruction(NamedTuple):
@@ -98,12 +99,12 @@ def read(text: str) -> Cost:
 
 def total(costs: Iterable[Cost]) -> Cost:
     """Return the sum of costs."""
-    flop, declared, moved = 0.0, 0.0, dict[str, Moved]()
+    flop, declared, eight, moved = 0.0, 0.0, 0.0, dict[str, Moved]()
     for cost in costs:
-        flop, declared = flop + cost.flop, declared + cost.declared
+        flop, declared, eight = flop + cost.flop, declared + cost.declared, eight + cost.eight
         for kind, one in cost.moved.items():
             moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True)))
-    return Cost(flop, declared, moved)
+    return Cost(flop, declared, eight, moved)
 
 
 def parse(text: str) -> Program:
@@ -149,8 +150,11 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
     """Return what an instruction of the computation `name` costs. `cost`: of a computation."""
     kind = line.opcode.removesuffix("-start")
     if line.opcode in ("dot", "convolution"):
-        count = _dot if line.opcode == "dot" else _convolution
-        return Cost(count(line, program.computations[name]))
+        count, computation = _dot if line.opcode == "dot" else _convolution, program.computations[name]
+        if _eight(line, computation):
+            return Cost(eight=count(line, computation))
+        # A shuffle of features is a product of integers on some machines.
+        return Cost(count(line, computation)) if re.match(r"b?f\d", line.type) else Cost()
     if kind in _COLLECTIVES:
         return Cost(moved={kind: _moved(line, kind, program.devices)})
     if kind in _UNKNOWN and "is_host_transfer=true" not in line.attributes:
@@ -160,7 +164,7 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
         return total([cost(condition), cost(body)]).times(turns(line, program, name))
     if kind == "conditional":
         branches = [cost(one) for role in _BRANCHES for one in line.called(role)]
-        return max(branches, key=lambda one: (one.flop + one.declared, one.sent))
+        return max(branches, key=lambda one: (one.flop + one.declared + one.eight, one.sent))
     if kind == "custom-call":
         return total([Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))])
     if kind in ("fusion", "call"):
@@ -194,15 +198,14 @@ def _numbers(attributes: str, key: str) -> list[int]:
     return [int(number) for number in found[1].split(",") if number] if found else []
 
 
-def _floating(line: Instruction) -> bool:
-    # A shuffle of features is a product of integers on some machines.
-    return re.match(r"b?f\d", line.type) is not None
+def _eight(line: Instruction, computation: Computation) -> bool:
+    """Return whether both operands are of 8 bits."""
+    types = [shapes(computation.lines[name].type)[0][0] for name in line.inputs]
+    return all(re.match(r"s8|f8", one) for one in types)
 
 
 def _dot(line: Instruction, computation: Computation) -> float:
     """Return two operations for each number of the result and each that it is a sum of."""
-    if not _floating(line):
-        return 0
     left = shapes(computation.lines[line.inputs[0]].type)[0][1]
     summed = math.prod(left[i] for i in _numbers(line.attributes, "lhs_contracting_dims"))
     return 2 * math.prod(shapes(line.type)[0][1]) * summed
@@ -211,8 +214,6 @@ def _dot(line: Instruction, computation: Computation) -> float:
 def _convolution(line: Instruction, computation: Computation) -> float:
     """Return two operations for each product of two numbers, those with padding and between dilated ones left out: a batch of
     products may be a convolution that is mostly such."""
-    if not _floating(line):
-        return 0
     image, kernel = (shapes(computation.lines[name].type)[0][1] for name in line.inputs)
     out = shapes(line.type)[0][1]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
