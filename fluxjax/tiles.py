@@ -72,18 +72,20 @@ class _OnRows(eqx.Module):
         return jax.lax.all_gather(out, self.axes, tiled=True)[: strip.whole(out)]
 
 
-class _SplitConv(eqx.Module):
+class _SplitConv(Conv):
     """A convolution whose rows' padding comes from the devices above and below."""
 
     base: Conv
     strip: _Strip = eqx.field(static=True)
 
-    def __call__(
-        self, x: Cells, *, stride: int = 1, padding: Padding | None = None
-    ) -> Float[Array, "new_rows new_columns out"]:
-        around = self.base.weight.shape[0] // 2
-        rows, columns = ((around, around), (around, around)) if padding is None else padding
-        return self.base(self.strip.halo(x, *rows), stride=stride, padding=((0, 0), columns))
+    def __init__(self, base: Conv, strip: _Strip):
+        self.weight, self.bias, self.base, self.strip = base.weight, base.bias, base, strip
+
+    def kernel(self) -> Float[Array, "side side channels out"]:
+        return self.base.kernel()
+
+    def apply(self, x: Cells, kernel: Array, stride: int, padding: Padding) -> Float[Array, "new_rows new_columns out"]:
+        return self.base.apply(self.strip.halo(x, *padding[0]), kernel, stride, ((0, 0), padding[1]))
 
 
 class _SplitNorm(GroupNorm):

@@ -66,13 +66,33 @@ class Conv(eqx.Module):
     ) -> Float[Array, "new_rows new_columns out"]:
         """Convolve. `padding`: zeros above and below, left and right; None keeps the size."""
         around = self.weight.shape[0] // 2
-        padding = ((around, around), (around, around)) if padding is None else padding
-        y = _convolve(x[None], self.kernel().astype(x.dtype), stride, padding)[0]
-        return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+        return self.apply(x, self.kernel(), stride, ((around, around), (around, around)) if padding is None else padding)
+
+    def enlarged(self, x: Cells) -> Float[Array, "twice_rows twice_columns out"]:
+        """Convolve cells that are first repeated twice along each side: a 3x3 kernel meets 2x2 cells then, and others for even
+        and odd rows and columns, so that 16 products are taken for 36."""
+        kernel = self.kernel().astype(jnp.float32)
+        parts = [
+            self.apply(x, _folded(_folded(kernel, 0, odd), 1, right), 1, ((1 - odd, odd), (1 - right, right)))
+            for odd in (0, 1)
+            for right in (0, 1)
+        ]
+        return rearrange(jnp.stack(parts), "(odd right) y x c -> (y odd) (x right) c", odd=2)
 
     def kernel(self) -> Float[Array, "side side channels out"]:
         """Return the whole weight."""
         return self.weight
+
+    def apply(self, x: Cells, kernel: Array, stride: int, padding: Padding) -> Float[Array, "new_rows new_columns out"]:
+        """Convolve with a kernel and add the bias."""
+        y = _convolve(x[None], kernel.astype(x.dtype), stride, padding)[0]
+        return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+
+
+def _folded(kernel: Array, axis: int, odd: int) -> Array:
+    """Return the two weights along an axis that the cells of an even or odd place meet: two of the three meet the same cell."""
+    first, middle, last = (jax.lax.index_in_dim(kernel, i, axis) for i in range(3))
+    return jnp.concatenate([first + middle, last] if odd else [first, middle + last], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -260,7 +280,7 @@ class Decoder(eqx.Module):
         for level in self.up:
             x = level(x)
             if level.resample is not None:
-                x = level.resample(jnp.repeat(jnp.repeat(x, 2, axis=0), 2, axis=1))
+                x = level.resample.enlarged(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
