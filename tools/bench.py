@@ -1,7 +1,7 @@
 """Measure fluxjax. `gpu`: the full-size transformer at random weights, against this machine's own matmul ceiling. `cpu`: the
 networks beside torch's. `weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs
 would hold and move, compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time
-from its file, in little memory.
+from its file, in little memory. `compile`: tracing, compiling, importing.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_compile
 import bench_cpu
 import bench_flash
 import bench_lora
@@ -126,6 +127,7 @@ def main() -> None:
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
     bench_cpu.add_commands(commands)
+    bench_compile.add_commands(commands)
     bench_weights.add_commands(commands)
     bench_lora.add_commands(commands)
     bench_tpu.add_commands(commands)
