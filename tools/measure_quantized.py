@@ -1,5 +1,5 @@
-"""Print what 8 bits cost the tiny model, as docs/performance.md has it: the velocity's relative error, how far the images are, and
-how many held-out prompts still come out right.
+"""Print what 8 bits cost the tiny model, as docs/performance.md has it: the velocity's relative error, how far images are,
+and how many held-out prompts still come out right.
 
 Transformer and T5 are rounded; the images of 8 bits are compared with those of float32 from the same noise.
 """
@@ -14,6 +14,7 @@ from evaluate_tiny import generate, held_out_scenes, score
 import fluxjax
 from fluxjax.generate import Text, encode_text, prompt_ids
 from fluxjax.latents import image_ids, initial_noise, pack_latents
+from fluxjax.nets.quantized import EIGHT_BITS
 
 SIZE = 128
 
@@ -53,13 +54,8 @@ def main() -> None:
     print("| weights | velocity's relative error | PSNR of the images, dB | prompts right, % |")
     print("| --- | --- | --- | --- |")
     print(f"| float32 | 0 | | {score(expected, list(scenes))['all']:.1f} |", flush=True)
-    bfloat16 = fluxjax.load_models("tiny", dtype="bfloat16")
-    forms = {"bfloat16, float32 activations": bfloat16}
-    forms |= {
-        name: plain._replace(flux=fluxjax.quantize(plain.flux, name), t5=fluxjax.quantize(plain.t5, name))
-        for name in ("int8", "fp8")
-    }
-    for name, models in forms.items():
+    for name in EIGHT_BITS:
+        models = plain._replace(flux=fluxjax.quantize(plain.flux, name), t5=fluxjax.quantize(plain.t5, name))
         images = generate(models, list(prompts), steps=20, guidance=3.5)
         psnr = np.mean([10 * np.log10(4 / np.mean((a - b) ** 2)) for a, b in zip(images, expected, strict=True)])
         error = velocity_error(models, plain, list(prompts[:16]))

@@ -1,0 +1,230 @@
+"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, beside diffusers on torch,
+and the VAE's decoder. Random weights; what fails is a row too, and the next goes on."""
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from bench_model import random_flux
+from scaling import forward_flop
+
+import fluxjax
+from fluxjax import FluxConfig, flow_times, initial_noise, quantize, select_attention
+from fluxjax.generate import Text, decode, denoise
+from fluxjax.kernels.attention import IMPLEMENTATIONS
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+
+VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
+FORMATS = ("bfloat16", "int8", "fp8")
+
+
+def timed(call: Callable[[], Any], repeats: int) -> float:
+    """Return the least seconds of several calls, the first of all left out."""
+    call()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def matmul_ceiling(side: int, repeats: int) -> float:
+    """Return the FLOP/s of a chain of square bfloat16 matmuls on random data."""
+    length = 16
+    a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
+    chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
+    return length * 2 * side**3 / timed(lambda: jax.block_until_ready(chain(a, b)), repeats)
+
+
+def config_of(name: str, options: argparse.Namespace) -> tuple[FluxConfig, int, int]:
+    config, txt_tokens, steps = VARIANTS[name]
+    if options.blocks:
+        config = replace(config, double_depth=options.blocks[0], single_depth=options.blocks[1])
+    return config, txt_tokens, options.steps or steps
+
+
+def ours(
+    flux: fluxjax.Flux, batch: int, txt_tokens: int, steps: int, attention: str | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Compile and run the sampling loop."""
+    config, side = flux.config, options.size
+    text = Text(jnp.zeros((batch, txt_tokens, config.context), jnp.bfloat16), jnp.zeros((batch, config.pooled), jnp.bfloat16))
+    noise = jnp.stack([initial_noise(jax.random.key(i), side, side) for i in range(batch)])
+    guidance = jnp.float32(3.5) if config.guidance_embed else None
+    arguments = (flux, text, noise, flow_times(steps, tokens=(side // 16) ** 2), guidance)
+    start = time.perf_counter()
+    compiled = denoise.lower(*arguments, attention=attention).compile()
+    row = {"compile s": round(time.perf_counter() - start, 2)}
+
+    def run() -> None:
+        jax.block_until_ready(compiled(*arguments, attention=attention))
+
+    row["seconds"] = timed(run, options.repeats)
+    if options.profile:
+        with jax.profiler.trace(str(options.profile)):
+            run()
+    memory = jax.devices()[0].memory_stats() or {}
+    analysis = compiled.compiled.memory_analysis()
+    if analysis is not None:
+        row["temporaries GB"] = round(analysis.temp_size_in_bytes / 1e9, 2)
+    return row | ({"peak GB so far": round(memory["peak_bytes_in_use"] / 1e9, 1)} if "peak_bytes_in_use" in memory else {})
+
+
+def rows_of_ours(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    config, txt_tokens, steps = config_of(name, options)
+    for weights in options.weights:
+        flux = random_flux(config)
+        flux = flux if weights == "bfloat16" else quantize(flux, weights, donate=True)
+        for batch in options.batches:
+            for attention in options.attention:
+                tokens = (options.size // 16) ** 2
+                heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
+                named = select_attention(heads, heads) if attention == "best" else attention
+                row = {
+                    "what": "fluxjax",
+                    "variant": name,
+                    "weights": weights,
+                    "batch": batch,
+                    "steps": steps,
+                    "attention": named,
+                }
+                try:
+                    row |= ours(flux, batch, txt_tokens, steps, None if attention == "best" else attention, options)
+                    row["TFLOP/s"] = batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                yield row
+        del flux
+        gc.collect()
+
+
+def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """diffusers' transformer, as its pipeline calls it a step, compiled or not."""
+    import diffusers
+    import torch
+
+    config, txt_tokens, steps = config_of(name, options)
+    device, tokens = "cuda" if torch.cuda.is_available() else "cpu", (options.size // 16) ** 2
+    with torch.device(device):
+        network = diffusers.FluxTransformer2DModel(
+            num_layers=config.double_depth, num_single_layers=config.single_depth, guidance_embeds=config.guidance_embed
+        )
+        network = network.to(torch.bfloat16).eval()
+        for batch in options.batches:
+            inputs = {
+                "hidden_states": torch.randn(batch, tokens, 64, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.zeros(batch, txt_tokens, 4096, dtype=torch.bfloat16),
+                "pooled_projections": torch.zeros(batch, 768, dtype=torch.bfloat16),
+                "timestep": torch.full((batch,), 0.5, dtype=torch.bfloat16),
+                "guidance": torch.full((batch,), 3.5) if config.guidance_embed else None,
+                "img_ids": torch.zeros(tokens, 3, dtype=torch.bfloat16),
+                "txt_ids": torch.zeros(txt_tokens, 3, dtype=torch.bfloat16),
+                "return_dict": False,
+            }
+            for compiled in (False, True):
+                call = torch.compile(network, mode="max-autotune-no-cudagraphs") if compiled else network
+                row = {"what": "diffusers", "variant": name, "weights": "bfloat16", "batch": batch, "steps": steps}
+                row |= {"compiled": compiled}
+
+                def run(call: Any = call, inputs: dict = inputs) -> None:
+                    with torch.no_grad():
+                        for _ in range(steps):
+                            call(**inputs)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+
+                try:
+                    row["seconds"] = timed(run, options.repeats)
+                    row["TFLOP/s"] = batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                yield row
+    del network
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def vae_row(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
+    latents = jax.random.normal(jax.random.key(1), (1, 16, options.size // 8, options.size // 8))
+    compiled = decode.lower(vae, latents, dtype=jnp.bfloat16).compile()
+    seconds = timed(lambda: jax.block_until_ready(compiled(vae, latents, dtype=jnp.bfloat16)), options.repeats)
+    yield {"what": "fluxjax", "variant": "VAE decode", "weights": "bfloat16", "batch": 1, "seconds": seconds}
+
+
+def bench_gpu(options: argparse.Namespace) -> list[dict]:
+    """Run every row, fluxjax's and diffusers' of a variant after each other, and show each as it comes."""
+    ceiling = matmul_ceiling(options.matmul, options.repeats)
+    rows: list[dict[str, Any]] = []
+
+    def add(found: Iterator[dict[str, Any]]) -> None:
+        while True:
+            try:
+                row = next(found)
+            except StopIteration:
+                return
+            except Exception as error:  # as of a package that is not there
+                row = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            if "TFLOP/s" in row:
+                row["share of matmul"] = round(row["TFLOP/s"] * 1e12 / ceiling, 3)
+            row = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **row}
+            print(row, flush=True)
+            rows.append(row)
+
+    for name in options.variants:
+        add(rows_of_ours(name, options))
+        jax.clear_caches()
+        if options.beside:
+            add(rows_of_theirs(name, options))
+    add(vae_row(options))
+    return rows + ratios(rows)
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """Return how many times faster fluxjax's best is than diffusers', by variant and batch, of bfloat16."""
+
+    def best(what: str, variant: str, batch: int) -> float | None:
+        found = [
+            row["seconds"]
+            for row in rows
+            if (row.get("what"), row.get("variant"), row.get("batch")) == (what, variant, batch)
+            and row.get("weights") == "bfloat16"
+            and "seconds" in row
+        ]
+        return min(found, default=None)
+
+    found = []
+    for variant, batch in dict.fromkeys((row.get("variant"), row.get("batch")) for row in rows):
+        ours, theirs = best("fluxjax", variant, batch), best("diffusers", variant, batch)
+        if ours is not None and theirs is not None:
+            found.append(
+                {"bench": "gpu", "what": "ratio", "variant": variant, "batch": batch, "ratio": round(theirs / ours, 3)}
+            )
+    return found
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    gpu = commands.add_parser("gpu", help="full-size dev and schnell at 1024x1024, random weights, beside diffusers")
+    gpu.set_defaults(run=bench_gpu)
+    gpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    gpu.add_argument("--weights", nargs="+", choices=FORMATS, default=["bfloat16", "fp8"])
+    gpu.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "xla_chunked"])
+    gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
+    gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")
+    gpu.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="fewer blocks, for a small machine")
+    gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (default: %(default)s)")
+    gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
+    gpu.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of a run of each row")
+    gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
