@@ -12,6 +12,7 @@ import numpy as np
 
 from fluxjax.convert.load import Plan, is_stacked, leaf_dtype, load
 from fluxjax.nets.layers import Dense, Weight
+from fluxjax.nets.quantized import Quantized
 from fluxjax.shapes import Array, Float, Int
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -63,15 +64,17 @@ def stream_blocks(network: Network) -> Network:
     runs: two blocks are on the device at once. The rest is on the device.
 
     `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, which saves it from ever being there whole. Adapters
-    are merged before, or attached.
+    are merged before, or attached. **Raises:** `ValueError` for quantized weights.
     """
 
     def place(path: Any, node: Any) -> Any:
+        if isinstance(node, Quantized):
+            raise ValueError("Quantized weights have no streamed form. Stream the plain ones, or keep these on the device.")
         if isinstance(node, Dense) and is_stacked(str(path[0].name)):
             return Hosted(_moved(node, _HOST).value)
         return _moved(node, _DEVICE)
 
-    return jax.tree_util.tree_map_with_path(place, network, is_leaf=lambda node: isinstance(node, Dense))
+    return jax.tree_util.tree_map_with_path(place, network, is_leaf=lambda node: isinstance(node, Dense | Quantized))
 
 
 class _Reader:

@@ -30,8 +30,12 @@ def quantize(network: Network, format: str, *, donate: bool = False) -> Network:
 
     def eight(path: Any, node: Any) -> Any:
         nonlocal count
-        if not isinstance(node, Dense) or not is_stacked(str(path[0].name)):
+        if not isinstance(node, Weight) or not is_stacked(str(path[0].name)):
             return node
+        if not isinstance(node, Dense):
+            raise ValueError(
+                f"`quantize(network)` rounds plain matrices, got a {type(node).__name__}. Merge or quantize before others."
+            )
         count += 1
         found = _empty(node.value.shape, dtype)
         for block in range(len(node.value)):
@@ -44,7 +48,7 @@ def quantize(network: Network, format: str, *, donate: bool = False) -> Network:
     result = jax.tree_util.tree_map_with_path(eight, network, is_leaf=lambda node: isinstance(node, Weight))
     if not count:
         raise ValueError(
-            f"`quantize(network)` needs blocks of plain matrices, got {type(network).__name__}. Merge and round once."
+            f"`quantize(network)` rounds plain matrices of blocks, and a {type(network).__name__} has none. Pass a Flux or T5."
         )
     return result
 

@@ -68,6 +68,7 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--shift", "2"], "The timer model takes no shift"),
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
         (["--cache", "half"], "'half' is no cache. Write a threshold"),
+        (["--stream-blocks", "--quantize", "fp8"], "Leave out --quantize"),
         (["--flash-block-sizes", "256"], "is for flash_tpu and xla_chunked, got implementation=None"),
         (["--steps", "1", "--attention", "flash_tpu"], "needs a TPU, and bfloat16 or float32, got cpu"),
     ],
@@ -88,16 +89,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
 def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
     images = []
     chunked = ["--attention", "xla_chunked", "--flash-block-sizes", "trillium"]  # cut to the tokens
-    for flags in ([], ["--keep-encoders", *chunked], ["--prompt-2", ""]):
+    for flags in ([], ["--keep-encoders", *chunked], ["--prompt-2", ""], ["--quantize", "int8"]):
         out = run("generate", PROMPT, "--steps", 1, "--prompt-2", "a ring", "--dtype", "float32", *flags, tmp_path=tmp_path)
         assert out.returncode == 0, out.stderr
     for path in sorted(tmp_path.glob("*.png")):
         with PIL.Image.open(path) as file:
             images.append(file.tobytes())
             assert file.text["prompt_2"] == ("" if len(images) == 3 else "a ring")
+            assert file.text.get("quantize") == ("int8" if len(images) == 4 else None)
     pixels = [np.frombuffer(image, np.uint8).astype(int) for image in images]
     assert abs(pixels[0] - pixels[1]).max() <= 1
     assert abs(pixels[0] - pixels[2]).max() > 10
+    assert 0 < abs(pixels[0] - pixels[3]).mean() < 2
 
 
 def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):

@@ -94,12 +94,14 @@ def test_what_can_not_be_rounded_is_told(tiny):
     flux = small_flux()
     with pytest.raises(ValueError, match=r"no format 'int4' of 8 bits\. Choose one of int8, fp8"):
         quantize(flux, "int4")
-    eight = quantize(flux, "int8")
-    for network in (eight, tiny.vae):
-        with pytest.raises(ValueError, match="needs blocks of plain matrices"):
+    kraft = fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    for network in (quantize(flux, "int8"), fluxjax.attach(tiny.flux, [kraft]), tiny.vae):
+        with pytest.raises(ValueError, match="rounds plain matrices"):
             quantize(network, "int8")
+    with pytest.raises(ValueError, match="Quantized weights have no streamed form"):
+        fluxjax.stream_blocks(quantize(flux, "int8"))
     with pytest.raises(fluxjax.WeightsError, match="stored as Quantized"):
-        fluxjax.merge(quantize(tiny.flux, "fp8"), [fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))])
+        fluxjax.merge(quantize(tiny.flux, "fp8"), [kraft])
     with pytest.raises(ValueError, match="Pass one of sharding="):
         fluxjax.load_flux("tiny", quantize="int8", stream=True)
 

@@ -1,7 +1,7 @@
 """Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `cpu`: the networks beside torch's.
-`weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move, compiled without
-one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time from its file, in little memory.
-`compile`: tracing, compiling, importing.
+`weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move,
+compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time from its file, in
+little memory. `compile`: tracing, compiling, importing.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
