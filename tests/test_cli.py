@@ -100,7 +100,8 @@ def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
     pixels = [np.frombuffer(image, np.uint8).astype(int) for image in images]
     assert abs(pixels[0] - pixels[1]).max() <= 1
     assert abs(pixels[0] - pixels[2]).max() > 10
-    assert 0 < abs(pixels[0] - pixels[3]).mean() < 2
+    # Of 255 levels; one step takes the velocity's error of 1 to 2 % whole.
+    assert 0 < abs(pixels[0] - pixels[3]).mean() < 0.02 * 255
 
 
 def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
