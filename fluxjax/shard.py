@@ -307,7 +307,8 @@ class OnTokens(eqx.Module):
 
     Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
     (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`).
-    **Raises:** `ValueError` for an attention of one's own, which would see a part of the tokens.
+    **Raises:** `ValueError` for an attention of one's own, which would see a part of the tokens, or one that is named where
+    keys and values go round.
     """
 
     flux: Flux
@@ -337,6 +338,11 @@ class OnTokens(eqx.Module):
             return jax.lax.dynamic_slice_in_dim(rows, index * part, part)
 
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
+        if heads % devices and attention is not None:
+            raise ValueError(
+                f"{heads} heads are not divided by context={devices}, so keys and values go round, by an attention of that "
+                "ring's own. Leave out attention=, or choose a context that divides them."
+            )
         counts = (len(txt), len(x))
         joint = Ring("context", *counts) if heads % devices else Ulysses("context", *counts, attention)
         inputs |= {"txt": mine(txt), "img_ids": mine(img_ids), "txt_ids": mine(txt_ids)}

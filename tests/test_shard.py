@@ -191,5 +191,8 @@ def test_what_a_mesh_can_not_do_is_told(tiny):
         denoise(placed, *inputs, mesh=long, reuse=FirstBlock(0.1))
     with pytest.raises(ValueError, match="Pass attention= by name"):
         denoise(tiny.flux, *inputs, unwanted=inputs[0], nag=Nag(3.0), attention=isolated_attention)
+    ring = mesh_of(context=4)
+    with pytest.raises(ValueError, match="6 heads are not divided by context=4"):
+        denoise(shard(tiny.flux, ring), *inputs, mesh=ring, attention="xla")
     with pytest.raises(ValueError, match="would see a part of the tokens"):
         denoise(placed, *inputs, mesh=long, unwanted=inputs[0], nag=Nag(3.0))
