@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fluxjax.integrate.base import Remembering
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, Hidden, Joint
-from fluxjax.nets.layers import modulate, take
+from fluxjax.nets.flux import Flux, Hidden, Joint, Prepared
+from fluxjax.nets.layers import modulate
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
 Tokens = Float[Array, "img_tokens width"]
@@ -77,7 +77,7 @@ class TeaCache(Reuse):
     )
 
     def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:
-        shift, scale = jnp.split(take(flux.double.img.modulation, 0)(hidden.vec), 6)[:2]
+        shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 
     def gather(self, before: Scalar, change: Scalar) -> Scalar:
@@ -89,6 +89,7 @@ class TeaCache(Reuse):
 
 class Cached(Remembering):
     """A FLUX transformer that remembers, (x, t, (txt, vec)) -> dx/dt; `Guided(cached, (txt, vec))` makes a `Velocity` of it.
+    In place of (txt, vec) it takes what `Flux.prepare` makes of them.
 
     `flux`, `guidance`, `img_ids`, `attention`: as for the network's call. `reuse`: `FirstBlock` or `TeaCache`. `over`: the
     names of axes, of `jax.vmap` or `jax.shard_map`, over which all reuse together or none does: a choice of each row of a batch
@@ -113,9 +114,8 @@ class Cached(Remembering):
         return Memory(zeros, none, zeros, jnp.asarray(False), jnp.zeros((), jnp.int32))
 
     def __call__(self, x: Float[Array, "img_tokens in_channels"], t: Scalar, *condition: Any, memory: Any = None) -> Any:
-        txt, vec = condition[0]
         old = self.init(x) if memory is None else memory
-        whole = self.flux.embed(x, t, txt=txt, vec=vec, img_ids=self.img_ids, guidance=self.guidance)
+        whole = self.flux.embed(x, t, self._prepared(t, condition[0]))
         hidden, signal, start = self.reuse.look(self.flux, whole, self.attention)
         distance = self.reuse.gather(old.distance, _change(signal.astype(jnp.float32), old.signal))
         # Of all the rows of a batch the one that has changed most decides.
@@ -132,13 +132,20 @@ class Cached(Remembering):
             return img, (img - hidden.img).astype(jnp.float32)
 
         img, residual = jax.lax.cond(reuse, recall, run)
-        value = self.flux.final(img, hidden.vec).astype(x.dtype)
+        value = self.flux.final(img, hidden.modulation.final).astype(x.dtype)
         if memory is None:
             return value
         kept = self.reuse.remember(old.signal, signal.astype(jnp.float32), reuse)
         return value, Memory(
             kept, jnp.where(reuse, distance, 0), residual, jnp.asarray(True), old.reused + reuse.astype(old.reused.dtype)
         )
+
+    def _prepared(self, t: Scalar, given: Any) -> Prepared:
+        if isinstance(given, Prepared):
+            return given
+        txt, vec = given
+        times = jnp.asarray(t, jnp.float32)[None]
+        return self.flux.prepare(times, txt=txt, vec=vec, img_ids=self.img_ids, guidance=self.guidance)
 
 
 def _change(new: Tokens, old: Tokens) -> Scalar:

@@ -23,7 +23,7 @@ from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux, Joint, Weaken
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
-from fluxjax.sample import sample
+from fluxjax.sample import asked_times, sample
 from fluxjax.schedule import flow_times
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
 from fluxjax.shard import OnTokens, on_mesh, shard, shardings
@@ -160,26 +160,29 @@ def denoise(
 
     def run(flux: Flux, rows: Any, rest: Any) -> Array:
         times, guidance, step, cfg, rule, nag, weaken, strength, reuse = rest
-        inputs: dict[str, Any] = {
-            "guidance": guidance,
-            "img_ids": image_ids(height, width),
-            "attention": attention if nag is None else nag,
-        }
-        call = flux if mesh is None or mesh.shape["context"] == 1 else OnTokens(flux)
+        ids, mix, asked = image_ids(height, width), attention if nag is None else nag, asked_times(step, times)
+        call: Any = flux if mesh is None or mesh.shape["context"] == 1 else OnTokens(flux)
 
-        def network(x: Array, t: Scalar, text: Text) -> Array:
-            return call(x, t, txt=text.txt, vec=text.vec, **inputs)
+        def prepare(text: Text, times: Array) -> Any:
+            return call.prepare(times, txt=text.txt, vec=text.vec, img_ids=ids, guidance=guidance)
 
-        def spoilt(x: Array, t: Scalar, text: Text) -> Array:
-            return call(x, t, txt=text.txt, vec=text.vec, weaken=weaken, **inputs)
+        def network(x: Array, t: Scalar, given: Any, weaken: Weaken | None = None) -> Array:
+            prepared = prepare(given, t[None]) if isinstance(given, Text) else given
+            return call.velocity(x, t, prepared, attention=mix, weaken=weaken)
 
-        velocity = network if reuse is None else Cached(flux, reuse, over=everywhere, **inputs)
+        def spoilt(x: Array, t: Scalar, given: Any) -> Array:
+            return network(x, t, given, weaken)
+
+        velocity = network if reuse is None else Cached(flux, reuse, ids, guidance, mix, over=everywhere)
         weak = None if weaken is None else Weak(spoilt, strength)
 
         def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
             if nag is not None and unwanted is not None:
                 text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
-            guided = Guided(velocity, text, unwanted, cfg, rule, weak=weak)
+            wanted, away = text, unwanted
+            if asked is not None:
+                wanted, away = prepare(text, asked), None if unwanted is None else prepare(unwanted, asked)
+            guided = Guided(velocity, wanted, away, cfg, rule, weak=weak)
             told = guided if report is None else _Told(guided, report, () if mesh is None else mesh.axis_names)
             return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
 

@@ -57,6 +57,12 @@ def sample(
     return Sample(end, nodes, step.evaluations * (len(times) - 1), log_prob, memory)
 
 
+def asked_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " asked"] | None:
+    """Return all times at which a step asks the velocity from the first node to the last, or None if they are not known."""
+    asked = jax.vmap(step.asked)(times[:-1], times[1:])
+    return None if asked is None else jnp.concatenate(asked)
+
+
 def _check_times(name: str, times: Array) -> None:
     if len(times) < 2:
         raise ValueError(f"`{name}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.clip import Clip
-from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.nets.quantized import Quantized
 from fluxjax.nets.vae import Conv
@@ -301,9 +301,16 @@ def _filled(x: Array, more: int) -> Array:
     return x[np.minimum(np.arange(len(x) + more), len(x) - 1)] if more else x
 
 
+class Part(eqx.Module):
+    """What is prepared for this device's part of the tokens, and how many tokens the whole text has."""
+
+    prepared: Prepared
+    txt_tokens: int = eqx.field(static=True)
+
+
 class OnTokens(eqx.Module):
-    """A `Flux` of which each device along "context" runs a part of the text's and of the image's tokens; its call is the
-    network's.
+    """A `Flux` of which each device along "context" runs a part of the text's and of the image's tokens; `prepare` and
+    `velocity` are as the network's.
 
     Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
     (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`).
@@ -313,38 +320,38 @@ class OnTokens(eqx.Module):
 
     flux: Flux
 
-    def __call__(
+    def prepare(self, times: Any, *, txt: Array, img_ids: Array, txt_ids: Array | None = None, **inputs: Any) -> Part:
+        ids = None if txt_ids is None else _mine(txt_ids)
+        return Part(self.flux.prepare(times, txt=_mine(txt), img_ids=_mine(img_ids), txt_ids=ids, **inputs), len(txt))
+
+    def velocity(
         self,
         x: Float[Array, "img_tokens channels"],
         t: Any,
+        part: Part,
         *,
-        txt: Float[Array, "txt_tokens context"],
-        img_ids: Any,
-        txt_ids: Any = None,
         attention: Any = None,
         weaken: Any = None,
-        **inputs: Any,
     ) -> Float[Array, "img_tokens out_channels"]:
         own = callable(attention) and not isinstance(attention, Attention)
         if own or (weaken is not None and weaken.attention is not None):
             raise ValueError("An attention of one's own would see a part of the tokens. Use context=1 with it.")
-        devices, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
-
-        def mine(rows: Any) -> Any:
-            if rows is None:
-                return None
-            part = -(-len(rows) // devices)
-            rows = jnp.pad(rows, ((0, part * devices - len(rows)), (0, 0)))
-            return jax.lax.dynamic_slice_in_dim(rows, index * part, part)
-
+        devices = jax.lax.axis_size("context")
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
         if heads % devices and attention is not None:
             raise ValueError(
                 f"{heads} heads are not divided by context={devices}, so keys and values go round, by an attention of that "
                 "ring's own. Leave out attention=, or choose a context that divides them."
             )
-        counts = (len(txt), len(x))
+        counts = (part.txt_tokens, len(x))
         joint = Ring("context", *counts) if heads % devices else Ulysses("context", *counts, attention)
-        inputs |= {"txt": mine(txt), "img_ids": mine(img_ids), "txt_ids": mine(txt_ids)}
-        out = self.flux(mine(x), t, attention=joint, weaken=weaken, **inputs)
+        out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, weaken=weaken)
         return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]
+
+
+def _mine(rows: Float[Array, "tokens features"]) -> Float[Array, "part features"]:
+    """Return this device's part of the tokens along "context", padded to be as many as the others'."""
+    devices, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+    part = -(-len(rows) // devices)
+    rows = jnp.pad(rows, ((0, part * devices - len(rows)), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(rows, index * part, part)

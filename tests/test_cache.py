@@ -49,13 +49,15 @@ class Stages(NamedTuple):
     entered: jax.Array
     after_first: jax.Array
     after_all: jax.Array
-    vec: jax.Array
+    steer: jax.Array
+    final: jax.Array
 
 
 @eqx.filter_jit
 def stages(flux, x, t) -> Stages:
-    hidden = flux.embed(x, t, txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0)
-    return Stages(hidden.img, flux.first(hidden)[0], flux.blocks(hidden), hidden.vec)
+    hidden = flux.embed(x, t, flux.prepare(t[None], txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0))
+    steer = hidden.modulation
+    return Stages(hidden.img, flux.first(hidden)[0], flux.blocks(hidden), steer.double.img[0], steer.final)
 
 
 @pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
@@ -68,7 +70,7 @@ def test_of_everything_but_the_first_evaluation_the_blocks_are_reused(flux, kind
         now = stages(flux, x, t)
         img = now.after_first if kind is FirstBlock else now.entered
         added = now.after_all - img if added is None else added
-        x = x + (u - t) * flux.final(img + added, now.vec)
+        x = x + (u - t) * flux.final(img + added, now.final)
     np.testing.assert_allclose(result.x, x, atol=1e-5)
 
 
@@ -87,8 +89,7 @@ def test_reuse_follows_the_gathered_change(flux, kind):
         if kind is FirstBlock:
             signal, base = np.asarray(now.after_first - now.entered), now.after_first
         else:
-            modulation = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, flux.double.img.modulation)
-            shift, scale = np.split(np.asarray(modulation(now.vec)), 6)[:2]
+            shift, scale = np.split(np.asarray(now.steer), 6)[:2]
             entered = np.asarray(now.entered)
             centred = entered - entered.mean(-1, keepdims=True)
             signal, base = centred / centred.std(-1, keepdims=True) * (1 + scale) + shift, now.entered
@@ -98,7 +99,7 @@ def test_reuse_follows_the_gathered_change(flux, kind):
         if not chosen[-1]:
             added, distance = now.after_all - base, 0.0
         old = signal if kind is TeaCache or not chosen[-1] else old
-        x = x + (u - t) * flux.final(base + added, now.vec)
+        x = x + (u - t) * flux.final(base + added, now.final)
     assert 0 < sum(chosen) < len(TIMES) - 2  # both happen
     result = run(flux, reuse, step=Euler())
     assert int(result.memory.wanted.reused) == sum(chosen)

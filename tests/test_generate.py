@@ -1,11 +1,12 @@
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import DDIM, FirstBlock, Nag, Weaken, isolated_attention, text_to_image, uniform_times
-from fluxjax.generate import batches, guidance_scale, model_times
+from fluxjax import DDIM, DPMpp2S, FirstBlock, Midpoint, Nag, Weaken, isolated_attention, text_to_image, uniform_times
+from fluxjax.generate import Text, batches, denoise, guidance_scale, model_times
 from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
 
 KEY = jax.random.key(0)
@@ -131,6 +132,25 @@ def test_times_and_steps_are_one_or_the_other(tiny):
         draw(tiny, times=uniform_times(3))
     with pytest.raises(ValueError, match="does nothing at cfg = 1"):
         draw(tiny, negative_prompt="a blue ring")
+
+
+class Untold(Midpoint):
+    """Midpoint, which does not tell at which times it asks."""
+
+    def asked(self, t, u):
+        return None
+
+
+@pytest.mark.parametrize("step", [Midpoint(), Untold(), DPMpp2S()], ids=lambda step: type(step).__name__)
+def test_denoising_is_sampling_of_the_network(tiny, step):
+    """Whatever is computed before the loop."""
+    flux, key, times = tiny.flux, jax.random.key(3), fluxjax.flow_times(3)
+    text = Text(0.3 * jax.random.normal(key, (1, 8, flux.config.context)), jax.random.normal(key, (1, flux.config.pooled)))
+    noise, scale = fluxjax.initial_noise(key, 64, 64)[None], jnp.float32(3.5)
+    velocity = eqx.Partial(flux, txt=text.txt[0], vec=text.vec[0], img_ids=fluxjax.image_ids(64, 64), guidance=scale)
+    end = eqx.filter_jit(fluxjax.sample)(velocity, fluxjax.pack_latents(noise[0]), times, step=step).x
+    found = denoise(flux, text, noise, times, scale, step=step)[0]
+    np.testing.assert_allclose(found, fluxjax.unpack_latents(end, 64, 64), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", INTEGRATORS)

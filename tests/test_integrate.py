@@ -29,6 +29,7 @@ from fluxjax import (
     ancestral,
     sample,
 )
+from fluxjax.sample import asked_times
 
 EXPONENTIAL = [solver(clock) for solver in (DPMpp2S, DPMpp2M, RES2S, RES2M, UniPC2) for clock in ("log_snr", "log_time")]
 DIRECT = [Euler(), Heun(), Midpoint(), RK4(), AB2()]
@@ -136,6 +137,37 @@ def test_evaluations_are_as_declared(step):
     assert sample(counted, jnp.ones(2), nodes(5, 1, 0, False), step=step).evaluations == 5 * step.evaluations
     jax.effects_barrier()
     assert len(calls) == 5 * step.evaluations
+
+
+ONCE = [Churn(Heun(), low=0.4), ReverseSDE(), DDIM(0.5), Renoise(), DPMpp2MSDE(), ERSDE2()]
+
+
+@pytest.mark.parametrize("step", [*DETERMINISTIC, *ONCE], ids=name)
+def test_the_velocity_is_asked_at_the_times_that_the_step_tells(step):
+    calls, times = [], nodes(5, 1, 0, True)
+
+    def heard(x, t):
+        jax.debug.callback(lambda t: calls.append(float(t)), t)
+        return -x
+
+    sample(heard, jnp.ones(2), times, step=step, key=jax.random.key(0))
+    jax.effects_barrier()
+    told = asked_times(step, times)
+    np.testing.assert_allclose(sorted({round(t, 9) for t in calls}), np.unique(np.round(told, 9)), atol=1e-8)
+
+
+def test_a_step_that_does_not_tell_its_times_is_known_to():
+    class Ralston(Step):
+        order, evaluations = 2, 2
+
+        def init(self, x):
+            return None
+
+        def __call__(self, velocity, x, t, u, state, *, key):
+            raise NotImplementedError
+
+    assert asked_times(Ralston(), jnp.linspace(1, 0, 3)) is None
+    assert asked_times(Churn(Ralston()), jnp.linspace(1, 0, 3)) is None
 
 
 MEAN, DEVIATION = 0.7, 0.4

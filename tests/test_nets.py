@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig, image_ids
-from fluxjax.nets.layers import rope_angles, rotate, sinusoid
+from fluxjax.nets.layers import Rotation, rope, rotate, sinusoid
 
 KEY = jax.random.key(0)
 SMALL = FluxConfig(
@@ -70,7 +70,7 @@ def test_rope_makes_scores_depend_on_the_difference_of_positions_alone():
     axes = (4, 6, 6)
 
     def score(a, b):
-        turned = [rotate(x, rope_angles(jnp.float32([p]), axes, 10_000.0)) for x, p in ((q, a), (k, b))]
+        turned = [rotate(x, rope(jnp.float32([p]), axes, 10_000.0)) for x, p in ((q, a), (k, b))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score((0, 3, 5), (0, 1, 9)) == pytest.approx(score((7, 10, 6), (7, 8, 10)), abs=1e-5)
@@ -81,7 +81,7 @@ def test_rope_turns_adjacent_pairs_by_the_angle():
     x = jnp.float32([[[1.0, 0.0, 0.0, 1.0]]])
     angles = jnp.float32([[0.3, 0.5]])
     expected = [math.cos(0.3), math.sin(0.3), -math.sin(0.5), math.cos(0.5)]
-    np.testing.assert_allclose(rotate(x, angles)[0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(rotate(x, Rotation(jnp.cos(angles), jnp.sin(angles)))[0, 0], expected, atol=1e-6)
 
 
 def test_text_tokens_are_a_set_without_ids(flux):
@@ -128,6 +128,15 @@ def test_guidance_must_be_given_exactly_where_it_is_taken(flux):
     schnell = Flux(FluxConfig(**{**vars(SMALL), "guidance_embed": False}), key=KEY)
     with pytest.raises(ValueError, match=r"no guidance embedder.*Pass guidance=None"):
         schnell(**inputs())
+
+
+def test_what_is_prepared_for_some_times_is_what_each_evaluation_computes(flux):
+    given = inputs()
+    x, times = given.pop("x"), jnp.float32([0.9, 0.3, 0.6])
+    prepared = flux.prepare(times, **{name: value for name, value in given.items() if name != "t"})
+    for t in times:
+        np.testing.assert_allclose(flux.velocity(x, t, prepared), flux(x, **(given | {"t": t})), rtol=2e-5, atol=1e-5)
+    assert np.isnan(flux.velocity(x, 0.5, prepared)).all()  # and never another time's
 
 
 def test_inputs_that_do_not_fit_are_named_all_together(flux):

@@ -52,6 +52,11 @@ class Step(eqx.Module):
     ) -> tuple[Float[Array, "*shape"], Any, Any]:
         """Go from t to u; return the new x, the new state, and the log-probability of what was drawn, or None."""
 
+    def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
+        """Return the times at which the velocity is asked from t to u, so that what depends on them alone is computed once for
+        all steps. By default t, of a step with one evaluation, and None, not known, of another."""
+        return (t,) if self.evaluations == 1 else None
+
 
 class StochasticStep(Step):
     """A step to a draw from a normal distribution. `order`: of its mean and its variance on a Gaussian."""

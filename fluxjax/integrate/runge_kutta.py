@@ -36,6 +36,9 @@ class Heun(_Single):
         v = velocity(x, t)
         return x + (u - t) / 2 * (v + velocity(x + (u - t) * v, u)), None, None
 
+    def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+        return t, u
+
 
 class Midpoint(_Single):
     """The velocity halfway, at Euler's half step. RF-Solver is the same. Source: Wang et al. 2024, algorithm 1."""
@@ -46,6 +49,9 @@ class Midpoint(_Single):
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
         half = (u - t) / 2
         return x + (u - t) * velocity(x + half * velocity(x, t), t + half), None, None
+
+    def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+        return t, t + (u - t) / 2
 
 
 class RK4(_Single):
@@ -61,6 +67,9 @@ class RK4(_Single):
         third = velocity(x + h / 2 * second, t + h / 2)
         fourth = velocity(x + h * third, u)
         return x + h / 6 * (first + 2 * second + 2 * third + fourth), None, None
+
+    def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+        return t, t + (u - t) / 2, u
 
 
 class AB2(Step):

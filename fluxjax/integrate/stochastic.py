@@ -183,3 +183,6 @@ class Churn(Step):
         higher, kept, deviation = self.raised(t)
         x = (kept * x + deviation * jax.random.normal(mine, x.shape, x.dtype)).astype(x.dtype)
         return self.step(velocity, x, higher, u, state, key=inner)
+
+    def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
+        return self.step.asked(self.raised(t)[0], u)

@@ -3,18 +3,19 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fluxjax.shapes import Array, Bool, Float, Ids, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
 
 Carry = TypeVar("Carry")
-Block = TypeVar("Block", bound=eqx.Module)
+Block = TypeVar("Block")
 Rows = TypeVar("Rows")
+Result = TypeVar("Result")
 
 
 class Weight(eqx.Module):
@@ -156,32 +157,38 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def sinusoid(t: Float[Array, ""], width: int, *, base: float = 10_000.0) -> Float[Array, " width"]:
-    """Embed a scalar as `width` / 2 cosines then sines of geometric frequencies, in float32.
+def sinusoid(t: Float[Array, "*batch"], width: int, *, base: float = 10_000.0) -> Float[Array, "*batch width"]:
+    """Embed scalars as `width` / 2 cosines then sines of geometric frequencies, in float32.
 
     **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as FLUX has it.
     """
     frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    angles = t.astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+    angles = t.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rope_angles(ids: Ids, axes: tuple[int, ...], theta: float) -> Float[Array, "tokens pairs"]:
-    """Return the rotation angle of each feature pair: `axes[i]` features turn with id column i. In float32.
+class Rotation(NamedTuple):
+    """The cosine and sine of each token's angles."""
+
+    cos: Float[Array, "tokens pairs"]
+    sin: Float[Array, "tokens pairs"]
+
+
+def rope(ids: Ids, axes: tuple[int, ...], theta: float) -> Rotation:
+    """Return the rotation of each feature pair: `axes[i]` features turn with id column i. In float32.
 
     **Source:** Su et al. 2021, eq. 34, an axis each.
     """
     columns = ids.astype(jnp.float32)
     frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim) for dim in axes]
-    return jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
+    angles = jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(
-    x: Float[Array, "tokens heads head_dim"], angles: Float[Array, "tokens pairs"]
-) -> Float[Array, "tokens heads head_dim"]:
-    """Rotate adjacent feature pairs by `angles` (RoPE), computed in float32."""
+def rotate(x: Float[Array, "tokens heads head_dim"], rotation: Rotation) -> Float[Array, "tokens heads head_dim"]:
+    """Rotate adjacent feature pairs (RoPE), computed in float32."""
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 
@@ -196,33 +203,41 @@ def scan_blocks(
     carry: Carry,
     call: Callable[..., Carry],
     *,
-    flags: Bool[Array, " depth"] | None = None,
+    rows: tuple[Any, ...] = (),
     start: int = 0,
     remat: bool = False,
 ) -> Carry:
-    """Thread `carry` through stacked blocks by call(block, carry), tracing the block once.
+    """Thread `carry` through stacked blocks by call(block, carry, *row), tracing the block once.
 
-    `flags`: one a block, then by call(block, carry, flag). `start`: the first block; where it is not 0, a gradient takes a
-    sum over the whole stack a block. `remat`: a gradient keeps each block's input alone and runs the block again. Source:
-    Chen et al. 2016.
+    `rows`: pytrees of arrays with one row a block. `start`: the first block; where it is not 0, a gradient takes a sum over the
+    whole stack a block. `remat`: a gradient keeps each block's input alone and runs the block again. Source: Chen et al. 2016.
     """
-    arrays, static = eqx.partition(blocks, eqx.is_array)
-    rows = (arrays,) if flags is None else (arrays, flags)
-    if not remat and any(weight.spread for weight in _weights(blocks)):
-        return _scan_ahead(blocks, carry, call, flags, start)
+    return _scan(blocks, carry, lambda *inputs: (call(*inputs), None), rows, start, remat)[0]
 
-    def body(carry: Carry, row: Any) -> tuple[Carry, None]:
+
+def map_blocks(blocks: Block, call: Callable[[Block], Result]) -> Result:
+    """Return call(block) of each of stacked blocks, stacked."""
+    return _scan(blocks, None, lambda block, _: (None, call(block)), (), 0, False)[1]
+
+
+def _scan(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int, remat: bool) -> tuple[Carry, Any]:
+    """Scan call(block, carry, *row) -> (carry, result) over the blocks."""
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+    if not remat and any(weight.spread for weight in _weights(blocks)):
+        return _scan_ahead(blocks, carry, call, rows, start)
+
+    def body(carry: Carry, row: Any) -> tuple[Carry, Any]:
         # A slice of the stack would be a copy of it; rows by number are read where they lie.
-        one, *flag = take(rows, row) if start else row
-        return call(eqx.combine(one, static), carry, *flag), None
+        one, *rest = take((arrays, *rows), row) if start else row
+        return call(eqx.combine(one, static), carry, *rest)
 
     # Inside a scan nothing can be merged with the second run, so the barriers against that would only cost.
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(step, carry, jnp.arange(start, depth_of(blocks)) if start else rows)[0]
+    return jax.lax.scan(step, carry, jnp.arange(start, depth_of(blocks)) if start else (arrays, *rows))
 
 
-def _scan_ahead(blocks: Block, carry: Carry, call: Callable[..., Carry], flags: Array | None, start: int) -> Carry:
-    """Thread `carry` through the blocks while each next one's weights are fetched, so that the transfer and the work overlap.
+def _scan_ahead(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int) -> tuple[Carry, Any]:
+    """`_scan`, with each next block's weights fetched meanwhile, so that the transfer and the work overlap.
 
     The last turn fetches the first block again, for nothing: the loop's body is one for all.
     """
@@ -235,21 +250,23 @@ def _scan_ahead(blocks: Block, carry: Carry, call: Callable[..., Carry], flags: 
 
     ready, static = fetched(start)
 
-    def body(state: tuple[Carry, Any], number: Array) -> tuple[tuple[Carry, Any], None]:
-        carry, ready = state
+    def body(state: tuple[Carry, Any], turn: tuple[Array, tuple]) -> tuple[tuple[Carry, Any], Any]:
+        (carry, ready), (number, row) = state, turn
         soon, _ = fetched((number + 1) % depth)
-        flag = () if flags is None else (flags[number],)
-        return (call(eqx.combine(ready, static), carry, *flag), soon), None
+        carry, result = call(eqx.combine(ready, static), carry, *row)
+        return (carry, soon), result
 
-    return jax.lax.scan(body, (carry, ready), jnp.arange(start, depth))[0][0]
+    left = jax.tree.map(lambda leaf: leaf[start:], rows)
+    (carry, _), results = jax.lax.scan(body, (carry, ready), (jnp.arange(start, depth), left))
+    return carry, results
 
 
-def _weights(blocks: eqx.Module) -> list[Weight]:
+def _weights(blocks: Any) -> list[Weight]:
     leaves = jax.tree.leaves(blocks, is_leaf=lambda node: isinstance(node, Weight))
     return [leaf for leaf in leaves if isinstance(leaf, Weight)]
 
 
-def depth_of(blocks: eqx.Module) -> int:
+def depth_of(blocks: Any) -> int:
     """Return how many blocks are stacked."""
     return jax.tree.leaves(eqx.filter(blocks, eqx.is_array))[0].shape[0]
 
