@@ -102,7 +102,7 @@ class Summed(Weight):
         return self.base.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return jax.lax.psum(self.base.matmul(x), "tensor")
+        return jax.lax.psum(self.base.matmul(x).astype(jnp.float32), "tensor")
 
     @property
     def spread(self) -> bool:

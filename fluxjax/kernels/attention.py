@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from fluxjax.kernels.blocks import BlockSizes, chip_of, even, named, round_up
+from fluxjax.kernels.blocks import BlockSizes, chip_of, default_device, even, named, round_up
 from fluxjax.shapes import Array, Float, Int
 
 Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu"]
@@ -63,7 +63,7 @@ def attention(
         case "flash_tpu":
             from fluxjax.kernels.flash_tpu import flash  # Pallas takes a third of a second to import
 
-            return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(_device()))
+            return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(default_device()))
         case "cudnn":
             mixed = _cudnn(q, k, v, bias, causal, scale, length)
         case "xla_chunked":
@@ -112,7 +112,7 @@ def select_attention(
     **Returns:** on TPUs, flash_tpu for bfloat16 and a head_dim of 128 or 256, from 1024 keys on; on NVIDIA GPUs, cudnn where
     it suits; else xla, or xla_chunked where an example's logits would take more than 512 MiB.
     """
-    platform = _device().platform if platform is None else platform
+    platform = default_device().platform if platform is None else platform
     (queries, heads, dim), keys = q.shape, k.shape[0]
     if dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16 and not _refusal("flash_tpu", q, bias, causal, platform):
         return "flash_tpu"
@@ -125,7 +125,7 @@ def _chosen(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> s
     if name is None:
         return select_attention(q, k, bias=bias, causal=causal)
     _known(name)
-    refusal = _refusal(name, q, bias, causal, _device().platform)
+    refusal = _refusal(name, q, bias, causal, default_device().platform)
     if refusal:
         raise ValueError(f"`attention(implementation={name!r})` needs {refusal}. Pass implementation=None.")
     return name
@@ -166,12 +166,6 @@ def _sizes(block_sizes: BlockSizes | str | None, implementation: str | None) -> 
     if implementation == "xla_chunked" and sizes != BlockSizes(q=sizes.q):
         raise ValueError(f"`attention(implementation='xla_chunked')` takes `BlockSizes(q=…)` alone, got {sizes}.")
     return sizes
-
-
-def _device() -> jax.Device:
-    """Return the device that arrays are made on by default."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # made as jax is imported
-    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:

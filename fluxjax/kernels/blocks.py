@@ -78,6 +78,12 @@ _KINDS = {
 }
 
 
+def default_device() -> jax.Device:
+    """Return the device that arrays are made on by default."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # made as jax is imported
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
 def chip_of(device: jax.Device) -> str:
     """Return the chip's name; of one that is not known, v4's, whose blocks are the smallest."""
     return _KINDS.get(device.device_kind, "v4")

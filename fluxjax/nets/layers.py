@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fluxjax.kernels.blocks import default_device
 from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
 
 Carry = TypeVar("Carry")
@@ -28,7 +29,7 @@ class Weight(eqx.Module):
 
     @abstractmethod
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """Return x W^T, accumulated and returned in float32."""
+        """Return x W^T, accumulated in float32 and returned so; on GPUs, of many rows of bfloat16, in bfloat16."""
 
     @property
     def spread(self) -> bool:
@@ -38,6 +39,9 @@ class Weight(eqx.Module):
     def fetch(self) -> "Weight":
         """Return the weight with all that its product needs at hand: itself, unless it is `spread`."""
         return self
+
+
+_MANY_ROWS = 128
 
 
 class Dense(Weight):
@@ -51,7 +55,11 @@ class Dense(Weight):
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=jnp.float32)
+        # A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 a
+        # single block of dev at 1024x1024 would move half as many bytes again.
+        many = x.ndim > 1 and x.shape[-2] >= _MANY_ROWS and x.dtype == jnp.bfloat16
+        out = x.dtype if many and default_device().platform == "gpu" else jnp.float32
+        return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=out)
 
 
 class Adapted(Weight):

@@ -52,4 +52,4 @@ def _product(x: Array, value: Array, scale: Array) -> Array:
 def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, value, scale = primals
     plain = value.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-    return _product(x, value, scale), Dense(plain).matmul(tangents[0])
+    return _product(x, value, scale), Dense(plain).matmul(tangents[0]).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """Parity with the reference implementations on torch; skipped where they are not installed."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,3 +18,10 @@ class Absent(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path, parent):
     return Absent.from_parent(parent, path=module_path) if missing else None
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """Make matmuls as on a platform: on GPUs those of bfloat16 write it, before a bias is added, however few the rows."""
+    monkeypatch.setattr("fluxjax.nets.layers._MANY_ROWS", 0)
+    monkeypatch.setattr("fluxjax.nets.layers.default_device", lambda: SimpleNamespace(platform=request.param))

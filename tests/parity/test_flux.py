@@ -93,7 +93,7 @@ def test_one_example_equals_its_row_of_a_batch(pair):
     assert relative_error(run_ours(ours, **alone)[0], run_ours(ours, **inputs)[1]) <= FLOAT32_BOUND
 
 
-def test_bfloat16_is_as_close_to_float32_as_diffusers(pair):
+def test_bfloat16_is_as_close_to_float32_as_diffusers(pair, platform):
     theirs, ours, inputs = pair
     exact = run_theirs(theirs, **inputs)
     reference_error = relative_error(run_theirs(theirs, **inputs, dtype=torch.bfloat16), exact)
