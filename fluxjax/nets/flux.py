@@ -19,6 +19,7 @@ from fluxjax.nets.layers import (
     gelu,
     map_blocks,
     modulate,
+    parts_of,
     rope,
     rotate,
     scan_blocks,
@@ -345,10 +346,11 @@ class Flux(eqx.Module):
         rotation = rope(jnp.concatenate([txt_ids, img_ids]), self.config.rope_axes, self.config.rope_theta)
         times = jnp.asarray(times, jnp.float32)
         steer = jax.nn.silu(self._condition(times, vec.astype(dtype), guidance))
-        double = (self.double.img.modulation, self.double.txt.modulation)
+        double = parts_of(self.double, lambda block: (block.img.modulation, block.txt.modulation))
+        single = parts_of(self.single, lambda block: block.modulation)
         modulation = Modulation(
             map_blocks(double, lambda layers: Steer(*(layer(steer) for layer in layers))),
-            map_blocks(self.single.modulation, lambda layer: layer(steer)),
+            map_blocks(single, lambda layer: layer(steer)),
             self.final.modulation(steer),
         )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
@@ -376,7 +378,7 @@ class Flux(eqx.Module):
 
     def first(self, hidden: Hidden, *, attention: str | Attention | Joint | None = None) -> tuple[Array, Array]:
         """Return the image's and the text's tokens after the first double block."""
-        block, steer = take((self.double, hidden.modulation.double), 0)
+        block, steer = take(self.double, 0), take(hidden.modulation.double, 0)
         return block((hidden.img, hidden.txt), steer, _mix(attention, hidden))
 
     def blocks(
@@ -401,8 +403,9 @@ class Flux(eqx.Module):
 
         flags: Any = ((), ()) if weaken is None else ((weaken.double,), (weaken.single,))
         # Left out, so that no loop fetches what is not used there.
-        doubles = eqx.tree_at(lambda block: (block.img.modulation, block.txt.modulation), self.double, (None, None))
-        singles = eqx.tree_at(lambda block: block.modulation, self.single, None)
+        double_modulation = lambda block: (block.img.modulation, block.txt.modulation)  # noqa: E731
+        doubles = parts_of(self.double, lambda block: eqx.tree_at(double_modulation, block, (None, None)))
+        singles = parts_of(self.single, lambda block: eqx.tree_at(lambda block: block.modulation, block, None))
         both = hidden.img, hidden.txt
         img, txt = scan_blocks(doubles, both, run, rows=(double, *flags[0]), start=start, remat=remat)
         joint = jnp.concatenate([txt, img])

@@ -15,7 +15,6 @@ from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
 
 Carry = TypeVar("Carry")
 Block = TypeVar("Block")
-Rows = TypeVar("Rows")
 Result = TypeVar("Result")
 
 
@@ -29,7 +28,7 @@ class Weight(eqx.Module):
 
     @abstractmethod
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """Return x W^T, accumulated in float32 and returned so; on GPUs, of many rows of bfloat16, in bfloat16."""
+        """Return x W^T, accumulated in float32, in float32 or as `written`."""
 
     @property
     def spread(self) -> bool:
@@ -55,11 +54,18 @@ class Dense(Weight):
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-        # A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 a
-        # single block of dev at 1024x1024 would move half as many bytes again.
-        many = x.ndim > 1 and x.shape[-2] >= _MANY_ROWS and x.dtype == jnp.bfloat16
-        out = x.dtype if many and default_device().platform == "gpu" else jnp.float32
-        return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=out)
+        return jax.lax.dot_general(x, self.value.astype(x.dtype), contract_last, preferred_element_type=written(x))
+
+
+def written(x: Float[Array, "*batch features"]) -> jnp.dtype:
+    """Return the dtype that a product of these rows writes: float32, or on GPUs, of many rows of bfloat16, theirs.
+
+    A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 a single
+    block of dev at 1024x1024 would move half as many bytes again, and a convolution would take its operands so, too. A bias is
+    added before the rounding where XLA puts both into one call, as cuBLAS's and cuDNN's.
+    """
+    many = x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size // x.shape[-1] >= _MANY_ROWS
+    return x.dtype if many and default_device().platform == "gpu" else jnp.dtype(jnp.float32)
 
 
 class Adapted(Weight):
@@ -206,6 +212,17 @@ def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArra
     return eqx.filter_vmap(make)(jax.random.split(key, depth))
 
 
+class Apart(eqx.Module):
+    """Blocks that are not stacked: each is compiled by itself, and no loop slices its weights."""
+
+    blocks: tuple[Any, ...]
+
+
+def parts_of(blocks: Any, part: Callable[[Any], Any]) -> Any:
+    """Return a part of every block, stacked or apart as they are."""
+    return Apart(tuple(map(part, blocks.blocks))) if isinstance(blocks, Apart) else part(blocks)
+
+
 def scan_blocks(
     blocks: Block,
     carry: Carry,
@@ -230,6 +247,8 @@ def map_blocks(blocks: Block, call: Callable[[Block], Result]) -> Result:
 
 def _scan(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int, remat: bool) -> tuple[Carry, Any]:
     """Scan call(block, carry, *row) -> (carry, result) over the blocks."""
+    if isinstance(blocks, Apart):
+        return _loop(blocks, carry, call, rows, start, remat)
     arrays, static = eqx.partition(blocks, eqx.is_array)
     if not remat and any(weight.spread for weight in _weights(blocks)):
         return _scan_ahead(blocks, carry, call, rows, start)
@@ -242,6 +261,16 @@ def _scan(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, st
     # Inside a scan nothing can be merged with the second run, so the barriers against that would only cost.
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
     return jax.lax.scan(step, carry, jnp.arange(start, depth_of(blocks)) if start else (arrays, *rows))
+
+
+def _loop(blocks: Apart, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int, remat: bool) -> tuple[Carry, Any]:
+    """`_scan` of blocks that are apart."""
+    results = []
+    call = eqx.filter_checkpoint(call) if remat else call
+    for number, block in list(enumerate(blocks.blocks))[start:]:
+        carry, result = call(block, carry, *take(rows, number))
+        results.append(result)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
 def _scan_ahead(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int) -> tuple[Carry, Any]:
@@ -279,6 +308,8 @@ def depth_of(blocks: Any) -> int:
     return jax.tree.leaves(eqx.filter(blocks, eqx.is_array))[0].shape[0]
 
 
-def take(stacked: Rows, index: Any) -> Rows:
-    """Return the block of this number, of stacked ones."""
+def take(stacked: Any, index: Any) -> Any:
+    """Return the block of this number, of stacked ones or ones that are apart."""
+    if isinstance(stacked, Apart):
+        return stacked.blocks[index]
     return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, stacked)

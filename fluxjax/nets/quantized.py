@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.layers import Dense, Weight
+from fluxjax.nets.layers import Dense, Weight, written
 from fluxjax.shapes import Array, Float
 
 EIGHT_BITS = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -42,7 +42,7 @@ def rounded(x: Float[Array, "*rows features"], dtype: jnp.dtype) -> tuple[Array,
 def _product(x: Array, value: Array, scale: Array) -> Array:
     """Return x (value * scale)^T, accumulated exactly for int8 and in float32 for float8."""
     rows, size = rounded(x, value.dtype)
-    wide = jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32
+    wide = jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else written(x)
     contract_last = (((rows.ndim - 1,), (1,)), ((), ()))
     product = jax.lax.dot_general(rows, value, contract_last, preferred_element_type=wide)
     return product.astype(jnp.float32) * size[..., None] * scale.astype(jnp.float32)

@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from jax.typing import DTypeLike
 
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Linear
+from fluxjax.nets.layers import Linear, written
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
 
 Cells = Float[Array, "rows columns channels"]
@@ -97,8 +97,8 @@ def _folded(kernel: Array, axis: int, odd: int) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve(x: Array, weight: Array, stride: int, padding: Padding) -> Array:
-    """Convolve [1, rows, columns, channels], accumulated and returned in float32."""
-    return _convolve_to(jnp.float32, x, weight, stride, padding)
+    """Convolve [1, rows, columns, channels], accumulated in float32, in the dtype of `written`."""
+    return _convolve_to(written(x), x, weight, stride, padding)
 
 
 @_convolve.defjvp
@@ -107,7 +107,7 @@ def _convolve_jvp(stride: int, padding: Padding, primals: tuple, tangents: tuple
     (x, weight), (dx, dweight) = primals, tangents
     by_x = _convolve_to(x.dtype, dx, weight, stride, padding)
     by_weight = _convolve_to(x.dtype, x, dweight, stride, padding)
-    return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(jnp.float32)
+    return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(written(x))
 
 
 def _convolve_to(dtype: DTypeLike, x: Array, weight: Array, stride: int, padding: Padding) -> Array:
