@@ -61,6 +61,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.shard import make_mesh, on_mesh, shard, shardings
     from fluxjax.tiles import tiled
     from fluxjax.tokens import Tokenizers, tokenize
+    from fluxjax.unroll import unroll
     from fluxjax.weights import convert_weights, inspect_weights
     from fluxjax.zoo import (
         ZOO,
@@ -188,6 +189,7 @@ __all__ = [
     "uniform_times",
     "unmerge",
     "unpack_latents",
+    "unroll",
     "write_lora",
     "write_png",
 ]

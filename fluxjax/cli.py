@@ -101,6 +101,7 @@ def _add_generate(commands: Any) -> None:
         choices=DTYPES,
         help="of weights and activations (default: the files' and, for activations, bfloat16, on CPU float32)",
     )
+    add("--unroll", action="store_true", help="compile each block by itself: slower to start, fewer bytes moved on GPUs")
     add("--quantize", choices=EIGHT_BITS, help="multiply the matrices of transformer and T5 in 8 bits (default: never)")
     add("--batch", type=int, help="images a forward pass (default: all; of --prompts, one)")
     about = "merge an adapter: [NAME=]FILE[:SCALE], where FILE may be hub:OWNER/REPO/FILE or tiny:STYLE; may be given again"

@@ -46,6 +46,7 @@ from fluxjax.quantize import quantize
 from fluxjax.shapes import Array, Times
 from fluxjax.shard import make_mesh, shard, shardings
 from fluxjax.tokens import Tokenizers
+from fluxjax.unroll import unroll
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -209,6 +210,8 @@ def _join(options: argparse.Namespace) -> None:
         raise ValueError("--stream-blocks passes the weights through one device. Leave out --mesh, which splits them.")
     if options.stream_blocks and options.quantize:
         raise ValueError("--stream-blocks passes the weights as they are. Leave out --quantize, or keep them on the device.")
+    if options.stream_blocks and options.unroll:
+        raise ValueError("--stream-blocks fetches a block a turn of a loop. Leave out --unroll, which has none.")
     if options.prompts is None and options.offload_encoders:
         raise ValueError("--offload-encoders does nothing for one prompt: once it is encoded they are freed. Leave it out.")
     if options.distributed and options.prompts is None and options.mesh is None:
@@ -312,9 +315,12 @@ class _Stage(NamedTuple):
         adapted = any(kind in lora.changes for lora, _ in self.plan.loras)
         how: dict[str, Any] = {} if mesh is None else {"sharding": lambda network: shardings(network, mesh)}
         if eight and mesh is None and not adapted:  # never whole in memory
-            return self.clock.load(loader, self.options.model, dtype=self.plan.weights, quantize=eight)
-        network = _merged(self.clock.load(loader, self.options.model, dtype=self.plan.weights, **how), kind, self.plan.loras)
-        network = quantize(network, eight, donate=True) if eight else network
+            network = self.clock.load(loader, self.options.model, dtype=self.plan.weights, quantize=eight)
+        else:
+            whole = self.clock.load(loader, self.options.model, dtype=self.plan.weights, **how)
+            network = _merged(whole, kind, self.plan.loras)
+            network = quantize(network, eight, donate=True) if eight else network
+        network = unroll(network, donate=True) if blocks and self.options.unroll else network
         return network if mesh is None else shard(network, mesh)
 
     def _streamed(self, loader: Callable[..., Any], kind: str) -> Any:

@@ -35,6 +35,8 @@ def quantize(network: Network, format: str, *, donate: bool = False) -> Network:
             raise ValueError(
                 f"`quantize(network)` rounds plain matrices, got a {type(node).__name__}. Merge or quantize before others."
             )
+        if node.value.ndim != 3:
+            raise ValueError("`quantize(network)` takes stacked blocks. Quantize before `unroll`.")
         count += 1
         found = _empty(node.value.shape, dtype)
         for block in range(len(node.value)):

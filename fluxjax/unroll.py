@@ -1,12 +1,13 @@
 """Networks whose blocks are not stacked, so that programs have no loops over them."""
 
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 
 from fluxjax.convert.load import is_stacked
-from fluxjax.nets.layers import Apart, depth_of, take
+from fluxjax.nets.layers import Apart, depth_of
 
 Network = TypeVar("Network", bound=eqx.Module)
 
@@ -25,8 +26,7 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
     if not names:
         raise ValueError(f"`unroll(network)` takes stacked blocks apart, and this {type(network).__name__} has none.")
     for name in names:
-        apart = _apart(getattr(network, name), donate)
-        network = eqx.tree_at(lambda network, name=name: getattr(network, name), network, apart)
+        network = eqx.tree_at(attrgetter(name), network, _apart(getattr(network, name), donate))
     return network
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "shard": 3,
     "tiles": 3,
     "quantize": 5,
+    "unroll": 4,
     "sample": 4,
     "memory": 4,
     "ode": 5,
