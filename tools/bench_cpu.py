@@ -84,6 +84,7 @@ def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     theirs.eval().save_pretrained(folder)
     theirs = theirs.to(_torch(dtype))
     ours = fluxjax.load_flux(folder, dtype=dtype)
+    ours = fluxjax.unroll(ours) if options.unroll else ours
     side = int(options.img_tokens**0.5)
     (x, their_x), (txt, their_txt), (vec, their_vec) = (
         _normal(*shape, seed=seed, dtype=dtype)
@@ -243,6 +244,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     cpu.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     cpu.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     cpu.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"), help="(default: 1 2)")
+    cpu.add_argument("--unroll", action="store_true", help="the transformer's blocks compiled each by itself")
     cpu.add_argument("--img-tokens", type=int, default=1024, help="a square (default: %(default)s)")
     cpu.add_argument("--txt-tokens", type=int, default=512, help="(default: %(default)s)")
     cpu.add_argument("--image", type=int, default=512, help="pixels along a side, of the VAE (default: %(default)s)")

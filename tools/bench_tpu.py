@@ -143,7 +143,7 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
                 row |= {"attention": "flash_tpu" if options.flash else "xla", "quantize": options.quantize}
                 try:
                     row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
-                    row |= expected(*VARIANTS[variant][:2], "data" if stream else axis, mesh.size, options.size, row)
+                    row |= expected(*VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row)
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
                 print(row, flush=True)
@@ -189,9 +189,11 @@ def measured(
     }
 
 
-def expected(config: FluxConfig, txt_tokens: int, axis: str, chips: int, size: int, row: dict[str, Any]) -> dict[str, Any]:
+def expected(
+    config: FluxConfig, txt_tokens: int, steps: int, axis: str, chips: int, size: int, row: dict[str, Any]
+) -> dict[str, Any]:
     """Return what the formulas say of a step, and the compiled program's share of it."""
-    cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens), chips)
+    cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens, steps), chips)
     if cost is None:
         return {}
     computed = row["TFLOP"] + row["kernels' TFLOP"] + row["TOP of 8 bits"]

@@ -1,6 +1,6 @@
 """Print what a step of FLUX.1-dev at 1024x1024 costs a device on meshes of each axis, from formulas, as docs/scaling.md has it.
 
-A step is one evaluation of the network. `tools/bench.py tpu-aot` sets them beside what compiled programs do.
+A step is one evaluation of the network, of 28; what is computed once for all is shared among them. `tools/bench.py tpu-aot` sets them beside what compiled programs do.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,12 @@ BFLOAT16, FLOAT32 = 2, 4
 
 
 class Work(NamedTuple):
-    """A network, and the tokens of one image."""
+    """A network, the tokens of one image, and the steps that it takes."""
 
     config: FluxConfig
     img_tokens: int
     txt_tokens: int
+    steps: int = 28
 
 
 class Cost(NamedTuple):
@@ -47,32 +48,60 @@ def forward_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
     return linear + attention_flop(config, img_tokens, txt_tokens)
 
 
-def matrices(config: FluxConfig) -> tuple[float, float, float]:
-    """Return the weights of a double block, a single block, and of everything else, in matrices."""
+class Matrices(NamedTuple):
+    """Weights in matrices: of what a double block and a single one do to tokens, of their modulations, of what else a step
+    uses, and of the embedders of text and time with the last layer's modulation, which are used once."""
+
+    double: float
+    single: float
+    double_modulation: float
+    single_modulation: float
+    ends: float
+    embedders: float
+
+
+def matrices(config: FluxConfig) -> Matrices:
     width, hidden = config.width, config.mlp_width
-    double = 2 * (6 * width**2 + 4 * width**2 + 2 * width * hidden)
-    single = 3 * width**2 + width * (3 * width + hidden) + (width + hidden) * width
-    inputs = config.in_channels + config.context + config.pooled + config.time_width * (1 + config.guidance_embed)
-    embedders = (2 + config.guidance_embed) * width**2
-    return double, single, width * (inputs + config.out_channels) + embedders + 2 * width**2
+    inputs = config.context + config.pooled + config.time_width * (1 + config.guidance_embed)
+    return Matrices(
+        double=2 * (4 * width**2 + 2 * width * hidden),
+        single=width * (3 * width + hidden) + (width + hidden) * width,
+        double_modulation=12 * width**2,
+        single_modulation=3 * width**2,
+        ends=width * (config.in_channels + config.out_channels),
+        embedders=width * inputs + (2 + config.guidance_embed) * width**2 + 2 * width**2,
+    )
+
+
+def step_bytes(config: FluxConfig, again: int = 0) -> float:
+    """Return the bytes, in bfloat16, of the matrices that every step uses, `again` so many blocks of each kind."""
+    each = matrices(config)
+    blocks = (config.double_depth + again) * each.double + (config.single_depth + again) * each.single
+    return BFLOAT16 * (blocks + each.ends)
+
+
+def once_bytes(config: FluxConfig, again: int = 0) -> float:
+    """Return the bytes of those that are used once for all steps."""
+    each = matrices(config)
+    doubles, singles = config.double_depth + again, config.single_depth + again
+    return BFLOAT16 * (doubles * each.double_modulation + singles * each.single_modulation + each.embedders)
 
 
 def weight_bytes(config: FluxConfig) -> float:
-    """Return the bytes of all matrices, in bfloat16."""
-    double, single, rest = matrices(config)
-    return BFLOAT16 * (config.double_depth * double + config.single_depth * single + rest)
+    """Return the bytes of all matrices."""
+    return step_bytes(config) + once_bytes(config)
 
 
 def data(work: Work, chips: int) -> Cost:
     """An image a device."""
-    return Cost(forward_flop(*work), weight_bytes(work.config), 0)
+    read = step_bytes(work.config) + once_bytes(work.config) / work.steps
+    return Cost(forward_flop(*work[:3]), read, 0)
 
 
 def fsdp(work: Work, chips: int) -> Cost:
     """An image a device; every matrix comes from all others, a part each, and the last turn of each loop over blocks fetches
     the first one's again."""
-    double, single, _ = matrices(work.config)
-    gathered = weight_bytes(work.config) + BFLOAT16 * (double + single)
+    gathered = step_bytes(work.config, again=1) + once_bytes(work.config, again=1) / work.steps
     return data(work, chips)._replace(sent=gathered * (chips - 1) / chips)
 
 
@@ -98,8 +127,8 @@ def context(work: Work, chips: int) -> Cost:
     exchanged = config.heads % chips == 0
     sent = blocks * others * BFLOAT16 * config.width * tokens * (4 / chips if exchanged else 2)
     sent += others * img_tokens * FLOAT32 * config.out_channels
-    share = tokens / (work.img_tokens + work.txt_tokens)
-    return Cost(forward_flop(*work) * share, weight_bytes(config), sent)
+    one, share = data(work, chips), tokens / (work.img_tokens + work.txt_tokens)
+    return one._replace(flop=one.flop * share, sent=sent)
 
 
 AXES: dict[str, Callable[[Work, int], Cost | None]] = {
