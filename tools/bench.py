@@ -1,5 +1,5 @@
 """Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `cpu`: the networks beside torch's.
-`weights`, `weights-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move,
+`load`, `load-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move,
 compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time from its file, in
 little memory. `compile`: tracing, compiling, importing.
 
@@ -14,10 +14,10 @@ import bench_compile
 import bench_cpu
 import bench_flash
 import bench_gpu
+import bench_load
 import bench_lora
 import bench_stream
 import bench_tpu
-import bench_weights
 import jax
 
 import fluxjax
@@ -47,7 +47,7 @@ def main() -> None:
     bench_gpu.add_commands(commands)
     bench_cpu.add_commands(commands)
     bench_compile.add_commands(commands)
-    bench_weights.add_commands(commands)
+    bench_load.add_commands(commands)
     bench_lora.add_commands(commands)
     bench_tpu.add_commands(commands)
     bench_stream.add_commands(commands)

@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from bench_weights import random_file
+from bench_load import random_file
 
 from fluxjax import FluxConfig
 

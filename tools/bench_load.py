@@ -88,7 +88,7 @@ def bench_speed(options: argparse.Namespace) -> list[dict]:
                 shutil.rmtree(target)
     best = {name: min(times) for name, times in spent.items()}
     return [
-        {"bench": "weights", "what": name, "bytes": nbytes, "gb_per_second": nbytes / t / 1e9, "over_copy": best["copy"] / t}
+        {"bench": "load", "what": name, "bytes": nbytes, "gb_per_second": nbytes / t / 1e9, "over_copy": best["copy"] / t}
         for name, t in best.items()
     ]
 
@@ -124,17 +124,17 @@ def bench_full(options: argparse.Namespace) -> list[dict]:
             target = Path(folder) / to
             command = [sys.executable, "-c", textwrap.dedent(FULL), str(source), str(target), to]
             out = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append({"bench": "weights-full", "to": to, "bytes": nbytes, **json.loads(out.stdout)})
+            rows.append({"bench": "load-full", "to": to, "bytes": nbytes, **json.loads(out.stdout)})
             shutil.rmtree(target)
     return rows
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    speed = commands.add_parser("weights", help="loading and converting, beside a plain copy")
+    speed = commands.add_parser("load", help="loading and converting, beside a plain copy")
     speed.set_defaults(run=bench_speed)
     speed.add_argument("--blocks", type=int, nargs=2, default=(2, 4), metavar=("DOUBLE", "SINGLE"), help="(default: 2 4)")
     speed.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
-    full = commands.add_parser("weights-full", help="dev at full size from a sparse file: peak memory (writes 24 GB)")
+    full = commands.add_parser("load-full", help="dev at full size from a sparse file: peak memory (writes 24 GB)")
     full.set_defaults(run=bench_full)
     full.add_argument("--to", nargs="+", default=["own", "diffusers"], help="layouts (default: own diffusers)")
     for command in (speed, full):
