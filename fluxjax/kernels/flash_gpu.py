@@ -1,8 +1,8 @@
 """Flash attention for NVIDIA's Hopper, in Mosaic GPU: of a program's three warpgroups, one fetches and two multiply.
 
-Each of the two has a block of its own, and takes the other side's blocks as they come, by TMA, into a ring of buffers. In the
-forward pass they take turns at the tensor cores: one's softmax is computed under the other's matmuls. The backward pass computes
-the logits again, from the forward's log-sum-exp: once for q's gradient, once for those of k and v.
+Each of the two owns a block, and takes the other side's blocks as they come, by TMA, into a ring of buffers. In the forward
+pass they take turns at the tensor cores: one's softmax is computed under the other's matmuls. The backward pass computes the
+logits again, from the forward's log-sum-exp: once for q's gradient, once for those of k and v.
 **Source:** Dao et al. 2022 (2205.14135), algorithms 1 and 4; Shah et al. 2024 (2407.08608), algorithm 2.
 """
 
@@ -18,15 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fluxjax.kernels.blocks import BlockSizes, least_padded, round_up
+from fluxjax.kernels.blocks import BlockSizes, round_up
 from fluxjax.shapes import Array, Float, Int
 
 SMEM = 227 * 2**10
 """Bytes of shared memory that a program has."""
-_ROWS = 64
+_ROWS = 64  # that a warpgroup multiplies at once
 _WORKERS = 2
 _SLOTS = 2
-_TOKENS = 8
+_TOKENS = 8  # that TMA cuts a matrix by
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _DEFAULT = BlockSizes(q=128, q_dkv=64)
 _HEAD, _BLOCK, _WORKER = "flash_head", "flash_block", "flash_worker"
@@ -44,6 +44,10 @@ class _Call:
     dkv: tuple[int, int]
     interpret: Any
 
+    def sides(self, kernel: str) -> tuple[int, int]:
+        """Return the tokens of a block that two workers share, and of one that is streamed."""
+        return self.dkv[::-1] if kernel == "dkv" else getattr(self, kernel)
+
 
 def flash(
     q: Float[Array, "queries heads head_dim"],
@@ -58,8 +62,8 @@ def flash(
     """Return softmax(scale * q k^T) v, of any number of tokens; a head_dim that is neither 64 nor 128 is padded to one.
 
     **Arguments:** `q`, `k`, `v`: bfloat16 or float16. `key_length`: keys that are seen. `block_sizes`: multiples of 64, and of
-    128 where two warpgroups share a block: `q`, `q_dq`, `kv_dkv`. `interpret`: parameters of JAX's interpreter for such kernels,
-    which runs them on any platform, slowly, and float32 too; reads out of bounds must give zeros.
+    128 where two warpgroups share a block: `q`, `q_dq`, `kv_dkv`. `interpret`: parameters of JAX's interpreter of such kernels,
+    which runs them on any platform, slowly, and float32 too. What is read out of bounds must be zeros there, as it is of TMA.
     **Raises:** `ValueError` for another dtype, a head_dim above 128, blocks that are no such multiples, or too large ones.
     """
     if q.dtype not in _DTYPES and not interpret:
@@ -95,7 +99,8 @@ def blocks(queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | Non
         units = (_ROWS, shared) if kernel == "dkv" else (shared, _ROWS)
         if any(size % unit for size, unit in zip(given, units, strict=True)):
             raise ValueError(
-                f"`flash_gpu` needs blocks of queries and keys in multiples of {units[0]} and {units[1]} for {kernel}, got {given}."
+                "`flash_gpu` needs blocks of queries and keys in multiples of "
+                f"{units[0]} and {units[1]} for {kernel}, got {given}."
             )
         q, kv = (min(size, round_up(n, unit)) for size, n, unit in zip(given, (queries, keys), units, strict=True))
         needed = smem_bytes(kernel, (q, kv), head_dim)
@@ -157,83 +162,24 @@ def _run(
 ) -> tuple[Array, ...]:
     """Run the named kernel, a program for each head and block of what is owned; vmap makes a further axis of programs.
 
-    Arrays are matrices, [tokens, heads, head_dim], or rows, [heads, tokens]. A worker owns a block of each of `own`, and streams
-    come by groups that arrive together. Results are of the shapes of `results`; they leave by the buffers of `own`.
+    Arrays are matrices, [tokens, heads, head_dim], or rows, [heads, tokens]. Of each of `own` a worker has a block to itself;
+    streams come by groups, whose arrays arrive together. Results have the shapes of `results`.
     """
-    (tokens, heads, dim), dtype, others = own[0].shape, own[0].dtype, len(streams[0][0])
-    mine, theirs = reversed(call.dkv) if name == "dkv" else getattr(call, name)
-    rows = mine // _WORKERS
+    (tokens, heads, _), (mine, _) = own[0].shape, call.sides(name)
     operands, tree = jax.tree.flatten((own, streams, length))
-    swizzle = plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)
-
-    def buffer(copies: int, size: int, x: Any) -> Any:
-        if x.ndim == 3:
-            return plgpu.SMEM((copies, size, dim), dtype, transforms=swizzle)
-        return plgpu.SMEM((copies, size), jnp.float32)
-
-    def ring(group: list[Array]) -> tuple:
-        arrived = plgpu.Barrier(num_arrivals=len(group), num_barriers=_SLOTS)
-        freed = plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_SLOTS)
-        return [buffer(_SLOTS, theirs, x) for x in group], arrived, freed
+    # Of the last block TMA would store the tokens that there are, the interpreter none.
+    whole = round_up(tokens, mine)
+    shapes = [(whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole) for x in results]
 
     def program(*refs: Any) -> None:
         own, streams, length = jax.tree.unflatten(tree, refs[: len(operands)])
-        *written, buffers, rings, loaded, turns = refs[len(operands) :]
-        rings = [_Ring(*ring) for ring in rings]
-        head, index, worker = (lax.axis_index(axis) for axis in (_HEAD, _BLOCK, _WORKER))
-        seen = call.keys if length is None else length[0]
-        if name == "dkv":  # nothing comes for keys that are padding
-            steps = pl.cdiv(others, theirs)
-            steps = steps if length is None else jnp.where(index * mine < seen, steps, 0)
-        else:
-            steps = pl.cdiv(seen, theirs if length is None else jnp.int32(theirs))
+        written, scratch = refs[len(operands) : -4], refs[-4:]
+        _program(call, name, work, own, streams, length, written, *scratch)
 
-        def part(ref: Any, start: Any, size: int) -> Any:
-            tokens = pl.ds(start, size)
-            return ref.at[tokens, head] if len(ref.shape) == 3 else ref.at[head, tokens]
-
-        @pl.when(worker < _WORKERS)
-        def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            first = index * mine + worker * rows
-            blocks = [x.at[worker] for x in buffers]
-            for ref, x in zip(own, blocks, strict=False):
-                plgpu.copy_gmem_to_smem(part(ref, first, rows), x, loaded.at[worker])
-            plgpu.barrier_wait(loaded.at[worker])
-            found = work(_Worker(call, worker, blocks, rings, turns, first, seen, steps))
-            for x, result in zip(blocks, found, strict=False):
-                x[...] = result.astype(x.dtype)
-            plgpu.commit_smem()
-            for x, ref in zip(blocks, written, strict=False):
-                plgpu.copy_smem_to_gmem(x, part(ref, first, rows))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(worker == _WORKERS)
-        def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-
-            # Each slot is filled as soon as it is free, and the end waits until all are.
-            @pl.loop(0, steps + _SLOTS)
-            def _(step: Any) -> None:
-                for ring, group in zip(rings, streams, strict=True):
-                    pl.when(step >= _SLOTS)(partial(ring.await_free, step))
-
-                    @pl.when(step < steps)
-                    def _(ring=ring, group=group) -> None:
-                        ring.fill(step, [part(ref, step * theirs, theirs) for ref in group])
-
-    # Of the last block TMA would store the tokens that there are, but the interpreter stores none.
-    whole = round_up(tokens, mine)
-    shapes = [(whole, heads, dim) if x.ndim == 3 else (heads, whole) for x in results]
     found = plgpu.kernel(
         program,
         out_type=[jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)],
-        scratch_types=[
-            [buffer(_WORKERS, rows, x) for x in (*own, *results[len(own) :])],
-            [ring(group) for group in streams],
-            plgpu.Barrier(num_arrivals=len(own), num_barriers=_WORKERS),
-            plgpu.Barrier(num_arrivals=_WORKERS),
-        ],
+        scratch_types=_scratch(call, name, own, streams, results),
         grid=(heads, whole // mine),
         grid_names=(_HEAD, _BLOCK),
         num_threads=_WORKERS + 1,
@@ -243,6 +189,72 @@ def _run(
         kernel_name=f"flash_{name}",
     )(*operands)
     return tuple(x[:tokens] if x.ndim == 3 else x[:, :tokens] for x in found)
+
+
+def _scratch(call: _Call, name: str, own: list[Array], streams: list[list[Array]], results: list[Any]) -> list:
+    """Return what a program has in shared memory, as `_program` takes it."""
+    mine, theirs = call.sides(name)
+
+    def buffer(copies: int, tokens: int, x: Any) -> Any:
+        if x.ndim == 2:
+            return plgpu.SMEM((copies, tokens), x.dtype)
+        # As wgmma reads matrices: in rows of 128 bytes, eight by eight.
+        transforms = plgpu.TilingTransform((8, 128 // x.dtype.itemsize)), plgpu.SwizzleTransform(128)
+        return plgpu.SMEM((copies, tokens, x.shape[-1]), x.dtype, transforms=transforms)
+
+    def ring(group: list[Array]) -> tuple:
+        arrived = plgpu.Barrier(num_arrivals=len(group), num_barriers=_SLOTS)
+        freed = plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_SLOTS)
+        return [buffer(_SLOTS, theirs, x) for x in group], arrived, freed
+
+    return [
+        # Results leave by the buffers of what was owned, and those that are more by their own.
+        [buffer(_WORKERS, mine // _WORKERS, x) for x in (*own, *results[len(own) :])],
+        [ring(group) for group in streams],
+        plgpu.Barrier(num_arrivals=len(own), num_barriers=_WORKERS),
+        plgpu.Barrier(num_arrivals=_WORKERS),
+    ]
+
+
+def _program(call, name, work, own, streams, length, results, buffers, rings, loaded, turns) -> None:
+    head, index, worker = (lax.axis_index(axis) for axis in (_HEAD, _BLOCK, _WORKER))
+    mine, theirs = call.sides(name)
+    seen = call.keys if length is None else length[0]
+    steps: Any = pl.cdiv(streams[0][0].shape[0] if name == "dkv" else seen, theirs if length is None else jnp.int32(theirs))
+    if name == "dkv" and length is not None:  # nothing comes for keys that are padding
+        steps = jnp.where(index * mine < seen, steps, 0)
+    rings = [_Ring(*ring) for ring in rings]
+
+    def part(ref: Any, start: Any, tokens: int) -> Any:
+        return ref.at[pl.ds(start, tokens), head] if len(ref.shape) == 3 else ref.at[head, pl.ds(start, tokens)]
+
+    @pl.when(worker < _WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        rows = mine // _WORKERS
+        first = index * mine + worker * rows
+        blocks = [x.at[worker] for x in buffers]
+        for ref, x in zip(own, blocks, strict=False):
+            plgpu.copy_gmem_to_smem(part(ref, first, rows), x, loaded.at[worker])
+        plgpu.barrier_wait(loaded.at[worker])
+        found = work(_Worker(call, worker, blocks, rings, turns, first, seen, steps))
+        for x, result in zip(blocks, found, strict=False):
+            x[...] = result.astype(x.dtype)
+        plgpu.commit_smem()
+        for x, ref in zip(blocks, results, strict=False):
+            plgpu.copy_smem_to_gmem(x, part(ref, first, rows))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(worker == _WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        # A slot is filled as soon as it is free, and none is left before all are.
+        @pl.loop(0, steps + _SLOTS)
+        def _(step: Any) -> None:
+            for ring, group in zip(rings, streams, strict=True):
+                pl.when(step >= _SLOTS)(partial(ring.await_free, step))
+                pl.when(step < steps)(lambda: ring.fill(step, [part(ref, step * theirs, theirs) for ref in group]))  # noqa: B023
 
 
 @dataclass(frozen=True)
@@ -288,23 +300,23 @@ class _Worker:
         """Lay an array out in registers, which the interpreter has none of."""
         return x if self.call.interpret else plgpu.layout_cast(x, layout)
 
-    def zeros(self, shape: tuple[int, int]) -> Array:
+    def zeros(self, shape: tuple[int, ...]) -> Array:
         return self.laid(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
     def row(self, ref: Any, layout: Any) -> Array:
         return ref[...] if self.call.interpret else plgpu.load(ref, (), layout=layout)
 
-    def numbered(self, shape: tuple[int, int], axis: int) -> Array:
+    def numbered(self, shape: tuple[int, ...], axis: int) -> Array:
         return self.laid(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
-    def product(self, a: Any, b: Any, meanwhile: Callable[[], None] = lambda: None) -> Array:
+    def product(self, a: Any, b: Any, *, meanwhile: Callable[[], None] = lambda: None) -> Array:
         """Return a b^T of two matrices in shared memory."""
         if self.call.interpret:  # it multiplies neither transposed matrices nor registers
             meanwhile()
             return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
 
         def multiply(total: Any) -> Array:
-            plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
+            plgpu.wgmma(total, a, b.transpose((1, 0)))
             meanwhile()
             return total[...]
 
@@ -325,9 +337,9 @@ class _Worker:
     def over_keys(self, size: int, take: Callable, start: Any) -> Any:
         """Take every block of `size` keys, (masked, step, carry) -> carry; masked is the one that keys end in."""
         if isinstance(self.seen, int):
-            whole = self.seen // size
-            carry = lax.fori_loop(0, whole, partial(take, False), start)
-            return carry if whole == self.steps else lax.fori_loop(whole, self.steps, partial(take, True), carry)
+            full = self.seen // size
+            carry = lax.fori_loop(0, full, partial(take, False), start)
+            return carry if full == self.steps else lax.fori_loop(full, self.steps, partial(take, True), carry)
         whole = lax.div(self.seen, jnp.int32(size))
         return lax.fori_loop(whole, self.steps, partial(take, True), lax.fori_loop(0, whole, partial(take, False), start))
 
@@ -336,7 +348,7 @@ def _slot(step: Any) -> Any:
     return lax.rem(step, jnp.asarray(_SLOTS, step.dtype))
 
 
-def _wide(row: Array, shape: tuple[int, int], axis: int = 0) -> Array:
+def _wide(row: Array, shape: tuple[int, ...], axis: int = 0) -> Array:
     """Repeat a value for each of a matrix's rows, or of its columns for `axis=1`."""
     return lax.broadcast_in_dim(row, shape, (axis,))
 
@@ -347,7 +359,7 @@ def _mix(at: _Worker) -> tuple[Array, ...]:
 
     def take(masked: bool, step: Any, carry: tuple) -> tuple:
         mixed, largest, total = carry
-        logits = at.product(q, *keys.wait(step), at.turn)
+        logits = at.product(q, *keys.wait(step), meanwhile=at.turn)
         keys.free(step)
         scale = call.scale
         if masked:
@@ -356,6 +368,8 @@ def _mix(at: _Worker) -> tuple[Array, ...]:
         now = jnp.maximum(largest, scale * logits.max(1))
         weights, kept = jnp.exp2(scale * logits - _wide(now, logits.shape)), jnp.exp2(largest - now)
         mixed, total = mixed * _wide(kept, mixed.shape), total * kept + weights.sum(1)
+        # The tensor cores are not to wait for what can be done before.
+        now, total, mixed, weights = lax.optimization_barrier((now, total, mixed, weights.astype(q.dtype)))
         at.turn()
         mixed = at.added(mixed, weights, *values.wait(step))
         values.free(step)
