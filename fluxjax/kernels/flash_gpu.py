@@ -117,12 +117,12 @@ def smem_bytes(kernel: str, block: tuple[int, int], head_dim: int) -> int:
     """Return the bytes of shared memory that a kernel (forward, dq or dkv) takes at a block of (queries, keys).
 
     What the two warpgroups own, a ring of what is streamed, float32 a row of log-sum-exp (and of the backward pass's other
-    sums), and 4 KiB for barriers, reductions and alignment.
+    sums), and 3 KiB for barriers, reductions and alignment.
     """
     own, streamed = reversed(block) if kernel == "dkv" else block
     matrices = 2 * round_up(head_dim, _ROWS) * (own * (1 if kernel == "forward" else 2) + 2 * _SLOTS * streamed)
     rows = 4 * {"forward": own, "dq": 2 * own, "dkv": 2 * _SLOTS * streamed}[kernel]
-    return matrices + rows + 2**12
+    return matrices + rows + 3 * 2**10
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
