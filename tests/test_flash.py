@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # pu
 from jax.sharding import Mesh, PartitionSpec
 
 from fluxjax import attention, select_attention
-from fluxjax.kernels import flash_gpu, flash_tpu
+from fluxjax.kernels import flash_gpu, flash_mosaic, flash_tpu
 from fluxjax.kernels.blocks import CHIPS, PRESETS, BlockSizes, even, least_padded
 
 
@@ -46,6 +46,13 @@ def interpreted_gpu(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128, k
     return flash_gpu.flash(q, k, v, scale=q.shape[-1] ** -0.5, key_length=length, block_sizes=block_sizes, interpret=how)
 
 
+def interpreted_triton(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=64)):
+    """flash_gpu as GPUs other than Hopper have it."""
+    length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
+    inputs = {"key_length": length, "block_sizes": block_sizes, "hopper": False, "interpret": True}
+    return flash_gpu.flash(q, k, v, scale=q.shape[-1] ** -0.5, **inputs)
+
+
 def apart(q, k, v, **inputs):
     """xla as CPUs have it for large logits: a head after another."""
     with mock.patch.object(sys.modules["fluxjax.kernels.attention"], "_CACHE", 0):
@@ -58,9 +65,10 @@ IMPLEMENTATIONS = {
     "xla_chunked": partial(attention, implementation="xla_chunked", block_sizes=BlockSizes(q=48)),
     "flash_tpu": interpreted,
     "flash_gpu": interpreted_gpu,
+    "flash_gpu, Triton": interpreted_triton,
 }
 every = pytest.mark.parametrize("name", IMPLEMENTATIONS)
-blocked = pytest.mark.parametrize("name", ["xla_chunked", "flash_tpu", "flash_gpu"])
+blocked = pytest.mark.parametrize("name", ["xla_chunked", "flash_tpu", "flash_gpu", "flash_gpu, Triton"])
 
 
 def exact(q, k, v, grad, length=None):
@@ -242,7 +250,7 @@ def test_what_does_not_suit_is_refused():
         attention(x, x, x, implementation="flash_tpu")
     with pytest.raises(ValueError, match=r"key_length=257.*1 to 256"):
         attention(x, x, x, key_length=257)
-    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs a Hopper GPU, .*got cpu, float32, 128"):
+    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU .*got cpu, float32, 128"):
         attention(x, x, x, implementation="flash_gpu")
     with pytest.raises(ValueError, match=r"is for flash_tpu, flash_gpu and xla_chunked, got implementation='xla'"):
         attention(x, x, x, implementation="xla", block_sizes=BlockSizes(q=128))
@@ -264,19 +272,25 @@ def test_what_does_not_suit_is_refused():
         interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=64))
     with pytest.raises(ValueError, match=r"multiples of 64 and 128 for dkv, got \(128, 64\)"):
         interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=128, kv=64))
+    with pytest.raises(ValueError, match=r"powers of two on this GPU, 16 at least, got \(192, 192\) for forward"):
+        interpreted_triton(x, x, x, block_sizes=BlockSizes(q=192))
 
 
-def test_flash_gpu_is_for_hopper_alone(monkeypatch):
+def test_flash_gpu_is_mosaic_on_hopper_and_triton_elsewhere(monkeypatch):
     module, x = sys.modules["fluxjax.kernels.attention"], jnp.zeros((256, 1, 128), jnp.bfloat16)
-    ampere = SimpleNamespace(platform="gpu", compute_capability="8.0")
-    monkeypatch.setattr(module, "_device", lambda: ampere)
-    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs a Hopper GPU, .*got gpu 8.0, bfloat16, 128"):
-        attention(x, x, x, implementation="flash_gpu")
-    ampere.compute_capability = "9.0"
+    gpu = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    monkeypatch.setattr(module, "_device", lambda: gpu)
+    mix = partial(attention, implementation="flash_gpu", block_sizes=BlockSizes(q=128))
+    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU of compute capability 8.0.*got gpu 7.5, bfloat16"):
+        mix(x, x, x)
+    for gpu.compute_capability, mosaic in (("8.0", False), ("9.0", True), ("12.0", False)):
+        program = jax.make_jaxpr(lambda *inputs: mix(*inputs))(x, x, x)  # another function, of which none is kept
+        assert ("barrier" in str(program)) == mosaic
     with pytest.raises(ValueError, match="without bias that is not causal, got causal=True"):
-        attention(x, x, x, implementation="flash_gpu", causal=True)
-    program = str(jax.make_jaxpr(partial(attention, implementation="flash_gpu", block_sizes=BlockSizes(q=128)))(x, x, x))
-    assert "flash_forward" in program
+        mix(x, x, x, causal=True)
+    gpu.compute_capability = "gfx942"
+    with pytest.raises(ValueError, match="got gpu gfx942"):
+        mix(x, x, x)
 
 
 def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
@@ -289,11 +303,12 @@ def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
 
 
 def test_blocks_that_hopper_cannot_hold_are_refused_with_their_bytes():
-    assert flash_gpu.blocks(4608, 77, 128) == {"forward": (128, 128), "dq": (128, 128), "dkv": (64, 128)}
+    blocks, size = flash_mosaic.blocks, flash_mosaic.smem_bytes
+    assert blocks(4608, 77, 128) == {"forward": (128, 128), "dq": (128, 128), "dkv": (64, 128)}
     for dim in (64, 128):
-        assert all(flash_gpu.smem_bytes(*block, dim) <= flash_gpu.SMEM for block in flash_gpu.blocks(4608, 4608, dim).items())
+        assert all(size(*block, dim) <= flash_mosaic.SMEM for block in blocks(4608, 4608, dim).items())
     with pytest.raises(ValueError, match=r"512 queries and 512 keys takes 660,480 bytes .*\(forward\), of 232,448"):
-        flash_gpu.blocks(4608, 4608, 128, PRESETS["trillium"])
+        blocks(4608, 4608, 128, PRESETS["trillium"])
 
 
 def test_default_blocks_fit_every_chip_and_waste_little():

@@ -18,7 +18,8 @@ from bench_flash import KERNELS, run_of
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from fluxjax.kernels.flash_gpu import blocks, flash, smem_bytes
+from fluxjax.kernels.flash_gpu import flash
+from fluxjax.kernels.flash_mosaic import blocks, smem_bytes
 
 # Of the data sheets, and what a device reports of itself.
 GPUS = {

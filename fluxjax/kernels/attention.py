@@ -42,7 +42,8 @@ def attention(
     - "cudnn": NVIDIA GPUs; float16 or bfloat16; head_dim a multiple of 8 up to 128.
     - "flash_tpu": TPUs; bfloat16 or float32 (at the highest precision); neither bias nor causal. Its gradient does 3.5 times
       the forward's matmuls; no derivative but by reverse mode.
-    - "flash_gpu": NVIDIA's Hopper; float16 or bfloat16; head_dim up to 128; neither bias nor causal; gradients as of flash_tpu.
+    - "flash_gpu": NVIDIA GPUs from Ampere on; float16 or bfloat16; head_dim up to 128; neither bias nor causal; gradients as of
+      flash_tpu.
 
     **Arguments:** `q`, `k`, `v`: one dtype. `bias`: added to the logits. `causal`: a query sees the keys up to its own
     index. `scale`: on the logits, 1 / sqrt(head_dim) by default. `key_length`: keys from there on are padding that no query
@@ -68,7 +69,7 @@ def attention(
         case "flash_gpu":
             from fluxjax.kernels.flash_gpu import flash as flash_gpu
 
-            return flash_gpu(q, k, v, scale=scale, key_length=length, block_sizes=sizes)
+            return flash_gpu(q, k, v, scale=scale, key_length=length, block_sizes=sizes, hopper=_capability() == 9)
         case "cudnn":
             mixed = _cudnn(q, k, v, bias, causal, scale, length)
         case "xla_chunked":
@@ -155,10 +156,11 @@ def _refusal(name: str, q: Any, bias: bool, causal: bool, platform: str) -> str 
             )
         case "flash_tpu" if platform != "tpu" or q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"a TPU, and bfloat16 or float32, got {platform}, {q.dtype}"
-        case "flash_gpu" if not (_capability() == "9.0" and q.dtype in (jnp.float16, jnp.bfloat16) and dim <= 128):
+        case "flash_gpu" if not (_capability() >= 8 and q.dtype in (jnp.float16, jnp.bfloat16) and dim <= 128):
+            gpu = f"{platform} {getattr(_device(), 'compute_capability', '')}".strip()
             return (
-                "a Hopper GPU, float16 or bfloat16, and a head_dim up to 128, "
-                f"got {f'{platform} {_capability()}'.strip()}, {q.dtype}, {dim}"
+                "an NVIDIA GPU of compute capability 8.0 or more, float16 or bfloat16, and a head_dim up to 128, "
+                f"got {gpu}, {q.dtype}, {dim}"
             )
         case "flash_tpu" | "flash_gpu" if bias or causal:
             return f"an attention without bias that is not causal, got {'bias' if bias else 'causal=True'}"
@@ -186,9 +188,12 @@ def _device() -> jax.Device:
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
-def _capability() -> str:
-    """Return the GPU's compute capability, such as "9.0"; that of other devices is empty."""
-    return getattr(_device(), "compute_capability", "")
+def _capability() -> float:
+    """Return an NVIDIA GPU's compute capability, such as 9.0, and 0 of other devices."""
+    try:
+        return float(getattr(_device(), "compute_capability", 0))
+    except ValueError:  # AMD's have names
+        return 0.0
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:
