@@ -39,7 +39,7 @@ def compiled(jaxpr):
 thread_map._run_jaxpr = lambda jaxpr, consts, *args: compiled(jaxpr)(*consts, *args)
 
 
-def interpreted_gpu(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128, kv=64, q_dkv=64, kv_dkv=128), races=False):
+def interpreted_gpu(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128), races=False):
     """flash_gpu, so too. The interpreter has no tensor cores, so that float32 passes."""
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
     how = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=races)

@@ -139,7 +139,7 @@ def _program(call, name, work, own, streams, length, results, buffers, rings, lo
     mine, theirs = call.sides(name)
     seen = call.keys if length is None else length[0]
     steps = call.steps(name, streams[0][0].shape[0], seen, index * mine)
-    rings = [_Ring(*ring) for ring in rings]
+    rings = [_Ring(*ring, read=bool(call.interpret) or len(ring[0]) > 1) for ring in rings]
 
     def part(ref: Any, start: Any, tokens: int) -> Any:
         return ref.at[pl.ds(start, tokens), head] if len(ref.shape) == 3 else ref.at[head, pl.ds(start, tokens)]
@@ -176,11 +176,15 @@ def _program(call, name, work, own, streams, length, results, buffers, rings, lo
 
 @dataclass(frozen=True)
 class _Ring:
-    """Buffers of what arrives together, each with slots for the next steps, and barriers: a slot has arrived, or is free."""
+    """Buffers of what arrives together, each with slots for the next steps, and barriers: a slot has arrived, or is free.
+
+    `read`: not by wgmma alone, as rows are, so that TMA must be kept from writing before.
+    """
 
     buffers: list
     arrived: Any
     freed: Any
+    read: bool
 
     def fill(self, step: Any, parts: list) -> None:
         for part, x in zip(parts, self.buffers, strict=True):
@@ -191,6 +195,8 @@ class _Ring:
         return [x.at[_slot(step)] for x in self.buffers]
 
     def free(self, step: Any) -> None:
+        if self.read:
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.freed.at[_slot(step)])
 
     def await_free(self, step: Any) -> None:
@@ -209,7 +215,8 @@ class _Interpreted(Worker):
     turns: Any
 
     def turn(self, *done: Array) -> tuple[Array, ...]:
-        done = tuple(lax.optimization_barrier(done))
+        if done:
+            done = tuple(lax.optimization_barrier(done))
         self._meet()
         return done
 

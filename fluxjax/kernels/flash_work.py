@@ -43,7 +43,7 @@ class Call:
         if isinstance(seen, int):
             return pl.cdiv(others if kernel == "dkv" else seen, size)
         if kernel == "dkv":  # none, for keys that are padding
-            return jnp.where(start < seen, pl.cdiv(others, size), 0)
+            return jnp.where(start < seen, jnp.int32(pl.cdiv(others, size)), jnp.int32(0))
         return lax.div(seen + (size - 1), jnp.int32(size))
 
 
