@@ -76,7 +76,7 @@ def gpu_topology(kind: str, devices: int = 1) -> Any:
 
 
 def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
-    """Return what each of Mosaic's kernels takes, of what its compiler wrote to a folder."""
+    """Return what each of Mosaic's kernels takes, of what its compiler wrote to a folder: of those it had not compiled before."""
     found = {}
     for report in sorted(folder.glob("flash_*.ptxas")):
         (name,) = re.findall(r"flash_([a-z]+)_", report.name)
@@ -138,6 +138,6 @@ def add_commands(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
     parser.set_defaults(run=bench_gpu_aot)
-    parser.add_argument("--chips", nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
