@@ -76,7 +76,7 @@ def gpu_topology(kind: str, devices: int = 1) -> Any:
 
 
 def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
-    """Return what each of Mosaic's kernels takes, of what its compiler wrote to a folder: of those it had not compiled before."""
+    """Return what Mosaic's kernels take, of what its compiler wrote to a folder: those that it had not compiled before."""
     found = {}
     for report in sorted(folder.glob("flash_*.ptxas")):
         (name,) = re.findall(r"flash_([a-z]+)_", report.name)

@@ -139,7 +139,7 @@ def _program(call, name, work, own, streams, length, results, buffers, rings, lo
     mine, theirs = call.sides(name)
     seen = call.keys if length is None else length[0]
     steps = call.steps(name, streams[0][0].shape[0], seen, index * mine)
-    rings = [_Ring(*ring, bool(call.interpret) or len(ring[0]) > 1) for ring in rings]
+    rings = [_Ring(x, arrived, freed, bool(call.interpret) or len(x) > 1) for x, arrived, freed in rings]
 
     def part(ref: Any, start: Any, tokens: int) -> Any:
         return ref.at[pl.ds(start, tokens), head] if len(ref.shape) == 3 else ref.at[head, pl.ds(start, tokens)]
