@@ -211,6 +211,13 @@ def test_warpgroups_of_flash_gpu_wait_for_each_other(capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_flash_gpu_takes_scales_that_are_not_positive(scale):
+    q, k, v, _ = operands(70, 90, 1, 64, 11)
+    found = flash_gpu.flash(q, k, v, scale=scale, hopper=False, interpret=True)
+    np.testing.assert_allclose(found, attention(q, k, v, scale=scale, implementation="xla"), atol=1e-5)
+
+
 def test_chunks_take_bias_and_causality():
     q, k, v, _ = operands(23, 23, 2, 8, 8)
     inputs = {"bias": jax.random.normal(jax.random.key(9), (2, 23, 23)), "causal": True, "scale": 0.7, "key_length": 20}
