@@ -42,11 +42,10 @@ def run(
     operands, tree = jax.tree.flatten((own, streams, length))
     whole, others = len(own[0]), len(streams[0][0])
 
-    def spec(x: Any, size: int, whole: bool) -> pl.BlockSpec:
-        """The program's block of an array, or all of it."""
+    def spec(x: Any, size: int, index: Callable[[Any], Any] = lambda i: i) -> pl.BlockSpec:
         if x.ndim == 3:
-            return pl.BlockSpec((size, None, x.shape[-1]), lambda i, head: (0 if whole else i, head, 0))
-        return pl.BlockSpec((None, size), lambda i, head: (head, 0 if whole else i))
+            return pl.BlockSpec((size, None, x.shape[-1]), lambda i, head: (index(i), head, 0))
+        return pl.BlockSpec((None, size), lambda i, head: (head, index(i)))
 
     def program(*refs: Any) -> None:
         mine_refs, stream_refs, length = jax.tree.unflatten(tree, refs[: len(operands)])
@@ -66,11 +65,11 @@ def run(
         program,
         grid=(whole // mine, heads),
         in_specs=[
-            *(spec(x, mine, False) for x in own),
-            *(spec(x, others, True) for group in streams for x in group),
+            *(spec(x, mine) for x in own),
+            *(spec(x, others, lambda i: 0) for group in streams for x in group),
             *([] if length is None else [pl.BlockSpec((1,), lambda i, head: (0,))]),
         ],
-        out_specs=[spec(x, mine, False) for x in results],
+        out_specs=[spec(x, mine) for x in results],
         out_shape=[jax.ShapeDtypeStruct((whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole), x.dtype) for x in results],
         compiler_params=pltriton.CompilerParams(num_warps=4 if mine == 64 else 8, num_stages=2),
         interpret=bool(call.interpret),
