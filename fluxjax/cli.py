@@ -85,7 +85,8 @@ def _add_generate(commands: Any) -> None:
     add("--cache", metavar="[KIND:]THRESHOLD", help="skip blocks that change little: 0.1, or teacache:0.4 (default: never)")
     about = "implementation of the attention (default: the best that suits; docs/performance.md says which)"
     add("--attention", choices=IMPLEMENTATIONS, help=about)
-    about = f"tokens a block of --attention flash_tpu or xla_chunked: a number, two (queries,keys), or {', '.join(PRESETS)}"
+    blocked = "flash_tpu, flash_gpu or xla_chunked"
+    about = f"tokens a block of --attention {blocked}: a number, two (queries,keys), or {', '.join(PRESETS)}"
     add("--flash-block-sizes", type=_block_sizes, metavar="SIZES", help=about)
     add("--timer", choices=TIMERS, default="model", help="how the times are spaced (default: as the model's)")
     add("--shift", type=float, help="factor of flux_static's shift (default: 3)")

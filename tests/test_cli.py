@@ -69,7 +69,7 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
         (["--cache", "half"], "'half' is no cache. Write a threshold"),
         (["--stream-blocks", "--quantize", "fp8"], "Leave out --quantize"),
-        (["--flash-block-sizes", "256"], "is for flash_tpu and xla_chunked, got implementation=None"),
+        (["--flash-block-sizes", "256"], "is for flash_tpu, flash_gpu and xla_chunked, got implementation=None"),
         (["--steps", "1", "--attention", "flash_tpu"], "needs a TPU, and bfloat16 or float32, got cpu"),
     ],
 )

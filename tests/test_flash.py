@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from JAX 0.11 on
 from jax.sharding import Mesh, PartitionSpec
 
 from fluxjax import attention, select_attention
-from fluxjax.kernels import flash_tpu
+from fluxjax.kernels import flash_gpu, flash_mosaic, flash_tpu
 from fluxjax.kernels.blocks import CHIPS, PRESETS, BlockSizes, even, least_padded
 
 
@@ -23,6 +26,31 @@ def interpreted(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128)):
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
     scale = q.shape[-1] ** -0.5
     return flash_tpu.flash(q, k, v, scale=scale, chip="v4", key_length=length, block_sizes=block_sizes, interpret=True)
+
+
+@cache
+def compiled(jaxpr):
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in (*jaxpr.constvars, *jaxpr.invars)]
+    consts = len(jaxpr.constvars)
+    return jax.jit(lambda *x: jax.core.eval_jaxpr(jaxpr, x[:consts], *x[consts:])[:0]).lower(*shapes).compile()
+
+
+# JAX 0.10's interpreter of GPU kernels compiles each thread of each program again, which takes 20 times as long.
+thread_map._run_jaxpr = lambda jaxpr, consts, *args: compiled(jaxpr)(*consts, *args)
+
+
+def interpreted_gpu(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128), races=False):
+    """flash_gpu, so too. The interpreter has no tensor cores, so that float32 passes."""
+    length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
+    how = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=races)
+    return flash_gpu.flash(q, k, v, scale=q.shape[-1] ** -0.5, key_length=length, block_sizes=block_sizes, interpret=how)
+
+
+def interpreted_triton(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=64)):
+    """flash_gpu as GPUs other than Hopper have it."""
+    length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
+    inputs = {"key_length": length, "block_sizes": block_sizes, "hopper": False, "interpret": True}
+    return flash_gpu.flash(q, k, v, scale=q.shape[-1] ** -0.5, **inputs)
 
 
 def apart(q, k, v, **inputs):
@@ -36,9 +64,11 @@ IMPLEMENTATIONS = {
     "xla, heads apart": apart,
     "xla_chunked": partial(attention, implementation="xla_chunked", block_sizes=BlockSizes(q=48)),
     "flash_tpu": interpreted,
+    "flash_gpu": interpreted_gpu,
+    "flash_gpu, Triton": interpreted_triton,
 }
 every = pytest.mark.parametrize("name", IMPLEMENTATIONS)
-blocked = pytest.mark.parametrize("name", ["xla_chunked", "flash_tpu"])
+blocked = pytest.mark.parametrize("name", ["xla_chunked", "flash_tpu", "flash_gpu", "flash_gpu, Triton"])
 
 
 def exact(q, k, v, grad, length=None):
@@ -140,17 +170,19 @@ def test_vmap_of_flash_tpu_is_an_axis_of_its_grid():
 
 @blocked
 def test_a_mesh_and_a_loop_change_nothing(name):
-    mix = IMPLEMENTATIONS[name]
-    q, k, v, _ = operands(150, 150, 2, 128, 6)
-    mesh, heads = Mesh(np.array(jax.devices()[:2]), ("tensor",)), PartitionSpec(None, "tensor")
+    mix = jax.jit(IMPLEMENTATIONS[name])
+    q, k, v, _ = operands(70, 70, 2, 128, 6)
+    # The interpreter of GPU kernels has devices wait for each other that XLA runs one after another.
+    devices = jax.devices()[: 1 if name == "flash_gpu" else 2]
+    mesh, heads = Mesh(np.array(devices), ("tensor",)), PartitionSpec(None, "tensor")
 
-    def three(q, k, v):
-        return jax.lax.scan(lambda x, _: (mix(x, k, v), None), q, length=3)[0]
+    def twice(q, k, v):
+        return jax.lax.scan(lambda x, _: (mix(x, k, v), None), q, length=2)[0]
 
-    sharded = jax.shard_map(three, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
-    wanted = mix(mix(mix(q, k, v), k, v), k, v)
+    sharded = jax.shard_map(twice, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
+    wanted = mix(mix(q, k, v), k, v)
     np.testing.assert_allclose(jax.jit(sharded)(q, k, v), wanted, atol=1e-6)
-    grads = [jax.jit(jax.grad(lambda q: f(q, k, v).sum()))(q) for f in (sharded, three)]  # noqa: B023
+    grads = [jax.jit(jax.grad(lambda q: f(q, k, v).sum()))(q) for f in (sharded, twice)]  # noqa: B023
     np.testing.assert_allclose(*grads, atol=1e-6)
 
 
@@ -164,6 +196,26 @@ def test_padding_is_not_seen_and_of_no_keys_there_are_no_values(name):
     assert not any(x[9:].any() for x in found[2:])
     assert not any(x.any() for x in run(grad, jnp.int32(0), q, k, v))
     jax.tree.map(np.testing.assert_array_equal, run(grad, jnp.int32(999), q, k, v), run(grad, jnp.int32(140), q, k, v))
+
+
+def test_vmap_of_flash_gpu_is_an_axis_of_its_programs_and_copies_nothing():
+    x, k = jnp.zeros((3, 256, 2, 128)), jnp.zeros((256, 2, 128))
+    program = str(jax.make_jaxpr(jax.vmap(interpreted_gpu, (0, None, None)))(x, k, k))
+    assert "f32[3,256,2,128] = mpmd_map" in program
+    assert "f32[3,256,2,128] = broadcast" not in program
+
+
+def test_warpgroups_of_flash_gpu_wait_for_each_other(capsys):
+    inputs = operands(300, 300, 1, 64, 10)
+    jax.block_until_ready(jax.vjp(partial(interpreted_gpu, races=True, key_length=280), *inputs[:3])[1](inputs[3]))
+    assert "RACE" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_flash_gpu_takes_scales_that_are_not_positive(scale):
+    q, k, v, _ = operands(70, 90, 1, 64, 11)
+    found = flash_gpu.flash(q, k, v, scale=scale, hopper=False, interpret=True)
+    np.testing.assert_allclose(found, attention(q, k, v, scale=scale, implementation="xla"), atol=1e-5)
 
 
 def test_chunks_take_bias_and_causality():
@@ -192,6 +244,7 @@ def test_none_takes_what_suits():
     assert chosen(4608, 128, "tpu", jnp.float32) == "xla_chunked"
     assert chosen(256, 128, "tpu") == "xla"
     assert chosen(4608, 128, "gpu") == "cudnn"
+    assert chosen(4608, 192, "gpu") == "xla_chunked"
     assert chosen(4608, 128, "gpu", jnp.float32) == "xla_chunked"
     assert chosen(1024, 128, "cpu") == "xla"
     assert chosen(4608, 128, "cpu") == "xla_chunked"
@@ -204,7 +257,9 @@ def test_what_does_not_suit_is_refused():
         attention(x, x, x, implementation="flash_tpu")
     with pytest.raises(ValueError, match=r"key_length=257.*1 to 256"):
         attention(x, x, x, key_length=257)
-    with pytest.raises(ValueError, match=r"is for flash_tpu and xla_chunked, got implementation='xla'"):
+    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU .*got cpu, float32, 128"):
+        attention(x, x, x, implementation="flash_gpu")
+    with pytest.raises(ValueError, match=r"is for flash_tpu, flash_gpu and xla_chunked, got implementation='xla'"):
         attention(x, x, x, implementation="xla", block_sizes=BlockSizes(q=128))
     with pytest.raises(ValueError, match=r"BlockSizes\(q=…\)` alone"):
         attention(x, x, x, implementation="xla_chunked", block_sizes=BlockSizes(q=128, kv=128))
@@ -216,6 +271,33 @@ def test_what_does_not_suit_is_refused():
         interpreted(x, x, x, block_sizes=BlockSizes(q=128, kv_dq=100))
     with pytest.raises(ValueError, match="bfloat16 or float32, got float16"):
         interpreted(*[x.astype(jnp.float16)] * 3)
+    with pytest.raises(ValueError, match="bfloat16 or float16, got float32"):
+        flash_gpu.flash(x, x, x, scale=1.0)
+    with pytest.raises(ValueError, match="head_dim of at most 128, got 192"):
+        interpreted_gpu(*[jnp.zeros((256, 1, 192))] * 3)
+    with pytest.raises(ValueError, match=r"multiples of 128 and 64 for forward, got \(64, 64\)"):
+        interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=64))
+    with pytest.raises(ValueError, match=r"multiples of 64 and 128 for dkv, got \(128, 64\)"):
+        interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=128, kv=64))
+    with pytest.raises(ValueError, match=r"powers of two on this GPU, 16 at least, got \(192, 192\) for forward"):
+        interpreted_triton(x, x, x, block_sizes=BlockSizes(q=192))
+
+
+def test_flash_gpu_is_mosaic_on_hopper_and_triton_elsewhere(monkeypatch):
+    module, x = sys.modules["fluxjax.kernels.attention"], jnp.zeros((256, 1, 128), jnp.bfloat16)
+    gpu = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    monkeypatch.setattr(module, "default_device", lambda: gpu)
+    mix = partial(attention, implementation="flash_gpu", block_sizes=BlockSizes(q=128))
+    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU of compute capability 8.0.*got gpu 7.5, bfloat16"):
+        mix(x, x, x)
+    for gpu.compute_capability, mosaic in (("8.0", False), ("9.0", True), ("12.0", False)):
+        program = jax.make_jaxpr(lambda *inputs: mix(*inputs))(x, x, x)  # another function, of which none is kept
+        assert ("barrier" in str(program)) == mosaic
+    with pytest.raises(ValueError, match="without bias that is not causal, got causal=True"):
+        mix(x, x, x, causal=True)
+    gpu.compute_capability = "gfx942"
+    with pytest.raises(ValueError, match="got gpu gfx942"):
+        mix(x, x, x)
 
 
 def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
@@ -225,6 +307,15 @@ def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
         ValueError, match=r"1536 queries and 1536 keys takes 2\d,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216"
     ):
         fits("v4")
+
+
+def test_blocks_that_hopper_cannot_hold_are_refused_with_their_bytes():
+    blocks, size = flash_mosaic.blocks, flash_mosaic.smem_bytes
+    assert blocks(4608, 77, 128) == {"forward": (128, 128), "dq": (128, 128), "dkv": (64, 128)}
+    for dim in (64, 128):
+        assert all(size(*block, dim) <= flash_mosaic.SMEM for block in blocks(4608, 4608, dim).items())
+    with pytest.raises(ValueError, match=r"512 queries and 512 keys takes 660,480 bytes .*\(forward\), of 232,448"):
+        blocks(4608, 4608, 128, PRESETS["trillium"])
 
 
 def test_default_blocks_fit_every_chip_and_waste_little():

@@ -1,7 +1,7 @@
 """Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `cpu`: the networks beside torch's.
 `load`, `load-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move,
-compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `stream`: dev a block at a time from its file, in
-little memory. `compile`: tracing, compiling, importing.
+compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `gpu-aot`: what GPUs would, so too. `stream`: dev a
+block at a time from its file, in little memory. `compile`: tracing, compiling, importing.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """
@@ -14,6 +14,7 @@ import bench_compile
 import bench_cpu
 import bench_flash
 import bench_gpu
+import bench_gpu_aot
 import bench_load
 import bench_lora
 import bench_stream
@@ -52,6 +53,7 @@ def main() -> None:
     bench_tpu.add_commands(commands)
     bench_stream.add_commands(commands)
     bench_flash.add_commands(commands)
+    bench_gpu_aot.add_commands(commands)
     options = parser.parse_args()
     rows = [{**row, **machine()} for row in options.run(options)]
     show(rows)

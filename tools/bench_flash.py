@@ -42,7 +42,7 @@ def used_vmem(program: str) -> dict[str, int]:
     return found
 
 
-def run_of(kind: str, **options: Any) -> Callable:
+def run_of(flash: Callable, kind: str, **options: Any) -> Callable:
     """Return a function of (q, k, v, gradient of the mixed values) and what else vmap maps."""
     mix = partial(flash, scale=128**-0.5, **options)
     if kind == "forward":
@@ -65,7 +65,7 @@ def compiled_row(chip: str, device: Any, tokens: int, preset: str | None, kind: 
     # A batch has a key length an example, so that the masked form is compiled too.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     start = time.perf_counter()
-    run = run_of(kind, chip=chip, block_sizes=wanted)
+    run = run_of(flash, kind, chip=chip, block_sizes=wanted)
     program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
     used = used_vmem(program.as_text())
     return row | {

@@ -219,7 +219,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     gpu.add_argument("--weights", nargs="+", choices=FORMATS, default=["bfloat16", "fp8"])
     gpu.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "xla_chunked"])
+    gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "flash_gpu", "xla_chunked"])
     gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
     gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")

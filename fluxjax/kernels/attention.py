@@ -12,7 +12,7 @@ from einops import rearrange
 from fluxjax.kernels.blocks import BlockSizes, chip_of, default_device, even, named, round_up
 from fluxjax.shapes import Array, Float, Int
 
-Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu"]
+Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu", "flash_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
 LOGITS = 2**29
 """Bytes of one example's float32 logits beyond which None takes xla_chunked rather than xla."""
@@ -42,11 +42,13 @@ def attention(
     - "cudnn": NVIDIA GPUs; float16 or bfloat16; head_dim a multiple of 8 up to 128.
     - "flash_tpu": TPUs; bfloat16 or float32 (at the highest precision); neither bias nor causal. Its gradient does 3.5 times
       the forward's matmuls; no derivative but by reverse mode.
+    - "flash_gpu": NVIDIA GPUs from Ampere on; float16 or bfloat16; head_dim up to 128; neither bias nor causal; gradients as of
+      flash_tpu.
 
     **Arguments:** `q`, `k`, `v`: one dtype. `bias`: added to the logits. `causal`: a query sees the keys up to its own
     index. `scale`: on the logits, 1 / sqrt(head_dim) by default. `key_length`: keys from there on are padding that no query
     sees, of finite values; where it is 0, so is the result. `implementation`: one of the above, or None for the best that
-    suits, which `select_attention` says. `block_sizes`: of flash_tpu or xla_chunked, or a name of
+    suits, which `select_attention` says. `block_sizes`: of flash_tpu, flash_gpu or xla_chunked, or a name of
     `fluxjax.kernels.blocks.PRESETS`.
     **Returns:** the mixed values, in the dtype of `q`.
     **Raises:** `ValueError` if `implementation` is unknown or does not suit, `block_sizes` do not, or `key_length` is a plain
@@ -64,6 +66,10 @@ def attention(
             from fluxjax.kernels.flash_tpu import flash  # Pallas takes a third of a second to import
 
             return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(default_device()))
+        case "flash_gpu":
+            from fluxjax.kernels.flash_gpu import flash as flash_gpu
+
+            return flash_gpu(q, k, v, scale=scale, key_length=length, block_sizes=sizes, hopper=_capability() == 9)
         case "cudnn":
             mixed = _cudnn(q, k, v, bias, causal, scale, length)
         case "xla_chunked":
@@ -110,7 +116,8 @@ def select_attention(
     **Arguments:** `q`, `k`: [tokens, heads, head_dim], arrays or shapes with a dtype (`jax.ShapeDtypeStruct`). `bias`,
     `causal`: whether there is one. `platform`: "cpu", "gpu" or "tpu"; this machine's by default.
     **Returns:** on TPUs, flash_tpu for bfloat16 and a head_dim of 128 or 256, from 1024 keys on; on NVIDIA GPUs, cudnn where
-    it suits; else xla, or xla_chunked where an example's logits would take more than 512 MiB.
+    it suits; else xla, or xla_chunked where an example's logits would take more than 512 MiB. flash_gpu is taken by its
+    name alone: cudnn suits nearly all that it does, and is published as the faster.
     """
     platform = default_device().platform if platform is None else platform
     (queries, heads, dim), keys = q.shape, k.shape[0]
@@ -149,7 +156,13 @@ def _refusal(name: str, q: Any, bias: bool, causal: bool, platform: str) -> str 
             )
         case "flash_tpu" if platform != "tpu" or q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"a TPU, and bfloat16 or float32, got {platform}, {q.dtype}"
-        case "flash_tpu" if bias or causal:
+        case "flash_gpu" if not (_capability() >= 8 and q.dtype in (jnp.float16, jnp.bfloat16) and dim <= 128):
+            gpu = f"{platform} {getattr(default_device(), 'compute_capability', '')}".strip()
+            return (
+                "an NVIDIA GPU of compute capability 8.0 or more, float16 or bfloat16, and a head_dim up to 128, "
+                f"got {gpu}, {q.dtype}, {dim}"
+            )
+        case "flash_tpu" | "flash_gpu" if bias or causal:
             return f"an attention without bias that is not causal, got {'bias' if bias else 'causal=True'}"
         case _:
             return None
@@ -159,13 +172,22 @@ def _sizes(block_sizes: BlockSizes | str | None, implementation: str | None) -> 
     if block_sizes is None:
         return None
     sizes = named(block_sizes)
-    if implementation not in ("flash_tpu", "xla_chunked"):
+    if implementation not in ("flash_tpu", "flash_gpu", "xla_chunked"):
         raise ValueError(
-            f"`attention(block_sizes=…)` is for flash_tpu and xla_chunked, got implementation={implementation!r}. Name one."
+            "`attention(block_sizes=…)` is for flash_tpu, flash_gpu and xla_chunked, "
+            f"got implementation={implementation!r}. Name one."
         )
     if implementation == "xla_chunked" and sizes != BlockSizes(q=sizes.q):
         raise ValueError(f"`attention(implementation='xla_chunked')` takes `BlockSizes(q=…)` alone, got {sizes}.")
     return sizes
+
+
+def _capability() -> float:
+    """Return an NVIDIA GPU's compute capability, such as 9.0, and 0 of other devices."""
+    try:
+        return float(getattr(default_device(), "compute_capability", 0))
+    except ValueError:  # AMD's have names
+        return 0.0
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:

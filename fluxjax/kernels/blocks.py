@@ -10,8 +10,9 @@ class BlockSizes:
     """Tokens in a block of `attention`: queries and keys of the forward pass, and of the backward kernels.
 
     `q`, `kv`: of the forward pass; `kv` is as `q` by default. `q_dkv`, `kv_dkv`: of the kernel for the gradients of k and v.
-    `q_dq`, `kv_dq`: of that for q's. These are as the forward's by default. flash_tpu takes multiples of 128, and cuts what is
-    larger than the tokens; xla_chunked takes `q` alone, any number.
+    `q_dq`, `kv_dq`: of that for q's. These are as the forward's by default. flash_tpu takes multiples of 128, flash_gpu
+    of 64, on Hopper, and of 128 for `q`, `q_dq` and `kv_dkv`; both cut what is larger than the tokens. On other GPUs flash_gpu
+    takes powers of two. xla_chunked takes any `q`, alone.
     **Source:** the names are those of Dao et al. 2022 and of JAX's own TPU kernels.
     """
 

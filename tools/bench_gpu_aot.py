@@ -1,0 +1,143 @@
+"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory.
+
+Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing looks for a GPU.
+"""
+
+import argparse
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from bench_flash import KERNELS, run_of
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from fluxjax.kernels import flash_mosaic, flash_triton
+from fluxjax.kernels.flash_gpu import flash
+
+# Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
+# and of shared memory that a block may take.
+GPUS: dict[str, dict[str, Any]] = {
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 84978434048,
+        "bandwidth": 3352320000000, "cache": 52428800, "shared": 232448,
+    },
+    "h200": {
+        "name": "NVIDIA H200", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 150754820096,
+        "bandwidth": 4800000000000, "cache": 52428800, "shared": 232448,
+    },
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108, "clock": 1.41, "memory": 85899345920,
+        "bandwidth": 2039000000000, "cache": 41943040, "shared": 166912,
+    },
+    "rtx4090": {
+        "name": "NVIDIA GeForce RTX 4090", "major": 8, "minor": 9, "cores": 128, "clock": 2.52, "memory": 25769803776,
+        "bandwidth": 1008000000000, "cache": 75497472, "shared": 101376,
+    },
+}  # fmt: skip
+_TARGET = """
+platform_name: "CUDA"
+device_description_str: "{name}"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {cores}
+  fpus_per_core: 128
+  clock_rate_ghz: {clock}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {shared}
+  shared_memory_per_core: {per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: {cache}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+"""
+
+
+def gpu_topology(kind: str, devices: int = 1) -> Any:
+    """Return a topology of GPUs of a kind of `GPUS`; what is lowered for its `devices` compiles without one."""
+    target = _TARGET.format(**GPUS[kind], per_core=GPUS[kind]["shared"] + 1024)
+    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}")
+
+
+def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
+    """Return what Mosaic's kernels take, of what its compiler wrote to a folder: those that it had not compiled before."""
+    found = {}
+    for report in sorted(folder.glob("flash_*.ptxas")):
+        (name,) = re.findall(r"flash_([a-z]+)_", report.name)
+        text, module = report.read_text(), report.with_suffix(".mlir-passes.log").read_text()
+        found[name] = {
+            # Of a thread when the program starts, before the warpgroups share them anew.
+            "registers": int(re.findall(r"Used (\d+) registers", text)[0]),
+            "spilled bytes": sum(int(size) for size in re.findall(r"(\d+) bytes spill", text)),
+            "shared memory": int(re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", module)[0]),
+        }
+    return found
+
+
+def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: str) -> dict[str, Any]:
+    """Compile a pass of flash_gpu for 24 heads of 128."""
+    where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
+    x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
+    # A batch has a key length an example, so that the masked form is compiled too.
+    lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
+    hopper = GPUS[kind]["major"] == 9
+    run = run_of(flash, wanted, hopper=hopper)
+    sizes = (flash_mosaic if hopper else flash_triton).blocks(tokens, tokens, 128)
+    sizes = {kernel: sizes[kernel] for kernel in KERNELS[wanted]}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
+        start = time.perf_counter()
+        program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
+        seconds = time.perf_counter() - start
+        kernels = kernels_of(Path(folder))
+    row = {
+        "bench": "gpu-aot",
+        "chip": kind,
+        "what": "flash_gpu",
+        "tokens": tokens,
+        "batch": batch,
+        "pass": wanted,
+        "sizes": sizes,
+        "temporaries MiB": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "compile s": round(seconds, 1),
+    }
+    if not hopper:
+        return row
+    computed = {kernel: flash_mosaic.smem_bytes(kernel, block, 128) for kernel, block in sizes.items()}
+    return row | {"shared memory by shapes": computed, "kernels": kernels}
+
+
+def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
+    """Compile for each kind of GPU, and show each row as it comes."""
+    found = []
+    for kind in options.chips:
+        (device,) = gpu_topology(kind).devices
+        for tokens, batch in [*((tokens, None) for tokens in options.tokens), (1536, 2)]:
+            for wanted in KERNELS:
+                found.append(flash_row(kind, device, tokens, batch, wanted))
+                print(found[-1], flush=True)
+    return found
+
+
+def add_commands(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
+    parser.set_defaults(run=bench_gpu_aot)
+    parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
