@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from bench_model import random_flux
 from scaling import forward_flop
 
 import fluxjax
-from fluxjax import FluxConfig, flow_times, initial_noise, quantize, select_attention
+from fluxjax import FluxConfig, flow_times, initial_noise, quantize, select_attention, unroll
 from fluxjax.generate import Text, decode, denoise
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 
@@ -26,14 +26,21 @@ VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell()
 FORMATS = ("bfloat16", "int8", "fp8")
 
 
+_ENOUGH = 20
+"""Seconds of measuring after which no repeat is begun."""
+
+
 def timed(call: Callable[[], Any], repeats: int) -> float:
     """Return the least seconds of several calls, the first of all left out."""
+    begun = time.perf_counter()
     call()
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begun > _ENOUGH:
+            break
     return best
 
 
@@ -53,7 +60,7 @@ def config_of(name: str, options: argparse.Namespace) -> tuple[FluxConfig, int, 
 
 
 def ours(
-    flux: fluxjax.Flux, batch: int, txt_tokens: int, steps: int, attention: str | None, options: argparse.Namespace
+    flux: Any, batch: int, txt_tokens: int, steps: int, attention: str | None, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Compile and run the sampling loop."""
     config, side = flux.config, options.size
@@ -79,32 +86,64 @@ def ours(
     return row | ({"peak GB so far": round(memory["peak_bytes_in_use"] / 1e9, 1)} if "peak_bytes_in_use" in memory else {})
 
 
+class Form(NamedTuple):
+    """How fluxjax is run: its weights, whether blocks are apart, the batch and the attention."""
+
+    weights: str
+    unrolled: bool
+    batch: int
+    attention: str
+
+
+def forms(options: argparse.Namespace) -> list[Form]:
+    """Return what is run, what matters most first: the first batch and attention, then other attentions, then batches."""
+    (batch, *batches), (attention, *attentions) = options.batches, options.attention
+    first = [Form(weights, False, batch, attention) for weights in options.weights]
+    apart = [form._replace(unrolled=True) for form in first if options.unroll]
+    others = [first[0]._replace(attention=other) for other in attentions]
+    return first + apart + others + [form._replace(batch=more) for more in batches for form in first]
+
+
+def made(config: FluxConfig, form: Form) -> fluxjax.Flux:
+    flux = random_flux(config)
+    flux = flux if form.weights == "bfloat16" else quantize(flux, form.weights, donate=True)
+    return unroll(flux, donate=True) if form.unrolled else flux
+
+
 def rows_of_ours(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config, txt_tokens, steps = config_of(name, options)
-    for weights in options.weights:
-        flux = random_flux(config)
-        flux = flux if weights == "bfloat16" else quantize(flux, weights, donate=True)
-        for batch in options.batches:
-            for attention in options.attention:
-                tokens = (options.size // 16) ** 2
-                heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
-                named = select_attention(heads, heads) if attention == "best" else attention
-                row = {
-                    "what": "fluxjax",
-                    "variant": name,
-                    "weights": weights,
-                    "batch": batch,
-                    "steps": steps,
-                    "attention": named,
-                }
-                try:
-                    row |= ours(flux, batch, txt_tokens, steps, None if attention == "best" else attention, options)
-                    row["TFLOP/s"] = batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                yield row
-        del flux
-        gc.collect()
+    tokens = (options.size // 16) ** 2
+    flux, kind = None, None
+    for form in forms(options):
+        heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
+        best = form.attention == "best"
+        row = {
+            "what": "fluxjax",
+            "variant": name,
+            "weights": form.weights,
+            "batch": form.batch,
+            "steps": steps,
+            "attention": select_attention(heads, heads) if best else form.attention,
+            "blocks": "apart" if form.unrolled else "stacked",
+        }
+        if time.perf_counter() > options.until:
+            yield row | _LEFT_OUT
+            continue
+        try:
+            if kind != form[:2]:
+                flux = None  # before there is another
+                gc.collect()
+                flux, kind = made(config, form), form[:2]
+            row |= ours(flux, form.batch, txt_tokens, steps, None if best else form.attention, options)
+            row["TFLOP/s"] = form.batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        yield row
+    del flux
+    gc.collect()
+
+
+_LEFT_OUT = {"left out": "its share of --minutes is spent"}
 
 
 def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -134,6 +173,10 @@ def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str,
                 call = torch.compile(network, mode="max-autotune-no-cudagraphs") if compiled else network
                 row = {"what": "diffusers", "variant": name, "weights": "bfloat16", "batch": batch, "steps": steps}
                 row |= {"compiled": compiled}
+
+                if time.perf_counter() > options.until:
+                    yield row | _LEFT_OUT
+                    continue
 
                 def run(call: Any = call, inputs: dict = inputs) -> None:
                     with torch.no_grad():
@@ -181,12 +224,19 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
             print(row, flush=True)
             rows.append(row)
 
+    start, parts = time.perf_counter(), [(vae_row(options), 0.1)]
     for name in options.variants:
-        add(rows_of_ours(name, options))
-        jax.clear_caches()
+        # A step of any variant takes as long; dev has more.
+        share = 0.9 * VARIANTS[name][2] ** 0.5 / sum(VARIANTS[other][2] ** 0.5 for other in options.variants)
+        parts.append((rows_of_ours(name, options), share * (0.55 if options.beside else 1)))
         if options.beside:
-            add(rows_of_theirs(name, options))
-    add(vae_row(options))
+            parts.append((rows_of_theirs(name, options), 0.45 * share))
+    spent = 0.0
+    for part, share in parts:
+        spent += share
+        options.until = start + 60 * options.minutes * spent
+        add(part)
+        jax.clear_caches()
     return rows + ratios(rows)
 
 
@@ -220,6 +270,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--weights", nargs="+", choices=FORMATS, default=["bfloat16", "fp8"])
     gpu.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "flash_gpu", "xla_chunked"])
+    gpu.add_argument("--minutes", type=float, default=7.0, help="after which no row is begun (default: %(default)s)")
+    gpu.add_argument("--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out")
     gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
     gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")

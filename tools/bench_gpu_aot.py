@@ -1,4 +1,5 @@
-"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory.
+"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory;
+and full-size dev, with what it holds and the library calls that its products become.
 
 Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing looks for a GPU.
 """
@@ -6,20 +7,32 @@ Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from bench_flash import KERNELS, run_of
+from bench_tpu import eight_bits
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from fluxjax import Flux, FluxConfig, unroll
+from fluxjax.generate import Text, denoise
 from fluxjax.kernels import flash_mosaic, flash_triton
 from fluxjax.kernels.flash_gpu import flash
+from fluxjax.nets.quantized import EIGHT_BITS
+
+# The modules, of which the package has a function of the same name.
+attention, layers = (sys.modules[f"fluxjax.{name}"] for name in ("kernels.attention", "nets.layers"))
 
 # Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
 # and of shared memory that a block may take.
@@ -122,16 +135,70 @@ def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: st
     return row | {"shared memory by shapes": computed, "kernels": kernels}
 
 
+def transformer_row(kind: str, device: Any, weights: str, unrolled: bool, batch: int) -> dict[str, Any]:
+    """Compile 28 steps of dev at 1024x1024, attention by cuDNN.
+
+    Products are given to cuBLAS, since which of them are faster in Triton is tried out on a device.
+    """
+    config, where = FluxConfig.dev(), SingleDeviceSharding(device)
+
+    def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    flux = jax.tree.map(lambda leaf: struct(*leaf.shape), flux)
+    flux = eight_bits(flux, EIGHT_BITS[weights]) if weights in EIGHT_BITS else flux
+    flux = eqx.filter_eval_shape(unroll, flux) if unrolled else flux
+    flux = jax.tree.map(lambda leaf: struct(*leaf.shape, dtype=leaf.dtype), flux)
+    text = Text(struct(batch, 512, config.context), struct(batch, config.pooled))
+    inputs = struct(batch, 16, 128, 128, dtype=jnp.float32), struct(29, dtype=jnp.float32), struct(dtype=jnp.float32)
+    gpu = SimpleNamespace(platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}")
+    with (
+        mock.patch.object(attention, "default_device", return_value=gpu),
+        mock.patch.object(layers, "default_device", return_value=gpu),
+    ):
+        lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(flux, text, *inputs)
+    start = time.perf_counter()
+    program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    memory, text = program.memory_analysis(), program.as_text()
+    return {
+        "bench": "gpu-aot",
+        "chip": kind,
+        "what": "dev, 28 steps",
+        "weights": weights,
+        "blocks": "apart" if unrolled else "stacked",
+        "batch": batch,
+        "compile s": round(time.perf_counter() - start, 1),
+        "arguments GB": round(memory.argument_size_in_bytes / 1e9, 2),
+        "temporaries GB": round(memory.temp_size_in_bytes / 1e9, 2),
+        "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
+        "with a bias": text.count('"epilogue":"BIAS"'),
+    }
+
+
 def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
     """Compile for each kind of GPU, and show each row as it comes."""
     found = []
     for kind in options.chips:
         (device,) = gpu_topology(kind).devices
-        for tokens, batch in [*((tokens, None) for tokens in options.tokens), (1536, 2)]:
+        for tokens, batch in [*((tokens, None) for tokens in options.tokens), *([(1536, 2)] if options.tokens else [])]:
             for wanted in KERNELS:
                 found.append(flash_row(kind, device, tokens, batch, wanted))
                 print(found[-1], flush=True)
+        for weights, unrolled, batch in _TRANSFORMERS if GPUS[kind]["major"] == 9 else ():
+            found.append(transformer_row(kind, device, weights, unrolled, batch))
+            print(found[-1], flush=True)
     return found
+
+
+_TRANSFORMERS = [
+    ("bfloat16", False, 1),
+    ("bfloat16", False, 4),
+    ("bfloat16", True, 1),
+    ("int8", False, 1),
+    ("fp8", False, 1),
+    ("fp8", True, 1),
+]
 
 
 def add_commands(commands: Any) -> None:
@@ -139,5 +206,5 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
     parser.set_defaults(run=bench_gpu_aot)
     parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
