@@ -28,7 +28,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.lora.write import extract_lora, write_lora
     from fluxjax.memory import fetch, offload, residency, stream_blocks
     from fluxjax.nets.clip import Clip, ClipConfig
-    from fluxjax.nets.flux import Flux, FluxConfig, Weaken
+    from fluxjax.nets.flux import Flux, FluxConfig, Prepared, Weaken
     from fluxjax.nets.t5 import T5, T5Config
     from fluxjax.nets.vae import Vae, VaeConfig
     from fluxjax.ode import sample_ode
@@ -110,6 +110,7 @@ __all__ = [
     "Midpoint",
     "Models",
     "Nag",
+    "Prepared",
     "Preview",
     "Projected",
     "Remembering",

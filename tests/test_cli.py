@@ -69,6 +69,7 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
         (["--cache", "half"], "'half' is no cache. Write a threshold"),
         (["--stream-blocks", "--quantize", "fp8"], "Leave out --quantize"),
+        (["--stream-blocks", "--unroll"], "Leave out --unroll"),
         (["--flash-block-sizes", "256"], "is for flash_tpu, flash_gpu and xla_chunked, got implementation=None"),
         (["--steps", "1", "--attention", "flash_tpu"], "needs a TPU, and bfloat16 or float32, got cpu"),
     ],
@@ -89,7 +90,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
 def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
     images = []
     chunked = ["--attention", "xla_chunked", "--flash-block-sizes", "trillium"]  # cut to the tokens
-    for flags in ([], ["--keep-encoders", *chunked], ["--prompt-2", ""], ["--quantize", "int8"]):
+    for flags in ([], ["--keep-encoders", "--unroll", *chunked], ["--prompt-2", ""], ["--quantize", "int8"]):
         out = run("generate", PROMPT, "--steps", 1, "--prompt-2", "a ring", "--dtype", "float32", *flags, tmp_path=tmp_path)
         assert out.returncode == 0, out.stderr
     for path in sorted(tmp_path.glob("*.png")):
