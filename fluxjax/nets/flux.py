@@ -322,7 +322,8 @@ class Flux(eqx.Module):
         """
         _check_widths(self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
         times = jnp.asarray(t, jnp.float32)[None]
-        prepared = self.prepare(times, txt=txt, vec=vec, img_ids=img_ids, txt_ids=txt_ids, guidance=guidance, dtype=dtype)
+        given: dict[str, Any] = {"txt": txt, "vec": vec, "img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
+        prepared = self.prepare(times, **given, dtype=dtype, remat=remat)
         return self.velocity(x, t, prepared, attention=attention, weaken=weaken, remat=remat)
 
     def prepare(
@@ -335,6 +336,7 @@ class Flux(eqx.Module):
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
         dtype: DTypeLike | None = None,
+        remat: bool = False,
     ) -> Prepared:
         """Return what `velocity` takes at any of `times`, computed once: dev's modulation is 3.2 of its 11.9 B weights, and
         2 MB a time in bfloat16. Arguments and errors as for the call."""
@@ -349,8 +351,8 @@ class Flux(eqx.Module):
         double = parts_of(self.double, lambda block: (block.img.modulation, block.txt.modulation))
         single = parts_of(self.single, lambda block: block.modulation)
         modulation = Modulation(
-            map_blocks(double, lambda layers: Steer(*(layer(steer) for layer in layers))),
-            map_blocks(single, lambda layer: layer(steer)),
+            map_blocks(double, lambda layers: Steer(*(layer(steer) for layer in layers)), remat=remat),
+            map_blocks(single, lambda layer: layer(steer), remat=remat),
             self.final.modulation(steer),
         )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)

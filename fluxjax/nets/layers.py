@@ -241,9 +241,9 @@ def scan_blocks(
     return _scan(blocks, carry, lambda *inputs: (call(*inputs), None), rows, start, remat)[0]
 
 
-def map_blocks(blocks: Block, call: Callable[[Block], Result]) -> Result:
-    """Return call(block) of each of stacked blocks, stacked."""
-    return _scan(blocks, None, lambda block, _: (None, call(block)), (), 0, False)[1]
+def map_blocks(blocks: Block, call: Callable[[Block], Result], *, remat: bool = False) -> Result:
+    """Return call(block) of each of stacked blocks, stacked. `remat`: as for `scan_blocks`."""
+    return _scan(blocks, None, lambda block, _: (None, call(block)), (), 0, remat)[1]
 
 
 def _scan(blocks: Any, carry: Carry, call: Callable[..., tuple], rows: tuple, start: int, remat: bool) -> tuple[Carry, Any]:
