@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from bench_weights import sparse_file
+from bench_load import sparse_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import export, write
