@@ -54,8 +54,13 @@ class Step(eqx.Module):
 
     def asked(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
         """Return the times at which the velocity is asked from t to u, so that what depends on them alone is computed once for
-        all steps. By default t, of a step with one evaluation, and None, not known, of another."""
-        return (t,) if self.evaluations == 1 else None
+        all steps; None, by default, if that is not known."""
+        return None
+
+
+def at_start(step: Step, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    """`Step.asked` of a step that asks at t alone."""
+    return (t,)
 
 
 class StochasticStep(Step):

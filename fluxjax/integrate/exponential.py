@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 
-from fluxjax.integrate.base import Step, Velocity, scalar_like
+from fluxjax.integrate.base import Step, Velocity, at_start, scalar_like
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 X = Float[Array, "*shape"]
@@ -72,6 +72,8 @@ class _OneStep(Step):
 
 class _Multistep(Step):
     clock: Clock = eqx.field(static=True, default="log_snr")
+
+    asked = at_start
 
     def init(self, x: X) -> Any:
         return no_past(x)
@@ -147,6 +149,8 @@ class DEIS2(Step):
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 1
+
+    asked = at_start
 
     def init(self, x: X) -> tuple[X, Scalar]:
         return x * 0, scalar_like(x, float("inf"))

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from fluxjax.integrate.base import Step, Velocity, scalar_like
+from fluxjax.integrate.base import Step, Velocity, at_start, scalar_like
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 X = Float[Array, "*shape"]
@@ -20,6 +20,8 @@ class Euler(_Single):
 
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
+
+    asked = at_start
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
         return x + (u - t) * velocity(x, t), None, None
@@ -80,6 +82,8 @@ class AB2(Step):
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 1
+
+    asked = at_start
 
     def init(self, x: X) -> tuple[X, Scalar]:
         # A step of infinite length before the first: nothing is extrapolated.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from fluxjax.integrate.base import Step, StochasticStep, Velocity
+from fluxjax.integrate.base import Step, StochasticStep, Velocity, at_start
 from fluxjax.integrate.exponential import Past, no_past, read_clock, slope
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
@@ -25,6 +25,8 @@ class ReverseSDE(StochasticStep):
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
     squared: Callable[[Scalar], Scalar] | None = None
+
+    asked = at_start
 
     def init(self, x: X) -> None:
         return None
@@ -45,6 +47,8 @@ class DDIM(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
+
+    asked = at_start
 
     def init(self, x: X) -> None:
         return None
@@ -73,6 +77,8 @@ class Renoise(StochasticStep):
     order: ClassVar[int] = 0
     evaluations: ClassVar[int] = 1
 
+    asked = at_start
+
     def init(self, x: X) -> None:
         return None
 
@@ -89,6 +95,8 @@ class DPMpp2MSDE(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
+
+    asked = at_start
 
     def init(self, x: X) -> Past:
         return no_past(x)
@@ -115,6 +123,8 @@ class ERSDE2(StochasticStep):
 
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
+
+    asked = at_start
 
     def init(self, x: X) -> Past:
         return no_past(x)
