@@ -4,6 +4,7 @@ and the VAE's decoder. Random weights; what fails is a row too, and the next goe
 import argparse
 import gc
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,18 +31,23 @@ _ENOUGH = 20
 """Seconds of measuring after which no repeat is begun."""
 
 
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    """Return the least seconds of several calls, the first of all left out."""
-    begun = time.perf_counter()
+def timed(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Return the seconds of several calls, the first of all left out."""
+    begun, spent = time.perf_counter(), []
     call()
-    best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - start)
+        spent.append(time.perf_counter() - start)
         if time.perf_counter() - begun > _ENOUGH:
             break
-    return best
+    return spent
+
+
+def told(spent: list[float]) -> dict[str, float]:
+    """Return the median, and the spread as a share of it."""
+    median = statistics.median(spent)
+    return {"seconds": median, "spread": round((max(spent) - min(spent)) / median, 3)}
 
 
 def matmul_ceiling(side: int, repeats: int) -> float:
@@ -49,7 +55,7 @@ def matmul_ceiling(side: int, repeats: int) -> float:
     length = 16
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
-    return length * 2 * side**3 / timed(lambda: jax.block_until_ready(chain(a, b)), repeats)
+    return length * 2 * side**3 / min(timed(lambda: jax.block_until_ready(chain(a, b)), repeats))
 
 
 def config_of(name: str, options: argparse.Namespace) -> tuple[FluxConfig, int, int]:
@@ -70,12 +76,12 @@ def ours(
     arguments = (flux, text, noise, flow_times(steps, tokens=(side // 16) ** 2), guidance)
     start = time.perf_counter()
     compiled = denoise.lower(*arguments, attention=attention).compile()
-    row = {"compile s": round(time.perf_counter() - start, 2)}
+    row: dict[str, Any] = {"compile s": round(time.perf_counter() - start, 2)}
 
     def run() -> None:
         jax.block_until_ready(compiled(*arguments, attention=attention))
 
-    row["seconds"] = timed(run, options.repeats)
+    row |= told(timed(run, options.repeats))
     if options.profile:
         with jax.profiler.trace(str(options.profile)):
             run()
@@ -186,7 +192,7 @@ def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str,
                         torch.cuda.synchronize()
 
                 try:
-                    row["seconds"] = timed(run, options.repeats)
+                    row |= told(timed(run, options.repeats))
                     row["TFLOP/s"] = batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -201,8 +207,8 @@ def vae_row(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
     latents = jax.random.normal(jax.random.key(1), (1, 16, options.size // 8, options.size // 8))
     compiled = decode.lower(vae, latents, dtype=jnp.bfloat16).compile()
-    seconds = timed(lambda: jax.block_until_ready(compiled(vae, latents, dtype=jnp.bfloat16)), options.repeats)
-    yield {"what": "fluxjax", "variant": "VAE decode", "weights": "bfloat16", "batch": 1, "seconds": seconds}
+    spent = timed(lambda: jax.block_until_ready(compiled(vae, latents, dtype=jnp.bfloat16)), options.repeats)
+    yield {"what": "fluxjax", "variant": "VAE decode", "weights": "bfloat16", "batch": 1, **told(spent)}
 
 
 def bench_gpu(options: argparse.Namespace) -> list[dict]:
@@ -276,7 +282,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")
     gpu.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="fewer blocks, for a small machine")
-    gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (default: %(default)s)")
+    gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: %(default)s)")
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of a run of each row")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
