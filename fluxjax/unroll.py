@@ -22,7 +22,8 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
     network can't be used after. Without it there are two copies of the blocks.
     **Raises:** `ValueError` for a network without stacked blocks.
     """
-    names = [name for name, child in vars(network).items() if is_stacked(name) and not isinstance(child, Apart)]
+    stacks = {name: child for name, child in vars(network).items() if is_stacked(name) and not isinstance(child, Apart)}
+    names = [name for name, blocks in stacks.items() if depth_of(blocks)]
     if not names:
         raise ValueError(f"`unroll(network)` takes stacked blocks apart, and this {type(network).__name__} has none.")
     for name in names:

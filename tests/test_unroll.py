@@ -1,5 +1,7 @@
 """Blocks taken apart compute what stacked ones do, and programs hold no second copy of stacks."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,20 @@ def test_what_else_takes_a_network_takes_blocks_apart(flux, tiny):
     for mesh in (mesh_of(fsdp=2), mesh_of(tensor=2)):
         for there in (shard(unroll(adapted), mesh), unroll(shard(adapted, mesh))):
             np.testing.assert_allclose(denoise(there, *inputs, mesh=mesh), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_of_a_kind_there_may_be_no_block_left_to_run(depth):
+    network = Flux(replace(CONFIG, double_depth=depth), key=jax.random.key(0))
+    x, inputs = draw(IMAGE, 8), (INPUTS["txt"], INPUTS["vec"])
+
+    def run(flux):
+        if not depth:
+            return flux(x, 0.5, **INPUTS)
+        cached = Cached(flux, FirstBlock(jnp.float32(0.1)), IDS, 2.0)  # runs the only double block by itself
+        return eqx.filter_jit(sample)(Guided(cached, inputs), x, fluxjax.flow_times(3)).x
+
+    np.testing.assert_allclose(run(unroll(network)), run(network), atol=1e-5)
 
 
 def test_what_comes_before_is_told(flux, tiny):
