@@ -27,7 +27,6 @@ from jax.sharding import SingleDeviceSharding
 
 from fluxjax import Flux, FluxConfig, unroll
 from fluxjax.generate import Text, denoise
-from fluxjax.kernels import flash_mosaic, flash_triton
 from fluxjax.kernels.flash_gpu import flash
 from fluxjax.nets.quantized import EIGHT_BITS
 
@@ -105,6 +104,8 @@ def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
 
 def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: str) -> dict[str, Any]:
     """Compile a pass of flash_gpu for 24 heads of 128."""
+    from fluxjax.kernels import flash_mosaic, flash_triton  # the first needs absl, which the other benches do not
+
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
     # A batch has a key length an example, so that the masked form is compiled too.

@@ -62,8 +62,8 @@ def written(x: Float[Array, "*batch features"]) -> jnp.dtype:
     """Return the dtype that a product of these rows writes: float32, or on GPUs, of many rows of bfloat16, theirs.
 
     A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 that
-    is 396 MB for 198 of a single block's first one in dev at 1024x1024. A convolution would take its operands so, too. A bias is
-    added before the rounding where XLA puts both into one call, as cuBLAS's and cuDNN's.
+    is 396 MB for 198 of a single block's first one in dev at 1024x1024. A convolution would take its operands so, too. A bias
+    is added before the rounding where XLA puts both into one call, as cuBLAS's and cuDNN's.
     """
     many = x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size // x.shape[-1] >= _MANY_ROWS
     return x.dtype if many and default_device().platform == "gpu" else jnp.dtype(jnp.float32)
