@@ -1,10 +1,9 @@
-"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, beside diffusers on torch,
-and the VAE's decoder. Random weights; what fails is a row too, and the next goes on."""
+"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, and the VAE's decoder, in
+turns with diffusers on torch. Random weights; what fails is a row too, and the next goes on."""
 
 import argparse
 import gc
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from bench_model import random_flux
+from bench_parts import random_flux, seconds_of, told
 from scaling import forward_flop
 
 import fluxjax
@@ -25,29 +24,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 FORMATS = ("bfloat16", "int8", "fp8")
+BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
+"""diffusers' attentions that may be there; the fastest is taken."""
 
 
-_ENOUGH = 20
-"""Seconds of measuring after which no repeat is begun."""
+class Contender(NamedTuple):
+    """A row, and what makes its call, adding to the row what making it shows."""
 
-
-def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Return the seconds of several calls, the first of all left out."""
-    begun, spent = time.perf_counter(), []
-    call()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - start)
-        if time.perf_counter() - begun > _ENOUGH:
-            break
-    return spent
-
-
-def told(spent: list[float]) -> dict[str, float]:
-    """Return the median, and the spread as a share of it."""
-    median = statistics.median(spent)
-    return {"seconds": median, "spread": round((max(spent) - min(spent)) / median, 3)}
+    row: dict[str, Any]
+    make: Callable[[dict[str, Any]], Callable[[], object]]
 
 
 def matmul_ceiling(side: int, repeats: int) -> float:
@@ -55,116 +40,144 @@ def matmul_ceiling(side: int, repeats: int) -> float:
     length = 16
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
-    return length * 2 * side**3 / min(timed(lambda: jax.block_until_ready(chain(a, b)), repeats))
-
-
-def config_of(name: str, options: argparse.Namespace) -> tuple[FluxConfig, int, int]:
-    config, txt_tokens, steps = VARIANTS[name]
-    if options.blocks:
-        config = replace(config, double_depth=options.blocks[0], single_depth=options.blocks[1])
-    return config, txt_tokens, options.steps or steps
-
-
-def ours(
-    flux: Any, batch: int, txt_tokens: int, steps: int, attention: str | None, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Compile and run the sampling loop."""
-    config, side = flux.config, options.size
-    text = Text(jnp.zeros((batch, txt_tokens, config.context), jnp.bfloat16), jnp.zeros((batch, config.pooled), jnp.bfloat16))
-    noise = jnp.stack([initial_noise(jax.random.key(i), side, side) for i in range(batch)])
-    guidance = jnp.float32(3.5) if config.guidance_embed else None
-    arguments = (flux, text, noise, flow_times(steps, tokens=(side // 16) ** 2), guidance)
-    start = time.perf_counter()
-    compiled = denoise.lower(*arguments, attention=attention).compile()
-    row: dict[str, Any] = {"compile s": round(time.perf_counter() - start, 2)}
-
-    def run() -> None:
-        jax.block_until_ready(compiled(*arguments, attention=attention))
-
-    row |= told(timed(run, options.repeats))
-    if options.profile:
-        with jax.profiler.trace(str(options.profile)):
-            run()
-    memory = jax.devices()[0].memory_stats() or {}
-    analysis = compiled.compiled.memory_analysis()
-    if analysis is not None:
-        row["temporaries GB"] = round(analysis.temp_size_in_bytes / 1e9, 2)
-    return row | ({"peak GB so far": round(memory["peak_bytes_in_use"] / 1e9, 1)} if "peak_bytes_in_use" in memory else {})
+    jax.block_until_ready(chain(a, b))
+    return length * 2 * side**3 / min(seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats))
 
 
 class Form(NamedTuple):
-    """How fluxjax is run: its weights, whether blocks are apart, the batch and the attention."""
+    """How fluxjax is run: its weights, whether blocks are apart, and the attention."""
 
     weights: str
     unrolled: bool
-    batch: int
     attention: str
 
 
-def forms(options: argparse.Namespace) -> list[Form]:
-    """Return what is run, what matters most first: the first batch and attention, then other attentions, then batches."""
-    (batch, *batches), (attention, *attentions) = options.batches, options.attention
-    first = [Form(weights, False, batch, attention) for weights in options.weights]
-    apart = [form._replace(unrolled=True) for form in first if options.unroll]
-    others = [first[0]._replace(attention=other) for other in attentions]
-    return first + apart + others + [form._replace(batch=more) for more in batches for form in first]
+def forms(options: argparse.Namespace, first: bool) -> list[Form]:
+    """Return what is run, what matters most first; blocks apart and other attentions with the first batch alone."""
+    attention, *others = options.attention
+    stacked = [Form(weights, False, attention) for weights in options.weights]
+    apart = [form._replace(unrolled=True) for form in stacked if options.unroll]
+    return stacked + first * (apart + [stacked[0]._replace(attention=other) for other in others])
 
 
-def made(config: FluxConfig, form: Form) -> fluxjax.Flux:
-    flux = random_flux(config)
-    flux = flux if form.weights == "bfloat16" else quantize(flux, form.weights, donate=True)
-    return unroll(flux, donate=True) if form.unrolled else flux
+class Networks:
+    """A variant's networks, made when they are first asked for and kept: dev's are 24 GB in bfloat16 and 12 in 8 bits."""
+
+    def __init__(self, config: FluxConfig, options: argparse.Namespace):
+        self.config, self.options = config, options
+        self.made: dict[tuple[str, bool], fluxjax.Flux] = {}
+        self.torch: Any = None
+        self.backend = ""
+
+    def ours(self, weights: str, unrolled: bool) -> fluxjax.Flux:
+        if (weights, unrolled) not in self.made:
+            if unrolled:
+                flux = unroll(self.ours(weights, False))
+            elif weights == "bfloat16":
+                flux = random_flux(self.config)
+            elif "bfloat16" in self.options.weights:
+                flux = quantize(self.ours("bfloat16", False), weights)
+            else:
+                flux = quantize(random_flux(self.config), weights, donate=True)
+            self.made[weights, unrolled] = flux
+        return self.made[weights, unrolled]
+
+    def theirs(self, inputs: dict[str, Any]) -> Any:
+        """diffusers' transformer with its fastest attention and compiled blocks, which `set_stance` turns off."""
+        import diffusers
+        import torch
+
+        if self.torch is None:
+            torch.set_default_dtype(torch.bfloat16)  # never a float32 copy
+            try:
+                with torch.device(_torch_device()):
+                    made = diffusers.FluxTransformer2DModel(
+                        num_layers=self.config.double_depth,
+                        num_single_layers=self.config.single_depth,
+                        guidance_embeds=self.config.guidance_embed,
+                    )
+            finally:
+                torch.set_default_dtype(torch.float32)
+            self.torch = made.to(torch.bfloat16).eval()
+            self.torch.fuse_qkv_projections()
+            self.backend = fastest(self.torch, inputs)
+            self.torch.set_attention_backend(self.backend)
+            self.torch.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True)
+        return self.torch
 
 
-def rows_of_ours(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    config, txt_tokens, steps = config_of(name, options)
-    tokens = (options.size // 16) ** 2
-    flux, kind = None, None
-    for form in forms(options):
-        heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
-        best = form.attention == "best"
-        row = {
-            "what": "fluxjax",
-            "variant": name,
-            "weights": form.weights,
-            "batch": form.batch,
-            "steps": steps,
-            "attention": select_attention(heads, heads) if best else form.attention,
-            "blocks": "apart" if form.unrolled else "stacked",
-        }
-        if time.perf_counter() > options.until:
-            yield row | _LEFT_OUT
-            continue
-        try:
-            if kind != form[:2]:
-                flux = None  # before there is another
-                gc.collect()
-                flux, kind = made(config, form), form[:2]
-            row |= ours(flux, form.batch, txt_tokens, steps, None if best else form.attention, options)
-            row["TFLOP/s"] = form.batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        yield row
-    del flux
-    gc.collect()
-
-
-_LEFT_OUT = {"left out": "its share of --minutes is spent"}
-
-
-def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """diffusers' transformer, as its pipeline calls it a step, compiled or not."""
-    import diffusers
+def _torch_device() -> str:
     import torch
 
-    config, txt_tokens, steps = config_of(name, options)
-    device, tokens = "cuda" if torch.cuda.is_available() else "cpu", (options.size // 16) ** 2
-    with torch.device(device):
-        network = diffusers.FluxTransformer2DModel(
-            num_layers=config.double_depth, num_single_layers=config.single_depth, guidance_embeds=config.guidance_embed
-        )
-        network = network.to(torch.bfloat16).eval()
-        for batch in options.batches:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _finish() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fastest(network: Any, inputs: dict[str, Any]) -> str:
+    """Return the name of the attention with which diffusers' transformer takes the least time, of those that work here."""
+    import torch
+
+    def call() -> None:
+        with torch.no_grad():
+            network(**inputs)
+        _finish()
+
+    seconds = {}
+    for backend in BACKENDS if torch.cuda.is_available() else BACKENDS[:1]:
+        try:
+            network.set_attention_backend(backend)
+            call()
+            seconds[backend] = min(seconds_of(call) for _ in range(2))
+        except Exception as error:
+            print(f"diffusers' attention {backend}: {_line(error)}", flush=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: int, steps: int) -> Contender:
+    """The sampling loop, one compiled program."""
+    config, options = networks.config, networks.options
+    tokens = (options.size // 16) ** 2
+    heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
+    attention = None if form.attention == "best" else form.attention
+
+    def make(row: dict[str, Any]) -> Callable[[], object]:
+        txt, vec = (jnp.zeros((batch, *shape), jnp.bfloat16) for shape in [(txt_tokens, config.context), (config.pooled,)])
+        noise = jnp.stack([initial_noise(jax.random.key(i), options.size, options.size) for i in range(batch)])
+        guidance = jnp.float32(3.5) if config.guidance_embed else None
+        flux = networks.ours(form.weights, form.unrolled)
+        arguments = (flux, Text(txt, vec), noise, flow_times(steps, tokens=tokens), guidance)
+        return _compiled(row, denoise, *arguments, attention=attention)
+
+    row = {"what": "fluxjax", "weights": form.weights, "attention": attention or select_attention(heads, heads)}
+    return Contender(row | {"blocks": "apart" if form.unrolled else "stacked"}, make)
+
+
+def _compiled(row: dict[str, Any], function: Any, *arguments: Any, **options: Any) -> Callable[[], object]:
+    start = time.perf_counter()
+    compiled = function.lower(*arguments, **options).compile()
+    row["compile s"] = round(time.perf_counter() - start, 2)
+    memory = compiled.compiled.memory_analysis()
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        row["memory GB"] = round((held + memory.temp_size_in_bytes) / 1e9, 2)
+        row["temporaries GB"] = round(memory.temp_size_in_bytes / 1e9, 2)
+    return lambda: jax.block_until_ready(compiled(*arguments, **options))
+
+
+def diffusers_contender(networks: Networks, compiled: bool, batch: int, txt_tokens: int, steps: int) -> Contender:
+    """diffusers' transformer, as its pipeline calls it a step."""
+    config, tokens = networks.config, (networks.options.size // 16) ** 2
+
+    def make(row: dict[str, Any]) -> Callable[[], object]:
+        import torch
+
+        with torch.device(_torch_device()):
             inputs = {
                 "hidden_states": torch.randn(batch, tokens, 64, dtype=torch.bfloat16),
                 "encoder_hidden_states": torch.zeros(batch, txt_tokens, 4096, dtype=torch.bfloat16),
@@ -175,97 +188,171 @@ def rows_of_theirs(name: str, options: argparse.Namespace) -> Iterator[dict[str,
                 "txt_ids": torch.zeros(txt_tokens, 3, dtype=torch.bfloat16),
                 "return_dict": False,
             }
-            for compiled in (False, True):
-                call = torch.compile(network, mode="max-autotune-no-cudagraphs") if compiled else network
-                row = {"what": "diffusers", "variant": name, "weights": "bfloat16", "batch": batch, "steps": steps}
-                row |= {"compiled": compiled}
+        network = networks.theirs(inputs)
+        row["attention"] = networks.backend
+        return _of_torch(row, lambda: network(**inputs), compiled, steps)
 
-                if time.perf_counter() > options.until:
-                    yield row | _LEFT_OUT
-                    continue
-
-                def run(call: Any = call, inputs: dict = inputs) -> None:
-                    with torch.no_grad():
-                        for _ in range(steps):
-                            call(**inputs)
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-
-                try:
-                    row |= told(timed(run, options.repeats))
-                    row["TFLOP/s"] = batch * steps * forward_flop(config, tokens, txt_tokens) / row["seconds"] / 1e12
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                yield row
-    del network
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    return Contender({"what": "diffusers", "weights": "bfloat16", "compiled": compiled}, make)
 
 
-def vae_row(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
-    latents = jax.random.normal(jax.random.key(1), (1, 16, options.size // 8, options.size // 8))
-    compiled = decode.lower(vae, latents, dtype=jnp.bfloat16).compile()
-    spent = timed(lambda: jax.block_until_ready(compiled(vae, latents, dtype=jnp.bfloat16)), options.repeats)
-    yield {"what": "fluxjax", "variant": "VAE decode", "weights": "bfloat16", "batch": 1, **told(spent)}
+def _of_torch(row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1) -> Callable[[], object]:
+    import torch
+
+    def run(steps: int = steps) -> None:
+        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+            for _ in range(steps):
+                call()
+        _finish()
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run(1)
+    row |= {"compile s": round(time.perf_counter() - start, 2)} if compiled else {}
+    if torch.cuda.is_available():
+        row["memory GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return run
+
+
+def transformer_group(networks: Networks, name: str, batch: int, options: argparse.Namespace) -> list[Contender]:
+    """Return the contenders of a variant and batch, in the order in which they are made while there is time."""
+    _, txt_tokens, steps = VARIANTS[name]
+    size = batch, txt_tokens, options.steps or steps
+    ours = [fluxjax_contender(networks, form, *size) for form in forms(options, batch == options.batches[0])]
+    theirs = [diffusers_contender(networks, compiled, *size) for compiled in (True, False) if options.beside]
+    found = ours[:1] + theirs[:1] + ours[1 : len(options.weights)] + theirs[1:] + ours[len(options.weights) :]
+    tokens = (options.size // 16) ** 2
+    work = {"steps": size[2], "TFLOP": batch * size[2] * forward_flop(networks.config, tokens, txt_tokens) / 1e12}
+    return [contender._replace(row={"variant": name, "batch": batch, **contender.row, **work}) for contender in found]
+
+
+def vae_group(options: argparse.Namespace) -> list[Contender]:
+    """Return the contenders of decoding an image."""
+    side = options.size // 8
+
+    def make_ours(row: dict[str, Any]) -> Callable[[], object]:
+        vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
+        return _compiled(row, decode, vae, jax.random.normal(jax.random.key(1), (1, 16, side, side)), dtype=jnp.bfloat16)
+
+    def make_theirs(compiled: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
+        def make(row: dict[str, Any]) -> Callable[[], object]:
+            import diffusers
+            import torch
+
+            with torch.device(_torch_device()):
+                vae = diffusers.AutoencoderKL(
+                    block_out_channels=(128, 256, 512, 512),
+                    layers_per_block=2,
+                    down_block_types=("DownEncoderBlock2D",) * 4,
+                    up_block_types=("UpDecoderBlock2D",) * 4,
+                    latent_channels=16,
+                    use_quant_conv=False,
+                    use_post_quant_conv=False,
+                )
+                latents = torch.randn(1, 16, side, side, dtype=torch.bfloat16)
+            vae = vae.to(torch.bfloat16, memory_format=torch.channels_last).eval()
+            decoder = torch.compile(vae.decoder) if compiled else vae.decoder
+            return _of_torch(row, lambda: decoder(latents), compiled)
+
+        return make
+
+    common = {"variant": "VAE decode", "batch": 1}
+    theirs = [
+        Contender({**common, "what": "diffusers", "weights": "bfloat16", "compiled": compiled}, make_theirs(compiled))
+        for compiled in (True, False)
+        if options.beside
+    ]
+    return [Contender({**common, "what": "fluxjax", "weights": "bfloat16"}, make_ours), *theirs]
+
+
+def measured(contenders: list[Contender], seconds: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make the calls of all, in at most about 0.6 of the time, and then time them in turns, at least once."""
+    begun, calls = time.perf_counter(), dict[int, Callable[[], object]]()
+    for number, (row, make) in enumerate(contenders):
+        if number and time.perf_counter() - begun > 0.6 * seconds:
+            row["left out"] = "its share of --minutes is spent"
+            continue
+        print(f"making {row}", flush=True)
+        try:
+            calls[number] = make(row)
+            calls[number]()
+        except Exception as error:
+            calls.pop(number, None)
+            row["error"] = _line(error)
+    spent: dict[int, list[float]] = {number: [] for number in calls}
+    for turn in range(options.repeats):
+        if turn and time.perf_counter() - begun > seconds:
+            break
+        for number, call in list(calls.items()):
+            try:
+                spent[number].append(seconds_of(call))
+            except Exception as error:
+                del calls[number]
+                contenders[number].row["error"] = _line(error)
+    for number, call in calls.items():
+        row = contenders[number].row
+        row |= told(spent[number])
+        if options.profile and row["what"] == "fluxjax":
+            with jax.profiler.trace(str(options.profile)):
+                call()
+    return [row for row, _ in contenders]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, Any]]:
+    """Add the share of the ceiling, and to fluxjax's rows how many times faster they are than diffusers' fastest."""
+    theirs = min((row["seconds"] for row in rows if row["what"] == "diffusers" and "seconds" in row), default=None)
+    for row in rows:
+        work = row.pop("TFLOP", None)
+        if "seconds" in row and work is not None:
+            row["TFLOP/s"] = work / row["seconds"]
+            row["share of matmul"] = round(row["TFLOP/s"] * 1e12 / ceiling, 3)
+        if "seconds" in row and row["what"] == "fluxjax" and theirs is not None:
+            row["ratio"] = round(theirs / row["seconds"], 3)
+        yield row
 
 
 def bench_gpu(options: argparse.Namespace) -> list[dict]:
-    """Run every row, fluxjax's and diffusers' of a variant after each other, and show each as it comes."""
+    """Measure group after group, a variant and a batch each, and show its rows."""
+    end = time.perf_counter() + 60 * options.minutes
     ceiling = matmul_ceiling(options.matmul, options.repeats)
+    common = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **_versions()}
     rows: list[dict[str, Any]] = []
 
-    def add(found: Iterator[dict[str, Any]]) -> None:
-        while True:
-            try:
-                row = next(found)
-            except StopIteration:
-                return
-            except Exception as error:  # as of a package that is not there
-                row = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            if "TFLOP/s" in row:
-                row["share of matmul"] = round(row["TFLOP/s"] * 1e12 / ceiling, 3)
-            row = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **row}
-            print(row, flush=True)
-            rows.append(row)
+    def add(contenders: list[Contender], share: float) -> None:
+        found = measured(contenders, share * max(0.0, end - time.perf_counter()), options)
+        for row in compared(found, ceiling):
+            rows.append({**common, **row})
+            print(rows[-1], flush=True)
 
-    start, parts = time.perf_counter(), [(vae_row(options), 0.1)]
-    for name in options.variants:
-        # A step of any variant takes as long; dev has more.
-        share = 0.9 * VARIANTS[name][2] ** 0.5 / sum(VARIANTS[other][2] ** 0.5 for other in options.variants)
-        parts.append((rows_of_ours(name, options), share * (0.55 if options.beside else 1)))
-        if options.beside:
-            parts.append((rows_of_theirs(name, options), 0.45 * share))
-    spent = 0.0
-    for part, share in parts:
-        spent += share
-        options.until = start + 60 * options.minutes * spent
-        add(part)
+    for number, name in enumerate(options.variants):
+        config = VARIANTS[name][0]
+        if options.blocks:
+            config = replace(config, double_depth=options.blocks[0], single_depth=options.blocks[1])
+        networks = Networks(config, options)
+        for turn, batch in enumerate(options.batches):
+            left = (len(options.variants) - number) * len(options.batches) - turn
+            # The first batch has more to compile; a tenth is left for the VAE.
+            add(transformer_group(networks, name, batch, options), 0.9 * (1.4 if left > 1 and not turn else 1) / left)
+        del networks
         jax.clear_caches()
-    return rows + ratios(rows)
+        gc.collect()
+    add(vae_group(options), 1.0)
+    return rows
 
 
-def ratios(rows: list[dict]) -> list[dict]:
-    """Return how many times faster fluxjax's best is than diffusers', by variant and batch, of bfloat16."""
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
 
-    def best(what: str, variant: str, batch: int) -> float | None:
-        found = [
-            row["seconds"]
-            for row in rows
-            if (row.get("what"), row.get("variant"), row.get("batch")) == (what, variant, batch)
-            and row.get("weights") == "bfloat16"
-            and "seconds" in row
-        ]
-        return min(found, default=None)
-
-    found = []
-    for variant, batch in dict.fromkeys((row.get("variant"), row.get("batch")) for row in rows):
-        ours, theirs = best("fluxjax", variant, batch), best("diffusers", variant, batch)
-        if ours is not None and theirs is not None:
-            found.append(
-                {"bench": "gpu", "what": "ratio", "variant": variant, "batch": batch, "ratio": round(theirs / ours, 3)}
-            )
+    found = {}
+    for name in ("torch", "diffusers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from bench_model import random_flux
+from bench_parts import random_flux
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Lora

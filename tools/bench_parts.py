@@ -1,0 +1,34 @@
+"""What the measurements share: a transformer of random weights, a call's time, and the median of several."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax import Flux, FluxConfig
+
+
+def random_flux(config: FluxConfig) -> Flux:
+    """Draw bfloat16 weights on the device, leaf by leaf, so that no float32 copy of the model ever exists."""
+    abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    leaves, structure = jax.tree.flatten(abstract)
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.tree.unflatten(structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Return how long a call takes, which has to wait for its result."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def told(spent: list[float]) -> dict[str, float]:
+    """Return the median of several calls, their spread as a share of it, and how many they are."""
+    median = statistics.median(spent)
+    return {"seconds": median, "spread": round((max(spent) - min(spent)) / median, 3), "turns": len(spent)}
