@@ -1,4 +1,5 @@
-"""Compile flash_tpu for TPUs ahead of time, without one: whether its blocks fit, and the VMEM of each kernel.
+"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without one: whether their blocks
+fit, and the VMEM of each kernel.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from fluxjax.kernels import heads_tpu
 from fluxjax.kernels.blocks import PRESETS
 from fluxjax.kernels.flash_tpu import blocks, flash, vmem_bytes
 
@@ -28,7 +30,7 @@ TOPOLOGIES = {
 }
 KERNELS = {"forward": ["forward"], "gradient": ["forward", "dq", "dkv"]}
 # The VMEM that the compiler gave a kernel.
-_NAME = re.compile(r"flash_(forward|dq|dkv)\S* = .*custom-call\(")
+_NAME = re.compile(r"(?:flash_)?(forward|dq|dkv|heads)\S* = .*custom-call\(")
 _USED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
 
@@ -75,6 +77,35 @@ def compiled_row(chip: str, device: Any, tokens: int, preset: str | None, kind: 
     }
 
 
+def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> dict[str, Any]:
+    """Compile the kernel of one part, as single blocks have it, or of two, as double ones."""
+    columns, width, rows = (21504 if len(counts) == 1 else 9216), 3072, (batch,) if batch else ()
+
+    def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def run(projected: list[jax.Array], scale: jax.Array, factor: jax.Array) -> list[jax.Array]:
+        parts = [(x, scale, scale) for x in projected]
+        return heads_tpu.heads(parts, (factor, factor), width=width, eps=1e-6, chip=chip)
+
+    projected = [struct(*rows, count, columns) for count in counts]
+    start, size = time.perf_counter(), heads_tpu.block(counts, width, jnp.bfloat16, chip)
+    mapped = jax.vmap(run, in_axes=(0, None, None)) if batch else run
+    given = projected, struct(128), struct(sum(counts), 128, dtype=jnp.float32)
+    used = used_vmem(jax.jit(mapped).lower(*given).compile().as_text())
+    return {
+        "bench": "flash-aot",
+        "chip": chip,
+        "tokens": counts,
+        "batch": batch,
+        "pass": "heads",
+        "sizes": {"heads": size},
+        "VMEM MiB by shapes": {"heads": round(heads_tpu.vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)},
+        "VMEM MiB by compiler": {kernel: round(size / 2**20, 1) for kernel, size in used.items()},
+        "compile s": round(time.perf_counter() - start, 1),
+    }
+
+
 def bench_flash(options: argparse.Namespace) -> list[dict]:
     """Compile both passes for each chip, count of tokens and choice of blocks."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -87,6 +118,10 @@ def bench_flash(options: argparse.Namespace) -> list[dict]:
             for kind in KERNELS:
                 found.append(compiled_row(chip, device, tokens, preset, kind, batch))
                 print(found[-1], flush=True)
+        heads = [[tokens] for tokens in options.tokens] + [[512, 4096], [256, 4096]]
+        for counts, batch in [*((counts, None) for counts in heads), ([512, 1024], 2)]:
+            found.append(heads_row(chip, device, counts, batch))
+            print(found[-1], flush=True)
     return found
 
 

@@ -7,7 +7,6 @@ Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu
 import argparse
 import os
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from bench_flash import KERNELS, run_of
+from bench_parts import pretended
 from bench_tpu import eight_bits
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -29,9 +29,6 @@ from fluxjax import Flux, FluxConfig, unroll
 from fluxjax.generate import Text, denoise
 from fluxjax.kernels.flash_gpu import flash
 from fluxjax.nets.quantized import EIGHT_BITS
-
-# The modules, of which the package has a function of the same name.
-attention, layers = (sys.modules[f"fluxjax.{name}"] for name in ("kernels.attention", "nets.layers"))
 
 # Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
 # and of shared memory that a block may take.
@@ -154,10 +151,7 @@ def transformer_row(kind: str, device: Any, weights: str, unrolled: bool, batch:
     text = Text(struct(batch, 512, config.context), struct(batch, config.pooled))
     inputs = struct(batch, 16, 128, 128, dtype=jnp.float32), struct(29, dtype=jnp.float32), struct(dtype=jnp.float32)
     gpu = SimpleNamespace(platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}")
-    with (
-        mock.patch.object(attention, "default_device", return_value=gpu),
-        mock.patch.object(layers, "default_device", return_value=gpu),
-    ):
+    with pretended(gpu):
         lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(flux, text, *inputs)
     start = time.perf_counter()
     program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})

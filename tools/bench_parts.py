@@ -1,9 +1,13 @@
-"""What the measurements share: a transformer of random weights, a call's time, and the median of several."""
+"""What the measurements share: a transformer of random weights, a call's time, the median of several, and a device that is
+not there."""
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -32,3 +36,13 @@ def told(spent: list[float]) -> dict[str, float]:
     """Return the median of several calls, their spread as a share of it, and how many they are."""
     median = statistics.median(spent)
     return {"seconds": median, "spread": round((max(spent) - min(spent)) / median, 3), "turns": len(spent)}
+
+
+@contextmanager
+def pretended(device: Any) -> Iterator[None]:
+    """Trace for another device than this machine's, of which `platform` and what tells its kind are asked."""
+    with ExitStack() as stack:
+        for name in ("kernels.attention", "nets.layers", "nets.heads"):
+            # By name, since the package has a function `attention` too.
+            stack.enter_context(mock.patch.object(sys.modules[f"fluxjax.{name}"], "default_device", return_value=device))
+        yield

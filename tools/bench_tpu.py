@@ -8,13 +8,13 @@ import argparse
 import os
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from bench_parts import pretended
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from program import read
@@ -22,7 +22,6 @@ from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.generate import Text, denoise
-from fluxjax.kernels.flash_tpu import flash
 from fluxjax.memory import Hosted
 from fluxjax.nets.layers import Dense
 from fluxjax.nets.quantized import EIGHT_BITS, Quantized
@@ -47,10 +46,10 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: with its blocks streamed, with the attention kernel of a chip, with weights of 8 bits."""
+    """How a network is compiled: with its blocks streamed, with the kernels for attention, with weights of 8 bits."""
 
     stream: bool = False
-    flash: str | None = None
+    flash: bool = False
     quantize: str | None = None
 
 
@@ -76,14 +75,11 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) if config.guidance_embed else None
 
     def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
-        attention = None if form.flash is None else partial(_flash, form.flash)
+        attention = "flash_tpu" if form.flash else "xla_chunked"
         return denoise.__wrapped__(flux, text, noise, times, scale, attention=attention, mesh=None if stream else mesh)
 
-    return jax.jit(run).lower(flux, text, noise, times, scale)
-
-
-def _flash(chip: str, q: jax.Array, k: jax.Array, v: jax.Array, txt_tokens: int) -> jax.Array:
-    return flash(q, k, v, scale=q.shape[-1] ** -0.5, chip=chip)
+    with pretended(mesh.devices.flat[0]):
+        return jax.jit(run).lower(flux, text, noise, times, scale)
 
 
 def eight_bits(flux: Flux, dtype: Any) -> Flux:
@@ -138,9 +134,9 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
             for axis in options.axes:
                 stream = axis == STREAM
                 mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
-                form = Form(stream, chip.partition("-")[0] if options.flash else None, options.quantize)
+                form = Form(stream, options.flash, options.quantize)
                 row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
-                row |= {"attention": "flash_tpu" if options.flash else "xla", "quantize": options.quantize}
+                row |= {"attention": "flash_tpu" if options.flash else "xla_chunked", "quantize": options.quantize}
                 try:
                     row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
                     row |= expected(*VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row)
@@ -159,7 +155,7 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
-    tpu.add_argument("--flash", action="store_true", help="the attention kernel, in place of XLA's")
+    tpu.add_argument("--flash", action="store_true", help="the kernels for attention, in place of XLA's")
     tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
@@ -181,6 +177,7 @@ def measured(
         "TFLOP": round(step.flop / 1e12, 3),
         "kernels' TFLOP": round(step.declared / 1e12, 3),
         "TOP of 8 bits": round(step.eight / 1e12, 3),
+        "GB copied": round(step.copied / 1e9, 2),
         "GB sent": round(step.sent / 1e9, 4),
         "collectives": {
             kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"

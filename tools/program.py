@@ -15,6 +15,7 @@ _HEAD = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _LINE = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send")
+_PLACING = ("copy", "transpose", "reshape", "slice", "concatenate")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|conv", re.IGNORECASE)
 
@@ -31,12 +32,14 @@ class Moved(NamedTuple):
 
 class Cost(NamedTuple):
     """Of one device: `flop`, of dots and convolutions of floating-point numbers; `declared`, what kernels say of themselves;
-    `eight`, of dots and convolutions of 8-bit numbers; collectives by kind."""
+    `eight`, of dots and convolutions of 8-bit numbers; collectives by kind; `copied`, bytes written by operations of their own
+    that only place numbers anew, while nothing else runs."""
 
     flop: float = 0.0
     declared: float = 0.0
     eight: float = 0.0
     moved: Mapping[str, Moved] = MappingProxyType({})
+    copied: float = 0.0
 
     @property
     def sent(self) -> float:
@@ -44,7 +47,7 @@ class Cost(NamedTuple):
 
     def times(self, count: float) -> "Cost":
         moved = {kind: Moved(*(count * value for value in one)) for kind, one in self.moved.items()}
-        return Cost(count * self.flop, count * self.declared, count * self.eight, moved)
+        return Cost(count * self.flop, count * self.declared, count * self.eight, moved, count * self.copied)
 
 
 class Instruction(NamedTuple):
@@ -99,12 +102,13 @@ def read(text: str) -> Cost:
 
 def total(costs: Iterable[Cost]) -> Cost:
     """Return the sum of costs."""
-    flop, declared, eight, moved = 0.0, 0.0, 0.0, dict[str, Moved]()
+    flop, declared, eight, copied, moved = 0.0, 0.0, 0.0, 0.0, dict[str, Moved]()
     for cost in costs:
         flop, declared, eight = flop + cost.flop, declared + cost.declared, eight + cost.eight
+        copied += cost.copied
         for kind, one in cost.moved.items():
             moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True)))
-    return Cost(flop, declared, eight, moved)
+    return Cost(flop, declared, eight, moved, copied)
 
 
 def parse(text: str) -> Program:
@@ -167,11 +171,16 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
         return max(branches, key=lambda one: (one.flop + one.declared + one.eight, one.sent))
     if kind == "custom-call":
         return total([Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))])
-    if kind in ("fusion", "call"):
-        return total(map(cost, line.called("to_apply" if kind == "call" else "calls")))
+    if kind == "call":
+        return total(map(cost, line.called("to_apply")))
+    if kind == "fusion":  # what is placed anew in one never lies in memory
+        return total(map(cost, line.called("calls")))._replace(copied=0.0)
+    if line.opcode in _PLACING:
+        return Cost(copied=size(line.type))
     if line.opcode == "async-start":
         inside = total(map(cost, line.called("calls")))
-        return inside._replace(moved={kind: one._replace(asynchronous=one.count) for kind, one in inside.moved.items()})
+        moved = {kind: one._replace(asynchronous=one.count) for kind, one in inside.moved.items()}
+        return inside._replace(moved=moved, copied=0.0)
     return Cost()
 
 

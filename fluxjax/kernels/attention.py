@@ -108,6 +108,16 @@ def as_attention(choice: "str | Attention | None") -> Attention:
     return choice if isinstance(choice, Attention) else Attention(choice)
 
 
+def resolved(choice: Any, q: Any, k: Any) -> str | None:
+    """Return the implementation that a choice comes to for such heads (arrays, or shapes with a dtype): a name, None, an
+    `Attention`, or what has one as its `implementation`; None if it is another function."""
+    if callable(choice) and not isinstance(choice, Attention):
+        if not hasattr(choice, "implementation"):
+            return None
+        choice = choice.implementation
+    return as_attention(choice).implementation or select_attention(q, k)
+
+
 def select_attention(
     q: Any, k: Any, *, bias: bool = False, causal: bool = False, platform: str | None = None
 ) -> Implementation:

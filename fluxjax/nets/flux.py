@@ -11,7 +11,8 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.kernels.attention import Attention
+from fluxjax.kernels.attention import Attention, resolved
+from fluxjax.nets.heads import Heads, Part, heads_of, turn_of
 from fluxjax.nets.layers import (
     Linear,
     RmsNorm,
@@ -21,7 +22,6 @@ from fluxjax.nets.layers import (
     modulate,
     parts_of,
     rope,
-    rotate,
     scan_blocks,
     sinusoid,
     stack,
@@ -29,10 +29,10 @@ from fluxjax.nets.layers import (
 )
 from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
-Heads = Float[Array, "tokens heads head_dim"]
 Joint = Callable[[Heads, Heads, Heads, int], Heads]
 """(q, k, v, txt_tokens) -> mixed values: an attention over the text's tokens, then the image's."""
-Mix = Callable[[Heads, Heads, Heads], Float[Array, "tokens width"]]
+Mix = Callable[..., Float[Array, "tokens width"]]
+"""(width, *parts) -> their attention, heads joined; q, k and v have `width` columns each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ class Stream(eqx.Module):
         self.out = Linear(width, width, key=out)
         self.mlp = Mlp(width, config.mlp_width, width, key=mlp)
 
-    def project(self, x: Float[Array, "tokens width"], shift, scale) -> tuple[Heads, Heads, Heads]:
-        """Return the queries, keys and values of these tokens."""
-        return _normed_heads(self.qkv(modulate(x, shift, scale)), self)
+    def project(self, x: Float[Array, "tokens width"], shift, scale) -> Part:
+        """Return what queries, keys and values of these tokens are made of."""
+        return Part(self.qkv(modulate(x, shift, scale)), self.query_norm, self.key_norm)
 
     def finish(self, x: Float[Array, "tokens width"], mixed, gate1, shift2, scale2, gate2) -> Float[Array, "tokens width"]:
         """Add the attention's output, then the MLP's, each through its gate."""
@@ -139,9 +139,8 @@ class DoubleBlock(eqx.Module):
         img, txt = carry
         shift1, scale1, *img_rest = jnp.split(steer.img, 6)
         txt_shift1, txt_scale1, *txt_rest = jnp.split(steer.txt, 6)
-        txt_qkv = self.txt.project(txt, txt_shift1, txt_scale1)
-        img_qkv = self.img.project(img, shift1, scale1)
-        mixed = mix(*(jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True)))
+        parts = self.txt.project(txt, txt_shift1, txt_scale1), self.img.project(img, shift1, scale1)
+        mixed = mix(parts[0].projected.shape[-1] // 3, *parts)
         txt_mixed, img_mixed = mixed[: len(txt)], mixed[len(txt) :]
         return self.img.finish(img, img_mixed, *img_rest), self.txt.finish(txt, txt_mixed, *txt_rest)
 
@@ -167,9 +166,9 @@ class SingleBlock(eqx.Module):
         shift, scale, gate = jnp.split(steer, 3)
         # Of 3 a + m features out and a + m in, a are attention's: by shape, so that a share of the heads is a block too.
         attended = (self.linear1.weight.shape[-2] - self.linear2.weight.shape[-1]) // 2
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * attended], axis=-1)
-        mixed = mix(*_normed_heads(qkv, self))
-        return x + gate * self.linear2(jnp.concatenate([mixed, gelu(hidden)], axis=-1))
+        projected = self.linear1(modulate(x, shift, scale))
+        mixed = mix(attended, Part(projected, self.query_norm, self.key_norm))
+        return x + gate * self.linear2(jnp.concatenate([mixed, gelu(projected[:, 3 * attended :])], axis=-1))
 
 
 class FinalLayer(eqx.Module):
@@ -428,17 +427,16 @@ class Flux(eqx.Module):
         return total
 
 
-def _normed_heads(qkv: Float[Array, "tokens qkv"], block: Stream | SingleBlock) -> tuple[Heads, Heads, Heads]:
-    dim = block.query_norm.scale.shape[-1]
-    q, k, v = rearrange(qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, dim=dim)
-    return block.query_norm(q), block.key_norm(k), v
-
-
 def _mix(attention: str | Attention | Joint | None, hidden: Hidden) -> Mix:
-    """Return the attention of these tokens: rotated, mixed, heads joined."""
+    """Return the attention of these tokens: normed, rotated, mixed, heads joined."""
+    turn = turn_of(hidden.rotation)
 
-    def mix(q: Heads, k: Heads, v: Heads) -> Float[Array, "tokens width"]:
-        q, k = rotate(q, hidden.rotation), rotate(k, hidden.rotation)
+    def mix(width: int, *parts: Part) -> Float[Array, "tokens width"]:
+        tokens, norm = sum(len(part.projected) for part in parts), parts[0].query_norm
+        shape = jax.ShapeDtypeStruct((tokens, width // len(norm.scale), len(norm.scale)), parts[0].projected.dtype)
+        # In a program that the compiler splits among devices there can be no flash_tpu, and so none of its kind.
+        fused = resolved(attention, shape, shape) == "flash_tpu"
+        q, k, v = heads_of(parts, turn, width, fused=fused)
         mixed = (attention if callable(attention) else Attention(attention))(q, k, v, len(hidden.txt))
         return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
 

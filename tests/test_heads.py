@@ -1,0 +1,159 @@
+"""The kernel that makes queries, keys and values of projections on TPUs, interpreted, against float64."""
+
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fluxjax
+from fluxjax import Flux, FluxConfig, Nag
+from fluxjax.kernels import flash_tpu, heads_tpu
+from fluxjax.kernels.attention import Attention, resolved
+from fluxjax.kernels.context import Ring, Ulysses
+from fluxjax.kernels.guiding import isolated_attention
+from fluxjax.nets.heads import Part, heads_of, turn_of
+from fluxjax.nets.layers import RmsNorm, Rotation
+
+WIDTH = 256
+"""Of two heads."""
+
+
+@contextmanager
+def on_a_tpu():
+    """Choose as on a TPU v4, and interpret its kernels."""
+    tpu = mock.Mock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
+    with ExitStack() as stack:
+        for name in ("kernels.attention", "nets.layers", "nets.heads"):
+            stack.enter_context(mock.patch.object(sys.modules[f"fluxjax.{name}"], "default_device", return_value=tpu))
+        for module, name in ((heads_tpu, "heads"), (flash_tpu, "flash")):
+            run = mock.Mock(side_effect=partial(getattr(module, name), interpret=True))
+            stack.enter_context(mock.patch.object(module, name, run))
+        yield
+
+
+def inputs(counts, columns, dtype=jnp.float32):
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def norm():
+        return eqx.tree_at(lambda norm: norm.scale, RmsNorm(128), 1 + 0.1 * jax.random.normal(next(keys), (128,), dtype))
+
+    parts = [Part(3 * jax.random.normal(next(keys), (count, columns), dtype), norm(), norm()) for count in counts]
+    angles = jax.random.uniform(next(keys), (sum(counts), 64), maxval=6.3)
+    return parts, Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def exact(parts, rotation):
+    """Return q, k and v in float64: pairs of features as complex numbers, turned by their angle."""
+    turns = (np.float64(rotation.cos) + 1j * np.float64(rotation.sin))[:, None]
+
+    def part(given, number):
+        x = np.float64(given.projected)[:, number * WIDTH :][:, :WIDTH].reshape(-1, 2, 128)
+        if number == 2:
+            return x
+        scale = np.float64((given.query_norm, given.key_norm)[number].scale)
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+
+    q, k, v = (np.concatenate([part(given, number) for given in parts]) for number in range(3))
+    turned = [(x[..., 0::2] + 1j * x[..., 1::2]) * turns for x in (q, k)]
+    return [*(np.stack([x.real, x.imag], -1).reshape(q.shape) for x in turned), v]
+
+
+SHAPES = [([300], 3 * WIDTH), ([77], 3 * WIDTH + 200), ([48, 270], 3 * WIDTH), ([128, 1], 3 * WIDTH)]
+
+
+@pytest.mark.parametrize(("counts", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_equal_float64(counts, columns, dtype):
+    parts, rotation = inputs(counts, columns, dtype)
+    with on_a_tpu():
+        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
+        assert heads_tpu.heads.called
+    # Of bfloat16 the norm is rounded, and what is turned, of which each is of two.
+    atol = 2e-6 if dtype == jnp.float32 else 3 * 2**-9
+    for x, wanted in zip(found, exact(parts, rotation), strict=True):
+        assert x.dtype == dtype
+        assert x.shape == wanted.shape
+        np.testing.assert_allclose(np.float64(x), wanted, rtol=0, atol=atol * np.abs(wanted).max())
+
+
+def test_gradients_are_those_of_what_is_not_fused():
+    parts, rotation = inputs([32, 70], 3 * WIDTH)
+    wanted = [jax.random.normal(key, (102, 2, 128)) for key in jax.random.split(jax.random.key(1), 3)]
+
+    def pulled(fused):
+        def run(parts, rotation):
+            return heads_of(parts, turn_of(rotation), WIDTH, fused=fused)
+
+        return jax.jit(lambda *given: jax.vjp(run, *given)[1](tuple(wanted)))(parts, rotation)
+
+    with on_a_tpu():
+        found = pulled(True)
+        assert heads_tpu.heads.called
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, pulled(False))
+
+
+@pytest.mark.parametrize(
+    ("counts", "dim", "dtype", "why"),
+    [
+        ([50, 70], 128, jnp.float32, "a first part that is not of whole tiles"),
+        ([32, 32, 32], 128, jnp.float32, "three parts"),
+        ([32], 64, jnp.float32, "heads of another width"),
+        ([32], 128, jnp.float16, "another dtype"),
+    ],
+)
+def test_what_does_not_suit_is_not_fused(counts, dim, dtype, why):
+    assert not heads_tpu.suits(counts, WIDTH, dim, dtype, "v4"), why
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("counts", [[4608], [512, 4096], [256, 4096], [4133]])
+def test_blocks_of_dev_fit_a_chips_memory(chip, counts):
+    size = heads_tpu.block(counts, 3072, jnp.bfloat16, chip)
+    assert size >= 128
+    assert heads_tpu.vmem_bytes(size, 3072, jnp.bfloat16, len(counts)) <= heads_tpu.CHIPS[chip].vmem
+
+
+def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
+    config = FluxConfig(width=256, heads=2, double_depth=2, single_depth=2, mlp_width=512, context=32, pooled=16)
+    flux = Flux(config, key=jax.random.key(0))
+    leaves, tree = jax.tree.flatten(flux)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # New blocks are the identity, whatever their attention is.
+    flux = tree.unflatten([leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+    names = jax.random.split(jax.random.key(2), 3)
+    x, txt, vec = (jax.random.normal(key, shape) for key, shape in zip(names, [(2, 96, 64), (2, 32, 32), (2, 16)], strict=True))
+    ids = fluxjax.image_ids(16 * 12, 16 * 8)
+
+    def run(attention):
+        def one(x, txt, vec):
+            given = {"txt": txt, "vec": vec, "img_ids": ids, "guidance": jnp.float32(3.5)}
+            return flux(x, jnp.float32(0.5), **given, attention=attention)
+
+        return jax.jit(jax.vmap(one))(x, txt, vec)
+
+    with on_a_tpu():
+        found = run("flash_tpu")
+        # The blocks of each kind are traced once, of two parts and of one.
+        assert [len(call.args[0]) for call in heads_tpu.heads.call_args_list] == [2, 1]
+        wanted = run("xla")
+        assert len(heads_tpu.heads.call_args_list) == 2
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_a_choice_of_attention_comes_to_an_implementation():
+    long, short = (jax.ShapeDtypeStruct((tokens, 24, 128), jnp.bfloat16) for tokens in (4608, 77))
+    with on_a_tpu():
+        for choice in (None, Attention(), Nag(), Ulysses("context", 512, 4096)):
+            assert resolved(choice, long, long) == "flash_tpu"
+            assert resolved(choice, short, short) == "xla"
+        assert resolved("xla", long, long) == "xla"
+        assert resolved(Ulysses("context", 512, 4096, "xla_chunked"), long, long) == "xla_chunked"
+        assert resolved(Ring("context", 512, 4096), long, long) is None
+        assert resolved(isolated_attention, long, long) is None
