@@ -4,7 +4,7 @@ not there."""
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -39,10 +39,10 @@ def told(spent: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def pretended(device: Any) -> Iterator[None]:
-    """Trace for another device than this machine's, of which `platform` and what tells its kind are asked."""
+def pretended(device: Any, modules: Sequence[str] = ("kernels.attention", "nets.layers", "nets.heads")) -> Iterator[None]:
+    """Trace for another device than this machine's, of which `platform` and what tells its kind are asked by these modules."""
     with ExitStack() as stack:
-        for name in ("kernels.attention", "nets.layers", "nets.heads"):
+        for name in modules:
             # By name, since the package has a function `attention` too.
             stack.enter_context(mock.patch.object(sys.modules[f"fluxjax.{name}"], "default_device", return_value=device))
         yield

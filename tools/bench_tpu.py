@@ -46,10 +46,12 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: with its blocks streamed, with the kernels for attention, with weights of 8 bits."""
+    """How a network is compiled: with its blocks streamed, with the kernel for attention and with that for its queries, keys and
+    values, with weights of 8 bits."""
 
     stream: bool = False
     flash: bool = False
+    heads: bool = True
     quantize: str | None = None
 
 
@@ -78,7 +80,8 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
         attention = "flash_tpu" if form.flash else "xla_chunked"
         return denoise.__wrapped__(flux, text, noise, times, scale, attention=attention, mesh=None if stream else mesh)
 
-    with pretended(mesh.devices.flat[0]):
+    asked = ("kernels.attention", "nets.layers", "nets.heads")[: 3 if form.heads else 2]
+    with pretended(mesh.devices.flat[0], asked):
         return jax.jit(run).lower(flux, text, noise, times, scale)
 
 
@@ -134,9 +137,10 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
             for axis in options.axes:
                 stream = axis == STREAM
                 mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
-                form = Form(stream, options.flash, options.quantize)
+                form = Form(stream, options.flash, options.heads, options.quantize)
                 row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
                 row |= {"attention": "flash_tpu" if options.flash else "xla_chunked", "quantize": options.quantize}
+                row |= {"heads": "kernel" if options.flash and options.heads else "xla"}
                 try:
                     row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
                     row |= expected(*VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row)
@@ -156,6 +160,9 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     tpu.add_argument("--flash", action="store_true", help="the kernels for attention, in place of XLA's")
+    tpu.add_argument(
+        "--xla-heads", dest="heads", action="store_false", help="leave out the kernel for queries, keys and values"
+    )
     tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
