@@ -46,7 +46,7 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: with its blocks streamed, with the kernel for attention and with that for its queries, keys and
+    """How a network is compiled: with its blocks streamed, with the kernel for attention and the one for its queries, keys and
     values, with weights of 8 bits."""
 
     stream: bool = False
@@ -160,9 +160,7 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     tpu.add_argument("--flash", action="store_true", help="the kernels for attention, in place of XLA's")
-    tpu.add_argument(
-        "--xla-heads", dest="heads", action="store_false", help="leave out the kernel for queries, keys and values"
-    )
+    tpu.add_argument("--xla-heads", dest="heads", action="store_false", help="queries, keys and values without their kernel")
     tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
