@@ -22,6 +22,7 @@ from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.generate import Text, denoise
+from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.memory import Hosted
 from fluxjax.nets.layers import Dense
 from fluxjax.nets.quantized import EIGHT_BITS, Quantized
@@ -46,11 +47,11 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: with its blocks streamed, with the kernel for attention and the one for its queries, keys and
-    values, with weights of 8 bits."""
+    """How a network is compiled: with its blocks streamed, with which attention, with the kernel for what that takes or not, with
+    weights of 8 bits."""
 
     stream: bool = False
-    flash: bool = False
+    attention: str | None = None
     heads: bool = True
     quantize: str | None = None
 
@@ -77,8 +78,8 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) if config.guidance_embed else None
 
     def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
-        attention = "flash_tpu" if form.flash else "xla_chunked"
-        return denoise.__wrapped__(flux, text, noise, times, scale, attention=attention, mesh=None if stream else mesh)
+        options = {"attention": form.attention, "mesh": None if stream else mesh}
+        return denoise.__wrapped__(flux, text, noise, times, scale, **options)
 
     asked = ("kernels.attention", "nets.layers", "nets.heads")[: 3 if form.heads else 2]
     with pretended(mesh.devices.flat[0], asked):
@@ -137,10 +138,10 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
             for axis in options.axes:
                 stream = axis == STREAM
                 mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
-                form = Form(stream, options.flash, options.heads, options.quantize)
+                form = Form(stream, options.attention, options.heads, options.quantize)
                 row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
-                row |= {"attention": "flash_tpu" if options.flash else "xla_chunked", "quantize": options.quantize}
-                row |= {"heads": "kernel" if options.flash and options.heads else "xla"}
+                row |= {"attention": options.attention or "default", "heads": "kernel" if options.heads else "xla"}
+                row |= {"quantize": options.quantize}
                 try:
                     row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
                     row |= expected(*VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row)
@@ -159,7 +160,7 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
     tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
-    tpu.add_argument("--flash", action="store_true", help="the kernels for attention, in place of XLA's")
+    tpu.add_argument("--attention", choices=IMPLEMENTATIONS, help="(default: what a TPU takes: flash_tpu, or the ring's own)")
     tpu.add_argument("--xla-heads", dest="heads", action="store_false", help="queries, keys and values without their kernel")
     tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")

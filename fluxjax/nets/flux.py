@@ -18,6 +18,7 @@ from fluxjax.nets.layers import (
     RmsNorm,
     Rotation,
     gelu,
+    held,
     map_blocks,
     modulate,
     parts_of,
@@ -92,7 +93,7 @@ class Mlp(eqx.Module):
         self.up, self.down = Linear(features, hidden, key=up), Linear(hidden, out, key=down)
 
     def __call__(self, x, activation):
-        return self.down(activation(self.up(x)))
+        return self.down(held(activation(self.up(x))))
 
 
 class Stream(eqx.Module):
@@ -166,9 +167,10 @@ class SingleBlock(eqx.Module):
         shift, scale, gate = jnp.split(steer, 3)
         # Of 3 a + m features out and a + m in, a are attention's: by shape, so that a share of the heads is a block too.
         attended = (self.linear1.weight.shape[-2] - self.linear2.weight.shape[-1]) // 2
-        projected = self.linear1(modulate(x, shift, scale))
+        projected = held(self.linear1(modulate(x, shift, scale)))
         mixed = mix(attended, Part(projected, self.query_norm, self.key_norm))
-        return x + gate * self.linear2(jnp.concatenate([mixed, gelu(projected[:, 3 * attended :])], axis=-1))
+        hidden = held(gelu(projected[:, 3 * attended :]))
+        return x + gate * self.linear2(jnp.concatenate([mixed, hidden], axis=-1))
 
 
 class FinalLayer(eqx.Module):

@@ -69,6 +69,12 @@ def written(x: Float[Array, "*batch features"]) -> jnp.dtype:
     return x.dtype if many and default_device().platform == "gpu" else jnp.dtype(jnp.float32)
 
 
+def held(x: Array) -> Array:
+    """Return x, on TPUs as an array of its own for all its readers: of an int8 product's XLA wrote float32 beside bfloat16, for
+    those that go on in it."""
+    return jax.lax.optimization_barrier(x) if default_device().platform == "tpu" else x
+
+
 class Adapted(Weight):
     """A weight with a low-rank matrix added, up @ down, both kept apart from it. Source: Hu et al. 2021, LoRA, eq. 3."""
 
