@@ -47,8 +47,7 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: with its blocks streamed, with which attention, with the kernel for what that takes or not, with
-    weights of 8 bits."""
+    """How a network is compiled: its blocks streamed or not, its attention, the kernel for what that takes or none, 8 bits."""
 
     stream: bool = False
     attention: str | None = None

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from fluxjax.kernels.attention import Attention, as_attention
 from fluxjax.shapes import Array, Float, ScalarLike
@@ -31,24 +32,26 @@ class Ulysses(eqx.Module):
                 f"`Ulysses` splits {q.shape[1]} heads among {devices} devices, which must divide them. Use `Ring`."
             )
 
+        def exchange(x: Array, split: int) -> Array:
+            return jax.lax.all_to_all(x, self.axis, split_axis=split, concat_axis=1 - split, tiled=True)
+
         def collect(x: Array) -> tuple[Array, Array]:
-            return tuple(
-                jax.lax.all_to_all(part, self.axis, split_axis=1, concat_axis=0, tiled=True)
-                for part in (x[:txt_part], x[txt_part:])
-            )
+            # Heads are columns here, as the projection and flash_tpu have them: TPUs would lay out an axis of heads anew.
+            columns = rearrange(x, "tokens heads dim -> tokens (heads dim)")
+            return exchange(columns[:txt_part], 1), exchange(columns[txt_part:], 1)
+
+        def heads(text: Array, image: Array) -> Array:
+            return rearrange(jnp.concatenate([text, image]), "tokens (heads dim) -> tokens heads dim", dim=q.shape[-1])
 
         def real(x: Array) -> Array:
             text, image = collect(x)
-            return jnp.concatenate([text[: self.txt_tokens], image[: self.img_tokens]])
+            return heads(text[: self.txt_tokens], image[: self.img_tokens])
 
         text, image = collect(q)
-        mixed = as_attention(self.implementation)(jnp.concatenate([text, image]), real(k), real(v))
-        return jnp.concatenate(
-            [
-                jax.lax.all_to_all(part, self.axis, split_axis=0, concat_axis=1, tiled=True)
-                for part in (mixed[: len(text)], mixed[len(text) :])
-            ]
-        )
+        mixed = as_attention(self.implementation)(heads(text, image), real(k), real(v))
+        mixed = rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
+        mixed = jnp.concatenate([exchange(mixed[: len(text)], 0), exchange(mixed[len(text) :], 0)])
+        return rearrange(mixed, "tokens (heads dim) -> tokens heads dim", dim=q.shape[-1])
 
 
 class Ring(eqx.Module):
