@@ -102,7 +102,7 @@ class Networks:
             self.torch.fuse_qkv_projections()
             self.backend = fastest(self.torch, inputs)
             self.torch.set_attention_backend(self.backend)
-            self.torch.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True)
+            self.torch.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         return self.torch
 
 
@@ -220,7 +220,7 @@ def transformer_group(networks: Networks, name: str, batch: int, options: argpar
     size = batch, txt_tokens, options.steps or steps
     ours = [fluxjax_contender(networks, form, *size) for form in forms(options, batch == options.batches[0])]
     theirs = [diffusers_contender(networks, compiled, *size) for compiled in (True, False) if options.beside]
-    found = ours[:1] + theirs[:1] + ours[1 : len(options.weights)] + theirs[1:] + ours[len(options.weights) :]
+    found = ours[: len(options.weights)] + theirs + ours[len(options.weights) :]
     tokens = (options.size // 16) ** 2
     work = {"steps": size[2], "TFLOP": batch * size[2] * forward_flop(networks.config, tokens, txt_tokens) / 1e12}
     return [contender._replace(row={"variant": name, "batch": batch, **contender.row, **work}) for contender in found]
@@ -269,7 +269,7 @@ def measured(contenders: list[Contender], seconds: float, options: argparse.Name
     """Make the calls of all, in at most about 0.6 of the time, and then time them in turns, at least once."""
     begun, calls = time.perf_counter(), dict[int, Callable[[], object]]()
     for number, (row, make) in enumerate(contenders):
-        if number and time.perf_counter() - begun > 0.6 * seconds:
+        if time.perf_counter() - begun > 0.6 * seconds:
             row["left out"] = "its share of --minutes is spent"
             continue
         print(f"making {row}", flush=True)
@@ -316,7 +316,7 @@ def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, A
 
 
 def bench_gpu(options: argparse.Namespace) -> list[dict]:
-    """Measure group after group, a variant and a batch each, and show its rows."""
+    """Measure group after group, the VAE and then a variant and a batch each, and show its rows."""
     end = time.perf_counter() + 60 * options.minutes
     ceiling = matmul_ceiling(options.matmul, options.repeats)
     common = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **_versions()}
@@ -328,6 +328,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
             rows.append({**common, **row})
             print(rows[-1], flush=True)
 
+    add(vae_group(options), 0.1)
     for number, name in enumerate(options.variants):
         config = VARIANTS[name][0]
         if options.blocks:
@@ -335,12 +336,11 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         networks = Networks(config, options)
         for turn, batch in enumerate(options.batches):
             left = (len(options.variants) - number) * len(options.batches) - turn
-            # The first batch has more to compile; a tenth is left for the VAE.
-            add(transformer_group(networks, name, batch, options), 0.9 * (1.4 if left > 1 and not turn else 1) / left)
+            # The first batch has more to compile.
+            add(transformer_group(networks, name, batch, options), (1.4 if left > 1 and not turn else 1) / left)
         del networks
         jax.clear_caches()
         gc.collect()
-    add(vae_group(options), 1.0)
     return rows
 
 
