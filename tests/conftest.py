@@ -8,7 +8,7 @@ import fluxjax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # For what is sharded; everything else stays on the first.
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the time goes into compiling what runs for a moment: a third less of it. Processes that tests start compile as users' do.
+# Compiling what runs for a moment takes most of the time: a third less so. Processes that tests start compile as users do.
 jax.config.update("jax_disable_most_optimizations", True)
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("untimed")
