@@ -1,6 +1,5 @@
 """The kernel that makes queries, keys and values of projections on TPUs, interpreted, against float64."""
 
-import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_parts import pretended
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Nag
@@ -29,8 +29,7 @@ def on_a_tpu():
     """Choose as on a TPU v4, and interpret its kernels."""
     tpu = mock.Mock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
     with ExitStack() as stack:
-        for name in ("kernels.attention", "nets.layers", "nets.heads"):
-            stack.enter_context(mock.patch.object(sys.modules[f"fluxjax.{name}"], "default_device", return_value=tpu))
+        stack.enter_context(pretended(tpu))
         for module, name in ((heads_tpu, "heads"), (flash_tpu, "flash")):
             run = mock.Mock(side_effect=partial(getattr(module, name), interpret=True))
             stack.enter_context(mock.patch.object(module, name, run))

@@ -168,3 +168,45 @@ ENTRY %main (a: s8[4,8], b: s8[6,8], c: s32[4,6], d: s32[6,5]) -> s32[4,5] {
 """
     found = read(text)
     assert (found.flop, found.eight) == (0, 2 * 4 * 6 * 8)
+
+
+PLACING = """HloModule placing
+
+%fused (p: bf16[8,16]) -> bf16[16,8] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  ROOT %t = bf16[16,8]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%ahead (q: bf16[8,16]) -> bf16[4,16] {
+  %q = bf16[8,16]{1,0} parameter(0)
+  ROOT %half = bf16[4,16]{1,0} slice(%q), slice={[0:4], [0:16]}
+}
+
+%body (state: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %state = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[8,16]{1,0} get-tuple-element(%state), index=1
+  %start = ((bf16[8,16]{1,0}), bf16[4,16]{1,0}, s32[]) async-start(%x), calls=%ahead
+  %done = bf16[4,16]{1,0} async-done(%start)
+  %turned = bf16[16,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %wide = bf16[8,16]{0,1} copy(%x)
+  ROOT %next = (s32[], bf16[8,16]{1,0}) tuple(%i, %x)
+}
+
+%condition (state.1: (s32[], bf16[8,16])) -> pred[] {
+  %state.1 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (given: (s32[], bf16[8,16])) -> f32[4,4] {
+  %given = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%given), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %small = f32[4,4]{1,0} constant(0)
+  ROOT %again = f32[4,4]{0,1} copy(%small)
+}
+"""
+
+
+def test_what_is_only_placed_anew_counts_once_a_turn_but_not_in_fusions_or_meanwhile():
+    assert read(PLACING).copied == 5 * 8 * 16 * 2 + 4 * 4 * 4
