@@ -111,6 +111,15 @@ def test_what_does_not_suit_is_not_fused(counts, dim, dtype, why):
     assert not heads_tpu.suits(counts, WIDTH, dim, dtype, "v4"), why
 
 
+def test_what_does_not_suit_is_made_all_the_same():
+    parts, rotation = inputs([50, 70], 3 * WIDTH)
+    with on_a_tpu():
+        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
+        assert not heads_tpu.heads.called
+    for x, wanted in zip(found, exact(parts, rotation), strict=True):
+        np.testing.assert_allclose(x, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("counts", [[4608], [512, 4096], [256, 4096], [4133]])
 def test_blocks_of_dev_fit_a_chips_memory(chip, counts):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_parts import diffusers_vae
 from scaling import forward_flop
 
 import fluxjax
@@ -156,19 +157,7 @@ def clip(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
 
 def vae(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     """The VAE's decoder, an image of 512x512."""
-    import diffusers
-
-    theirs = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    theirs = diffusers_vae()
     theirs.save_pretrained(folder)
     ours = fluxjax.load_vae(folder, dtype=dtype)
     side = options.image // 8

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from bench_parts import random_flux, seconds_of, told
+from bench_parts import diffusers_vae, random_flux, seconds_of, told
 from scaling import forward_flop
 
 import fluxjax
@@ -98,11 +98,12 @@ class Networks:
                     )
             finally:
                 torch.set_default_dtype(torch.float32)
-            self.torch = made.to(torch.bfloat16).eval()
-            self.torch.fuse_qkv_projections()
-            self.backend = fastest(self.torch, inputs)
-            self.torch.set_attention_backend(self.backend)
-            self.torch.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+            made = made.to(torch.bfloat16).eval()
+            made.fuse_qkv_projections()
+            self.backend = fastest(made, inputs)
+            made.set_attention_backend(self.backend)
+            made.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+            self.torch = made  # now that nothing of it has failed
         return self.torch
 
 
@@ -236,21 +237,12 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
 
     def make_theirs(compiled: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
         def make(row: dict[str, Any]) -> Callable[[], object]:
-            import diffusers
             import torch
 
             with torch.device(_torch_device()):
-                vae = diffusers.AutoencoderKL(
-                    block_out_channels=(128, 256, 512, 512),
-                    layers_per_block=2,
-                    down_block_types=("DownEncoderBlock2D",) * 4,
-                    up_block_types=("UpDecoderBlock2D",) * 4,
-                    latent_channels=16,
-                    use_quant_conv=False,
-                    use_post_quant_conv=False,
-                )
+                vae = diffusers_vae()
                 latents = torch.randn(1, 16, side, side, dtype=torch.bfloat16)
-            vae = vae.to(torch.bfloat16, memory_format=torch.channels_last).eval()
+            vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
             decoder = torch.compile(vae.decoder) if compiled else vae.decoder
             return _of_torch(row, lambda: decoder(latents), compiled)
 

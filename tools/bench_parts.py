@@ -25,6 +25,23 @@ def random_flux(config: FluxConfig) -> Flux:
     return jax.tree.unflatten(structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
 
 
+def diffusers_vae() -> Any:
+    """Return diffusers' VAE of FLUX's numbers, of random weights."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
     """Return how long a call takes, which has to wait for its result."""
     start = time.perf_counter()
