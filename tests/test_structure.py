@@ -8,6 +8,9 @@ import fluxjax
 PACKAGE = Path(fluxjax.__file__).parent
 LAYERS = {
     "shapes": 0,
+    "atomic": 0,
+    "numeric": 0,
+    "printable": 0,
     "predict": 1,
     "kernels": 1,
     "nets": 2,
