@@ -15,8 +15,9 @@ from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
 from fluxjax.convert.load import Problems, Weights
 from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
-from fluxjax.lora.merge import Merged, Scale, changes_of
+from fluxjax.lora.merge import Merged, changes_of
 from fluxjax.lora.read import Lora
+from fluxjax.lora.scales import Scale
 from fluxjax.zoo import DEFAULTS_FILE, WHOLE, find, load_defaults, write_pipeline
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -8,11 +8,15 @@ import numpy as np
 
 @dataclass
 class Sample:
-    """An adapter file, and what it should add: leaf name, index into it, and the difference given the base there."""
+    """An adapter file, and what it should add: leaf name, index into it, and the difference given the base there.
+
+    `values`: what it sets at any scale but 0.
+    """
 
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     expected: list[tuple[str, tuple, Callable]] = field(default_factory=list)
+    values: list[tuple[str, tuple, np.ndarray]] = field(default_factory=list)
 
     def expect(self, leaf: str, index: tuple, delta) -> None:
         self.expected.append((leaf, index, delta if callable(delta) else lambda base: delta))

@@ -10,34 +10,33 @@ import jax.numpy as jnp
 from fluxjax.convert.files import WeightsError
 from fluxjax.convert.load import is_stacked, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
-from fluxjax.lora.merge import Scale, changes_of, merge_changes, rows_of
+from fluxjax.lora.merge import changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
+from fluxjax.lora.scales import Scales, check_scales
 from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
 
 
-def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None) -> Network:
+def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) -> Network:
     """Return a network whose adapted weights carry the adapters as low-rank leaves; the weights themselves are shared, not
-    copied. Biases and norm scales, which are small, are changed as by `merge`.
+    copied. Biases and norm scales, which are small, are changed as by `merge`, but kept in float32: nothing is rounded.
 
     It costs next to nothing and is a pure function of arrays, so call it inside what is jitted: with adapters and scales as
     arguments, another scale, or another adapter of the same modules and ranks, compiles nothing; under `jax.vmap` each image
     has its own.
 
     **Arguments:** as for `merge`; scales may be traced.
-    **Raises:** `WeightsError` for an adapter that does not fit or has no low-rank form (DoRA, a LoKr of whole factors, full
+    **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, a LoKr of whole factors, full
     differences, a widened input): merge it instead.
     """
-    scales = [1.0] * len(loras) if scales is None else scales
     plain = _plain(model)
-    wanted = changes_of(plain, loras, scales)
-    slots, parts = slots_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
+    wanted = changes_of(plain, loras, check_scales("attach", len(loras), scales))
+    names, slots, parts = leaf_names(plain), slots_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
     vectors = {name: found for name, found in wanted.items() if len(slots[name].shape) < 2}
-    model = merge_changes(model, vectors, donate=False)
+    model = merge_changes(_in_float32(model, {names[slots[name].leaf] for name in vectors}), vectors, donate=False)
     matrices: dict[str, dict[int | None, Sequence[tuple[Change, Any]]]] = {}
-    names = leaf_names(plain)
     for name, found in wanted.items():
         if name not in vectors:
             slot = slots[name]
@@ -52,6 +51,13 @@ def attach(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None
         return _beside(name, weight, matrices.pop(name), parts)
 
     return jax.tree_util.tree_map_with_path(adapted, model, is_leaf=lambda node: isinstance(node, Weight))
+
+
+def _in_float32(model: Network, names: set[str]) -> Network:
+    """Return a network with these leaves in float32."""
+    leaves, structure = jax.tree.flatten(model)
+    found = zip(leaf_names(model), leaves, strict=True)
+    return jax.tree.unflatten(structure, [leaf.astype(jnp.float32) if name in names else leaf for name, leaf in found])
 
 
 def _plain(model: Network) -> Network:
@@ -92,13 +98,16 @@ def factors_of(
     downs, ups = [], []
     for change, scale in changes:
         factors = change.term.factors()
-        if factors is None or factors[1].shape[1] != shape[1]:
+        if factors is None:
             raise WeightsError(
                 f"What an adapter does to {name} ({type(change.term).__name__}) has no low-rank form. Merge it instead."
             )
+        extra = shape[1] - factors[1].shape[1]
+        if extra < 0:
+            raise WeightsError(f"An adapter widens {name}, which no low-rank leaf can. Merge it instead.")
         start, stop = rows_of(change, shape, parts)
         up = jnp.float32(scale) * factors[0]
         up = jnp.roll(up, (stop - start) // 2, axis=0) if change.swap else up
-        downs.append(factors[1])
+        downs.append(jnp.pad(factors[1], ((0, 0), (0, extra))))  # of the input, of which it may adapt the first columns only
         ups.append(jnp.zeros((shape[0], up.shape[1])).at[start:stop].set(up))
     return jnp.concatenate(downs), jnp.concatenate(ups, axis=1)

@@ -14,50 +14,50 @@ from fluxjax.convert.files import WeightsError
 from fluxjax.convert.load import Weights, abstract, cast, leaf_names, slots_of
 from fluxjax.convert.source import KINDS, fused_parts
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import Term
+from fluxjax.lora.rounding import check_fits, rounded, seed_of
+from fluxjax.lora.scales import Scale, Scales, begins_with, check_scales, is_zero, negative, scale_of
+from fluxjax.lora.terms import Assigned, Term
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
-Scale = float | jax.Array | Mapping[str, float]
-"""One scale, or scales by the beginning of a weight's name ("double.3", "single", "" for the rest); the longest counts, and
-what none fits is left as it is."""
+INPUT = "img_in.weight"
 
 
-def merge(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None, *, donate: bool = False) -> Network:
+def merge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
     """Return a network with adapters added to its weights: W + the sum over adapters of scale * delta, taken in float32.
 
-    **Arguments:** `model`: a `Flux`, `Clip` or `T5`; an adapter's other networks are merged by another call. `scales`: one an
+    The sum is rounded once to the weight's dtype: 8-bit floats stochastically, by draws that depend on the weight's name only,
+    because rounded to the nearest they would lose most of a small change; other dtypes to the nearest. `attach` does not round.
+    What an adapter sets rather than adds to (a norm of BFL's Control) is set at any scale other than 0.
+
+    **Arguments:** `model`: a `Flux`, `Clip` or `T5`; an adapter's other networks are merged by another call. `scales`: one per
     adapter, 1 by default; negative ones subtract. `donate`: give the model's memory to the result, so that no second copy of
     its weights exists; the model can't be used after.
-    **Raises:** `WeightsError` that lists the weights that an adapter does not fit.
+    **Raises:** `WeightsError` that lists the weights that an adapter does not fit, for two adapters that set one weight, or
+    for a result that the weights' dtype can't hold (not in traced code, where it is infinite or NaN); `ValueError` for a scale
+    that is not a finite number.
     """
-    return _apply(model, loras, [1.0] * len(loras) if scales is None else scales, donate)
+    return _apply(model, loras, check_scales("merge", len(loras), scales), donate)
 
 
-def unmerge(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | None = None, *, donate: bool = False) -> Network:
+def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
     """Return the network that these adapters were merged into; arguments as for `merge`.
 
-    **Raises:** `WeightsError` for adapters that can't be subtracted: those that set or widen a weight, and DoRA's. Load
-    the base again instead.
+    An input that an adapter widened stays wide: its added columns are zeros again, up to rounding.
+
+    **Raises:** `WeightsError` for adapters that can't be subtracted: those that set a weight, and DoRA's. Load the base again
+    instead.
     """
-    kind = kind_of(model)
-    for lora in loras:
+    kind, found = kind_of(model), check_scales("unmerge", len(loras), scales)
+    for lora, scale in zip(loras, found, strict=True):
         for name, changes in lora.changes.get(kind, {}).items():
-            if not all(change.term.additive for change in changes):
+            if not all(change.term.additive for change in changes) and not is_zero(scale_of(scale, name)):
                 raise WeightsError(
                     f"What an adapter did to {name} can't be subtracted: it set it, or scaled it. Load the base again."
                 )
-            wider = any((change.term.columns or 0) > model.config.out_channels for change in changes)  # type: ignore[attr-defined]
-            if name == "img_in.weight" and wider:
-                raise WeightsError("An adapter that widened img_in can't be undone. Load the base again.")
-    scales = [1.0] * len(loras) if scales is None else scales
-    return _apply(model, loras, [_negative(scale) for scale in scales], donate)
-
-
-def _negative(scale: Scale) -> Scale:
-    return {name: -value for name, value in scale.items()} if isinstance(scale, Mapping) else -scale
+    return _apply(model, loras, [negative(scale) for scale in found], donate)
 
 
 def kind_of(model: eqx.Module) -> str:
@@ -67,39 +67,50 @@ def kind_of(model: eqx.Module) -> str:
     raise ValueError(f"`merge(model)` needs a Flux, Clip or T5, got {type(model).__name__}. Merge the networks one by one.")
 
 
-def scale_of(scale: Scale, name: str) -> Any:
-    if not isinstance(scale, Mapping):
-        return scale
-    fitting = [key for key in scale if _begins(name, key)]
-    return scale[max(fitting, key=len)] if fitting else 0.0
-
-
-def _begins(name: str, key: str) -> bool:
-    return key == "" or name == key or name.startswith(f"{key}.")
-
-
 Wanted = Mapping[str, Sequence[tuple[Change, Any]]]
 """Changes and their scales, by the name of the weight."""
 
 
-def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Scale]) -> Wanted:
-    """Return what adapters change in a network. **Raises:** `WeightsError` if one does not fit it."""
-    if len(loras) != len(scales):
-        raise ValueError(f"Adapters need one scale each, got {len(scales)} for {len(loras)}.")
+def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) -> Wanted:
+    """Return what adapters change in a network.
+
+    **Raises:** `WeightsError` if one does not fit it, or two set one weight; `ValueError` for scales that are not finite.
+    """
+    found = check_scales("merge", len(loras), scales)
     kind = kind_of(model)
     wanted: dict[str, list[tuple[Change, Any]]] = {}
-    for lora, scale in zip(loras, scales, strict=True):
+    for lora, scale in zip(loras, found, strict=True):
         for name, changes in lora.changes.get(kind, {}).items():
             wanted.setdefault(name, []).extend((change, scale_of(scale, name)) for change in changes)
     if not wanted and loras:
         held = ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
         raise WeightsError(f"The adapters change nothing of a {KINDS[kind].title}; they are for: {held}.")
     _check(model, wanted)
-    keys = {key for scale in scales if isinstance(scale, Mapping) for key in scale}
-    idle = sorted(key for key in keys if not any(_begins(name, key) for name in slots_of(model)))
+    _check_one_sets(model, loras, found)
+    keys = {key for scale in found if isinstance(scale, Mapping) for key in scale}
+    idle = sorted(key for key in keys if not any(begins_with(name, key) for name in slots_of(model)))
     if idle:
         raise ValueError(f"No weight of this {type(model).__name__} begins with {idle[0]!r}, which a scale is for.")
     return wanted
+
+
+def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Any]) -> None:
+    """**Raises:** `WeightsError` if two adapters set the same rows of a weight, both at scales other than 0."""
+    kind, slots, parts = kind_of(model), slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    rows_set: dict[str, list[tuple[int, int, int]]] = {}
+    for number, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
+        for name, changes in lora.changes.get(kind, {}).items():
+            for change in changes:
+                if not isinstance(change.term, Assigned) or is_zero(scale_of(scale, name)):
+                    continue
+                start, stop = rows_of(change, slots[name].shape, parts)
+                for other, first, last in rows_set.setdefault(name, []):
+                    if other != number and first < stop and start < last:
+                        raise WeightsError(
+                            f"Adapters {other + 1} ({loras[other].format}) and {number + 1} ({lora.format}) both set {name}, "
+                            "which has one value only. Leave one of them out, or give it the scale 0."
+                        )
+                rows_set[name].append((number, start, stop))
 
 
 def _apply(model: Network, loras: Sequence[Lora], scales: Sequence[Scale], donate: bool) -> Network:
@@ -113,18 +124,25 @@ def _apply(model: Network, loras: Sequence[Lora], scales: Sequence[Scale], donat
 
 
 def merge_changes(model: Network, wanted: Wanted, *, donate: bool) -> Network:
-    """Return a network with changes added, a block of a weight at a time."""
+    """Return a network with changes added, a block of a weight at a time.
+
+    **Raises:** `WeightsError` for a result that the weights' dtype can't hold, unless traced.
+    """
     model = _widened(model, wanted)
     parts, slots = fused_parts(model.config), slots_of(model)  # type: ignore[attr-defined]
     leaves, structure = jax.tree.flatten(model)
     mine = [donate] * len(leaves)  # whether a leaf's memory may be reused
+    largest: dict[str, Array] = {}
     for name, changes in wanted.items():
         slot = slots[name]
         terms, places = _arguments(changes, slot.shape, parts)
         step = _added_donating if mine[slot.leaf] else _added
         block = None if slot.block is None else jnp.int32(slot.block)
-        leaves[slot.leaf] = step(leaves[slot.leaf], block, terms, places)
+        leaves[slot.leaf], largest[name] = step(leaves[slot.leaf], block, seed_of(name), terms, places)
         mine[slot.leaf] = True  # by now it is a new array in any case
+    if not any(isinstance(value, jax.core.Tracer) for value in largest.values()):
+        for name, value in jax.device_get(largest).items():
+            check_fits(name, leaves[slots[name].leaf].dtype, float(value))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -144,31 +162,41 @@ def rows_of(change: Change, shape: tuple[int, ...], parts: Mapping[str, slice]) 
     return rows.start, rows.stop
 
 
-def _add(leaf: Array, block: Array | None, terms: Terms, places: Places) -> Array:
-    """Return a leaf with terms added to one block of it, or to all of it."""
+def _add(leaf: Array, block: Array | None, seed: Any, terms: Terms, places: Places) -> tuple[Array, Array]:
+    """Return a leaf with terms added to one block of it, or to all of it, and what does not fit in its dtype."""
     base = leaf if block is None else jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)
-    changed = _changed(base, terms, places).astype(leaf.dtype)
-    return changed if block is None else jax.lax.dynamic_update_index_in_dim(leaf, changed, block, 0)
+    changed, largest = rounded(_changed(base, terms, places), leaf.dtype, seed)
+    return changed if block is None else jax.lax.dynamic_update_index_in_dim(leaf, changed, block, 0), largest
 
 
 def _changed(base: Array, terms: Terms, places: Places) -> Array:
-    """Return a weight with terms added to their rows, in float32."""
+    """Return a weight with terms added to their rows, in float32; every delta is a function of the weight before."""
     exact = base.astype(jnp.float32)
-    total = jnp.zeros_like(exact)
+    start_values, total = exact, jnp.zeros_like(exact)
     for (term, scale), ((start, stop), swap) in zip(terms, places, strict=True):
-        rows = exact[start:stop]
-        half = (stop - start) // 2
-        delta = term.delta(jnp.roll(rows, half, axis=0) if swap else rows)
-        delta = jnp.roll(delta, half, axis=0) if swap else delta
-        if delta.ndim == 2:  # an adapter of the base's own inputs, beside one that widened them
-            delta = jnp.pad(delta, ((0, 0), (0, exact.shape[1] - delta.shape[1])))
-        total = total.at[start:stop].add(scale * delta)
-    return exact + total
+        half = (stop - start) // 2 if swap else 0
+        rows = jnp.roll(exact[start:stop], half, axis=0)
+        if isinstance(term, Assigned):
+            value = jnp.roll(term.value.astype(jnp.float32), half, axis=0)
+            start_values = start_values.at[start:stop].set(jnp.where(scale == 0, start_values[start:stop], value))
+        else:
+            delta = jnp.roll(_delta(term, rows), half, axis=0)
+            total = total.at[start:stop].add(scale * delta)
+    return start_values + total
+
+
+def _delta(term: Term, rows: Array) -> Array:
+    """Return what a term adds to rows of a weight; nothing in the columns of the input that another adapter has added."""
+    columns = term.columns
+    if rows.ndim < 2 or columns is None:
+        return term.delta(rows)
+    return jnp.pad(term.delta(rows[:, :columns]), ((0, 0), (0, rows.shape[1] - columns)))
 
 
 _added = partial(jax.jit, static_argnames="places")(_add)
 _added_donating = partial(jax.jit, static_argnames="places", donate_argnums=0)(_add)
 _changed_jitted = partial(jax.jit, static_argnames="places")(_changed)
+_rounded_jitted = partial(jax.jit, static_argnames="dtype")(rounded)
 
 
 class Merged(Weights):
@@ -186,25 +214,32 @@ class Merged(Weights):
         if slot not in self.wanted:
             return self.base.read(slot, rows, dtype)
         shape = self.slots[slot].shape
-        base = self.base.read(slot, slice(0, shape[0]), self.base.dtype(slot))
+        # In float32, not in the dtype that a file's 8 bits or blocks are loaded as, which would round them first.
+        base = self.base.read(slot, slice(0, shape[0]), np.dtype(np.float32))
         if len(shape) == 2:
             base = np.pad(base, ((0, 0), (0, shape[1] - base.shape[1])))
         terms, places = _arguments(self.wanted[slot], shape, self.parts)
-        return cast(np.asarray(_changed_jitted(jnp.asarray(base), terms, places))[rows], dtype, slot)
+        changed = _changed_jitted(jnp.asarray(base), terms, places)
+        if dtype.itemsize > 1:
+            return cast(np.asarray(changed)[rows], dtype, slot)
+        # All of it, so that every reading in pieces draws the same numbers.
+        out, largest = _rounded_jitted(changed, dtype, seed_of(slot))
+        check_fits(slot, dtype, float(largest))
+        return np.asarray(out)[rows]
 
 
 def _widened(model: Network, wanted: Wanted) -> Network:
     """Return the transformer with zeros for the input features that an adapter adds, as BFL's Control adapters do."""
-    if not isinstance(model, Flux) or "img_in.weight" not in wanted:
+    if not isinstance(model, Flux) or INPUT not in wanted:
         return model
-    columns = max(change.term.columns or 0 for change, _ in wanted["img_in.weight"])
+    columns = max(change.term.columns or 0 for change, _ in wanted[INPUT])
     extra = columns - model.config.in_channels
     if extra <= 0:
         return model
     config = replace(model.config, in_channels=columns, out_channels=model.config.out_channels)
     names = leaf_names(model)
     leaves = [
-        jnp.pad(leaf, ((0, 0), (0, extra))) if name == "img_in.weight" else leaf
+        jnp.pad(leaf, ((0, 0), (0, extra))) if name == INPUT else leaf
         for name, leaf in zip(names, jax.tree.leaves(model), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract(Flux, config)), leaves)
@@ -218,17 +253,37 @@ def _check(model: eqx.Module, wanted: Wanted) -> None:
         if name not in slots:
             problems.append(f"{name} is not in it")
             continue
+        shapes = []
         for change, _ in changes:
             start, stop = rows_of(change, slots[name].shape, parts)
             place = (stop - start, *slots[name].shape[1:])
             shape = change.term.shape(place)
-            # An adapter may widen the input, and one of the base's own inputs fits beside it.
-            fits = shape[:1] == place[:1] if name == "img_in.weight" else shape == place
+            shapes.append(shape)
+            fits = shape[:1] == place[:1] and len(shape) == 2 if name == INPUT else shape == place
             if not fits:
                 problems.append(f"{name} is {list(place)}, the adapter's {list(shape)}")
+        if name == INPUT and not problems:
+            problems += _input_problems(model, [columns for _, columns in shapes])
     if problems:
         more = f" … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise WeightsError(
             f"The adapter does not fit this {type(model).__name__}: {'; '.join(problems[:10])}{more}. "
             "Pass the model it was made for."
         )
+
+
+def _input_problems(model: Any, columns: Sequence[int]) -> list[str]:
+    """Return what is wrong with the input features of adapters.
+
+    A token of the image has as many features as are predicted, in Fill and Control models followed by those of a condition. An
+    adapter has the model's features, or those of the image only (it was made for the model without a condition); or it adds
+    a condition to a model that has none.
+    """
+    have, image = model.config.in_channels, model.config.out_channels
+    widest = max(have, *columns)
+    problems = [
+        f"{INPUT} has {have} input features, the adapter's {count}" for count in columns if count not in (image, have, widest)
+    ]
+    if widest > have and (have != image or widest % image):
+        problems.append(f"{INPUT} has {have} input features, which an adapter of {widest} can't widen")
+    return problems
