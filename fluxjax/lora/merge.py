@@ -14,7 +14,7 @@ from fluxjax.convert.files import WeightsError
 from fluxjax.convert.load import Weights, abstract, cast, leaf_names, slots_of
 from fluxjax.convert.source import KINDS, fused_parts
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import Assigned, Hadamard, Kron, LowRank, Magnitude, Term
+from fluxjax.lora.terms import Term
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Dense, Weight
 from fluxjax.shapes import Array
@@ -45,11 +45,11 @@ def unmerge(model: Network, loras: Sequence[Lora], scales: Sequence[Scale] | Non
     kind = kind_of(model)
     for lora in loras:
         for name, changes in lora.changes.get(kind, {}).items():
-            if any(isinstance(change.term, Assigned | Magnitude) for change in changes):
+            if not all(change.term.additive for change in changes):
                 raise WeightsError(
                     f"What an adapter did to {name} can't be subtracted: it set it, or scaled it. Load the base again."
                 )
-            wider = any((_columns(change.term) or 0) > model.config.out_channels for change in changes)  # type: ignore[attr-defined]
+            wider = any((change.term.columns or 0) > model.config.out_channels for change in changes)  # type: ignore[attr-defined]
             if name == "img_in.weight" and wider:
                 raise WeightsError("An adapter that widened img_in can't be undone. Load the base again.")
     scales = [1.0] * len(loras) if scales is None else scales
@@ -197,7 +197,7 @@ def _widened(model: Network, wanted: Wanted) -> Network:
     """Return the transformer with zeros for the input features that an adapter adds, as BFL's Control adapters do."""
     if not isinstance(model, Flux) or "img_in.weight" not in wanted:
         return model
-    columns = max(_columns(change.term) or 0 for change, _ in wanted["img_in.weight"])
+    columns = max(change.term.columns or 0 for change, _ in wanted["img_in.weight"])
     extra = columns - model.config.in_channels
     if extra <= 0:
         return model
@@ -208,24 +208,6 @@ def _widened(model: Network, wanted: Wanted) -> Network:
         for name, leaf in zip(names, jax.tree.leaves(model), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract(Flux, config)), leaves)
-
-
-def _shape(term: Term, base: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of what a term adds to a base of this shape, or of the term where they don't fit together."""
-    inner = term.inner if isinstance(term, Magnitude) else term
-    if isinstance(inner, Assigned):
-        return inner.value.shape
-    return jax.eval_shape(inner.delta, jax.ShapeDtypeStruct(base, jnp.float32)).shape
-
-
-def _columns(term: Term) -> int | None:
-    if isinstance(term, LowRank):
-        return term.down.shape[1]
-    if isinstance(term, Kron):
-        return term.left[-1].shape[1] * term.right[-1].shape[1]
-    if isinstance(term, Hadamard):
-        return term.down1.shape[1]
-    return _columns(term.inner) if isinstance(term, Magnitude) else None
 
 
 def _check(model: eqx.Module, wanted: Wanted) -> None:
@@ -239,7 +221,7 @@ def _check(model: eqx.Module, wanted: Wanted) -> None:
         for change, _ in changes:
             start, stop = rows_of(change, slots[name].shape, parts)
             place = (stop - start, *slots[name].shape[1:])
-            shape = _shape(change.term, place)
+            shape = change.term.shape(place)
             # An adapter may widen the input, and one of the base's own inputs fits beside it.
             fits = shape[:1] == place[:1] if name == "img_in.weight" else shape == place
             if not fits:

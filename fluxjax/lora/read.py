@@ -297,7 +297,7 @@ def _terms(
         if "magnitude" in roles:
             raw = tensors[roles.pop("magnitude")]
             magnitude = _vector(raw)
-            term = Magnitude(term, magnitude, by_row=magnitude.size == _rows(term))
+            term = Magnitude(term, magnitude, by_row=magnitude.size == term.rows)
         found.insert(0, (weight, term))
     if roles:
         raise WeightsError(f"{path}: {', '.join(roles.values())} of {name} have nothing to belong to. It is not whole.")
@@ -374,16 +374,6 @@ def _matrix(tensor: Tensor) -> Array:
 
 def _vector(tensor: Tensor) -> Array:
     return jnp.asarray(tensor.view()).reshape(-1)
-
-
-def _rows(term: Term) -> int:
-    if isinstance(term, LowRank):
-        return len(term.up)
-    if isinstance(term, Kron):
-        return len(term.left[0]) * len(term.right[0])
-    if isinstance(term, Hadamard):
-        return len(term.up1)
-    return len(term.value)  # type: ignore[attr-defined]
 
 
 _OTHERS = {

@@ -1,6 +1,7 @@
 """What an adapter adds to a weight: one class a kind of factorization, each a function of the base in float32."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,7 +11,12 @@ from fluxjax.shapes import Array, Float
 
 
 class Term(eqx.Module):
-    """A change of a weight, [rows, columns], or of a vector."""
+    """A change of a weight, [rows, columns], or of a vector.
+
+    `additive`: whether the delta is the same for every base, so that subtracting it gives the base back.
+    """
+
+    additive: ClassVar[bool] = True
 
     @abstractmethod
     def delta(self, base: Float[Array, "*shape"]) -> Float[Array, "*changed"]:
@@ -19,6 +25,21 @@ class Term(eqx.Module):
     def factors(self) -> tuple[Array, Array] | None:
         """Return the up and the down, in float32, whose product is the delta, or None for a change of no lower rank."""
         return None
+
+    @property
+    @abstractmethod
+    def rows(self) -> int | None:
+        """The rows of a weight that it fits, or None if it fits any number."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> int | None:
+        """The columns of a weight that it fits, or None if it fits any number."""
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what is added to a base of this shape; it is another shape where the two don't fit."""
+        rows, columns = self.rows, self.columns
+        return (base[0] if rows is None else rows, *(base[1:] if columns is None else (columns,)))
 
 
 class LowRank(Term):
@@ -30,6 +51,14 @@ class LowRank(Term):
 
     def delta(self, base):
         return _float32(self.factor) * (_float32(self.up) @ _float32(self.down))
+
+    @property
+    def rows(self):
+        return len(self.up)
+
+    @property
+    def columns(self):
+        return self.down.shape[1]
 
     def factors(self):
         return _float32(self.factor) * _float32(self.up), _float32(self.down)
@@ -47,6 +76,14 @@ class Kron(Term):
             _float32(side[0]) if len(side) == 1 else _float32(side[0]) @ _float32(side[1]) for side in (self.left, self.right)
         )
         return _float32(self.factor) * jnp.kron(left, right)
+
+    @property
+    def rows(self):
+        return len(self.left[0]) * len(self.right[0])
+
+    @property
+    def columns(self):
+        return self.left[-1].shape[1] * self.right[-1].shape[1]
 
     def factors(self):
         """kron(A, B C) is kron(A, B) kron(I, C), and kron(A D, B C) is kron(A, B) kron(D, C)."""
@@ -71,6 +108,14 @@ class Hadamard(Term):
         first = _float32(self.up1) @ _float32(self.down1)
         return _float32(self.factor) * first * (_float32(self.up2) @ _float32(self.down2))
 
+    @property
+    def rows(self):
+        return len(self.up1)
+
+    @property
+    def columns(self):
+        return self.down1.shape[1]
+
     def factors(self):
         """An elementwise product of ranks r and s has rank r s: products of the ups' columns, and of the downs' rows."""
         up1, down1, up2, down2 = (_float32(x) for x in (self.up1, self.down1, self.up2, self.down2))
@@ -86,14 +131,37 @@ class Full(Term):
     def delta(self, base):
         return _float32(self.value)
 
+    @property
+    def rows(self):
+        return self.value.shape[0]
+
+    @property
+    def columns(self):
+        return self.value.shape[1] if self.value.ndim > 1 else None
+
+    def shape(self, base):
+        return self.value.shape
+
 
 class Assigned(Term):
     """A value that takes the base's place at scale 1."""
 
     value: Float[Array, "*shape"]
+    additive: ClassVar[bool] = False
 
     def delta(self, base):
         return _float32(self.value) - base
+
+    @property
+    def rows(self):
+        return self.value.shape[0]
+
+    @property
+    def columns(self):
+        return self.value.shape[1] if self.value.ndim > 1 else None
+
+    def shape(self, base):
+        return self.value.shape
 
 
 class Magnitude(Term):
@@ -105,12 +173,24 @@ class Magnitude(Term):
     inner: Term
     magnitude: Float[Array, " length"]
     by_row: bool = eqx.field(static=True)
+    additive: ClassVar[bool] = False
 
     def delta(self, base):
         changed = base + self.inner.delta(base)
         norm = jnp.linalg.norm(changed, axis=1 if self.by_row else 0, keepdims=True)
         magnitude = _float32(self.magnitude)
         return changed * ((magnitude[:, None] if self.by_row else magnitude[None]) / norm) - base
+
+    @property
+    def rows(self):
+        return self.inner.rows
+
+    @property
+    def columns(self):
+        return self.inner.columns
+
+    def shape(self, base):
+        return self.inner.shape(base)
 
 
 def _float32(x: jax.typing.ArrayLike) -> Array:
