@@ -1,22 +1,21 @@
-"""Adapter files of every format: each key is told by its module's name and its role, and every key is used."""
+"""Adapter files of every format: each key is identified by its module's name and its role, and every key is used."""
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import equinox as eqx
-import jax.numpy as jnp
-import numpy as np
 
-from fluxjax.convert import tables
-from fluxjax.convert.files import File, Tensor, WeightsError, read_header
-from fluxjax.convert.tables import Dialect, Row
-from fluxjax.lora.terms import Assigned, Full, Hadamard, Kron, LowRank, Magnitude, Term
-from fluxjax.shapes import Array
+from fluxjax.convert.files import File, WeightsError, read_header
+from fluxjax.lora.build import Module, terms_of
+from fluxjax.lora.names import find_place
+from fluxjax.lora.roles import PLAIN, is_adapters, splits
+from fluxjax.lora.settings import WEIGHTS, AllSettings, read_settings
+from fluxjax.lora.strangers import looks_like, without_effect
+from fluxjax.lora.terms import LowRank, Magnitude, Term
+from fluxjax.printable import printable
+
+_IN_FOLDER = (WEIGHTS, "pytorch_lora_weights.safetensors")
 
 
 class Change(eqx.Module):
@@ -31,128 +30,13 @@ class Change(eqx.Module):
 class Lora(eqx.Module):
     """An adapter. `changes`: by network ("flux", "clip", "t5"), then by the name of the weight or bias that they change.
 
-    `format`: whose key names the file has.
+    `format`: whose key names the file has. `notes`: one line for each thing in the file that has no effect on FLUX and was
+    left out, to be shown to the user.
     """
 
     changes: dict[str, dict[str, tuple[Change, ...]]]
     format: str = eqx.field(static=True)
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a format names the modules of one network. `flat`: with underscores for dots."""
-
-    format: str
-    network: str
-    prefix: str
-    dialect: Dialect
-    flat: bool = False
-
-    @cached_property
-    def patterns(self) -> list[tuple[re.Pattern, Row]]:
-        return [(_module_pattern(self.dialect, row, self.flat), row) for row in self.dialect.rows]
-
-    def find(self, module: str) -> tuple[str, Row] | None:
-        """Return our name of a module, its last field `{p}` left open where it has a weight and a bias."""
-        if not module.startswith(self.prefix):
-            return None
-        rest = module[len(self.prefix) :]
-        for pattern, row in self.patterns:
-            if match := pattern.match(rest):
-                return _open(row.ours).format(**match.groupdict(), p="{p}"), row
-        return None
-
-
-def _open(ours: str) -> str:
-    return ours.removesuffix("weight") + "{p}" if ours.endswith(".weight") else ours
-
-
-def _module_pattern(dialect: Dialect, row: Row, flat: bool) -> re.Pattern:
-    theirs = row.theirs.removesuffix(".{p}").removesuffix(".weight")
-    body = re.escape(theirs).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-    text = f"(?:{re.escape(dialect.prefix)})?{body}"
-    return re.compile((text.replace(r"\.", "_") if flat else text) + r"\Z")
-
-
-# XLabs name the processors of BFL's blocks: 1 is the image's, 2 the text's; a single block's covers q, k, v alone.
-_XLABS = Dialect(
-    "xlabs",
-    "",
-    (
-        Row("double_blocks.{i}.processor.qkv_lora1.{p}", "double.{i}.img.qkv.{p}"),
-        Row("double_blocks.{i}.processor.proj_lora1.{p}", "double.{i}.img.out.{p}"),
-        Row("double_blocks.{i}.processor.qkv_lora2.{p}", "double.{i}.txt.qkv.{p}"),
-        Row("double_blocks.{i}.processor.proj_lora2.{p}", "double.{i}.txt.out.{p}"),
-        Row("single_blocks.{i}.processor.qkv_lora.{p}", "single.{i}.linear1.{p}", "qkv"),
-        Row("single_blocks.{i}.processor.proj_lora.{p}", "single.{i}.linear2.{p}"),
-    ),
-)
-_BFL, _DIFFUSERS = tables.FLUX_BFL, tables.FLUX_DIFFUSERS
-_CLIP, _T5 = tables.CLIP_TRANSFORMERS, tables.T5_TRANSFORMERS
-NAMES = (
-    Names("kohya", "flux", "lora_unet_", _BFL, flat=True),
-    Names("kohya", "flux", "lora_unet_", _DIFFUSERS, flat=True),
-    Names("kohya", "clip", "lora_te1_", _CLIP, flat=True),
-    Names("kohya", "t5", "lora_te3_", _T5, flat=True),
-    Names("kohya", "t5", "lora_te2_", _T5, flat=True),
-    Names("onetrainer", "flux", "lora_transformer_", _DIFFUSERS, flat=True),
-    Names("lycoris", "flux", "lycoris_", _BFL, flat=True),
-    Names("lycoris", "flux", "lycoris_", _DIFFUSERS, flat=True),
-    Names("peft", "flux", "transformer.", _DIFFUSERS),
-    Names("peft", "clip", "text_encoder.", _CLIP),
-    Names("peft", "t5", "text_encoder_2.", _T5),
-    Names("comfy", "flux", "diffusion_model.", _BFL),
-    Names("comfy", "clip", "text_encoders.clip_l.transformer.", _CLIP),
-    Names("comfy", "t5", "text_encoders.t5xxl.transformer.", _T5),
-    Names("fal", "flux", "base_model.model.", _BFL),
-    Names("peft", "flux", "base_model.model.", _DIFFUSERS),
-    Names("xlabs", "flux", "", _XLABS),
-    Names("bfl", "flux", "", _BFL),
-    Names("peft", "flux", "", _DIFFUSERS),
-)
-
-# A key's end, and the role of its tensor.
-_ROLES = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "down.weight": "down",
-    "up.weight": "up",
-    "lora_B.bias": "bias",
-    "alpha": "alpha",
-    "dora_scale": "magnitude",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "diff": "full",
-    "diff_b": "bias",
-    "scale": "assigned",
-    **{f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
-    **{f"hada_{name}": f"h{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-}
-
-
-def _split(key: str) -> tuple[str, str] | None:
-    """Return a key's module and its tensor's role."""
-    for end in sorted(_ROLES, key=len, reverse=True):
-        if key.endswith(f".{end}"):
-            # A norm's own scale is part of its name.
-            return (key if end == "scale" else key[: -len(end) - 1]), _ROLES[end]
-    return None
-
-
-@dataclass
-class _Module:
-    """The tensors of one module, by role."""
-
-    names: Names
-    weight: str
-    row: Row
-    roles: dict[str, str]
+    notes: tuple[str, ...] = eqx.field(static=True, default=())
 
 
 @overload
@@ -164,40 +48,60 @@ def read_lora(path: str | Path, *, strict: Literal[False]) -> tuple[Lora, list[s
 
 
 def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, list[str]]:
-    """Read an adapter of any known format: kohya, OneTrainer, diffusers/PEFT, ComfyUI, fal, BFL Control, XLabs, LyCORIS's LoKr
-    and LoHa, DoRA on any of them; for the transformer, CLIP and T5.
+    """Read an adapter of any known format: kohya, OneTrainer, diffusers/PEFT, ComfyUI, fal, BFL Control, XLabs, LyCORIS's
+    LoKr, LoHa, GLoRA, OFT and BOFT, PEFT's LoKr, LoHa, OFT and BOFT, DoRA on any of them; for the transformer, CLIP and T5.
 
-    **Arguments:** `path`: a safetensors file. `strict`: whether a key that is not used is an error.
-    **Returns:** the adapter; without `strict` also the keys that are not used.
-    **Raises:** `WeightsError` for keys that match nothing, with what they look like, a file that adapts nothing of FLUX.1, or
-    tensors that do not belong together.
+    **Arguments:** `path`: a safetensors file, or a folder that PEFT (`adapter_model.safetensors` with
+    `adapter_config.json`) or diffusers (`pytorch_lora_weights.safetensors`) saved. `strict`: whether a key that is not used
+    is an error.
+    **Returns:** the adapter; without `strict` also the keys that are not used. A module of which one key can't be used is
+    left out whole.
+    **Raises:** `WeightsError` for keys that match nothing, with what they look like, a file that adapts nothing of FLUX.1,
+    tensors that do not belong together or are not finite, a module that is given twice, and settings that are damaged.
     """
-    path = Path(path)
+    path = _file_of(Path(path))
     file = read_header(path)
-    modules, unused = _modules(file.tensors)
+    modules, unused, notes = _modules(file)
     if not modules:
-        raise WeightsError(f"{path} adapts nothing of FLUX.1: {_looks_like(unused)}")
+        raise WeightsError(f"{path} adapts nothing of FLUX.1: {looks_like(unused or list(file.tensors))}")
     if unused and strict:
-        some = ", ".join(unused[:20]) + (f" … and {len(unused) - 20} more" if len(unused) > 20 else "")
         raise WeightsError(
-            f"{path} holds {len(unused)} keys that fluxjax has no place for: {some}. {_looks_like(unused)} "
+            f"{path} holds {len(unused)} keys that fluxjax has no place for: {_some(unused)}. {looks_like(unused)} "
             "Pass strict=False to leave them out."
         )
     changes: dict[str, dict[str, list[Change]]] = {}
-    settings = _settings(file)
-    for name, module in modules.items():
-        mine = changes.setdefault(module.names.network, {})
-        for weight, term in _terms(path, name, module, file.tensors, settings):
-            change = Change(term, module.row.part, module.row.layout == "swap")
-            mine.setdefault(weight, []).append(change)
-    formats = sorted({module.names.format for module in modules.values()})
+    for module in modules.values():
+        mine = changes.setdefault(module.place.network, {})
+        for weight, term in terms_of(file, module):
+            mine.setdefault(weight, []).append(Change(term, module.place.part, module.place.swap))
+    formats = sorted({module.place.format for module in modules.values()})
     whole = {network: {name: tuple(found) for name, found in mine.items()} for network, mine in changes.items()}
-    lora = Lora(whole, "+".join(formats))
+    lora = Lora(whole, "+".join(formats), notes)
     return lora if strict else (lora, unused)
 
 
+def _file_of(path: Path) -> Path:
+    """Return an adapter's file: a folder's, as PEFT and diffusers name it, or the only one there."""
+    if not path.is_dir():
+        return path
+    known = [path / name for name in _IN_FOLDER if (path / name).is_file()]
+    found = known or sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if len(found) != 1:
+        held = f"several: {', '.join(file.name for file in found[:10])}" if found else "none"
+        raise WeightsError(
+            f"`read_lora(path)` needs one adapter in the folder {path}, and found {held}. Pass the .safetensors file."
+        )
+    return found[0]
+
+
+def _some(keys: list[str]) -> str:
+    more = f" … and {len(keys) - 20} more" if len(keys) > 20 else ""
+    return ", ".join(printable(key) for key in keys[:20]) + more
+
+
 def describe_lora(path: str | Path) -> str:
-    """Return what an adapter file holds: format, networks, blocks, ranks, factors (alpha / rank), and keys without a place.
+    """Return what an adapter file holds: format, networks, blocks, ranks, factors (alpha / rank), keys without a place, and
+    what has no effect.
 
     **Raises:** as `read_lora`, but for keys without a place.
     """
@@ -205,16 +109,16 @@ def describe_lora(path: str | Path) -> str:
     lines = [f"{Path(path).name}: {lora.format}"]
     for network, changes in lora.changes.items():
         terms = [change.term for found in changes.values() for change in found]
-        terms = [term.inner if isinstance(term, Magnitude) else term for term in terms]
-        low = [term for term in terms if isinstance(term, LowRank)]
-        kinds = sorted({type(term).__name__ for found in changes.values() for term in (c.term for c in found)})
+        kinds = sorted({type(term).__name__ for term in terms})
         lines.append(f"  {network}: {len(changes)} weights in {_blocks(changes)}; {', '.join(kinds)}")
+        inner = [term.inner if isinstance(term, Magnitude) else term for term in terms]
+        low = [term for term in inner if isinstance(term, LowRank)]
         if low:
             ranks, factors = {len(term.down) for term in low}, {round(float(term.factor), 6) for term in low}
             lines.append(f"    rank {_span(ranks)}, alpha / rank {_span(factors)}")
     if unused:
-        lines.append(f"  {len(unused)} keys without a place: {', '.join(unused[:20])}{' …' if len(unused) > 20 else ''}")
-    return "\n".join(lines)
+        lines.append(f"  {len(unused)} keys without a place: {_some(unused)}")
+    return "\n".join([*lines, *(f"  {note}" for note in lora.notes)])
 
 
 def _blocks(names: Iterable[str]) -> str:
@@ -231,169 +135,62 @@ def _span(values: set) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Module], list[str]]:
-    """Sort the keys by module; those without a place are returned too."""
-    modules: dict[str, _Module] = {}
+def _modules(file: File) -> tuple[dict[str, Module], list[str], tuple[str, ...]]:
+    """Sort the keys by module; those without a place are returned too, and notes about those without an effect."""
+    settings = read_settings(file)
+    keys, notes = without_effect(file.tensors)
+    modules: dict[str, Module] = {}
     unused = []
-    for key in tensors:
-        split = _split(key)
-        if split is None:
+    # Norms and biases named as a model's own belong to an adapter, unless the file is a model.
+    adapter = any(is_adapters(key) for key in keys)
+    for key in keys:
+        found = _find(key, modules, settings, adapter)
+        if found is None:
             unused.append(key)
             continue
-        name, role = split
-        if name not in modules:
-            found = next(((names, found) for names in NAMES if (found := names.find(name)) is not None), None)
-            if found is None:
-                unused.append(key)
-                continue
-            names, (weight, row) = found
-            modules[name] = _Module(names, weight, row, {})
-        modules[name].roles[role] = key
-    return modules, unused
+        module, role = found
+        if role in module.keys:
+            twice = f"{printable(module.keys[role])} and {printable(key)}"
+            raise WeightsError(f"{file.path} gives one tensor twice: {twice}. Remove one of them.")
+        module.keys[role] = key
+    _check_overlaps(file, modules)
+    return modules, sorted([*unused, *_left_out(modules, unused)], key=list(file.tensors).index), notes
 
 
-def _settings(file: File) -> dict[str, Any]:
-    """Return what PEFT says of ranks and alphas in the metadata, by component."""
-    text = file.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise WeightsError(f"{file.path}: its lora_adapter_metadata is not JSON. Save the adapter anew.") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{file.path}: its lora_adapter_metadata is damaged. Save the adapter anew.")
-    return settings
+def _find(key: str, modules: dict[str, Module], settings: AllSettings, adapter: bool) -> tuple[Module, str] | None:
+    """Return the module that a key belongs to, a new one if need be, and its role there."""
+    for name, role in splits(key):
+        module = modules.get(name)
+        place = find_place(name) if module is None else module.place
+        if place is None:
+            continue
+        mine = settings.of(name)
+        if role in PLAIN and not (adapter and (place.is_norm or mine is not None)):
+            continue
+        return modules.setdefault(name, Module(name, place, {}, mine)), role
+    return None
 
 
-def _terms(
-    path: Path, name: str, module: _Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> list[tuple[str, Term]]:
-    """Return the changes of a module's weight and bias."""
-    roles = dict(module.roles)
-
-    def take(role: str) -> Array:
-        if role not in roles:
-            raise WeightsError(
-                f"{path}: {name} comes without its {role}, beside {', '.join(module.roles.values())}. It is not whole."
-            )
-        return _matrix(tensors[roles.pop(role)])
-
-    def scalar() -> float | None:
-        return float(np.asarray(tensors[roles.pop("alpha")].view(), np.float32).reshape(-1)[0]) if "alpha" in roles else None
-
-    found: list[tuple[str, Term]] = []
-    weight, bias = module.weight.format(p="weight"), module.weight.format(p="bias")
-    alpha = scalar()
-    if "assigned" in roles:
-        found.append((weight, Assigned(_vector(tensors[roles.pop("assigned")]))))
-    if "bias" in roles:
-        if weight == bias:
-            raise WeightsError(f"{path}: {name} has no bias for {roles['bias']} to change.")
-        found.append((bias, Full(_vector(tensors[roles.pop("bias")]))))
-    build = next((build for mark, build in _BUILDERS.items() if mark & roles.keys()), None)
-    if build is not None:
-        term = build(take, roles, lambda rank: _factor(module, name, settings, alpha, rank))
-        if "magnitude" in roles:
-            raw = tensors[roles.pop("magnitude")]
-            magnitude = _vector(raw)
-            term = Magnitude(term, magnitude, by_row=magnitude.size == term.rows)
-        found.insert(0, (weight, term))
-    if roles:
-        raise WeightsError(f"{path}: {', '.join(roles.values())} of {name} have nothing to belong to. It is not whole.")
-    return found
+def _left_out(modules: dict[str, Module], unused: Iterable[str]) -> list[str]:
+    """Take away the modules that a key without a place belongs to, as the rest of one would mean something else."""
+    keys: list[str] = []
+    for key in unused:
+        pieces = key.split(".")
+        for count in range(1, len(pieces)):
+            module = modules.pop(".".join(pieces[:count]), None)
+            keys += module.keys.values() if module is not None else ()
+    return keys
 
 
-Take = Callable[[str], Array]
-Factor = Callable[[int], Array]
-
-
-def _low_rank(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
-    up, down = take("up"), take("down")
-    if up.shape[1] != down.shape[0]:
-        raise WeightsError(f"An adapter's up of {list(up.shape)} and down of {list(down.shape)} have different ranks.")
-    return LowRank(up, down, factor(len(down)))
-
-
-def _kron(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
-    rank = None
-
-    def side(name: str) -> tuple[Array, ...]:
-        nonlocal rank
-        if name in roles:
-            return (take(name),)
-        first, second = take(f"{name}_a"), take(f"{name}_b")
-        rank = len(second)
-        return first, second
-
-    left, right = side("w1"), side("w2")
-    # Alpha applies where a factor is itself decomposed.
-    return Kron(left, right, jnp.float32(1.0) if rank is None else factor(rank))
-
-
-def _hadamard(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
-    up1, down1, up2, down2 = (take(role) for role in ("hw1_a", "hw1_b", "hw2_a", "hw2_b"))
-    return Hadamard(up1, down1, up2, down2, factor(len(down1)))
-
-
-def _full(take: Take, roles: Mapping[str, str], factor: Factor) -> Term:
-    return Full(take("full"))
-
-
-_BUILDERS: dict[frozenset[str], Callable[[Take, Mapping[str, str], Factor], Term]] = {
-    frozenset({"up", "down"}): _low_rank,
-    frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"}): _kron,
-    frozenset({"hw1_a", "hw1_b", "hw2_a", "hw2_b"}): _hadamard,
-    frozenset({"full"}): _full,
-}
-
-
-def _factor(module: _Module, name: str, settings: Mapping[str, Any], alpha: float | None, rank: int) -> Array:
-    """Return alpha / rank, or alpha / sqrt(rank) where PEFT's metadata says so; without an alpha it is the rank."""
-    component = name.partition(".")[0]
-    inner = name.partition(".")[2]
-    if alpha is None:
-        patterns = settings.get(f"{component}.alpha_pattern") or {}
-        named = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", inner))
-        alpha = next(named, settings.get(f"{component}.lora_alpha"))
-    if alpha is None:
-        alpha = rank
-    root = settings.get(f"{component}.use_rslora", False)
-    return jnp.float32(alpha / (rank**0.5 if root else rank))
-
-
-def _matrix(tensor: Tensor) -> Array:
-    """Return a tensor as a matrix; one of a 1x1 convolution loses its last axes."""
-    values = jnp.asarray(tensor.view())
-    if values.ndim == 4 and values.shape[2:] == (1, 1):
-        values = values[:, :, 0, 0]
-    if values.ndim != 2:
-        raise WeightsError(f"{tensor.file}: a factor of shape {list(tensor.shape)} is no matrix.")
-    return values
-
-
-def _vector(tensor: Tensor) -> Array:
-    return jnp.asarray(tensor.view()).reshape(-1)
-
-
-_OTHERS = {
-    "lora_unet_down_blocks": "Stable Diffusion 1 or XL",
-    "lora_unet_input_blocks": "Stable Diffusion XL",
-    "unet.down_blocks": "Stable Diffusion 1 or XL",
-    "joint_blocks": "Stable Diffusion 3",
-    "double_stream_modulation": "FLUX.2",
-    "single_stream_modulation": "FLUX.2",
-    "img_mlp_gate": "FLUX.2",
-    "distilled_guidance_layer": "Chroma",
-    "lora_te2_text_model": "Stable Diffusion XL",
-}
-
-
-def _looks_like(keys: Sequence[str]) -> str:
-    """Say which model or format keys seem to be of."""
-    for mark, model in _OTHERS.items():
-        if any(mark in key for key in keys):
-            return f"They look like {model}'s: use the adapter with that model."
-    if keys and not any(_split(key) for key in keys):
-        return f"They look like no adapter's ({', '.join(keys[:3])}): pass a LoRA, not a model."
-    return "They look like no format that fluxjax knows."
+def _check_overlaps(file: File, modules: Mapping[str, Module]) -> None:
+    """**Raises:** `WeightsError` if two modules, named in two ways, change the same weight."""
+    before: dict[tuple[str, str], list[Module]] = {}
+    for module in modules.values():
+        others = before.setdefault((module.place.network, module.place.weight), [])
+        for other in others:
+            if module.place.overlaps(other.place):
+                both = " and ".join(printable(next(iter(one.keys.values()))) for one in (other, module))
+                raise WeightsError(
+                    f"{file.path} changes {module.place.weight} twice, under two names: {both}. Keep one format's keys."
+                )
+        others.append(module)

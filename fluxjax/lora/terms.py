@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, Int
 
 
 class Term(eqx.Module):
@@ -165,7 +165,7 @@ class Assigned(Term):
 
 
 class Magnitude(Term):
-    """magnitude * (W + delta) / |W + delta| - W, the norm of each row, or of each column if there are as many magnitudes.
+    """magnitude * (W + delta) / |W + delta| - W, with the norm of each row (`by_row`) or of each column.
 
     **Source:** Liu et al. 2024, DoRA, eq. 5.
     """
@@ -179,7 +179,94 @@ class Magnitude(Term):
         changed = base + self.inner.delta(base)
         norm = jnp.linalg.norm(changed, axis=1 if self.by_row else 0, keepdims=True)
         magnitude = _float32(self.magnitude)
-        return changed * ((magnitude[:, None] if self.by_row else magnitude[None]) / norm) - base
+        magnitude = magnitude[:, None] if self.by_row else magnitude[None]
+        # A zero vector has no direction, so no magnitude can stretch it: it stays zero, where 0 / 0 would be NaN.
+        ratio = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 0)
+        return changed * ratio - base
+
+    @property
+    def rows(self):
+        return self.inner.rows
+
+    @property
+    def columns(self):
+        return self.inner.columns
+
+    def shape(self, base):
+        return self.inner.shape(base)
+
+
+class Rotation(Term):
+    """A weight multiplied by orthogonal blocks: R W on its outputs, or W R on its inputs; then its rows scaled.
+
+    **Arguments:** `blocks`: stages of block-diagonal matrices, applied in order to the rows of W (`on_rows`), or of W
+    transposed. `order`: for each stage, the order that the rows are put in for it, and back after it. `scale`: factors of
+    the rows. `shared`: whether the one block of a stage is repeated.
+    **Source:** Qiu et al. 2023, OFT; Liu et al. 2024, BOFT, section 4.
+    """
+
+    blocks: Float[Array, "stages number size size"]
+    order: Int[Array, "stages length"] | None
+    scale: Float[Array, " rows"] | None
+    on_rows: bool = eqx.field(static=True)
+    shared: bool = eqx.field(static=True, default=False)
+    additive: ClassVar[bool] = False
+
+    def delta(self, base):
+        rotated = self._rotated(base) if self.on_rows else self._rotated(base.T).T
+        return (rotated if self.scale is None else _float32(self.scale)[:, None] * rotated) - base
+
+    def _rotated(self, x: Float[Array, "length others"]) -> Float[Array, "length others"]:
+        for stage, blocks in enumerate(self.blocks):
+            x = x if self.order is None else x[self.order[stage]]
+            apart = x.reshape(-1, blocks.shape[-1], x.shape[-1])
+            x = jnp.einsum("nij,njc->nic", jnp.broadcast_to(_float32(blocks), (len(apart), *blocks.shape[1:])), apart)
+            x = x.reshape(-1, x.shape[-1])
+            x = x if self.order is None else x[jnp.argsort(self.order[stage])]
+        return x
+
+    @property
+    def rows(self):
+        if self.scale is not None:
+            return self.scale.size
+        return self._length if self.on_rows else None
+
+    @property
+    def columns(self):
+        return None if self.on_rows else self._length
+
+    @property
+    def _length(self) -> int | None:
+        return None if self.shared else self.blocks.shape[1] * self.blocks.shape[2]
+
+    def shape(self, base):
+        size, side = self.blocks.shape[-1], 0 if self.on_rows else 1
+        if self.shared and len(base) == 2 and base[side] % size:  # the nearest multiple of the block, which does not fit
+            return tuple(-(-length // size) * size if axis == side else length for axis, length in enumerate(base))
+        return super().shape(base)
+
+
+class Generalized(Term):
+    """factor * (up @ down + W @ left @ right). Source: Chavan et al. 2023, GLoRA; LyCORIS leaves out its bias terms."""
+
+    up: Float[Array, "rows rank"]
+    down: Float[Array, "rank columns"]
+    left: Float[Array, "columns rank"]
+    right: Float[Array, "rank columns"]
+    factor: Float[Array, ""]
+    additive: ClassVar[bool] = False
+
+    def delta(self, base):
+        up, down, left, right = (_float32(x) for x in (self.up, self.down, self.left, self.right))
+        return _float32(self.factor) * (up @ down + base @ left @ right)
+
+    @property
+    def rows(self):
+        return len(self.up)
+
+    @property
+    def columns(self):
+        return self.down.shape[1]
 
     @property
     def rows(self):
