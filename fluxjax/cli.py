@@ -297,7 +297,7 @@ def _add_lora_files(actions: Any) -> None:
     add("-o", "--output", dest="destination", type=Path, required=True, help="a new .safetensors file")
     add("--rank", type=int, required=True, help="of each weight's difference")
     add("--only", choices=("flux", "t5", "clip"), default="flux", help="the network (default: %(default)s)")
-    add("--to", choices=FORMATS, default="peft", help="the format (default: %(default)s)")
+    add("--to", choices=FORMATS, default="kohya", help="the format; peft's has no biases and norms (default: %(default)s)")
 
 
 def _convert_lora(options: argparse.Namespace) -> None:
@@ -308,7 +308,9 @@ def _convert_lora(options: argparse.Namespace) -> None:
 def _extract_lora(options: argparse.Namespace) -> None:
     kind = KINDS[options.only]
     base, tuned = (open_source(locate(name, kind.folder)).part(kind).plan() for name in (options.base, options.tuned))
-    write_lora(_new_file(options.destination), extract_lora(base, tuned, kind.name, rank=options.rank), to=options.to)
+    write_lora(
+        _new_file(options.destination), extract_lora(base, tuned, kind.name, rank=options.rank, to=options.to), to=options.to
+    )
     print(options.destination)
 
 

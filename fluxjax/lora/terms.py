@@ -268,17 +268,6 @@ class Generalized(Term):
     def columns(self):
         return self.down.shape[1]
 
-    @property
-    def rows(self):
-        return self.inner.rows
-
-    @property
-    def columns(self):
-        return self.inner.columns
-
-    def shape(self, base):
-        return self.inner.shape(base)
-
 
 def _float32(x: jax.typing.ArrayLike) -> Array:
     return jnp.asarray(x).astype(jnp.float32)

@@ -14,8 +14,9 @@ from fluxjax.convert.load import Weights, slots_of
 from fluxjax.convert.source import fused_rows
 from fluxjax.convert.tables import Dialect
 from fluxjax.lora.attach import factors_of
+from fluxjax.lora.merge import rows_of
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import LowRank
+from fluxjax.lora.terms import Full, LowRank
 from fluxjax.nets.flux import FluxConfig
 
 _KOHYA = {
@@ -29,17 +30,20 @@ _PEFT = {
     "t5": ("text_encoder_2.", tables.T5_TRANSFORMERS),
 }
 FORMATS = ("peft", "kohya")
+TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
+"""Matrices that are looked up rather than multiplied."""
 
 
 def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32) -> None:
     """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
 
     Every difference stays what it is: a fused weight's factors are cut into its parts' rows, or parts are put together as a
-    block-diagonal product, and alpha / rank goes into the up matrix. `dtype`: of the factors; below float32 they are rounded.
-    **Raises:** `WeightsError` for an adapter that is not of low rank alone, or that changes nothing.
+    block-diagonal product, and alpha / rank goes into the up matrix. Kohya's names also hold whole differences, `.diff` of
+    weights and norms and `.diff_b` of biases. `dtype`: of the factors; below float32 they are rounded.
+    **Raises:** `WeightsError` for an adapter that the format can't hold, with the first weight that it can't, or that changes
+    nothing.
     """
-    if to not in FORMATS:
-        raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
+    check_format(lora, to)
     tensors: dict[str, np.ndarray] = {}
     for network, changes in lora.changes.items():
         prefix, dialect = (_PEFT if to == "peft" else _KOHYA)[network]
@@ -47,8 +51,10 @@ def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLi
         # The MLP of every FLUX transformer is four times as wide.
         parts = fused_rows(width, 4 * width) if network == "flux" else {}
         for name, found in changes.items():
-            for module, *factors in _modules(name, found, dialect, parts):
-                up, down = (np.asarray(factor, dtype) for factor in factors)
+            if any(isinstance(change.term, Full) for change in found):
+                tensors |= _whole(name, found, prefix, dialect, parts)
+                continue
+            for module, up, down in _modules(name, found, dialect, parts):
                 if to == "peft":
                     tensors |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
                 else:
@@ -57,7 +63,46 @@ def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLi
                     tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
     if not tensors:
         raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
-    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()})
+    cast = {name: tensor if name.endswith(".alpha") else np.asarray(tensor, dtype) for name, tensor in tensors.items()}
+    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in cast.items()})
+
+
+def check_format(lora: Lora, to: str) -> None:
+    """**Raises:** `WeightsError` for an adapter that a format can't hold, `ValueError` for a format that there is not."""
+    if to not in FORMATS:
+        raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
+    for changes in lora.changes.values():
+        for name, found in changes.items():
+            for change in found:
+                if not isinstance(change.term, LowRank | Full):
+                    raise WeightsError(
+                        f"What the adapter does to {name} ({type(change.term).__name__}) is not of low rank, so it can't be "
+                        "written."
+                    )
+                _check_peft(name, whole=isinstance(change.term, Full), to=to)
+
+
+def _check_peft(name: str, *, whole: bool, to: str) -> None:
+    """**Raises:** `WeightsError` for a change that PEFT's names can't hold."""
+    if to == "peft" and (whole or name in TABLES):
+        what = "is a difference of a whole tensor, which is not of low rank" if whole else "is of a table"
+        raise WeightsError(f"What the adapter does to {name} {what}: PEFT's names have no place for it. Write kohya's names.")
+
+
+def _whole(
+    name: str, changes: Sequence[Change], prefix: str, dialect: Dialect, parts: Mapping[str, slice]
+) -> dict[str, np.ndarray]:
+    """Return the sum of a weight's changes as one difference, with kohya's name."""
+    rows = _fused_rows(name, changes, parts)
+    total: Any = 0.0
+    for change in changes:
+        start, stop = rows_of(change, (rows,), parts)
+        delta = np.asarray(change.term.delta(jnp.zeros(())), np.float32)  # the same for every base
+        delta = np.roll(delta, len(delta) // 2, axis=0) if change.swap else delta
+        total = total + np.pad(delta, ((start, rows - stop), *((0, 0),) * (delta.ndim - 1)))
+    (key, _), *_ = dialect.keys(name)
+    module, _, last = key.rpartition(".")
+    return {f"{prefix}{module.replace('.', '_')}.{'diff_b' if last == 'bias' else 'diff'}": total}
 
 
 def _modules(
@@ -65,9 +110,7 @@ def _modules(
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return the modules that a weight's change is written to, each with its up and down."""
     rows = _fused_rows(name, changes, parts)
-    columns = _low_rank(name, changes[0]).down.shape[1]
-    for change in changes:
-        _low_rank(name, change)
+    columns = max(change.term.columns or 0 for change in changes)
     down, up = (np.asarray(x) for x in factors_of(name, [(change, 1.0) for change in changes], (rows, columns), parts))
     written = []
     for key, row in dialect.keys(name):
@@ -80,19 +123,12 @@ def _modules(
     return written
 
 
-def _low_rank(name: str, change: Change) -> LowRank:
-    if not isinstance(change.term, LowRank):
-        raise WeightsError(
-            f"What the adapter does to {name} ({type(change.term).__name__}) is not of low rank, so it can't be written."
-        )
-    return change.term
-
-
 def _fused_rows(name: str, changes: Sequence[Change], parts: Mapping[str, slice]) -> int:
     """Return the rows of a weight, of which its changes may cover a part."""
-    if all(change.part is None for change in changes):
-        return len(_low_rank(name, changes[0]).up)
-    return parts["mlp"].stop if name.endswith("linear1.weight") else parts["v"].stop
+    whole = [change for change in changes if change.part is None]
+    if whole:
+        return whole[0].term.shape((0,))[0]
+    return parts["mlp"].stop if ".linear1." in name else parts["v"].stop
 
 
 def _width(changes: Mapping[str, Sequence[Change]]) -> int:
@@ -104,13 +140,19 @@ def _width(changes: Mapping[str, Sequence[Change]]) -> int:
         for change in found:
             if isinstance(change.term, LowRank):
                 return change.term.down.shape[1] if takes_width else len(change.term.up)
+            if isinstance(change.term, Full) and takes_width:
+                return change.term.value.shape[1]
     return FluxConfig().width  # no block is changed, so no fused weight is
 
 
-def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int) -> Lora:
-    """Return the adapter of a rank that is nearest, in the Frobenius norm, to what distinguishes two networks' matrices.
+def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int, to: str | None = None) -> Lora:
+    """Return the adapter that distinguishes two networks: of matrices the nearest of a rank, in the Frobenius norm; of biases
+    and norms the whole difference.
 
-    **Arguments:** `base`, `tuned`: of the same shapes, in files or in memory. `network`: "flux", "clip" or "t5".
+    At a rank that the differences have, base and adapter give the tuned network up to the rounding of float32.
+
+    **Arguments:** `base`, `tuned`: of the same shapes, in files or in memory. `network`: "flux", "clip" or "t5". `to`: the
+    format in which it will be written: what this can't hold is told before the work.
     **Raises:** `ValueError` for a rank below 1; `WeightsError` for networks of other shapes, or that do not differ.
     **Source:** Eckart & Young 1936.
     """
@@ -120,16 +162,18 @@ def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int) -> L
     if {name: slot.shape for name, slot in slots.items()} != {name: slot.shape for name, slot in theirs.items()}:
         raise WeightsError("The two checkpoints are networks of different shapes. Pass a fine-tuned model and its own base.")
     changes: dict[str, tuple[Change, ...]] = {}
-    for name, slot in slots.items():
-        if len(slot.shape) != 2 or name in ("tokens.weight", "positions.weight", "position_bias.weight"):
-            continue
-        rows, exact = slice(0, slot.shape[0]), np.dtype(np.float32)
+    for name in sorted(slots, key=lambda name: len(slots[name].shape)):  # vectors first, which take no time
+        rows, exact = slice(0, slots[name].shape[0]), np.dtype(np.float32)
         difference = tuned.read(name, rows, exact) - base.read(name, rows, exact)
         if difference.any():
-            changes[name] = (Change(_nearest(difference, rank), None, False),)
+            whole = difference.ndim == 1
+            if to is not None:
+                _check_peft(name, whole=whole, to=to)
+            term = Full(jnp.asarray(difference)) if whole else _nearest(difference, rank)
+            changes[name] = (Change(term, None, False),)
     if not changes:
-        raise WeightsError("The two checkpoints have the same matrices: there is nothing to extract.")
-    return Lora({network: changes}, "extracted")
+        raise WeightsError("The two checkpoints have the same weights: there is nothing to extract.")
+    return Lora({network: {name: changes[name] for name in slots if name in changes}}, "extracted")
 
 
 _OVERSAMPLED, _POWERS, _EXACT_SIDE = 16, 4, 1024
