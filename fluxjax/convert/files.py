@@ -14,6 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fluxjax.errors import WeightsError
+
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -35,10 +37,6 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000
 _MOST_AXES = 32  # NumPy's own limit is 64
 _DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
-
-
-class WeightsError(ValueError):
-    """Weights that can't be read, written, or do not fit the network. The message says what to do."""
 
 
 @dataclass(frozen=True)
