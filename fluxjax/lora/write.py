@@ -31,12 +31,16 @@ _PEFT = {
 FORMATS = ("peft", "kohya")
 
 
-def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32) -> None:
+def write_lora(
+    path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32, overwrite: bool = False
+) -> None:
     """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
 
     Every difference stays what it is: a fused weight's factors are cut into its parts' rows, or parts are put together as a
     block-diagonal product, and alpha / rank goes into the up matrix. `dtype`: of the factors; below float32 they are rounded.
-    **Raises:** `WeightsError` for an adapter that is not of low rank alone, or that changes nothing.
+    `overwrite`: whether the file takes the place of an existing one, whole.
+    **Raises:** `WeightsError` for an adapter that is not of low rank alone, or that changes nothing; `FileExistsError` if there
+    is something at `path`.
     """
     if to not in FORMATS:
         raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
@@ -57,7 +61,8 @@ def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLi
                     tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
     if not tensors:
         raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
-    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()})
+    outs = {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()}
+    write(Path(path), outs, overwrite=overwrite)
 
 
 def _modules(
