@@ -1,6 +1,7 @@
 """Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -62,7 +63,7 @@ class Text(NamedTuple):
 
 
 def load_models(
-    source: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None, offload_encoders: bool = False
+    source: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None, offload_encoders: bool = False
 ) -> Models:
     """Load every part of a model, from a zoo name, a diffusers folder or a hub id.
 

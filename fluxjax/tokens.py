@@ -1,6 +1,5 @@
 """Prompts to token ids, on the host."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,20 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from fluxjax.errors import WeightsError
+from fluxjax.printable import printable
+from fluxjax.settings import Field, check_settings, describe, read_json
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, words, single digits, and runs of other signs: the split of OpenAI's CLIP.
 _CLIP_SPLIT = Regex(
     rf"{START}|{END}|".replace("|>", r"\|>").replace("<|", r"<\|") + r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
+
+_CLIP_LENGTH = 77
+_NO_LIMIT = 1e18
+_CLIP_FIELDS = {"model_max_length": Field(kind="integer", least=2, most=4096, optional=True)}
+_MOST_BYTES = 64_000_000
 
 
 class TokenIds(NamedTuple):
@@ -34,23 +42,27 @@ class Tokenizers:
     clip_length: int = 77
 
     @classmethod
-    def read(cls, clip_folder: Path, t5_folder: Path) -> "Tokenizers":
-        """Read `vocab.json` and `merges.txt` of one folder and `spiece.model` of the other.
+    def read(cls, clip_folder: str | Path, t5_folder: str | Path) -> "Tokenizers":
+        """Read `vocab.json` and `merges.txt` of one folder and `spiece.model` of the other, and CLIP's length from
+        `tokenizer_config.json` if that is there.
 
         **Raises:** `FileNotFoundError` if one is missing, `ValueError` if one is not of its format.
         """
+        clip_folder = Path(clip_folder)
         vocabulary, merges = _existing(clip_folder / "vocab.json"), _existing(clip_folder / "merges.txt")
-        pieces = _existing(t5_folder / "spiece.model")
-        settings = clip_folder / "tokenizer_config.json"
-        length = json.loads(settings.read_text()).get("model_max_length", 77) if settings.exists() else 77
+        pieces = _existing(Path(t5_folder) / "spiece.model")
+        length = _clip_length(clip_folder / "tokenizer_config.json")
         try:
-            clip = _clip_tokenizer(json.loads(vocabulary.read_text()), _read_merges(merges))
-            t5 = sentencepiece.SentencePieceProcessor(model_proto=pieces.read_bytes())
-        except Exception as error:
-            raise ValueError(
-                f"The tokenizers in {clip_folder} and {t5_folder} can't be read: {error}. Download the folders anew."
-            ) from error
-        return cls(clip, t5, length)
+            clip = _clip_tokenizer(_read_vocabulary(vocabulary), _read_merges(merges))
+        except WeightsError:
+            raise
+        except Exception as error:  # the library's errors are of no common class
+            raise _unreadable(clip_folder, error) from error
+        return cls(clip, _read_pieces(pieces), length)
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"The tokenizer in {path} can't be read: {printable(str(error))}. Download the folder anew.")
 
 
 def tokenize(tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None, *, max_length: int = 512) -> TokenIds:
@@ -97,10 +109,67 @@ def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -
     return clip
 
 
+def _clip_length(path: Path) -> int:
+    """Return how many ids a prompt gets for CLIP. transformers writes no limit as 1e30, as an integer."""
+    if not path.is_file():
+        return _CLIP_LENGTH
+    settings = read_json(path)
+    length = settings.get("model_max_length") if isinstance(settings, dict) else None
+    if isinstance(length, int | float) and length >= _NO_LIMIT:
+        settings = settings | {"model_max_length": None}
+    checked = check_settings(str(path), settings, _CLIP_FIELDS)
+    return checked.get("model_max_length") or _CLIP_LENGTH
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """Return tokens and their ids: each integer below their number once, as rows of an embedding."""
+    table = read_json(path, most_bytes=_MOST_BYTES)
+    if not isinstance(table, dict) or not all(type(number) is int for number in table.values()):
+        raise WeightsError(f"{path} should be a table of tokens and their ids. Download it anew.")
+    if set(table.values()) != set(range(len(table))):
+        raise WeightsError(f"{path} should give its {len(table)} tokens the ids from 0 on, each once. Download it anew.")
+    absent = [token for token in (START, END) if token not in table]
+    if absent:
+        raise WeightsError(f"{path} has no {absent[0]}. Pass a CLIP tokenizer's vocab.json.")
+    return table
+
+
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return [(left, right) for left, right in pairs]
+    """Return the pairs of tokens that are merged, one per line."""
+    try:
+        lines = _content(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path} is not UTF-8. Download it anew.") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise WeightsError(f"{path}, line {number}: should be two tokens, got {describe(line)}. Download it anew.")
+        pairs.append((left, right))
+    return pairs
+
+
+def _read_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        t5 = sentencepiece.SentencePieceProcessor(model_proto=_content(path))
+        size = t5.get_piece_size()
+    except Exception as error:  # the library's errors are of no common class
+        raise _unreadable(path, error) from error
+    for name, number in {"</s>": t5.eos_id(), "<pad>": t5.pad_id(), "<unk>": t5.unk_id()}.items():
+        if not 0 <= number < size:
+            raise WeightsError(f"{path} has no {name}, which T5 needs. Pass a T5 tokenizer's spiece.model.")
+    return t5
+
+
+def _content(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise WeightsError(f"{path} is larger than {_MOST_BYTES:,} bytes, so it is no tokenizer's. Download it anew.")
+    return content
 
 
 def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:

@@ -1,9 +1,7 @@
 """Weights from any layout to any other, and what a file or a folder holds."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
 from fluxjax.convert.load import Problems, Weights
@@ -18,7 +17,8 @@ from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
 from fluxjax.lora.merge import Merged, changes_of
 from fluxjax.lora.read import Lora
 from fluxjax.lora.scales import Scale
-from fluxjax.zoo import DEFAULTS_FILE, WHOLE, find, load_defaults, write_pipeline
+from fluxjax.printable import printable
+from fluxjax.zoo import DEFAULTS_FILE, WHOLE, Defaults, find, load_defaults, write_pipeline
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
@@ -29,7 +29,7 @@ def convert_weights(
     *,
     to: str = "own",
     dtype: DTypeLike | None = None,
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     shard_size: int | None = None,
     loras: Sequence[tuple[Lora, Scale]] = (),
     start: Callable[[int], Any] | None = None,
@@ -38,44 +38,70 @@ def convert_weights(
     """Write a checkpoint in another layout, tensor by tensor; nothing is at the destination until all of it is.
 
     **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id. `destination`: a new folder, or a new
-    file that ends in .safetensors. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder), "bfl" or "comfy".
+    file that ends in .safetensors; it may lie anywhere. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder),
+    "bfl" or "comfy".
     `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
-    the matrices of the transformer's and the encoders' linear layers. `only`: some of "flux", "t5", "clip", "vae".
+    the matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux", "t5", "clip", "vae".
     `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `loras`: adapters to
     merge on the way, and their scales. `start`, `report`: hear of the bytes to be written, and of each piece's.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
-    the networks; `FileExistsError` if there is something at the destination.
+    the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
+    for a destination that has no name.
     """
-    target = Path(destination)
-    single = target.suffix == ".safetensors"
+    target, single = _target(destination)
+    only = [only] if isinstance(only, str) else only
     if to not in LAYOUTS:
         raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
     if shard_size is not None and (single or to not in ("own", "diffusers") or shard_size < 1):
         raise ValueError(
             "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
         )
-    _check_free(target)
+    check_free(target)
     folder = find(source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only])
     parts = _chosen(open_source(folder), only)
     given = [_given(part, loras) for part in parts]
     _check_used(loras, parts)
     files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
+    # Read before hours of writing, since it may be damaged.
+    defaults = None if single or to not in ("own", "diffusers") or not _holds_flux(given) else load_defaults(source)
     total = sum(sheet.nbytes for sheet in files)
     if start is not None:
         start(total)
     if single:
         write_sheets(target.parent, files, report=report)
         return target
-    with _new_folder(target) as temporary, disk_errors(target, total):
+    with disk_errors(target, total), new_folder(target) as temporary:
         write_sheets(temporary, files, shard_size=shard_size, report=report)
-        _write_rest(source, folder, temporary, given, to)
+        _write_rest(folder, temporary, given, to, defaults)
     return target
 
 
-def _check_free(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(f"There is something at {target} already. Remove it, or choose another destination.")
+_OTHER_FILES = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
+
+
+def _target(destination: str | Path) -> tuple[Path, bool]:
+    """Return where to write, and whether that is one file. It may lie anywhere, but has to have a name.
+
+    **Raises:** `ValueError` for a path without a name, or an ending of files that fluxjax does not write.
+    """
+    target = Path(destination)
+    if target.name in ("", "..") or target.name.lower() == ".safetensors":
+        shown = printable(repr(str(destination)))
+        raise ValueError(
+            f"`convert_weights(destination)` needs a name for the new folder or file, got {shown}. "
+            "Pass one such as model, ../model or model.safetensors."
+        )
+    if target.suffix.lower() in _OTHER_FILES:
+        raise ValueError(
+            f"`convert_weights(destination)` writes .safetensors files and folders, got {printable(target.name)}. "
+            "End the name in .safetensors, or leave the ending out for a folder."
+        )
+    return target, target.suffix.lower() == ".safetensors"
+
+
+def _holds_flux(given: Sequence[Given]) -> bool:
+    return any(one.kind.name == "flux" for one in given)
 
 
 def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
@@ -115,7 +141,7 @@ def _check_used(loras: Sequence[tuple[Lora, Scale]], parts: Sequence[Part]) -> N
         raise WeightsError(f"An adapter changes {', '.join(sorted(left))} too, which is not converted. Convert it as well.")
 
 
-def _write_rest(source: str | Path, folder: Path, target: Path, given: Sequence[Given], layout: str) -> None:
+def _write_rest(folder: Path, target: Path, given: Sequence[Given], layout: str, defaults: Defaults | None) -> None:
     """Write what a folder holds beside the weights: configs, tokenizers, and how the model is sampled."""
     kinds = {one.kind.name for one in given}
     if layout == "diffusers":
@@ -124,27 +150,20 @@ def _write_rest(source: str | Path, folder: Path, target: Path, given: Sequence[
     if layout in ("own", "diffusers"):
         found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
         for name in found:
-            shutil.copytree(folder / name, target / name)
-        if "flux" in kinds:
-            defaults = load_defaults(source)
+            _copy_files(folder / name, target / name)
+        if defaults is not None:
             if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZERS):
                 write_pipeline(target, defaults)
             else:
                 write_json(target / DEFAULTS_FILE, asdict(defaults))
 
 
-@contextmanager
-def _new_folder(target: Path):
-    """Give a temporary folder beside the target and move it there at the end, or remove it if an error comes."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _check_free(target)
-        os.replace(temporary, target)  # an empty folder gives way
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _copy_files(folder: Path, target: Path) -> None:
+    """Copy the files of a folder, without what lies deeper; a pipe would wait for its writer, a folder may hold itself."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 @dataclass(frozen=True)

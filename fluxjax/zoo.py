@@ -1,7 +1,6 @@
 """The named models, as data, and the loaders of their parts from a name, a folder, a file, or a hub id."""
 
 import errno
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 from jax.typing import DTypeLike
 
+from fluxjax.atomic import check_free
 from fluxjax.convert.files import WeightsError
 from fluxjax.convert.layouts import Given, sheets, write_json, write_sheets
 from fluxjax.convert.load import Held, load
@@ -21,6 +21,7 @@ from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 from fluxjax.quantize import load_quantized
+from fluxjax.settings import Field, check_settings, describe, read_json, read_settings
 from fluxjax.tokens import Tokenizers
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -40,6 +41,39 @@ class Defaults:
     shift: bool = True
     base_shift: float = 0.5
     max_shift: float = 1.15
+
+
+_SHIFT = Field(kind="number", least=-50, most=50)  # the logarithm of a factor of the times
+DEFAULTS_FIELDS: Mapping[str, Field] = {
+    "steps": Field(kind="integer", least=1, most=100_000),
+    "guidance": Field(kind="number", least=0, most=1000, optional=True),
+    "height": Field(kind="integer", least=16, most=65_536, multiple=16),
+    "width": Field(kind="integer", least=16, most=65_536, multiple=16),
+    "max_length": Field(kind="integer", least=1, most=65_536),
+    "shift": Field(kind="boolean"),
+    "base_shift": _SHIFT,
+    "max_shift": _SHIFT,
+}
+"""What `fluxjax.json` may hold: fields of `Defaults`, each of which may be left out."""
+_SCHEDULER_FIELDS: Mapping[str, Field] = {
+    "use_dynamic_shifting": Field(kind="boolean", optional=True),
+    "shift": Field(kind="number", least=1e-6, most=1e6, optional=True),
+    "base_shift": replace(_SHIFT, optional=True),
+    "max_shift": replace(_SHIFT, optional=True),
+}
+# Settings of diffusers' scheduler that change the times, with the value under which they are FLUX.1's.
+_ONLY = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "num_train_timesteps": 1000,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +184,8 @@ def load_defaults(source: str | Path) -> Defaults:
     """Return how a model is meant to be sampled: a zoo entry's defaults, or those in the folder's `fluxjax.json`, or dev's or
     schnell's, as its transformer takes guidance or not, with the shift that its scheduler's config says, if it has one.
 
-    **Raises:** `WeightsError` for a scheduler with a static shift, `FileNotFoundError` for no such source.
+    **Raises:** `WeightsError` for a scheduler with a static shift, or a file with a value that it can't have;
+    `FileNotFoundError` for no such source.
     """
     named = {name: entry.defaults for name, entry in ZOO.items()}
     named |= {entry.repository: entry.defaults for entry in ZOO.values() if entry.repository is not None}
@@ -158,43 +193,64 @@ def load_defaults(source: str | Path) -> Defaults:
         return named[str(source)]
     own = Path(source) / DEFAULTS_FILE
     if own.is_file():
-        return Defaults(**json.loads(own.read_text()))
+        return Defaults(**read_settings(own, DEFAULTS_FIELDS, closed=True))
     folder = find(source, ["scheduler"])
     flux = open_source(locate(source, FLUX.folder)).part(FLUX).config
     base = named["dev" if flux.guidance_embed else "schnell"]
     described = folder / "scheduler" / "scheduler_config.json"
-    if not described.is_file():
-        return base
-    scheduler = json.loads(described.read_text())
-    dynamic, static = scheduler.get("use_dynamic_shifting", False), scheduler.get("shift", 1.0)
+    return _scheduled(base, described) if described.is_file() else base
+
+
+def _scheduled(base: Defaults, path: Path) -> Defaults:
+    """Return defaults with the shift that a scheduler's config says; diffusers takes null there as no value."""
+    settings = read_json(path)
+    checked = check_settings(str(path), settings, _SCHEDULER_FIELDS)
+    other = [name for name, value in _ONLY.items() if settings.get(name, value) not in (value, None)]
+    if other:
+        raise WeightsError(
+            f"{path}: fluxjax follows {other[0]!r} only where it is {describe(_ONLY[other[0]])}, got "
+            f"{describe(settings[other[0]])}. Set it so, and pass times of your own to the sampler."
+        )
+    scheduler = {name: value for name, value in checked.items() if value is not None}
+    dynamic, static = scheduler.pop("use_dynamic_shifting", False), scheduler.pop("shift", 1.0)
     if not dynamic and static != 1:
         raise WeightsError(
-            f"{source} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
+            f"{path} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
         )
-    shifts = {name: scheduler.get(name, getattr(base, name)) for name in ("base_shift", "max_shift")}
-    return replace(base, shift=dynamic, **shifts)
+    return replace(base, shift=dynamic, **scheduler)
 
 
 def save_folder(folder: Path, *, flux: Flux, clip: Clip, t5: T5, vae: Vae, defaults: Defaults) -> None:
     """Write the networks as a diffusers folder, each in its leaves' dtype; the tokenizers are copied by the caller.
 
-    **Raises:** `WeightsError` for a config that diffusers can't express.
+    **Raises:** `WeightsError` for a config that diffusers can't express; `FileExistsError` if one of the files is there
+    already.
     """
     networks: list[Any] = [flux, clip, t5, vae]
     kinds = (FLUX, CLIP, T5_XXL, VAE)
     given = [Given(kind, net.config, Held(net), {}) for kind, net in zip(kinds, networks, strict=True)]
-    settings = {kind.folder: kind.to_json(net.config) for kind, net in zip(kinds, networks, strict=True)}
-    write_sheets(folder, sheets(given, "diffusers"))
-    for name, content in settings.items():
-        write_json(folder / name / "config.json", content)
-    write_pipeline(folder, defaults)
+    files = sheets(given, "diffusers")
+    contents = {f"{kind.folder}/config.json": kind.to_json(net.config) for kind, net in zip(kinds, networks, strict=True)}
+    contents |= _pipeline(defaults)
+    for name in (*contents, *(sheet.path for sheet in files)):
+        check_free(folder / name)
+    write_sheets(folder, files)
+    for name, content in contents.items():
+        write_json(folder / name, content)
 
 
 def write_pipeline(folder: Path, defaults: Defaults) -> None:
     """Write what a diffusers folder says of the whole: its index, its scheduler, and fluxjax's defaults."""
-    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(defaults))
-    write_json(folder / "model_index.json", _MODEL_INDEX)
-    write_json(folder / DEFAULTS_FILE, asdict(defaults))
+    for name, content in _pipeline(defaults).items():
+        write_json(folder / name, content)
+
+
+def _pipeline(defaults: Defaults) -> dict[str, Any]:
+    return {
+        "scheduler/scheduler_config.json": _scheduler(defaults),
+        "model_index.json": _MODEL_INDEX,
+        DEFAULTS_FILE: asdict(defaults),
+    }
 
 
 _MODEL_INDEX = {

@@ -19,5 +19,6 @@ def export(network, dialect: Dialect) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file."""
-    files.write(path, {name: files.Out.of(np.asarray(tensor)) for name, tensor in tensors.items()}, metadata)
+    """Write arrays to a safetensors file, in the place of an existing one."""
+    outs = {name: files.Out.of(np.asarray(tensor)) for name, tensor in tensors.items()}
+    files.write(path, outs, metadata, overwrite=True)

@@ -7,7 +7,6 @@ diffusers and ComfyUI.
 import argparse
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import PIL.Image
 from PIL import ImageOps
 from tqdm import tqdm
 
+from fluxjax.atomic import new_file
 from fluxjax.cli import DTYPES
 from fluxjax.generate import Text, activation_dtype, encode_text, guidance_scale, prompt_ids
 from fluxjax.latents import CELL, PATCH, image_ids, pack_latents
@@ -162,12 +162,9 @@ def make_optimizer(learning_rate: float, parts: int) -> optax.GradientTransforma
 
 def save_state(path: Path, settings: dict[str, Any], state: TrainState) -> None:
     """Write the state, whole or not at all, with what it was made by before it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
+    with new_file(path, overwrite=True) as file:
         file.write(json.dumps(settings).encode() + b"\n")
         eqx.tree_serialise_leaves(file, state)
-    os.replace(temporary, path)
 
 
 def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> TrainState:

@@ -14,6 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fluxjax.atomic import new_file
+from fluxjax.errors import WeightsError
+
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -35,10 +38,6 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000
 _MOST_AXES = 32  # NumPy's own limit is 64
 _DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
-
-
-class WeightsError(ValueError):
-    """Weights that can't be read, written, or do not fit the network. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +240,18 @@ def write(
     metadata: Mapping[str, str] | None = None,
     *,
     report: Callable[[int], Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a safetensors file beside its place and move it there, so that it is whole or not there; `report` hears of the
-    bytes of each piece.
+    """Write a safetensors file under a temporary name and then give it its own, so that it appears whole or not at all.
 
-    **Raises:** `WeightsError` if the disk is full.
+    **Arguments:** `report`: called with the number of bytes of each piece. `overwrite`: whether the file takes the place of
+    an existing one.
+    **Raises:** `WeightsError` if the disk is full; `FileExistsError` if there is something at `path`, also if it has appeared
+    while the file was written.
     """
     header, order = _header(tensors, metadata)
     total = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary, disk_errors(path, total), open(temporary, "wb") as file:
+    with disk_errors(path, total), new_file(path, overwrite=overwrite) as file:
         _reserve(file.fileno(), total)
         file.write(header)
         for name in order:
@@ -288,17 +289,6 @@ def _reserve(descriptor: int, total: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` and move it there at the end, or remove it if an error or an interrupt comes."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fluxjax.atomic import new_file
 from fluxjax.convert import configs
 from fluxjax.convert.files import Out, WeightsError, write
 from fluxjax.convert.load import Weights, is_stacked, leaf_names, slots_of, slots_of_leaf, their_shape, to_theirs, widest
@@ -198,8 +199,9 @@ def write_sheets(folder: Path, files: Iterable[Sheet], *, shard_size: int | None
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Write a new JSON file. **Raises:** `FileExistsError` if there is something at `path`."""
+    with new_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def _version() -> str:

@@ -34,14 +34,17 @@ TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices that are looked up rather than multiplied."""
 
 
-def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32) -> None:
+def write_lora(
+    path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32, overwrite: bool = False
+) -> None:
     """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
 
     Every difference stays what it is: a fused weight's factors are cut into its parts' rows, or parts are put together as a
     block-diagonal product, and alpha / rank goes into the up matrix. Kohya's names also hold whole differences, `.diff` of
-    weights and norms and `.diff_b` of biases. `dtype`: of the factors; below float32 they are rounded.
+    weights and norms and `.diff_b` of biases. `dtype`: of the factors; below float32 they are rounded. `overwrite`: whether
+    the file takes the place of an existing one, whole.
     **Raises:** `WeightsError` for an adapter that the format can't hold, with the first weight that it can't, or that changes
-    nothing.
+    nothing; `FileExistsError` if there is something at `path`.
     """
     check_format(lora, to)
     tensors: dict[str, np.ndarray] = {}
@@ -64,7 +67,8 @@ def write_lora(path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLi
     if not tensors:
         raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
     cast = {name: tensor if name.endswith(".alpha") else np.asarray(tensor, dtype) for name, tensor in tensors.items()}
-    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in cast.items()})
+    outs = {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in cast.items()}
+    write(Path(path), outs, overwrite=overwrite)
 
 
 def check_format(lora: Lora, to: str) -> None:
