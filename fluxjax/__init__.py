@@ -46,6 +46,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.preview import Preview, fit_preview
     from fluxjax.quantize import quantize
     from fluxjax.sample import Sample, sample, stream
+    from fluxjax.save import save, save_models
     from fluxjax.schedule import (
         beta_times,
         custom_times,
@@ -73,7 +74,6 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         load_t5,
         load_tokenizers,
         load_vae,
-        save_folder,
     )
 
 __all__ = [
@@ -175,7 +175,8 @@ __all__ = [
     "resolution_mu",
     "sample",
     "sample_ode",
-    "save_folder",
+    "save",
+    "save_models",
     "select_attention",
     "shard",
     "shardings",

@@ -1,7 +1,7 @@
 """Prompts to token ids, on the host."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from fluxjax.atomic import new_file
 from fluxjax.errors import WeightsError
 from fluxjax.printable import printable
 from fluxjax.settings import Field, check_settings, describe, read_json
@@ -35,11 +36,13 @@ class TokenIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The two tokenizers of a FLUX checkpoint. `clip_length`: ids a prompt gets for CLIP; `t5_pad`: T5's padding id."""
+    """The two tokenizers of a FLUX checkpoint. `clip_length`: ids a prompt gets for CLIP. `files`: the content of the files
+    that they were read from, by folder and name, with which they are saved."""
 
     clip: tokenizers.Tokenizer
     t5: sentencepiece.SentencePieceProcessor
     clip_length: int = 77
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, clip_folder: str | Path, t5_folder: str | Path) -> "Tokenizers":
@@ -58,7 +61,30 @@ class Tokenizers:
             raise
         except Exception as error:  # the library's errors are of no common class
             raise _unreadable(clip_folder, error) from error
-        return cls(clip, _read_pieces(pieces), length)
+        files = _files(clip_folder, "tokenizer") | _files(Path(t5_folder), "tokenizer_2")
+        return cls(clip, _read_pieces(pieces), length, files)
+
+    def write(self, folder: Path) -> None:
+        """Write the files that they were read from below a folder, in `tokenizer` and `tokenizer_2`."""
+        for name, content in self.files.items():
+            with new_file(folder / name) as file:
+                file.write(content)
+
+
+_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def _files(folder: Path, name: str) -> dict[str, bytes]:
+    """Return the content of a tokenizer's files, those that other programs read too."""
+    return {f"{name}/{file}": _content(folder / file) for file in _FILES if (folder / file).is_file()}
 
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:

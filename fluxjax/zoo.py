@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import equinox as eqx
 from jax.typing import DTypeLike
 
-from fluxjax.atomic import check_free
 from fluxjax.convert.files import WeightsError
-from fluxjax.convert.layouts import Given, sheets, write_json, write_sheets
-from fluxjax.convert.load import Held, load
+from fluxjax.convert.layouts import write_json
+from fluxjax.convert.load import load
 from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
 from fluxjax.memory import load_streamed
 from fluxjax.nets.clip import Clip, ClipConfig
@@ -218,25 +217,6 @@ def _scheduled(base: Defaults, path: Path) -> Defaults:
             f"{path} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
         )
     return replace(base, shift=dynamic, **scheduler)
-
-
-def save_folder(folder: Path, *, flux: Flux, clip: Clip, t5: T5, vae: Vae, defaults: Defaults) -> None:
-    """Write the networks as a diffusers folder, each in its leaves' dtype; the tokenizers are copied by the caller.
-
-    **Raises:** `WeightsError` for a config that diffusers can't express; `FileExistsError` if one of the files is there
-    already.
-    """
-    networks: list[Any] = [flux, clip, t5, vae]
-    kinds = (FLUX, CLIP, T5_XXL, VAE)
-    given = [Given(kind, net.config, Held(net), {}) for kind, net in zip(kinds, networks, strict=True)]
-    files = sheets(given, "diffusers")
-    contents = {f"{kind.folder}/config.json": kind.to_json(net.config) for kind, net in zip(kinds, networks, strict=True)}
-    contents |= _pipeline(defaults)
-    for name in (*contents, *(sheet.path for sheet in files)):
-        check_free(folder / name)
-    write_sheets(folder, files)
-    for name, content in contents.items():
-        write_json(folder / name, content)
 
 
 def write_pipeline(folder: Path, defaults: Defaults) -> None:

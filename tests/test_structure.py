@@ -40,6 +40,7 @@ LAYERS = {
     "edit": 5,
     "train": 5,
     "compare": 8,
+    "save": 8,
     "plots": 9,
     "preview": 3,
     "prompts": 2,

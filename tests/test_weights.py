@@ -221,15 +221,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_folder_that_is_saved_loads_the_same(tiny, tmp_path):
-    fluxjax.save_folder(tmp_path, flux=tiny.flux, clip=tiny.clip, t5=tiny.t5, vae=tiny.vae, defaults=tiny.defaults)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(tiny_folder() / name, tmp_path / name)
-    again = fluxjax.load_models(str(tmp_path))
-    assert equal((again.flux, again.clip, again.t5, again.vae), (tiny.flux, tiny.clip, tiny.t5, tiny.vae))
-    assert again.defaults == tiny.defaults
-
-
 def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tiny, tmp_path):
     shutil.copytree(tiny_folder(), tmp_path / "model")
     folder = tmp_path / "model"

@@ -23,13 +23,14 @@ from scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Scene, caption
 from tiny_tokenizers import T5_LENGTH
 
 from fluxjax.convert.load import abstract
-from fluxjax.generate import load_models
+from fluxjax.generate import Models, load_models
 from fluxjax.latents import image_ids, pack_latents
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.layers import Linear
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
+from fluxjax.save import save_models
 from fluxjax.schedule import resolution_mu
 from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.train import (
@@ -40,7 +41,7 @@ from fluxjax.train import (
     logit_normal_times,
     make_step,
 )
-from fluxjax.zoo import ZOO, save_folder
+from fluxjax.zoo import ZOO
 
 SEED = 0
 VAE = VaeConfig(channels=(16, 32, 64, 64), resnets=1, groups=8, scale=1.0, shift=0.0)
@@ -472,8 +473,7 @@ def export(runs: Path, stage: str, folder: Path) -> None:
     text = read_text(runs)
     networks = {"flux": flux, "clip": text.clip, "t5": text.t5, "vae": vae}
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, networks)
-    save_folder(folder, **small, defaults=DEFAULTS)
-    tiny_tokenizers.write(folder)
+    save_models(Models(read_tokenizers(runs), **small, defaults=DEFAULTS), folder, to="diffusers")
 
 
 def restore(folder: Path, runs: Path) -> None:
