@@ -16,7 +16,7 @@ from fluxjax.convert.load import Problems, Weights
 from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
 from fluxjax.lora.merge import Merged, changes_of
 from fluxjax.lora.read import Lora
-from fluxjax.lora.scales import Scale
+from fluxjax.lora.scales import Scale, check_scales
 from fluxjax.printable import printable
 from fluxjax.zoo import DEFAULTS_FILE, WHOLE, Defaults, find, load_defaults, write_pipeline
 
@@ -129,7 +129,8 @@ def _given(part: Part, loras: Sequence[tuple[Lora, Scale]]) -> Given:
     mine = [(lora, scale) for lora, scale in loras if part.kind.name in lora.changes]
     if not mine:
         return Given(part.kind, part.config, weights, origin)
-    merged = Merged(weights, changes_of(weights.network, [lora for lora, _ in mine], [scale for _, scale in mine]))
+    scales = check_scales("convert_weights(loras)", len(mine), [scale for _, scale in mine])
+    merged = Merged(weights, changes_of(weights.network, [lora for lora, _ in mine], scales))
     config = merged.network.config  # type: ignore[attr-defined]
     return Given(part.kind, config, merged, origin | {"adapters": len(mine)})
 

@@ -102,8 +102,8 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_keeps_what_is_r
     assert abs(np.sum((out - x).astype(np.float64))) < 4 * deviation
 
 
-@pytest.mark.parametrize("size", [0.005, 0.02])
-def test_a_small_change_of_fp8_weights_is_kept_on_average(flux, size):
+@pytest.mark.parametrize(("size", "bound"), [(0.005, 0.25), (0.02, 0.12)])
+def test_a_small_change_of_fp8_weights_is_kept_on_average(flux, size, bound):
     shape = flux.double.img.mlp.up.weight.value.shape
     base = normal(*shape).astype(E4M3)
     model = eqx.tree_at(lambda net: net.double.img.mlp.up.weight.value, flux, base)
@@ -114,14 +114,15 @@ def test_a_small_change_of_fp8_weights_is_kept_on_average(flux, size):
     realised = np.asarray(merged.double.img.mlp.up.weight.value.astype(jnp.float32) - exact, np.float64)
     kept = np.sum(realised * wanted) / np.sum(wanted * wanted)
     nearest = np.asarray((exact + jnp.asarray(wanted, jnp.float32)).astype(E4M3).astype(jnp.float32) - exact, np.float64)
-    # The rounding's standard deviation of this projection over 4608 weights is about 0.06 and 0.03.
-    assert abs(kept - 1) < 0.25
+    # Rounding's noise is 3.6 and 1.6 times as large as the change, so that the projection over 4608 weights has a standard
+    # deviation of 0.053 and 0.023. Over 4 million weights 1.002 and 1.000 were measured.
+    assert abs(kept - 1) < bound
     assert np.sum(nearest * wanted) / np.sum(wanted * wanted) < 0.75
 
 
 def test_rounding_is_the_same_on_every_run_in_every_reading_and_on_every_sharding(flux):
     eight = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(E4M3)), flux)
-    lora = adapter({"double.1.img.qkv.weight": low_rank(96, 32), "img_in.weight": low_rank(32, 8)})
+    lora = adapter({"double.1.img.qkv.weight": low_rank(96, 32)})
     merged = merge(eight, [lora])
     assert eqx.tree_equal(merged, merge(eight, [lora]))
     assert not eqx.tree_equal(merged, merge(eight, [lora], [0.9]))
@@ -205,7 +206,7 @@ def test_a_scale_that_is_not_finite_in_float32_is_refused_by_every_call(flux, tm
         for one in (scale, {"": 1.0, "double": scale}):
             with pytest.raises(ValueError, match=rf"`{call.__name__}` needs scales that are finite"):
                 call(flux, [lora], [one])
-    with pytest.raises(ValueError, match="needs scales that are finite"):
+    with pytest.raises(ValueError, match=r"`convert_weights\(loras\)` needs scales that are finite"):
         convert_weights("tiny", tmp_path / "out", only=["flux"], loras=[(lora, scale)])
     assert not (tmp_path / "out").exists()
 

@@ -18,11 +18,13 @@ def test_the_readmes_programs_draw_their_images(program, image, tmp_path, monkey
     assert read_image(image).shape == (128, 128, 3)
 
 
-def test_the_weights_pages_program_runs(tmp_path, monkeypatch):
+def test_the_weights_pages_programs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "weights.md").read_text(), re.DOTALL)
-    exec(program, {})
-    assert (tmp_path / "tiny-own" / "flux.safetensors").is_file()
+    names: dict = {}
+    for program in re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "weights.md").read_text(), re.DOTALL):
+        exec(program, names)
+    for written in ("tiny-own/flux.safetensors", "flux.safetensors", "my-model/fluxjax.json"):
+        assert (tmp_path / written).is_file()
 
 
 def test_the_sampling_pages_own_integrator_has_its_order():
