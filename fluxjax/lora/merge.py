@@ -78,6 +78,19 @@ def _begins(name: str, key: str) -> bool:
     return key == "" or name == key or name.startswith(f"{key}.")
 
 
+def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
+    """Return one line for each thing in an adapter that has no effect on a network and is left out, to be shown to the user."""
+    mine = lora.changes.get(kind_of(model), {})
+    if not any(_is_without_effect(model, name) for name in mine):
+        return lora.notes
+    return (*lora.notes, "Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.")
+
+
+def _is_without_effect(model: eqx.Module, name: str) -> bool:
+    """Whether a weight is of the guidance, and the network takes none."""
+    return isinstance(model, Flux) and not model.config.guidance_embed and name.startswith("guidance_in.")
+
+
 Wanted = Mapping[str, Sequence[tuple[Change, Any]]]
 """Changes and their scales, by the name of the weight."""
 
@@ -90,7 +103,8 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Scale]
     wanted: dict[str, list[tuple[Change, Any]]] = {}
     for lora, scale in zip(loras, scales, strict=True):
         for name, changes in lora.changes.get(kind, {}).items():
-            wanted.setdefault(name, []).extend((change, scale_of(scale, name)) for change in changes)
+            if not _is_without_effect(model, name):
+                wanted.setdefault(name, []).extend((change, scale_of(scale, name)) for change in changes)
     if not wanted and loras:
         held = ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
         raise WeightsError(f"The adapters change nothing of a {KINDS[kind].title}; they are for: {held}.")

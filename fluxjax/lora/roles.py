@@ -22,6 +22,7 @@ _ROLES = {
     ".scale": "plain",
     ".weight": "plain",
     ".bias": "plain_bias",
+    ".base_layer.bias": "plain_bias",
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},

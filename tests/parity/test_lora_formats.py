@@ -190,7 +190,7 @@ def tucker(kind: str) -> tuple[dict[str, np.ndarray], torch.Tensor]:
         return dict(zip(names, parts, strict=True)), loha.diff_weight(*map(to_torch, parts), gamma=0.75)
     w1, w2_a, w2_b, t2 = normal(8, 4, seed=1), normal(4, 16, seed=2), normal(4, 8, seed=3), normal(*CORE, seed=4)
     weights = [None if x is None else to_torch(x) for x in (w1, None, None, None, w2_a, w2_b, t2)]
-    return dict(lokr_w1=w1, lokr_w2_a=w2_a, lokr_w2_b=w2_b, lokr_t2=t2), lokr.diff_weight(*weights, gamma=3)
+    return dict(lokr_w1=w1, lokr_w2_a=w2_a, lokr_w2_b=w2_b, lokr_t2=t2), lokr.kron_weight(*weights, scale=0.75)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr"])
@@ -218,7 +218,9 @@ def test_butterflies_of_several_stages_are_pefts(tmp_path, monkeypatch):
     base = layer.proj.weight.detach().clone()
     config = BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, target_modules=["proj"], init_weights=False)
     adapted = get_peft_model(layer, config)
-    (name,) = {name.removesuffix(".boft_R.default") for name, _ in adapted.named_parameters() if name.endswith("boft_R.default")}
+    (name,) = {
+        name.removesuffix(".boft_R.default") for name, _ in adapted.named_parameters() if name.endswith("boft_R.default")
+    }
     values = {key: dict(adapted.named_parameters())[f"{name}.{key}.default"] for key in ("boft_R", "boft_s")}
     assert values["boft_R"].shape[0] == 3
     stem = "base_model.model.transformer_blocks.0.attn.to_out.0"
