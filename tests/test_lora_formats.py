@@ -59,7 +59,7 @@ def test_every_prefix_and_ending_finds_its_weight(tmp_path, module, ends, networ
 
 
 def test_processors_of_old_diffusers_find_their_weights(tmp_path):
-    sides = {end: values for end, values in zip(("down", "up"), low_rank("x").values(), strict=True)}
+    sides = dict(zip(("down", "up"), low_rank("x").values(), strict=True))
     stem = "transformer.transformer_blocks.0.attn"
     tensors = {f"{stem}.processor.{name}_lora.{end}.weight": x for name in ("to_out", "to_q") for end, x in sides.items()}
     tensors |= {f"{stem}.add_k_proj_lora.{end}.weight": x for end, x in sides.items()}
@@ -293,8 +293,9 @@ def test_patterns_of_null_are_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["to_q", "attn.to_q", "0.attn.to_q", "o_q", "^attn.to_q", "^transformer_blocks.0.attn.to_q", r".*attn\.to_[qk]",
-                r"blocks\.[0-9]+\.attn.*", "(to_q|to_k)", "transformer_blocks.0", "", "attn.to_q$", r"(?:single_)?transformer.*"],
+    "pattern",
+    ["to_q", "attn.to_q", "0.attn.to_q", "o_q", "^attn.to_q", "^transformer_blocks.0.attn.to_q", r".*attn\.to_[qk]",
+     r"blocks\.[0-9]+\.attn.*", "(to_q|to_k)", "transformer_blocks.0", "", "attn.to_q$", r"(?:single_)?transformer.*"],
 )  # fmt: skip
 def test_patterns_match_as_pefts_do(pattern):
     for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.11.attn.to_q", "to_q", "x.ato_q"):
@@ -368,7 +369,7 @@ def mutate(rng: np.random.Generator) -> bytes:
             "metadata": lambda: metadata.update(lora_adapter_metadata=damaged_settings(rng)),
         }
         ways[str(rng.choice(list(ways)))]()
-    content = bytearray(save(tensors, metadata))
+    content = bytearray(save({key: np.array(value) for key, value in tensors.items()}, metadata))
     for _ in range(rng.integers(0, 4) if rng.random() < 0.4 else 0):
         content[rng.integers(len(content) if rng.random() < 0.5 else 400)] ^= 1 << int(rng.integers(8))
     return bytes(content[: rng.integers(len(content))] if rng.random() < 0.05 else content)
@@ -384,14 +385,15 @@ def test_300_damaged_files_are_read_right_or_refused_in_one_line(tmp_path):
     rng, path, outcomes = np.random.default_rng(16), tmp_path / "x.safetensors", {"read": 0, "refused": 0}
     for _ in range(300):
         path.write_bytes(mutate(rng))
-        begun = time.monotonic()
+        begun, told = time.monotonic(), None
         try:
             lora = read_lora(path)
         except WeightsError as error:
-            outcomes["refused"] += 1
-            assert str(error).isprintable()
-        else:
-            outcomes["read"] += 1
-            assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(lora))
+            told = str(error)
+        outcomes["read" if told is None else "refused"] += 1
         assert time.monotonic() - begun < 5
+        if told is None:
+            assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(lora))
+        else:
+            assert told.isprintable()
     assert min(outcomes.values()) > 20
