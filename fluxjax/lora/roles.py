@@ -45,9 +45,9 @@ def splits(key: str) -> Iterator[tuple[str, str]]:
             yield key[: -len(end)], role
     named = _NAMED.search(key)
     if named:
-        role = _ROLES.get(f".{named[1]}{named[2]}")
-        if role is not None:
-            yield key[: named.start()], role
+        known = _ROLES.get(f".{named[1]}{named[2]}")
+        if known is not None:
+            yield key[: named.start()], known
 
 
 _BY_LENGTH = sorted(_ROLES.items(), key=lambda item: len(item[0]), reverse=True)
