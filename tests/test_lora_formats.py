@@ -333,6 +333,14 @@ def test_blocks_that_no_network_has_are_not_found():
     assert find_place("double_blocks.1000.img_attn.qkv") is None
 
 
+def test_a_file_of_more_tensors_than_an_adapter_has_is_refused_at_once(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({f"model.layers.{i}.lora_A.weight": entry for i in range(20_001)}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(WeightsError, match="holds 20,001 tensors, more than any adapter"):
+        read_lora(tmp_path / "x.safetensors")
+
+
 def whole_file() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return an adapter of many kinds of terms."""
     draw = Draw(8)
