@@ -192,8 +192,8 @@ def _hadamard(parts: _Parts) -> Term:
     up1, down1 = _tucker(parts, "hada_t1", "hada_w1_a", "hada_w1_b")
     up2, down2 = _tucker(parts, "hada_t2", "hada_w2_a", "hada_w2_b")
     parts.check(len(up1) == len(up2) and down1.shape[1] == down2.shape[1], w1_a=up1, w1_b=down1, w2_a=up2, w2_b=down2)
-    up1, down1, up2, down2 = (jnp.asarray(x) for x in (up1, down1, up2, down2))
-    return Hadamard(up1, down1, up2, down2, jnp.float32(parts.factor(len(down1))))
+    factor = jnp.float32(parts.factor(len(down1)))
+    return Hadamard(jnp.asarray(up1), jnp.asarray(down1), jnp.asarray(up2), jnp.asarray(down2), factor)
 
 
 def _generalized(parts: _Parts) -> Term:
@@ -202,8 +202,8 @@ def _generalized(parts: _Parts) -> Term:
         # The first GLoRA of LyCORIS had the factors of both products the other way round.
         first, second, up, down = second, first, down, up
     parts.check(_chains(first, second, up, down), a1=first, a2=second, b1=up, b2=down)
-    left, right, up, down = (jnp.asarray(x) for x in (first, second, up, down))
-    return Generalized(up, down, left, right, jnp.float32(parts.factor(right.shape[0])))
+    factor = jnp.float32(parts.factor(len(second)))
+    return Generalized(jnp.asarray(up), jnp.asarray(down), jnp.asarray(first), jnp.asarray(second), factor)
 
 
 def _chains(left: np.ndarray, right: np.ndarray, up: np.ndarray, down: np.ndarray) -> bool:

@@ -50,9 +50,9 @@ def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None,
     **Raises:** `WeightsError` for adapters that can't be subtracted: those that set a weight, and DoRA's. Load the base again
     instead.
     """
-    kind, found = kind_of(model), check_scales("unmerge", len(loras), scales)
+    found = check_scales("unmerge", len(loras), scales)
     for lora, scale in zip(loras, found, strict=True):
-        for name, changes in lora.changes.get(kind, {}).items():
+        for name, changes in _changes(model, lora).items():
             if not all(change.term.additive for change in changes) and not is_zero(scale_of(scale, name)):
                 raise WeightsError(
                     f"What an adapter did to {name} can't be subtracted: it set it, or scaled it. Load the base again."
@@ -65,6 +65,25 @@ def kind_of(model: eqx.Module) -> str:
         if isinstance(model, kind.network) and name != "vae":
             return name
     raise ValueError(f"`merge(model)` needs a Flux, Clip or T5, got {type(model).__name__}. Merge the networks one by one.")
+
+
+def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
+    """Return one line for each thing in an adapter that has no effect on a network and is left out, to be shown to the user."""
+    mine = lora.changes.get(kind_of(model), {})
+    if not any(_is_without_effect(model, name) for name in mine):
+        return lora.notes
+    return (*lora.notes, "Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.")
+
+
+def _changes(model: eqx.Module, lora: Lora) -> Mapping[str, Sequence[Change]]:
+    """Return an adapter's changes of a network, without those that have no effect on it."""
+    mine = lora.changes.get(kind_of(model), {})
+    return {name: changes for name, changes in mine.items() if not _is_without_effect(model, name)}
+
+
+def _is_without_effect(model: eqx.Module, name: str) -> bool:
+    """Whether a weight is of the guidance, and the network takes none."""
+    return isinstance(model, Flux) and not model.config.guidance_embed and name.startswith("guidance_in.")
 
 
 Wanted = Mapping[str, Sequence[tuple[Change, Any]]]
@@ -80,7 +99,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     kind = kind_of(model)
     wanted: dict[str, list[tuple[Change, Any]]] = {}
     for lora, scale in zip(loras, found, strict=True):
-        for name, changes in lora.changes.get(kind, {}).items():
+        for name, changes in _changes(model, lora).items():
             wanted.setdefault(name, []).extend((change, scale_of(scale, name)) for change in changes)
     if not wanted and loras:
         held = ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
@@ -96,10 +115,10 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
 
 def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Any]) -> None:
     """**Raises:** `WeightsError` if two adapters set the same rows of a weight, both at scales other than 0."""
-    kind, slots, parts = kind_of(model), slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    slots, parts = slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
     rows_set: dict[str, list[tuple[int, int, int]]] = {}
     for number, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
-        for name, changes in lora.changes.get(kind, {}).items():
+        for name, changes in _changes(model, lora).items():
             for change in changes:
                 if not isinstance(change.term, Assigned) or is_zero(scale_of(scale, name)):
                     continue

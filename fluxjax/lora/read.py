@@ -15,6 +15,8 @@ from fluxjax.lora.strangers import looks_like, without_effect
 from fluxjax.lora.terms import LowRank, Magnitude, Term
 from fluxjax.printable import printable
 
+# An adapter of every layer of FLUX, CLIP and T5 has some thousands.
+_MOST_KEYS = 20_000
 _IN_FOLDER = (WEIGHTS, "pytorch_lora_weights.safetensors")
 
 
@@ -61,6 +63,8 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
     """
     path = _file_of(Path(path))
     file = read_header(path)
+    if len(file.tensors) > _MOST_KEYS:
+        raise WeightsError(f"{path} holds {len(file.tensors):,} tensors, more than any adapter of FLUX.1. Pass a LoRA.")
     modules, unused, notes = _modules(file)
     if not modules:
         raise WeightsError(f"{path} adapts nothing of FLUX.1: {looks_like(unused or list(file.tensors))}")
@@ -154,7 +158,8 @@ def _modules(file: File) -> tuple[dict[str, Module], list[str], tuple[str, ...]]
             raise WeightsError(f"{file.path} gives one tensor twice: {twice}. Remove one of them.")
         module.keys[role] = key
     _check_overlaps(file, modules)
-    return modules, sorted([*unused, *_left_out(modules, unused)], key=list(file.tensors).index), notes
+    left = {*unused, *_left_out(modules, unused)}
+    return modules, [key for key in file.tensors if key in left], notes
 
 
 def _find(key: str, modules: dict[str, Module], settings: AllSettings, adapter: bool) -> tuple[Module, str] | None:

@@ -22,6 +22,7 @@ _ROLES = {
     ".scale": "plain",
     ".weight": "plain",
     ".bias": "plain_bias",
+    ".base_layer.bias": "plain_bias",
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
@@ -44,9 +45,9 @@ def splits(key: str) -> Iterator[tuple[str, str]]:
             yield key[: -len(end)], role
     named = _NAMED.search(key)
     if named:
-        role = _ROLES.get(f".{named[1]}{named[2]}")
-        if role is not None:
-            yield key[: named.start()], role
+        known = _ROLES.get(f".{named[1]}{named[2]}")
+        if known is not None:
+            yield key[: named.start()], known
 
 
 _BY_LENGTH = sorted(_ROLES.items(), key=lambda item: len(item[0]), reverse=True)

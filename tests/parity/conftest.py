@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-needed = ("torch", "diffusers", "transformers", "peft")
+needed = ("torch", "diffusers", "transformers", "peft", "lycoris")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 
 
