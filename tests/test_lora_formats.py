@@ -14,7 +14,7 @@ from adapters import KOHYA, PEFT, Draw, Sample, pair
 from layouts import write
 from safetensors.numpy import load, save
 
-from fluxjax import Clip, ClipConfig, Flux, FluxConfig, WeightsError, attach, merge, read_lora
+from fluxjax import Clip, ClipConfig, Flux, FluxConfig, WeightsError, attach, load_flux, merge, read_lora
 from fluxjax.lora.merge import notes_of
 from fluxjax.lora.names import find_place
 from fluxjax.lora.read import describe_lora
@@ -315,6 +315,13 @@ def test_the_slowest_patterns_that_are_run_take_no_second():
         for layer in range(10):
             assert patterns.find(f"single_transformer_blocks.{block}.attn.processor.{'y' * 30}.{layer}", 0.0) == 0.0
     assert time.process_time() - begun < 5
+
+
+def test_a_model_of_nunchaku_is_not_taken_for_an_adapter(tmp_path):
+    stem = "transformer_blocks.0.qkv_proj"
+    write(tmp_path / "x.safetensors", {f"{stem}.{name}": np.ones((2, 2), np.float32) for name in ("wscales", "lora_down")})
+    with pytest.raises(WeightsError, match=r"is a Nunchaku \(SVDQuant\) model"):
+        load_flux(tmp_path / "x.safetensors")
 
 
 def test_a_folder_needs_one_adapter(tmp_path):

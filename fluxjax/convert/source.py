@@ -115,6 +115,10 @@ _ADAPTERS = (
     "hada_w1_a",
     "dora_scale",
     "lora_magnitude_vector",
+    "oft_blocks",
+    "oft_R",
+    "boft_R",
+    "set_weight",
 )
 _OTHERS = {
     "double_stream_modulation_img": "FLUX.2",
@@ -374,6 +378,8 @@ def what_else(path: Path, files: Sequence[File]) -> str:
     """Say what a file holds that is none of the networks."""
     names = [name for file in files for name in file.tensors]
     pieces = {piece for name in names for piece in name.split(".")}
+    if "wscales" in pieces:  # it holds low-rank parts too, so it is looked for first
+        return f"{path} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
     if pieces & set(_ADAPTERS) or any(name.startswith("lora_") for name in names):
         return f"{path} is a LoRA, not a model. Pass the model that it adapts."
     for mark, model in _OTHERS.items():
