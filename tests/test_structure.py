@@ -9,6 +9,8 @@ PACKAGE = Path(fluxjax.__file__).parent
 LAYERS = {
     "shapes": 0,
     "atomic": 0,
+    "errors": 0,
+    "settings": 1,
     "numeric": 0,
     "printable": 0,
     "predict": 1,

@@ -15,7 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fluxjax.errors import WeightsError
 from fluxjax.printable import printable
+from fluxjax.settings import read_json
 
 DTYPES = {
     "F64": np.float64,
@@ -39,13 +41,9 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 50_000_000  # bytes; FLUX.1's files have 200,000 at most
 MOST_TENSORS = 100_000
 """Tensors that a file may hold: thirty times what any of FLUX.1's has, few enough that a damaged header is told in a moment."""
-_MOST_JSON = 20_000_000  # bytes of a config or an index
+_MOST_INDEX = 20_000_000  # bytes
 _MOST_AXES = 32  # NumPy's own limit is 64
 _DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
-
-
-class WeightsError(ValueError):
-    """Weights that can't be read, written, or do not fit the network. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +134,10 @@ def check_regular(path: Path) -> int:
     may never end; `FileNotFoundError` for no such file."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise WeightsError(f"{shown(path)} is not a regular file, so it is not opened. Remove it, or pass another file or folder.")
+        raise WeightsError(
+            f"{shown(path)} is not a regular file, so it is not opened. Remove it, or pass another file or folder."
+        )
     return found.st_size
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds. **Raises:** `WeightsError` for other files and for those of more than 20 MB."""
-    if check_regular(path) > _MOST_JSON:
-        raise WeightsError(f"{shown(path)} has more than {_MOST_JSON:,} bytes. Download it anew.")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{shown(path)} is not JSON ({printable(str(error))}). Download it anew.") from error
 
 
 def read_header(path: Path) -> File:
@@ -195,7 +185,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            raise WeightsError(f"{shown(path)}: the header names {quoted(_first_repeated(pairs))} twice. Download the file anew.")
+            raise WeightsError(
+                f"{shown(path)}: the header names {quoted(_first_repeated(pairs))} twice. Download the file anew."
+            )
         return table
 
     try:
@@ -255,9 +247,7 @@ def _damaged_entry(path: Path, name: str) -> WeightsError:
 def check_end(path: Path, name: str, end: int, size: int) -> None:
     """**Raises:** `WeightsError` if a tensor ends beyond its file."""
     if end > size:
-        raise WeightsError(
-            f"{shown(path)} is truncated: {quoted(name)} ends at byte {end:,} of {size:,}. Download it anew."
-        )
+        raise WeightsError(f"{shown(path)} is truncated: {quoted(name)} ends at byte {end:,} of {size:,}. Download it anew.")
 
 
 def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -276,7 +266,7 @@ def read_index(index: Path) -> list[Path]:
 
     **Raises:** `WeightsError` if it is damaged, names no file, a file is missing, or one lies outside the index's folder.
     """
-    content, where = read_json(index), shown(index)
+    content, where = read_json(index, most_bytes=_MOST_INDEX), shown(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise WeightsError(f"{where} is no index of shards: it has no weight_map of names. Download it anew.")

@@ -103,16 +103,22 @@ def _tensor(path: Path, name: str, code: int, shape: tuple[int, ...], offset: in
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     kind = kinds.get(code)
     if kind is None:
-        raise WeightsError(f"{shown(path)}: {quoted(name)} has a type, {code}, that the installed gguf does not know. Update gguf.")
+        raise WeightsError(
+            f"{shown(path)}: {quoted(name)} has a type, {code}, that the installed gguf does not know. Update gguf."
+        )
     tensor: Tensor
     if kind.name in _PLAIN:
         tensor = Stored(path, np.dtype(_PLAIN[kind.name]), shape, offset)
     else:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if not shape or not shape[-1] or shape[-1] % block:
-            raise WeightsError(f"{shown(path)}: {quoted(name)} of shape {list(shape)} does not divide into {kind.name}'s blocks of {block}.")
+            raise WeightsError(
+                f"{shown(path)}: {quoted(name)} of shape {list(shape)} does not divide into {kind.name}'s blocks of {block}."
+            )
         if kind not in gguf.quants._type_traits:
-            raise WeightsError(f"{shown(path)}: {quoted(name)} is {kind.name}, which gguf can't decode. Use another quantization's file.")
+            raise WeightsError(
+                f"{shown(path)}: {quoted(name)} is {kind.name}, which gguf can't decode. Use another quantization's file."
+            )
         tensor = Quantized(path, BFLOAT16, shape, kind.name, offset, shape[-1] // block * block_bytes)
     check_end(path, name, offset + tensor.nbytes, size)
     return tensor

@@ -20,7 +20,6 @@ from fluxjax.convert.files import (
     quoted,
     read_header,
     read_index,
-    read_json,
     shown,
 )
 from fluxjax.convert.load import Parts, Plan, Problems, abstract, block_name, is_stacked, match, plan
@@ -32,6 +31,7 @@ from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 from fluxjax.printable import printable
+from fluxjax.settings import read_json
 
 OWN_METADATA = "fluxjax"
 """The key of a safetensors file's metadata under which fluxjax writes the layout, the networks' configs and their origin."""
@@ -314,7 +314,9 @@ def identify(files: Sequence[File], settings: Mapping[str, Any] | None = None) -
         twice = sorted(tensors.keys() & file.tensors.keys())
         if twice:
             other = shown(tensors[twice[0]].file)
-            raise WeightsError(f"{shown(file.path)} holds {quoted(twice[0])}, which {other} holds too. Remove one of the files.")
+            raise WeightsError(
+                f"{shown(file.path)} holds {quoted(twice[0])}, which {other} holds too. Remove one of the files."
+            )
         tensors |= file.tensors
     own, paths = _own_metadata(files), tuple(file.path for file in files)
     if own is not None and own.get("layout") == tables.OWN.name:
