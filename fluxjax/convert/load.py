@@ -112,7 +112,7 @@ class Held(Weights):
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that fills the rows `start` to `stop` of a slot, with its own rows from `skip` on. `key`: its name in the file."""
+    """A tensor that fills the rows `start` to `stop` of a slot, with its own rows from `skip` on. `key`: its name."""
 
     tensor: Tensor
     layout: str | None
@@ -303,7 +303,7 @@ def check_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
         found = np.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"`{call}(dtype)` got {printable(repr(dtype))}. {_dtype_remedy(str(dtype))}") from error
-    if found == np.float64 and jax.config.jax_enable_x64:
+    if found == np.float64 and jax.config.read("jax_enable_x64"):
         return found
     if str(found) == "float64":
         raise ValueError(
@@ -326,7 +326,7 @@ def _dtype_remedy(name: str) -> str:
 def loaded_dtype(weights: Weights, name: str, shape: Sequence[int], dtype: DTypeLike | None) -> np.dtype:
     """Return what a leaf is loaded as: the given dtype, or its slots' widest, which is at most float32 without 64-bit mode."""
     found = leaf_dtype(weights, name, shape) if dtype is None else np.dtype(dtype)
-    return np.dtype(np.float32) if found == np.float64 and not jax.config.jax_enable_x64 else found
+    return np.dtype(np.float32) if found == np.float64 and not jax.config.read("jax_enable_x64") else found
 
 
 def leaf_dtype(weights: Weights, name: str, shape: Sequence[int]) -> np.dtype:

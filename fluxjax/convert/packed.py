@@ -1,7 +1,7 @@
-"""Weights whose values are spread over several tensors of a file: scaled fp8, int8, mxfp8 and nvfp4, and bitsandbytes' kinds."""
+"""Weights whose values are spread over several tensors of a file: scaled fp8 and int8, mxfp8, nvfp4, bitsandbytes'."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -53,7 +53,7 @@ def _packed(kind: str, shape: tuple[int, ...], parts: Mapping[str, Stored], deco
     return Packed(parts["weight"].file, BFLOAT16, shape, kind, parts, decode)
 
 
-def join(tensors: Mapping[str, Tensor], files: list[File] | tuple[File, ...] = ()) -> dict[str, Tensor]:
+def join(tensors: Mapping[str, Tensor], files: Sequence[File] = ()) -> dict[str, Tensor]:
     """Return the tensors with weights that are spread over several joined into one each.
 
     **Arguments:** `files`: where the tensors come from; ComfyUI's files may describe the weights in their metadata.
@@ -74,7 +74,7 @@ Layers = Mapping[str, Mapping[str, Any]]
 """What a file says of its quantized layers, by the name of the layer."""
 
 
-def _layers_of(files: list[File] | tuple[File, ...]) -> Layers:
+def _layers_of(files: Sequence[File]) -> Layers:
     """Return the layers that the metadata of ComfyUI's files describes."""
     layers: dict[str, Mapping[str, Any]] = {}
     for file in files:
@@ -94,7 +94,7 @@ def _last(name: str) -> str:
 
 
 def _join_scales(tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
-    """Join weights to their scales; scales of activations and markers are dropped, as nothing here computes in their formats."""
+    """Join weights to their scales; scales of activations and markers are dropped, as nothing here uses them."""
     joined = {name: tensor for name, tensor in tensors.items() if name != _MARKER and _last(name) not in _BESIDE}
     described = dict(layers)
     for name in [name for name in joined if name.endswith(f".{_DESCRIPTION}")]:
@@ -107,8 +107,7 @@ def _join_scales(tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Ten
             continue  # described in the metadata only, as a part of the model that is not in this file
         if _SMOOTHING in parts:
             raise WeightsError(
-                f"{shown(parts[_SMOOTHING].file)}: {quoted(stem)} has a {_SMOOTHING} of its inputs, which fluxjax does not read. "
-                + _PLAIN
+                f"{shown(parts[_SMOOTHING].file)}: {quoted(stem)} has a {_SMOOTHING}, which fluxjax does not read. " + _PLAIN
             )
         joined[f"{stem}.weight"] = _scaled(stem, weight, parts, described.get(stem))
     return joined
@@ -141,7 +140,7 @@ def _scaled(stem: str, weight: Tensor | None, beside: Mapping[str, Tensor], desc
     decode = _FORMATS.get(format)
     if decode is None or (description or {}).get("convrot") or "convrot" in str((description or {}).get("params")):
         rotated = " with rotated inputs" if format in _FORMATS else ""
-        raise WeightsError(f"{where} is stored as {printable(format, 40)}{rotated}, which fluxjax can't decode. {_PLAIN}")
+        raise WeightsError(f"{where} is stored as {printable(format, 100)}{rotated}, which fluxjax can't decode. {_PLAIN}")
     scales = {"scale": first, "second": beside.get(_SECOND)}
     parts = {name: part for name, part in scales.items() if isinstance(part, Stored)}
     found = decode({"weight": weight, **parts})
@@ -270,7 +269,7 @@ _STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 def _join_bitsandbytes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Join the weights of bitsandbytes' 4 and 8 bits to their statistics."""
     joined = dict(tensors)
-    for name, tensor in tensors.items():
+    for name in tensors:
         if _STATE in name:
             weight, _, kind = name.partition(_STATE)
             beside = {last: joined.pop(f"{weight}.{last}") for last in _STATISTICS if f"{weight}.{last}" in joined}
@@ -281,8 +280,10 @@ def _join_bitsandbytes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             _check_row_format(joined.pop(f"{stem}.weight_format", None), stem)
     for name in joined:
         if name.endswith(".weight.absmax"):
-            raise WeightsError(f"{shown(joined[name].file)}: {quoted(name)} is of bitsandbytes' 4 bits, and their quant_state is "
-                               "missing. Download the file anew.")  # fmt: skip
+            raise WeightsError(
+                f"{shown(joined[name].file)}: {quoted(name)} is of bitsandbytes' 4 bits, whose quant_state is missing. "
+                "Download the file anew."
+            )
     return joined
 
 
@@ -292,8 +293,9 @@ def _four_bits(name: str, kind: str, parts: Mapping[str, Tensor | None], state: 
     if kind not in _FOUR_BITS or described["quant_type"] != kind:
         raise WeightsError(f"{where} is bitsandbytes' {printable(kind, 40)}, which fluxjax can't decode. {_PLAIN}")
     stored = {part: tensor for part, tensor in parts.items() if isinstance(tensor, Stored)}
-    shape, block, nested = described.get("shape"), described.get("blocksize"), described.get("nested_blocksize")
-    offset = described.get("nested_offset", 0.0)
+    shape: Any = described.get("shape")
+    block: Any = described.get("blocksize")
+    nested, offset = described.get("nested_blocksize"), described.get("nested_offset", 0.0)
     numbers = [*shape, block, 1 if nested is None else nested] if isinstance(shape, list) else [0]
     sound = all(type(number) is int and 0 < number < 2**40 for number in numbers) and type(offset) in (int, float)
     if not sound or not _four_bits_fit(stored, prod(shape), block, nested):
@@ -344,8 +346,8 @@ def _by_blocks(values: np.ndarray, factors: np.ndarray, block: int) -> np.ndarra
 
 
 def _eight_bits(stem: str, weight: Tensor | None, scale: Tensor) -> Tensor:
-    sound = isinstance(weight, Stored) and isinstance(scale, Stored) and len(weight.shape) == 2
-    if not sound or weight.dtype != _INT8 or scale.dtype not in _FLOATS or scale.shape != weight.shape[:1]:
+    fits = weight is not None and len(weight.shape) == 2 and scale.shape == weight.shape[:1] and scale.dtype in _FLOATS
+    if not (fits and isinstance(weight, Stored) and isinstance(scale, Stored) and weight.dtype == _INT8):
         raise WeightsError(
             f"{shown(scale.file)}: {quoted(f'{stem}.SCB')} needs an int8 matrix of as many rows, {quoted(f'{stem}.weight')}. "
             "Download the file anew."
@@ -365,6 +367,6 @@ def _check_row_format(tensor: Tensor | None, stem: str) -> None:
         return
     if not isinstance(tensor, Stored) or tensor.size != 1 or tensor.view().astype(np.float32).reshape(()) != 0:
         raise WeightsError(
-            f"{shown(tensor.file)}: {quoted(f'{stem}.weight')} is in a tiled int8 format of old bitsandbytes, which fluxjax can't "
-            f"decode. {_PLAIN}"
+            f"{shown(tensor.file)}: {quoted(f'{stem}.weight')} is in a tiled int8 format of old bitsandbytes, which "
+            f"fluxjax can't decode. {_PLAIN}"
         )

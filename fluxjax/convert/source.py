@@ -346,7 +346,7 @@ def _check_method(settings: Mapping[str, Any] | None, paths: Sequence[Path]) -> 
     method = described.get("quant_method") if isinstance(described, dict) else None
     if method is not None and method not in ("bitsandbytes", "bfl"):
         raise WeightsError(
-            f"{shown(paths[0])} is quantized by {printable(str(method), 40)}, as its config.json says, which fluxjax can't decode. "
+            f"{shown(paths[0])} is quantized by {printable(str(method), 40)} (its config.json), which fluxjax can't decode. "
             "Use the model's bfloat16, bitsandbytes or GGUF weights."
         )
 
@@ -383,8 +383,8 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of the own layout with stacked ones taken apart, as the other layouts have them."""
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stacked = is_stacked(name) and isinstance(tensor, Stored) and len(tensor.shape) > 0 and tensor.size > 0
-        if stacked and len(apart) + tensor.shape[0] <= MOST_TENSORS:
+        stacked = is_stacked(name) and len(tensor.shape) > 0 and tensor.size > 0
+        if stacked and isinstance(tensor, Stored) and len(apart) + tensor.shape[0] <= MOST_TENSORS:
             apart.update((block_name(name, i), block) for i, block in enumerate(tensor.split()))
         else:
             apart[name] = tensor

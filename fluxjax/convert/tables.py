@@ -43,7 +43,8 @@ def _pattern(text: str) -> re.Pattern:
 @dataclass(frozen=True)
 class Dialect:
     """A naming of a network's weights. `prefix`: what its keys may begin with, and do on export. `unneeded`: keys, and
-    beginnings of keys that end in a dot, that are known and not used. `mark`: a key that tells this dialect from the network's others."""
+    beginnings of keys that end in a dot, that are known and not used. `mark`: a key that tells this dialect from the
+    network's others."""
 
     name: str
     mark: str
