@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.convert.load import Plan, is_stacked, leaf_dtype, load
+from fluxjax.convert.load import Plan, is_stacked, load, loaded_dtype
 from fluxjax.nets.layers import Dense, Weight
 from fluxjax.nets.quantized import Quantized
 from fluxjax.shapes import Array, Float, Int
@@ -90,7 +90,7 @@ class _Reader:
     def read(self, number: int) -> np.ndarray:
         # Copied, so that a mapped file is read here and not where it is waited for.
         whole = tuple(slice(0, size) for size in self.shape[1:])
-        return np.array(self.plan.leaf(self.name, self.shape, self.dtype, (slice(number, number + 1), *whole))[0])
+        return np.array(self.plan.region(self.name, self.shape, self.dtype, (slice(number, number + 1), *whole))[0])
 
     def __call__(self, number: Any) -> np.ndarray:
         wanted = int(number)
@@ -120,10 +120,13 @@ class Filed(Weight):
 
 
 def load_streamed(plan: Plan, *, dtype: Any = None) -> Any:
-    """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files."""
+    """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files. Each is read once here, block by block, so
+    that NaN, infinity, and values that the dtype can't hold are told now, and not in the middle of an image."""
     rest, taken = take_out(plan)
 
     def filed(name: str, shape: tuple[int, ...], target: np.dtype) -> Filed:
+        for block in range(shape[0]):
+            plan.leaf(name, shape, target, (slice(block, block + 1), *(slice(0, size) for size in shape[1:])))
         return Filed(jnp.arange(shape[0]), _Reader(plan, name, shape, target))
 
     return put_back(load(rest, dtype=dtype), {name: filed(name, *leaf(dtype)) for name, leaf in taken.items()})
@@ -141,7 +144,7 @@ def take_out(plan: Plan) -> tuple[Plan, Taken]:
         name = _name(path)
         if not isinstance(node, Dense) or not is_stacked(name):
             return node
-        taken[name] = lambda dtype: (node.shape, leaf_dtype(plan, name, node.shape) if dtype is None else np.dtype(dtype))
+        taken[name] = lambda dtype: (node.shape, loaded_dtype(plan, name, node.shape, dtype))
         return None
 
     rest = jax.tree_util.tree_map_with_path(leave, plan.network, is_leaf=lambda node: isinstance(node, Dense))

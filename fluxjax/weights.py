@@ -115,7 +115,7 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
         raise WeightsError(f"{problem} To convert the rest, choose it with `only`.")
     if source.left:
         raise WeightsError(
-            f"{source.path} holds {len(source.left)} tensors of no known network ({', '.join(source.left[:3])} …). "
+            f"{source.path} holds {len(source.left)} tensors of no known network ({_listed(source.left[:3])} …). "
             "To convert the rest, choose it with `only`."
         )
     if not source.parts:
@@ -200,11 +200,11 @@ class Summary:
         what = self.title + ("" if self.variant is None else f" ({self.variant})")
         lines = [
             f"{self.kind}: {what}, {size}, {self.nbytes / 1e6:,.1f} MB",
-            f"  in {', '.join(self.files)}; {self.names} names; stored as {stored}",
+            f"  in {_listed(self.files)}; {self.names} names; stored as {stored}",
         ]
         for problem, keys in self.problems.items():
             if keys:
-                lines.append(f"  {len(keys)} {problem}: {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}")
+                lines.append(f"  {len(keys)} {problem}: {_listed(keys)}")
         verdict = f"  whole: loads with load_{self.kind} as {self.loads_as}" if self.whole else "  does not load"
         return "\n".join([*lines, verdict if self.error is None else f"  does not load: {self.error}"])
 
@@ -225,10 +225,13 @@ class Report:
     def __str__(self) -> str:
         lines = [str(network) for network in self.networks] + list(self.strangers.values())
         if self.left:
-            lines.append(
-                f"{len(self.left)} tensors of no known network: {', '.join(self.left[:8])}{' …' if len(self.left) > 8 else ''}"
-            )
+            lines.append(f"{len(self.left)} tensors of no known network: {_listed(self.left)}")
         return "\n".join(lines or ["no weights"])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names of a list on one line, with what could fake another line escaped."""
+    return ", ".join(printable(name) for name in names[:8]) + (" …" if len(names) > 8 else "")
 
 
 def inspect_weights(source: str | Path) -> Report:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.convert.files import WeightsError
 from fluxjax.convert.layouts import write_json
-from fluxjax.convert.load import load
+from fluxjax.convert.load import check_dtype, load
 from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
 from fluxjax.memory import load_streamed
 from fluxjax.nets.clip import Clip, ClipConfig
@@ -110,13 +110,13 @@ def load_flux(
 
     **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the documentation's page on
     weights lists them), or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
-    the weights; None keeps the file's, and decodes scaled fp8 and GGUF's blocks to bfloat16. `sharding`: a
+    the weights, a float of 8 to 64 bits; None keeps the file's, and decodes quantized weights to bfloat16. `sharding`: a
     `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one of the network of shapes; a process
     reads its devices' slices alone. `stream`: leave the blocks' matrices in the files, from which each is read whenever it is
     used, the next one ahead: for a machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the blocks'
     matrices as they are read, as `fluxjax.quantize` does.
     **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source,
-    `ValueError` for more than one of `sharding`, `stream` and `quantize`.
+    `ValueError` for a dtype that weights are not loaded as, or more than one of `sharding`, `stream` and `quantize`.
     """
     return _load(FLUX, source, config, dtype, sharding, stream, quantize)
 
@@ -157,6 +157,7 @@ def _load(
     stream: bool = False,
     quantize: str | None = None,
 ) -> Any:
+    dtype = check_dtype(f"load_{kind.name}", dtype)
     if (sharding is not None) + stream + (quantize is not None) > 1:
         raise ValueError("What is streamed or quantized is read by one device. Pass one of sharding=, stream= and quantize=.")
     plan = open_source(locate(source, kind.folder)).part(kind).plan(config)

@@ -1,22 +1,99 @@
 """Configs from a checkpoint's `config.json`, from fluxjax's own metadata, or from a file's shapes; and back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from fluxjax.convert.files import WeightsError
+from fluxjax.convert.files import WeightsError, quoted
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
+from fluxjax.settings import Field, check_settings
 
 Config = TypeVar("Config")
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes as a file has them, by our names; a fused weight's is that of one of its parts."""
 
+# Ten to a thousand times what any of FLUX.1's networks has: what is beyond is a damaged file, and may take all the memory.
+_SIZE = Field(kind="integer", least=1, most=1_000_000)
+_DEPTH = Field(kind="integer", least=0, most=1000)
+_VOCABULARY = Field(kind="integer", least=1, most=10_000_000)
+_LEVELS = Field(kind="integers", least=1, most=100_000)
+_RESNETS = Field(kind="integer", least=0, most=100)
+_NUMBER = Field(kind="number", least=-1e6, most=1e6)
+_EPS = Field(kind="number", least=0, most=1)
+_FLAG = Field(kind="boolean")
+_MOST_LEVELS = 16
+
+
+def _needed(field: Field) -> Field:
+    return replace(field, required=True)
+
+
+def _optional(field: Field) -> Field:
+    return replace(field, optional=True)
+
+
+_FLUX_FIELDS = {
+    "num_attention_heads": _needed(Field(kind="integer", least=1, most=1000)),
+    "attention_head_dim": _needed(Field(kind="integer", least=1, most=10_000)),
+    "in_channels": _needed(_SIZE),
+    "out_channels": _optional(_SIZE),
+    "num_layers": _needed(_DEPTH),
+    "num_single_layers": _needed(_DEPTH),
+    "joint_attention_dim": _needed(_SIZE),
+    "pooled_projection_dim": _needed(_SIZE),
+    "axes_dims_rope": _LEVELS,
+    "guidance_embeds": _FLAG,
+}
+_VAE_FIELDS = {
+    "use_quant_conv": _FLAG,
+    "use_post_quant_conv": _FLAG,
+    "block_out_channels": _needed(_LEVELS),
+    "layers_per_block": _needed(_RESNETS),
+    "norm_num_groups": _needed(_SIZE),
+    "latent_channels": _needed(_SIZE),
+    "scaling_factor": _needed(_NUMBER),
+    "shift_factor": _optional(_NUMBER),
+}
+_CLIP_FIELDS = {
+    "vocab_size": _needed(_VOCABULARY),
+    "max_position_embeddings": _SIZE,
+    "hidden_size": _needed(_SIZE),
+    "num_attention_heads": _needed(_SIZE),
+    "num_hidden_layers": _needed(_DEPTH),
+    "intermediate_size": _needed(_SIZE),
+    "eos_token_id": Field(kind="integer", least=0, most=10_000_000, optional=True),
+    "hidden_act": Field(kind="text"),
+    "layer_norm_eps": _EPS,
+}
+_T5_FIELDS = {
+    "feed_forward_proj": Field(kind="text"),
+    "vocab_size": _needed(_VOCABULARY),
+    "d_model": _needed(_SIZE),
+    "num_heads": _needed(_SIZE),
+    "d_kv": _needed(_SIZE),
+    "num_layers": _needed(_DEPTH),
+    "d_ff": _needed(_SIZE),
+    "relative_attention_num_buckets": _SIZE,
+    "relative_attention_max_distance": _SIZE,
+    "layer_norm_epsilon": _EPS,
+}
+
+
+def _read(config: Any, known: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the fields of a config.json, checked; lists of levels have a bounded length."""
+    read = check_settings("its settings", config, known)
+    for name, value in read.items():
+        if isinstance(value, tuple) and not 1 <= len(value) <= _MOST_LEVELS:
+            raise WeightsError(f"its settings: {name!r} should have 1 to {_MOST_LEVELS} entries, got {len(value)}.")
+    return read
+
 
 def flux_from_json(config: Mapping[str, Any]) -> FluxConfig:
     """Read diffusers' `FluxTransformer2DModel` config."""
+    config = _read(config, _FLUX_FIELDS)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return FluxConfig(
         in_channels=config["in_channels"],
@@ -83,6 +160,7 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
 
 def vae_from_json(config: Mapping[str, Any]) -> VaeConfig:
     """Read diffusers' `AutoencoderKL` config. **Raises:** `WeightsError` for one with quant convolutions."""
+    config = _read(config, _VAE_FIELDS)
     if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
         raise WeightsError("This VAE has quant convolutions, so it is not FLUX.1's. Pass FLUX.1's vae folder.")
     return VaeConfig(
@@ -140,11 +218,13 @@ _CLIP_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_t
 
 
 def clip_from_json(config: Mapping[str, Any]) -> ClipConfig:
-    """Read transformers' `CLIPTextModel` config, where `eos_token_id` 2 is an old mistake that means the largest id."""
+    """Read transformers' `CLIPTextModel` config, or that inside of a `CLIPModel`'s; `eos_token_id` 2 is an old mistake that
+    means the largest id."""
+    config = _read(config.get("text_config", config), _CLIP_FIELDS)
     eos = config.get("eos_token_id", 49407)
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in _CLIP_ACTIVATIONS:
-        raise WeightsError(f"CLIP's hidden_act {activation!r} is not one of {', '.join(_CLIP_ACTIVATIONS)}.")
+        raise WeightsError(f"CLIP's hidden_act {quoted(activation)} is not one of {', '.join(_CLIP_ACTIVATIONS)}.")
     return ClipConfig(
         vocabulary=config["vocab_size"],
         positions=config.get("max_position_embeddings", 77),
@@ -200,6 +280,7 @@ def clip_to_json(config: ClipConfig) -> dict[str, Any]:
 
 def t5_from_json(config: Mapping[str, Any]) -> T5Config:
     """Read transformers' `T5EncoderModel` config. **Raises:** `WeightsError` unless it is of version 1.1."""
+    config = _read(config, _T5_FIELDS)
     if config.get("feed_forward_proj", "relu") != "gated-gelu":
         raise WeightsError("This T5 is not of version 1.1 (feed_forward_proj is not gated-gelu). Pass FLUX.1's text_encoder_2.")
     return T5Config(
@@ -258,12 +339,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def from_dict(kind: Callable[..., Config], fields: Any) -> Config:
+_OWN_FIELDS = {
+    "vocabulary": _VOCABULARY,
+    "depth": _DEPTH,
+    "double_depth": _DEPTH,
+    "single_depth": _DEPTH,
+    "resnets": _RESNETS,
+    "eps": _EPS,
+    "eos_token": Field(kind="integer", least=0, most=10_000_000, optional=True),
+}
+_BY_TYPE = {int: _SIZE, float: _NUMBER, bool: _FLAG, str: Field(kind="text")}
+
+
+def from_dict(kind: Callable[..., Config], settings: Any) -> Config:
     """Read one of our configs back. **Raises:** `WeightsError` for what is none."""
-    try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-    except Exception as error:  # a damaged file can hold anything
-        raise WeightsError(f"The file's own config is damaged: {fields}. Pass config=….") from error
+    known = {field.name: _OWN_FIELDS.get(field.name, _BY_TYPE.get(field.type, _LEVELS)) for field in fields(kind)}  # type: ignore[arg-type]
+    check_settings("its own config", settings, known, closed=True)
+    return kind(**_read(settings, known))
 
 
 def _shape(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:

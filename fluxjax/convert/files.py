@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import numpy as np
 
 from fluxjax.atomic import new_file
 from fluxjax.errors import WeightsError
+from fluxjax.printable import printable
+from fluxjax.settings import read_json
 
 DTYPES = {
     "F64": np.float64,
@@ -24,6 +27,7 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,  # the scales of mxfp8
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -35,7 +39,10 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-_MOST_HEADER = 100_000_000
+_MOST_HEADER = 50_000_000  # bytes; FLUX.1's files have 200,000 at most
+MOST_TENSORS = 100_000
+"""Tensors that a file may hold: thirty times what any of FLUX.1's has, few enough that a damaged header is told in a moment."""
+_MOST_INDEX = 20_000_000  # bytes
 _MOST_AXES = 32  # NumPy's own limit is 64
 _DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
 
@@ -118,41 +125,70 @@ class File:
     metadata: Mapping[str, str]
 
 
+def shown(path: Path) -> str:
+    """Return a path for a message: names in a folder come from whoever made it."""
+    return printable(str(path), 1000)
+
+
+def check_regular(path: Path) -> int:
+    """Return a file's size. **Raises:** `WeightsError` for a folder, a pipe, a socket or a device, of which opening or reading
+    may never end; `FileNotFoundError` for no such file."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise WeightsError(
+            f"{shown(path)} is not a regular file, so it is not opened. Remove it, or pass another file or folder."
+        )
+    return found.st_size
+
+
 def read_header(path: Path) -> File:
     """Return what a safetensors file holds, having checked that all of it is there.
 
     **Raises:** `WeightsError` for a pickle, another kind of file, a truncated or a damaged one.
     """
-    size = path.stat().st_size
+    size, where = check_regular(path), shown(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length, brace = int.from_bytes(start, "little"), file.read(1)
         # A header's length may begin with the same bytes, but then its brace follows.
         if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise WeightsError(
-                f"{path} is a pickle (a torch checkpoint), which can run any code when it is read. "
-                "Use the model's .safetensors file, or convert it with safetensors.torch.save_file where you trust it."
-            )
+            raise WeightsError(_pickle_message(path))
         if len(start) < 8 or not 2 <= length <= _MOST_HEADER:
-            raise WeightsError(f"{path} is not a safetensors file. Pass a .safetensors or .gguf file, or a model's folder.")
+            raise WeightsError(f"{where} is not a safetensors file. Pass a .safetensors or .gguf file, or a model's folder.")
         if length > size - 8:
-            raise WeightsError(f"{path} is truncated within its header ({size:,} bytes). Download it anew.")
+            raise WeightsError(f"{where} is truncated within its header ({size:,} bytes). Download it anew.")
         header = _parse(path, brace + file.read(length - 1))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError(f"{path}: the header's metadata is damaged. Download the file anew.")
+        raise WeightsError(f"{where}: the header's metadata is damaged. Download the file anew.")
     tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     check_overlaps(path, tensors)
     return File(path, tensors, metadata)
 
 
+def _pickle_message(path: Path) -> str:
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        "s.save_file({k: v.clone(memory_format=torch.contiguous_format) "
+        "for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+    )
+    return (
+        f"{shown(path)} is a pickle (a torch checkpoint), which can run any code when it is read, so fluxjax does not. Use the "
+        f"model's .safetensors file, or convert it where torch is installed: python -c '{code}' {shown(Path(path.name))} "
+        "model.safetensors"
+    )
+
+
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    if text.count(b'"data_offsets"') > MOST_TENSORS:
+        raise WeightsError(f"{shown(path)}: the header names more than {MOST_TENSORS:,} tensors, so it is not FLUX.1's.")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise WeightsError(f"{path}: the header names {twice!r} twice. Download the file anew.")
+            raise WeightsError(
+                f"{shown(path)}: the header names {quoted(_first_repeated(pairs))} twice. Download the file anew."
+            )
         return table
 
     try:
@@ -160,10 +196,25 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
+        reason = printable(str(error))
+        raise WeightsError(f"{shown(path)} is not a safetensors file: its header is not JSON ({reason}).") from error
     if not isinstance(header, dict):
-        raise WeightsError(f"{path} is not a safetensors file: its header is not a table of tensors.")
+        raise WeightsError(f"{shown(path)} is not a safetensors file: its header is not a table of tensors.")
     return header
+
+
+def _first_repeated(pairs: Iterable[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
+
+
+def quoted(name: str) -> str:
+    """Return a name from a file in quotes, with what does not print escaped, and cut if it is long."""
+    return repr(name if len(name) <= 200 else name[:199] + "…")
 
 
 def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
@@ -172,22 +223,32 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
         whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, first, last)) and len(shape) <= _MOST_AXES
         known = code in DTYPES
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: the header's entry for {name!r} is damaged. Download the file anew.") from error
+        raise _damaged_entry(path, name) from error
     if not known:
-        raise WeightsError(f"{path}: {name!r} has dtype {code}, which fluxjax does not read. Known: {', '.join(DTYPES)}.")
+        raise WeightsError(
+            f"{shown(path)}: {quoted(name)} has dtype {printable(str(code), 30)}, which fluxjax does not read. "
+            f"Known: {', '.join(DTYPES)}."
+        )
     if not whole:
-        raise WeightsError(f"{path}: the header's entry for {name!r} is damaged. Download the file anew.")
+        raise _damaged_entry(path, name)
     tensor = Stored(path, np.dtype(DTYPES[code]), shape, start + first)
     if tensor.nbytes != last - first:
-        raise WeightsError(f"{path}: {name!r} of shape {list(shape)} does not fit its offsets. Download the file anew.")
+        shape_told = printable(str(list(shape)))
+        raise WeightsError(
+            f"{shown(path)}: {quoted(name)} of shape {shape_told} does not fit its offsets. Download the file anew."
+        )
     check_end(path, name, start + last, size)
     return tensor
+
+
+def _damaged_entry(path: Path, name: str) -> WeightsError:
+    return WeightsError(f"{shown(path)}: the header's entry for {quoted(name)} is damaged. Download the file anew.")
 
 
 def check_end(path: Path, name: str, end: int, size: int) -> None:
     """**Raises:** `WeightsError` if a tensor ends beyond its file."""
     if end > size:
-        raise WeightsError(f"{path} is truncated: {name!r} ends at byte {end:,} of {size:,}. Download it anew.")
+        raise WeightsError(f"{shown(path)} is truncated: {quoted(name)} ends at byte {end:,} of {size:,}. Download it anew.")
 
 
 def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -195,7 +256,8 @@ def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
     end, before = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.nbytes and tensor.offset < end:
-            raise WeightsError(f"{path}: {before!r} and {name!r} overlap. Download the file anew.")
+            pair = f"{quoted(before)} and {quoted(name)}"
+            raise WeightsError(f"{shown(path)}: {pair} overlap. Download the file anew.")
         if tensor.nbytes:
             end, before = tensor.offset + tensor.nbytes, name
 
@@ -203,17 +265,19 @@ def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
 def read_index(index: Path) -> list[Path]:
     """Return the files that an index of shards names.
 
-    **Raises:** `WeightsError` if it is damaged, a file is missing, or one lies outside the index's folder.
+    **Raises:** `WeightsError` if it is damaged, names no file, a file is missing, or one lies outside the index's folder.
     """
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name or name == ".."]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is no index of shards: it has no weight_map of names. Download it anew.") from error
+    content, where = read_json(index, most_bytes=_MOST_INDEX), shown(index)
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise WeightsError(f"{where} is no index of shards: it has no weight_map of names. Download it anew.")
+    names = sorted(set(table.values()))
+    outside = [name for name in names if Path(name).name != name or name == ".."]
+    if outside:
+        raise WeightsError(f"{where} names a path outside its folder, {quoted(outside[0])}. Download the folder anew.")
     missing = [name for name in names if not (index.parent / name).is_file()]
-    if outside or missing:
-        problem = f"a path outside its folder, {outside[0]!r}" if outside else f"{missing[0]}, which is missing"
-        raise WeightsError(f"{index} names {problem}. Download the folder anew.")
+    if missing:
+        raise WeightsError(f"{where} names {shown(index.parent / missing[0])}, which is missing. Download the folder anew.")
     return [index.parent / name for name in names]
 
 

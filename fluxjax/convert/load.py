@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.convert.files import Stored, Tensor, WeightsError
+from fluxjax.convert.files import Stored, Tensor, WeightsError, quoted, shown
+from fluxjax.convert.finite import all_finite
 from fluxjax.convert.tables import Dialect, Row
+from fluxjax.printable import printable
 
 Network = TypeVar("Network", bound=eqx.Module)
 Parts = Mapping[str, slice]
@@ -23,6 +25,8 @@ Bounds = Sequence[tuple[int, int]]
 """First and past-the-last index along each axis."""
 
 _STACKED = ("double", "single", "blocks")
+_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_STORED_FLOATS = {np.dtype(name) for name in (*_DTYPES, "float64")}
 _ALIGNMENT = 64  # what XLA:CPU asks of a buffer to take it over without a copy
 
 
@@ -108,13 +112,14 @@ class Held(Weights):
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that fills the rows `start` to `stop` of a slot, with its own rows from `skip` on."""
+    """A tensor that fills the rows `start` to `stop` of a slot, with its own rows from `skip` on. `key`: its name."""
 
     tensor: Tensor
     layout: str | None
     start: int
     stop: int
     skip: int = 0
+    key: str = ""
 
     def take(self, bounds: Bounds) -> np.ndarray:
         """Return a region of the slot that lies within these rows."""
@@ -151,6 +156,7 @@ class Plan(Weights):
         first, last, _ = rows.indices(shape[0])
         out = np.empty((last - first, *shape[1:]), dtype)
         self.fill(slot, out, [(first, last), *((0, n) for n in shape[1:])])
+        self._check(out, [slot])
         return out
 
     def fill(self, slot: str, out: np.ndarray, bounds: Bounds) -> None:
@@ -162,6 +168,23 @@ class Plan(Weights):
                 piece.copy_into(out[first - low : last - low], [(first, last), *bounds[1:]], slot)
 
     def leaf(self, name: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+        """As `region`, checked. **Raises:** `WeightsError` that names a tensor with NaN or infinity."""
+        found = self.region(name, shape, dtype, index)
+        slots = slots_of_leaf(name, shape)
+        self._check(found, slots[index[0]] if is_stacked(name) else slots)
+        return found
+
+    def _check(self, values: np.ndarray, slots: Sequence[str]) -> None:
+        if all_finite(values):
+            return
+        pieces = [piece for slot in slots for piece in self.pieces[slot]]
+        bad = next((piece for piece in pieces if not all_finite(piece.tensor.view())), pieces[0])
+        raise WeightsError(
+            f"{shown(bad.tensor.file)}: {quoted(bad.key)} holds NaN or infinity, with which every image is black. The file is "
+            "damaged, or its training diverged. Download it anew, or use another one."
+        )
+
+    def region(self, name: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
         """Return a region of a leaf, mapped if it lies in one file just so, else read into memory that XLA:CPU takes over."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
         mapped = self._mapped(name, shape, dtype)
@@ -213,30 +236,29 @@ def match(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, 
     for key, tensor in tensors.items():
         found = dialect.find(key)
         if found is None or found[0] not in slots:
-            if dialect.strip(key) not in dialect.unneeded:
-                problems["unexpected"].append(key)
+            if not dialect.ignores(key):
+                problems["unexpected"].append(printable(key))
             continue
         name, row = found
         if (name, row.part) not in wanted:
-            problems["repeated"].append(key)
+            problems["repeated"].append(printable(key))
         wanted.discard((name, row.part))
         rows = slice(0, slots[name].shape[0]) if row.part is None else parts[row.part]
         expected = their_shape((rows.stop - rows.start, *slots[name].shape[1:]), row)
         if tensor.shape != expected:
-            problems["misshapen"].append(f"{key} is {list(tensor.shape)}, not {list(expected)}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems["misshapen"].append(f"{key} is {tensor.dtype}, not a float")
-        pieces[name] += _pieces(tensor, row, rows)
+            problems["misshapen"].append(printable(f"{key} is {list(tensor.shape)}, not {list(expected)}"))
+        if tensor.dtype not in _STORED_FLOATS:
+            problems["misshapen"].append(f"{printable(key)} is {tensor.dtype}, not a float")
+        pieces[name] += _pieces(tensor, row, rows, key)
     problems["missing"] = sorted(_their_key(name, part, dialect) for name, part in wanted)
     return Plan(network, pieces, slots), problems
 
 
-def _pieces(tensor: Tensor, row: Row, rows: slice) -> list[Piece]:
+def _pieces(tensor: Tensor, row: Row, rows: slice, key: str) -> list[Piece]:
     if row.layout != "swap":
-        return [Piece(tensor, row.layout, rows.start, rows.stop)]
+        return [Piece(tensor, row.layout, rows.start, rows.stop, key=key)]
     half = (rows.start + rows.stop) // 2
-    lower, upper = Piece(tensor, "swap", rows.start, half, half), Piece(tensor, "swap", half, rows.stop, 0)
-    return [lower, upper]
+    return [Piece(tensor, "swap", rows.start, half, half, key), Piece(tensor, "swap", half, rows.stop, 0, key)]
 
 
 def plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, parts: Parts) -> Plan:
@@ -250,10 +272,12 @@ def plan(network: eqx.Module, tensors: Mapping[str, Tensor], dialect: Dialect, p
 def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) -> Any:
     """Fill a network with the tensors of a checkpoint.
 
-    **Arguments:** `dtype`: of the weights; None keeps the file's, the widest of those stacked together. `sharding`: of every
+    **Arguments:** `dtype`: of the weights; None keeps the file's, the widest of those stacked together; float64 becomes float32
+    unless `jax_enable_x64` is on. `sharding`: of every
     leaf, or a pytree of shardings, one a leaf, or a function that makes one of the network of shapes; a process reads no more
     of a tensor than its devices hold.
     **Returns:** the network with arrays on the default device, or as `sharding` says.
+    **Raises:** `WeightsError` that names a tensor with NaN or infinity, or with a value that the dtype can't hold.
     """
     leaves, structure = jax.tree.flatten(plan.network)
     if callable(sharding) and not isinstance(sharding, eqx.Module):  # a pytree of shardings is a network, which can be called
@@ -266,9 +290,43 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) ->
             raise ValueError(f"`load(sharding)` needs one sharding a leaf, {len(leaves)}, got {len(shardings)}.")
     filled = []
     for name, leaf, where in zip(leaf_names(plan.network), leaves, shardings, strict=True):
-        target = leaf_dtype(plan, name, leaf.shape) if dtype is None else np.dtype(dtype)
+        target = loaded_dtype(plan, name, leaf.shape, dtype)
         filled.append(jax.block_until_ready(_place(plan, name, leaf.shape, target, where)))
     return jax.tree.unflatten(structure, filled)
+
+
+def check_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
+    """Return the dtype that a loader was given. **Raises:** `ValueError` for one that no weights are loaded as."""
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"`{call}(dtype)` got {printable(repr(dtype))}. {_dtype_remedy(str(dtype))}") from error
+    if found == np.float64 and jax.config.read("jax_enable_x64"):
+        return found
+    if str(found) == "float64":
+        raise ValueError(
+            f"`{call}(dtype='float64')` needs JAX's 64-bit mode, without which arrays are float32. Call "
+            "jax.config.update('jax_enable_x64', True) before, or pass dtype='float32'."
+        )
+    if str(found) not in _DTYPES:
+        raise ValueError(f"`{call}(dtype)` got {found}. {_dtype_remedy(str(found))}")
+    return found
+
+
+def _dtype_remedy(name: str) -> str:
+    format = "fp8" if "8" in name and "f" in name else "int8"
+    eight = (
+        f" To round the blocks' matrices to 8 bits, `load_flux` and `load_t5` take quantize={format!r}." if "8" in name else ""
+    )
+    return f"Weights are loaded as {', '.join(_DTYPES)}, or float64 in JAX's 64-bit mode.{eight}"
+
+
+def loaded_dtype(weights: Weights, name: str, shape: Sequence[int], dtype: DTypeLike | None) -> np.dtype:
+    """Return what a leaf is loaded as: the given dtype, or its slots' widest, which is at most float32 without 64-bit mode."""
+    found = leaf_dtype(weights, name, shape) if dtype is None else np.dtype(dtype)
+    return np.dtype(np.float32) if found == np.float64 and not jax.config.read("jax_enable_x64") else found
 
 
 def leaf_dtype(weights: Weights, name: str, shape: Sequence[int]) -> np.dtype:
@@ -368,4 +426,5 @@ def abstract(make: Callable[..., Network], config: Any) -> Network:
     try:
         return eqx.filter_eval_shape(make, config, key=jax.random.key(0))
     except Exception as error:  # a config from a damaged file can fail anywhere
-        raise WeightsError(f"{config} makes no {getattr(make, '__name__', 'network')}: {error}") from error
+        network, reason = getattr(make, "__name__", "network"), printable(str(error))
+        raise WeightsError(f"{printable(str(config), 1000)} makes no {network}: {reason}") from error

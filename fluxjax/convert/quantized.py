@@ -1,7 +1,6 @@
-"""Weights that are stored in fewer bits and decoded as they are read: scaled fp8, and GGUF's block formats."""
+"""GGUF files: headers checked, and weights in its block formats decoded as they are read."""
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,70 +9,25 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from fluxjax.convert.files import File, Stored, Tensor, WeightsError, check_end, check_overlaps
+from fluxjax.convert.files import (
+    MOST_TENSORS,
+    File,
+    Stored,
+    Tensor,
+    WeightsError,
+    check_end,
+    check_overlaps,
+    check_regular,
+    quoted,
+    shown,
+)
+from fluxjax.convert.packed import BFLOAT16
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FP8 = [np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)]
-_FLOATS = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 GGUF_MAGIC = b"GGUF"
+_MOST_ITEMS = 1_000_000  # metadata entries and texts in arrays; a tokenizer has some 100,000
+_MOST_TEXT = 20_000_000  # bytes
+_PAIR_BYTES, _TENSOR_BYTES, _TEXT_BYTES = 13, 24, 8  # the least that each takes in a header
 _CHUNK = 4_194_304  # elements decoded at a time
-
-
-@dataclass(frozen=True)
-class Scaled(Tensor):
-    """An fp8 weight and its scale: one factor, or one a row. It is loaded as bfloat16 unless told otherwise."""
-
-    weight: Stored
-    scale: Stored
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes
-
-    @property
-    def storage(self) -> str:
-        return f"{self.weight.dtype} scaled"
-
-    def view(self) -> np.ndarray:
-        scale = self.scale.view().astype(np.float32)
-        return self.weight.view().astype(np.float32) * scale.reshape(-1, *(1,) * (len(self.shape) - 1))
-
-
-# ComfyUI's names, the older ones first.
-_SCALES = ("scale_weight", "weight_scale")
-_UNUSED = ("scale_input", "input_scale", "scaled_fp8")
-_DESCRIPTION = "comfy_quant"
-
-
-def join_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with fp8 weights joined to their scales; scales of activations and markers are dropped, as nothing
-    here computes in fp8.
-
-    **Raises:** `WeightsError` for a scale without its weight, of another shape than one factor or one a row, or of a weight
-    that is not fp8.
-    """
-    beside = (*_SCALES, *_UNUSED)
-    joined = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in beside}
-    for name, scale in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last not in _SCALES:
-            continue
-        weight = joined.get(f"{stem}.weight")
-        if not isinstance(weight, Stored) or not isinstance(scale, Stored):
-            raise WeightsError(f"{scale.file}: {name!r} scales {stem}.weight, which is missing. Download the file anew.")
-        if weight.dtype not in _FP8:
-            raise WeightsError(
-                f"{scale.file}: {name!r} scales a weight of {weight.dtype}; fluxjax reads scaled fp8 alone. Use the model's "
-                "fp8, bfloat16 or GGUF file."
-            )
-        if scale.size not in (1, *weight.shape[:1]) or scale.dtype not in _FLOATS:
-            raise WeightsError(
-                f"{scale.file}: {name!r} of {scale.dtype} and shape {list(scale.shape)} does not scale {list(weight.shape)} by "
-                "a factor or one a row. Use the model's scaled fp8, bfloat16 or GGUF file."
-            )
-        joined[f"{stem}.weight"] = Scaled(weight.file, BFLOAT16, weight.shape, weight, scale)
-        joined.pop(f"{stem}.{_DESCRIPTION}", None)  # it says float8, as the weight does
-    return joined
 
 
 @dataclass(frozen=True)
@@ -119,14 +73,17 @@ def read_gguf(path: Path) -> File:
     **Source:** the GGUF specification, version 3.
     """
     _gguf()
-    size = path.stat().st_size
+    size = check_regular(path)
     with open(path, "rb") as file:
         reader = _Reader(path, file, size)
         version, tensor_count, pair_count = reader.header()
         if version not in (2, 3):
             raise WeightsError(
-                f"{path} is GGUF of version {version}; fluxjax reads 2 and 3. Convert it with llama.cpp's tools."
+                f"{shown(path)} is GGUF of version {version}; fluxjax reads 2 and 3. Convert it with llama.cpp's tools."
             )
+        if tensor_count * _TENSOR_BYTES + pair_count * _PAIR_BYTES > size or tensor_count > MOST_TENSORS:
+            raise reader.damaged()
+        reader.count(pair_count)
         pairs = [(reader.text(), reader.value(reader.number("I"))) for _ in range(pair_count)]
         entries = [reader.entry() for _ in range(tensor_count)]
         metadata = dict(pairs)
@@ -136,7 +93,7 @@ def read_gguf(path: Path) -> File:
         start = -(-file.tell() // alignment) * alignment
     tensors = {name: _tensor(path, name, kind, shape, start + offset, size) for name, kind, shape, offset in entries}
     if len(tensors) < len(entries):
-        raise WeightsError(f"{path}: the header names a tensor twice. Download the file anew.")
+        raise WeightsError(f"{shown(path)}: the header names a tensor twice. Download the file anew.")
     check_overlaps(path, tensors)
     return File(path, tensors, {name: value for name, value in pairs if isinstance(value, str)})
 
@@ -146,16 +103,22 @@ def _tensor(path: Path, name: str, code: int, shape: tuple[int, ...], offset: in
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     kind = kinds.get(code)
     if kind is None:
-        raise WeightsError(f"{path}: {name!r} has a type, {code}, that the installed gguf does not know. Update gguf.")
+        raise WeightsError(
+            f"{shown(path)}: {quoted(name)} has a type, {code}, that the installed gguf does not know. Update gguf."
+        )
     tensor: Tensor
     if kind.name in _PLAIN:
         tensor = Stored(path, np.dtype(_PLAIN[kind.name]), shape, offset)
     else:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if not shape or not shape[-1] or shape[-1] % block:
-            raise WeightsError(f"{path}: {name!r} of shape {list(shape)} does not divide into {kind.name}'s blocks of {block}.")
+            raise WeightsError(
+                f"{shown(path)}: {quoted(name)} of shape {list(shape)} does not divide into {kind.name}'s blocks of {block}."
+            )
         if kind not in gguf.quants._type_traits:
-            raise WeightsError(f"{path}: {name!r} is {kind.name}, which gguf can't decode. Use another quantization's file.")
+            raise WeightsError(
+                f"{shown(path)}: {quoted(name)} is {kind.name}, which gguf can't decode. Use another quantization's file."
+            )
         tensor = Quantized(path, BFLOAT16, shape, kind.name, offset, shape[-1] // block * block_bytes)
     check_end(path, name, offset + tensor.nbytes, size)
     return tensor
@@ -175,12 +138,19 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.size = path, file, size
+        self.items = 0
+
+    def count(self, items: int) -> None:
+        """Count metadata entries and texts. **Raises:** `WeightsError` when there are more than any model has."""
+        self.items += items
+        if self.items > _MOST_ITEMS:
+            raise self.damaged()
 
     def damaged(self) -> WeightsError:
-        return WeightsError(f"{self.path} is truncated or damaged within its header. Download it anew.")
+        return WeightsError(f"{shown(self.path)} is truncated or damaged within its header. Download it anew.")
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.file.tell():
+        if count > min(_MOST_TEXT, self.size - self.file.tell()):
             raise self.damaged()
         return self.file.read(count)
 
@@ -195,7 +165,7 @@ class _Reader:
 
     def header(self) -> tuple[int, int, int]:
         if self.take(4) != GGUF_MAGIC:
-            raise WeightsError(f"{self.path} is not a GGUF file.")
+            raise WeightsError(f"{shown(self.path)} is not a GGUF file.")
         return self.number("I"), self.number("Q"), self.number("Q")
 
     def value(self, kind: int) -> Any:
@@ -210,6 +180,9 @@ class _Reader:
         if inner in _SCALARS:
             self.skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
         elif inner == _STRING:
+            if count * _TEXT_BYTES > self.size - self.file.tell():
+                raise self.damaged()
+            self.count(count)
             for _ in range(count):
                 self.skip(self.number("Q"))
         else:

@@ -10,18 +10,31 @@ from typing import Any
 import equinox as eqx
 
 from fluxjax.convert import configs, tables
-from fluxjax.convert.files import File, Stored, Tensor, WeightsError, read_header, read_index
+from fluxjax.convert.files import (
+    MOST_TENSORS,
+    File,
+    Stored,
+    Tensor,
+    WeightsError,
+    check_regular,
+    quoted,
+    read_header,
+    read_index,
+    shown,
+)
 from fluxjax.convert.load import Parts, Plan, Problems, abstract, block_name, is_stacked, match, plan
-from fluxjax.convert.quantized import GGUF_MAGIC, join_scales, read_gguf
+from fluxjax.convert.packed import join
+from fluxjax.convert.quantized import GGUF_MAGIC, read_gguf
 from fluxjax.convert.tables import Dialect
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
+from fluxjax.printable import printable
+from fluxjax.settings import read_json
 
 OWN_METADATA = "fluxjax"
 """The key of a safetensors file's metadata under which fluxjax writes the layout, the networks' configs and their origin."""
-_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -147,16 +160,15 @@ class Part:
     @cached_property
     def config(self) -> Any:
         """Its config: config.json, else fluxjax's own metadata, else the shapes tell. **Raises:** `WeightsError`."""
-        if self.settings is None and self.own is not None:
-            return configs.from_dict(self.kind.config, self.own)
-        if self.settings is None:
-            return self.kind.from_shapes(self._shapes)
+        file = shown(self.files[0])
         try:
-            return self.kind.from_json(self.settings)
-        except WeightsError:
-            raise
-        except Exception as error:  # a damaged file can hold anything
-            raise WeightsError(f"The config.json beside {self.files[0]} is not a {self.kind.title}'s: {error!r}.") from error
+            if self.settings is not None:
+                return self.kind.from_json(self.settings)
+            return self.kind.from_shapes(self._shapes) if self.own is None else configs.from_dict(self.kind.config, self.own)
+        except ValueError as error:
+            whose = "The shapes in" if self.own is None else "fluxjax's metadata in"
+            where = f"{whose} {file}" if self.settings is None else f"The config.json beside {file}"
+            raise WeightsError(f"{where} makes no {self.kind.title}: {error}") from error
 
     @property
     def _shapes(self) -> configs.Shapes:
@@ -210,11 +222,12 @@ class Source:
         if self.strangers and not self.parts:
             raise WeightsError(next(iter(self.strangers.values())))
         held = ", ".join(f"a {part.kind.title}" for part in self.parts.values()) or "no weights"
-        raise WeightsError(f"{self.path} holds no {kind.title}, but {held}. Pass the {kind.title}'s own file or folder.")
+        raise WeightsError(f"{shown(self.path)} holds no {kind.title}, but {held}. Pass the {kind.title}'s own file or folder.")
 
 
 def read_file(path: Path) -> File:
     """Return what a safetensors or GGUF file holds. **Raises:** `WeightsError` for any other, or a damaged one."""
+    check_regular(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     return read_gguf(path) if magic == GGUF_MAGIC else read_header(path)
@@ -231,6 +244,8 @@ def open_source(path: Path) -> Source:
             return _collect(path, [(read_index(path), None)])
         return _collect(path, [([path], None)])
     if not path.is_dir():
+        if path.exists():
+            check_regular(path)
         raise FileNotFoundError(f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder.")
     folders = [path / kind.folder for kind in KINDS.values() if (path / kind.folder).is_dir()]
     source = _collect(path, [group for folder in folders for group in _groups(folder)])
@@ -256,22 +271,21 @@ def _groups(folder: Path) -> list[Group]:
     alone = sorted(file for pattern in ("*.safetensors", "*.gguf", "*.sft") for file in folder.glob(pattern))
     groups = [*sharded, *([file] for file in alone if file not in taken)]
     if settings is not None and len(groups) > 1:
-        found = ", ".join(group[0].name for group in groups)
-        raise WeightsError(f"{folder} should hold one network, or its shards and their index; it holds {found}. Remove one.")
+        found = printable(", ".join(group[0].name for group in groups))
+        raise WeightsError(
+            f"{shown(folder)} should hold one network, or its shards and their index; it holds {found}. Remove one."
+        )
     if not groups and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]):
         read_header(pickles[0])  # says that it is a pickle
     return [(group, settings) for group in groups]
 
 
 def _settings(path: Path) -> Mapping[str, Any] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON ({error}). Download it anew.") from error
+    settings = read_json(path)
     if not isinstance(settings, dict):
-        raise WeightsError(f"{path} is not a config. Download it anew.")
+        raise WeightsError(f"{shown(path)} is not a config. Download it anew.")
     return settings
 
 
@@ -285,10 +299,8 @@ def _collect(path: Path, groups: Sequence[Group]) -> Source:
         for part in found:
             other = parts.setdefault(part.kind.name, part)
             if other is not part:
-                raise WeightsError(
-                    f"{path} holds two {part.kind.title}s, in {other.files[0].name} and {part.files[0].name}. "
-                    "Pass one of the files."
-                )
+                names = " and ".join(printable(one.files[0].name) for one in (other, part))
+                raise WeightsError(f"{shown(path)} holds two {part.kind.title}s, in {names}. Pass one of the files.")
         if found:
             left += rest
         else:
@@ -305,15 +317,20 @@ def identify(files: Sequence[File], settings: Mapping[str, Any] | None = None) -
     for file in files:
         twice = sorted(tensors.keys() & file.tensors.keys())
         if twice:
+            other = shown(tensors[twice[0]].file)
             raise WeightsError(
-                f"{file.path} holds {twice[0]}, which {tensors[twice[0]].file} holds too. Remove one of the files."
+                f"{shown(file.path)} holds {quoted(twice[0])}, which {other} holds too. Remove one of the files."
             )
         tensors |= file.tensors
     own, paths = _own_metadata(files), tuple(file.path for file in files)
     if own is not None and own.get("layout") == tables.OWN.name:
-        (name, config), *_ = own["parts"].items()
+        if len(own["parts"]) != 1:
+            raise WeightsError(f"{shown(paths[0])}: fluxjax's metadata names {len(own['parts'])} networks, and the own layout "
+                               "has one in a file. Convert the file anew.")  # fmt: skip
+        ((name, config),) = own["parts"].items()
         return [Part(KINDS[name], tables.OWN, _unstacked(tensors), config, None, paths)], []
-    tensors = join_scales(tensors)
+    _check_method(settings, paths)
+    tensors = join(tensors, files)
     described = {} if own is None else own["parts"]
     parts = []
     for kind in KINDS.values():
@@ -325,6 +342,17 @@ def identify(files: Sequence[File], settings: Mapping[str, Any] | None = None) -
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         parts.append(Part(kind, dialect, _one_embedding(kind, mine), described.get(kind.name), settings, paths))
     return parts, sorted(tensors.keys() - _UNNEEDED)
+
+
+def _check_method(settings: Mapping[str, Any] | None, paths: Sequence[Path]) -> None:
+    """**Raises:** `WeightsError` if a config.json says that the weights are stored in a way that can't be decoded."""
+    described = (settings or {}).get("quantization_config")
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method is not None and method not in ("bitsandbytes", "bfl"):
+        raise WeightsError(
+            f"{shown(paths[0])} is quantized by {printable(str(method), 40)} (its config.json), which fluxjax can't decode. "
+            "Use the model's bfloat16, bitsandbytes or GGUF weights."
+        )
 
 
 def _find(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
@@ -351,7 +379,7 @@ def _own_metadata(files: Sequence[File]) -> Mapping[str, Any] | None:
         own = None
     parts = own.get("parts") if isinstance(own, dict) else None
     if not isinstance(parts, dict) or not parts or not parts.keys() <= KINDS.keys():
-        raise WeightsError(f"{files[0].path}: fluxjax's metadata is damaged. Download or convert the file anew.")
+        raise WeightsError(f"{shown(files[0].path)}: fluxjax's metadata is damaged. Download or convert the file anew.")
     return own
 
 
@@ -359,8 +387,9 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of the own layout with stacked ones taken apart, as the other layouts have them."""
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if is_stacked(name) and isinstance(tensor, Stored) and tensor.shape and tensor.size and tensor.shape[0] <= _MOST_BLOCKS:
-            apart |= {block_name(name, i): block for i, block in enumerate(tensor.split())}
+        stacked = is_stacked(name) and len(tensor.shape) > 0 and tensor.size > 0
+        if stacked and isinstance(tensor, Stored) and len(apart) + tensor.shape[0] <= MOST_TENSORS:
+            apart.update((block_name(name, i), block) for i, block in enumerate(tensor.split()))
         else:
             apart[name] = tensor
     return apart
@@ -376,17 +405,17 @@ def _one_embedding(kind: Kind, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def what_else(path: Path, files: Sequence[File]) -> str:
     """Say what a file holds that is none of the networks."""
-    names = [name for file in files for name in file.tensors]
+    where, names = shown(path), [name for file in files for name in file.tensors]
     pieces = {piece for name in names for piece in name.split(".")}
     if "wscales" in pieces:  # it holds low-rank parts too, so it is looked for first
         return f"{path} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
     if pieces & set(_ADAPTERS) or any(name.startswith("lora_") for name in names):
-        return f"{path} is a LoRA, not a model. Pass the model that it adapts."
+        return f"{where} is a LoRA, not a model. Pass the model that it adapts."
     for mark, model in _OTHERS.items():
         if any(mark in name for name in names):
-            return f"{path} holds {model}, which is not FLUX.1. Pass a FLUX.1 checkpoint."
-    some = ", ".join(names[:3]) or "no tensors at all"
-    return f"{path} holds no network of FLUX: found {some}. Pass the network's own file or folder."
+            return f"{where} holds {model}, which is not FLUX.1. Pass a FLUX.1 checkpoint."
+    some = printable(", ".join(names[:3])) or "no tensors at all"
+    return f"{where} holds no network of FLUX: found {some}. Pass the network's own file or folder."
 
 
 def variant(config: Any) -> str | None:

@@ -28,17 +28,23 @@ class Row:
         return _pattern(self.ours)
 
 
+def _form(key: str) -> str:
+    """Return a key with a sign in place of each index."""
+    return ".".join("#" if part.isascii() and part.isdigit() else part for part in key.split("."))
+
+
 def _pattern(text: str) -> re.Pattern:
     escaped = re.escape(text)
-    for name, expression in (("i", r"\d+"), ("j", r"\d+"), ("p", "weight|bias"), ("leaf", ".+")):
+    for name, expression in (("i", "[0-9]+"), ("j", "[0-9]+"), ("p", "weight|bias"), ("leaf", ".+")):
         escaped = escaped.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})", 1)
     return re.compile(escaped + r"\Z")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A naming of a network's weights. `prefix`: what its keys may begin with, and do on export. `unneeded`: keys that are
-    known and not used. `mark`: a key that tells this dialect from the network's others."""
+    """A naming of a network's weights. `prefix`: what its keys may begin with, and do on export. `unneeded`: keys, and
+    beginnings of keys that end in a dot, that are known and not used. `mark`: a key that tells this dialect from the
+    network's others."""
 
     name: str
     mark: str
@@ -51,10 +57,29 @@ class Dialect:
 
     def find(self, key: str) -> tuple[str, Row] | None:
         """Return the name of the leaf that a key fills, and its row."""
-        for row in self.rows:
-            if match := row.reader.match(self.strip(key)):
+        stripped = self.strip(key)
+        for row in self._rows_by_form.get(_form(stripped), self._general_rows):
+            if match := row.reader.match(stripped):
                 return row.ours.format(**match.groupdict()), row
         return None
+
+    def ignores(self, key: str) -> bool:
+        """Return whether a key is known and not used; an entry of `unneeded` that ends in a dot is a prefix."""
+        stripped = self.strip(key)
+        return any(stripped == known or (known.endswith(".") and stripped.startswith(known)) for known in self.unneeded)
+
+    @cached_property
+    def _rows_by_form(self) -> dict[str, list[Row]]:
+        """Rows by the form of their keys, so that a key is compared with one or two of them and not with all."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for last in ("weight", "bias") if "{p}" in row.theirs else ("",):
+                found.setdefault(_form(row.theirs.format(i=0, j=0, p=last, leaf="")), []).append(row)
+        return found
+
+    @cached_property
+    def _general_rows(self) -> list[Row]:
+        return [row for row in self.rows if "{leaf}" in row.theirs]
 
     def keys(self, leaf: str) -> list[tuple[str, Row]]:
         """Return the keys that a leaf is exported to, in the order of its parts."""
@@ -170,7 +195,14 @@ CLIP_TRANSFORMERS = Dialect(
         ("final_layer_norm.bias", "norm.bias"),
     ),
     prefix="text_model.",
-    unneeded=("embeddings.position_ids", "logit_scale", "text_projection.weight"),
+    # Whole CLIP checkpoints hold the vision tower too.
+    unneeded=(
+        "embeddings.position_ids",
+        "logit_scale",
+        "text_projection.weight",
+        "visual_projection.weight",
+        "vision_model.",
+    ),
 )
 
 OWN = Dialect("own", "", (Row("{leaf}", "{leaf}", layout="ours"),))
