@@ -41,6 +41,9 @@ LAYERS = {
     "plots": 9,
     "preview": 3,
     "prompts": 2,
+    "console": 1,
+    "options": 4,
+    "limits": 8,
     "draw": 9,
     "cli": 10,
 }
