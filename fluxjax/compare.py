@@ -69,8 +69,8 @@ def compare(
     The reference takes `reference_steps` of Heun's at the model's own times. What a stochastic integrator draws is another
     image, however many its steps are, so its distance is no error.
     **Returns:** the runs, and their images after the reference's, in [-1, 1].
-    **Raises:** `ValueError` for names that are not in `fluxjax.named`, no steps, a size that is not a multiple of 16, or an image
-    that is not finite.
+    **Raises:** `ValueError` for names that are not in `fluxjax.named`, no steps, a size that is not a multiple of 16, or
+    an image that is not finite.
     """
     defaults = models.defaults
     height = defaults.height if height is None else height

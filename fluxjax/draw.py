@@ -30,7 +30,6 @@ from fluxjax.generate import (
     guidance_scale,
     noise_batch,
     prompt_ids,
-    repeated,
     step_keys,
     traced,
 )
@@ -263,8 +262,8 @@ def _generate_prompt(options: argparse.Namespace, plan: _Plan, defaults: Default
         key, channels = seed_key(plan.seed), networks.vae.config.latent_channels
         for group in plan.groups:
             noise = noise_batch(key, group, plan.height, plan.width, channels=channels)
-            repeated_texts = _Texts(*(None if text is None else repeated(text, len(group)) for text in texts))
-            images, lost = stage.draw(networks, repeated_texts, noise, step_keys(key, group, plan.step))
+            rows = jax.tree.map(lambda x, count=len(group): jnp.repeat(x, count, axis=0), texts)
+            images, lost = stage.draw(networks, rows, noise, step_keys(key, group, plan.step))
             # The last group repeats its last number.
             for number, image, where in zip(dict.fromkeys(group), images, lost, strict=False):
                 if where is not None:

@@ -40,7 +40,7 @@ LAYERS = {
     "compare": 8,
     "plots": 9,
     "preview": 3,
-    "prompts": 2,
+    "prompts": 3,
     "console": 1,
     "options": 4,
     "limits": 8,
