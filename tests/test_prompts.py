@@ -33,7 +33,7 @@ def test_lines_have_their_number_as_id_and_seed(tmp_path):
         ({"prompt": 3}, "its prompt is no text"),
         ({"prompt": "a", "seed": "3"}, "its seed is no whole number"),
         ({"prompt": "a", "seed": True}, "its seed is no whole number"),
-        ({"prompt": "a", "seed": -1}, "its seed -1 is not in"),
+        ({"prompt": "a", "seed": -1}, "its seed is not in [0, 2^63), got -1"),
         ({"prompt": "a", "steps": 3}, "unknown field 'steps'"),
         ({"prompt": "a", "id": "../a"}, "its id '../a' is no file name"),
         ({"prompt": "a", "id": "/a"}, "is no file name"),
