@@ -22,7 +22,7 @@ from fluxjax.generate import Models, activation_dtype, load_models
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.kernels.blocks import PRESETS
 from fluxjax.latents import check_size, seed_key
-from fluxjax.limits import Demand, check_memory, read_configs
+from fluxjax.limits import Demand, check_devices, check_memory, read_configs
 from fluxjax.lora.read import describe_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.named import INTEGRATORS, RULES, TIMERS
@@ -183,6 +183,7 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    check_devices()
     folder = writable(options.output_dir)
     use_cache(options.compilation_cache)
     defaults = interruptible(load_defaults, options.model)
@@ -261,11 +262,13 @@ def _add_lora_files(actions: Any) -> None:
 
 
 def _convert_lora(options: argparse.Namespace) -> None:
+    check_devices()
     write_lora(_new_file(options.destination), read_adapter(options.adapter), to=options.to)
     print(options.destination)
 
 
 def _extract_lora(options: argparse.Namespace) -> None:
+    check_devices()
     kind = KINDS[options.only]
     target = _new_file(options.destination)
     places = [interruptible(locate, name, kind.folder) for name in (options.base, options.tuned)]
@@ -311,6 +314,7 @@ def _add_weights(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    check_devices()
     with ExitStack() as stack:
         bars = []  # begun when the size is known
         written = convert_weights(

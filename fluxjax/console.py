@@ -17,6 +17,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_requested: list[int] = []  # the first signal within `stop_signals`
 _PATIENCE = 5.0
 """Seconds of cleaning up after which another signal leaves the process at once."""
 _STACK = 64 * 2**20
@@ -92,6 +93,7 @@ def stop_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if not first:
             first.append(time.monotonic())
+            _requested.append(number)
             raise Stopped(number)
         if time.monotonic() - first[0] > _PATIENCE:
             os._exit(128 + number)
@@ -104,6 +106,7 @@ def stop_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _requested.clear()
         for number, handler in changed.items():
             signal.signal(number, handler)
 
@@ -128,8 +131,9 @@ def interruptible(function: Callable[Arguments, Result], *arguments: Arguments.a
             done.set()
 
     _start(work)
-    while not done.wait(1.0):  # with a time-out, as without one Windows would not be interrupted
-        pass
+    while not done.wait(0.2):  # with a time-out, as without one Windows would not be interrupted
+        if _requested:  # Python drops what is raised in a finalizer, or in the garbage collector's callbacks
+            raise Stopped(_requested[0])
     return future.result()
 
 

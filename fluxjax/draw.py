@@ -38,7 +38,7 @@ from fluxjax.integrate.base import Step
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import check_size, seed_key
-from fluxjax.limits import Demand, check_finite_times, check_memory, read_configs
+from fluxjax.limits import Demand, check_devices, check_finite_times, check_memory, read_configs
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge
 from fluxjax.lora.read import Lora, read_lora
@@ -235,6 +235,7 @@ def adapter_file(place: str) -> Path:
 def generate(options: argparse.Namespace) -> None:
     """Encode, free the encoders, denoise, decode and write, a batch at a time; or all that a file of prompts asks for."""
     _join(options)
+    check_devices()
     if options.mesh is not None:
         # Lines of a file are drawn by each process alone, the images of a prompt by all together.
         options.mesh = make_mesh(**options.mesh, devices=jax.devices() if options.prompts is None else jax.local_devices())
@@ -641,7 +642,7 @@ def writable(folder: Path) -> Path:
     """Make a folder. **Raises:** `ValueError` if it can't be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        os.scandir(folder).close()  # raises for a current folder that was deleted
+        folder.absolute()  # raises for a relative one in a current folder that was deleted
     except OSError as error:
         raise ValueError(
             f"--output-dir {folder} can't be made ({error.strerror}). Choose a folder that you may write to."

@@ -125,6 +125,17 @@ def _read_limit(path: Path) -> int | None:
     return None
 
 
+def check_devices() -> None:
+    """**Raises:** `ValueError` if JAX finds no device of the kind that JAX_PLATFORMS names."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # JAX raises either
+        named = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise ValueError(
+            f"JAX finds no device of JAX_PLATFORMS={named!r} ({error or 'none starts'}). Unset it, or install JAX for the device."
+        ) from error
+
+
 def check_finite_times(times: Any) -> None:
     """**Raises:** `ValueError` for sampling times that are NaN: a shift by resolution overflows for huge images."""
     if not bool(jnp.isfinite(times).all()):
