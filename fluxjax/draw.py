@@ -194,9 +194,9 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         weights,
         activation_dtype() if weights is None else weights,
     )
-    check_finite_times(plan.times)
     rows = batch if options.prompts is None else _pick(options.batch, 1)
     _check_memory(options, plan, rows)
+    check_finite_times(plan.times)
     return plan._replace(loras=[(read_adapter(adapter), adapter.scale) for adapter in options.lora])
 
 

@@ -93,14 +93,14 @@ def _values(image: PIL.Image.Image) -> np.ndarray:
 def write_png(
     image: Image | np.ndarray | Any,
     path: Path | str,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[Any, Any] | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
     """Write an image of [-1, 1] as a PNG that carries `metadata` as text. The file appears whole or not at all.
 
     **Arguments:** `image`: floats, [height, width, 3]; values outside of [-1, 1] are clipped. `path`: ends in .png.
-    `overwrite`: whether the file takes the place of an existing one.
+    `metadata`: text by its name. `overwrite`: whether the file takes the place of an existing one.
     **Raises:** `FileExistsError` if there is a file, before anything else is done; `ValueError` for another ending, another
     shape or dtype, values that are not finite, and metadata that is not text.
     """
@@ -131,7 +131,7 @@ def _checked(image: Any) -> np.ndarray:
     return values
 
 
-def _text_chunks(metadata: Mapping[str, str]) -> PngInfo:
+def _text_chunks(metadata: Mapping[Any, Any]) -> PngInfo:
     info = PngInfo()
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str):

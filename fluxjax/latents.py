@@ -1,7 +1,7 @@
 """Latents as tokens: seeds, noise, packing, positions."""
 
 import operator
-from typing import SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ SEEDS = 2**63
 """How many seeds there are, from 0 on."""
 
 
-def seed_key(seed: SupportsIndex) -> PRNGKeyArray:
+def seed_key(seed: Any) -> PRNGKeyArray:
     """Return the key that `jax.random.key(seed)` gives with 64-bit integers enabled, whether they are or not.
 
     Without them JAX keeps the seed's lowest 32 bits, so that seeds 2^32 apart would give the same noise. Below 2^32 both
