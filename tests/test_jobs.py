@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import PIL.Image
 import pytest
 
 from fluxjax import cli, draw
+from fluxjax.console import Stopped, interruptible, stop_signals
 
 FIXED = ["--steps", "1", "--height", "32", "--width", "32"]
 
@@ -160,3 +163,15 @@ def test_streams_that_are_closed_and_a_folder_that_is_gone(tmp_path):
     assert found.returncode == 2
     assert found.stderr.startswith("fluxjax: JAX finds no device of JAX_PLATFORMS='cuda'")
     assert found.stderr.count("\n") == 1
+
+
+def test_a_signal_whose_exception_is_swallowed_ends_the_next_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_signals():
+        with suppress(Stopped):  # as Python does in finalizers
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # a second one disturbs nothing
+        with pytest.raises(Stopped):
+            interruptible(time.sleep, 5)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert interruptible(lambda: 3) == 3
