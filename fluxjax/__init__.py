@@ -20,7 +20,7 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
     from fluxjax.kernels.attention import Attention, attention, select_attention
     from fluxjax.kernels.blocks import BlockSizes
     from fluxjax.kernels.guiding import Nag, isolated_attention
-    from fluxjax.latents import image_ids, initial_noise, pack_latents, unpack_latents
+    from fluxjax.latents import image_ids, initial_noise, pack_latents, seed_key, unpack_latents
     from fluxjax.lora.attach import attach
     from fluxjax.lora.init import init_lora, trainable
     from fluxjax.lora.merge import merge, unmerge
@@ -177,6 +177,7 @@ __all__ = [
     "sample_ode",
     "save",
     "save_models",
+    "seed_key",
     "select_attention",
     "shard",
     "shardings",

@@ -3,9 +3,10 @@
 import csv
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import PIL.Image
 from jax.typing import DTypeLike
 from PIL import ImageDraw, ImageFont
 
+from fluxjax.atomic import new_file
 from fluxjax.generate import (
     Models,
     activation_dtype,
@@ -25,10 +27,10 @@ from fluxjax.generate import (
     prompt_ids,
     step_keys,
 )
-from fluxjax.image import to_bytes
+from fluxjax.image import next_number, to_bytes, write_png
 from fluxjax.integrate.base import Step
 from fluxjax.named import integrator, timer
-from fluxjax.shapes import Array, PRNGKeyArray, Times
+from fluxjax.shapes import Array, Image, PRNGKeyArray, Times
 
 REFERENCE = ("heun", "model")
 
@@ -67,7 +69,8 @@ def compare(
     The reference takes `reference_steps` of Heun's at the model's own times. What a stochastic integrator draws is another
     image, however many its steps are, so its distance is no error.
     **Returns:** the runs, and their images after the reference's, in [-1, 1].
-    **Raises:** `ValueError` for names that are not in `fluxjax.named`, no steps, or a size that is not a multiple of 16.
+    **Raises:** `ValueError` for names that are not in `fluxjax.named`, no steps, a size that is not a multiple of 16, or
+    an image that is not finite.
     """
     defaults = models.defaults
     height = defaults.height if height is None else height
@@ -103,7 +106,34 @@ def compare(
         runs.append(Run(name, kind, count, step.evaluations * count, seconds, distance, psnr))
         if report is not None:
             report(runs[-1])
+    _check_finite(runs, images)
     return runs, images
+
+
+def _check_finite(runs: Sequence[Run], images: Sequence[np.ndarray]) -> None:
+    """**Raises:** `ValueError` that names the runs whose images are not finite."""
+    names = ["the reference", *(f"{run.timer}, {run.integrator}, {run.steps} steps" for run in runs)]
+    lost = [name for name, image in zip(names, images, strict=True) if not np.isfinite(image).all()]
+    if lost:
+        raise ValueError(
+            f"`compare` has NaN or infinity in the image of {lost[0]} ({len(lost)} of {len(names)}). Pass dtype=float32, or "
+            "leave that sampler out."
+        )
+
+
+def write_comparison(folder: Path, picture: Image | np.ndarray, rows: str, metadata: Mapping[str, str]) -> tuple[Path, Path]:
+    """Write `compare_N.png` and `compare_N.csv` with the number after the highest of either there; return their paths."""
+    number = next_number(folder, "compare", (".png", ".csv"))
+    while True:
+        image = folder / f"compare_{number}.png"
+        try:
+            with new_file(image.with_suffix(".csv")) as file:
+                file.write(rows.encode())
+                write_png(picture, image, metadata)
+        except FileExistsError:  # written by someone else since
+            number += 1
+        else:
+            return image, image.with_suffix(".csv")
 
 
 def table(runs: Sequence[Run]) -> str:

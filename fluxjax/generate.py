@@ -1,6 +1,6 @@
 """Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.cache import Cached, Reuse
+from fluxjax.cache import Cached, Memory, Reuse
 from fluxjax.guidance import ClassifierFree, Guided, Rule, Weak
 from fluxjax.integrate.base import Remembering, Step, StochasticStep, begin
 from fluxjax.integrate.runge_kutta import Euler
@@ -26,7 +26,7 @@ from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
 from fluxjax.sample import asked_times, sample
 from fluxjax.schedule import flow_times
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
+from fluxjax.shapes import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
 from fluxjax.shard import OnTokens, on_mesh, shard, shardings
 from fluxjax.tiles import tiled
 from fluxjax.tokens import Tokenizers, tokenize
@@ -138,6 +138,7 @@ def denoise(
     reuse: Reuse | None = None,
     attention: str | Attention | Joint | None = None,
     report: Callable[[Array], None] | None = None,
+    watch: Callable[[float, bool, int], None] | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Integrate the transformer's velocity from noise to latents, a batch at once.
@@ -147,7 +148,9 @@ def denoise(
     `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`, and `nag`, if given,
     inside of the attention. `weaken`, `strength`: blocks that are spoilt, and by how much to lead away from that. `reuse`: of
     what the blocks said, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t at every
-    evaluation, on the host. `mesh`: of devices, from `make_mesh`; `flux` is then from `shard`.
+    evaluation, on the host. `watch`: called after it with t, whether every image's velocity is finite, and how many of the
+    networks' evaluations reused what their blocks said (with `reuse`). `mesh`: of devices, from `make_mesh`; `flux` is then
+    from `shard`.
     **Raises:** `ValueError` for nag without `unwanted`, or with another attention of one's own; as `on_mesh` and `OnTokens`.
     """
     _check_guidance(unwanted, nag, weaken, attention)
@@ -184,7 +187,8 @@ def denoise(
             if asked is not None:
                 wanted, away = prepare(text, asked), None if unwanted is None else prepare(unwanted, asked)
             guided = Guided(velocity, wanted, away, cfg, rule, weak=weak)
-            told = guided if report is None else _Told(guided, report, () if mesh is None else mesh.axis_names)
+            axes = () if mesh is None else mesh.axis_names
+            told = guided if report is None and watch is None else _Told(guided, report, watch, axes, everywhere)
             return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
 
         return jax.vmap(one, axis_name="images")(*rows)
@@ -194,19 +198,48 @@ def denoise(
 
 
 class _Told(Remembering):
-    """A velocity whose evaluations are reported, by one device of those along the axes."""
+    """A velocity whose evaluations are reported, by one device of those along `axes`. `rows`: the axes along which the images
+    lie."""
 
     velocity: Guided
-    report: Callable[[Array], None] = eqx.field(static=True)
+    report: Callable[[Array], None] | None = eqx.field(static=True)
+    watch: Callable[[float, bool, int], None] | None = eqx.field(static=True)
     axes: tuple[str, ...] = eqx.field(static=True)
+    rows: tuple[str, ...] = eqx.field(static=True)
 
     def init(self, x: Array) -> Any:
         return begin(self.velocity, x)
 
     def __call__(self, x: Array, t: Scalar, *condition: Any, memory: Any = None) -> Any:
         number = jax.lax.axis_index(self.axes) if self.axes else 0
-        jax.debug.callback(lambda t, number: self.report(t) if number == 0 else None, t, number)
-        return self.velocity(x, t, memory=memory)
+        report = self.report
+        if report is not None:
+            jax.debug.callback(lambda t, number: report(t) if number == 0 else None, t, number)
+        result = self.velocity(x, t, memory=memory)
+        if self.watch is not None:
+            value, after = (result, None) if memory is None else result
+            _watched(self.watch, self.rows, t, number, value, _reused(after) - _reused(memory))
+        return result
+
+
+def _watched(
+    watch: Callable[[float, bool, int], None], rows: tuple[str, ...], t: Scalar, number: Any, value: Array, reused: Any
+):
+    """Call `watch` on the host for all images at once. `number`: of the device, of which the first calls."""
+    wrong = jax.lax.pmax((~jnp.isfinite(value).all()).astype(jnp.int32), rows)
+    reused = jax.lax.pmax(jnp.asarray(reused, jnp.int32), rows)
+
+    def call(t: Any, number: Any, wrong: Any, reused: Any) -> None:
+        if number == 0:
+            watch(float(t), not wrong, int(reused))
+
+    jax.debug.callback(call, t, number, wrong, reused)
+
+
+def _reused(memory: Any) -> Any:
+    """Return how often the caches in a velocity's memory have reused what their blocks said."""
+    found = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, Memory))
+    return sum(node.reused for node in found if isinstance(node, Memory))
 
 
 def _check_guidance(unwanted: Text | None, nag: Nag | None, weaken: Weaken | None, attention: Any) -> None:
@@ -226,13 +259,18 @@ def decode(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images height width 3"]:
-    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped. `mesh`: of devices;
+    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped, and NaN where the
+    network gives infinity. `mesh`: of devices;
     the VAE is then from `shard`, images are shared over "data" and "fsdp", and the rows of each over the other axes."""
 
     def run(vae: Vae, latents: Array, rest: None) -> Array:
-        return jax.lax.map(lambda one: jnp.clip(vae.decode(one.astype(dtype)).astype(jnp.float32), -1, 1), latents)
+        return jax.lax.map(lambda one: _clipped(vae.decode(one.astype(dtype)).astype(jnp.float32)), latents)
 
     return _autoencoded(run, vae, latents, mesh)
+
+
+def _clipped(image: Array) -> Array:
+    return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
 
 
 @eqx.filter_jit
@@ -323,7 +361,7 @@ def text_to_image(
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
     **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
     model does not take, a negative prompt that cfg = 1 without nag would leave unused, a
-    strength without weaken, or what `denoise` refuses.
+    strength without weaken, what `denoise` refuses, or an image that is not finite (where it is not traced).
     """
     if steps is not None and times is not None:
         raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
@@ -339,7 +377,7 @@ def text_to_image(
     width = defaults.width if width is None else width
     max_length = defaults.max_length if max_length is None else max_length
     count = images * len(prompts)
-    batch = count if batch is None else batch
+    batch = count if batch is None else min(batch, count)
     if count < 1 or batch < 1:
         raise ValueError(f"`text_to_image` needs at least one prompt, image and batch, got {len(prompts)}, {images}, {batch}.")
     dtype = activation_dtype() if dtype is None else dtype
@@ -349,7 +387,7 @@ def text_to_image(
     text, unwanted = _encoded(models, prompts, seconds, away, max_length, dtype)
     scale = guidance_scale(models.flux, defaults, guidance)
     channels = models.vae.config.latent_channels
-    drawn = []
+    drawn, checks = [], {"the text encoders": [all_finite(text), all_finite(unwanted)], "denoising": [], "decoding": []}
     for numbers in batches(count, batch):
         rows = np.array(numbers) // images
         mine = Text(text.txt[rows], text.vec[rows])
@@ -369,7 +407,26 @@ def text_to_image(
             mesh=models.mesh,
         )
         drawn.append(decode(models.vae, latents, dtype=dtype, mesh=models.mesh))
+        checks["denoising"].append(all_finite(latents))
+        checks["decoding"].append(all_finite(drawn[-1]))
+    _check_stages(checks)
     return jnp.concatenate(drawn)[:count]
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Return whether no number in a pytree of arrays is NaN or infinite."""
+    return jnp.all(jnp.stack([jnp.asarray(True), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))
+
+
+def _check_stages(checks: Mapping[str, Sequence[Array]]) -> None:
+    """**Raises:** `ValueError` that names the first stage whose result is not finite; not under a transformation of JAX's."""
+    for stage, flags in checks.items():
+        if any(not isinstance(flag, jax.core.Tracer) and not flag for flag in flags):
+            raise ValueError(
+                f"`text_to_image` has NaN or infinity after {stage}. Pass dtype=jnp.float32 if it is float16 that overflows; "
+                "else look at the weights and adapters."
+            )
 
 
 def _encoded(

@@ -1,4 +1,7 @@
-"""Latents as tokens: noise, packing, positions."""
+"""Latents as tokens: seeds, noise, packing, positions."""
+
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,28 @@ CELL = 8
 """Pixels along a side of a latent cell."""
 PATCH = 2
 """Cells along a side of an image token."""
+SEEDS = 2**63
+"""How many seeds there are, from 0 on."""
+
+
+def seed_key(seed: Any) -> PRNGKeyArray:
+    """Return the key that `jax.random.key(seed)` gives with 64-bit integers enabled, whether they are or not.
+
+    Without them JAX keeps the seed's lowest 32 bits, so that seeds 2^32 apart would give the same noise. Below 2^32 both
+    keys are the same.
+
+    **Arguments:** `seed`: a Python or NumPy whole number from 0 to 2^63 - 1.
+    **Returns:** a key of the default PRNG implementation.
+    **Raises:** `ValueError` for another seed.
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < SEEDS:
+        raise ValueError(f"`seed_key(seed)` needs a whole number from 0 to 2^63 - 1, got {seed!r}. Choose another seed.")
+    with jax.enable_x64(True):
+        return jax.random.key(number)
 
 
 def initial_noise(key: PRNGKeyArray, height: int, width: int, *, channels: int = 16) -> Float[Array, "channels rows columns"]:
@@ -63,10 +88,16 @@ def image_ids(height: int, width: int) -> Float[Array, "img_tokens 3"]:
 
 def _grid(call: str, height: int, width: int) -> tuple[int, int]:
     """Return the rows and columns of tokens."""
+    check_size(f"`{call}`", height, width)
+    side = CELL * PATCH
+    return height // side, width // side
+
+
+def check_size(call: str, height: int, width: int) -> None:
+    """**Raises:** `ValueError`, which begins with `call`, for a size in pixels that is not a multiple of 16."""
     side = CELL * PATCH
     if height < side or width < side or height % side or width % side:
         raise ValueError(
-            f"`{call}` needs height and width that are positive multiples of {side} pixels, got {height}x{width}. "
+            f"{call} needs height and width that are positive multiples of {side} pixels, got {height}x{width}. "
             f"The nearest such size is {max(1, round(height / side)) * side}x{max(1, round(width / side)) * side}."
         )
-    return height // side, width // side

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from fluxjax.cache import FirstBlock, Reuse, TeaCache
 from fluxjax.guidance import ClassifierFree, Projected, Rule, ZeroStar
 from fluxjax.integrate.base import Step
@@ -43,6 +45,7 @@ INTEGRATORS: Mapping[str, Callable[[], Step]] = {
 _WITH_ETA: Mapping[str, Callable[[float], Step]] = {"ddim": DDIM, "sde": ReverseSDE, "dpmpp_2m_sde": DPMpp2MSDE}
 RULES: Mapping[str, Callable[[], Rule]] = {"cfg": ClassifierFree, "zero_star": ZeroStar, "apg": Projected}
 CACHES: Mapping[str, Callable[[float], Reuse]] = {"first_block": FirstBlock, "teacache": TeaCache}
+_LARGEST = float(np.finfo(np.float32).max)
 TIMERS = ("model", "uniform", "flux_static", "flux_dynamic", "karras", "exponential", "beta", "linear_quadratic")
 
 
@@ -65,7 +68,7 @@ def integrator(name: str, *, eta: float | None = None) -> Step:
 def cache(text: str) -> Reuse:
     """Return a cache of `CACHES` from NAME:THRESHOLD, or the first block's from THRESHOLD alone.
 
-    **Raises:** `ValueError` for another name, or a threshold that is no number from 0 on.
+    **Raises:** `ValueError` for another name, or a threshold that is no finite number from 0 on.
     """
     name, colon, number = text.rpartition(":")
     name = name if colon else "first_block"
@@ -73,7 +76,7 @@ def cache(text: str) -> Reuse:
         threshold = float(number)
     except ValueError:
         threshold = -1.0
-    if name not in CACHES or not threshold >= 0:
+    if name not in CACHES or not 0 <= threshold <= _LARGEST:
         raise ValueError(f"{text!r} is no cache. Write a threshold from 0 on, as 0.1, or {' or '.join(CACHES)}:THRESHOLD.")
     return CACHES[name](threshold)
 
@@ -83,12 +86,14 @@ def timer(name: str, steps: int, defaults: Defaults, height: int, width: int, *,
 
     "model": as the model is meant to be sampled. "flux_static": shifted by the factor `shift`, 3 by default. "flux_dynamic": by
     the resolution, from `defaults.base_shift` to `defaults.max_shift`. "karras", "exponential", "beta": the model's, respaced.
-    **Raises:** `ValueError` for another name, a shift that is not taken, or no steps.
+    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number above 0, or no steps.
     """
     if name not in TIMERS:
         raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")
     if shift is not None and name != "flux_static":
         raise ValueError(f"The timer {name} takes no shift. Leave it out, or choose flux_static.")
+    if shift is not None and not 0 < shift <= _LARGEST:
+        raise ValueError(f"`timer(shift)` needs a finite factor above 0, got {shift}. Choose one, as 3.")
     side = CELL * PATCH
     tokens = (height // side) * (width // side)
     dynamic = flow_times(steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)

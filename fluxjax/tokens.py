@@ -111,6 +111,12 @@ def tokenize(tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None, *
     )
 
 
+def token_counts(tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None) -> tuple[int, int]:
+    """Return how many tokens CLIP and T5 have for a prompt before it is cut, with those that begin and end it."""
+    words = tokenizers.clip.encode(prompt, add_special_tokens=False).ids
+    return len(words) + 2, len(tokenizers.t5.encode(prompt if prompt_2 is None else prompt_2)) + 1
+
+
 def _fit(ids: Sequence[int], end: int, length: int, *, pad: int) -> np.ndarray:
     """Cut to `length` with the end token last, or pad."""
     kept = [*ids[: length - 1], end]

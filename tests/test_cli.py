@@ -57,14 +57,14 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
     [
         (["--height", "100"], "multiples of 16 pixels, got 100x128"),
         (["--model", "nothing"], "Pass a known model"),
-        (["--steps", "0"], "at least 1 step"),
-        (["--images", "0"], "at least 1, got 0"),
-        (["--batch", "0"], "at least 1, got 1 and 0"),
-        (["--max-sequence-length", "0"], "at least 1 token"),
+        (["--steps", "0"], "--steps: needs a whole number from 1 to 10000, got '0'"),
+        (["--images", "0"], "--images: needs a whole number from 1 to 1000000"),
+        (["--batch", "0"], "--batch: needs a whole number from 1"),
+        (["--max-sequence-length", "0"], "needs a whole number from 1 to 65536"),
         (["--output-dir", "/proc/nothing"], "can't be made"),
         (["--negative-prompt", "a ring"], "does nothing at --cfg 1"),
         (["--eta", "0.5"], "euler takes no eta. Leave it out, or choose one of ddim, sde, dpmpp_2m_sde"),
-        (["--integrator", "ddim", "--eta", "2"], "eta is in [0, 1], got 2.0"),
+        (["--integrator", "ddim", "--eta", "2"], "--eta: needs a number from 0 to 1, got '2'"),
         (["--shift", "2"], "The timer model takes no shift"),
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
         (["--cache", "half"], "'half' is no cache. Write a threshold"),
@@ -174,7 +174,12 @@ def test_a_mesh_draws_the_same_images(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("fsdp", "is no mesh"), ("rows=2", "there is no axis 'rows'"), ("data=3", "does not use 8 devices")]
+    ("text", "said"),
+    [
+        ("fsdp", "needs axes and their sizes, as data=2,fsdp=4"),
+        ("rows=2", "there is no axis 'rows'"),
+        ("data=3", "does not use 8 devices"),
+    ],
 )
 def test_a_wrong_mesh_is_told(text, said, capsys):
     with pytest.raises(SystemExit) as stopped:

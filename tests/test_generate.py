@@ -6,7 +6,7 @@ import pytest
 
 import fluxjax
 from fluxjax import DDIM, DPMpp2S, FirstBlock, Midpoint, Nag, Weaken, isolated_attention, text_to_image, uniform_times
-from fluxjax.generate import Text, batches, denoise, guidance_scale, model_times
+from fluxjax.generate import Text, batches, denoise, guidance_scale, model_times, noise_batch
 from fluxjax.named import INTEGRATORS, TIMERS, integrator, timer
 
 KEY = jax.random.key(0)
@@ -158,3 +158,20 @@ def test_every_integrator_by_name_draws_with_every_timer(tiny, name):
     times = timer(TIMERS[list(INTEGRATORS).index(name) % len(TIMERS)], 2, tiny.defaults, 32, 32)
     image = text_to_image(tiny, "a red star", key=KEY, height=32, width=32, times=times, step=integrator(name))
     assert np.isfinite(image).all()
+
+
+@pytest.mark.parametrize(
+    ("network", "stage"), [("t5", "the text encoders"), ("flux", "denoising"), ("vae", "decoding")], ids=lambda x: x
+)
+def test_an_image_that_is_not_finite_is_refused_with_its_stage(tiny, network, stage):
+    spoilt = jax.tree.map(lambda x: x * jnp.float32("nan"), eqx.filter(getattr(tiny, network), eqx.is_inexact_array))
+    whole = eqx.combine(spoilt, getattr(tiny, network))
+    with pytest.raises(ValueError, match=f"NaN or infinity after {stage}"):
+        draw(tiny._replace(**{network: whole}), steps=1, height=32, width=32)
+
+
+def test_a_batch_has_no_more_rows_than_images(tiny, monkeypatch):
+    rows = []
+    monkeypatch.setattr("fluxjax.generate.noise_batch", lambda *a, **o: rows.append(len(a[1])) or noise_batch(*a, **o))
+    draw(tiny, images=2, batch=64, steps=1)
+    assert rows == [2]

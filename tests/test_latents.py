@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxjax import image_ids, initial_noise, pack_latents, unpack_latents
+from fluxjax import image_ids, initial_noise, pack_latents, seed_key, unpack_latents
 
 SIDES = st.integers(1, 6).map(lambda n: 16 * n)
 
@@ -58,3 +58,24 @@ def test_odd_cells_and_wrong_token_counts_are_refused():
         pack_latents(jnp.zeros((16, 7, 8)))
     with pytest.raises(ValueError, match="needs 4 tokens, got 6"):
         unpack_latents(jnp.zeros((6, 64)), 32, 32)
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_the_key_of_a_seed_is_that_of_64_bits(implementation):
+    with jax.default_prng_impl(implementation):
+        for seed in (0, 7, 2**31, 2**32 - 1):  # those that JAX does not cut either
+            np.testing.assert_array_equal(jax.random.key_data(seed_key(seed)), jax.random.key_data(jax.random.key(seed)))
+        words = np.asarray(jax.random.key_data(seed_key(2**62 + 2**40 + 3)))[:2]
+    # The seed's high and low words.
+    assert words.tolist() == [(2**62 + 2**40) >> 32, 3]
+
+
+def test_seeds_that_differ_in_the_high_word_alone_give_other_noise():
+    noise = [initial_noise(seed_key(seed), 16, 16) for seed in (0, 2**32, 2**33, 2**63 - 1)]
+    assert all(abs(a - b).max() > 1 for i, a in enumerate(noise) for b in noise[:i])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 1.0, "1", None])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(ValueError, match=r"needs a whole number from 0 to 2\^63 - 1"):
+        seed_key(seed)

@@ -20,7 +20,7 @@ def read(tmp_path, *lines):
 def test_lines_have_their_number_as_id_and_seed(tmp_path):
     full = {"prompt": "ein Stern ★", "prompt_2": "b", "negative_prompt": "c", "id": "star-1.v2", "seed": 7}
     lines, problems = read(tmp_path, {"prompt": "a"}, "", full)
-    assert lines == [Line("a", None, None, "0", 0), Line("ein Stern ★", "b", "c", "star-1.v2", 7)]
+    assert lines == [Line("a", None, None, "0", 0, 1), Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3)]
     assert not problems
 
 
@@ -33,7 +33,7 @@ def test_lines_have_their_number_as_id_and_seed(tmp_path):
         ({"prompt": 3}, "its prompt is no text"),
         ({"prompt": "a", "seed": "3"}, "its seed is no whole number"),
         ({"prompt": "a", "seed": True}, "its seed is no whole number"),
-        ({"prompt": "a", "seed": -1}, "its seed -1 is not in"),
+        ({"prompt": "a", "seed": -1}, "its seed is not in [0, 2^63), got -1"),
         ({"prompt": "a", "steps": 3}, "unknown field 'steps'"),
         ({"prompt": "a", "id": "../a"}, "its id '../a' is no file name"),
         ({"prompt": "a", "id": "/a"}, "is no file name"),
@@ -60,11 +60,10 @@ def test_a_negative_prompt_that_nothing_would_use_is_refused(tmp_path):
     )
 
 
-def test_processes_share_what_is_not_there_yet(tmp_path):
+def test_processes_share_the_lines(tmp_path):
     lines, _ = read(tmp_path, *({"prompt": str(i)} for i in range(7)))
-    (tmp_path / "3.png").touch()
-    parts = [share(lines, tmp_path, process, 3) for process in range(3)]
-    assert [[line.id for line in part] for part in parts] == [["0", "6"], ["1", "4"], ["2", "5"]]
+    parts = [share(lines, process, 3) for process in range(3)]
+    assert [[line.id for line in part] for part in parts] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
 
 
 PROMPTS = [

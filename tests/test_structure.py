@@ -43,7 +43,10 @@ LAYERS = {
     "save": 8,
     "plots": 9,
     "preview": 3,
-    "prompts": 2,
+    "prompts": 3,
+    "console": 1,
+    "options": 4,
+    "limits": 8,
     "draw": 9,
     "cli": 10,
 }
