@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.integrate.base import Step, StochasticStep, Velocity, at_start
-from fluxjax.integrate.exponential import Past, no_past, read_clock, slope
+from fluxjax.integrate.exponential import Past, half_way, inverse, no_past, slope
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 X = Float[Array, "*shape"]
@@ -102,13 +102,12 @@ class DPMpp2MSDE(StochasticStep):
         return no_past(x)
 
     def moments(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past) -> tuple[X, Scalar, Past]:
-        estimate, now = x - t * velocity(x, t), read_clock("log_snr", t)
+        estimate = x - t * velocity(x, t)
         ratio = u * (1 - t) / (t * (1 - u))  # e^-h
-        half = (read_clock("log_snr", u) - now) / 2
-        half = jnp.where(jnp.isfinite(half), half, 0)
-        extrapolated = estimate + half * slope(state, estimate, now)
+        extrapolated = estimate + half_way("log_snr", t, u) * slope("log_snr", state, estimate, t)
         mean = u / t * ratio**self.eta * x + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
-        return mean, u * jnp.sqrt(1 - ratio ** (2 * self.eta)), Past(estimate, now)
+        # The ratio of close times may be rounded to more than 1.
+        return mean, u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0)), Past(estimate, t)
 
 
 _POINTS = 64
@@ -137,11 +136,11 @@ class ERSDE2(StochasticStep):
         kept = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
         mean = kept * x + (1 - u) * (1 - ratio) * estimate
         # The clock of the line is sigma itself, here falling.
-        moved = (estimate - state.estimate) * jnp.where(jnp.isfinite(state.clock), 1 / (start - state.clock), 0)
+        moved = (estimate - state.estimate) * inverse(start - state.t / (1 - state.t))
         line = jnp.where(jnp.isfinite(start) & (u > 0), self._line(start, end), 0)
         left = jnp.square(end) - jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
         deviation = (1 - u) * jnp.sqrt(jnp.maximum(left, 0))
-        return mean + (1 - u) * line * moved, deviation, Past(estimate, start)
+        return mean + (1 - u) * line * moved, deviation, Past(estimate, t)
 
     def _line(self, start: Scalar, end: Scalar) -> Scalar:
         """Return what a slope of the estimate in sigma adds: phi(end) times the integral of 1 / phi, less the way."""
