@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fluxjax.integrate.base import Step, StochasticStep, Velocity, at_start
 from fluxjax.integrate.exponential import Past, half_way, inverse, no_past, slope
+from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 X = Float[Array, "*shape"]
@@ -25,6 +26,9 @@ class ReverseSDE(StochasticStep):
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
     squared: Callable[[Scalar], Scalar] | None = None
+
+    def __check_init__(self):
+        check_finite("ReverseSDE", eta=self.eta)
 
     asked = at_start
 
@@ -47,6 +51,9 @@ class DDIM(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("DDIM", eta=self.eta)
 
     asked = at_start
 
@@ -76,6 +83,7 @@ class Renoise(StochasticStep):
 
     order: ClassVar[int] = 0
     evaluations: ClassVar[int] = 1
+    rising: ClassVar[bool] = True
 
     asked = at_start
 
@@ -95,6 +103,9 @@ class DPMpp2MSDE(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("DPMpp2MSDE", eta=self.eta)
 
     asked = at_start
 
@@ -162,11 +173,16 @@ class Churn(Step):
     **Source:** Karras et al. 2022, algorithm 2: rate is min(S_churn / N, sqrt(2) - 1), inflation S_noise.
     """
 
+    rising: ClassVar[bool] = False
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
     step: Step
     rate: ScalarLike = math.sqrt(2) - 1
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
     inflation: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("Churn", rate=self.rate, low=self.low, high=self.high, inflation=self.inflation)
 
     @property
     def order(self) -> int:  # type: ignore[override]
