@@ -179,7 +179,8 @@ def _described(annotation: Any) -> str:
 def _name(choice: Any) -> str:
     if getattr(choice, "array_type", None) is not None:
         dims = ", ".join(choice.dim_str.split())
-        return f"a {choice.dtype.__name__.lower()} array [{dims}]" if dims else "a number"
+        kind = {"Float": "a float array", "Int": "an integer array"}.get(choice.dtype.__name__, "an array")
+        return f"{kind} [{dims}]" if dims else "a number"
     if choice in _NAMES:
         return _NAMES[choice]
     return choice.__name__ if isinstance(choice, type) and not get_args(choice) else str(choice).replace("typing.", "")

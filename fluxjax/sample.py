@@ -92,7 +92,10 @@ def check_times(
             f"{nodes[number + 1]:g}. Make them with `flow_times(steps)`."
         )
     if nodes.min() < span[0] or nodes.max() > span[1]:
-        raise ValueError(f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got {nodes.min():g} to {nodes.max():g}.")
+        raise ValueError(
+            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got {nodes.min():g} to {nodes.max():g}. "
+            "1 is noise, 0 the image."
+        )
     if ways[0] > 0 and not rising:
         raise ValueError(
             f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass falling times, or invert with "

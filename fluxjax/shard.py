@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.nets.clip import Clip
@@ -34,6 +35,7 @@ _TENSOR: Mapping[str, str] = {
 _BLOCKS = ("double", "single", "blocks")
 
 
+@convert_arguments
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of devices, by default all.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.blocks import BlockSizes, chip_of, default_device, even, named, round_up
 from fluxjax.shapes import Array, Float, Int
 
@@ -22,6 +23,7 @@ _CACHE = 2**25
 """Bytes of all heads' logits from which CPUs take a head after another."""
 
 
+@convert_arguments
 def attention(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys heads head_dim"],

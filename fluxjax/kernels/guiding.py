@@ -4,12 +4,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention, as_attention, attention
 from fluxjax.shapes import Array, Float, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
 
 
+@convert_arguments
 def isolated_attention(q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
     """Joint attention in which an image token sees the text and, of the image, itself alone: the image's own attention map is
     the identity.

@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention, resolved
 from fluxjax.nets.heads import Heads, Part, heads_of, turn_of
 from fluxjax.nets.layers import (
@@ -293,6 +294,7 @@ class Flux(eqx.Module):
         self.single = stack(lambda key: SingleBlock(config, key=key), config.single_depth, key=single)
         self.final = FinalLayer(config, key=final)
 
+    @convert_arguments
     def __call__(
         self,
         x: Float[Array, "img_tokens in_channels"],
@@ -327,6 +329,7 @@ class Flux(eqx.Module):
         prepared = self.prepare(times, **given, dtype=dtype, remat=remat)
         return self.velocity(x, t, prepared, attention=attention, weaken=weaken, remat=remat)
 
+    @convert_arguments
     def prepare(
         self,
         times: Float[Array, " times"],
@@ -358,6 +361,7 @@ class Flux(eqx.Module):
         )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
 
+    @convert_arguments
     def velocity(
         self,
         x: Float[Array, "img_tokens in_channels"],

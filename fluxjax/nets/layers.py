@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.kernels.blocks import default_device
@@ -115,8 +116,26 @@ class Linear(eqx.Module):
         return y.astype(x.dtype)
 
 
+def check_ids(call: str, ids: Array, vocabulary: int) -> None:
+    """Check token ids; of traced ones, only that there are some.
+
+    **Raises:** `ValueError` for no ids, or an id outside of the vocabulary.
+    """
+    if len(ids) == 0:
+        raise ValueError(f"`{call}(ids)` needs at least one token. Make the ids with `tokenize`.")
+    if isinstance(ids, jax.core.Tracer):
+        return
+    known = np.asarray(ids)
+    wrong = known[(known < 0) | (known >= vocabulary)]
+    if wrong.size:
+        raise ValueError(
+            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {wrong[0]}. Make them with the model's own "
+            "tokenizers."
+        )
+
+
 class Embedding(eqx.Module):
-    """A table of vectors, looked up by id."""
+    """A table of vectors, looked up by id; an id outside of the table gives NaN."""
 
     weight: Float[Array, "entries width"]
 
@@ -124,7 +143,9 @@ class Embedding(eqx.Module):
         self.weight = jax.random.normal(key, (entries, width))
 
     def __call__(self, ids: Array, dtype: DTypeLike | None = None) -> Float[Array, "*ids width"]:
-        return jnp.take(self.weight, ids, axis=0).astype(self.weight.dtype if dtype is None else dtype)
+        # By default negative ids count from the end.
+        inside = jnp.where(ids < 0, len(self.weight), ids)
+        return jnp.take(self.weight, inside, axis=0, mode="fill").astype(self.weight.dtype if dtype is None else dtype)
 
 
 class RmsNorm(eqx.Module):

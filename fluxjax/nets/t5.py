@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, Linear, RmsNorm, gelu, scan_blocks, stack
+from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, scan_blocks, stack
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
@@ -93,12 +94,15 @@ class T5(eqx.Module):
         self.blocks = stack(lambda key: T5Block(config, key=key), config.depth, key=blocks)
         self.norm = RmsNorm(config.width, eps=config.eps)
 
+    @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
         """Return the state of every token, in `dtype`; padding is not masked, as FLUX has it.
 
         **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default the weights'. The
-        residual stream is float32 whatever it is, since it overflows float16.
+        residual stream is float32 at least, since it overflows float16.
+        **Raises:** `ValueError` for no ids, or ids outside of the vocabulary; traced ids outside of it give NaN.
         """
+        check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
         buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         bias = rearrange(self.position_bias(buckets, jnp.float32), "q k heads -> heads q k")

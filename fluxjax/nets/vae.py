@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Linear, written
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
@@ -296,6 +297,7 @@ class Vae(eqx.Module):
         self.config = config
         self.encoder, self.decoder = Encoder(config, key=encoder), Decoder(config, key=decoder)
 
+    @convert_arguments
     def moments(self, image: Image) -> tuple[Latent, Latent]:
         """Return the posterior's mean and log-variance (clamped to [-30, 20]) of z, not scaled or shifted.
 
@@ -310,6 +312,7 @@ class Vae(eqx.Module):
         mean, log_variance = jnp.split(rearrange(self.encoder(image), "y x c -> c y x"), 2)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
+    @convert_arguments
     def encode(self, image: Image, *, key: PRNGKeyArray | None = None) -> Latent:
         """Encode an image.
 
@@ -324,6 +327,7 @@ class Vae(eqx.Module):
             z = z + jnp.exp(0.5 * log_variance.astype(jnp.float32)) * jax.random.normal(key, z.shape)
         return ((z - self.config.shift) * self.config.scale).astype(image.dtype)
 
+    @convert_arguments
     def decode(self, latent: Latent) -> Image:
         """Decode a latent, [16, rows, columns], to an image, [8 rows, 8 columns, 3], in [-1, 1] but not clipped."""
         z = latent.astype(jnp.float32) / self.config.scale + self.config.shift
