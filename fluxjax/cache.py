@@ -11,6 +11,7 @@ from fluxjax.integrate.base import Remembering
 from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux, Hidden, Joint, Prepared
 from fluxjax.nets.layers import modulate
+from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
 Tokens = Float[Array, "img_tokens width"]
@@ -33,6 +34,9 @@ class Reuse(eqx.Module):
     threshold: ScalarLike
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite(type(self).__name__, threshold=self.threshold, low=self.low, high=self.high)
 
     @abstractmethod
     def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:

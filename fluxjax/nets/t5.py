@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, scan_blocks, stack
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
@@ -105,8 +106,9 @@ class T5(eqx.Module):
         check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
         buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
-        bias = rearrange(self.position_bias(buckets, jnp.float32), "q k heads -> heads q k")
-        x = self.tokens(ids, jnp.float32)
+        wide = wide_dtype(jnp.dtype(dtype))
+        bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
+        x = self.tokens(ids, wide)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype))
         return self.norm(x, dtype)
 
