@@ -149,10 +149,10 @@ def denoise(
     **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times` or another timer. `guidance`: distilled
     scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
     `unwanted`: what true classifier-free guidance guides away from, by the scale `cfg`, combined by `rule`, and `nag`, if
-    given, inside of the attention. `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`: of what
-    the blocks computed before, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t at every
-    evaluation, on the host. `mesh`: of devices, from `make_mesh`; `flux` is then from `shard`. `guidance`, `cfg` and `strength`
-    are one number for all images, or one for each.
+    given, inside of the attention. `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`:
+    of what the blocks computed before, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t
+    at every evaluation, on the host. `mesh`: of devices, from `make_mesh`; `flux` is then from `shard`. `guidance`, `cfg` and
+    `strength` are one number for all images, or one for each.
     **Raises:** `ValueError` for nag without `unwanted`, or with another attention of one's own; as `on_mesh` and `OnTokens`.
     """
     _check_guidance(unwanted, nag, weaken, attention)
@@ -203,7 +203,7 @@ def denoise(
 
 def _split_scales(images: int, **scales: PerImage | None) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return the scales that all images share, and those with one number for each image."""
-    own = {name: jnp.asarray(scale) for name, scale in scales.items() if jnp.ndim(scale) == 1}
+    own = {name: jnp.asarray(scale) for name, scale in scales.items() if scale is not None and jnp.ndim(scale) == 1}
     for name, scale in own.items():
         _check_count("denoise", name, len(scale), images)
     return {name: scale for name, scale in scales.items() if name not in own}, own
@@ -417,7 +417,7 @@ def _times(defaults: Defaults, steps: int | None, times: Times | None, height: i
 def _check_numbers(images: int, **numbers: PerImage | None) -> None:
     check_finite("text_to_image", **numbers)
     for name, number in numbers.items():
-        if jnp.ndim(number) == 1:
+        if number is not None and jnp.ndim(number) == 1:
             _check_count("text_to_image", name, jnp.size(number), images)
 
 

@@ -119,7 +119,8 @@ def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array,
 
     **Source:** Raffel et al. 2020, section 2.1; Mesh TensorFlow's relative position buckets.
     """
-    distance = jnp.arange(tokens)[None, :] - jnp.arange(tokens)[:, None]
+    number = jnp.arange(tokens, dtype=jnp.int32)
+    distance = number[None, :] - number[:, None]
     half, exact = buckets // 2, buckets // 4
     near = jnp.abs(distance)
     ratio = jnp.log(jnp.maximum(near, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
