@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fluxjax.integrate.base import Remembering
 from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux, Hidden, Joint, Prepared
 from fluxjax.nets.layers import modulate
+from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
 Tokens = Float[Array, "img_tokens width"]
@@ -33,6 +35,12 @@ class Reuse(eqx.Module):
     threshold: ScalarLike
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
+
+    def __check_init__(self):
+        # An infinite threshold always reuses.
+        if is_concrete_number(self.threshold) and bool(np.isnan(np.asarray(self.threshold))):
+            raise ValueError(f"`{type(self).__name__}(threshold)` is NaN. Pass a number; 0 never reuses.")
+        check_finite(type(self).__name__, low=self.low, high=self.high)
 
     @abstractmethod
     def look(self, flux: Flux, hidden: Hidden, attention: str | Attention | Joint | None) -> tuple[Hidden, Tokens, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.cache import Cached, Memory, Reuse
 from fluxjax.guidance import ClassifierFree, Guided, Rule, Weak
 from fluxjax.integrate.base import Remembering, Step, StochasticStep, begin
@@ -22,11 +23,13 @@ from fluxjax.latents import CELL, PATCH, image_ids, initial_noise, pack_latents,
 from fluxjax.memory import fetch, offload
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux, Joint, Weaken
+from fluxjax.nets.layers import check_ids
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
-from fluxjax.sample import asked_times, sample
+from fluxjax.numeric import check_finite, wide_dtype
+from fluxjax.sample import asked_times, check_times, sample
 from fluxjax.schedule import flow_times
-from fluxjax.shapes import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike, Times
+from fluxjax.shapes import Array, Bool, Float, Int, PerImage, PRNGKeyArray, Scalar, Times
 from fluxjax.shard import OnTokens, on_mesh, shard, shardings
 from fluxjax.tiles import tiled
 from fluxjax.tokens import Tokenizers, tokenize
@@ -62,6 +65,7 @@ class Text(NamedTuple):
     vec: Float[Array, "images pooled"]
 
 
+@convert_arguments
 def load_models(
     source: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None, offload_encoders: bool = False
 ) -> Models:
@@ -125,16 +129,16 @@ def denoise(
     text: Text,
     noise: Float[Array, "images latent_channels rows columns"],
     times: Times,
-    guidance: Scalar | None,
+    guidance: PerImage | None,
     *,
     step: Step = Euler(),
     keys: Array | None = None,
     unwanted: Text | None = None,
-    cfg: ScalarLike = 1.0,
+    cfg: PerImage = 1.0,
     rule: Rule = ClassifierFree(),
     nag: Nag | None = None,
     weaken: Weaken | None = None,
-    strength: ScalarLike = 0.0,
+    strength: PerImage = 0.0,
     reuse: Reuse | None = None,
     attention: str | Attention | Joint | None = None,
     report: Callable[[Array], None] | None = None,
@@ -145,12 +149,12 @@ def denoise(
 
     **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times` or another timer. `guidance`: distilled
     scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
-    `unwanted`: what true classifier-free guidance leads away from, by the scale `cfg`, combined by `rule`, and `nag`, if given,
-    inside of the attention. `weaken`, `strength`: blocks that are spoilt, and by how much to lead away from that. `reuse`: of
-    what the blocks said, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t at every
-    evaluation, on the host. `watch`: called after it with t, whether every image's velocity is finite, and how many of the
-    networks' evaluations reused what their blocks said (with `reuse`). `mesh`: of devices, from `make_mesh`; `flux` is then
-    from `shard`.
+    `unwanted`: what true classifier-free guidance guides away from, by the scale `cfg`, combined by `rule`, and `nag`, if
+    given, inside of the attention. `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`:
+    of what the blocks computed before, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t
+    at every evaluation, on the host. `watch`: called after it with t, whether every image's velocity is finite, and how many of
+    the networks' evaluations reused what their blocks computed (with `reuse`). `mesh`: of devices, from `make_mesh`; `flux` is
+    then from `shard`. `guidance`, `cfg` and `strength` are one number for all images, or one for each.
     **Raises:** `ValueError` for nag without `unwanted`, or with another attention of one's own; as `on_mesh` and `OnTokens`.
     """
     _check_guidance(unwanted, nag, weaken, attention)
@@ -163,38 +167,54 @@ def denoise(
         nag = Nag(nag.scale, nag.tau, nag.alpha, named, over=() if mesh is None else ("tensor",))
 
     def run(flux: Flux, rows: Any, rest: Any) -> Array:
-        times, guidance, step, cfg, rule, nag, weaken, strength, reuse = rest
+        times, shared, step, rule, nag, weaken, reuse = rest
         ids, mix, asked = image_ids(height, width), attention if nag is None else nag, asked_times(step, times)
         call: Any = flux if mesh is None or mesh.shape["context"] == 1 else OnTokens(flux)
 
-        def prepare(text: Text, times: Array) -> Any:
-            return call.prepare(times, txt=text.txt, vec=text.vec, img_ids=ids, guidance=guidance)
+        def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None, own: Mapping[str, Array]) -> Array:
+            scales = {**shared, **own}
+            guidance = scales["guidance"]
 
-        def network(x: Array, t: Scalar, given: Any, weaken: Weaken | None = None) -> Array:
-            prepared = prepare(given, t[None]) if isinstance(given, Text) else given
-            return call.velocity(x, t, prepared, attention=mix, weaken=weaken)
+            def prepare(text: Text, times: Array) -> Any:
+                return call.prepare(times, txt=text.txt, vec=text.vec, img_ids=ids, guidance=guidance)
 
-        def spoilt(x: Array, t: Scalar, given: Any) -> Array:
-            return network(x, t, given, weaken)
+            def network(x: Array, t: Scalar, given: Any, weaken: Weaken | None = None) -> Array:
+                prepared = prepare(given, t[None]) if isinstance(given, Text) else given
+                return call.velocity(x, t, prepared, attention=mix, weaken=weaken)
 
-        velocity = network if reuse is None else Cached(flux, reuse, ids, guidance, mix, over=everywhere)
-        weak = None if weaken is None else Weak(spoilt, strength)
+            def spoilt(x: Array, t: Scalar, given: Any) -> Array:
+                return network(x, t, given, weaken)
 
-        def one(noise: Array, text: Text, unwanted: Text | None, key: PRNGKeyArray | None) -> Array:
+            velocity = network if reuse is None else Cached(flux, reuse, ids, guidance, mix, over=everywhere)
+            weak = None if weaken is None else Weak(spoilt, scales["strength"])
             if nag is not None and unwanted is not None:
                 text, unwanted = (Text(jnp.concatenate([unwanted.txt, one.txt]), one.vec) for one in (text, unwanted))
             wanted, away = text, unwanted
             if asked is not None:
                 wanted, away = prepare(text, asked), None if unwanted is None else prepare(unwanted, asked)
-            guided = Guided(velocity, wanted, away, cfg, rule, weak=weak)
+            guided = Guided(velocity, wanted, away, scales["cfg"], rule, weak=weak)
             axes = () if mesh is None else mesh.axis_names
             told = guided if report is None and watch is None else _Told(guided, report, watch, axes, everywhere)
             return unpack_latents(sample(told, pack_latents(noise), times, step=step, key=key).x, height, width)
 
         return jax.vmap(one, axis_name="images")(*rows)
 
-    rows, rest = (noise, text, unwanted, keys), (times, guidance, step, cfg, rule, nag, weaken, strength, reuse)
+    shared, own = _split_scales(len(noise), guidance=guidance, cfg=cfg, strength=strength)
+    rows, rest = (noise, text, unwanted, keys, own), (times, shared, step, rule, nag, weaken, reuse)
     return run(flux, rows, rest) if mesh is None else on_mesh(run, mesh, flux, rows, rest)
+
+
+def _split_scales(images: int, **scales: PerImage | None) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return the scales that all images share, and those with one number for each image."""
+    own = {name: jnp.asarray(scale) for name, scale in scales.items() if scale is not None and jnp.ndim(scale) == 1}
+    for name, scale in own.items():
+        _check_count("denoise", name, len(scale), images)
+    return {name: scale for name, scale in scales.items() if name not in own}, own
+
+
+def _check_count(call: str, name: str, given: int, images: int) -> None:
+    if given != images:
+        raise ValueError(f"`{call}({name})` takes one number, or one for each of the {images} images, got {given}.")
 
 
 class _Told(Remembering):
@@ -324,18 +344,19 @@ def model_times(defaults: Defaults, steps: int, height: int, width: int) -> Time
     return flow_times(steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
 
 
+@convert_arguments
 def text_to_image(
     models: Models,
     prompt: str | Sequence[str],
     *,
     key: PRNGKeyArray,
     prompt_2: str | Sequence[str] | None = None,
-    negative_prompt: str = "",
-    cfg: ScalarLike = 1.0,
+    negative_prompt: str | Sequence[str] = "",
+    cfg: PerImage = 1.0,
     rule: Rule = ClassifierFree(),
     nag: Nag | None = None,
     weaken: Weaken | None = None,
-    strength: ScalarLike = 0.0,
+    strength: PerImage = 0.0,
     reuse: Reuse | None = None,
     attention: str | Attention | Joint | None = None,
     images: int = 1,
@@ -344,7 +365,7 @@ def text_to_image(
     steps: int | None = None,
     times: Times | None = None,
     step: Step = Euler(),
-    guidance: float | None = None,
+    guidance: PerImage | None = None,
     max_length: int | None = None,
     batch: int | None = None,
     dtype: DTypeLike | None = None,
@@ -352,56 +373,47 @@ def text_to_image(
     """Draw images of prompts.
 
     **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone.
-    `negative_prompt`, `cfg`, `rule`: what true classifier-free guidance leads away from, its scale (1 is none, and another
-    takes twice the work) and its rule; `nag` leads away from it inside of the attention. `weaken`, `strength`: blocks to spoil,
-    and by how much to lead away from that. `reuse`: of what the blocks said a step before. `attention`: as of `Flux`.
-    `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of the model's timer, or `times`: nodes of
-    another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5 tokens. `batch`: images a forward pass, by
-    default all. `dtype`: of the activations. None takes the model's default, for `dtype` that of `activation_dtype`.
+    `negative_prompt`: one for all prompts, or one for each; `cfg`, `rule`: true classifier-free guidance away from it, its
+    scale (1 is none, and another takes twice the work) and its rule; `nag` guides away from it inside of the attention.
+    `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`: of what the blocks computed a
+    step before. `attention`: as of `Flux`. `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of
+    the model's timer, or `times`: nodes of another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5
+    tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes the model's default, for
+    `dtype` that of `activation_dtype`. `cfg`, `strength` and `guidance` are one number, or one for each image.
     **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
-    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, a guidance that the
-    model does not take, a negative prompt that cfg = 1 without nag would leave unused, a
-    strength without weaken, what `denoise` refuses, or an image that is not finite (where it is not traced).
+    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, numbers that are not
+    finite or not as many as images, a guidance that the model does not take, a negative prompt that cfg = 1 without nag would
+    leave unused, a strength without weaken, what `denoise` refuses, or an image that is not finite (where it is not traced).
     """
-    if steps is not None and times is not None:
-        raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
-    plain = isinstance(cfg, int | float) and cfg == 1
-    if negative_prompt and plain and nag is None:
-        raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=.")
-    if weaken is None and isinstance(strength, int | float) and strength != 0:
-        raise ValueError(f"`text_to_image(strength={strength})` does nothing without blocks to weaken. Pass weaken=.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
-    defaults = models.defaults
-    height = defaults.height if height is None else height
-    width = defaults.width if width is None else width
-    max_length = defaults.max_length if max_length is None else max_length
-    count = images * len(prompts)
+    prompts, seconds, away = _texts(prompt, prompt_2, negative_prompt, cfg, nag)
+    defaults, count = models.defaults, images * len(prompts)
     batch = count if batch is None else min(batch, count)
     if count < 1 or batch < 1:
         raise ValueError(f"`text_to_image` needs at least one prompt, image and batch, got {len(prompts)}, {images}, {batch}.")
+    _check_numbers(count, cfg=cfg, strength=strength, guidance=guidance)
+    if weaken is None and not _is_all(strength, 0):
+        raise ValueError(f"`text_to_image(strength={strength})` does nothing without blocks to weaken. Pass weaken=.")
+    height = defaults.height if height is None else height
+    width = defaults.width if width is None else width
+    times = _times(defaults, steps, times, height, width)
     dtype = activation_dtype() if dtype is None else dtype
-    if times is None:
-        times = model_times(defaults, defaults.steps if steps is None else steps, height, width)
-    away = None if plain and nag is None else negative_prompt
-    text, unwanted = _encoded(models, prompts, seconds, away, max_length, dtype)
+    text, unwanted = _encoded(models, prompts, seconds, away, defaults.max_length if max_length is None else max_length, dtype)
     scale = guidance_scale(models.flux, defaults, guidance)
-    channels = models.vae.config.latent_channels
-    drawn, checks = [], {"the text encoders": [all_finite(text), all_finite(unwanted)], "denoising": [], "decoding": []}
+    drawn = []
+    checks = {"the text encoders": [all_finite(text), all_finite(unwanted)], "denoising": [], "decoding": []}
     for numbers in batches(count, batch):
         rows = np.array(numbers) // images
-        mine = Text(text.txt[rows], text.vec[rows])
-        noise = noise_batch(key, numbers, height, width, channels=channels)
+        noise = noise_batch(key, numbers, height, width, channels=models.vae.config.latent_channels)
         latents = denoise(
-            *(models.flux, mine, noise, times, scale),
+            *(models.flux, _rows(text, rows), noise.astype(wide_dtype(jnp.dtype(dtype))), times, _of_images(scale, numbers)),
             step=step,
             keys=step_keys(key, numbers, step),
-            unwanted=None if unwanted is None else repeated(unwanted, len(numbers)),
-            cfg=jnp.float32(cfg),
+            unwanted=_rows(unwanted, rows),
+            cfg=_of_images(jnp.asarray(cfg, jnp.float32), numbers),
             rule=traced(rule),
             nag=traced(nag),
             weaken=weaken,
-            strength=jnp.float32(strength),
+            strength=_of_images(jnp.asarray(strength, jnp.float32), numbers),
             reuse=traced(reuse),
             attention=attention,
             mesh=models.mesh,
@@ -429,22 +441,79 @@ def _check_stages(checks: Mapping[str, Sequence[Array]]) -> None:
             )
 
 
+def _texts(
+    prompt: str | Sequence[str],
+    prompt_2: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str],
+    cfg: PerImage,
+    nag: Nag | None,
+) -> tuple[list[str], Sequence[str] | None, list[str] | None]:
+    """Return the prompts, those for T5, and the negative ones, one a prompt, or None if nothing is guided by them."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    one = isinstance(negative_prompt, str)
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(negatives) != len(prompts):
+        raise ValueError(
+            f"`text_to_image(negative_prompt)` takes one text, or one for each of {len(prompts)} prompts, got {len(negatives)}."
+        )
+    plain = nag is None and _is_all(cfg, 1)
+    if plain and (not one or negative_prompt):
+        raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=.")
+    return prompts, [prompt_2] if isinstance(prompt_2, str) else prompt_2, None if plain else negatives
+
+
+def _times(defaults: Defaults, steps: int | None, times: Times | None, height: int, width: int) -> Times:
+    if times is None:
+        return model_times(defaults, defaults.steps if steps is None else steps, height, width)
+    if steps is not None:
+        raise ValueError("`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both.")
+    check_times("text_to_image", times, rising=False, step="drawing")
+    return times
+
+
+def _check_numbers(images: int, **numbers: PerImage | None) -> None:
+    check_finite("text_to_image", **numbers)
+    for name, number in numbers.items():
+        if number is not None and jnp.ndim(number) == 1:
+            _check_count("text_to_image", name, jnp.size(number), images)
+
+
+def _is_all(number: PerImage, value: float) -> bool:
+    """Whether a number, or each of some, is known and equals a value."""
+    return not isinstance(number, jax.core.Tracer) and bool(np.all(np.asarray(number) == value))
+
+
+def _of_images(scale: Array | None, numbers: Sequence[int]) -> Array | None:
+    """Return the scale of the images of these numbers: the one of all, or their own."""
+    return scale if scale is None or scale.ndim == 0 else scale[np.array(numbers)]
+
+
+def _rows(text: Text | None, rows: np.ndarray) -> Text | None:
+    return jax.tree.map(lambda x: x[rows], text)
+
+
 def _encoded(
     models: Models,
     prompts: Sequence[str],
     seconds: Sequence[str] | None,
-    negative_prompt: str | None,
+    negative_prompts: Sequence[str] | None,
     max_length: int,
     dtype: DTypeLike,
 ) -> tuple[Text, Text | None]:
-    """Encode prompts, and a negative one if there is one, by encoders that are fetched for it."""
+    """Encode prompts, and negative ones if there are some, by encoders that are fetched for it."""
     encoders = fetch(models.clip), fetch(models.t5)
 
     def run(prompts: Sequence[str], seconds: Sequence[str] | None) -> Text:
         ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
+        check_ids("Clip", ids.clip, models.clip.config.vocabulary)
+        check_ids("T5", ids.t5, models.t5.config.vocabulary)
         return encode_text(*encoders, ids, dtype=dtype, mesh=models.mesh)
 
-    return run(prompts, seconds), None if negative_prompt is None else run([negative_prompt], None)
+    if negative_prompts is None:
+        return run(prompts, seconds), None
+    different = list(dict.fromkeys(negative_prompts))
+    away = run(different, None)
+    return run(prompts, seconds), _rows(away, np.array([different.index(text) for text in negative_prompts]))
 
 
 def traced(tree: Tree) -> Tree:
@@ -457,8 +526,11 @@ def repeated(text: Text, count: int) -> Text:
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), text)
 
 
-def guidance_scale(flux: Flux, defaults: Defaults, guidance: float | None) -> Float[Array, ""] | None:
-    """Return the scale as an array, by default the model's. **Raises:** `ValueError` if the model takes none."""
+def guidance_scale(flux: Flux, defaults: Defaults, guidance: PerImage | None) -> Float[Array, "*images"] | None:
+    """Return the scale, or one for each image, as an array, by default the model's.
+
+    **Raises:** `ValueError` if the model takes none.
+    """
     if flux.config.guidance_embed:
         scale = defaults.guidance if guidance is None else guidance
         return jnp.asarray(3.5 if scale is None else scale, jnp.float32)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fluxjax.integrate.base import Remembering, begin
+from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 Conditional = Callable[[Array, Scalar, Any], Array]
@@ -68,6 +70,11 @@ class Projected(Rule):
     bound: ScalarLike = float("inf")
     momentum: ScalarLike | None = None
 
+    def __check_init__(self):
+        check_finite("Projected", parallel=self.parallel, momentum=self.momentum)
+        if is_concrete_number(self.bound) and not np.all(np.asarray(self.bound) > 0):
+            raise ValueError(f"`Projected(bound)` needs a positive number, or infinity for none, got {self.bound}.")
+
     def __call__(self, x: X, t: Scalar, wanted: X, unwanted: X, scale: Scalar) -> X:
         return self._guide(x, t, wanted, wanted - unwanted, scale)
 
@@ -105,6 +112,9 @@ class Weak(eqx.Module):
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
 
+    def __check_init__(self):
+        check_finite("Weak", strength=self.strength, low=self.low, high=self.high)
+
 
 class Memories(NamedTuple):
     """What a guided velocity remembers: the rule's memory, and the velocity's of either condition."""
@@ -125,7 +135,7 @@ class Guided(Remembering):
     `velocity`: (x, t, condition) -> dx/dt, of one condition. `wanted`, `unwanted`: conditions, pytrees of the same shapes;
     without the second, the first is bound and nothing is led away from it. `scale`: 1 is no guidance. `rule`: how they are
     combined. `low`, `high`: times (Kynkäänniemi et al. 2024). `weak`: a weaker model.
-    **Raises:** `ValueError` for a scale without `unwanted`.
+    **Raises:** `ValueError` for a scale without `unwanted`, or numbers that are not finite.
     """
 
     velocity: Conditional
@@ -138,7 +148,8 @@ class Guided(Remembering):
     weak: Weak | None = None
 
     def __check_init__(self):
-        if self.unwanted is None and isinstance(self.scale, int | float) and self.scale != 1:
+        check_finite("Guided", scale=self.scale, low=self.low, high=self.high)
+        if self.unwanted is None and is_concrete_number(self.scale) and np.any(np.asarray(self.scale) != 1):
             raise ValueError(f"`Guided(scale={self.scale})` needs the condition to lead away from. Pass unwanted=.")
 
     def init(self, x: X) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 CELL = 8
@@ -37,6 +38,7 @@ def seed_key(seed: Any) -> PRNGKeyArray:
         return jax.random.key(number)
 
 
+@convert_arguments
 def initial_noise(key: PRNGKeyArray, height: int, width: int, *, channels: int = 16) -> Float[Array, "channels rows columns"]:
     """Draw the latent at t = 1: standard normal, float32.
 
@@ -47,6 +49,7 @@ def initial_noise(key: PRNGKeyArray, height: int, width: int, *, channels: int =
     return jax.random.normal(key, (channels, PATCH * rows, PATCH * columns), jnp.float32)
 
 
+@convert_arguments
 def pack_latents(latent: Float[Array, "channels rows columns"]) -> Float[Array, "img_tokens features"]:
     """Fold 2x2 cells into a token, features in the order (channel, row in patch, column in patch).
 
@@ -62,6 +65,7 @@ def pack_latents(latent: Float[Array, "channels rows columns"]) -> Float[Array, 
     return rearrange(latent, "c (y py) (x px) -> (y x) (c py px)", py=PATCH, px=PATCH)
 
 
+@convert_arguments
 def unpack_latents(
     packed: Float[Array, "img_tokens features"], height: int, width: int
 ) -> Float[Array, "channels rows columns"]:
@@ -78,6 +82,7 @@ def unpack_latents(
     return rearrange(packed, "(y x) (c py px) -> c (y py) (x px)", y=rows, py=PATCH, px=PATCH)
 
 
+@convert_arguments
 def image_ids(height: int, width: int) -> Float[Array, "img_tokens 3"]:
     """Return each image token's position, (0, row, column), for an image of `height` x `width` pixels."""
     rows, columns = _grid("image_ids", height, width)

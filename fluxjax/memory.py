@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.convert.load import Plan, is_stacked, load, loaded_dtype
+from fluxjax.nets.clip import Clip
+from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import Dense, Weight
 from fluxjax.nets.quantized import Quantized
+from fluxjax.nets.t5 import T5
 from fluxjax.shapes import Array, Float, Int
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -64,8 +67,13 @@ def stream_blocks(network: Network) -> Network:
     runs: two blocks are on the device at once. The rest is on the device.
 
     `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, which saves it from ever being there whole. Adapters
-    are merged before, or attached. **Raises:** `ValueError` for quantized weights.
+    are merged before, or attached. **Raises:** `ValueError` for another network, or quantized weights.
     """
+    if not isinstance(network, Flux | T5 | Clip):
+        raise ValueError(
+            f"`stream_blocks(network)` takes a Flux, T5 or Clip, whose blocks are stacked, got a {type(network).__name__}. "
+            "Keep others on the device."
+        )
 
     def place(path: Any, node: Any) -> Any:
         if isinstance(node, Quantized):

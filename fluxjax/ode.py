@@ -5,11 +5,14 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.integrate.base import Velocity, begin, time_dtype
-from fluxjax.sample import Sample
+from fluxjax.numeric import check_finite
+from fluxjax.sample import Sample, check_times, fitting_velocity
 from fluxjax.shapes import Array, Float, Scalar
 
 
+@convert_arguments
 def sample_ode(
     velocity: Velocity,
     x: Float[Array, "*shape"],
@@ -30,18 +33,19 @@ def sample_ode(
     `ImportError` without diffrax.
     """
     diffrax = _diffrax()
-    if len(times) < 2:
-        raise ValueError(f"`sample_ode(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+    check_times("sample_ode", times)
+    check_finite("sample_ode", rtol=rtol, atol=atol)
     if (rtol is None) != (atol is None):
         raise ValueError("`sample_ode` adapts its steps to both `rtol` and `atol`. Pass both, or neither.")
     if begin(velocity, x) is not None:
         raise ValueError("`sample_ode` may take steps back, and this velocity remembers. Use `sample`, or one without memory.")
-    times = times.astype(time_dtype(x))
+    times, dtype = times.astype(time_dtype(x)), x.dtype
+    x = x.astype(times.dtype)
     fixed = rtol is None
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
     def field(t: Scalar, x: Array, arrays: Any) -> Array:
-        return eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype))
+        return fitting_velocity("sample_ode", eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype)), x)
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
@@ -56,7 +60,8 @@ def sample_ode(
         max_steps=len(times) if fixed else max_steps,
     )
     steps = solution.stats["num_steps"]
-    return Sample(solution.ys[-1], solution.ys if history else None, _stages(solver) * steps, None)
+    path = solution.ys.astype(dtype)
+    return Sample(path[-1], path if history else None, _stages(solver) * steps, None)
 
 
 def _stages(solver: Any) -> int:

@@ -11,7 +11,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.shapes import Array, Float, Scalar
+from fluxjax.arguments import convert_arguments
+from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 PREDICTIONS = ("velocity", "x0", "noise", "score", "v")
 """velocity: dx/dt. score: the gradient of the log-density. v: alpha noise - sigma x0 (Salimans & Ho 2022, appendix D)."""
@@ -36,6 +37,7 @@ class Path(eqx.Module):
     def sigma(self, t: Scalar) -> Scalar:
         """Return the share of the noise, differentiable in t."""
 
+    @convert_arguments
     def time(self, tau: Scalar) -> Scalar:
         """Return the t at which sigma / (alpha + sigma) is `tau`: the straight path's time of the same noise. By bisection;
         beyond the ends, the ends."""
@@ -50,6 +52,7 @@ class Path(eqx.Module):
         low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, ends)
         return (low + high) / 2
 
+    @convert_arguments
     def straight(self, t: Scalar) -> Scalar:
         """Return the straight path's time of the same noise: sigma / (alpha + sigma)."""
         return self.sigma(t) / (self.alpha(t) + self.sigma(t))
@@ -64,9 +67,11 @@ class Straight(Path):
     def sigma(self, t: Scalar) -> Scalar:
         return t
 
+    @convert_arguments
     def time(self, tau: Scalar) -> Scalar:
         return tau
 
+    @convert_arguments
     def straight(self, t: Scalar) -> Scalar:
         return t
 
@@ -102,6 +107,7 @@ class VarianceExploding(Path):
     def sigma(self, t: Scalar) -> Scalar:
         return t
 
+    @convert_arguments
     def time(self, tau: Scalar) -> Scalar:
         return tau / (1 - tau)
 
@@ -112,7 +118,7 @@ class Discrete(Path):
     `alphas_cumprod`: alpha^2 at each of them, falling, in (0, 1). **Source:** Ho et al. 2020, eq. 4.
     """
 
-    alphas_cumprod: Float[Array, " times"]
+    alphas_cumprod: Float[Array, " times"] = eqx.field(converter=jnp.asarray)
 
     @property
     def last(self) -> float:
@@ -149,6 +155,7 @@ class Estimates(NamedTuple):
     noise: Array
 
 
+@convert_arguments
 def estimates(
     prediction: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Scalar, kind: str, path: Path = STRAIGHT
 ) -> Estimates:
@@ -178,10 +185,11 @@ def estimates(
     return Estimates((x - sigma * prediction) / alpha, prediction)
 
 
+@convert_arguments
 def convert_prediction(
     prediction: Float[Array, "*shape"],
     x: Float[Array, "*shape"],
-    t: Scalar,
+    t: ScalarLike,
     *,
     source: str,
     target: str,
@@ -211,7 +219,8 @@ class AsVelocity(eqx.Module):
     path: Path
     kind: str = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "*shape"], t: Scalar) -> Float[Array, "*shape"]:
+    @convert_arguments
+    def __call__(self, x: Float[Array, "*shape"], t: ScalarLike) -> Float[Array, "*shape"]:
         tau = jnp.asarray(t, x.dtype)
         own = self.path.time(tau)
         native = x if isinstance(self.path, Straight) else x * (self.path.alpha(own) + self.path.sigma(own))
@@ -219,6 +228,7 @@ class AsVelocity(eqx.Module):
         return noise - x0
 
 
+@convert_arguments
 def as_velocity(model: Callable[[Array, Scalar], Array], kind: str, path: Path = STRAIGHT) -> AsVelocity:
     """Return a model of any prediction, on any Gaussian path, as a `Velocity` on the straight path.
 

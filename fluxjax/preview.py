@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.latents import CELL
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, Latent
@@ -17,13 +18,15 @@ class Preview(eqx.Module):
     `matrix`: from 1 and the channels to red, green, blue.
     """
 
-    matrix: Float[Array, "channels_and_1 3"]
+    matrix: Float[Array, "channels_and_1 3"] = eqx.field(converter=jnp.asarray)
 
+    @convert_arguments
     def __call__(self, latent: Latent) -> Image:
         """Return a pixel a cell, in [-1, 1], clipped."""
         return jnp.clip(_with_one(latent) @ self.matrix, -1, 1)
 
 
+@convert_arguments
 def fit_preview(vae: Vae, latents: Float[Array, "images latent_channels rows columns"]) -> Preview:
     """Return the preview whose pixels are nearest, in squares, to the mean colours of cells in the decoded images.
 

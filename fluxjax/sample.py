@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.integrate.base import Step, Velocity, begin, time_dtype
 from fluxjax.integrate.runge_kutta import Euler
+from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 
@@ -24,6 +27,7 @@ class Sample(NamedTuple):
     memory: Any = None
 
 
+@convert_arguments
 def sample(
     velocity: Velocity,
     x: Float[Array, "*shape"],
@@ -35,26 +39,29 @@ def sample(
 ) -> Sample:
     """Integrate dx/dt = velocity(x, t) from the first time to the last.
 
-    **Arguments:** `velocity`: (x, t) -> dx/dt, a pytree (`eqx.Partial` of a network). `x`: the state at `times[0]`, kept in
-    its dtype, which should be float32. `times`: at least two nodes, in the order of travel; an array, so that other
-    times of the same count compile nothing. `step`: the integrator. `key`: for stochastic steps. `history`: whether to
-    return every node's state.
-    **Raises:** `ValueError` for fewer than two times.
+    **Arguments:** `velocity`: (x, t) -> dx/dt, a pytree (`eqx.Partial` of a network), in the shape of x and a floating-point
+    dtype. `x`: the state at `times[0]`. It is integrated in float32 at least, and comes back in its own dtype. `times`: at
+    least two nodes, in the order of travel; an array, so that other times of the same count compile nothing. They fall, from
+    noise to image, or rise, to invert an image, which `step.rising` says whether the step can. `step`: the integrator. `key`:
+    for stochastic steps. `history`: whether to return every node's state.
+    **Raises:** `ValueError` for fewer than two times, times that are not finite, that neither fall nor rise strictly, or that
+    the step does not take (traced times are not checked); and for a velocity of another shape, or of a wider dtype.
     """
-    _check_times("sample", times)
-    times = times.astype(time_dtype(x))
+    times = _checked_times("sample", step, times, x)
+    wide = x.astype(times.dtype)
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
     def body(carry, interval):
         x, state, memory = carry
         t, u, index = interval
-        x, state, memory, told = _advance(step, eqx.combine(arrays, static), x, t, u, index, state, memory, key)
+        field = _checked_velocity("sample", eqx.combine(arrays, static))
+        x, state, memory, told = _advance(step, field, x, t, u, index, state, memory, key)
         return (x, state, memory), (x if history else None, told)
 
     intervals = (times[:-1], times[1:], jnp.arange(len(times) - 1))
-    (end, _, memory), (path, log_prob) = jax.lax.scan(body, (x, step.init(x), begin(velocity, x)), intervals)
-    nodes = None if path is None else jnp.concatenate([x[None], path])
-    return Sample(end, nodes, step.evaluations * (len(times) - 1), log_prob, memory)
+    (end, _, memory), (path, log_prob) = jax.lax.scan(body, (wide, step.init(wide), begin(velocity, wide)), intervals)
+    nodes = None if path is None else jnp.concatenate([x[None], path.astype(x.dtype)])
+    return Sample(end.astype(x.dtype), nodes, step.evaluations * (len(times) - 1), log_prob, memory)
 
 
 def asked_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " asked"] | None:
@@ -63,9 +70,68 @@ def asked_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " ask
     return None if asked is None else jnp.concatenate(asked)
 
 
-def _check_times(name: str, times: Array) -> None:
+def check_times(
+    call: str, times: Array, *, step: str = "", rising: bool = True, span: tuple[float, float] = (-np.inf, np.inf)
+) -> None:
+    """Check times of integration; of traced ones, only their count. `step`: the name of the step that takes them.
+
+    **Raises:** `ValueError` for fewer than two, NaN or infinity, times outside of `span`, or that do not all fall, or rise
+    where `rising` allows it.
+    """
     if len(times) < 2:
-        raise ValueError(f"`{name}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+        raise ValueError(f"`{call}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`.")
+    if isinstance(times, jax.core.Tracer):
+        return
+    check_finite(call, times=times)
+    nodes = np.asarray(times, np.float64)
+    ways = np.diff(nodes)
+    if not (np.all(ways < 0) or np.all(ways > 0)):
+        number = int(np.argmax(ways * np.sign(nodes[-1] - nodes[0]) <= 0))
+        raise ValueError(
+            f"`{call}(times)` needs times that fall, or rise, at every node, got {nodes[number]:g} and then "
+            f"{nodes[number + 1]:g}. Make them with `flow_times(steps)`."
+        )
+    if nodes.min() < span[0] or nodes.max() > span[1]:
+        raise ValueError(
+            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got {nodes.min():g} to {nodes.max():g}. "
+            "1 is noise, 0 the image."
+        )
+    if ways[0] > 0 and not rising:
+        raise ValueError(
+            f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass falling times, or invert with "
+            "a step that draws no noise, as `Euler()`, which is DDIM with eta 0."
+        )
+
+
+def _checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
+    """Return times in the dtype that they have beside x."""
+    times = times.astype(time_dtype(x))
+    check_times(call, times, step=type(step).__name__, rising=step.rising, span=step.span)
+    return times
+
+
+def _checked_velocity(call: str, velocity: Velocity) -> Velocity:
+    """Return a velocity whose values are cast to the dtype of x; it has to have their shape."""
+
+    def field(x: Array, t: Scalar, **memory: Any) -> Any:
+        given = velocity(x, t, **memory)
+        value, *after = given if memory else (given,)
+        value = fitting_velocity(call, value, x)
+        return (value, *after) if memory else value
+
+    return field
+
+
+def fitting_velocity(call: str, value: Any, x: Array) -> Array:
+    """Return a velocity's value in the dtype of x. **Raises:** `ValueError` for another shape or a wider dtype."""
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    narrower = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= jnp.finfo(x.dtype).bits
+    if shape != x.shape or not narrower:
+        raise ValueError(
+            f"`{call}(velocity)` needs a velocity that returns the shape of x and at most its precision, {x.dtype}"
+            f"{list(x.shape)}, got {dtype}{list(shape)}. Reshape or cast what it returns."
+        )
+    return jnp.asarray(value, x.dtype)
 
 
 def _advance(
@@ -95,6 +161,7 @@ class Progress(NamedTuple):
     x0: Array
 
 
+@convert_arguments
 def stream(
     velocity: Velocity,
     x: Float[Array, "*shape"],
@@ -108,19 +175,19 @@ def stream(
     The step is compiled once for all. `x0` is where the straight line through both ends of the step meets t = 0, which for
     Euler's is the model's own estimate; it costs no evaluation. Arguments and errors as for `sample`.
     """
-    _check_times("stream", times)
-    return _steps(velocity, x, times.astype(time_dtype(x)), step, key)
+    return _steps(velocity, x, _checked_times("stream", step, times, x), step, key)
 
 
 def _steps(velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None) -> Iterator[Progress]:
+    dtype, x = x.dtype, x.astype(times.dtype)
     state, memory = step.init(x), begin(velocity, x)
     for index in range(len(times) - 1):
         t, u = times[index], times[index + 1]
         x, state, memory, x0 = _compiled_step(step, velocity, x, t, u, jnp.asarray(index), state, memory, key)
-        yield Progress(index, u, x, x0)
+        yield Progress(index, u, x.astype(dtype), x0.astype(dtype))
 
 
 @eqx.filter_jit
 def _compiled_step(step, velocity, x, t, u, index, state, memory, key):
-    end, state, memory, _ = _advance(step, velocity, x, t, u, index, state, memory, key)
+    end, state, memory, _ = _advance(step, _checked_velocity("stream", velocity), x, t, u, index, state, memory, key)
     return end, state, memory, end - u * (end - x) / (u - t)

@@ -3,8 +3,10 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""Beartype, with an int where a float is asked for, as type checkers have it."""
+CHECKS = BeartypeConf(is_pep484_tower=True)
+"""Beartype takes an int where a float is annotated, as type checkers do."""
+checked = beartype(conf=CHECKS)
+"""The type checker of every call in the package."""
 
 Image = Float[Array, "height width 3"]
 """An image, channels last, in [-1, 1]; sizes in pixels."""
@@ -24,7 +26,11 @@ Times = Float[Array, " nodes"]
 Tokens = Int[Array, " tokens"]
 """Token ids of one prompt."""
 
+PerImage = ScalarLike | Float[Array, " images"]
+"""One number for all images of a batch, or one for each."""
+
 __all__ = [
+    "CHECKS",
     "Array",
     "Bool",
     "Float",
@@ -34,6 +40,7 @@ __all__ = [
     "Latent",
     "PRNGKeyArray",
     "Packed",
+    "PerImage",
     "Scalar",
     "ScalarLike",
     "Times",

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.context import Ring, Ulysses
+from fluxjax.kernels.guiding import Nag
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.layers import Adapted, Dense, Weight
 from fluxjax.nets.quantized import Quantized
 from fluxjax.nets.vae import Conv
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -34,6 +37,7 @@ _TENSOR: Mapping[str, str] = {
 _BLOCKS = ("double", "single", "blocks")
 
 
+@convert_arguments
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of devices, by default all.
 
@@ -102,7 +106,7 @@ class Summed(Weight):
         return self.base.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return jax.lax.psum(self.base.matmul(x).astype(jnp.float32), "tensor")
+        return jax.lax.psum(self.base.matmul(x).astype(wide_dtype(x.dtype)), "tensor")
 
     @property
     def spread(self) -> bool:
@@ -313,9 +317,9 @@ class OnTokens(eqx.Module):
     `velocity` are as the network's.
 
     Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
-    (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`).
-    **Raises:** `ValueError` for an attention of one's own, which would see a part of the tokens, or one that is named where
-    keys and values go round.
+    (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`). Both know `Nag`.
+    **Raises:** `ValueError` for a custom attention, which would see a part of the tokens, or one that is named where keys and
+    values go round.
     """
 
     flux: Flux
@@ -333,18 +337,20 @@ class OnTokens(eqx.Module):
         attention: Any = None,
         weaken: Any = None,
     ) -> Float[Array, "img_tokens out_channels"]:
-        own = callable(attention) and not isinstance(attention, Attention)
-        if own or (weaken is not None and weaken.attention is not None):
-            raise ValueError("An attention of one's own would see a part of the tokens. Use context=1 with it.")
+        nag = attention if isinstance(attention, Nag) else None
+        named = attention if nag is None else nag.implementation
+        custom = callable(named) and not isinstance(named, Attention)
+        if custom or (weaken is not None and weaken.attention is not None):
+            raise ValueError("A custom attention would see a part of the tokens. Use context=1 with it.")
         devices = jax.lax.axis_size("context")
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
-        if heads % devices and attention is not None:
+        if heads % devices and named is not None:
             raise ValueError(
                 f"{heads} heads are not divided by context={devices}, so keys and values go round, by an attention of that "
                 "ring's own. Leave out attention=, or choose a context that divides them."
             )
         counts = (part.txt_tokens, len(x))
-        joint = Ring("context", *counts) if heads % devices else Ulysses("context", *counts, attention)
+        joint = Ring("context", *counts, nag) if heads % devices else Ulysses("context", *counts, named, nag)
         out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, weaken=weaken)
         return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]
 

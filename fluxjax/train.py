@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.schedule import time_shift
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
@@ -28,6 +29,7 @@ class TrainState(eqx.Module):
         return cls(model, model, optimizer.init(eqx.filter(model, trainable)), jnp.zeros((), jnp.int32))
 
 
+@convert_arguments
 def make_step(
     loss: Callable[..., Scalar],
     optimizer: optax.GradientTransformation,
@@ -59,6 +61,7 @@ def make_step(
     return step
 
 
+@convert_arguments
 def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module:
     """Return decay * ema + (1 - decay) * model, leaf by leaf."""
 
@@ -68,6 +71,7 @@ def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module
     return jax.tree.map(mix, ema, model)
 
 
+@convert_arguments
 def logit_normal_times(
     key: PRNGKeyArray, count: int, *, mean: float = 0.0, deviation: float = 1.0, mu: float = 0.0
 ) -> Float[Array, " count"]:
@@ -79,6 +83,7 @@ def logit_normal_times(
     return time_shift(t, mu)
 
 
+@convert_arguments
 def flow_matching_loss(
     velocity: Callable[[Array, Scalar], Array], x0: Float[Array, "*shape"], t: Scalar, noise: Float[Array, "*shape"]
 ) -> Scalar:
@@ -90,6 +95,7 @@ def flow_matching_loss(
     return jnp.mean(jnp.square(predicted.astype(jnp.float32) - (noise - x0)))
 
 
+@convert_arguments
 def drop_captions(key: PRNGKeyArray, captions: Any, empty: Any, rate: float) -> Any:
     """Replace each caption of a batch by the empty one with probability `rate`.
 
@@ -106,6 +112,7 @@ def drop_captions(key: PRNGKeyArray, captions: Any, empty: Any, rate: float) -> 
     return jax.tree.map(pick, captions, empty)
 
 
+@convert_arguments
 def guided_target(conditional: Array, unconditional: Array, scale: ScalarLike) -> Array:
     """Return the velocity a distilled network learns: classifier-free guidance of its teacher at `scale`.
 

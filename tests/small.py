@@ -22,7 +22,7 @@ CONFIG = FluxConfig(
     rope_axes=(4, 6, 6),
     time_width=16,
 )
-IDS = jnp.zeros((IMAGE, 3)).at[:, 1].set(jnp.arange(IMAGE, dtype=jnp.float32))
+IDS = jnp.zeros((IMAGE, 3), jnp.float32).at[:, 1].set(jnp.arange(IMAGE, dtype=jnp.float32))
 
 
 def draw(*shape: int, seed: int = 0) -> Array:

@@ -1,5 +1,7 @@
 """Previews, beside the decoder that they stand for."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def draw(*shape, seed=0):
 
 def test_an_affine_decoder_is_found_again():
     matrix = 0.02 * draw(17, 3)
-    fitted = fit_preview.__wrapped__(LinearVae(matrix), draw(2, 16, 16, 16, seed=1))
+    fitted = inspect.unwrap(fit_preview)(LinearVae(matrix), draw(2, 16, 16, 16, seed=1))
     # The ridge of a hundredth takes about a hundredth off.
     np.testing.assert_allclose(fitted.matrix, matrix, atol=2e-3)
 

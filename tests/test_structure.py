@@ -7,7 +7,8 @@ import fluxjax
 
 PACKAGE = Path(fluxjax.__file__).parent
 LAYERS = {
-    "shapes": 0,
+    "shapes": -1,
+    "arguments": 0,
     "atomic": 0,
     "errors": 0,
     "settings": 1,

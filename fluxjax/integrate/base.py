@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 Velocity = Callable[[Array, Scalar], Array]
@@ -37,10 +38,13 @@ def begin(velocity: Callable[..., Any], x: Float[Array, "*shape"]) -> Any:
 
 
 class Step(eqx.Module):
-    """An integrator. `order`: of its global error; `evaluations`: of the velocity, a step."""
+    """An integrator. `order`: of its global error; `evaluations`: of the velocity, per step. `rising`: whether times may also
+    rise, from image to noise, as an inversion takes them. `span`: the times between which the step has a meaning."""
 
     order: ClassVar[int]
     evaluations: ClassVar[int]
+    rising: ClassVar[bool] = True
+    span: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     @abstractmethod
     def init(self, x: Float[Array, "*shape"]) -> Any:
@@ -66,6 +70,9 @@ def at_start(step: Step, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
 class StochasticStep(Step):
     """A step to a draw from a normal distribution. `order`: of its mean and its variance on a Gaussian."""
 
+    rising: ClassVar[bool] = False
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
     @abstractmethod
     def moments(
         self, velocity: Velocity, x: Float[Array, "*shape"], t: Scalar, u: Scalar, state: Any
@@ -88,7 +95,7 @@ class StochasticStep(Step):
 
 def time_dtype(x: Array) -> jnp.dtype:
     """Return the dtype that times have beside x: float32, or its own float64."""
-    return x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
+    return wide_dtype(x.dtype)
 
 
 def scalar_like(x: Array, value: float) -> Scalar:

@@ -1,10 +1,12 @@
 """Exponential integrators: exact where x0's estimate is constant, so that any of them ends on it.
 
 D(t) = x - t v is the estimate of x0. From t to u, x / t changes by the integral of D over e^c, where c is a clock:
-log((1 - t) / t), half of the log-SNR, or -log t. Steps take D as a polynomial in c, and in the last one, to u = 0
-where c is infinite, as a constant.
+log((1 - t) / t), half of the log-SNR, or -log t. Steps take D as a polynomial in c, and where c is infinite at an end of
+the step, as a constant. With D constant a step is Euler's, x + (u - t) v; only what D changes by is added to that, which
+keeps float32's digits and is finite at t = 0 too, where steps to rising times begin.
 """
 
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
@@ -15,11 +17,39 @@ from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 X = Float[Array, "*shape"]
 Clock = Literal["log_snr", "log_time"]
+_TERMS = 18
 
 
 def read_clock(clock: Clock, t: Scalar) -> Scalar:
     """Return c at t: infinite at 0, and -infinite at 1 where the clock is the log-SNR's."""
     return jnp.log((1 - t) / t) if clock == "log_snr" else -jnp.log(t)
+
+
+def clock_way(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
+    """Return c(u) - c(t), to float32's relative precision however close t and u are; infinite where either clock is, and NaN
+    where both are."""
+    falling, rising = (1 - t, 1 - u) if clock == "log_snr" else (1.0, 1.0)
+    # The ratio of the two odds, less 1, as seen from the end with more of the image.
+    return jnp.where(u < t, jnp.log1p((t - u) / (u * falling)), -jnp.log1p((u - t) / (t * rising)))
+
+
+def phi2(z: Scalar) -> Scalar:
+    """Return (e^z - 1 - z) / z^2, by its series near 0, where the difference would lose its digits."""
+    return _phi(z, 2, lambda z: (jnp.expm1(z) - z) / z**2)
+
+
+def phi3(z: Scalar) -> Scalar:
+    """Return (e^z - 1 - z - z^2 / 2) / z^3, as `phi2`."""
+    return _phi(z, 3, lambda z: ((jnp.expm1(z) - z) / z**2 - 0.5) / z)
+
+
+def _phi(z: Scalar, order: int, direct: Any) -> Scalar:
+    near = jnp.abs(z) < 1
+    small = jnp.where(near, z, 0)
+    series = jnp.zeros_like(z)
+    for power in reversed(range(_TERMS)):
+        series = series * small + 1 / math.factorial(power + order)
+    return jnp.where(near, series, direct(jnp.where(near, 1, z)))
 
 
 def halfway(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
@@ -33,36 +63,49 @@ def halfway(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
 
 
 def line_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
-    """Return u times the integral of e^c (c - c_t) dc from t to u: what a slope of D adds. 0 for u = 0 and for t = 1."""
-    way = read_clock(clock, u) - read_clock(clock, t)
-    weight = way - 1 + u / t if clock == "log_time" else (1 - u) * (way - 1) + u * (1 - t) / t
-    return jnp.where((u > 0) & jnp.isfinite(way), weight, 0)
+    """Return u times the integral of e^c (c - c_t) dc from t to u: what a slope of D adds. 0 where a clock is infinite."""
+    way = clock_way(clock, t, u)
+    finite = jnp.isfinite(way)
+    way = jnp.where(finite, way, 0)
+    end = 1 - u if clock == "log_snr" else jnp.ones_like(u)  # u e^c(u)
+    return jnp.where(finite, end * way**2 * phi2(-way), 0)
 
 
-def _constant(x: X, t: Scalar, u: Scalar, estimate: X) -> X:
-    """Return x at u for an estimate that stays."""
-    return u / t * x + (1 - u / t) * estimate
+def estimate_weight(t: Scalar, u: Scalar) -> Scalar:
+    """Return 1 - u / t, what a change of the estimate adds to x at u; 0 at t = 0, where the estimate is x itself."""
+    return jnp.where(t > 0, (t - u) / jnp.where(t > 0, t, 1), 0)
 
 
 class Past(NamedTuple):
-    """The estimate at the node before, and its clock: infinite before the first, so that slopes are 0."""
+    """The estimate at the node before, and its time: NaN before the first, so that slopes are 0."""
 
     estimate: Array
-    clock: Scalar
+    t: Scalar
 
 
 def no_past(x: X) -> Past:
-    return Past(x * 0, scalar_like(x, -float("inf")))
+    return Past(x * 0, scalar_like(x, float("nan")))
 
 
-def slope(past: Past, estimate: X, clock: Scalar) -> X:
-    """Return how fast the estimate has moved since the node before, a unit of the clock; 0 if that was at -infinity."""
-    return (estimate - past.estimate) * jnp.where(jnp.isfinite(past.clock), 1 / (clock - past.clock), 0)
+def inverse(way: Scalar) -> Scalar:
+    """Return 1 / way, or 0 where a clock is infinite or there is no past."""
+    usable = jnp.isfinite(way) & (way != 0)
+    return jnp.where(usable, 1 / jnp.where(usable, way, 1), 0)
 
 
-class _OneStep(Step):
+def slope(clock: Clock, past: Past, estimate: X, t: Scalar) -> X:
+    """Return how fast the estimate has moved since the node before, per unit of the clock; 0 where that clock is infinite."""
+    return (estimate - past.estimate) * inverse(clock_way(clock, past.t, t))
+
+
+class _Exponential(Step):
+    """A step by a clock, which has a meaning from 0 to 1 alone."""
+
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
     clock: Clock = eqx.field(static=True, default="log_snr")
 
+
+class _OneStep(_Exponential):
     def init(self, x: X) -> None:
         return None
 
@@ -70,9 +113,7 @@ class _OneStep(Step):
         return t, halfway(self.clock, t, u)
 
 
-class _Multistep(Step):
-    clock: Clock = eqx.field(static=True, default="log_snr")
-
+class _Multistep(_Exponential):
     asked = at_start
 
     def init(self, x: X) -> Any:
@@ -86,9 +127,8 @@ class DPMpp2S(_OneStep):
     evaluations: ClassVar[int] = 2
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
-        middle = halfway(self.clock, t, u)
-        there = _constant(x, t, middle, x - t * velocity(x, t))
-        return _constant(x, t, u, there - middle * velocity(there, middle)), None, None
+        v, moved = _moved_halfway(self.clock, velocity, x, t, u)
+        return x + (u - t) * v + estimate_weight(t, u) * moved, None, None
 
 
 class RES2S(_OneStep):
@@ -101,13 +141,16 @@ class RES2S(_OneStep):
     evaluations: ClassVar[int] = 2
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
-        middle = halfway(self.clock, t, u)
-        estimate = x - t * velocity(x, t)
-        there = _constant(x, t, middle, estimate)
-        moved = there - middle * velocity(there, middle) - estimate
-        way = read_clock(self.clock, u) - read_clock(self.clock, t)
-        share = line_weight(self.clock, t, u) * jnp.where(jnp.isfinite(way), 2 / way, 0)
-        return _constant(x, t, u, estimate) + share * moved, None, None
+        v, moved = _moved_halfway(self.clock, velocity, x, t, u)
+        share = line_weight(self.clock, t, u) * 2 * inverse(clock_way(self.clock, t, u))
+        return x + (u - t) * v + share * moved, None, None
+
+
+def _moved_halfway(clock: Clock, velocity: Velocity, x: X, t: Scalar, u: Scalar) -> tuple[X, X]:
+    """Return the velocity at t, and by how much the estimate differs halfway."""
+    middle, v = halfway(clock, t, u), velocity(x, t)
+    there = x + (middle - t) * v
+    return v, there - middle * velocity(there, middle) - (x - t * v)
 
 
 class DPMpp2M(_Multistep):
@@ -117,16 +160,16 @@ class DPMpp2M(_Multistep):
     evaluations: ClassVar[int] = 1
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past, *, key: PRNGKeyArray | None):
-        estimate, now = x - t * velocity(x, t), read_clock(self.clock, t)
-        return _half_extrapolated(self.clock, x, t, u, state, estimate), Past(estimate, now), None
+        v = velocity(x, t)
+        estimate = x - t * v
+        moved = half_way(self.clock, t, u) * slope(self.clock, state, estimate, t)
+        return x + (u - t) * v + estimate_weight(t, u) * moved, Past(estimate, t), None
 
 
-def _half_extrapolated(clock: Clock, x: X, t: Scalar, u: Scalar, past: Past, estimate: X) -> X:
-    now = read_clock(clock, t)
-    half = jnp.where(u > 0, (read_clock(clock, u) - now) / 2, 0)
-    # From t = 1 by the log-SNR the way is infinite too, but there nothing is past.
-    half = jnp.where(jnp.isfinite(half), half, 0)
-    return _constant(x, t, u, estimate + half * slope(past, estimate, now))
+def half_way(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
+    """Return half of the clock's way from t to u; 0 where it is infinite, so that nothing is extrapolated there."""
+    half = clock_way(clock, t, u) / 2
+    return jnp.where(jnp.isfinite(half), half, 0)
 
 
 class RES2M(_Multistep):
@@ -136,9 +179,10 @@ class RES2M(_Multistep):
     evaluations: ClassVar[int] = 1
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past, *, key: PRNGKeyArray | None):
-        estimate, now = x - t * velocity(x, t), read_clock(self.clock, t)
-        line = line_weight(self.clock, t, u) * slope(state, estimate, now)
-        return _constant(x, t, u, estimate) + line, Past(estimate, now), None
+        v = velocity(x, t)
+        estimate = x - t * v
+        line = line_weight(self.clock, t, u) * slope(self.clock, state, estimate, t)
+        return x + (u - t) * v + line, Past(estimate, t), None
 
 
 class DEIS2(Step):
@@ -149,6 +193,7 @@ class DEIS2(Step):
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 1
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     asked = at_start
 
@@ -159,17 +204,24 @@ class DEIS2(Step):
         before, last = state
         v = velocity(x, t)
         noise = x + (1 - t) * v
-        # (1 - u) times the integral of (s - t) / (1 - s)^2 ds.
-        ratio = jnp.where((t < 1) & (u > 0), (1 - t) / (1 - u), 1)
-        line = (1 - u) * (ratio - 1 - jnp.log(ratio))
-        return x + (u - t) * v + line / (t - last) * (noise - before), (noise, t), None
+        return x + (u - t) * v + _noise_line(t, u) / (t - last) * (noise - before), (noise, t), None
+
+
+def _noise_line(t: Scalar, u: Scalar) -> Scalar:
+    """Return (1 - u) times the integral of (s - t) / (1 - s)^2 ds from t to u; 0 from t = 1 and, to end on the estimate, to
+    u = 0."""
+    inside = (t < 1) & (u > 0)
+    end = jnp.where(inside & (u < 1), 1 - u, 1)
+    # The logarithm of (1 - t) / (1 - u).
+    way = jnp.log1p(jnp.where(inside & (u < 1), (u - t) / end, 0))
+    return jnp.where(inside, jnp.where(u < 1, end * way**2 * phi2(way), 1 - t), 0)
 
 
 class Corrected(NamedTuple):
-    """The start of the last step, and the estimates at its start and before it."""
+    """The start of the last step, the velocity there, the estimates at its start and before it, and the steps so far."""
 
     x: Array
-    t: Scalar
+    velocity: Array
     last: Past
     earlier: Past
     seen: Array
@@ -183,31 +235,37 @@ class UniPC2(_Multistep):
     evaluations: ClassVar[int] = 1
 
     def init(self, x: X) -> Corrected:
-        return Corrected(x, scalar_like(x, 1.0), no_past(x), no_past(x), jnp.int32(0))
+        return Corrected(x, x * 0, no_past(x), no_past(x), jnp.int32(0))
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Corrected, *, key: PRNGKeyArray | None):
-        estimate, now = x - t * velocity(x, t), read_clock(self.clock, t)
-        x = jnp.where(state.seen > 0, self._corrected(state, t, now, estimate), x)
-        end = _half_extrapolated(self.clock, x, t, u, state.last, estimate)
-        return end, Corrected(x, t, Past(estimate, now), state.last, state.seen + 1), None
+        v = velocity(x, t)
+        estimate = x - t * v
+        x = jnp.where(state.seen > 0, self._corrected(state, t, estimate), x)
+        # The estimate was found where the predictor led, and the velocity is what it stands for at the corrected x.
+        v = jnp.where(t > 0, (x - estimate) / jnp.where(t > 0, t, 1), v)
+        moved = half_way(self.clock, t, u) * slope(self.clock, state.last, estimate, t)
+        end = x + (u - t) * v + estimate_weight(t, u) * moved
+        return end, Corrected(x, v, Past(estimate, t), state.last, state.seen + 1), None
 
-    def _corrected(self, state: Corrected, t: Scalar, now: Scalar, estimate: X) -> X:
+    def _corrected(self, state: Corrected, t: Scalar, estimate: X) -> X:
         """Return x at t, from the start of the step before and the estimate that was found at t."""
-        way = now - state.last.clock
-        # phi-functions of -way; an infinite way has their limits.
-        first, second = _corrector_rows(jnp.where(jnp.isfinite(way), way, 1))
-        first, second = (jnp.where(jnp.isfinite(way), row, 1) for row in (first, second))
-        back = (state.earlier.clock - state.last.clock) / way
-        two = (state.seen > 1) & jnp.isfinite(back)
+        start = state.last.t
+        way = clock_way(self.clock, start, t)
+        first, second = _corrector_rows(way)
+        back = -clock_way(self.clock, state.earlier.t, start) * inverse(way)
+        two = (state.seen > 1) & jnp.isfinite(back) & (back != 0)
         back = jnp.where(two, back, -1)
         older = jnp.where(two, (first - second) / (1 - back), 0)
         newer = jnp.where(state.seen > 1, first - older, 0.5)
         moved = newer * (estimate - state.last.estimate) + older / back * (state.earlier.estimate - state.last.estimate)
-        return _constant(state.x, state.t, t, state.last.estimate + moved)
+        return state.x + (t - start) * state.velocity + estimate_weight(start, t) * moved
 
 
 def _corrector_rows(way: Scalar) -> tuple[Scalar, Scalar]:
-    """Return the right-hand sides of UniPC's conditions: phi_2 and 2 phi_3 over phi_1, of -way."""
-    base = jnp.expm1(-way)
-    first = base / -way - 1
-    return first / base, 2 * (first / -way - 0.5) / base
+    """Return the right-hand sides of UniPC's conditions: phi_2 and 2 phi_3 over phi_1, of -way, and their limits where it is
+    infinite."""
+    finite = jnp.isfinite(way) & (way != 0)
+    z = jnp.where(finite, -way, 1)
+    one = jnp.expm1(z) / z
+    limit = jnp.where(way > 0, 1, 0)
+    return jnp.where(finite, phi2(z) / one, limit), jnp.where(finite, 2 * phi3(z) / one, limit)

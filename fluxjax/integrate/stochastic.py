@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.integrate.base import Step, StochasticStep, Velocity, at_start
-from fluxjax.integrate.exponential import Past, no_past, read_clock, slope
+from fluxjax.integrate.exponential import Past, half_way, inverse, no_past, slope
+from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 X = Float[Array, "*shape"]
@@ -25,6 +26,9 @@ class ReverseSDE(StochasticStep):
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
     squared: Callable[[Scalar], Scalar] | None = None
+
+    def __check_init__(self):
+        check_finite("ReverseSDE", eta=self.eta)
 
     asked = at_start
 
@@ -47,6 +51,9 @@ class DDIM(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("DDIM", eta=self.eta)
 
     asked = at_start
 
@@ -76,6 +83,7 @@ class Renoise(StochasticStep):
 
     order: ClassVar[int] = 0
     evaluations: ClassVar[int] = 1
+    rising: ClassVar[bool] = True
 
     asked = at_start
 
@@ -96,19 +104,21 @@ class DPMpp2MSDE(StochasticStep):
     evaluations: ClassVar[int] = 1
     eta: ScalarLike = 1.0
 
+    def __check_init__(self):
+        check_finite("DPMpp2MSDE", eta=self.eta)
+
     asked = at_start
 
     def init(self, x: X) -> Past:
         return no_past(x)
 
     def moments(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past) -> tuple[X, Scalar, Past]:
-        estimate, now = x - t * velocity(x, t), read_clock("log_snr", t)
+        estimate = x - t * velocity(x, t)
         ratio = u * (1 - t) / (t * (1 - u))  # e^-h
-        half = (read_clock("log_snr", u) - now) / 2
-        half = jnp.where(jnp.isfinite(half), half, 0)
-        extrapolated = estimate + half * slope(state, estimate, now)
+        extrapolated = estimate + half_way("log_snr", t, u) * slope("log_snr", state, estimate, t)
         mean = u / t * ratio**self.eta * x + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
-        return mean, u * jnp.sqrt(1 - ratio ** (2 * self.eta)), Past(estimate, now)
+        # The ratio of close times may be rounded to more than 1.
+        return mean, u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0)), Past(estimate, t)
 
 
 _POINTS = 64
@@ -137,11 +147,11 @@ class ERSDE2(StochasticStep):
         kept = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
         mean = kept * x + (1 - u) * (1 - ratio) * estimate
         # The clock of the line is sigma itself, here falling.
-        moved = (estimate - state.estimate) * jnp.where(jnp.isfinite(state.clock), 1 / (start - state.clock), 0)
+        moved = (estimate - state.estimate) * inverse(start - state.t / (1 - state.t))
         line = jnp.where(jnp.isfinite(start) & (u > 0), self._line(start, end), 0)
         left = jnp.square(end) - jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
         deviation = (1 - u) * jnp.sqrt(jnp.maximum(left, 0))
-        return mean + (1 - u) * line * moved, deviation, Past(estimate, start)
+        return mean + (1 - u) * line * moved, deviation, Past(estimate, t)
 
     def _line(self, start: Scalar, end: Scalar) -> Scalar:
         """Return what a slope of the estimate in sigma adds: phi(end) times the integral of 1 / phi, less the way."""
@@ -163,11 +173,16 @@ class Churn(Step):
     **Source:** Karras et al. 2022, algorithm 2: rate is min(S_churn / N, sqrt(2) - 1), inflation S_noise.
     """
 
+    rising: ClassVar[bool] = False
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
     step: Step
     rate: ScalarLike = math.sqrt(2) - 1
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
     inflation: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("Churn", rate=self.rate, low=self.low, high=self.high, inflation=self.inflation)
 
     @property
     def order(self) -> int:  # type: ignore[override]

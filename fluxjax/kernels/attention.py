@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.blocks import BlockSizes, chip_of, default_device, even, named, round_up
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int
 
 Implementation = Literal["xla", "xla_chunked", "cudnn", "flash_tpu", "flash_gpu"]
@@ -22,6 +24,7 @@ _CACHE = 2**25
 """Bytes of all heads' logits from which CPUs take a head after another."""
 
 
+@convert_arguments
 def attention(
     q: Float[Array, "queries heads head_dim"],
     k: Float[Array, "keys heads head_dim"],
@@ -224,17 +227,18 @@ def _head(
 ) -> Array:
     """One head's attention as two matmuls, [queries, head_dim], of queries from `start` on; on XLA:CPU, one training step of a
     small FLUX took 0.82 of its time with `jax.nn.dot_product_attention`, whose operands are transposed."""
-    logits = scale * jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
+    wide = wide_dtype(q.dtype)
+    logits = scale * jnp.einsum("qd,kd->qk", q, k, preferred_element_type=wide)
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
+        logits = logits + bias.astype(wide)
     keys = jnp.arange(k.shape[0])
     if causal:
         logits = jnp.where(start + jnp.arange(q.shape[0])[:, None] >= keys, logits, -jnp.inf)
     if length is not None:
         # Finite, so that a length of 0 gives numbers, which `attention` sets to 0.
-        logits = jnp.where(keys < length, logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(keys < length, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=wide).astype(q.dtype)
 
 
 def _chunked(
@@ -259,7 +263,7 @@ def _chunked(
         if bias is not None:
             bias = rearrange(jnp.pad(bias, ((0, missing), (0, 0))), "(chunks q) k -> chunks q k", q=size)
         # A gradient sums over the chunks in the dtype of what enters the loop.
-        wide = k.astype(jnp.float32), v.astype(jnp.float32)
+        wide = k.astype(wide_dtype(k.dtype)), v.astype(wide_dtype(v.dtype))
 
         def part(chunk: tuple) -> Array:
             start, q, bias = chunk

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, LayerNorm, Linear, gelu, scan_blocks, stack
+from fluxjax.nets.layers import Embedding, LayerNorm, Linear, check_ids, gelu, scan_blocks, stack
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
@@ -101,8 +102,10 @@ class Clip(eqx.Module):
         self.blocks = stack(lambda key: ClipBlock(config, key=key), config.depth, key=blocks)
         self.norm = LayerNorm(config.width, eps=config.eps)
 
+    @convert_arguments
     def hidden_states(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
         """Return the state of every token after the final norm; arguments as for a call."""
+        check_ids("Clip", ids, self.config.vocabulary)
         if len(ids) > self.config.positions:
             raise ValueError(
                 f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. "
@@ -111,12 +114,14 @@ class Clip(eqx.Module):
         x = self.tokens(ids, dtype) + self.positions(jnp.arange(len(ids)), dtype)
         return self.norm(scan_blocks(self.blocks, x, lambda block, x: block(x)))
 
+    @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> Float[Array, " width"]:
         """Return the pooled state: that of the first end-of-text token.
 
         **Arguments:** `ids`: token ids, at most `positions`. `dtype`: of the activations, by default the weights'.
-        **Raises:** `ValueError` for more tokens.
+        **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids outside of it give NaN.
         """
+        check_ids("Clip", ids, self.config.vocabulary)
         eos = self.config.eos_token
         end = jnp.argmax(ids if eos is None else (ids == eos).astype(jnp.int32))
         return self.hidden_states(ids, dtype=dtype)[end]

@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention, resolved
 from fluxjax.nets.heads import Heads, Part, heads_of, turn_of
 from fluxjax.nets.layers import (
@@ -28,6 +29,7 @@ from fluxjax.nets.layers import (
     stack,
     take,
 )
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
 Joint = Callable[[Heads, Heads, Heads, int], Heads]
@@ -293,6 +295,7 @@ class Flux(eqx.Module):
         self.single = stack(lambda key: SingleBlock(config, key=key), config.single_depth, key=single)
         self.final = FinalLayer(config, key=final)
 
+    @convert_arguments
     def __call__(
         self,
         x: Float[Array, "img_tokens in_channels"],
@@ -322,11 +325,12 @@ class Flux(eqx.Module):
         **Raises:** `ValueError` if guidance is missing or not taken, or a width is not the config's.
         """
         _check_widths(self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
-        times = jnp.asarray(t, jnp.float32)[None]
+        times = _wide_times(t)[None]
         given: dict[str, Any] = {"txt": txt, "vec": vec, "img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
         prepared = self.prepare(times, **given, dtype=dtype, remat=remat)
         return self.velocity(x, t, prepared, attention=attention, weaken=weaken, remat=remat)
 
+    @convert_arguments
     def prepare(
         self,
         times: Float[Array, " times"],
@@ -346,8 +350,9 @@ class Flux(eqx.Module):
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
-        rotation = rope(jnp.concatenate([txt_ids, img_ids]), self.config.rope_axes, self.config.rope_theta)
-        times = jnp.asarray(times, jnp.float32)
+        ids = jnp.concatenate([txt_ids, img_ids]).astype(wide_dtype(jnp.dtype(dtype)))
+        rotation = rope(ids, self.config.rope_axes, self.config.rope_theta)
+        times = _wide_times(times)
         steer = jax.nn.silu(self._condition(times, vec.astype(dtype), guidance))
         double = parts_of(self.double, lambda block: (block.img.modulation, block.txt.modulation))
         single = parts_of(self.single, lambda block: block.modulation)
@@ -358,6 +363,7 @@ class Flux(eqx.Module):
         )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
 
+    @convert_arguments
     def velocity(
         self,
         x: Float[Array, "img_tokens in_channels"],
@@ -420,13 +426,19 @@ class Flux(eqx.Module):
         """Return the vectors that modulate every block, before their SiLU."""
 
         def embed(mlp: Mlp, value: Array | ScalarLike) -> Array:
-            wave = sinusoid(1000 * jnp.asarray(value, jnp.float32), self.config.time_width)
+            wave = sinusoid(1000 * _wide_times(value), self.config.time_width)
             return mlp(wave.astype(vec.dtype), jax.nn.silu)
 
         total = embed(self.time_in, times) + self.vector_in(vec, jax.nn.silu)
         if self.guidance_in is not None and guidance is not None:
             total = total + embed(self.guidance_in, guidance)
         return total
+
+
+def _wide_times(t: Array | ScalarLike) -> Float[Array, "*shape"]:
+    """Return times, or a guidance scale, in float32, or in float64 if that is what they are."""
+    t = jnp.asarray(t)
+    return t.astype(wide_dtype(t.dtype))
 
 
 def _mix(attention: str | Attention | Joint | None, hidden: Hidden) -> Mix:

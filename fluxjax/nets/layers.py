@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.kernels.blocks import default_device
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
 
 Carry = TypeVar("Carry")
@@ -29,7 +31,7 @@ class Weight(eqx.Module):
 
     @abstractmethod
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """Return x W^T, accumulated in float32, in float32 or as `written`."""
+        """Return x W^T, accumulated in float32, or float64 for that, in the dtype that `written` says."""
 
     @property
     def spread(self) -> bool:
@@ -59,14 +61,15 @@ class Dense(Weight):
 
 
 def written(x: Float[Array, "*batch features"]) -> jnp.dtype:
-    """Return the dtype that a product of these rows writes: float32, or on GPUs, of many rows of bfloat16, theirs.
+    """Return the dtype that a product of these rows writes: float32, or float64 for float64; on GPUs, of many rows of bfloat16,
+    theirs.
 
     A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 that
     is 396 MB for 198 of a single block's first one in dev at 1024x1024. A convolution would take its operands so, too. A bias
     is added before the rounding where XLA puts both into one call, as cuBLAS's and cuDNN's.
     """
     many = x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size // x.shape[-1] >= _MANY_ROWS
-    return x.dtype if many and default_device().platform == "gpu" else jnp.dtype(jnp.float32)
+    return x.dtype if many and default_device().platform == "gpu" else wide_dtype(x.dtype)
 
 
 def held(x: Array) -> Array:
@@ -115,8 +118,26 @@ class Linear(eqx.Module):
         return y.astype(x.dtype)
 
 
+def check_ids(call: str, ids: Array, vocabulary: int) -> None:
+    """Check token ids; of traced ones, only that there are some.
+
+    **Raises:** `ValueError` for no ids, or an id outside of the vocabulary.
+    """
+    if len(ids) == 0:
+        raise ValueError(f"`{call}(ids)` needs at least one token. Make the ids with `tokenize`.")
+    if isinstance(ids, jax.core.Tracer):
+        return
+    known = np.asarray(ids)
+    wrong = known[(known < 0) | (known >= vocabulary)]
+    if wrong.size:
+        raise ValueError(
+            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {wrong[0]}. Make them with the model's own "
+            "tokenizers."
+        )
+
+
 class Embedding(eqx.Module):
-    """A table of vectors, looked up by id."""
+    """A table of vectors, looked up by id; an id outside of the table gives NaN."""
 
     weight: Float[Array, "entries width"]
 
@@ -124,11 +145,13 @@ class Embedding(eqx.Module):
         self.weight = jax.random.normal(key, (entries, width))
 
     def __call__(self, ids: Array, dtype: DTypeLike | None = None) -> Float[Array, "*ids width"]:
-        return jnp.take(self.weight, ids, axis=0).astype(self.weight.dtype if dtype is None else dtype)
+        # By default negative ids count from the end.
+        inside = jnp.where(ids < 0, len(self.weight), ids)
+        return jnp.take(self.weight, inside, axis=0, mode="fill").astype(self.weight.dtype if dtype is None else dtype)
 
 
 class RmsNorm(eqx.Module):
-    """x / rms(x) * scale over the last axis, computed in float32. Source: Zhang & Sennrich 2019, eq. 4."""
+    """x / rms(x) * scale over the last axis, computed in float32 at least. Source: Zhang & Sennrich 2019, eq. 4."""
 
     scale: Float[Array, " features"]
     eps: float = eqx.field(static=True)
@@ -138,13 +161,13 @@ class RmsNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch features"], dtype: DTypeLike | None = None) -> Float[Array, "*batch features"]:
         """Normalize; the result is in `dtype`, by default that of `x`."""
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale.astype(jnp.float32)).astype(x.dtype if dtype is None else dtype)
+        wide = x.astype(wide_dtype(x.dtype))
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale.astype(wide.dtype)).astype(x.dtype if dtype is None else dtype)
 
 
 class LayerNorm(eqx.Module):
-    """Standardize the last axis, then scale and shift it, computed in float32. Source: Ba et al. 2016, eq. 4."""
+    """Standardize the last axis, then scale and shift it, computed in float32 at least. Source: Ba et al. 2016, eq. 4."""
 
     scale: Float[Array, " features"]
     bias: Float[Array, " features"]
@@ -154,14 +177,15 @@ class LayerNorm(eqx.Module):
         self.scale, self.bias, self.eps = jnp.ones(features), jnp.zeros(features), eps
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        y = standardize(x, self.eps) * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        y = standardize(x, self.eps)
+        y = y * self.scale.astype(y.dtype) + self.bias.astype(y.dtype)
         return y.astype(x.dtype)
 
 
 def standardize(x: Float[Array, "*batch features"], eps: float = 1e-6) -> Float[Array, "*batch features"]:
-    """Return the last axis with mean 0 and variance 1, in float32: a LayerNorm without affine."""
-    x32 = x.astype(jnp.float32)
-    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    """Return the last axis with mean 0 and variance 1, in float32 at least: a LayerNorm without affine."""
+    wide = x.astype(wide_dtype(x.dtype))
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
     return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
 
 
@@ -169,7 +193,8 @@ def modulate(
     x: Float[Array, "tokens features"], shift: Float[Array, " features"], scale: Float[Array, " features"]
 ) -> Float[Array, "tokens features"]:
     """Return standardize(x) * (1 + scale) + shift in the dtype of x. Source: Peebles & Xie 2022, adaLN."""
-    y = standardize(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    y = standardize(x)
+    y = y * (1 + scale.astype(y.dtype)) + shift.astype(y.dtype)
     return y.astype(x.dtype)
 
 
@@ -179,12 +204,13 @@ def gelu(x: Array) -> Array:
 
 
 def sinusoid(t: Float[Array, "*batch"], width: int, *, base: float = 10_000.0) -> Float[Array, "*batch width"]:
-    """Embed scalars as `width` / 2 cosines then sines of geometric frequencies, in float32.
+    """Embed scalars as `width` / 2 cosines then sines of geometric frequencies, in float32 at least.
 
     **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as FLUX has it.
     """
-    frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    angles = t.astype(jnp.float32)[..., None] * frequencies
+    wide = t.astype(wide_dtype(t.dtype))
+    frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=wide.dtype) / (width // 2))
+    angles = wide[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -196,20 +222,21 @@ class Rotation(NamedTuple):
 
 
 def rope(ids: Ids, axes: tuple[int, ...], theta: float) -> Rotation:
-    """Return the rotation of each feature pair: `axes[i]` features turn with id column i. In float32.
+    """Return the rotation of each feature pair: `axes[i]` features turn with id column i. In float32 at least.
 
     **Source:** Su et al. 2021, eq. 34, an axis each.
     """
-    columns = ids.astype(jnp.float32)
-    frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim) for dim in axes]
+    columns = ids.astype(wide_dtype(ids.dtype))
+    frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=columns.dtype) / dim) for dim in axes]
     angles = jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x: Float[Array, "tokens heads head_dim"], rotation: Rotation) -> Float[Array, "tokens heads head_dim"]:
-    """Rotate adjacent feature pairs (RoPE), computed in float32."""
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+    """Rotate adjacent feature pairs (RoPE), computed in float32 at least."""
+    wide = wide_dtype(x.dtype)
+    even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
+    cos, sin = rotation.cos[:, None].astype(wide), rotation.sin[:, None].astype(wide)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, Linear, RmsNorm, gelu, scan_blocks, stack
+from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, scan_blocks, stack
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
@@ -93,16 +95,20 @@ class T5(eqx.Module):
         self.blocks = stack(lambda key: T5Block(config, key=key), config.depth, key=blocks)
         self.norm = RmsNorm(config.width, eps=config.eps)
 
+    @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
         """Return the state of every token, in `dtype`; padding is not masked, as FLUX has it.
 
         **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default the weights'. The
-        residual stream is float32 whatever it is, since it overflows float16.
+        residual stream is float32 at least, since it overflows float16.
+        **Raises:** `ValueError` for no ids, or ids outside of the vocabulary; traced ids outside of it give NaN.
         """
+        check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
         buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
-        bias = rearrange(self.position_bias(buckets, jnp.float32), "q k heads -> heads q k")
-        x = self.tokens(ids, jnp.float32)
+        wide = wide_dtype(jnp.dtype(dtype))
+        bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
+        x = self.tokens(ids, wide)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype))
         return self.norm(x, dtype)
 
@@ -113,7 +119,8 @@ def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array,
 
     **Source:** Raffel et al. 2020, section 2.1; Mesh TensorFlow's relative position buckets.
     """
-    distance = jnp.arange(tokens)[None, :] - jnp.arange(tokens)[:, None]
+    number = jnp.arange(tokens, dtype=jnp.int32)
+    distance = number[None, :] - number[:, None]
     half, exact = buckets // 2, buckets // 4
     near = jnp.abs(distance)
     ratio = jnp.log(jnp.maximum(near, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Linear, written
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
 
 Cells = Float[Array, "rows columns channels"]
@@ -71,7 +73,8 @@ class Conv(eqx.Module):
     def enlarged(self, x: Cells) -> Float[Array, "twice_rows twice_columns out"]:
         """Convolve cells that are first repeated twice along each side: a 3x3 kernel meets 2x2 cells then, and others for even
         and odd rows and columns, so that 16 products are taken for 36."""
-        kernel = self.kernel().astype(jnp.float32)
+        kernel = self.kernel()
+        kernel = kernel.astype(wide_dtype(kernel.dtype))
         parts = [
             self.apply(x, _folded(_folded(kernel, 0, odd), 1, right), 1, ((1 - odd, odd), (1 - right, right)))
             for odd in (0, 1)
@@ -128,10 +131,10 @@ class GroupNorm(eqx.Module):
         self.scale, self.bias, self.groups = jnp.ones(channels), jnp.zeros(channels), groups
 
     def __call__(self, x: Cells) -> Cells:
-        centered = x.astype(jnp.float32)
+        centered = x.astype(wide_dtype(x.dtype))
         centered = centered - self._group_means(centered)
         y = centered * jax.lax.rsqrt(self._group_means(jnp.square(centered)) + 1e-6)
-        return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+        return (y * self.scale.astype(y.dtype) + self.bias.astype(y.dtype)).astype(x.dtype)
 
     def _group_means(self, x: Cells) -> Float[Array, " channels"]:
         """Return, for each channel, the mean over all cells of its group; channels stay the fastest axis throughout."""
@@ -296,6 +299,7 @@ class Vae(eqx.Module):
         self.config = config
         self.encoder, self.decoder = Encoder(config, key=encoder), Decoder(config, key=decoder)
 
+    @convert_arguments
     def moments(self, image: Image) -> tuple[Latent, Latent]:
         """Return the posterior's mean and log-variance (clamped to [-30, 20]) of z, not scaled or shifted.
 
@@ -310,6 +314,7 @@ class Vae(eqx.Module):
         mean, log_variance = jnp.split(rearrange(self.encoder(image), "y x c -> c y x"), 2)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
+    @convert_arguments
     def encode(self, image: Image, *, key: PRNGKeyArray | None = None) -> Latent:
         """Encode an image.
 
@@ -319,12 +324,13 @@ class Vae(eqx.Module):
         **Raises:** `ValueError` for other sizes.
         """
         mean, log_variance = self.moments(image)
-        z = mean.astype(jnp.float32)
+        z = mean.astype(wide_dtype(mean.dtype))
         if key is not None:
-            z = z + jnp.exp(0.5 * log_variance.astype(jnp.float32)) * jax.random.normal(key, z.shape)
+            z = z + jnp.exp(0.5 * log_variance.astype(z.dtype)) * jax.random.normal(key, z.shape, z.dtype)
         return ((z - self.config.shift) * self.config.scale).astype(image.dtype)
 
+    @convert_arguments
     def decode(self, latent: Latent) -> Image:
         """Decode a latent, [16, rows, columns], to an image, [8 rows, 8 columns, 3], in [-1, 1] but not clipped."""
-        z = latent.astype(jnp.float32) / self.config.scale + self.config.shift
+        z = latent.astype(wide_dtype(latent.dtype)) / self.config.scale + self.config.shift
         return self.decoder(rearrange(z.astype(latent.dtype), "c y x -> y x c"))

@@ -1,0 +1,57 @@
+"""Networks in float64, in a process of its own, as `jax_enable_x64` is of a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_disable_most_optimizations", True)
+import jax.numpy as jnp
+import numpy as np
+from small import IDS, small_flux
+
+import fluxjax
+
+narrow = small_flux()
+wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow)
+draw = np.random.default_rng(0).normal
+x, txt, vec, way = draw(size=(5, 8)), draw(size=(3, 12)), draw(size=6), draw(size=(5, 8))
+
+
+def velocity(flux, x, dtype):
+    given = {"txt": jnp.asarray(txt, dtype), "vec": jnp.asarray(vec, dtype), "img_ids": IDS}
+    return flux(jnp.asarray(x, dtype), 0.7, guidance=3.5, **given)
+
+
+run = jax.jit(velocity, static_argnames="dtype")
+found, expected = run(wide, x, "float64"), run(narrow, x, "float32")
+assert found.dtype == jnp.float64
+error = float(jnp.linalg.norm(found - expected.astype(jnp.float64)) / jnp.linalg.norm(found))
+assert 1e-9 < error <= 1e-5, error  # not 0: float64 has more digits than float32
+
+# Central differences of step h are off by h^2, and by the dtype's rounding over h: float32's would leave 1e-3.
+step = 1e-5
+slope = (run(wide, x + step * way, "float64") - run(wide, x - step * way, "float64")) / (2 * step)
+tangent = jax.jvp(lambda x: velocity(wide, x, "float64"), (jnp.asarray(x),), (jnp.asarray(way),))[1]
+error = float(jnp.linalg.norm(slope - tangent) / jnp.linalg.norm(tangent))
+assert error <= 1e-8, error
+
+models = fluxjax.load_models("tiny")
+options = {"key": jax.random.key(0), "steps": 1, "height": 32, "width": 32}
+drawn = [fluxjax.text_to_image(models, "a red star", dtype=dtype, **options) for dtype in ("float64", "float32")]
+assert all(image.dtype == jnp.float32 for image in drawn)
+np.testing.assert_allclose(*drawn, atol=1e-4)
+print("equal")
+"""
+
+
+def test_a_network_in_float64_is_float32s_with_more_digits():
+    tests = Path(__file__).parent
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "equal\n", done.stderr
