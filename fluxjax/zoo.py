@@ -14,6 +14,7 @@ from fluxjax.convert.files import WeightsError
 from fluxjax.convert.layouts import write_json
 from fluxjax.convert.load import check_dtype, load
 from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
+from fluxjax.hub import cached_file, cached_folder, fetch_file, fetch_folder, is_whole
 from fluxjax.memory import load_streamed
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
@@ -277,7 +278,7 @@ def find(source: str | Path, parts: Iterable[str], *, cached: bool = False) -> P
     if entry is None and path.exists():
         return path
     if entry is not None or _is_repository(str(source)):
-        return download(str(source), parts, cached=cached)
+        return download(str(source), parts, cached=cached, verify=False)
     raise FileNotFoundError(
         f"There is no {str(source)!r}. Pass a known model ({', '.join(ZOO)}), a model's folder, a .safetensors or .gguf file, "
         "or a hub id."
@@ -292,18 +293,18 @@ WHOLE = ("transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "t
 """The folders of a diffusers checkpoint that fluxjax reads."""
 
 
-def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -> Path:
-    """Download the folders of a model that fluxjax reads into the hub's cache, those that are not there; what was cut off
-    goes on where it ended.
+def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False, verify: bool = True) -> Path:
+    """Download the folders of a model that fluxjax reads into the hub's cache, those files that are not there or damaged.
+
+    A connection that is cut is taken up again where it ended. A run that is stopped keeps the files that have come whole.
 
     **Arguments:** `name`: a zoo name or a hub id in the diffusers layout. `parts`: of its folders. `cached`: take
-    what is in the cache, and ask nobody.
+    what is in the cache, and ask nobody. `verify`: compare files that are in the cache with their checksums (dev's 34 GB take
+    about a minute), and fetch those anew that differ.
     **Returns:** the folder that holds them.
-    **Raises:** `WeightsError` for a gated repository, `FileNotFoundError` for none of that name or layout, `ConnectionError`
-    without a network; each says what to do.
+    **Raises:** `WeightsError` for a gated repository, or answers that would place a file outside of the cache;
+    `FileNotFoundError` for none of that name or layout, `ConnectionError` without a network; each says what to do.
     """
-    import huggingface_hub  # takes as long to import as the rest of fluxjax
-
     entry = ZOO.get(name)
     if entry is not None and entry.repository is None:
         return tiny_folder()
@@ -315,19 +316,49 @@ def download(name: str, parts: Iterable[str] = WHOLE, *, cached: bool = False) -
         f"{part}/{end}" for part in parts for end in ("*.safetensors", "*.json", "*.txt", "*.model")
     ]
     with _hub_errors(name, repository, cached):
-        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=cached))
+        root, asked = _folder_of(repository, patterns, cached, verify)
     missing = [part for part in parts if not (root / part).is_dir()]
-    if missing and not cached:
+    if missing and asked:
         raise FileNotFoundError(f"{repository} holds no {missing[0]} folder. Pass a repository in the diffusers layout.")
+    if missing and not cached:
+        raise ConnectionError(
+            f"{repository} is not whole in the cache: {missing[0]} is missing. Check the network, and try again."
+        )
     return root
 
 
-def download_file(repository: str, file: str) -> Path:
-    """Download one file of a repository into the hub's cache, unless it is there. Errors as for `download`."""
-    import huggingface_hub
+def _folder_of(repository: str, patterns: list[str], cached: bool, verify: bool) -> tuple[Path, bool]:
+    """Return the folder of a repository in the cache, and whether the hub was asked for what is missing: if it can't be
+    reached, what is there is taken."""
+    if cached:
+        return cached_folder(repository, patterns), False
+    try:
+        return fetch_folder(repository, patterns, verify=verify), True
+    except WeightsError:
+        raise
+    except Exception as error:  # the network's errors are of several libraries
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's
+        try:
+            return cached_folder(repository, patterns), False
+        except Exception:
+            raise error from None
 
+
+def download_file(repository: str, file: str) -> Path:
+    """Download one file of a repository into the hub's cache, unless it is there and whole. Errors as for `download`."""
     with _hub_errors(repository, repository, cached=False):
-        return Path(huggingface_hub.hf_hub_download(repository, file))
+        try:
+            return fetch_file(repository, file)
+        except WeightsError:
+            raise
+        except Exception as error:  # the network's errors are of several libraries
+            found = cached_file(repository, file)
+            if found is None:
+                raise
+            if not is_whole(found):
+                raise WeightsError(f"{found} is damaged, and the hub can't be reached to download it anew.") from error
+            return found
 
 
 @contextmanager
@@ -339,6 +370,8 @@ def _hub_errors(name: str, repository: str, cached: bool) -> Iterator[None]:
     page = f"{ENDPOINT}/{repository}"
     try:
         yield
+    except WeightsError:
+        raise
     except GatedRepoError as error:
         raise WeightsError(f"{repository} is gated: accept its licence at {page}, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
@@ -362,8 +395,8 @@ def _download_error(repository: str, page: str, error: Exception) -> Exception:
     if status in (401, 403):
         return WeightsError(f"{page} refuses this login ({status}). Log in with `hf auth login`, with access to {repository}.")
     return ConnectionError(
-        f"{repository} is not whole in the cache and can't be downloaded: {error}. Check the network and run it again: what "
-        "has come is kept."
+        f"{repository} is not whole in the cache and can't be downloaded: {error}. Check the network and run it again: files "
+        "that have come whole are kept."
     )
 
 

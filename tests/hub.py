@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +20,29 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @dataclass
 class Hub:
     """`root`: the one repository's files. `status`, `code`: an error for every request. `cut`: how many bytes of the first
-    answer for a large file are sent before the connection ends."""
+    answer for a large file are sent before the connection ends. `silent`: requests are never answered if their path holds it.
+    `headers`: in place of those of a file's answer. `commit`, `files`: what the repository says that its version is, and
+    further paths that it claims to hold. `spoil`: files that are sent with a changed byte."""
 
     root: Path
     status: int = 200
     code: str | None = None
     cut: int | None = None
+    silent: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    commit: str = COMMIT
+    files: tuple[str, ...] = ()
+    spoil: tuple[str, ...] = ()
     ranges: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)
     url: str = ""
+
+
+def checksum(content: bytes) -> str:
+    """Return the hub's name of a content: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if len(content) > 1_000_000:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager
@@ -48,13 +63,22 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def answer(self, body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
-            if hub.status != 200:
+            if hub.silent is not None and hub.silent in path:
+                time.sleep(30)
+                self.close_connection = True
+            elif hub.status != 200:
                 self.reply(hub.status, {"X-Error-Code": hub.code} if hub.code else {}, b"", body)
             elif path.startswith("/api/models/owner/model/tree"):
                 self.reply(200, {}, json.dumps(self.tree()).encode(), body)
             elif path.startswith("/api/models/owner/model"):
-                siblings = [{"rfilename": entry["path"]} for entry in self.tree()]
-                info = {"id": "owner/model", "modelId": "owner/model", "sha": COMMIT, "siblings": siblings, "private": False}
+                siblings = [{"rfilename": name} for name in (*hub.files, *(entry["path"] for entry in self.tree()))]
+                info = {
+                    "id": "owner/model",
+                    "modelId": "owner/model",
+                    "sha": hub.commit,
+                    "siblings": siblings,
+                    "private": False,
+                }
                 self.reply(200, {}, json.dumps(info).encode(), body)
             elif path.startswith("/owner/model/resolve/"):
                 self.file(path.split("/", 5)[5], body)
@@ -68,14 +92,17 @@ def serve(hub: Hub) -> Iterator[Hub]:
                     "type": "file",
                     "path": str(path.relative_to(hub.root)),
                     "size": path.stat().st_size,
-                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                    "oid": checksum(path.read_bytes()),
                 }
                 for path in files
             ]
 
         def file(self, name: str, body: bool) -> None:
-            content = (hub.root / name).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            path = hub.root / name
+            content = path.read_bytes() if path.is_file() else b"evil"
+            headers = {"ETag": f'"{checksum(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"} | hub.headers
+            if body and name in hub.spoil:
+                content = content[:-1] + bytes([content[-1] ^ 1])
             status = 200
             if wanted := self.headers.get("Range"):
                 start = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -109,9 +136,10 @@ def serve(hub: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
-def run(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line with this hub and an empty login."""
+def run(url: str, cache: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line with this hub, an empty login, and settings of the environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    environment |= settings
     command = [sys.executable, "-m", "fluxjax.cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

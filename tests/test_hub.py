@@ -1,11 +1,14 @@
 """Downloads, against a local server: whole, only what is needed, resumed; and every refusal says what to do."""
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import Hub, run, serve
+from hub import COMMIT, Hub, checksum, run, serve
 
 from fluxjax.zoo import WHOLE, tiny_folder
 
@@ -100,3 +103,125 @@ def test_another_layout_is_told(tmp_path):
         done = run(hub.url, tmp_path / "cache", "download", "owner/model")
     assert done.returncode == 2
     assert "owner/model holds no transformer folder" in done.stderr
+
+
+def blobs(cache):
+    return cache / "hub" / "models--owner--model" / "blobs"
+
+
+def test_a_damaged_file_is_fetched_anew_by_download(repository, tmp_path):
+    with serve(Hub(repository)) as hub:
+        folder = Path(run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip())
+        weights, settings = folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae" / "config.json"
+        whole = weights.read_bytes()
+        weights.resolve().write_bytes(whole[:-1000] + bytes(1000))  # as large as before
+        settings.resolve().write_bytes(b"{")
+        hub.served.clear()
+        done = run(hub.url, tmp_path, "download", "owner/model", "--only", "vae")
+        assert done.returncode == 0, done.stderr
+    assert sorted(hub.served) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert weights.read_bytes() == whole
+    assert settings.read_bytes() == (repository / "vae" / "config.json").read_bytes()
+
+
+def test_a_file_that_comes_damaged_is_refused_and_not_kept(repository, tmp_path):
+    name = "vae/diffusion_pytorch_model.safetensors"
+    with serve(Hub(repository, spoil=(name,))) as hub:
+        done = run(hub.url, tmp_path, "download", "owner/model", "--only", "vae")
+        assert done.returncode == 2
+        assert f"{name} of owner/model comes damaged" in done.stderr
+        assert hub.served.count(name) == 2
+    left = {checksum(path.read_bytes()): path.name for path in blobs(tmp_path).iterdir()}
+    assert all(content == name for content, name in left.items())
+
+
+@pytest.mark.parametrize("part", ["/api/models", "/resolve/"])
+def test_a_hub_that_never_answers_is_given_up(repository, tmp_path, part):
+    began = time.monotonic()
+    with serve(Hub(repository, silent=part)) as hub:
+        limits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+        done = run(hub.url, tmp_path, "download", "owner/model", "--only", "vae", **limits)
+    assert done.returncode == 2
+    assert "can't be downloaded" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"files": ("vae/../../../../../evil.json",)},
+        {"files": ("vae//evil.json",)},
+        {"files": ("vae/..\\..\\evil.json",)},
+        {"files": ("vae/\x1b[2Jevil.json",)},
+        {"commit": "../../../../evil"},
+        {"headers": {"ETag": '"../../../../evil"'}},
+        {"headers": {"ETag": '"ABSOLUTE"'}},
+        {"headers": {"X-Linked-Etag": '"../evil"'}},
+        {"headers": {"X-Repo-Commit": "../../evil"}},
+        {"headers": {"X-Repo-Commit": "f" * 40}},
+    ],
+)
+def test_no_answer_of_a_server_places_a_file_outside_of_the_cache(tmp_path, hostile):
+    root, cache = tmp_path / "repository", tmp_path / "a" / "b" / "cache"
+    (root / "vae").mkdir(parents=True)
+    (root / "vae" / "config.json").write_text("{}")
+    if headers := hostile.get("headers"):
+        hostile = {"headers": {name: value.replace("ABSOLUTE", str(tmp_path / "evil")) for name, value in headers.items()}}
+    with serve(Hub(root, **hostile)) as hub:
+        done = run(hub.url, cache, "download", "owner/model", "--only", "vae")
+    assert done.returncode == 2
+    assert "that can't be one" in done.stderr
+    assert done.stderr.isascii()
+    assert "\x1b" not in done.stderr
+    assert not list(tmp_path.rglob("*evil*"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"repository", "a"}
+
+
+def test_a_link_that_leads_out_of_the_cache_is_refused(repository, tmp_path):
+    with serve(Hub(repository)) as hub:
+        folder = Path(run(hub.url, tmp_path / "cache", "download", "owner/model", "--only", "vae").stdout.strip())
+        (tmp_path / "mine.json").write_text("{}")
+        (folder / "vae" / "config.json").unlink()
+        (folder / "vae" / "config.json").symlink_to(tmp_path / "mine.json")
+        done = run(hub.url, tmp_path / "cache", "download", "owner/model", "--only", "vae")
+    assert done.returncode == 2
+    assert "leads out of the hub's cache" in done.stderr
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+HELD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_parts_that_killed_runs_left_are_removed_and_those_of_living_ones_stay(repository, tmp_path):
+    with serve(Hub(repository)) as hub:
+        assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+        locks = tmp_path / "hub" / ".locks" / "models--owner--model"
+        dead, alive, older = "a" * 64, "b" * 64, "c" * 64
+        for name in (f"{dead}.01234567.incomplete", f"{alive}.01234567.incomplete", f"{older}.incomplete"):
+            (blobs(tmp_path) / name).write_bytes(b"half")
+        holder = subprocess.Popen([sys.executable, "-c", HELD, str(locks / f"{alive}.lock")], stdout=subprocess.PIPE, text=True)
+        try:
+            holder.stdout.readline()
+            assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+        finally:
+            holder.kill()
+            holder.wait()
+    left = {path.name for path in blobs(tmp_path).glob("*.incomplete")}
+    assert left == {f"{alive}.01234567.incomplete", f"{older}.incomplete"}
+
+
+def test_a_version_is_named_when_all_of_its_files_have_come(repository, tmp_path):
+    with serve(Hub(repository, spoil=("vae/config.json",))) as hub:
+        assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 2
+        reference = tmp_path / "hub" / "models--owner--model" / "refs" / "main"
+        assert not reference.exists()
+        hub.spoil = ()
+        assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+    assert reference.read_text() == COMMIT

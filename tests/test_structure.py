@@ -33,6 +33,7 @@ LAYERS = {
     "memory": 4,
     "ode": 5,
     "lora": 4,
+    "hub": 5,
     "zoo": 6,
     "generate": 7,
     "named": 7,
