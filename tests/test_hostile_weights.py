@@ -95,10 +95,10 @@ def test_names_that_fake_a_verdict_are_escaped(named, tmp_path):
 def test_large_headers_take_a_moment(tmp_path):
     entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     many = ",".join(f'"n{i}":{entry}' for i in range(300_000))
-    some = ",".join(f'"n{i}":{entry}' for i in range(60_000))
+    some = ",".join(f'"n{i}":{entry}' for i in range(19_000))
     cases = {
-        "more than 100,000 tensors": "{" + many + "}",
-        "names 'n59999' twice": "{" + some + f',"n59999":{entry}' + "}",
+        "more than 20,000 tensors": "{" + many + "}",
+        "names 'n18999' twice": "{" + some + f',"n18999":{entry}' + "}",
         "holds no network": "{" + some + "}",
     }
     for told, header in cases.items():
@@ -223,9 +223,9 @@ def changed_bytes(content: bytes, rng: random.Random, header: int) -> bytes:
 def test_three_hundred_changed_files_load_or_are_told(named, tmp_path, make):
     path = make(tmp_path, named)
     content, rng = path.read_bytes(), random.Random(make.__name__)
-    right = jax.tree.structure(load_t5(tmp_path))
+    load_t5(tmp_path)
     header = 8 + int.from_bytes(content[:8], "little") + 64 if path.suffix == ".safetensors" else 2000
-    loads = told = 0
+    told: list[str] = []
     for _ in range(300):
         path.write_bytes(changed_bytes(content, rng, header))
         start = time.perf_counter()
@@ -233,12 +233,12 @@ def test_three_hundred_changed_files_load_or_are_told(named, tmp_path, make):
             str(inspect_weights(tmp_path))
             network = load_t5(tmp_path)
             assert all_leaves_finite(network)
-            loads += jax.tree.structure(network) == right
+            assert type(network) is T5
         except (WeightsError, OSError) as error:
-            assert "\x1b" not in str(error)
-            told += 1
+            told.append(str(error))
         assert time.perf_counter() - start < 5
-    assert told > 20
+    assert 20 < len(told) < 300
+    assert not any("\x1b" in message for message in told)
 
 
 def all_leaves_finite(network) -> bool:
