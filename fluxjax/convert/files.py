@@ -40,8 +40,8 @@ DTYPES = {
 }
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _MOST_HEADER = 50_000_000  # bytes; FLUX.1's files have 200,000 at most
-MOST_TENSORS = 100_000
-"""Tensors that a file may hold: thirty times what any of FLUX.1's has, few enough that a damaged header is told in a moment."""
+MOST_TENSORS = 20_000
+"""Tensors that a file may hold: six times what any of FLUX.1's has, few enough that a damaged header is told in a moment."""
 _MOST_INDEX = 20_000_000  # bytes
 _MOST_AXES = 32  # NumPy's own limit is 64
 _DATA_ALIGNMENT = 64  # so that XLA:CPU can use a mapped tensor where it lies
