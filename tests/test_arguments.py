@@ -82,20 +82,11 @@ def test_numbers_and_arrays_may_be_of_any_library(function, form):
         assert jnp.result_type(one) == jnp.result_type(other)
 
 
-def converts(function):
-    """Whether the decorator is among the wrappers of a function."""
-    while function is not None:
-        if function.__code__.co_name == "converted":
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
 def test_every_function_that_converts_its_arguments_has_a_row():
     """A function says so by its decorator; all public ones of sampling are to have it."""
     public = [getattr(f, name) for name in f.__all__] + [getattr(train, name) for name in dir(train)]
     functions = [one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")]
-    decorated = {one for one in functions if converts(one)}
+    decorated = {one for one in functions if hasattr(one, "converts_arguments")}
     assert decorated == CALLS.keys() | ELSEWHERE
     modules = ("sample", "schedule", "latents", "predict", "generate", "preview", "train", "ode")
     plain = {one.__name__ for one in functions if one not in decorated and one.__module__.split(".")[1] in modules}
