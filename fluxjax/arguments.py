@@ -59,6 +59,7 @@ def convert_arguments(function: Function) -> Function:
                 bound.arguments[name] = _converted(call, name, bound.arguments[name], annotations[name])
         return function(*bound.args, **bound.kwargs)
 
+    converted.converts_arguments = True  # type: ignore[attr-defined]  # the tests look for it
     return cast(Function, converted)
 
 

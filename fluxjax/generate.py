@@ -36,6 +36,8 @@ from fluxjax.tokens import Tokenizers, tokenize
 from fluxjax.zoo import Defaults, load_clip, load_defaults, load_flux, load_t5, load_tokenizers, load_vae
 
 Tree = TypeVar("Tree")
+Encoded = TypeVar("Encoded")
+"""A `Text`, or None where there is none."""
 Network = TypeVar("Network", bound=eqx.Module)
 
 
@@ -456,7 +458,8 @@ def _texts(
         raise ValueError(
             f"`text_to_image(negative_prompt)` takes one text, or one for each of {len(prompts)} prompts, got {len(negatives)}."
         )
-    plain = nag is None and _is_all(cfg, 1)
+    # An array's number is a variable of a program, whose value may well be 1 at times.
+    plain = nag is None and not isinstance(cfg, jax.Array) and _is_all(cfg, 1)
     if plain and (not one or negative_prompt):
         raise ValueError("`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=.")
     return prompts, [prompt_2] if isinstance(prompt_2, str) else prompt_2, None if plain else negatives
@@ -483,12 +486,12 @@ def _is_all(number: PerImage, value: float) -> bool:
     return not isinstance(number, jax.core.Tracer) and bool(np.all(np.asarray(number) == value))
 
 
-def _of_images(scale: Array | None, numbers: Sequence[int]) -> Array | None:
+def _of_images(scale: Any, numbers: Sequence[int]) -> Any:
     """Return the scale of the images of these numbers: the one of all, or their own."""
     return scale if scale is None or scale.ndim == 0 else scale[np.array(numbers)]
 
 
-def _rows(text: Text | None, rows: np.ndarray) -> Text | None:
+def _rows(text: Encoded, rows: np.ndarray) -> Encoded:
     return jax.tree.map(lambda x: x[rows], text)
 
 

@@ -157,7 +157,7 @@ class Estimates(NamedTuple):
 
 @convert_arguments
 def estimates(
-    prediction: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Scalar, kind: str, path: Path = STRAIGHT
+    prediction: Float[Array, "*shape"], x: Float[Array, "*shape"], t: ScalarLike, kind: str, path: Path = STRAIGHT
 ) -> Estimates:
     """Return x0 and the noise that a prediction at x and t stands for.
 

@@ -1,5 +1,7 @@
 """Integrators, against fields whose answer is known in closed form, in float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ from fluxjax import (
     ancestral,
     sample,
 )
+from fluxjax.integrate.exponential import _corrector_rows
 from fluxjax.sample import asked_times
 
 EXPONENTIAL = [solver(clock) for solver in (DPMpp2S, DPMpp2M, RES2S, RES2M, UniPC2) for clock in ("log_snr", "log_time")]
@@ -92,6 +95,21 @@ def errors(step: Step, counts, first: float, last: float, uneven: bool) -> np.nd
 def test_the_error_falls_with_the_declared_order(step, uneven):
     found = errors(step, (96, 192), 0.95, 0.05, uneven)
     assert np.log2(found[0] / found[1]) == pytest.approx(step.order, abs=0.25)
+
+
+@pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
+def test_rising_times_have_the_same_order(step):
+    found = errors(step, (96, 192), 0.05, 0.95, False)
+    assert np.log2(found[0] / found[1]) == pytest.approx(step.order, abs=0.25)
+    inverted = sample(mixture_velocity, jnp.linspace(-2.0, 2.0, 9), jnp.linspace(0.0, 1.0, 21), step=step).x
+    assert np.isfinite(inverted).all()
+
+
+@pytest.mark.parametrize("way", [1e-4, 1e-2, 0.5, 3.0, -1e-3])
+def test_the_corrector_keeps_float32s_digits_on_close_times(way):
+    # phi_k(z) is the sum of z^n / (n + k)!.
+    one, two, three = (sum((-way) ** n / math.factorial(n + k) for n in range(40)) for k in (1, 2, 3))
+    np.testing.assert_allclose(_corrector_rows(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6)
 
 
 @pytest.mark.parametrize("step", DETERMINISTIC, ids=name)

@@ -90,3 +90,8 @@ def test_a_streamed_network_lies_on_one_device(tiny, streamed):
     mesh = mesh_of(fsdp=2)
     with pytest.raises(ValueError, match="has no form on a mesh"):
         denoise(shard(streamed["host"](fluxjax.load_flux), mesh), *drawn(tiny, 2), mesh=mesh)
+
+
+def test_a_network_without_stacked_blocks_is_not_streamed(tiny):
+    with pytest.raises(ValueError, match="takes a Flux, T5 or Clip, whose blocks are stacked, got a Vae"):
+        stream_blocks(tiny.vae)

@@ -119,3 +119,39 @@ def test_each_of_many_particles_is_its_own_single_run(step):
     alone = jnp.stack([run(*one) for one in zip(xs, keys, shifts, strict=True)])
     np.testing.assert_allclose(at_once, alone, atol=1e-5)
     np.testing.assert_allclose(in_parts, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ([1.0, np.nan, 0.0], "needs finite numbers"),
+        ([1.0, 0.5, 0.5, 0.0], "fall, or rise, at every node, got 0.5 and then 0.5"),
+        ([1.0, 0.2, 0.5, 0.0], "got 0.2 and then 0.5"),
+        ([1.5, 0.5, 0.0], "from 0 to 1 for UniPC2, got 0 to 1.5"),
+    ],
+)
+def test_impossible_times_are_refused(times, told):
+    with pytest.raises(ValueError, match=told):
+        sample(gaussian_velocity, np.ones(2), times, step=UniPC2())
+
+
+def test_what_draws_noise_refuses_rising_times():
+    with pytest.raises(ValueError, match="DDIM only goes from noise to image"):
+        sample(gaussian_velocity, np.ones(2), [0.0, 1.0], step=DDIM(), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("wrong", [lambda x, t: x[None], lambda x, t: jnp.int32(x)], ids=["shape", "dtype"])
+def test_a_velocity_that_does_not_fit_x_is_refused(wrong):
+    for run in (lambda: sample(wrong, np.ones(2), [1.0, 0.0]), lambda: next(stream(wrong, np.ones(2), [1.0, 0.0]))):
+        with pytest.raises(ValueError, match="returns the shape of x and at most its precision"):
+            run()
+
+
+@pytest.mark.parametrize("step", [Euler(), AB2(), DPMpp2M(), UniPC2()], ids=lambda step: type(step).__name__)
+def test_float16_is_integrated_in_float32_and_comes_back_in_its_dtype(step):
+    x = np.linspace(-2, 2, 5).astype(np.float16)
+    found = sample(gaussian_velocity, x, flow_times(5), step=step, history=True)
+    assert found.x.dtype == found.history.dtype == jnp.float16
+    np.testing.assert_array_equal(
+        found.x, sample(gaussian_velocity, jnp.float32(x), flow_times(5), step=step).x.astype(jnp.float16)
+    )

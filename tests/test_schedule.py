@@ -118,6 +118,13 @@ def test_other_times():
         (lambda: uniform_times(3, first=0.1, last=0.5), "1 >= first > last >= 0, got 0.1 and 0.5"),
         (lambda: uniform_times(0), "`uniform_times\\(steps\\)` needs at least 1 step, got 0"),
         (lambda: static_times(3, shift=0.0), "a positive factor, got 0.0. 1 is no shift"),
+        (lambda: flow_times(2**31), "at most 16777216 steps, got 2147483648"),
+        (lambda: flow_times(20, mu=40.0), "do not fall at every node"),
+        (lambda: static_times(3, shift=float("inf")), "needs finite numbers"),
+        (lambda: karras_times(flow_times(3), rho=0), "needs a positive number, got 0"),
+        (lambda: beta_times(flow_times(3), alpha=-1.0), "needs a positive number, got -1"),
+        (lambda: linear_quadratic_times(20, threshold=0.9), "do not fall at every node"),
+        (lambda: custom_times([1, float("nan"), 0]), "fall strictly"),
         (lambda: linear_quadratic_times(3, threshold=1.0), "in \\(0, 1\\), got 1.0"),
     ],
 )

@@ -194,5 +194,14 @@ def test_what_a_mesh_can_not_do_is_told(tiny):
     ring = mesh_of(context=4)
     with pytest.raises(ValueError, match="6 heads are not divided by context=4"):
         denoise(shard(tiny.flux, ring), *inputs, mesh=ring, attention="xla")
+    weaken = Weaken(tiny.flux.config, double=[1], attention=isolated_attention)
     with pytest.raises(ValueError, match="would see a part of the tokens"):
-        denoise(placed, *inputs, mesh=long, unwanted=inputs[0], nag=Nag(3.0))
+        denoise(placed, *inputs, mesh=long, weaken=weaken, strength=jnp.float32(0.5))
+
+
+@pytest.mark.parametrize("sizes", [dict(context=2), dict(context=4), dict(tensor=2, context=3)], ids=str)
+def test_nag_where_tokens_are_split_is_nag_on_one_device(tiny, sizes):
+    mesh, inputs = mesh_of(**sizes), drawn(tiny, 2)
+    way = dict(unwanted=jax.tree.map(lambda x: x[::-1], inputs[0]), nag=Nag(jnp.float32(3.0)))
+    expected = denoise(tiny.flux, *inputs, **way)
+    assert relative(denoise(shard(tiny.flux, mesh), *inputs, mesh=mesh, **way), expected) <= BOUND

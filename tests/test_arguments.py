@@ -1,0 +1,189 @@
+"""Every public function takes plain numbers, lists, NumPy's and JAX's alike, and says which argument it can't use."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fluxjax as f
+from fluxjax import train
+from fluxjax.arguments import convert_arguments
+from fluxjax.shapes import Array, Float, PerImage, PRNGKeyArray
+
+IMAGE = np.linspace(-1, 1, 16 * 16 * 3).reshape(16, 16, 3)  # float64, as NumPy's are
+LATENT = np.zeros((16, 2, 2))
+X = np.array([0.5, -1.0, 2.0])
+HEADS = np.linspace(0, 1, 24).reshape(3, 2, 4)
+
+
+def straight(x, t):
+    return -x
+
+
+# A call of each public function that takes numbers or arrays: its numbers and arrays by name, and the rest.
+CALLS = {
+    f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
+    f.stream: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
+    f.time_shift: ({"t": [0.5, 0.2], "mu": 1.5}, {}),
+    f.resolution_mu: ({"tokens": 1024, "base_shift": 0.5}, {}),
+    f.flow_times: ({"steps": 3, "mu": 0.5}, {}),
+    f.uniform_times: ({"steps": 3, "first": 0.9, "last": 0.1}, {}),
+    f.static_times: ({"steps": 3, "shift": 2.0}, {}),
+    f.karras_times: ({"times": [1.0, 0.5, 0.0], "rho": 3.0}, {}),
+    f.exponential_times: ({"times": [1.0, 0.5, 0.0]}, {}),
+    f.beta_times: ({"times": [1.0, 0.5, 0.0], "alpha": 0.5, "beta": 0.5}, {}),
+    f.linear_quadratic_times: ({"steps": 4, "threshold": 0.1}, {}),
+    f.custom_times: ({"nodes": [1.0, 0.5, 0.0]}, {}),
+    f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
+    f.pack_latents: ({"latent": LATENT}, {}),
+    f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
+    f.image_ids: ({"height": 32, "width": 16}, {}),
+    f.estimates: ({"prediction": X, "x": X, "t": 0.5}, {"kind": "velocity"}),
+    f.convert_prediction: ({"prediction": X, "x": X, "t": 0.5}, {"source": "velocity", "target": "noise"}),
+    f.attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "scale": 0.5, "key_length": 2}, {}),
+    f.isolated_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "txt_tokens": 1}, {}),
+    train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
+    train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
+    train.guided_target: ({"conditional": X, "unconditional": X, "scale": 2.0}, {}),
+}
+# With networks, files or devices: tested where they are, or below.
+ELSEWHERE = {
+    f.text_to_image,
+    f.load_models,
+    f.fit_preview,
+    f.make_mesh,
+    f.sample_ode,
+    f.as_velocity,
+    train.make_step,
+    train.average,
+    train.drop_captions,
+}
+FORMS = {
+    "NumPy": lambda value: np.int64(value) if isinstance(value, int) else np.asarray(value)[()],
+    "JAX": lambda value: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32),
+    "float32": lambda value: value if isinstance(value, int) else np.asarray(value, np.float32)[()],
+    "plain": lambda value: np.asarray(value).tolist(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_numbers_and_arrays_may_be_of_any_library(function, form):
+    numbers, rest = CALLS[function]
+    canonical = {name: value if isinstance(value, int | float) else jnp.float32(value) for name, value in numbers.items()}
+    found = function(**{name: FORMS[form](value) for name, value in numbers.items()}, **rest)
+    expected = function(**canonical, **rest)
+    if function is f.stream:
+        found, expected = (jnp.stack([one.x for one in path]) for path in (found, expected))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+        assert jnp.result_type(one) == jnp.result_type(other)
+
+
+def test_every_function_that_converts_its_arguments_has_a_row():
+    """A function says so by its decorator; all public ones of sampling are to have it."""
+    public = [getattr(f, name) for name in f.__all__] + [getattr(train, name) for name in dir(train)]
+    functions = [one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")]
+    decorated = {one for one in functions if hasattr(one, "converts_arguments")}
+    assert decorated == CALLS.keys() | ELSEWHERE
+    modules = ("sample", "schedule", "latents", "predict", "generate", "preview", "train", "ode")
+    plain = {one.__name__ for one in functions if one not in decorated and one.__module__.split(".")[1] in modules}
+    assert plain <= {"activation_dtype"}
+
+
+def test_networks_take_what_fluxjax_itself_returns(tiny):
+    ids = f.tokenize(tiny.tokenizers, "a red star", max_length=8)
+    np.testing.assert_array_equal(tiny.clip(ids.clip), tiny.clip(jnp.asarray(ids.clip)))
+    np.testing.assert_array_equal(tiny.t5(list(map(int, ids.t5))), tiny.t5(jnp.asarray(ids.t5)))
+    latent = tiny.vae.encode(IMAGE)
+    assert latent.dtype == jnp.float32
+    np.testing.assert_array_equal(tiny.vae.decode(np.asarray(latent)), tiny.vae.decode(latent))
+
+
+@pytest.mark.parametrize("network", ["clip", "t5"])
+def test_ids_outside_of_the_vocabulary_are_refused_and_traced_ones_give_nan(tiny, network):
+    encoder = getattr(tiny, network)
+    size = encoder.config.vocabulary
+    for wrong in (-1, size):
+        with pytest.raises(ValueError, match=rf"\(ids\)` takes ids of its vocabulary, 0 to {size - 1}, got {wrong}"):
+            encoder([1, wrong])
+        assert jnp.isnan(jax.jit(lambda ids: encoder(ids))(jnp.array([1, wrong]))).any()
+    with pytest.raises(ValueError, match="at least one token"):
+        encoder(np.zeros(0, np.int32))
+
+
+@pytest.mark.parametrize("key", [0, jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.PRNGKey(0), 2), "a"])
+def test_what_is_not_one_key_is_refused_by_the_function_called(tiny, key):
+    for call, run in {
+        "text_to_image": lambda: f.text_to_image(tiny, "x", key=key),
+        "initial_noise": lambda: f.initial_noise(key, 32, 32),
+        "sample": lambda: f.sample(straight, X, f.flow_times(2), step=f.DDIM(), key=key),
+        "Vae.encode": lambda: tiny.vae.encode(IMAGE, key=key),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^`{call}\(key\)` needs one PRNG key, got .*Pass jax.random.key"):
+            run()
+
+
+def test_a_legacy_key_draws_what_the_new_one_does():
+    np.testing.assert_array_equal(f.initial_noise(jax.random.PRNGKey(7), 32, 32), f.initial_noise(jax.random.key(7), 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"image": np.zeros((2, 2, 3), np.uint8)}, r"`call\(image\)` takes a float array \[h, w, 3\], got uint8\[2, 2, 3\]"),
+        ({"image": np.zeros((1, 2, 2, 3))}, r"got float64\[1, 2, 2, 3\]"),
+        ({"image": [[1], [2, 3]]}, r"takes a float array .*got \[\[1\], \[2, 3\]\]"),
+        ({"image": object()}, "got a object"),
+        ({"image": IMAGE, "count": 2.5}, r"`call\(count\)` takes an integer, got 2.5"),
+        ({"image": IMAGE, "scale": "a"}, r"`call\(scale\)` takes a number or a float array \[images\], got 'a'"),
+    ],
+)
+def test_what_can_not_be_converted_is_named(given, told):
+    @convert_arguments
+    def call(image: Float[Array, "h w 3"], count: int = 1, scale: PerImage = 1.0, key: PRNGKeyArray | None = None):
+        return image
+
+    call.__wrapped__.__qualname__ = "call"
+    with pytest.raises(ValueError, match=told.replace("call", ".*call")):
+        call(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: f.Nag(float("nan")), r"`Nag\(scale\)` needs finite"),
+        (lambda: f.DDIM(np.inf), r"`DDIM\(eta\)` needs finite"),
+        (lambda: f.Guided(straight, 1, 2, scale=jnp.nan), r"`Guided\(scale\)` needs finite"),
+        (lambda: f.Guided(straight, 1, scale=np.float32(2)), "needs the condition"),
+        (lambda: f.Weak(straight, np.nan), r"`Weak\(strength\)` needs finite"),
+        (lambda: f.Projected(bound=float("nan")), "needs a positive number"),
+        (lambda: f.FirstBlock(float("nan")), "is NaN"),
+    ],
+)
+def test_numbers_of_modules_are_finite(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
+
+
+def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
+    options = dict(key=jax.random.key(0), steps=2, height=32, width=32)
+    prompts = ["a red star", "a blue ring"]
+    scales, cfgs, negatives = [1.0, 4.0], np.array([2.0, 3.0]), ["a star", "white"]
+    both = f.text_to_image(tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options)
+    # The second image of its own batch has another noise, so the same prompt twice, and the second is compared.
+    alone = f.text_to_image(
+        tiny, [prompts[1]] * 2, guidance=np.float32(4), cfg=jnp.float32(3), negative_prompt=negatives[1], **options
+    )
+    np.testing.assert_allclose(both[1], alone[1], atol=1e-4)
+    for name in ("guidance", "cfg", "strength"):
+        with pytest.raises(
+            ValueError, match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, got 3"
+        ):
+            f.text_to_image(tiny, prompts, **{name: [1.0, 2.0, 3.0]}, **options)
+        with pytest.raises(ValueError, match=rf"`text_to_image\({name}\)` needs finite numbers"):
+            f.text_to_image(tiny, prompts, **{name: float("nan")}, **options)
+    with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
+        f.text_to_image(tiny, prompts, negative_prompt=["a"], cfg=2.0, **options)
