@@ -54,7 +54,7 @@ def fetch_file(repository: str, file: str) -> Path:
     return _fetch(repository, lambda _: [file], True) / file
 
 
-def cached_folder(repository: str, patterns: Sequence[str] | None = None) -> Path:
+def cached_folder(repository: str, patterns: list[str] | None = None) -> Path:
     """Return the folder of the cache that holds a repository, without asking the server."""
     from huggingface_hub import snapshot_download
 
@@ -81,7 +81,7 @@ def _fetch(repository: str, choose: Callable[[Sequence[Any]], list[str]], verify
     folder = _repository_folder(repository)
     _remove_abandoned(folder)
     with _guarded_client():
-        info = HfApi().repo_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
             raise _hostile(repository, "version", info.sha)
         names = choose([sibling.rfilename for sibling in info.siblings or []])

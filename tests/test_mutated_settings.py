@@ -1,0 +1,76 @@
+"""Three hundred damaged settings files: each is read rightly, or is one clear error, at once."""
+
+import json
+import random
+import shutil
+import time
+
+import numpy as np
+
+from fluxjax import WeightsError, load_defaults, load_tokenizers, tokenize
+from fluxjax.zoo import DEFAULTS_FIELDS, tiny_folder
+
+FILES = (
+    "fluxjax.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer_2/spiece.model",
+    "model_index.json",
+)
+VALUES = (None, "text", [], {}, [[[]]], True, -1, 0, 2, 1e28, 10**30, float("nan"), float("inf"), "\x1b[2J", "\ud800", 0.5)
+
+
+def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
+    """Return a file with another value, another field, changed bytes, a cut, or nested without end."""
+    kind = rng.choice(("value", "value", "value", "field", "bytes", "cut", "deep", "whole"))
+    if kind in ("value", "field", "whole") and name.endswith(".json"):
+        table = json.loads(content)
+        table[rng.choice(list(table)) if kind == "value" else f"new{rng.random()}"] = rng.choice(VALUES)
+        return json.dumps(rng.choice(VALUES) if kind == "whole" else table).encode()
+    if kind == "deep":
+        return rng.choice((b"[", b'{"steps":')) * 100_000
+    if kind == "cut":
+        return content[: rng.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 4, 64))):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def check_use(folder):
+    """Load what the files say, and use it."""
+    defaults = load_defaults(folder)
+    assert all(DEFAULTS_FIELDS[name].allows(value) for name, value in vars(defaults).items())
+    tokenizers = load_tokenizers(folder)
+    ids = tokenize(tokenizers, "a red star on white, café ⭐", max_length=24)
+    for found, size in ((ids.clip, tokenizers.clip.get_vocab_size()), (ids.t5, tokenizers.t5.get_piece_size())):
+        assert found.dtype == np.int32
+        assert 0 <= found.min() <= found.max() < size
+
+
+def test_a_mutated_settings_file_is_read_rightly_or_is_one_clear_error(tmp_path):
+    folder, rng, outcomes = tmp_path / "model", random.Random(16), []
+    for name in (*FILES, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tiny_folder() / name, folder / name)
+    own = (folder / "fluxjax.json").read_bytes()
+    for number in range(300):
+        name = FILES[number % len(FILES)]
+        content = (tiny_folder() / name).read_bytes()
+        (folder / name).write_bytes(mutated(content, name, rng))
+        if name.startswith("scheduler"):
+            (folder / "fluxjax.json").unlink()  # which would be read in its place
+        began, told = time.monotonic(), ""
+        try:
+            check_use(folder)
+        except (WeightsError, FileNotFoundError) as error:
+            told = str(error)
+        outcomes.append("refused" if told else "read")
+        assert told.isprintable(), (name, told)
+        assert len(told) < 600, (name, told)
+        assert time.monotonic() - began < 5, name
+        (folder / name).write_bytes(content)
+        (folder / "fluxjax.json").write_bytes(own)
+    assert min(outcomes.count("read"), outcomes.count("refused")) > 30  # both kinds were tried
