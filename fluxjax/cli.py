@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import fluxjax
 from fluxjax.compare import Run, compare, grid, table, write_comparison
-from fluxjax.console import interruptible, run_command
+from fluxjax.console import complain, interruptible, run_command
 from fluxjax.convert.layouts import LAYOUTS
 from fluxjax.convert.source import KINDS, open_source
 from fluxjax.draw import DTYPES, adapter_file, encodable, generate, read_adapter, use_cache, writable
@@ -49,7 +49,7 @@ from fluxjax.options import (
     step_counts,
     whole_number,
 )
-from fluxjax.weights import convert_weights, inspect_weights
+from fluxjax.weights import adapter_notes, convert_weights, inspect_weights
 from fluxjax.zoo import WHOLE, ZOO, download, load_defaults, locate
 
 
@@ -315,6 +315,7 @@ def _add_weights(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     check_devices()
+    loras = [(read_adapter(one), one.scale) for one in options.lora]
     with ExitStack() as stack:
         bars = []  # begun when the size is known
         written = convert_weights(
@@ -324,10 +325,12 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=FLOATS[options.dtype] if options.dtype else None,
             only=options.only,
             shard_size=options.shard_size,
-            loras=[(read_adapter(one), one.scale) for one in options.lora],
+            loras=loras,
             start=lambda total: bars.append(stack.enter_context(tqdm(total=total, unit="B", unit_scale=True))),
             report=lambda count: bars[0].update(count),
         )
+    for note in adapter_notes(options.source, [lora for lora, _ in loras]) if loras else ():
+        complain(f"an adapter: {note}")
     print(written)
 
 

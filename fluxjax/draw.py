@@ -40,7 +40,7 @@ from fluxjax.kernels.guiding import Nag
 from fluxjax.latents import check_size, seed_key
 from fluxjax.limits import Demand, check_devices, check_finite_times, check_memory, read_configs
 from fluxjax.lora.attach import attach
-from fluxjax.lora.merge import merge
+from fluxjax.lora.merge import merge, notes_of
 from fluxjax.lora.read import Lora, read_lora
 from fluxjax.memory import fetch, offload, residency, stream_blocks
 from fluxjax.named import RULES, cache, integrator, timer
@@ -67,9 +67,18 @@ Loaded = TypeVar("Loaded")
 
 
 def _merged(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> Any:
-    """Return a network with the adapters that change it."""
-    mine = [(lora, scale) for lora, scale in loras if kind in lora.changes]
+    """Return a network with the adapters that change it, having printed what has no effect on it."""
+    mine = _adapters_of(network, kind, loras)
     return merge(network, [lora for lora, _ in mine], [scale for _, scale in mine], donate=True) if mine else network
+
+
+def _adapters_of(network: Any, kind: str, loras: Sequence[tuple[Lora, float]]) -> list[tuple[Lora, float]]:
+    """Return the adapters that change a network, and print what of them has no effect on it."""
+    mine = [(lora, scale) for lora, scale in loras if kind in lora.changes]
+    for lora, _ in mine:
+        for note in notes_of(network, lora):
+            complain(f"an adapter ({lora.format}): {note}")
+    return mine
 
 
 _BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"
@@ -216,7 +225,7 @@ def _check_negative(options: argparse.Namespace) -> None:
 def read_adapter(adapter: Any) -> Lora:
     """Read an adapter, downloaded if need be, and print what it holds that has no effect."""
     lora = read_lora(interruptible(adapter_file, adapter.place))
-    for note in getattr(lora, "notes", ()):
+    for note in lora.notes:
         complain(f"{adapter.name}: {note}")
     return lora
 
@@ -495,7 +504,7 @@ class _Stage(NamedTuple):
         else:
             host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
             network = stream_blocks(load(sharding=host))
-        mine = [(lora, scale) for lora, scale in self.plan.loras if kind in lora.changes]
+        mine = _adapters_of(network, kind, self.plan.loras)
         return attach(network, [lora for lora, _ in mine], [scale for _, scale in mine]) if mine else network
 
     def tell(self, encoders: _Encoders | None, networks: _Networks | None) -> None:

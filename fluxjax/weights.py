@@ -13,8 +13,8 @@ from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
 from fluxjax.convert.load import Problems, Weights
-from fluxjax.convert.source import KINDS, Part, Source, open_source, variant
-from fluxjax.lora.merge import Merged, changes_of
+from fluxjax.convert.source import FLUX, KINDS, Part, Source, open_source, variant
+from fluxjax.lora.merge import Merged, changes_of, notes_of
 from fluxjax.lora.read import Lora
 from fluxjax.lora.scales import Scale, check_scales
 from fluxjax.printable import printable
@@ -121,6 +121,15 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[Part]:
     if not source.parts:
         raise WeightsError(f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's folder.")
     return list(source.parts.values())
+
+
+def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
+    """Return one line for each thing in adapters that has no effect on a checkpoint's transformer, from its headers."""
+    part = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
+    if part is None:
+        return []
+    network = part.plan().network
+    return [note for lora in loras if FLUX.name in lora.changes for note in notes_of(network, lora)]
 
 
 def _given(part: Part, loras: Sequence[tuple[Lora, Scale]]) -> Given:

@@ -42,6 +42,7 @@ from fluxjax import (
 from fluxjax.convert import tables
 from fluxjax.convert.files import read_header
 from fluxjax.convert.load import Plan
+from fluxjax.options import byte_count
 from fluxjax.zoo import tiny_folder
 
 LOADERS = {"flux": load_flux, "clip": load_clip, "t5": load_t5, "vae": load_vae}
@@ -676,4 +677,4 @@ def test_the_command_line_converts_and_inspects(tmp_path, capsys):
         cli.main(["convert", "tiny", str(tmp_path / "model")])
     assert end.value.code == 2
     for size, ok in {"3GB": 3_000_000_000, "1.5kB": 1500, "7": 7}.items():
-        assert cli._bytes(size) == ok
+        assert byte_count(size) == ok

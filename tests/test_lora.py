@@ -558,7 +558,7 @@ def test_the_command_line_merges_while_it_draws(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main([*draw, "--lora", wrong])
         assert end.value.code == 2
-    assert "names no adapter" in capsys.readouterr().err
+    assert "needs an adapter, as FILE:SCALE" in capsys.readouterr().err
 
 
 def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsys):

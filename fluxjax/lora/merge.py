@@ -68,11 +68,12 @@ def kind_of(model: eqx.Module) -> str:
 
 
 def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
-    """Return one line for each thing in an adapter that has no effect on a network and is left out, to be shown to the user."""
+    """Return one line for each thing in an adapter that has no effect on this network and is left out; what has none on any
+    network is in `Lora.notes`."""
     mine = lora.changes.get(kind_of(model), {})
     if not any(_is_without_effect(model, name) for name in mine):
-        return lora.notes
-    return (*lora.notes, "Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.")
+        return ()
+    return ("Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.",)
 
 
 def _changes(model: eqx.Module, lora: Lora) -> Mapping[str, Sequence[Change]]:
