@@ -5,7 +5,7 @@ import inspect
 import operator
 import reprlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 import jax
@@ -118,9 +118,14 @@ def _made(value: Any, choice: Any) -> Any:
     if choice in (float, int, bool):
         return _number(value, choice)
     if get_origin(choice) is Sequence:
-        items = list(value) if isinstance(value, Sequence | np.ndarray | jax.Array) and np.ndim(value) else None
-        return None if items is None else _items(items, *get_args(choice))
+        return _items(list(value), *get_args(choice)) if _has_items(value) else None
     return None
+
+
+def _has_items(value: Any) -> bool:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _array(value: Any, dtype: Any) -> jax.Array | None:
@@ -128,7 +133,7 @@ def _array(value: Any, dtype: Any) -> jax.Array | None:
     if isinstance(value, str | bytes) or not (hasattr(value, "__array__") or isinstance(value, int | float | list | tuple)):
         return None
     given = value if hasattr(value, "__array__") else _from_list(value)
-    if given is None or np.dtype(given.dtype) == object:
+    if given is None or np.dtype(given.dtype).kind in "OSUMm":  # objects, text and times
         return None
     integer = np.issubdtype(given.dtype, np.integer)
     # Numbers and lists are written with or without a point; an array of integers would be an image's bytes, or token ids.
@@ -184,6 +189,12 @@ def _name(choice: Any) -> str:
         return f"{kind} [{dims}]" if dims else "a number"
     if choice in _NAMES:
         return _NAMES[choice]
+    if isinstance(choice, TypeVar):
+        return _described(choice.__bound__)
+    if get_origin(choice) is Sequence:
+        return f"a sequence of {_described(get_args(choice)[0])}"
+    if get_origin(choice) is Mapping:
+        return "a mapping of names to " + _described(get_args(choice)[1])
     return choice.__name__ if isinstance(choice, type) and not get_args(choice) else str(choice).replace("typing.", "")
 
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
-from fluxjax.convert.layouts import LAYOUTS, Given, sheets, write_json, write_sheets
-from fluxjax.convert.load import Held, slots_of_leaf
+from fluxjax.convert.layouts import LAYOUTS, Given, check_target, sheets, write_json, write_sheets
+from fluxjax.convert.load import Held, Weights, check_written_dtype, slots_of_leaf
 from fluxjax.convert.source import KINDS, Kind
 from fluxjax.generate import Models
-from fluxjax.lora.merge import merge
+from fluxjax.lora.merge import Merged, changes_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import LowRank
 from fluxjax.memory import Hosted
@@ -28,6 +29,7 @@ WHOLE_LAYOUTS = ("own", "diffusers")
 """The layouts that hold a whole model with its tokenizers."""
 
 
+@convert_arguments
 def save(network: eqx.Module, path: str | Path, *, to: str = "own", dtype: DTypeLike | None = None) -> Path:
     """Write a network as files that `load_flux`, `load_clip`, `load_t5` or `load_vae` read, whole or not at all.
 
@@ -40,17 +42,17 @@ def save(network: eqx.Module, path: str | Path, *, to: str = "own", dtype: DType
     `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype can't hold,
     for a network that the layout has no names for, and for a full disk.
     """
-    target = Path(path)
+    target, single = check_target("save(path)", path)
     _check(target, to, LAYOUTS)
-    given = _given("save", network)
-    if target.suffix == ".safetensors":
-        files = sheets([given], to, dtype=_dtype(dtype), name=target.name)
-        write_sheets(target.parent, files)
+    given, stored = _given("save", network), check_written_dtype("save", dtype)
+    if single:
+        write_sheets(target.parent, sheets([given], to, dtype=stored, name=target.name))
         return target
-    _write_folder(target, [given], to, dtype, lambda folder: None)
+    _write_folder(target, [given], to, stored, lambda folder: None)
     return target
 
 
+@convert_arguments
 def save_models(models: Models, folder: str | Path, *, to: str = "own", dtype: DTypeLike | None = None) -> Path:
     """Write a whole model as a folder that `load_models` reads: networks, tokenizers and how it is meant to be sampled.
 
@@ -60,10 +62,11 @@ def save_models(models: Models, folder: str | Path, *, to: str = "own", dtype: D
     **Returns:** the folder.
     **Raises:** as `save`, and `WeightsError` for tokenizers that were not read from files.
     """
-    target = Path(folder)
-    if target.suffix == ".safetensors":
+    target, single = check_target("save_models(folder)", folder)
+    if single:
         raise ValueError(f"`save_models(folder)` writes a folder, got {str(folder)!r}. Leave out the ending.")
     _check(target, to, WHOLE_LAYOUTS)
+    stored = check_written_dtype("save_models", dtype)
     if not models.tokenizers.files:
         raise WeightsError(
             "These tokenizers were not read from files, so none can be written. Take those of `load_tokenizers`."
@@ -77,7 +80,7 @@ def save_models(models: Models, folder: str | Path, *, to: str = "own", dtype: D
         else:
             write_json(temporary / DEFAULTS_FILE, asdict(models.defaults))
 
-    _write_folder(target, given, to, dtype, write_rest)
+    _write_folder(target, given, to, stored, write_rest)
     return target
 
 
@@ -87,19 +90,10 @@ def _check(target: Path, layout: str, layouts: tuple[str, ...]) -> None:
     check_free(target)
 
 
-def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    found = None if dtype is None else jnp.dtype(dtype)
-    if found is not None and not (jnp.issubdtype(found, jnp.floating) and found.itemsize <= 4):
-        raise ValueError(
-            f"Weights are written as floats of 32 bits or fewer, got {found}. Choose float32, bfloat16 or float16."
-        )
-    return found
-
-
 def _write_folder(
-    target: Path, given: list[Given], layout: str, dtype: DTypeLike | None, write_rest: Callable[[Path], Any]
+    target: Path, given: list[Given], layout: str, dtype: np.dtype | None, write_rest: Callable[[Path], Any]
 ) -> None:
-    files = sheets(given, layout, dtype=_dtype(dtype))
+    files = sheets(given, layout, dtype=dtype)
     with disk_errors(target, sum(sheet.nbytes for sheet in files)), new_folder(target) as temporary:
         write_sheets(temporary, files)
         if layout == "diffusers":
@@ -117,7 +111,7 @@ def _given(call: str, network: Any) -> Given:
         if isinstance(leaf, jax.core.Tracer):
             raise ValueError(f"`{call}` writes arrays, got traced ones. Call it outside of jit.")
         _check_placed(call, leaf)
-    return Given(kind, network.config, Held(_dense(call, network, kind)), {})
+    return Given(kind, network.config, _weights(call, network, kind), {})
 
 
 def _kind(call: str, network: Any) -> Kind:
@@ -138,8 +132,8 @@ def _check_placed(call: str, leaf: Any) -> None:
         raise WeightsError(f"`{call}` got a network of which this process holds a part only. Gather it on one process first.")
 
 
-def _dense(call: str, network: Any, kind: Kind) -> Any:
-    """Return a network with its matrices as themselves, the attached adapters merged."""
+def _weights(call: str, network: Any, kind: Kind) -> Weights:
+    """Return a network's weights, with attached adapters added as they are read: rounded once, to the dtype written."""
     changes: dict[str, list[Change]] = {}
 
     def plain(path: Any, node: Any) -> Any:
@@ -160,8 +154,9 @@ def _dense(call: str, network: Any, kind: Kind) -> Any:
 
     found = jax.tree_util.tree_map_with_path(plain, network, is_leaf=lambda node: isinstance(node, Weight))
     if not changes:
-        return found
-    return merge(found, [Lora({kind.name: {name: tuple(mine) for name, mine in changes.items()}}, "attached")])
+        return Held(found)
+    lora = Lora({kind.name: {name: tuple(mine) for name, mine in changes.items()}}, "attached")
+    return Merged(Held(found), changes_of(found, [lora], None))
 
 
 def _collect(changes: dict[str, list[Change]], slots: list[str], weight: Adapted) -> None:

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
-from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
-from fluxjax.convert.load import Problems, Weights
+from fluxjax.convert.layouts import LAYOUTS, Given, check_target, parameters, sheets, write_json, write_sheets
+from fluxjax.convert.load import Problems, Weights, check_written_dtype
 from fluxjax.convert.source import FLUX, KINDS, Part, Source, open_source, variant
 from fluxjax.lora.merge import Merged, changes_of, notes_of
 from fluxjax.lora.read import Lora
@@ -47,9 +46,9 @@ def convert_weights(
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
     the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
-    for a destination that has no name.
+    for a destination that has no name, and for a dtype that is not written.
     """
-    target, single = _target(destination)
+    target, single = check_target("convert_weights(destination)", destination)
     only = [only] if isinstance(only, str) else only
     if to not in LAYOUTS:
         raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
@@ -58,11 +57,12 @@ def convert_weights(
             "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
         )
     check_free(target)
+    stored = check_written_dtype("convert_weights", dtype)
     folder = find(source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only])
     parts = _chosen(open_source(folder), only)
     given = [_given(part, loras) for part in parts]
     _check_used(loras, parts)
-    files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
+    files = sheets(given, to, dtype=stored, name=target.name if single else None)
     # Read before hours of writing, since it may be damaged.
     defaults = None if single or to not in ("own", "diffusers") or not _holds_flux(given) else load_defaults(source)
     total = sum(sheet.nbytes for sheet in files)
@@ -75,29 +75,6 @@ def convert_weights(
         write_sheets(temporary, files, shard_size=shard_size, report=report)
         _write_rest(folder, temporary, given, to, defaults)
     return target
-
-
-_OTHER_FILES = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
-
-
-def _target(destination: str | Path) -> tuple[Path, bool]:
-    """Return where to write, and whether that is one file. It may lie anywhere, but has to have a name.
-
-    **Raises:** `ValueError` for a path without a name, or an ending of files that fluxjax does not write.
-    """
-    target = Path(destination)
-    if target.name in ("", "..") or target.name.lower() == ".safetensors":
-        shown = printable(repr(str(destination)))
-        raise ValueError(
-            f"`convert_weights(destination)` needs a name for the new folder or file, got {shown}. "
-            "Pass one such as model, ../model or model.safetensors."
-        )
-    if target.suffix.lower() in _OTHER_FILES:
-        raise ValueError(
-            f"`convert_weights(destination)` writes .safetensors files and folders, got {printable(target.name)}. "
-            "End the name in .safetensors, or leave the ending out for a folder."
-        )
-    return target, target.suffix.lower() == ".safetensors"
 
 
 def _holds_flux(given: Sequence[Given]) -> bool:

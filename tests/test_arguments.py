@@ -56,6 +56,14 @@ ELSEWHERE = {
     f.make_mesh,
     f.sample_ode,
     f.as_velocity,
+    f.merge,
+    f.unmerge,
+    f.attach,
+    f.init_lora,
+    f.write_lora,
+    f.extract_lora,
+    f.save,
+    f.save_models,
     train.make_step,
     train.average,
     train.drop_captions,
@@ -88,9 +96,9 @@ def test_every_function_that_converts_its_arguments_has_a_row():
     functions = [one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")]
     decorated = {one for one in functions if hasattr(one, "converts_arguments")}
     assert decorated == CALLS.keys() | ELSEWHERE
-    modules = ("sample", "schedule", "latents", "predict", "generate", "preview", "train", "ode")
+    modules = ("sample", "schedule", "latents", "predict", "generate", "preview", "train", "ode", "save")
     plain = {one.__name__ for one in functions if one not in decorated and one.__module__.split(".")[1] in modules}
-    assert plain <= {"activation_dtype"}
+    assert plain <= {"activation_dtype", "seed_key"}  # seed_key takes and checks any whole number itself
 
 
 def test_networks_take_what_fluxjax_itself_returns(tiny):
@@ -187,3 +195,27 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
             f.text_to_image(tiny, prompts, **{name: float("nan")}, **options)
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
         f.text_to_image(tiny, prompts, negative_prompt=["a"], cfg=2.0, **options)
+
+
+@pytest.mark.parametrize("form", [np.int64, jnp.int32, np.asarray, int])
+def test_a_new_adapter_takes_numbers_of_any_library(tiny, form):
+    found = f.init_lora(tiny.clip, form(2), r"blocks\.0\.q", alpha=form(4), key=jax.random.PRNGKey(0))
+    expected = f.init_lora(tiny.clip, 2, [r"blocks\.0\.q"], alpha=4.0, key=jax.random.key(0))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"rank": 2.5}, r"`init_lora\(rank\)` takes an integer, got 2.5"),
+        ({"rank": 10**10}, "a rank of at most"),
+        ({"alpha": float("nan")}, r"`init_lora\(alpha\)` needs a number that is finite"),
+        ({"alpha": 1e39}, r"`init_lora\(alpha\)` needs a number that is finite"),
+        ({"targets": ["(("]}, "is not a valid regular expression"),
+        ({"key": 0}, "needs one PRNG key"),
+    ],
+)
+def test_a_new_adapter_of_wrong_numbers_is_refused(tiny, arguments, told):
+    with pytest.raises(ValueError, match=told):
+        f.init_lora(tiny.clip, **{"rank": 2, "key": jax.random.key(0), **arguments})

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 from small import small_flux
 
-from fluxjax import T5, Clip, ClipConfig, Flux, Lora, T5Config, WeightsError, extract_lora, merge, read_lora, write_lora
+from fluxjax import (
+    T5,
+    Clip,
+    ClipConfig,
+    Flux,
+    Lora,
+    T5Config,
+    WeightsError,
+    attach,
+    extract_lora,
+    init_lora,
+    merge,
+    read_lora,
+    write_lora,
+)
 from fluxjax.convert.load import Held, leaf_names
 from fluxjax.lora.read import Change
 from fluxjax.lora.terms import Full
@@ -73,3 +87,28 @@ def test_whole_differences_of_fused_parts_and_swapped_halves_keep_their_rows(tmp
     np.testing.assert_allclose(again.double.img.qkv.weight.value[0, 32:64], base.double.img.qkv.weight.value[0, 32:64] + part)
     np.testing.assert_array_equal(again.double.img.qkv.weight.value[0, :32], base.double.img.qkv.weight.value[0, :32])
     np.testing.assert_allclose(again.final.modulation.bias, base.final.modulation.bias + np.roll(last, 32))
+
+
+def test_networks_are_taken_too_and_have_to_be_of_the_named_kind():
+    base = small_flux()
+    lora = init_lora(base, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim == 2 else leaf, lora)
+    tuned = merge(base, [lora])
+    found = extract_lora(base, tuned, "flux", rank=np.int64(1))
+    for one, other in zip(jax.tree.leaves(merge(base, [found])), jax.tree.leaves(tuned), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)  # float32's rounding of weights below 10
+    with pytest.raises(ValueError, match=r"`extract_lora\(network\)` got 'foo', but these are the weights of 'flux'"):
+        extract_lora(base, tuned, "foo", rank=1)
+    with pytest.raises(WeightsError, match="No adapter can be extracted from weights that are stored as Adapted"):
+        extract_lora(base, attach(base, [lora]), "flux", rank=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "told"), [(np.nan, "float32", "NaN or infinity"), (1e6, "float16", "float16 can't")]
+)
+def test_an_adapter_that_a_file_can_not_hold_is_not_written(tmp_path, number, dtype, told):
+    lora = init_lora(small_flux(), 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: leaf + number if leaf.ndim == 2 else leaf, lora)
+    with pytest.raises(WeightsError, match=told):
+        write_lora(tmp_path / "a.safetensors", lora, dtype=dtype)
+    assert not list(tmp_path.iterdir())

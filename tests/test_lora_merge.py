@@ -24,6 +24,7 @@ from fluxjax import (
     WeightsError,
     attach,
     convert_weights,
+    init_lora,
     load_flux,
     load_vae,
     merge,
@@ -33,7 +34,7 @@ from fluxjax.convert import tables
 from fluxjax.convert.load import Held, leaf_names, slots_of
 from fluxjax.lora.merge import Merged, changes_of
 from fluxjax.lora.read import Change
-from fluxjax.lora.rounding import rounded
+from fluxjax.lora.rounding import rounded, seed_of
 from fluxjax.lora.terms import Assigned, Full, Hadamard, Kron, LowRank, Magnitude
 from fluxjax.nets.layers import Adapted, Weight
 
@@ -369,3 +370,52 @@ def test_unmerge_undoes_merge_and_attach_is_merge(network, request):
 def test_a_network_that_takes_no_adapters_is_told():
     with pytest.raises(ValueError, match="needs a Flux, Clip or T5, got Vae"):
         merge(load_vae("tiny"), [])
+
+
+def test_an_adapter_in_memory_that_is_nan_is_refused_and_not_merged():
+    small = small_flux()
+    lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    damaged = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.ndim == 2 else leaf, lora)
+    with pytest.raises(WeightsError, match=r"double\.0\.img\.out\.weight with the adapters added is infinite or NaN"):
+        merge(small, [damaged])
+
+
+def test_a_sum_beyond_float32_is_refused_as_files_are_merged():
+    small = small_flux()
+    lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    large = jax.tree.map(lambda leaf: leaf + 1e20 if leaf.ndim == 2 else leaf, lora)
+    name = "double.0.img.out.weight"
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(WeightsError, match=f"{name} with the adapters added is infinite or NaN"):
+            Merged(Held(small), changes_of(small, [large], None)).read(name, slice(0, 4), np.dtype(dtype))
+
+
+def test_stochastic_rounding_does_not_depend_on_the_configured_generator():
+    x = jnp.linspace(0.1, 1, 200)
+    found = []
+    for generator in ("threefry2x32", "rbg"):
+        with jax.default_prng_impl(generator):
+            found.append(np.asarray(rounded(x, jnp.dtype("float8_e4m3fn"), seed_of("a"))[0], np.float32))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("scales", "told"),
+    [
+        (0.5, r"`merge\(scales\)` takes a sequence of|needs one scale per adapter, got .*alone"),
+        (np.float32(0.5), "needs one scale per adapter, got .*alone"),
+        (jnp.float32(0.5), "needs one scale per adapter, got .*alone"),
+        ("a", r"`merge\(scales\)` takes a sequence of a number"),
+        (["a"], r"`merge\(scales\)` takes a sequence of a number"),
+        ([None], r"`merge\(scales\)` takes a sequence of a number"),
+        ({"": 1.0}, r"`merge\(scales\)` takes a sequence of a number"),
+    ],
+)
+def test_scales_of_a_wrong_kind_are_one_clear_error(scales, told):
+    small = small_flux()
+    lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    with pytest.raises(ValueError, match=told):
+        merge(small, [lora], scales)
+    for call, run in {"merge": merge, "unmerge": unmerge, "attach": attach}.items():
+        with pytest.raises(ValueError, match=rf"`{call}\(loras\)` takes a sequence of Lora, got a Lora"):
+            run(small, lora)

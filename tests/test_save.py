@@ -135,3 +135,34 @@ def test_a_model_goes_to_a_folder_with_tokenizers(tiny, tmp_path):
     with pytest.raises(WeightsError, match="not read from files"):
         save_models(tiny._replace(tokenizers=made), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_attached_adapter_is_rounded_once_to_the_dtype_that_is_written(small, tmp_path):
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small)
+    lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: leaf + 0.01 if leaf.ndim == 2 else leaf, lora)
+    expected = merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base), [lora])
+    found = fluxjax.load_flux(save(attach(base, [lora]), tmp_path / "a.safetensors", dtype="float32"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["", "..", ".safetensors", "a.pt", "a.gguf"])
+def test_a_destination_without_a_name_or_of_another_kind_is_refused(small, tmp_path, name):
+    with pytest.raises(ValueError, match=r"`save\(path\)` (needs a name|writes .safetensors)"):
+        save(small, name if name in ("", "..") else tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int8", "float4_e2m1fn", "float8_e8m0fnu"])
+def test_a_dtype_that_is_not_written_is_one_clear_error(small, tmp_path, dtype):
+    lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
+    calls = {
+        "save": lambda: save(small, tmp_path / "a", dtype=dtype),
+        "write_lora": lambda: fluxjax.write_lora(tmp_path / "a", lora, dtype=dtype),
+        "convert_weights": lambda: fluxjax.convert_weights("tiny", tmp_path / "a", dtype=dtype),
+    }
+    for call, run in calls.items():
+        with pytest.raises(ValueError, match=rf"`{call}\(dtype\)` writes floats of 32 bits or fewer, got '?{dtype}"):
+            run()
+    assert not list(tmp_path.iterdir())

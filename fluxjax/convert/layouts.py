@@ -17,6 +17,7 @@ from fluxjax.convert.files import Out, WeightsError, write
 from fluxjax.convert.load import Weights, is_stacked, leaf_names, slots_of, slots_of_leaf, their_shape, to_theirs, widest
 from fluxjax.convert.source import OWN_METADATA, VAE, Kind, dialect_for, fused_parts, variant
 from fluxjax.convert.tables import Dialect
+from fluxjax.printable import printable
 
 LAYOUTS = ("own", "diffusers", "bfl", "comfy")
 _TABLES = {"tokens.weight", "positions.weight", "position_bias.weight"}
@@ -209,6 +210,31 @@ def _version() -> str:
         return f"fluxjax {version('fluxjax')}"
     except PackageNotFoundError:  # used from a source tree that is not installed
         return "fluxjax"
+
+
+_OTHER_FILES = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
+
+
+def check_target(call: str, destination: str | Path) -> tuple[Path, bool]:
+    """Return where to write, and whether that is one file. It may lie anywhere, but has to have a name.
+
+    **Arguments:** `call`: the function and its argument, for the message.
+
+    **Raises:** `ValueError` for a path without a name, or an ending of files that fluxjax does not write.
+    """
+    target = Path(destination)
+    if target.name in ("", "..") or target.name.lower() == ".safetensors":
+        shown = printable(repr(str(destination)))
+        raise ValueError(
+            f"`{call}` needs a name for the new folder or file, got {shown}. "
+            "Pass one such as model, ../model or model.safetensors."
+        )
+    if target.suffix.lower() in _OTHER_FILES:
+        raise ValueError(
+            f"`{call}` writes .safetensors files and folders, got {printable(target.name)}. "
+            "End the name in .safetensors, or leave the ending out for a folder."
+        )
+    return target, target.suffix.lower() == ".safetensors"
 
 
 def parameters(network: Any) -> int:

@@ -315,6 +315,22 @@ def check_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
     return found
 
 
+def check_written_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
+    """Return the dtype that weights are to be written in. **Raises:** `ValueError` for one that fluxjax does not write."""
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or str(found) not in _DTYPES:
+        given = repr(dtype) if found is None else str(found)
+        raise ValueError(
+            f"`{call}(dtype)` writes floats of 32 bits or fewer, got {printable(given)}. Pass {', '.join(_DTYPES)}."
+        )
+    return found
+
+
 def _dtype_remedy(name: str) -> str:
     format = "fp8" if "8" in name and "f" in name else "int8"
     eight = (

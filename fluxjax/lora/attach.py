@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.convert.files import WeightsError
 from fluxjax.convert.load import is_stacked, leaf_names, slots_of
 from fluxjax.convert.source import fused_parts
@@ -19,6 +20,7 @@ from fluxjax.shapes import Array
 Network = TypeVar("Network", bound=eqx.Module)
 
 
+@convert_arguments
 def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) -> Network:
     """Return a network whose adapted weights carry the adapters as low-rank leaves; the weights themselves are shared, not
     copied. Biases and norm scales, which are small, are changed as by `merge`, but kept in float32: nothing is rounded.

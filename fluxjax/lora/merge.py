@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.convert.files import WeightsError
 from fluxjax.convert.load import Weights, abstract, cast, leaf_names, slots_of
 from fluxjax.convert.source import KINDS, fused_parts
@@ -25,6 +26,7 @@ Network = TypeVar("Network", bound=eqx.Module)
 INPUT = "img_in.weight"
 
 
+@convert_arguments
 def merge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
     """Return a network with adapters added to its weights: W + the sum over adapters of scale * delta, taken in float32.
 
@@ -42,6 +44,7 @@ def merge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *
     return _apply(model, loras, check_scales("merge", len(loras), scales), donate)
 
 
+@convert_arguments
 def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
     """Return the network that these adapters were merged into; arguments as for `merge`.
 
@@ -60,17 +63,18 @@ def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None,
     return _apply(model, loras, [negative(scale) for scale in found], donate)
 
 
-def kind_of(model: eqx.Module) -> str:
+def kind_of(call: str, model: eqx.Module) -> str:
+    """Return the name of a network that adapters are for. **Raises:** `ValueError` for what is none."""
     for name, kind in KINDS.items():
         if isinstance(model, kind.network) and name != "vae":
             return name
-    raise ValueError(f"`merge(model)` needs a Flux, Clip or T5, got {type(model).__name__}. Merge the networks one by one.")
+    raise ValueError(f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. Pass one network at a time.")
 
 
 def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     """Return one line for each thing in an adapter that has no effect on this network and is left out; what has none on any
     network is in `Lora.notes`."""
-    mine = lora.changes.get(kind_of(model), {})
+    mine = lora.changes.get(kind_of("merge", model), {})
     if not any(_is_without_effect(model, name) for name in mine):
         return ()
     return ("Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.",)
@@ -78,7 +82,7 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
 
 def _changes(model: eqx.Module, lora: Lora) -> Mapping[str, Sequence[Change]]:
     """Return an adapter's changes of a network, without those that have no effect on it."""
-    mine = lora.changes.get(kind_of(model), {})
+    mine = lora.changes.get(kind_of("merge", model), {})
     return {name: changes for name, changes in mine.items() if not _is_without_effect(model, name)}
 
 
@@ -97,7 +101,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     **Raises:** `WeightsError` if one does not fit it, or two set one weight; `ValueError` for scales that are not finite.
     """
     found = check_scales("merge", len(loras), scales)
-    kind = kind_of(model)
+    kind = kind_of("merge", model)
     wanted: dict[str, list[tuple[Change, Any]]] = {}
     for lora, scale in zip(loras, found, strict=True):
         for name, changes in _changes(model, lora).items():
@@ -134,13 +138,15 @@ def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[A
 
 
 def _apply(model: Network, loras: Sequence[Lora], scales: Sequence[Scale], donate: bool) -> Network:
+    check_plain(model, "Nothing can be merged into", " Merge into the plain ones before, or `attach` the adapters.")
+    return merge_changes(model, changes_of(model, loras, scales), donate=donate)
+
+
+def check_plain(model: eqx.Module, problem: str, remedy: str = " Pass the plain network.") -> None:
+    """**Raises:** `WeightsError` for weights that are quantized, adapted or fetched; `problem` begins the message."""
     for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Weight)):
         if isinstance(node, Weight) and not isinstance(node, Dense):
-            raise WeightsError(
-                f"Nothing can be merged into weights that are stored as {type(node).__name__}. Merge into the plain ones "
-                "before, or `attach` the adapters."
-            )
-    return merge_changes(model, changes_of(model, loras, scales), donate=donate)
+            raise WeightsError(f"{problem} weights that are stored as {type(node).__name__}.{remedy}")
 
 
 def merge_changes(model: Network, wanted: Wanted, *, donate: bool) -> Network:
@@ -241,7 +247,9 @@ class Merged(Weights):
         terms, places = _arguments(self.wanted[slot], shape, self.parts)
         changed = _changed_jitted(jnp.asarray(base), terms, places)
         if dtype.itemsize > 1:
-            return cast(np.asarray(changed)[rows], dtype, slot)
+            values = np.asarray(changed)
+            check_fits(slot, values.dtype, 0.0 if np.isfinite(values).all() else np.inf)
+            return cast(values[rows], dtype, slot)
         # All of it, so that every reading in pieces draws the same numbers.
         out, largest = _rounded_jitted(changed, dtype, seed_of(slot))
         check_fits(slot, dtype, float(largest))

@@ -21,6 +21,8 @@ def check_scales(call: str, count: int, scales: Scales | None) -> list[Any]:
 
     **Raises:** `ValueError` for another count, and for what is not a finite number in float32; `call` names the function.
     """
+    if scales is not None and not isinstance(scales, Sequence) and np.ndim(scales) == 0:
+        raise ValueError(f"`{call}` needs one scale per adapter, got {scales!r} alone. Pass a list of {count}.")
     found: list[Any] = [1.0] * count if scales is None else list(scales)
     if len(found) != count:
         raise ValueError(f"`{call}` needs one scale per adapter, got {len(found)} for {count}.")

@@ -17,6 +17,7 @@ _METHODS = ("LORA", "LOKR", "LOHA", "OFT", "BOFT")
 # These ways to begin training change the base weights too, so the file alone does not hold the result.
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MOST_BYTES = 10_000_000
+_MOST_EXPRESSIONS = 200
 _MOST_STEPS, _NAME_LENGTH, _LONGEST = 50_000, 80, 300
 
 
@@ -59,20 +60,22 @@ class Patterns:
 
     def __init__(self, numbers: Mapping[str, float]):
         expressions = [text for text in numbers if not _is_plain(text)]
-        if sum(_steps(text) for text in expressions) > _MOST_STEPS:
-            some = printable(max(expressions, key=_steps), 60)
+        if len(expressions) > _MOST_EXPRESSIONS or sum(_steps(text) for text in expressions) > _MOST_STEPS:
+            some = printable(max(expressions[:_MOST_EXPRESSIONS], key=_steps), 60)
             raise WeightsError(
                 f"the pattern {some!r} is a regular expression that may take too long. Write module names instead."
             )
-        self.numbers = {text: (text if _is_plain(text) else _compiled(text), number) for text, number in numbers.items()}
+        ordered = list(enumerate(numbers.items()))
+        self.names = {text: (place, number) for place, (text, number) in ordered if _is_plain(text)}
+        self.expressions = [(_compiled(text), (place, number)) for place, (text, number) in ordered if not _is_plain(text)]
 
     def find(self, module: str, default: float) -> float:
         starts = (0, *(dot.end() for dot in re.finditer(r"\.", module)))
-        for pattern, number in self.numbers.values():
-            # With a start, a caret still matches only at the beginning of the whole name.
-            if any(module[i:] == pattern if isinstance(pattern, str) else pattern.match(module, i) for i in starts):
-                return number
-        return default
+        # The names are looked up and not compared one by one: a file may hold a hundred thousand.
+        found = [self.names[module[i:]] for i in starts if module[i:] in self.names]
+        # With a start, a caret still matches only at the beginning of the whole name.
+        found += [value for pattern, value in self.expressions if any(pattern.match(module, i) for i in starts)]
+        return min(found)[1] if found else default
 
 
 def _is_plain(pattern: str) -> bool:

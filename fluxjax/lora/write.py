@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.convert import tables
 from fluxjax.convert.files import Out, WeightsError, write
-from fluxjax.convert.load import Weights, slots_of
+from fluxjax.convert.load import Held, Weights, cast, check_written_dtype, slots_of
 from fluxjax.convert.source import fused_rows
 from fluxjax.convert.tables import Dialect
 from fluxjax.lora.attach import factors_of
-from fluxjax.lora.merge import rows_of
+from fluxjax.lora.merge import check_plain, kind_of, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import Full, LowRank
 from fluxjax.nets.flux import FluxConfig
@@ -34,6 +36,7 @@ TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices that are looked up rather than multiplied."""
 
 
+@convert_arguments
 def write_lora(
     path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32, overwrite: bool = False
 ) -> None:
@@ -44,9 +47,11 @@ def write_lora(
     weights and norms and `.diff_b` of biases. `dtype`: of the factors; below float32 they are rounded. `overwrite`: whether
     the file takes the place of an existing one, whole.
     **Raises:** `WeightsError` for an adapter that the format can't hold, with the first weight that it can't, or that changes
-    nothing; `FileExistsError` if there is something at `path`.
+    nothing, or holds numbers that are not finite or that the dtype can't hold; `ValueError` for another dtype;
+    `FileExistsError` if there is something at `path`.
     """
     check_format(lora, to)
+    target = check_written_dtype("write_lora", dtype)
     tensors: dict[str, np.ndarray] = {}
     for network, changes in lora.changes.items():
         prefix, dialect = (_PEFT if to == "peft" else _KOHYA)[network]
@@ -66,9 +71,16 @@ def write_lora(
                     tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
     if not tensors:
         raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
-    cast = {name: tensor if name.endswith(".alpha") else np.asarray(tensor, dtype) for name, tensor in tensors.items()}
-    outs = {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in cast.items()}
-    write(Path(path), outs, overwrite=overwrite)
+    damaged = next((name for name, tensor in tensors.items() if not np.isfinite(tensor).all()), None)
+    if damaged is not None:
+        raise WeightsError(f"{damaged} holds NaN or infinity, so the adapter is not written. Its training diverged.")
+    stored = {name: _stored(name, tensor, target) for name, tensor in tensors.items()}
+    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in stored.items()}, overwrite=overwrite)
+
+
+def _stored(name: str, tensor: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """Return a tensor in the dtype of the factors; alphas stay float32."""
+    return tensor if dtype is None or name.endswith(".alpha") else cast(np.asarray(tensor), dtype, name)
 
 
 def check_format(lora: Lora, to: str) -> None:
@@ -149,19 +161,24 @@ def _width(changes: Mapping[str, Sequence[Change]]) -> int:
     return FluxConfig().width  # no block is changed, so no fused weight is
 
 
-def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int, to: str | None = None) -> Lora:
+@convert_arguments
+def extract_lora(
+    base: Weights | eqx.Module, tuned: Weights | eqx.Module, network: str, *, rank: int, to: str | None = None
+) -> Lora:
     """Return the adapter that distinguishes two networks: of matrices the nearest of a rank, in the Frobenius norm; of biases
     and norms the whole difference.
 
     At a rank that the differences have, base and adapter give the tuned network up to the rounding of float32.
 
-    **Arguments:** `base`, `tuned`: of the same shapes, in files or in memory. `network`: "flux", "clip" or "t5". `to`: the
-    format in which it will be written: what this can't hold is told before the work.
-    **Raises:** `ValueError` for a rank below 1; `WeightsError` for networks of other shapes, or that do not differ.
+    **Arguments:** `base`, `tuned`: of the same shapes: networks, or their weights in files. `network`: "flux", "clip" or
+    "t5". `to`: the format in which it will be written: what this can't hold is an error before the work.
+    **Raises:** `ValueError` for a rank below 1, or another network; `WeightsError` for networks of other shapes, of weights
+    that are not plain or not finite, or that do not differ.
     **Source:** Eckart & Young 1936.
     """
     if rank < 1:
-        raise ValueError(f"An adapter needs a rank of at least 1, got {rank}.")
+        raise ValueError(f"`extract_lora` needs a rank of at least 1, got {rank}.")
+    base, tuned = _weights(base, network), _weights(tuned, network)
     slots, theirs = slots_of(base.network), slots_of(tuned.network)
     if {name: slot.shape for name, slot in slots.items()} != {name: slot.shape for name, slot in theirs.items()}:
         raise WeightsError("The two checkpoints are networks of different shapes. Pass a fine-tuned model and its own base.")
@@ -169,6 +186,10 @@ def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int, to: 
     for name in sorted(slots, key=lambda name: len(slots[name].shape)):  # vectors first, which take no time
         rows, exact = slice(0, slots[name].shape[0]), np.dtype(np.float32)
         difference = tuned.read(name, rows, exact) - base.read(name, rows, exact)
+        if not np.isfinite(difference).all():
+            raise WeightsError(
+                f"{name} holds NaN or infinity in one of the checkpoints. Pass checkpoints that are not damaged."
+            )
         if difference.any():
             whole = difference.ndim == 1
             if to is not None:
@@ -178,6 +199,16 @@ def extract_lora(base: Weights, tuned: Weights, network: str, *, rank: int, to: 
     if not changes:
         raise WeightsError("The two checkpoints have the same weights: there is nothing to extract.")
     return Lora({network: {name: changes[name] for name in slots if name in changes}}, "extracted")
+
+
+def _weights(model: Weights | eqx.Module, network: str) -> Weights:
+    """Return a network's weights. **Raises:** `ValueError` if it is not the named one."""
+    found = model if isinstance(model, Weights) else Held(model)
+    kind = kind_of("extract_lora", found.network)
+    if kind != network:
+        raise ValueError(f"`extract_lora(network)` got {network!r}, but these are the weights of {kind!r}. Pass {kind!r}.")
+    check_plain(found.network, "No adapter can be extracted from")
+    return found
 
 
 _OVERSAMPLED, _POWERS, _EXACT_SIDE = 16, 4, 1024
