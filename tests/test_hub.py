@@ -124,6 +124,18 @@ def test_a_damaged_file_is_fetched_anew_by_download(repository, tmp_path):
     assert settings.read_bytes() == (repository / "vae" / "config.json").read_bytes()
 
 
+def test_without_a_network_download_names_a_damaged_file(repository, tmp_path):
+    with serve(Hub(repository)) as hub:
+        folder = Path(run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip())
+        gone = hub.url
+    assert run(gone, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+    weights = (folder / "vae" / "diffusion_pytorch_model.safetensors").resolve()
+    weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+    done = run(gone, tmp_path, "download", "owner/model", "--only", "vae")
+    assert done.returncode == 2
+    assert "diffusion_pytorch_model.safetensors is damaged, and the hub can't be reached" in done.stderr
+
+
 def test_a_file_that_comes_damaged_is_refused_and_not_kept(repository, tmp_path):
     name = "vae/diffusion_pytorch_model.safetensors"
     with serve(Hub(repository, spoil=(name,))) as hub:
