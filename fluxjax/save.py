@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, sheets, write_json, write_sheets
-from fluxjax.convert.load import Held, slots_of_leaf
+from fluxjax.convert.load import Held, slots_of_leaf, written_dtype
 from fluxjax.convert.source import KINDS, Kind
 from fluxjax.generate import Models
 from fluxjax.lora.merge import merge
@@ -22,6 +22,7 @@ from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import LowRank
 from fluxjax.memory import Hosted
 from fluxjax.nets.layers import Adapted, Apart, Dense, Weight
+from fluxjax.weights import destination_of
 from fluxjax.zoo import DEFAULTS_FILE, write_pipeline
 
 WHOLE_LAYOUTS = ("own", "diffusers")
@@ -36,15 +37,16 @@ def save(network: eqx.Module, path: str | Path, *, to: str = "own", dtype: DType
     "bfl" (the transformer or the VAE) or "comfy". `dtype`: of the weights; None keeps theirs; float8 is for the matrices of
     linear layers.
     **Returns:** the path.
-    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout or dtype;
-    `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype can't hold,
-    for a network that the layout has no names for, and for a full disk.
+    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout or dtype, or a path without
+    a name; `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype
+    can't hold, for a network that the layout has no names for, and for a full disk.
     """
-    target = Path(path)
+    target, single = destination_of("save(path)", path)
+    dtype = written_dtype("save", dtype)
     _check(target, to, LAYOUTS)
     given = _given("save", network)
-    if target.suffix == ".safetensors":
-        files = sheets([given], to, dtype=_dtype(dtype), name=target.name)
+    if single:
+        files = sheets([given], to, dtype=dtype, name=target.name)
         write_sheets(target.parent, files)
         return target
     _write_folder(target, [given], to, dtype, lambda folder: None)
@@ -60,8 +62,9 @@ def save_models(models: Models, folder: str | Path, *, to: str = "own", dtype: D
     **Returns:** the folder.
     **Raises:** as `save`, and `WeightsError` for tokenizers that were not read from files.
     """
-    target = Path(folder)
-    if target.suffix == ".safetensors":
+    target, single = destination_of("save_models(folder)", folder)
+    dtype = written_dtype("save_models", dtype)
+    if single:
         raise ValueError(f"`save_models(folder)` writes a folder, got {str(folder)!r}. Leave out the ending.")
     _check(target, to, WHOLE_LAYOUTS)
     if not models.tokenizers.files:
@@ -87,19 +90,10 @@ def _check(target: Path, layout: str, layouts: tuple[str, ...]) -> None:
     check_free(target)
 
 
-def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    found = None if dtype is None else jnp.dtype(dtype)
-    if found is not None and not (jnp.issubdtype(found, jnp.floating) and found.itemsize <= 4):
-        raise ValueError(
-            f"Weights are written as floats of 32 bits or fewer, got {found}. Choose float32, bfloat16 or float16."
-        )
-    return found
-
-
 def _write_folder(
-    target: Path, given: list[Given], layout: str, dtype: DTypeLike | None, write_rest: Callable[[Path], Any]
+    target: Path, given: list[Given], layout: str, dtype: np.dtype | None, write_rest: Callable[[Path], Any]
 ) -> None:
-    files = sheets(given, layout, dtype=_dtype(dtype))
+    files = sheets(given, layout, dtype=dtype)
     with disk_errors(target, sum(sheet.nbytes for sheet in files)), new_folder(target) as temporary:
         write_sheets(temporary, files)
         if layout == "diffusers":

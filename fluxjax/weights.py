@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.atomic import check_free, new_folder
 from fluxjax.convert.files import WeightsError, disk_errors
 from fluxjax.convert.layouts import LAYOUTS, Given, parameters, sheets, write_json, write_sheets
-from fluxjax.convert.load import Problems, Weights
+from fluxjax.convert.load import Problems, Weights, written_dtype
 from fluxjax.convert.source import FLUX, KINDS, Part, Source, open_source, variant
 from fluxjax.lora.merge import Merged, changes_of, notes_of
 from fluxjax.lora.read import Lora
@@ -47,9 +46,9 @@ def convert_weights(
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
     the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
-    for a destination that has no name.
+    for a destination that has no name, or a dtype that no weights are written in.
     """
-    target, single = _target(destination)
+    target, single = destination_of("convert_weights(destination)", destination)
     only = [only] if isinstance(only, str) else only
     if to not in LAYOUTS:
         raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
@@ -57,12 +56,13 @@ def convert_weights(
         raise ValueError(
             "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
         )
+    dtype = written_dtype("convert_weights", dtype, float64=True)
     check_free(target)
     folder = find(source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only])
     parts = _chosen(open_source(folder), only)
     given = [_given(part, loras) for part in parts]
     _check_used(loras, parts)
-    files = sheets(given, to, dtype=None if dtype is None else np.dtype(dtype), name=target.name if single else None)
+    files = sheets(given, to, dtype=dtype, name=target.name if single else None)
     # Read before hours of writing, since it may be damaged.
     defaults = None if single or to not in ("own", "diffusers") or not _holds_flux(given) else load_defaults(source)
     total = sum(sheet.nbytes for sheet in files)
@@ -80,21 +80,21 @@ def convert_weights(
 _OTHER_FILES = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
 
 
-def _target(destination: str | Path) -> tuple[Path, bool]:
+def destination_of(call: str, destination: str | Path) -> tuple[Path, bool]:
     """Return where to write, and whether that is one file. It may lie anywhere, but has to have a name.
 
+    **Arguments:** `call`: the function and its argument, for the message.
     **Raises:** `ValueError` for a path without a name, or an ending of files that fluxjax does not write.
     """
     target = Path(destination)
     if target.name in ("", "..") or target.name.lower() == ".safetensors":
-        shown = printable(repr(str(destination)))
         raise ValueError(
-            f"`convert_weights(destination)` needs a name for the new folder or file, got {shown}. "
+            f"`{call}` needs a name for the new folder or file, got {printable(repr(str(destination)))}. "
             "Pass one such as model, ../model or model.safetensors."
         )
     if target.suffix.lower() in _OTHER_FILES:
         raise ValueError(
-            f"`convert_weights(destination)` writes .safetensors files and folders, got {printable(target.name)}. "
+            f"`{call}` writes .safetensors files and folders, got {printable(target.name)}. "
             "End the name in .safetensors, or leave the ending out for a folder."
         )
     return target, target.suffix.lower() == ".safetensors"

@@ -355,7 +355,7 @@ def download_file(repository: str, file: str) -> Path:
             return fetch_file(repository, file)
         except WeightsError:
             raise
-        except Exception as error:  # the network's errors are of several libraries
+        except Exception:  # the network's errors are of several libraries
             found = cached_file(repository, file)
             if found is None:
                 raise

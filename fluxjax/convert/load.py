@@ -315,6 +315,24 @@ def check_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
     return found
 
 
+def written_dtype(call: str, dtype: DTypeLike | None, *, float64: bool = False) -> np.dtype | None:
+    """Return the dtype that weights are to be written in. `float64`: whether that is allowed too.
+
+    **Raises:** `ValueError` for one that no weights are written in.
+    """
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    allowed = (*_DTYPES, "float64") if float64 else _DTYPES
+    if found is None or str(found) not in allowed:
+        got = printable(repr(dtype) if found is None else str(found))
+        raise ValueError(f"`{call}(dtype)` got {got}. Weights are written as {', '.join(allowed)}.")
+    return found
+
+
 def _dtype_remedy(name: str) -> str:
     format = "fp8" if "8" in name and "f" in name else "int8"
     eight = (

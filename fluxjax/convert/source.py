@@ -408,7 +408,7 @@ def what_else(path: Path, files: Sequence[File]) -> str:
     where, names = shown(path), [name for file in files for name in file.tensors]
     pieces = {piece for name in names for piece in name.split(".")}
     if "wscales" in pieces:  # it holds low-rank parts too, so it is looked for first
-        return f"{path} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
+        return f"{where} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
     if pieces & set(_ADAPTERS) or any(name.startswith("lora_") for name in names):
         return f"{where} is a LoRA, not a model. Pass the model that it adapts."
     for mark, model in _OTHERS.items():
