@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -364,9 +365,16 @@ def _find(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | No
     for prefix in kind.prefixes:
         names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
         for dialect in kind.dialects:
-            if sum(dialect.find(name) is not None for name in names) > len(names) / 2:
+            if _knows_most(dialect, names):
                 return prefix, dialect
     return None
+
+
+def _knows_most(dialect: Dialect, names: Sequence[str]) -> bool:
+    """Return whether more than half of the names are a dialect's; the rest is not looked at once half of them are not."""
+    unknown = (name for name in names if dialect.find(name) is None)
+    most = (len(names) + 1) // 2
+    return len(names) > 0 and len(list(islice(unknown, most))) < most
 
 
 def _own_metadata(files: Sequence[File]) -> Mapping[str, Any] | None:
