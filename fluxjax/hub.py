@@ -44,9 +44,13 @@ def fetch_folder(repository: str, patterns: Sequence[str], *, verify: bool) -> P
     """
 
     def wanted(names: Sequence[Any]) -> list[str]:
-        return [name for name in names if any(fnmatchcase(str(name), pattern) for pattern in patterns)]
+        return [name for name in names if _matches(str(name), patterns)]
 
     return _fetch(repository, wanted, verify)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def fetch_file(repository: str, file: str) -> Path:
@@ -206,6 +210,14 @@ def is_whole(path: Path) -> bool:
         read_header(path)
         return True
     return False
+
+
+def check_whole(root: Path, patterns: Sequence[str]) -> None:
+    """**Raises:** `WeightsError` for a damaged file below a folder of the cache whose path there matches a pattern. Called when
+    the hub can't be reached to fetch it anew."""
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and _matches(path.relative_to(root).as_posix(), patterns) and not is_whole(path):
+            raise WeightsError(f"{printable(str(path))} is damaged, and the hub can't be reached to download it anew.")
 
 
 def _checksum(path: Path, digits: int) -> str:

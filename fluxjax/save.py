@@ -38,9 +38,9 @@ def save(network: eqx.Module, path: str | Path, *, to: str = "own", dtype: DType
     "bfl" (the transformer or the VAE) or "comfy". `dtype`: of the weights; None keeps theirs; float8 is for the matrices of
     linear layers.
     **Returns:** the path.
-    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout or dtype;
-    `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype can't hold,
-    for a network that the layout has no names for, and for a full disk.
+    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout or dtype, or a path without
+    a name; `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype
+    can't hold, for a network that the layout has no names for, and for a full disk.
     """
     target, single = check_target("save(path)", path)
     _check(target, to, LAYOUTS)

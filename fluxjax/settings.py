@@ -65,12 +65,13 @@ def read_json(path: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
 
     **Raises:** `WeightsError` for a file that is too large, or not JSON in UTF-8; `OSError` for one that can't be opened.
     """
+    place = printable(str(path), 1000)
     if not path.is_file():  # a pipe would wait for its writer
-        raise FileNotFoundError(f"{path} is missing, or not a file. Download it anew.")
+        raise FileNotFoundError(f"{place} is missing, or not a file. Download it anew.")
     with open(path, "rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise WeightsError(f"{path} is larger than the {most_bytes:,} bytes that such a file may have. Download it anew.")
+        raise WeightsError(f"{place} is larger than the {most_bytes:,} bytes that such a file may have. Download it anew.")
     try:
         return json.loads(
             content.decode("utf-8-sig"),
@@ -79,9 +80,9 @@ def read_json(path: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
             object_pairs_hook=_without_repetition,
         )
     except RecursionError as error:
-        raise WeightsError(f"{path} can't be read: its lists are nested too deeply. Download it anew.") from error
+        raise WeightsError(f"{place} can't be read: its lists are nested too deeply. Download it anew.") from error
     except ValueError as error:
-        raise WeightsError(f"{path} is not JSON in UTF-8 ({printable(str(error))}). Download it anew.") from error
+        raise WeightsError(f"{place} is not JSON in UTF-8 ({printable(str(error))}). Download it anew.") from error
 
 
 def _refuse_constant(text: str) -> None:
@@ -113,7 +114,7 @@ def read_settings(path: Path, fields: Mapping[str, Field], *, closed: bool = Fal
     **Returns:** the fields that the file has, in its order; numbers of kind "number" as floats, lists as tuples.
     **Raises:** `WeightsError` that names the file, the field, what is allowed and what came.
     """
-    return check_settings(str(path), read_json(path), fields, closed=closed)
+    return check_settings(printable(str(path), 1000), read_json(path), fields, closed=closed)
 
 
 def check_settings(place: str, settings: Any, fields: Mapping[str, Field], *, closed: bool = False) -> dict[str, Any]:

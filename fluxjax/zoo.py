@@ -14,7 +14,7 @@ from fluxjax.convert.files import WeightsError
 from fluxjax.convert.layouts import write_json
 from fluxjax.convert.load import check_dtype, load
 from fluxjax.convert.source import CLIP, FLUX, T5_XXL, VAE, Kind, open_source
-from fluxjax.hub import cached_file, cached_folder, fetch_file, fetch_folder, is_whole
+from fluxjax.hub import cached_file, cached_folder, check_whole, fetch_file, fetch_folder
 from fluxjax.memory import load_streamed
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
@@ -340,9 +340,12 @@ def _folder_of(repository: str, patterns: list[str], cached: bool, verify: bool)
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's
         try:
-            return cached_folder(repository, patterns), False
+            root = cached_folder(repository, patterns)
         except Exception:
             raise error from None
+        if verify:
+            check_whole(root, patterns)
+        return root, False
 
 
 def download_file(repository: str, file: str) -> Path:
@@ -352,12 +355,11 @@ def download_file(repository: str, file: str) -> Path:
             return fetch_file(repository, file)
         except WeightsError:
             raise
-        except Exception as error:  # the network's errors are of several libraries
+        except Exception:  # the network's errors are of several libraries
             found = cached_file(repository, file)
             if found is None:
                 raise
-            if not is_whole(found):
-                raise WeightsError(f"{found} is damaged, and the hub can't be reached to download it anew.") from error
+            check_whole(found.parent, [found.name])
             return found
 
 

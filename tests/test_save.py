@@ -52,10 +52,18 @@ def test_a_dtype_rounds_and_one_that_can_not_hold_the_weights_leaves_nothing(sma
     for path in ("huge", "huge.safetensors"):
         with pytest.raises(WeightsError, match="which float16 can't"):
             save(huge, tmp_path / path, dtype=jnp.float16)
-    for wrong in ("int8", "float64", "complex64"):
-        with pytest.raises((ValueError, TypeError), match="floats of 32 bits or fewer"):
+    for wrong in ("int8", "float64", "complex64", "no dtype", object, "float8_e4m3", "float8_e8m0fnu"):
+        with pytest.raises(ValueError, match=r"`save\(dtype\)` got .*Weights are written as float32"):
             save(small, tmp_path / "x", dtype=wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["half.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".safetensors", "a.gguf"])
+def test_a_path_without_a_name_or_of_another_format_is_refused(small, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`save\(path\)` (needs a name|writes \.safetensors)"):
+        save(small, name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_attached_adapters_are_saved_merged(small, tmp_path):

@@ -180,8 +180,9 @@ def _pickle_message(path: Path) -> str:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    if text.count(b'"data_offsets"') > MOST_TENSORS:
-        raise WeightsError(f"{shown(path)}: the header names more than {MOST_TENSORS:,} tensors, so it is not FLUX.1's.")
+    too_many = WeightsError(f"{shown(path)}: the header names more than {MOST_TENSORS:,} tensors, so it is not FLUX.1's.")
+    if text.count(b'"data_offsets"') > MOST_TENSORS:  # before time is spent on them
+        raise too_many
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -200,6 +201,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise WeightsError(f"{shown(path)} is not a safetensors file: its header is not JSON ({reason}).") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{shown(path)} is not a safetensors file: its header is not a table of tensors.")
+    if len(header) > MOST_TENSORS + 1:  # a name with escaped letters is not counted above
+        raise too_many
     return header
 
 
@@ -253,13 +256,14 @@ def check_end(path: Path, name: str, end: int, size: int) -> None:
 
 def check_overlaps(path: Path, tensors: Mapping[str, Any]) -> None:
     """**Raises:** `WeightsError` if two tensors share bytes."""
+    spans = sorted((tensor.offset, tensor.nbytes, name) for name, tensor in tensors.items())
     end, before = 0, ""
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.nbytes and tensor.offset < end:
+    for offset, size, name in spans:
+        if size and offset < end:
             pair = f"{quoted(before)} and {quoted(name)}"
             raise WeightsError(f"{shown(path)}: {pair} overlap. Download the file anew.")
-        if tensor.nbytes:
-            end, before = tensor.offset + tensor.nbytes, name
+        if size:
+            end, before = offset + size, name
 
 
 def read_index(index: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -364,9 +365,16 @@ def _find(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | No
     for prefix in kind.prefixes:
         names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
         for dialect in kind.dialects:
-            if sum(dialect.find(name) is not None for name in names) > len(names) / 2:
+            if _knows_most(dialect, names):
                 return prefix, dialect
     return None
+
+
+def _knows_most(dialect: Dialect, names: Sequence[str]) -> bool:
+    """Return whether more than half of the names are a dialect's; the rest is not looked at once half of them are not."""
+    unknown = (name for name in names if dialect.find(name) is None)
+    most = (len(names) + 1) // 2
+    return len(names) > 0 and len(list(islice(unknown, most))) < most
 
 
 def _own_metadata(files: Sequence[File]) -> Mapping[str, Any] | None:
@@ -408,7 +416,7 @@ def what_else(path: Path, files: Sequence[File]) -> str:
     where, names = shown(path), [name for file in files for name in file.tensors]
     pieces = {piece for name in names for piece in name.split(".")}
     if "wscales" in pieces:  # it holds low-rank parts too, so it is looked for first
-        return f"{path} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
+        return f"{where} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."
     if pieces & set(_ADAPTERS) or any(name.startswith("lora_") for name in names):
         return f"{where} is a LoRA, not a model. Pass the model that it adapts."
     for mark, model in _OTHERS.items():
