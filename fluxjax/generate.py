@@ -282,8 +282,8 @@ def decode(
     mesh: Mesh | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped, and NaN where the
-    network gives infinity. `mesh`: of devices;
-    the VAE is then from `shard`, images are shared over "data" and "fsdp", and the rows of each over the other axes."""
+    network gives infinity. `mesh`: of devices; the VAE is then from `shard`, images are shared over "data" and "fsdp", and the
+    rows of each over the other axes."""
 
     def run(vae: Vae, latents: Array, rest: None) -> Array:
         return jax.lax.map(lambda one: _clipped(vae.decode(one.astype(dtype)).astype(jnp.float32)), latents)

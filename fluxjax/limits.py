@@ -132,8 +132,8 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # JAX raises either
         named = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={named!r} ({error or 'none starts'}). Unset it, or install JAX for that "
-            "device."
+            f"JAX finds no device of JAX_PLATFORMS={named!r} ({str(error) or 'none starts'}). Unset it, or install JAX for "
+            "that device."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -82,12 +83,17 @@ images = whole_number(1, MOST_IMAGES)
 
 
 def any_text(text: str) -> str:
-    """Read a text that can be encoded. A command line that is not valid UTF-8 has surrogates in place of its bytes."""
+    """Read a text that can be encoded. Where the locale's encoding lacks them, the bytes of a command line come as surrogates;
+    they are read as UTF-8."""
     try:
         text.encode()
+        return text
     except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
         raise argparse.ArgumentTypeError(f"is not valid UTF-8: {printable(text, 60)}") from None
-    return text
 
 
 def path(text: str) -> Path:

@@ -113,6 +113,18 @@ def test_the_corrector_keeps_float32s_digits_on_close_times(way):
 
 
 @pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
+def test_many_close_nodes_in_float32_round_nothing_away(step):
+    def end(dtype):
+        x, times = np.linspace(-2, 2, 33, dtype=np.float32), np.linspace(0.6, 0.55, 200, dtype=np.float32)
+        speed = lambda x, t: jnp.sin(3 * x + 5 * t)  # noqa: E731
+        return np.asarray(sample(speed, jnp.asarray(x, dtype), jnp.asarray(times, dtype), step=step).x, np.float64)
+
+    # 199 roundings of x by up to 6e-8 each are 2e-7 to 5e-7 if they are independent; of one sign they would be 4e-6 and more.
+    error = end(jnp.float32) - end(jnp.float64)
+    assert np.linalg.norm(error) <= 1e-6 * np.linalg.norm(end(jnp.float64))
+
+
+@pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
 def test_over_the_whole_way_the_error_falls_without_a_floor(step):
     counts = (64, 1024, 16_384) if step.order > 1 else (1024, 32_768, 4_194_304)
     found = errors(step, counts, 1.0, 0.0, False)

@@ -162,6 +162,7 @@ def test_streams_that_are_closed_and_a_folder_that_is_gone(tmp_path):
     found = subprocess.run(command("generate", "a"), cwd=tmp_path, env=broken, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.startswith("fluxjax: JAX finds no device of JAX_PLATFORMS='cuda'")
+    assert "()" not in found.stderr  # JAX's error has no text
     assert found.stderr.count("\n") == 1
 
 
@@ -175,3 +176,12 @@ def test_a_signal_whose_exception_is_swallowed_ends_the_next_wait():
             interruptible(time.sleep, 5)
     assert signal.getsignal(signal.SIGINT) is before
     assert interruptible(lambda: 3) == 3
+
+
+def test_a_command_line_in_utf8_is_read_as_such_where_the_locale_is_ascii():
+    program = "import sys; from fluxjax.options import any_text; print(ascii(any_text(sys.argv[1])))"
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", program, "café ⭐".encode()], env=plain, capture_output=True, text=True)
+    assert found.stdout.strip() == ascii("café ⭐"), found.stderr
+    found = subprocess.run([sys.executable, "-c", program, b"caf\xe9"], env=plain, capture_output=True, text=True)
+    assert "is not valid UTF-8" in found.stderr

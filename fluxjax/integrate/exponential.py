@@ -4,6 +4,9 @@ D(t) = x - t v is the estimate of x0. From t to u, x / t changes by the integral
 log((1 - t) / t), half of the log-SNR, or -log t. Steps take D as a polynomial in c, and where c is infinite at an end of
 the step, as a constant. With D constant a step is Euler's, x + (u - t) v; only what D changes by is added to that, which
 keeps float32's digits and is finite at t = 0 too, where steps to rising times begin.
+
+All that a step adds to x is summed first: over close times what D changes by is less than half of x's last digit, and added
+by itself it would be rounded away at every step.
 """
 
 import math
@@ -128,7 +131,7 @@ class DPMpp2S(_OneStep):
 
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
         v, moved = _moved_halfway(self.clock, velocity, x, t, u)
-        return x + (u - t) * v + estimate_weight(t, u) * moved, None, None
+        return x + ((u - t) * v + estimate_weight(t, u) * moved), None, None
 
 
 class RES2S(_OneStep):
@@ -143,7 +146,7 @@ class RES2S(_OneStep):
     def __call__(self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None, *, key: PRNGKeyArray | None):
         v, moved = _moved_halfway(self.clock, velocity, x, t, u)
         share = line_weight(self.clock, t, u) * 2 * inverse(clock_way(self.clock, t, u))
-        return x + (u - t) * v + share * moved, None, None
+        return x + ((u - t) * v + share * moved), None, None
 
 
 def _moved_halfway(clock: Clock, velocity: Velocity, x: X, t: Scalar, u: Scalar) -> tuple[X, X]:
@@ -163,7 +166,7 @@ class DPMpp2M(_Multistep):
         v = velocity(x, t)
         estimate = x - t * v
         moved = half_way(self.clock, t, u) * slope(self.clock, state, estimate, t)
-        return x + (u - t) * v + estimate_weight(t, u) * moved, Past(estimate, t), None
+        return x + ((u - t) * v + estimate_weight(t, u) * moved), Past(estimate, t), None
 
 
 def half_way(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
@@ -182,7 +185,7 @@ class RES2M(_Multistep):
         v = velocity(x, t)
         estimate = x - t * v
         line = line_weight(self.clock, t, u) * slope(self.clock, state, estimate, t)
-        return x + (u - t) * v + line, Past(estimate, t), None
+        return x + ((u - t) * v + line), Past(estimate, t), None
 
 
 class DEIS2(Step):
@@ -204,7 +207,7 @@ class DEIS2(Step):
         before, last = state
         v = velocity(x, t)
         noise = x + (1 - t) * v
-        return x + (u - t) * v + _noise_line(t, u) / (t - last) * (noise - before), (noise, t), None
+        return x + ((u - t) * v + _noise_line(t, u) / (t - last) * (noise - before)), (noise, t), None
 
 
 def _noise_line(t: Scalar, u: Scalar) -> Scalar:
@@ -244,7 +247,7 @@ class UniPC2(_Multistep):
         # The estimate was found where the predictor led, and the velocity is what it stands for at the corrected x.
         v = jnp.where(t > 0, (x - estimate) / jnp.where(t > 0, t, 1), v)
         moved = half_way(self.clock, t, u) * slope(self.clock, state.last, estimate, t)
-        end = x + (u - t) * v + estimate_weight(t, u) * moved
+        end = x + ((u - t) * v + estimate_weight(t, u) * moved)
         return end, Corrected(x, v, Past(estimate, t), state.last, state.seen + 1), None
 
     def _corrected(self, state: Corrected, t: Scalar, estimate: X) -> X:
@@ -258,7 +261,7 @@ class UniPC2(_Multistep):
         older = jnp.where(two, (first - second) / (1 - back), 0)
         newer = jnp.where(state.seen > 1, first - older, 0.5)
         moved = newer * (estimate - state.last.estimate) + older / back * (state.earlier.estimate - state.last.estimate)
-        return state.x + (t - start) * state.velocity + estimate_weight(start, t) * moved
+        return state.x + ((t - start) * state.velocity + estimate_weight(start, t) * moved)
 
 
 def _corrector_rows(way: Scalar) -> tuple[Scalar, Scalar]:
