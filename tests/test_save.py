@@ -53,7 +53,7 @@ def test_a_dtype_rounds_and_one_that_can_not_hold_the_weights_leaves_nothing(sma
         with pytest.raises(WeightsError, match="which float16 can't"):
             save(huge, tmp_path / path, dtype=jnp.float16)
     for wrong in ("int8", "float64", "complex64", "no dtype", object, "float8_e4m3", "float8_e8m0fnu"):
-        with pytest.raises(ValueError, match=r"`save\(dtype\)` got .*Weights are written as float32"):
+        with pytest.raises(ValueError, match=r"`save\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32"):
             save(small, tmp_path / "x", dtype=wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["half.safetensors"]
 

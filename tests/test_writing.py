@@ -165,7 +165,9 @@ def test_a_destination_may_lie_anywhere_but_needs_a_name(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("dtype", ["complex64", "no dtype", "int8", object, "float8_e4m3", "float8_e8m0fnu"])
 def test_a_dtype_that_weights_are_not_written_in_is_refused(tmp_path, dtype):
     for only in ("vae", "t5"):
-        with pytest.raises(ValueError, match=r"`convert_weights\(dtype\)` got .*Weights are written as float32, bfloat16"):
+        with pytest.raises(
+            ValueError, match=r"`convert_weights\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32"
+        ):
             convert_weights("tiny", tmp_path / "out", only=only, dtype=dtype)
     assert os.listdir(tmp_path) == []
 

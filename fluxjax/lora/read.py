@@ -15,8 +15,6 @@ from fluxjax.lora.strangers import looks_like, without_effect
 from fluxjax.lora.terms import LowRank, Magnitude, Term
 from fluxjax.printable import printable
 
-# An adapter of every layer of FLUX, CLIP and T5 has some thousands.
-_MOST_KEYS = 20_000
 _IN_FOLDER = (WEIGHTS, "pytorch_lora_weights.safetensors")
 
 
@@ -63,8 +61,6 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
     """
     path = _file_of(Path(path))
     file = read_header(path)
-    if len(file.tensors) > _MOST_KEYS:
-        raise WeightsError(f"{path} holds {len(file.tensors):,} tensors, more than any adapter of FLUX.1. Pass a LoRA.")
     modules, unused, notes = _modules(file)
     if not modules:
         raise WeightsError(f"{path} adapts nothing of FLUX.1: {looks_like(unused or list(file.tensors))}")

@@ -144,7 +144,7 @@ class Full(Term):
 
 
 class Assigned(Term):
-    """A value that takes the base's place at scale 1."""
+    """A value that takes the base's place, at any scale other than 0."""
 
     value: Float[Array, "*shape"]
     additive: ClassVar[bool] = False
