@@ -344,7 +344,7 @@ def test_a_file_of_more_tensors_than_an_adapter_has_is_refused_at_once(tmp_path)
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     text = json.dumps({f"model.layers.{i}.lora_A.weight": entry for i in range(20_001)}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(WeightsError, match="more than 20,000 tensors, so it is not FLUX.1's"):
+    with pytest.raises(WeightsError, match="more than 20,000 tensors"):
         read_lora(tmp_path / "x.safetensors")
 
 
