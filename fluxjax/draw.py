@@ -184,6 +184,10 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
     check_size("--height and --width", height, width)
     _check_negative(options)
     weights = DTYPES[options.dtype] if options.dtype else None
+    activations = activation_dtype() if weights is None else weights
+    max_length = _pick(options.max_sequence_length, defaults.max_length)
+    rows = batch if options.prompts is None else _pick(options.batch, 1)
+    _check_memory(options, Demand(rows, height, width, steps, max_length, activations))
     attention = None
     if options.attention is not None or options.flash_block_sizes is not None:
         attention = Attention(options.attention, options.flash_block_sizes)
@@ -191,7 +195,7 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         steps,
         height,
         width,
-        _pick(options.max_sequence_length, defaults.max_length),
+        max_length,
         batches(options.images, batch),
         timer(options.timer, steps, defaults, height, width, shift=options.shift),
         integrator(options.integrator, eta=options.eta),
@@ -201,16 +205,13 @@ def _plan(options: argparse.Namespace, defaults: Defaults) -> _Plan:
         [],
         _pick(options.seed, 0),
         weights,
-        activation_dtype() if weights is None else weights,
+        activations,
     )
-    rows = batch if options.prompts is None else _pick(options.batch, 1)
-    _check_memory(options, plan, rows)
     check_finite_times(plan.times)
     return plan._replace(loras=[(read_adapter(adapter), adapter.scale) for adapter in options.lora])
 
 
-def _check_memory(options: argparse.Namespace, plan: _Plan, rows: int) -> None:
-    demand = Demand(rows, plan.height, plan.width, plan.steps, plan.max_length, plan.activations)
+def _check_memory(options: argparse.Namespace, demand: Demand) -> None:
     devices = 1 if options.mesh is None else options.mesh.size
     check_memory(demand, read_configs(options.model), devices=devices)
 

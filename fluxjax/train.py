@@ -73,14 +73,15 @@ def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module
 
 @convert_arguments
 def logit_normal_times(
-    key: PRNGKeyArray, count: int, *, mean: float = 0.0, deviation: float = 1.0, mu: float = 0.0
+    key: PRNGKeyArray, count: int, *, mean: ScalarLike = 0.0, deviation: ScalarLike = 1.0, mu: ScalarLike = 0.0
 ) -> Float[Array, " count"]:
     """Draw times whose logit is normal, then shift them by `mu` as the sampler's are.
 
     **Source:** Esser et al. 2024, section 3.1 and eq. 23.
     """
-    t = jax.nn.sigmoid(mean + deviation * jax.random.normal(key, (count,)))
-    return time_shift(t, mu)
+    draws = jax.random.normal(key, (count,))
+    logits = jnp.asarray(mean, draws.dtype) + jnp.asarray(deviation, draws.dtype) * draws
+    return time_shift(jax.nn.sigmoid(logits), mu)
 
 
 @convert_arguments
