@@ -94,7 +94,7 @@ def _converted(call: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the annotation alone."""
+    """Return the members of a union, or the annotation itself if it is not one."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
@@ -112,7 +112,7 @@ def _is_array(annotation: Any) -> bool:
 
 
 def _made(value: Any, choice: Any) -> Any:
-    """Return what a value stands for where `choice` is asked for, or None."""
+    """Convert a value to the annotated type `choice`; None if it can not be."""
     if _is_array(choice):
         return _array(value, getattr(choice, "dtype", jaxtyping.Shaped))
     if choice in (float, int, bool):
@@ -164,7 +164,7 @@ def _number(value: Any, kind: type) -> float | int | bool | None:
 
 
 def _items(items: list, item: Any) -> list | None:
-    """Return a list with each item as it is asked for, or None if one is not."""
+    """Convert each item of a list to its annotated type; None if one can not be."""
     choices = _choices(item)
     made = [value if _fits(value, item) else _first(value, choices) for value in items]
     return None if any(value is None for value in made) else made

@@ -25,7 +25,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
 
     The temporary file lies beside `path`, has a random name, is created exclusively (so never through a link), and has the
     mode that the process's umask gives. It is locked while it is written: a later call for the same `path` removes the
-    temporary files of processes that were killed, and of those alone.
+    temporary files of processes that were killed, and only those.
 
     **Arguments:** `overwrite`: whether the file takes the place of an existing one.
     **Raises:** `FileExistsError` if there is something at `path`, also if it has appeared since the block began.

@@ -123,45 +123,37 @@ class Hadamard(Term):
         return _float32(self.factor) * up, (down1[:, None] * down2[None]).reshape(-1, down1.shape[1])
 
 
-class Full(Term):
-    """A difference stored as itself."""
+class _Whole(Term):
+    """A change that a file holds as one tensor in the shape of the weight."""
 
     value: Float[Array, "*shape"]
+
+    @property
+    def rows(self):
+        return self.value.shape[0]
+
+    @property
+    def columns(self):
+        return self.value.shape[1] if self.value.ndim > 1 else None
+
+    def shape(self, base):
+        return self.value.shape
+
+
+class Full(_Whole):
+    """A difference stored as itself."""
 
     def delta(self, base):
         return _float32(self.value)
 
-    @property
-    def rows(self):
-        return self.value.shape[0]
 
-    @property
-    def columns(self):
-        return self.value.shape[1] if self.value.ndim > 1 else None
-
-    def shape(self, base):
-        return self.value.shape
-
-
-class Assigned(Term):
+class Assigned(_Whole):
     """A value that takes the base's place, at any scale other than 0."""
 
-    value: Float[Array, "*shape"]
     additive: ClassVar[bool] = False
 
     def delta(self, base):
         return _float32(self.value) - base
-
-    @property
-    def rows(self):
-        return self.value.shape[0]
-
-    @property
-    def columns(self):
-        return self.value.shape[1] if self.value.ndim > 1 else None
-
-    def shape(self, base):
-        return self.value.shape
 
 
 class Magnitude(Term):
