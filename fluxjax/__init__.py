@@ -8,32 +8,21 @@ __version__ = "0.1.0"
 
 # Shapes and types of every call are checked as it is traced, so a mistake names the argument at fault.
 with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
-    from fluxjax.cache import Cached, FirstBlock, TeaCache
-    from fluxjax.convert.files import WeightsError
-    from fluxjax.generate import Models, activation_dtype, load_models, text_to_image
-    from fluxjax.guidance import ClassifierFree, Guided, Projected, Weak, ZeroStar
-    from fluxjax.image import read_image, write_png
-    from fluxjax.integrate.base import Remembering, Step, StochasticStep
-    from fluxjax.integrate.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
-    from fluxjax.integrate.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
-    from fluxjax.integrate.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
-    from fluxjax.kernels.attention import Attention, attention, select_attention
-    from fluxjax.kernels.blocks import BlockSizes
-    from fluxjax.kernels.guiding import Nag, isolated_attention
-    from fluxjax.latents import image_ids, initial_noise, pack_latents, seed_key, unpack_latents
-    from fluxjax.lora.attach import attach
-    from fluxjax.lora.init import init_lora, trainable
-    from fluxjax.lora.merge import merge, unmerge
-    from fluxjax.lora.read import Lora, read_lora
-    from fluxjax.lora.write import extract_lora, write_lora
-    from fluxjax.memory import fetch, offload, residency, stream_blocks
-    from fluxjax.nets.clip import Clip, ClipConfig
-    from fluxjax.nets.flux import Flux, FluxConfig, Prepared, Weaken
-    from fluxjax.nets.t5 import T5, T5Config
-    from fluxjax.nets.vae import Vae, VaeConfig
-    from fluxjax.ode import sample_ode
-    from fluxjax.plots import plot_errors, plot_times
-    from fluxjax.predict import (
+    from fluxjax.checkpoint.convert import convert_weights
+    from fluxjax.checkpoint.defaults import load_defaults
+    from fluxjax.checkpoint.inspect import inspect_weights
+    from fluxjax.checkpoint.locate import download
+    from fluxjax.checkpoint.safetensors import WeightsError
+    from fluxjax.devices.mesh import make_mesh
+    from fluxjax.devices.offload import fetch, offload, residency
+    from fluxjax.devices.shard import on_mesh, shard
+    from fluxjax.devices.specs import shardings
+    from fluxjax.devices.stream import stream_blocks
+    from fluxjax.devices.vae_rows import split_vae_rows
+    from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+    from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, WeakModel, ZeroStar
+    from fluxjax.flow.ode import sample_ode
+    from fluxjax.flow.paths import (
         STRAIGHT,
         CustomPath,
         Discrete,
@@ -43,11 +32,19 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         convert_prediction,
         estimates,
     )
-    from fluxjax.preview import Preview, fit_preview
-    from fluxjax.quantize import quantize
-    from fluxjax.sample import Sample, sample, stream
-    from fluxjax.save import save, save_models
-    from fluxjax.schedule import (
+    from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
+    from fluxjax.flow.sample import Sample, sample, stream
+    from fluxjax.flow.step import Step, StochasticStep
+    from fluxjax.flow.stochastic import (
+        DDIM,
+        ERSDE2,
+        Churn,
+        DPMpp2MSDE,
+        Renoise,
+        ReverseSDE,
+        ancestral,
+    )
+    from fluxjax.flow.times import (
         beta_times,
         custom_times,
         exponential_times,
@@ -59,22 +56,46 @@ with install_import_hook("fluxjax", "fluxjax.shapes.checked"):
         time_shift,
         uniform_times,
     )
-    from fluxjax.shard import make_mesh, on_mesh, shard, shardings
-    from fluxjax.tiles import tiled
-    from fluxjax.tokens import Tokenizers, tokenize
-    from fluxjax.unroll import unroll
-    from fluxjax.weights import convert_weights, inspect_weights
-    from fluxjax.zoo import (
-        ZOO,
-        Defaults,
-        download,
+    from fluxjax.flow.velocity import StatefulVelocity
+    from fluxjax.generate.cache import CachedFlux, FirstBlock, TeaCache
+    from fluxjax.generate.draw import text_to_image
+    from fluxjax.generate.image import read_image, write_png
+    from fluxjax.generate.latents import (
+        image_ids,
+        initial_noise,
+        pack_latents,
+        seed_key,
+        unpack_latents,
+    )
+    from fluxjax.generate.load import (
+        Models,
+        activation_dtype,
         load_clip,
-        load_defaults,
         load_flux,
+        load_models,
         load_t5,
         load_tokenizers,
         load_vae,
     )
+    from fluxjax.generate.plots import plot_errors, plot_times
+    from fluxjax.generate.preview import Preview, fit_preview
+    from fluxjax.generate.save import save, save_models
+    from fluxjax.generate.tokens import Tokenizers, tokenize
+    from fluxjax.kernels.attention import Attention, attention, select_attention
+    from fluxjax.kernels.blocks import BlockSizes
+    from fluxjax.kernels.guiding import Nag, isolated_attention
+    from fluxjax.lora.attach import attach
+    from fluxjax.lora.init import init_lora, trainable
+    from fluxjax.lora.merge import merge, unmerge
+    from fluxjax.lora.read import Lora, read_lora
+    from fluxjax.lora.write import extract_lora, write_lora
+    from fluxjax.nets.clip import Clip, ClipConfig
+    from fluxjax.nets.flux import DegradedBlocks, Flux, FluxConfig, Prepared
+    from fluxjax.nets.quantized import quantize
+    from fluxjax.nets.stack import unroll
+    from fluxjax.nets.t5 import T5, T5Config
+    from fluxjax.nets.vae import Vae, VaeConfig
+    from fluxjax.zoo import ZOO, Defaults
 
 __all__ = [
     "AB2",
@@ -89,7 +110,7 @@ __all__ = [
     "ZOO",
     "Attention",
     "BlockSizes",
-    "Cached",
+    "CachedFlux",
     "Churn",
     "ClassifierFree",
     "Clip",
@@ -113,7 +134,7 @@ __all__ = [
     "Prepared",
     "Preview",
     "Projected",
-    "Remembering",
+    "StatefulVelocity",
     "Renoise",
     "ReverseSDE",
     "Sample",
@@ -127,8 +148,8 @@ __all__ = [
     "VaeConfig",
     "VarianceExploding",
     "VariancePreserving",
-    "Weak",
-    "Weaken",
+    "WeakModel",
+    "DegradedBlocks",
     "WeightsError",
     "ZeroStar",
     "activation_dtype",

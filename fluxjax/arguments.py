@@ -56,7 +56,9 @@ def convert_arguments(function: Function) -> Function:
         # A context of its own: the names of dimensions must not meet those of the function that calls this one.
         with jaxtyping.jaxtyped("context"):
             for name in bound.arguments.keys() & annotations.keys():
-                bound.arguments[name] = _converted(call, name, bound.arguments[name], annotations[name])
+                bound.arguments[name] = _converted(
+                    call, name, bound.arguments[name], annotations[name]
+                )
         return function(*bound.args, **bound.kwargs)
 
     converted.converts_arguments = True  # type: ignore[attr-defined]  # the tests look for it
@@ -69,9 +71,15 @@ def check_key(call: str, key: Any) -> jax.Array:
     **Raises:** `ValueError` for a batch of keys, or what is not a key.
     """
     made = jax.random.wrap_key_data(jnp.asarray(key)) if _is_legacy_key(key) else key
-    if isinstance(made, jax.Array) and jax.dtypes.issubdtype(made.dtype, jax.dtypes.prng_key) and made.ndim == 0:
+    if (
+        isinstance(made, jax.Array)
+        and jax.dtypes.issubdtype(made.dtype, jax.dtypes.prng_key)
+        and made.ndim == 0
+    ):
         return made
-    raise ValueError(f"`{call}(key)` needs one PRNG key, got {_shown(key)}. Pass jax.random.key(0), or another seed.")
+    raise ValueError(
+        f"`{call}(key)` needs one PRNG key, got {_shown(key)}. Pass jax.random.key(0), or another seed."
+    )
 
 
 def _is_legacy_key(key: Any) -> bool:
@@ -90,12 +98,18 @@ def _converted(call: str, name: str, value: Any, annotation: Any) -> Any:
         made = _made(value, choice)
         if made is not None and _fits(made, choice):
             return made
-    raise ValueError(f"`{call}({name})` takes {_described(annotation)}, got {_shown(value)}. {_remedy(value, choices)}")
+    raise ValueError(
+        f"`{call}({name})` takes {_described(annotation)}, got {_shown(value)}. {_remedy(value, choices)}"
+    )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the annotation itself if it is not one."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return (
+        get_args(annotation)
+        if get_origin(annotation) in (Union, types.UnionType)
+        else (annotation,)
+    )
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -130,7 +144,9 @@ def _has_items(value: Any) -> bool:
 
 def _array(value: Any, dtype: Any) -> jax.Array | None:
     """Return a value as a JAX array, or None if it does not stand for one of these."""
-    if isinstance(value, str | bytes) or not (hasattr(value, "__array__") or isinstance(value, int | float | list | tuple)):
+    if isinstance(value, str | bytes) or not (
+        hasattr(value, "__array__") or isinstance(value, int | float | list | tuple)
+    ):
         return None
     given = value if hasattr(value, "__array__") else _from_list(value)
     if given is None or np.dtype(given.dtype).kind in "OSUMm":  # objects, text and times
@@ -156,7 +172,11 @@ def _number(value: Any, kind: type) -> float | int | bool | None:
     """Return a NumPy or JAX scalar as a Python number, or None if it is of another kind, or traced."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0 or not hasattr(value, "dtype"):
         return None
-    if kind is float and jnp.issubdtype(value.dtype, np.number) and not jnp.issubdtype(value.dtype, np.complexfloating):
+    if (
+        kind is float
+        and jnp.issubdtype(value.dtype, np.number)
+        and not jnp.issubdtype(value.dtype, np.complexfloating)
+    ):
         return float(value)
     if kind is int and jnp.issubdtype(value.dtype, np.integer):
         return operator.index(value)
@@ -185,7 +205,9 @@ def _described(annotation: Any) -> str:
 def _name(choice: Any) -> str:
     if getattr(choice, "array_type", None) is not None:
         dims = ", ".join(choice.dim_str.split())
-        kind = {"Float": "a float array", "Int": "an integer array"}.get(choice.dtype.__name__, "an array")
+        kind = {"Float": "a float array", "Int": "an integer array"}.get(
+            choice.dtype.__name__, "an array"
+        )
         return f"{kind} [{dims}]" if dims else "a number"
     if choice in _NAMES:
         return _NAMES[choice]
@@ -195,7 +217,11 @@ def _name(choice: Any) -> str:
         return f"a sequence of {_described(get_args(choice)[0])}"
     if get_origin(choice) is Mapping:
         return "a mapping of names to " + _described(get_args(choice)[1])
-    return choice.__name__ if isinstance(choice, type) and not get_args(choice) else str(choice).replace("typing.", "")
+    return (
+        choice.__name__
+        if isinstance(choice, type) and not get_args(choice)
+        else str(choice).replace("typing.", "")
+    )
 
 
 def _shown(value: Any) -> str:
@@ -210,7 +236,11 @@ def _remedy(value: Any, choices: tuple[Any, ...]) -> str:
     if isinstance(value, jax.core.Tracer):
         return "Inside of jit, pass it as a static argument."
     floats = any(getattr(choice, "dtype", None) is jaxtyping.Float for choice in choices)
-    if floats and isinstance(value, jax.Array | np.ndarray) and np.issubdtype(value.dtype, np.integer):
+    if (
+        floats
+        and isinstance(value, jax.Array | np.ndarray)
+        and np.issubdtype(value.dtype, np.integer)
+    ):
         return "Convert it to float32; bytes of an image are pixels / 127.5 - 1."
     if any(map(_is_array, choices)):
         return "Pass an array of this kind and shape."

@@ -15,7 +15,9 @@ def wide_dtype(dtype: Any) -> jnp.dtype:
 
 def is_concrete_number(value: Any) -> bool:
     """Whether a value is a Python, NumPy or JAX number or array whose value is known, which a traced one's is not."""
-    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(
+        value, jax.core.Tracer
+    )
 
 
 def check_finite(call: str, **values: Any) -> None:
@@ -28,7 +30,9 @@ def check_finite(call: str, **values: Any) -> None:
     for name, value in values.items():
         if (is_concrete_number(value) or isinstance(value, list | tuple)) and not _is_finite(value):
             shown = value if np.ndim(value) == 0 else "NaN or infinity in it"
-            raise ValueError(f"`{call}({name})` needs finite numbers, got {shown}. Choose a finite number.")
+            raise ValueError(
+                f"`{call}({name})` needs finite numbers, got {shown}. Choose a finite number."
+            )
 
 
 def _is_finite(value: Any) -> bool:

@@ -30,7 +30,15 @@ class Draw:
         return self.rng.standard_normal(shape).astype(np.float32)
 
 
-def pair(sample: Sample, draw: Draw, module: str, ends: tuple[str, str], shape: tuple[int, int], rank: int, alpha=None):
+def pair(
+    sample: Sample,
+    draw: Draw,
+    module: str,
+    ends: tuple[str, str],
+    shape: tuple[int, int],
+    rank: int,
+    alpha=None,
+):
     """Add a low-rank pair and return its difference in float64."""
     down, up = draw(rank, shape[1]), draw(shape[0], rank)
     sample.tensors[f"{module}.{ends[0]}"], sample.tensors[f"{module}.{ends[1]}"] = down, up

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils import _http
 
-from fluxjax import cli
+from fluxjax.cli.main import main as cli
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,7 +79,10 @@ def serve(hub: Hub) -> Iterator[Hub]:
             elif path.startswith("/api/models/owner/model/tree"):
                 self.reply(200, {}, json.dumps(self.tree()).encode(), body)
             elif path.startswith("/api/models/owner/model"):
-                siblings = [{"rfilename": name} for name in (*hub.files, *(entry["path"] for entry in self.tree()))]
+                siblings = [
+                    {"rfilename": name}
+                    for name in (*hub.files, *(entry["path"] for entry in self.tree()))
+                ]
                 info = {
                     "id": "owner/model",
                     "modelId": "owner/model",
@@ -108,7 +111,11 @@ def serve(hub: Hub) -> Iterator[Hub]:
         def file(self, name: str, body: bool) -> None:
             path = hub.root / name
             content = path.read_bytes() if path.is_file() else b"evil"
-            headers = {"ETag": f'"{checksum(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"} | hub.headers
+            headers = {
+                "ETag": f'"{checksum(content)}"',
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+            } | hub.headers
             if body and name in hub.spoil:
                 content = content[:-1] + bytes([content[-1] ^ 1])
             status = 200
@@ -124,7 +131,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 hub.cut = None
             self.reply(status, headers, content, body, cut)
 
-        def reply(self, status: int, headers: dict, content: bytes, body: bool, cut: int | None = None) -> None:
+        def reply(
+            self, status: int, headers: dict, content: bytes, body: bool, cut: int | None = None
+        ) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
@@ -146,11 +155,15 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 def run_process(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a new process, with this hub and an empty login."""
-    command = [sys.executable, "-m", "fluxjax.cli", *arguments]
-    return subprocess.run(command, env=_environment(url, cache), capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "fluxjax.cli.main", *arguments]
+    return subprocess.run(
+        command, env=_environment(url, cache), capture_output=True, text=True, timeout=120
+    )
 
 
-def run(url: str, cache: Path, *arguments: str, wait: float = 5) -> subprocess.CompletedProcess[str]:
+def run(
+    url: str, cache: Path, *arguments: str, wait: float = 5
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process, as `run_process` does in seconds less. The hub's client reads the environment when
     it is imported, so its constants are read again, and the pauses between its retries are left out.
 
@@ -174,5 +187,10 @@ def run(url: str, cache: Path, *arguments: str, wait: float = 5) -> subprocess.C
 
 def _environment(url: str, cache: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    hub = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    hub = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+    }
     return kept | hub

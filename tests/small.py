@@ -33,4 +33,6 @@ def small_flux() -> Flux:
     """Return a network all of whose weights are drawn; a new one's modulations are zeros, so that its blocks do nothing."""
     network = eqx.filter_eval_shape(Flux, CONFIG, key=jax.random.key(0))
     leaves, tree = jax.tree.flatten(network)
-    return jax.tree.unflatten(tree, [0.2 * draw(*leaf.shape, seed=number) for number, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [0.2 * draw(*leaf.shape, seed=number) for number, leaf in enumerate(leaves)]
+    )

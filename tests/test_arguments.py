@@ -41,7 +41,10 @@ CALLS = {
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
     f.image_ids: ({"height": 32, "width": 16}, {}),
     f.estimates: ({"prediction": X, "x": X, "t": 0.5}, {"kind": "velocity"}),
-    f.convert_prediction: ({"prediction": X, "x": X, "t": 0.5}, {"source": "velocity", "target": "noise"}),
+    f.convert_prediction: (
+        {"prediction": X, "x": X, "t": 0.5},
+        {"source": "velocity", "target": "noise"},
+    ),
     f.attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "scale": 0.5, "key_length": 2}, {}),
     f.isolated_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "txt_tokens": 1}, {}),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
@@ -80,7 +83,10 @@ FORMS = {
 @pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
 def test_numbers_and_arrays_may_be_of_any_library(function, form):
     numbers, rest = CALLS[function]
-    canonical = {name: value if isinstance(value, int | float) else jnp.float32(value) for name, value in numbers.items()}
+    canonical = {
+        name: value if isinstance(value, int | float) else jnp.float32(value)
+        for name, value in numbers.items()
+    }
     found = function(**{name: FORMS[form](value) for name, value in numbers.items()}, **rest)
     expected = function(**canonical, **rest)
     if function is f.stream:
@@ -92,13 +98,34 @@ def test_numbers_and_arrays_may_be_of_any_library(function, form):
 
 def test_every_function_that_converts_its_arguments_has_a_row():
     """A function says so by its decorator; all public ones of sampling are to have it."""
-    public = [getattr(f, name) for name in f.__all__] + [getattr(train, name) for name in dir(train)]
-    functions = [one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")]
+    public = [getattr(f, name) for name in f.__all__] + [
+        getattr(train, name) for name in dir(train)
+    ]
+    functions = [
+        one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")
+    ]
     decorated = {one for one in functions if hasattr(one, "converts_arguments")}
     assert decorated == CALLS.keys() | ELSEWHERE
-    modules = ("sample", "schedule", "latents", "predict", "generate", "preview", "train", "ode", "save")
-    plain = {one.__name__ for one in functions if one not in decorated and one.__module__.split(".")[1] in modules}
-    assert plain <= {"activation_dtype", "seed_key"}  # seed_key takes and checks any whole number itself
+    modules = (
+        "sample",
+        "schedule",
+        "latents",
+        "predict",
+        "generate",
+        "preview",
+        "train",
+        "ode",
+        "save",
+    )
+    plain = {
+        one.__name__
+        for one in functions
+        if one not in decorated and one.__module__.split(".")[1] in modules
+    }
+    assert plain <= {
+        "activation_dtype",
+        "seed_key",
+    }  # seed_key takes and checks any whole number itself
 
 
 def test_networks_take_what_fluxjax_itself_returns(tiny):
@@ -115,14 +142,19 @@ def test_ids_outside_of_the_vocabulary_are_refused_and_traced_ones_give_nan(tiny
     encoder = getattr(tiny, network)
     size = encoder.config.vocabulary
     for wrong in (-1, size):
-        with pytest.raises(ValueError, match=rf"\(ids\)` takes ids of its vocabulary, 0 to {size - 1}, got {wrong}"):
+        with pytest.raises(
+            ValueError, match=rf"\(ids\)` takes ids of its vocabulary, 0 to {size - 1}, got {wrong}"
+        ):
             encoder([1, wrong])
         assert jnp.isnan(jax.jit(lambda ids: encoder(ids))(jnp.array([1, wrong]))).any()
     with pytest.raises(ValueError, match="at least one token"):
         encoder(np.zeros(0, np.int32))
 
 
-@pytest.mark.parametrize("key", [0, jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.PRNGKey(0), 2), "a"])
+@pytest.mark.parametrize(
+    "key",
+    [0, jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.PRNGKey(0), 2), "a"],
+)
 def test_what_is_not_one_key_is_refused_by_the_function_called(tiny, key):
     for call, run in {
         "text_to_image": lambda: f.text_to_image(tiny, "x", key=key),
@@ -130,28 +162,43 @@ def test_what_is_not_one_key_is_refused_by_the_function_called(tiny, key):
         "sample": lambda: f.sample(straight, X, f.flow_times(2), step=f.DDIM(), key=key),
         "Vae.encode": lambda: tiny.vae.encode(IMAGE, key=key),
     }.items():
-        with pytest.raises(ValueError, match=rf"^`{call}\(key\)` needs one PRNG key, got .*Pass jax.random.key"):
+        with pytest.raises(
+            ValueError, match=rf"^`{call}\(key\)` needs one PRNG key, got .*Pass jax.random.key"
+        ):
             run()
 
 
 def test_a_legacy_key_draws_what_the_new_one_does():
-    np.testing.assert_array_equal(f.initial_noise(jax.random.PRNGKey(7), 32, 32), f.initial_noise(jax.random.key(7), 32, 32))
+    np.testing.assert_array_equal(
+        f.initial_noise(jax.random.PRNGKey(7), 32, 32), f.initial_noise(jax.random.key(7), 32, 32)
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"image": np.zeros((2, 2, 3), np.uint8)}, r"`call\(image\)` takes a float array \[h, w, 3\], got uint8\[2, 2, 3\]"),
+        (
+            {"image": np.zeros((2, 2, 3), np.uint8)},
+            r"`call\(image\)` takes a float array \[h, w, 3\], got uint8\[2, 2, 3\]",
+        ),
         ({"image": np.zeros((1, 2, 2, 3))}, r"got float64\[1, 2, 2, 3\]"),
         ({"image": [[1], [2, 3]]}, r"takes a float array .*got \[\[1\], \[2, 3\]\]"),
         ({"image": object()}, "got a object"),
         ({"image": IMAGE, "count": 2.5}, r"`call\(count\)` takes an integer, got 2.5"),
-        ({"image": IMAGE, "scale": "a"}, r"`call\(scale\)` takes a number or a float array \[images\], got 'a'"),
+        (
+            {"image": IMAGE, "scale": "a"},
+            r"`call\(scale\)` takes a number or a float array \[images\], got 'a'",
+        ),
     ],
 )
 def test_what_can_not_be_converted_is_named(given, told):
     @convert_arguments
-    def call(image: Float[Array, "h w 3"], count: int = 1, scale: PerImage = 1.0, key: PRNGKeyArray | None = None):
+    def call(
+        image: Float[Array, "h w 3"],
+        count: int = 1,
+        scale: PerImage = 1.0,
+        key: PRNGKeyArray | None = None,
+    ):
         return image
 
     call.__wrapped__.__qualname__ = "call"
@@ -180,15 +227,23 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
     options = dict(key=jax.random.key(0), steps=2, height=32, width=32)
     prompts = ["a red star", "a blue ring"]
     scales, cfgs, negatives = [1.0, 4.0], np.array([2.0, 3.0]), ["a star", "white"]
-    both = f.text_to_image(tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options)
+    both = f.text_to_image(
+        tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options
+    )
     # The second image of its own batch has another noise, so the same prompt twice, and the second is compared.
     alone = f.text_to_image(
-        tiny, [prompts[1]] * 2, guidance=np.float32(4), cfg=jnp.float32(3), negative_prompt=negatives[1], **options
+        tiny,
+        [prompts[1]] * 2,
+        guidance=np.float32(4),
+        cfg=jnp.float32(3),
+        negative_prompt=negatives[1],
+        **options,
     )
     np.testing.assert_allclose(both[1], alone[1], atol=1e-4)
     for name in ("guidance", "cfg", "strength"):
         with pytest.raises(
-            ValueError, match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, got 3"
+            ValueError,
+            match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, got 3",
         ):
             f.text_to_image(tiny, prompts, **{name: [1.0, 2.0, 3.0]}, **options)
         with pytest.raises(ValueError, match=rf"`text_to_image\({name}\)` needs finite numbers"):
@@ -199,7 +254,9 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
 
 @pytest.mark.parametrize("form", [np.int64, jnp.int32, np.asarray, int])
 def test_a_new_adapter_takes_numbers_of_any_library(tiny, form):
-    found = f.init_lora(tiny.clip, form(2), r"blocks\.0\.q", alpha=form(4), key=jax.random.PRNGKey(0))
+    found = f.init_lora(
+        tiny.clip, form(2), r"blocks\.0\.q", alpha=form(4), key=jax.random.PRNGKey(0)
+    )
     expected = f.init_lora(tiny.clip, 2, [r"blocks\.0\.q"], alpha=4.0, key=jax.random.key(0))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from fluxjax.atomic import new_file, new_folder
+from fluxjax.checkpoint.atomic import new_file, new_folder
 
 
 def written(path, content=b"new"):
@@ -106,7 +106,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fluxjax.atomic import new_file, new_folder
+from fluxjax.checkpoint.atomic import new_file, new_folder
 with new_file(Path(sys.argv[1]) / "a") as file, new_folder(Path(sys.argv[1]) / "b") as folder:
     file.write(b"half")
     (folder / "half").write_bytes(b"half")

@@ -34,14 +34,20 @@ def operands(queries, keys, heads, dim, seed, size=1.0):
 def test_attention_equals_float64(queries, keys, heads, dim, seed, size):
     q, k, v = operands(queries, keys, heads, dim, seed, size)
     # Logits reach 1e4 here, where float32 resolves 1e-3: their exponentials differ by as much.
-    np.testing.assert_allclose(attention(q, k, v), exact(q, k, v, dim**-0.5), atol=1e-5 * size if size <= 1 else 3e-3 * size)
+    np.testing.assert_allclose(
+        attention(q, k, v),
+        exact(q, k, v, dim**-0.5),
+        atol=1e-5 * size if size <= 1 else 3e-3 * size,
+    )
 
 
 def test_bias_scale_and_causality_equal_float64():
     q, k, v = operands(9, 9, 2, 8, 0)
     bias = jax.random.normal(jax.random.key(9), (2, 9, 9))
     np.testing.assert_allclose(
-        attention(q, k, v, bias=bias, causal=True, scale=0.7), exact(q, k, v, 0.7, bias, causal=True), atol=1e-5
+        attention(q, k, v, bias=bias, causal=True, scale=0.7),
+        exact(q, k, v, 0.7, bias, causal=True),
+        atol=1e-5,
     )
 
 
@@ -55,12 +61,16 @@ def test_bfloat16_sums_in_float32():
 
 def test_gradients_equal_finite_differences_under_vmap():
     batched = [jnp.stack([x, 2 * x]) for x in operands(4, 5, 2, 4, 3)]
-    jax.test_util.check_grads(jax.vmap(attention), batched, order=1, modes=("fwd", "rev"), rtol=1e-2)
+    jax.test_util.check_grads(
+        jax.vmap(attention), batched, order=1, modes=("fwd", "rev"), rtol=1e-2
+    )
 
 
 def test_an_unknown_and_an_unsuitable_implementation_are_refused():
     q, k, v = operands(4, 4, 1, 8, 0)
-    with pytest.raises(ValueError, match=r"'best'.*is unknown. Choose one of xla, xla_chunked, cudnn"):
+    with pytest.raises(
+        ValueError, match=r"'best'.*is unknown. Choose one of xla, xla_chunked, cudnn"
+    ):
         attention(q, k, v, implementation="best")
     with pytest.raises(ValueError, match=r"needs an NVIDIA GPU.*float32"):
         attention(q, k, v, implementation="cudnn")

@@ -10,9 +10,22 @@ import numpy as np
 import pytest
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
-from fluxjax import Cached, Euler, FirstBlock, Flux, Guided, Heun, Nag, TeaCache, attention, flow_times, sample, stream
-from fluxjax.generate import traced
-from fluxjax.named import cache
+from fluxjax import (
+    CachedFlux,
+    Euler,
+    FirstBlock,
+    Flux,
+    Guided,
+    Heun,
+    Nag,
+    TeaCache,
+    attention,
+    flow_times,
+    stream,
+)
+from fluxjax.flow import sample
+from fluxjax.generate.draw import traced
+from fluxjax.generate.samplers import cache
 
 TXT, VEC, NOISE = draw(TEXT, 12, seed=3), draw(6, seed=4), draw(IMAGE, 8)
 TIMES = flow_times(10)
@@ -27,7 +40,9 @@ def flux():
 
 @eqx.filter_jit
 def sampled(flux, reuse, noise, step, options):
-    return sample(Guided(Cached(flux, reuse, IDS, 2.0, **options), (TXT, VEC)), noise, TIMES, step=step)
+    return sample(
+        Guided(CachedFlux(flux, reuse, IDS, 2.0, **options), (TXT, VEC)), noise, TIMES, step=step
+    )
 
 
 def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
@@ -39,8 +54,10 @@ def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
 def test_threshold_0_is_bitwise_the_plain_result(flux, kind):
     velocity = eqx.Partial(flux, txt=TXT, vec=VEC, guidance=2.0, img_ids=IDS)
     cached = run(flux, kind(0.0) if kind is FirstBlock else TeaCache(0.0, polynomial=(-1.0, 0.0)))
-    np.testing.assert_array_equal(cached.x, eqx.filter_jit(sample)(velocity, NOISE, TIMES, step=Heun()).x)
-    assert int(cached.memory.wanted.reused) == 0
+    np.testing.assert_array_equal(
+        cached.x, eqx.filter_jit(sample)(velocity, NOISE, TIMES, step=Heun()).x
+    )
+    assert int(cached.memory.positive.reused) == 0
 
 
 class Stages(NamedTuple):
@@ -57,13 +74,15 @@ class Stages(NamedTuple):
 def stages(flux, x, t) -> Stages:
     hidden = flux.embed(x, t, flux.prepare(t[None], txt=TXT, vec=VEC, img_ids=IDS, guidance=2.0))
     steer = hidden.modulation
-    return Stages(hidden.img, flux.first(hidden)[0], flux.blocks(hidden), steer.double.img[0], steer.final)
+    return Stages(
+        hidden.img, flux.first(hidden)[0], flux.blocks(hidden), steer.double.img[0], steer.final
+    )
 
 
 @pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
 def test_of_everything_but_the_first_evaluation_the_blocks_are_reused(flux, kind):
     result = run(flux, kind(float("inf")), step=Euler())
-    assert int(result.memory.wanted.reused) == len(TIMES) - 2
+    assert int(result.memory.positive.reused) == len(TIMES) - 2
     # By hand: what the blocks added at the first time, added again after the embedding (and the first block).
     x, added = NOISE, None
     for t, u in itertools.pairwise(TIMES):
@@ -92,7 +111,10 @@ def test_reuse_follows_the_gathered_change(flux, kind):
             shift, scale = np.split(np.asarray(now.steer), 6)[:2]
             entered = np.asarray(now.entered)
             centred = entered - entered.mean(-1, keepdims=True)
-            signal, base = centred / centred.std(-1, keepdims=True) * (1 + scale) + shift, now.entered
+            signal, base = (
+                centred / centred.std(-1, keepdims=True) * (1 + scale) + shift,
+                now.entered,
+            )
         change = float("inf") if old is None else relative(signal, old)
         distance = change if kind is FirstBlock else distance + change
         chosen.append(distance < float(reuse.threshold))
@@ -102,13 +124,18 @@ def test_reuse_follows_the_gathered_change(flux, kind):
         x = x + (u - t) * flux.final(base + added, now.final)
     assert 0 < sum(chosen) < len(TIMES) - 2  # both happen
     result = run(flux, reuse, step=Euler())
-    assert int(result.memory.wanted.reused) == sum(chosen)
+    assert int(result.memory.positive.reused) == sum(chosen)
     np.testing.assert_allclose(result.x, x, atol=2e-5)
 
 
 def test_outside_of_its_times_nothing_is_reused(flux):
-    assert int(run(flux, FirstBlock(float("inf"), low=0.5)).memory.wanted.reused) == np.sum(evaluated() >= 0.5) - 1
-    assert int(run(flux, FirstBlock(float("inf"), high=0.5)).memory.wanted.reused) == np.sum(evaluated() <= 0.5)
+    assert (
+        int(run(flux, FirstBlock(float("inf"), low=0.5)).memory.positive.reused)
+        == np.sum(evaluated() >= 0.5) - 1
+    )
+    assert int(run(flux, FirstBlock(float("inf"), high=0.5)).memory.positive.reused) == np.sum(
+        evaluated() <= 0.5
+    )
 
 
 def evaluated():
@@ -130,7 +157,7 @@ def test_the_blocks_of_a_reused_step_are_not_run_in_a_batch_either(flux):
 
     @eqx.filter_jit
     def many(reuse):
-        cached = Cached(flux, reuse, IDS, 2.0, attention=counted(calls), over=("images",))
+        cached = CachedFlux(flux, reuse, IDS, 2.0, attention=counted(calls), over=("images",))
         velocity = Guided(cached, (TXT, VEC))
         return jax.vmap(lambda noise: sample(velocity, noise, TIMES), axis_name="images")(noises)
 
@@ -142,7 +169,7 @@ def test_the_blocks_of_a_reused_step_are_not_run_in_a_batch_either(flux):
         jax.effects_barrier()
         # The first block is always run. A callback of a batch that needs none of it is called once.
         assert len(calls) == steps + runs * (blocks - 1)
-        np.testing.assert_array_equal(result.memory.wanted.reused, [steps - runs] * 3)
+        np.testing.assert_array_equal(result.memory.positive.reused, [steps - runs] * 3)
 
 
 def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
@@ -150,13 +177,18 @@ def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
 
     @eqx.filter_jit
     def together(reuse):
-        velocity = Guided(Cached(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC))
-        return jax.vmap(lambda noise: sample(velocity, noise, TIMES).memory.wanted.reused, axis_name="images")(noises)
+        velocity = Guided(CachedFlux(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC))
+        return jax.vmap(
+            lambda noise: sample(velocity, noise, TIMES).memory.positive.reused, axis_name="images"
+        )(noises)
 
     for threshold in (0.5, 0.6, 0.8):
         counts = together(FirstBlock(jnp.float32(threshold)))
         assert len(set(counts.tolist())) == 1
-        alone = [int(run(flux, FirstBlock(threshold), noise, step=Euler()).memory.wanted.reused) for noise in noises]
+        alone = [
+            int(run(flux, FirstBlock(threshold), noise, step=Euler()).memory.positive.reused)
+            for noise in noises
+        ]
         assert int(counts[0]) <= min(alone)
 
 
@@ -170,25 +202,30 @@ def test_with_two_conditions_each_has_a_memory_of_its_own(flux):
     def guided(velocity):
         return sample(Guided(velocity, (TXT, VEC), away, 3.0), NOISE, TIMES)
 
-    cached = guided(Cached(flux, FirstBlock(0.0), IDS, 2.0))
+    cached = guided(CachedFlux(flux, FirstBlock(0.0), IDS, 2.0))
     # One batch of two, and one after the other: XLA:CPU's sums differ by some 1e-6.
     np.testing.assert_allclose(cached.x, guided(network).x, atol=1e-4)
-    assert np.abs(cached.memory.wanted.signal - cached.memory.unwanted.signal).max() > 1e-3
+    assert np.abs(cached.memory.positive.signal - cached.memory.negative.signal).max() > 1e-3
 
 
 def test_with_an_attention_that_guides_and_step_by_step_it_is_the_same(flux):
     both = jnp.concatenate([draw(TEXT, 12, seed=9), TXT])
 
     def guided(threshold):
-        return Guided(Cached(flux, FirstBlock(jnp.float32(threshold)), IDS, 2.0, attention=Nag(3.0)), (both, VEC))
+        return Guided(
+            CachedFlux(flux, FirstBlock(jnp.float32(threshold)), IDS, 2.0, attention=Nag(3.0)),
+            (both, VEC),
+        )
 
     jitted = eqx.filter_jit(sample)
     scanned = jitted(guided(0.6), NOISE, TIMES)
-    assert int(scanned.memory.wanted.reused) > 0
+    assert int(scanned.memory.positive.reused) > 0
     *_, last = stream(guided(0.6), NOISE, TIMES)
     np.testing.assert_allclose(last.x, scanned.x, atol=1e-6)
     velocity = eqx.Partial(flux, txt=both, vec=VEC, guidance=2.0, img_ids=IDS, attention=Nag(3.0))
-    np.testing.assert_array_equal(jitted(guided(0.0), NOISE, TIMES).x, jitted(velocity, NOISE, TIMES).x)
+    np.testing.assert_array_equal(
+        jitted(guided(0.0), NOISE, TIMES).x, jitted(velocity, NOISE, TIMES).x
+    )
 
 
 def test_another_threshold_compiles_nothing(flux):
@@ -207,7 +244,7 @@ def test_another_threshold_compiles_nothing(flux):
 def test_a_network_without_double_blocks_is_refused():
     config = type(CONFIG)(**{**vars(CONFIG), "double_depth": 0})
     with pytest.raises(ValueError, match="has none"):
-        Cached(eqx.filter_eval_shape(Flux, config, key=jax.random.key(0)), FirstBlock(0.1), IDS)
+        CachedFlux(eqx.filter_eval_shape(Flux, config, key=jax.random.key(0)), FirstBlock(0.1), IDS)
 
 
 def test_caches_are_named_with_their_thresholds():

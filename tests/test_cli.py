@@ -10,28 +10,53 @@ import PIL.Image
 import pytest
 
 import fluxjax
-from fluxjax import cli
-from fluxjax.compare import compare
+from fluxjax.cli.main import main as cli
+from fluxjax.generate.compare import compare
 
 PROMPT = "a large red star above a small blue ring on a beige background"
 
 
 def run(*arguments, tmp_path):
     """Run the command as a user does, in a folder of its own."""
-    program = [sys.executable, "-c", "from fluxjax.cli import main; main()"]
+    program = [sys.executable, "-c", "from fluxjax.cli.main import main; main()"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return subprocess.run([*program, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*program, *map(str, arguments)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_path):
-    command = ("generate", PROMPT, "--steps", 2, "--images", 3, "--batch", 2, "--seed", 7, "--width", 96, "--height", 64)
+    command = (
+        "generate",
+        PROMPT,
+        "--steps",
+        2,
+        "--images",
+        3,
+        "--batch",
+        2,
+        "--seed",
+        7,
+        "--width",
+        96,
+        "--height",
+        64,
+    )
     first = run(*command, tmp_path=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "6/6 evaluations" not in first.stderr  # two batches of two steps
     assert "4/4 evaluations" in first.stderr
     for word in ("load", "compile", "encode", "denoise", "decode", "s per step"):
         assert word in first.stdout
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flux_0.png", "flux_1.png", "flux_2.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "flux_0.png",
+        "flux_1.png",
+        "flux_2.png",
+    ]
     with PIL.Image.open(tmp_path / "flux_2.png") as file:
         assert file.size == (96, 64)
         assert file.text == {
@@ -63,15 +88,24 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(tmp_
         (["--max-sequence-length", "0"], "needs a whole number from 1 to 65536"),
         (["--output-dir", "/proc/nothing"], "can't be made"),
         (["--negative-prompt", "a ring"], "does nothing at --cfg 1"),
-        (["--eta", "0.5"], "euler takes no eta. Leave it out, or choose one of ddim, sde, dpmpp_2m_sde"),
+        (
+            ["--eta", "0.5"],
+            "euler takes no eta. Leave it out, or choose one of ddim, sde, dpmpp_2m_sde",
+        ),
         (["--integrator", "ddim", "--eta", "2"], "--eta: needs a number from 0 to 1, got '2'"),
         (["--shift", "2"], "The timer model takes no shift"),
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
         (["--cache", "half"], "'half' is no cache. Write a threshold"),
         (["--stream-blocks", "--quantize", "fp8"], "Leave out --quantize"),
         (["--stream-blocks", "--unroll"], "Leave out --unroll"),
-        (["--flash-block-sizes", "256"], "is for flash_tpu, flash_gpu and xla_chunked, got implementation=None"),
-        (["--steps", "1", "--attention", "flash_tpu"], "needs a TPU, and bfloat16 or float32, got cpu"),
+        (
+            ["--flash-block-sizes", "256"],
+            "is for flash_tpu, flash_gpu and xla_chunked, got implementation=None",
+        ),
+        (
+            ["--steps", "1", "--attention", "flash_tpu"],
+            "needs a TPU, and bfloat16 or float32, got cpu",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys, monkeypatch):
@@ -90,8 +124,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
 def test_encoders_kept_or_freed_give_the_same_image(tmp_path):
     images = []
     chunked = ["--attention", "xla_chunked", "--flash-block-sizes", "trillium"]  # cut to the tokens
-    for flags in ([], ["--keep-encoders", "--unroll", *chunked], ["--prompt-2", ""], ["--quantize", "int8"]):
-        out = run("generate", PROMPT, "--steps", 1, "--prompt-2", "a ring", "--dtype", "float32", *flags, tmp_path=tmp_path)
+    for flags in (
+        [],
+        ["--keep-encoders", "--unroll", *chunked],
+        ["--prompt-2", ""],
+        ["--quantize", "int8"],
+    ):
+        out = run(
+            "generate",
+            PROMPT,
+            "--steps",
+            1,
+            "--prompt-2",
+            "a ring",
+            "--dtype",
+            "float32",
+            *flags,
+            tmp_path=tmp_path,
+        )
         assert out.returncode == 0, out.stderr
     for path in sorted(tmp_path.glob("*.png")):
         with PIL.Image.open(path) as file:
@@ -110,33 +160,83 @@ def test_another_sampler_is_used_and_told(tmp_path, monkeypatch, capsys):
     base = ["generate", PROMPT, "--steps", "2", "--compilation-cache", str(tmp_path / "cache")]
     sampler = ["--integrator", "ddim", "--eta", "0.5", "--timer", "flux_static", "--shift", "2"]
     guided = ["--cfg", "2", "--negative-prompt", "a blue ring"]
-    led = ["--nag", "3", "--cache", "teacache:9", "--negative-prompt", "a blue ring", "--cfg", "1.5", "--rule", "zero_star"]
-    for extra in ([], sampler, [*sampler, *guided], ["--integrator", "heun", "--timer", "karras"], led):
+    led = [
+        "--nag",
+        "3",
+        "--cache",
+        "teacache:9",
+        "--negative-prompt",
+        "a blue ring",
+        "--cfg",
+        "1.5",
+        "--rule",
+        "zero_star",
+    ]
+    for extra in (
+        [],
+        sampler,
+        [*sampler, *guided],
+        ["--integrator", "heun", "--timer", "karras"],
+        led,
+    ):
         cli.main([*base, *extra])
     assert "4/4 evaluations" in capsys.readouterr().err  # Heun's
     images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(5)]
     assert all(abs(a - b).max() > 0.05 for i, a in enumerate(images) for b in images[:i])
     with PIL.Image.open(tmp_path / "flux_2.png") as file:
-        told = {"integrator": "ddim, eta 0.5", "timer": "flux_static, shift 2", "cfg": "2", "negative_prompt": "a blue ring"}
+        told = {
+            "integrator": "ddim, eta 0.5",
+            "timer": "flux_static, shift 2",
+            "cfg": "2",
+            "negative_prompt": "a blue ring",
+        }
         assert told.items() <= file.text.items()
     with PIL.Image.open(tmp_path / "flux_4.png") as file:
-        told = {"nag": "3", "cache": "teacache:9", "cfg": "1.5", "rule": "zero_star", "negative_prompt": "a blue ring"}
+        told = {
+            "nag": "3",
+            "cache": "teacache:9",
+            "cfg": "1.5",
+            "rule": "zero_star",
+            "negative_prompt": "a blue ring",
+        }
         assert told.items() <= file.text.items()
 
 
 def test_compare_writes_a_grid_and_a_table(tmp_path, capsys):
-    options = ["--integrators", "euler,heun", "--timers", "uniform,karras", "--steps", "2,6", "--reference-steps", "24"]
-    fixed = ["--height", "32", "--width", "48", "--output-dir", str(tmp_path), "--compilation-cache", str(tmp_path / "cache")]
+    options = [
+        "--integrators",
+        "euler,heun",
+        "--timers",
+        "uniform,karras",
+        "--steps",
+        "2,6",
+        "--reference-steps",
+        "24",
+    ]
+    fixed = [
+        "--height",
+        "32",
+        "--width",
+        "48",
+        "--output-dir",
+        str(tmp_path),
+        "--compilation-cache",
+        str(tmp_path / "cache"),
+    ]
     cli.main(["compare", "a red star", *options, *fixed])
     rows = list(csv.DictReader((tmp_path / "compare_0.csv").read_text().splitlines()))
-    assert [(row["timer"], row["integrator"], row["steps"], row["evaluations"]) for row in rows[:4]] == [
+    assert [
+        (row["timer"], row["integrator"], row["steps"], row["evaluations"]) for row in rows[:4]
+    ] == [
         ("uniform", "euler", "2", "2"),
         ("uniform", "euler", "6", "6"),
         ("uniform", "heun", "2", "4"),
         ("uniform", "heun", "6", "12"),
     ]
     assert len(rows) == 8
-    distances = {(row["timer"], row["integrator"], row["steps"]): float(row["distance"]) for row in rows}
+    distances = {
+        (row["timer"], row["integrator"], row["steps"]): float(row["distance"]) for row in rows
+    }
     assert distances["uniform", "heun", "6"] < distances["uniform", "heun", "2"]
     with PIL.Image.open(tmp_path / "compare_0.png") as file:
         # An image of 48x32 six times as large and its part, twice; four rows and the reference's.
@@ -148,14 +248,25 @@ def test_compare_writes_a_grid_and_a_table(tmp_path, capsys):
 
 def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
     options = {"integrators": ["heun"], "timers": ["model"], "steps": [3], "reference_steps": 3}
-    (run,), images = compare(tiny, "a red star", **options, key=jax.random.key(0), height=32, width=32)
+    (run,), images = compare(
+        tiny, "a red star", **options, key=jax.random.key(0), height=32, width=32
+    )
     assert (run.distance, run.evaluations) == (0, 6)
     np.testing.assert_array_equal(images[0], images[1])
 
 
 def test_a_mesh_draws_the_same_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = ["generate", PROMPT, "--steps", "2", "--images", "4", "--compilation-cache", str(tmp_path / "cache")]
+    base = [
+        "generate",
+        PROMPT,
+        "--steps",
+        "2",
+        "--images",
+        "4",
+        "--compilation-cache",
+        str(tmp_path / "cache"),
+    ]
     for extra in (
         [],
         ["--mesh", "fsdp=2,tensor=-1,data=2"],

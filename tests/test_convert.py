@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from bench_load import sparse_file
+from fluxjax.cli.main.options import byte_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import export, write
@@ -29,7 +30,6 @@ from fluxjax import (
     FluxConfig,
     T5Config,
     WeightsError,
-    cli,
     convert_weights,
     inspect_weights,
     load_clip,
@@ -39,11 +39,11 @@ from fluxjax import (
     load_tokenizers,
     load_vae,
 )
-from fluxjax.convert import tables
-from fluxjax.convert.files import read_header
-from fluxjax.convert.load import Plan
-from fluxjax.options import byte_count
-from fluxjax.zoo import tiny_folder
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.plan import Plan
+from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.cli.main import main as cli
 
 LOADERS = {"flux": load_flux, "clip": load_clip, "t5": load_t5, "vae": load_vae}
 CONFIG = FluxConfig(
@@ -65,7 +65,9 @@ def originals():
 def flux():
     leaves, structure = jax.tree.flatten(Flux(CONFIG, key=jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def test_every_layout_in_turn_and_back_is_bitwise_the_same(originals, tmp_path):
@@ -75,7 +77,9 @@ def test_every_layout_in_turn_and_back_is_bitwise_the_same(originals, tmp_path):
         assert eqx.tree_equal(networks(source), originals)
         assert inspect_weights(source).whole
     back = convert_weights(source, tmp_path / "back", to="diffusers")
-    files = sorted(path for path in tiny_folder().glob("*/*.safetensors") if path.parent.name != "loras")
+    files = sorted(
+        path for path in tiny_folder().glob("*/*.safetensors") if path.parent.name != "loras"
+    )
     assert len(files) == 4
     for file in files:
         ours, theirs = load_file(back / file.relative_to(tiny_folder())), load_file(file)
@@ -87,7 +91,9 @@ def test_one_file_holds_all_in_comfys_layout_and_one_network_in_others(originals
     everything = convert_weights("tiny", tmp_path / "all.safetensors", to="comfy")
     assert eqx.tree_equal(networks(everything), originals)
     for layout in ("own", "bfl", "comfy"):
-        one = convert_weights(everything, tmp_path / f"{layout}.safetensors", to=layout, only=["flux"])
+        one = convert_weights(
+            everything, tmp_path / f"{layout}.safetensors", to=layout, only=["flux"]
+        )
         assert eqx.tree_equal(load_flux(one), originals["flux"])
     with pytest.raises(WeightsError, match="holds one network, not flux, t5, clip, vae"):
         convert_weights("tiny", tmp_path / "x.safetensors", to="own")
@@ -125,23 +131,38 @@ def test_shards_keep_below_their_size_and_load_the_same(originals, tmp_path, lay
 
 def test_the_tokenizers_and_defaults_come_along(tmp_path):
     folder = convert_weights("tiny", tmp_path / "own")
-    assert load_tokenizers(folder).t5.get_piece_size() == load_tokenizers("tiny").t5.get_piece_size()
+    assert (
+        load_tokenizers(folder).t5.get_piece_size() == load_tokenizers("tiny").t5.get_piece_size()
+    )
     again = convert_weights(folder, tmp_path / "again", to="diffusers")
-    for name in ("model_index.json", "fluxjax.json", "scheduler/scheduler_config.json", "transformer/config.json"):
-        assert json.loads((again / name).read_text()) == json.loads((tiny_folder() / name).read_text())
+    for name in (
+        "model_index.json",
+        "fluxjax.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+    ):
+        assert json.loads((again / name).read_text()) == json.loads(
+            (tiny_folder() / name).read_text()
+        )
 
 
 def test_the_own_layout_is_the_memory_and_is_mapped(originals, tmp_path, monkeypatch):
     path = convert_weights("tiny", tmp_path / "flux.safetensors", only=["flux"])
     stored = load_file(path)
     flux = originals["flux"]
-    assert stored["double.img.qkv.weight"].tobytes() == np.asarray(flux.double.img.qkv.weight.value).tobytes()
+    assert (
+        stored["double.img.qkv.weight"].tobytes()
+        == np.asarray(flux.double.img.qkv.weight.value).tobytes()
+    )
     monkeypatch.setattr(Plan, "fill", None)  # nothing is read, all is mapped
     mapped = load_flux(path)
     with safe_open(path, "np") as file:
         about = json.loads(file.metadata()["fluxjax"])
     assert eqx.tree_equal(mapped, flux)
-    assert about["origin"]["flux"] == {"files": ["diffusion_pytorch_model.safetensors"], "names": "diffusers"}
+    assert about["origin"]["flux"] == {
+        "files": ["diffusion_pytorch_model.safetensors"],
+        "names": "diffusers",
+    }
     # What is done with the arrays never reaches the file.
     before = path.read_bytes()
     donated = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(mapped)
@@ -152,18 +173,24 @@ def test_the_own_layout_is_the_memory_and_is_mapped(originals, tmp_path, monkeyp
 def test_a_dtype_casts_and_eight_bits_are_for_matrices_alone(originals, tmp_path):
     wide = convert_weights("tiny", tmp_path / "wide", to="comfy", dtype="float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(load_t5(wide))} == {jnp.dtype("float32")}
-    narrow = convert_weights("tiny", tmp_path / "narrow.safetensors", to="comfy", dtype=jnp.float8_e4m3fn)
+    narrow = convert_weights(
+        "tiny", tmp_path / "narrow.safetensors", to="comfy", dtype=jnp.float8_e4m3fn
+    )
     flux = load_flux(narrow)
     assert flux.single.linear1.weight.value.dtype == jnp.float8_e4m3fn
     assert flux.single.linear1.bias.dtype == flux.single.query_norm.scale.dtype == jnp.bfloat16
     exact = originals["flux"].single.linear1.weight.value
-    np.testing.assert_array_equal(np.asarray(flux.single.linear1.weight.value), np.asarray(exact.astype(jnp.float8_e4m3fn)))
+    np.testing.assert_array_equal(
+        np.asarray(flux.single.linear1.weight.value), np.asarray(exact.astype(jnp.float8_e4m3fn))
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(load_vae(narrow))} == {jnp.dtype("bfloat16")}
     assert load_clip(narrow).tokens.weight.dtype == jnp.bfloat16
 
 
 def test_a_value_that_a_dtype_can_not_hold_is_named(flux, tmp_path):
-    big = eqx.tree_at(lambda net: net.txt_in.weight.value, flux, flux.txt_in.weight.value.at[3, 4].set(1e6))
+    big = eqx.tree_at(
+        lambda net: net.txt_in.weight.value, flux, flux.txt_in.weight.value.at[3, 4].set(1e6)
+    )
     write(tmp_path / "flux.safetensors", export(big, tables.FLUX_DIFFUSERS))
     with pytest.raises(WeightsError, match=r"txt_in\.weight holds 1e\+06, which float16 can't"):
         load_flux(tmp_path / "flux.safetensors", config=CONFIG, dtype="float16")
@@ -182,7 +209,12 @@ def test_a_value_that_a_dtype_can_not_hold_is_named(flux, tmp_path):
 def test_the_variant_is_told_from_the_header_whatever_the_files_name(tmp_path, config, name):
     sparse_file(tmp_path / "model.safetensors", config)
     (network,) = inspect_weights(tmp_path / "model.safetensors").networks
-    assert (network.kind, network.variant, network.whole, network.loads_as) == ("flux", name, True, "bfloat16")
+    assert (network.kind, network.variant, network.whole, network.loads_as) == (
+        "flux",
+        name,
+        True,
+        "bfloat16",
+    )
     if name == "dev":
         assert network.parameters == 11_901_408_320
 
@@ -196,7 +228,11 @@ def test_inspect_says_what_is_missing_and_what_is_extra(flux, tmp_path, capsys):
         cli.main(["inspect", str(tmp_path / "flux.safetensors")])
     assert end.value.code == 1
     assert "img_in.weight" in capsys.readouterr().out  # without it the size is not known
-    write(tmp_path / "flux.safetensors", tensors, {"fluxjax": json.dumps({"parts": {"flux": CONFIG.__dict__}})})
+    write(
+        tmp_path / "flux.safetensors",
+        tensors,
+        {"fluxjax": json.dumps({"parts": {"flux": CONFIG.__dict__}})},
+    )
     (network,) = inspect_weights(tmp_path / "flux.safetensors").networks
     assert (list(network.problems["missing"]), list(network.problems["unexpected"])) == (
         ["x_embedder.weight"],
@@ -204,15 +240,21 @@ def test_inspect_says_what_is_missing_and_what_is_extra(flux, tmp_path, capsys):
     )
 
 
-def scaled(tensors: dict[str, np.ndarray], *, newer: bool = False, rows: bool = False) -> dict[str, np.ndarray]:
+def scaled(
+    tensors: dict[str, np.ndarray], *, newer: bool = False, rows: bool = False
+) -> dict[str, np.ndarray]:
     """Return a checkpoint as ComfyUI's scaled fp8 has it, by its older or its newer names."""
-    out: dict[str, np.ndarray] = {} if newer else {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
+    out: dict[str, np.ndarray] = (
+        {} if newer else {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
+    )
     for name, tensor in tensors.items():
         if tensor.ndim != 2:
             out[name] = tensor.astype(ml_dtypes.bfloat16)
             continue
         stem = name.removesuffix("weight")
-        scale = np.asarray(np.abs(tensor).max(1 if rows else None, keepdims=rows), np.float32) / np.float32(448)
+        scale = np.asarray(
+            np.abs(tensor).max(1 if rows else None, keepdims=rows), np.float32
+        ) / np.float32(448)
         out[name] = (tensor / scale).astype(ml_dtypes.float8_e4m3fn)
         out[stem + ("weight_scale" if newer else "scale_weight")] = np.asarray(scale)
         out[stem + ("input_scale" if newer else "scale_input")] = np.ones((), np.float32)
@@ -222,7 +264,9 @@ def scaled(tensors: dict[str, np.ndarray], *, newer: bool = False, rows: bool = 
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("names", [{}, {"newer": True}, {"rows": True}], ids=["older", "newer", "rows"])
+@pytest.mark.parametrize(
+    "names", [{}, {"newer": True}, {"rows": True}], ids=["older", "newer", "rows"]
+)
 def test_scaled_fp8_is_weight_times_scale(flux, tmp_path, prefix, names):
     stored = scaled(export(flux, tables.FLUX_BFL), **names)
     write(tmp_path / "flux.safetensors", {prefix + name: tensor for name, tensor in stored.items()})
@@ -232,21 +276,32 @@ def test_scaled_fp8_is_weight_times_scale(flux, tmp_path, prefix, names):
     expected = stored[f"{name}.weight"].astype(np.float32) * scale
     np.testing.assert_array_equal(exact.single.linear1.weight.value[1], expected)
     # e4m3 has 4 significant bits: at most 1/16 off, but for what falls below its normal range.
-    np.testing.assert_allclose(exact.single.linear1.weight.value, flux.single.linear1.weight.value, rtol=1 / 16, atol=2e-4)
+    np.testing.assert_allclose(
+        exact.single.linear1.weight.value, flux.single.linear1.weight.value, rtol=1 / 16, atol=2e-4
+    )
     default = load_flux(tmp_path / "flux.safetensors", config=CONFIG)
     assert default.single.linear1.weight.value.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(default.single.linear1.weight.value, exact.single.linear1.weight.value.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        default.single.linear1.weight.value, exact.single.linear1.weight.value.astype(jnp.bfloat16)
+    )
 
 
 def test_a_scale_without_a_weight_or_of_another_shape_is_refused(flux, tmp_path):
     stored = scaled(export(flux, tables.FLUX_BFL))
     stored["img_in.scale_weight"] = np.ones(7, np.float32)
     write(tmp_path / "flux.safetensors", stored)
-    with pytest.raises(WeightsError, match=r"'img_in\.weight': .* needs one float scale, or one for each row, got .* \[7\]"):
+    with pytest.raises(
+        WeightsError,
+        match=r"'img_in\.weight': .* needs one float scale, or one for each row, got .* \[7\]",
+    ):
         load_flux(tmp_path / "flux.safetensors", config=CONFIG)
-    stored["img_in.weight"] = stored["img_in.weight"].astype(np.int8)  # of another quantization, perhaps rotated too
+    stored["img_in.weight"] = stored["img_in.weight"].astype(
+        np.int8
+    )  # of another quantization, perhaps rotated too
     write(tmp_path / "flux.safetensors", stored)
-    with pytest.raises(WeightsError, match="is stored as int8 with a scale and no description of its format"):
+    with pytest.raises(
+        WeightsError, match="is stored as int8 with a scale and no description of its format"
+    ):
         load_flux(tmp_path / "flux.safetensors", config=CONFIG)
     del stored["img_in.weight"]
     write(tmp_path / "flux.safetensors", stored)
@@ -267,7 +322,9 @@ def test_plain_fp8_keeps_its_dtype_or_is_cast(flux, tmp_path, dtype):
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
-def write_gguf(path: Path, arch: str, tensors: dict[str, np.ndarray], kinds: dict[str, str]) -> None:
+def write_gguf(
+    path: Path, arch: str, tensors: dict[str, np.ndarray], kinds: dict[str, str]
+) -> None:
     """Write a GGUF file; what has a kind is given as that kind's bytes."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
@@ -299,9 +356,18 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -
 @pytest.mark.parametrize("kind", [*QUANTIZED, "F16", "BF16"])
 def test_gguf_is_what_its_own_package_decodes(tmp_path, kind):
     config = FluxConfig(
-        width=256, heads=2, double_depth=1, single_depth=1, mlp_width=512, context=256, pooled=256, in_channels=64
+        width=256,
+        heads=2,
+        double_depth=1,
+        single_depth=1,
+        mlp_width=512,
+        context=256,
+        pooled=256,
+        in_channels=64,
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), eqx.filter_eval_shape(Flux, config, key=jax.random.key(0)))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape), eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    )
     rng = np.random.default_rng(0)
     tensors, kinds, expected = export(zeros, tables.FLUX_BFL), {}, {}
     for name, tensor in tensors.items():
@@ -314,10 +380,15 @@ def test_gguf_is_what_its_own_package_decodes(tmp_path, kind):
                 tensors[name], kinds[name] = expected[name].view(np.uint8), kind
             else:
                 tensors[name], kinds[name] = random_blocks(rng, tensor.shape, kind), kind
-                expected[name] = gguf.quants.dequantize(tensors[name], gguf.GGMLQuantizationType[kind])
+                expected[name] = gguf.quants.dequantize(
+                    tensors[name], gguf.GGMLQuantizationType[kind]
+                )
     write_gguf(tmp_path / "flux.gguf", "flux", tensors, kinds)
     (network,) = inspect_weights(tmp_path / "flux.gguf").networks
-    assert network.storage.keys() == {"float32", {"F16": "float16", "BF16": "bfloat16"}.get(kind, kind)}
+    assert network.storage.keys() == {
+        "float32",
+        {"F16": "float16", "BF16": "bfloat16"}.get(kind, kind),
+    }
     exact = load_flux(tmp_path / "flux.gguf", config=config, dtype="float32")
     for name, leaf in {
         "double_blocks.0.txt_mlp.0.weight": exact.double.txt.mlp.up.weight.value[0],
@@ -334,7 +405,9 @@ def test_a_t5_in_llamas_names_loads(tmp_path):
     named = export(t5, tables.T5_LLAMA)
     kinds = {name: "Q8_0" for name, tensor in named.items() if name.endswith("ffn_up.weight")}
     stored = {
-        name: gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0) if name in kinds else tensor
+        name: gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
+        if name in kinds
+        else tensor
         for name, tensor in named.items()
     }
     write_gguf(tmp_path / "t5.gguf", "t5encoder", stored, kinds)
@@ -350,11 +423,15 @@ def test_gguf_converts_to_any_layout(flux, tmp_path):
     tensors = {name: np.asarray(t, np.float32) for name, t in export(flux, tables.FLUX_BFL).items()}
     kinds = {name: "Q8_0" for name, t in tensors.items() if t.ndim == 2}
     q8 = gguf.GGMLQuantizationType.Q8_0
-    stored = {name: gguf.quants.quantize(t, q8) if name in kinds else t for name, t in tensors.items()}
+    stored = {
+        name: gguf.quants.quantize(t, q8) if name in kinds else t for name, t in tensors.items()
+    }
     write_gguf(tmp_path / "flux.gguf", "flux", stored, kinds)
     with pytest.raises(WeightsError, match="does not tell their RoPE axes"):
         convert_weights(tmp_path / "flux.gguf", tmp_path / "x")
-    config = FluxConfig(width=128, heads=1, double_depth=1, single_depth=1, mlp_width=512, context=64, pooled=64)
+    config = FluxConfig(
+        width=128, heads=1, double_depth=1, single_depth=1, mlp_width=512, context=64, pooled=64
+    )
     big = export(Flux(config, key=jax.random.key(0)), tables.FLUX_BFL)
     kinds = {name: "Q8_0" for name, t in big.items() if t.ndim == 2}
     stored = {name: gguf.quants.quantize(t, q8) if name in kinds else t for name, t in big.items()}
@@ -401,7 +478,10 @@ assert max(read) <= max(x.size for x in jax.tree.leaves(whole)) // 4
 @pytest.mark.parametrize("layout", ["own", "diffusers", "bfl"])
 def test_a_sharded_load_reads_a_slice_a_device(tmp_path, layout):
     source = convert_weights("tiny", tmp_path / "model", to=layout, only=["flux"])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
     subprocess.run([sys.executable, "-c", SLICES, str(source)], env=environment, check=True)
 
 
@@ -422,7 +502,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, single, error):
 
 
 KILLED = """
-import os, signal, sys, fluxjax.cli, fluxjax.weights
+import os, signal, sys, fluxjax.cli.main, fluxjax.weights
 write = fluxjax.weights.write_sheets
 def slow(folder, sheets, *, report, **rest):
     seen = []
@@ -434,20 +514,22 @@ def slow(folder, sheets, *, report, **rest):
         report(count)
     write(folder, sheets, report=hear, **rest)
 fluxjax.weights.write_sheets = slow
-fluxjax.cli.main(["convert", "tiny", sys.argv[1]])
+fluxjax.cli.main.main(["convert", "tiny", sys.argv[1]])
 """
 
 
 def test_a_terminated_conversion_leaves_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "model")], capture_output=True
+    )
     assert done.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 
 FULL_DISK = """
-import resource, sys, fluxjax.cli
+import resource, sys, fluxjax.cli.main
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
-fluxjax.cli.main(["convert", "tiny", sys.argv[1], *sys.argv[2:]])
+fluxjax.cli.main.main(["convert", "tiny", sys.argv[1], *sys.argv[2:]])
 """
 
 
@@ -455,7 +537,9 @@ fluxjax.cli.main(["convert", "tiny", sys.argv[1], *sys.argv[2:]])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, single):
     target = tmp_path / ("flux.safetensors" if single else "model")
     arguments = [str(target), "--only", "flux"] if single else [str(target)]
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "No room for" in done.stderr
     assert "Free some, or write elsewhere" in done.stderr
@@ -470,7 +554,11 @@ def test_what_is_at_the_destination_stays(tmp_path):
     for target in ("model", "flux.safetensors"):
         with pytest.raises(FileExistsError, match="Remove it, or choose another"):
             convert_weights("tiny", tmp_path / target, only=["flux"])
-    assert (tmp_path / "flux.safetensors").read_text() == (tmp_path / "model" / "mine.txt").read_text() == "mine"
+    assert (
+        (tmp_path / "flux.safetensors").read_text()
+        == (tmp_path / "model" / "mine.txt").read_text()
+        == "mine"
+    )
     (tmp_path / "empty").mkdir()
     assert load_flux(convert_weights("tiny", tmp_path / "empty", only=["flux"])).config.width == 192
 
@@ -478,7 +566,9 @@ def test_what_is_at_the_destination_stays(tmp_path):
 def test_two_of_one_network_and_strangers_are_refused(flux, tmp_path):
     write(tmp_path / "one.safetensors", export(flux, tables.FLUX_BFL))
     write(tmp_path / "two.safetensors", export(flux, tables.FLUX_DIFFUSERS))
-    with pytest.raises(WeightsError, match=r"two FLUX transformers, in one\.safetensors and two\.safetensors"):
+    with pytest.raises(
+        WeightsError, match=r"two FLUX transformers, in one\.safetensors and two\.safetensors"
+    ):
         inspect_weights(tmp_path)
     (tmp_path / "two.safetensors").unlink()
     write(
@@ -486,7 +576,9 @@ def test_two_of_one_network_and_strangers_are_refused(flux, tmp_path):
         {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": np.zeros((2, 4), np.float32)},
     )
     assert eqx.tree_equal(load_flux(tmp_path, config=CONFIG), flux)
-    with pytest.raises(WeightsError, match=r"style\.safetensors is a LoRA, not a model.*choose it with `only`"):
+    with pytest.raises(
+        WeightsError, match=r"style\.safetensors is a LoRA, not a model.*choose it with `only`"
+    ):
         convert_weights(tmp_path, tmp_path / "out")
     assert "is a LoRA" in str(inspect_weights(tmp_path))
 
@@ -538,9 +630,16 @@ def entry(first: int, last: int) -> dict:
         ({"a": [1]}, "is damaged"),
         ({"__metadata__": {"x": 1}}, "metadata is damaged"),
         ({"__metadata__": {"fluxjax": "{"}}, "fluxjax's metadata is damaged"),
-        ({"__metadata__": {"fluxjax": '{"parts": {"flux": 3}, "layout": "own"}'}}, "its own config should hold an object"),
         (
-            {"__metadata__": {"fluxjax": '{"parts": {"t5": {"depth": 1000000000}}, "layout": "own"}'}},
+            {"__metadata__": {"fluxjax": '{"parts": {"flux": 3}, "layout": "own"}'}},
+            "its own config should hold an object",
+        ),
+        (
+            {
+                "__metadata__": {
+                    "fluxjax": '{"parts": {"t5": {"depth": 1000000000}}, "layout": "own"}'
+                }
+            },
             "'depth' should be an integer from 0 to 1000, got 1000000000",
         ),
     ],
@@ -561,13 +660,21 @@ def test_an_absurd_header_length_takes_no_memory(tmp_path):
     path = tmp_path / "x.safetensors"
     for length in (2**63, 10**8 + 1, 10**7 + 1):
         path.write_bytes(length.to_bytes(8, "little") + bytes(100))
-        with pytest.raises(WeightsError, match=r"not a safetensors file|truncated within its header"):
+        with pytest.raises(
+            WeightsError, match=r"not a safetensors file|truncated within its header"
+        ):
             read_header(path)
 
 
 def test_the_index_of_a_file_outside_or_damaged_is_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"x": 3}}', '{"weight_map": {"x": ["y"]}}'):
+    for content in (
+        "[]",
+        "{",
+        '{"weight_map": 3}',
+        '{"weight_map": {"x": 3}}',
+        '{"weight_map": {"x": ["y"]}}',
+    ):
         index.write_text(content)
         with pytest.raises(WeightsError, match=r"no index of shards|is not JSON"):
             load_flux(tmp_path)
@@ -580,7 +687,10 @@ def test_the_index_of_a_file_outside_or_damaged_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A whole small T5 in the own layout, and the bytes of its header."""
-    t5 = T5(T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8), key=jax.random.key(0))
+    t5 = T5(
+        T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8),
+        key=jax.random.key(0),
+    )
     folder = tmp_path_factory.mktemp("small")
     write(folder / "named.safetensors", export(t5, tables.T5_TRANSFORMERS))
     path = convert_weights(folder / "named.safetensors", folder / "t5.safetensors")
@@ -602,7 +712,9 @@ def loads_or_tells(path: Path) -> None:
     assert peak < 100 * path.stat().st_size + 5_000_000
 
 
-MUTATED = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MUTATED = settings(
+    max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -610,7 +722,9 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=5)
     | st.sampled_from(["F32", "U8", "blocks.up.weight"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=6,
 )
 
@@ -650,13 +764,17 @@ def test_a_header_with_changed_values_loads_or_is_told(small, data):
     loads_or_tells(raw(folder / "changed.safetensors", header, content[start:]))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 @given(st.data())
 def test_a_damaged_gguf_loads_or_is_told(small, data):
     folder = small[0]
     whole = folder / "t5.gguf"
     if not whole.exists():
-        write_gguf(whole, "t5encoder", export(load_t5(folder / "t5.safetensors"), tables.T5_LLAMA), {})
+        write_gguf(
+            whole, "t5encoder", export(load_t5(folder / "t5.safetensors"), tables.T5_LLAMA), {}
+        )
     changed = bytearray(whole.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, min(len(changed), 1500) - 1))
@@ -667,8 +785,23 @@ def test_a_damaged_gguf_loads_or_is_told(small, data):
 
 
 def test_the_command_line_converts_and_inspects(tmp_path, capsys):
-    cli.main(["convert", "tiny", str(tmp_path / "model"), "--to", "comfy", "--only", "vae", "--only", "flux"])
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["ae.safetensors", "flux1-dev.safetensors"]
+    cli.main(
+        [
+            "convert",
+            "tiny",
+            str(tmp_path / "model"),
+            "--to",
+            "comfy",
+            "--only",
+            "vae",
+            "--only",
+            "flux",
+        ]
+    )
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "ae.safetensors",
+        "flux1-dev.safetensors",
+    ]
     cli.main(["inspect", str(tmp_path / "model")])
     out = capsys.readouterr().out
     assert "flux: FLUX transformer (dev, of another size), 5,244,864 parameters" in out

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import thread_map
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from JAX 0.11 on
+from jax._src.pallas.mosaic_gpu.interpret.params import (
+    InterpretGPUParams,  # public from JAX 0.11 on
+)
 from jax.sharding import Mesh, PartitionSpec
 
 from fluxjax import attention, select_attention
@@ -25,14 +27,22 @@ def interpreted(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128)):
     """flash_tpu as attention has it, on this machine."""
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
     scale = q.shape[-1] ** -0.5
-    return flash_tpu.flash(q, k, v, scale=scale, chip="v4", key_length=length, block_sizes=block_sizes, interpret=True)
+    return flash_tpu.flash(
+        q, k, v, scale=scale, chip="v4", key_length=length, block_sizes=block_sizes, interpret=True
+    )
 
 
 @cache
 def compiled(jaxpr):
-    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in (*jaxpr.constvars, *jaxpr.invars)]
+    shapes = [
+        jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in (*jaxpr.constvars, *jaxpr.invars)
+    ]
     consts = len(jaxpr.constvars)
-    return jax.jit(lambda *x: jax.core.eval_jaxpr(jaxpr, x[:consts], *x[consts:])[:0]).lower(*shapes).compile()
+    return (
+        jax.jit(lambda *x: jax.core.eval_jaxpr(jaxpr, x[:consts], *x[consts:])[:0])
+        .lower(*shapes)
+        .compile()
+    )
 
 
 # JAX 0.10's interpreter of GPU kernels compiles each thread of each program again, which takes 20 times as long.
@@ -42,8 +52,18 @@ thread_map._run_jaxpr = lambda jaxpr, consts, *args: compiled(jaxpr)(*consts, *a
 def interpreted_gpu(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=128), races=False):
     """flash_gpu, so too. The interpreter has no tensor cores, so that float32 passes."""
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
-    how = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=races)
-    return flash_gpu.flash(q, k, v, scale=q.shape[-1] ** -0.5, key_length=length, block_sizes=block_sizes, interpret=how)
+    how = InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero", detect_races=races
+    )
+    return flash_gpu.flash(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        key_length=length,
+        block_sizes=block_sizes,
+        interpret=how,
+    )
 
 
 def interpreted_triton(q, k, v, *, key_length=None, block_sizes=BlockSizes(q=64)):
@@ -68,7 +88,9 @@ IMPLEMENTATIONS = {
     "flash_gpu, Triton": interpreted_triton,
 }
 every = pytest.mark.parametrize("name", IMPLEMENTATIONS)
-blocked = pytest.mark.parametrize("name", ["xla_chunked", "flash_tpu", "flash_gpu", "flash_gpu, Triton"])
+blocked = pytest.mark.parametrize(
+    "name", ["xla_chunked", "flash_tpu", "flash_gpu", "flash_gpu, Triton"]
+)
 
 
 def exact(q, k, v, grad, length=None):
@@ -84,7 +106,9 @@ def exact(q, k, v, grad, length=None):
     slopes = scale * weights * (towards - (weights * towards).sum(-1, keepdims=True))
     dq, dk = np.einsum("hqk,khd->qhd", slopes, k), np.einsum("hqk,qhd->khd", slopes, q)
     dv = np.einsum("hqk,qhd->khd", weights, grad)
-    largest = [np.abs(x).max() for x in (v, scale * towards.max() * k, scale * towards.max() * q, grad)]
+    largest = [
+        np.abs(x).max() for x in (v, scale * towards.max() * k, scale * towards.max() * q, grad)
+    ]
     return list(zip((mixed, dq, dk, dv), largest, strict=True))
 
 
@@ -92,7 +116,8 @@ def operands(queries, keys, heads, dim, seed, size=1.0, dtype=jnp.float32):
     names = jax.random.split(jax.random.key(seed), 4)
     tokens = (queries, keys, keys, queries)
     return [
-        (size * jax.random.normal(key, (count, heads, dim))).astype(dtype) for key, count in zip(names, tokens, strict=True)
+        (size * jax.random.normal(key, (count, heads, dim))).astype(dtype)
+        for key, count in zip(names, tokens, strict=True)
     ]
 
 
@@ -110,8 +135,12 @@ def check(name, queries, keys, heads, dim, seed, size, length):
     run = values_and_gradients(name)
     # Logits grow as size², and float32 resolves them to 1e-7 of that, which is the relative error of the weights.
     rtol = 3e-6 * max(1, size**2)
-    for found, (wanted, largest) in zip(run(grad, length, *inputs), exact(*inputs, grad, length), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=rtol * max(largest, np.abs(wanted).max()))
+    for found, (wanted, largest) in zip(
+        run(grad, length, *inputs), exact(*inputs, grad, length), strict=True
+    ):
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=rtol * max(largest, np.abs(wanted).max())
+        )
 
 
 SHAPES = {
@@ -135,7 +164,9 @@ def test_bfloat16_is_as_near_as_its_roundings():
     *inputs, grad = operands(700, 300, 1, 128, 4, dtype=jnp.bfloat16)
     wanted_all = exact(*inputs, grad)
     for name in IMPLEMENTATIONS:
-        for found, (wanted, _) in zip(values_and_gradients(name)(grad, None, *inputs), wanted_all, strict=True):
+        for found, (wanted, _) in zip(
+            values_and_gradients(name)(grad, None, *inputs), wanted_all, strict=True
+        ):
             assert found.dtype == jnp.bfloat16
             # The weights or their slopes, and the result, are rounded to 2^-9 of them; sums are not, of 15 chunks either.
             error = np.asarray(found, np.float64) - wanted
@@ -195,7 +226,11 @@ def test_padding_is_not_seen_and_of_no_keys_there_are_no_values(name):
     jax.tree.map(np.testing.assert_array_equal, found[:3], wanted[:3])
     assert not any(x[9:].any() for x in found[2:])
     assert not any(x.any() for x in run(grad, jnp.int32(0), q, k, v))
-    jax.tree.map(np.testing.assert_array_equal, run(grad, jnp.int32(999), q, k, v), run(grad, jnp.int32(140), q, k, v))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run(grad, jnp.int32(999), q, k, v),
+        run(grad, jnp.int32(140), q, k, v),
+    )
 
 
 def test_vmap_of_flash_gpu_is_an_axis_of_its_programs_and_copies_nothing():
@@ -207,7 +242,9 @@ def test_vmap_of_flash_gpu_is_an_axis_of_its_programs_and_copies_nothing():
 
 def test_warpgroups_of_flash_gpu_wait_for_each_other(capsys):
     inputs = operands(300, 300, 1, 64, 10)
-    jax.block_until_ready(jax.vjp(partial(interpreted_gpu, races=True, key_length=280), *inputs[:3])[1](inputs[3]))
+    jax.block_until_ready(
+        jax.vjp(partial(interpreted_gpu, races=True, key_length=280), *inputs[:3])[1](inputs[3])
+    )
     assert "RACE" not in capsys.readouterr().out
 
 
@@ -215,22 +252,37 @@ def test_warpgroups_of_flash_gpu_wait_for_each_other(capsys):
 def test_flash_gpu_takes_scales_that_are_not_positive(scale):
     q, k, v, _ = operands(70, 90, 1, 64, 11)
     found = flash_gpu.flash(q, k, v, scale=scale, hopper=False, interpret=True)
-    np.testing.assert_allclose(found, attention(q, k, v, scale=scale, implementation="xla"), atol=1e-5)
+    np.testing.assert_allclose(
+        found, attention(q, k, v, scale=scale, implementation="xla"), atol=1e-5
+    )
 
 
 def test_chunks_take_bias_and_causality():
     q, k, v, _ = operands(23, 23, 2, 8, 8)
-    inputs = {"bias": jax.random.normal(jax.random.key(9), (2, 23, 23)), "causal": True, "scale": 0.7, "key_length": 20}
-    chunked = attention(q, k, v, **inputs, implementation="xla_chunked", block_sizes=BlockSizes(q=5))
+    inputs = {
+        "bias": jax.random.normal(jax.random.key(9), (2, 23, 23)),
+        "causal": True,
+        "scale": 0.7,
+        "key_length": 20,
+    }
+    chunked = attention(
+        q, k, v, **inputs, implementation="xla_chunked", block_sizes=BlockSizes(q=5)
+    )
     for found in (chunked, apart(q, k, v, **inputs)):
-        np.testing.assert_allclose(found, attention(q, k, v, **inputs, implementation="xla"), atol=1e-6)
+        np.testing.assert_allclose(
+            found, attention(q, k, v, **inputs, implementation="xla"), atol=1e-6
+        )
 
 
 def test_chunks_hold_no_matrix_of_all_logits():
     q = jax.ShapeDtypeStruct((4096, 4, 128), jnp.bfloat16)
     for implementation, held in (("xla", True), ("xla_chunked", False)):
         mix = partial(attention, implementation=implementation)
-        program = str(jax.make_jaxpr(jax.grad(lambda *x: mix(*x).sum().astype(jnp.float32), (0, 1, 2)))(q, q, q))  # noqa: B023
+        program = str(
+            jax.make_jaxpr(jax.grad(lambda *x: mix(*x).sum().astype(jnp.float32), (0, 1, 2)))(
+                q, q, q
+            )
+        )  # noqa: B023
         assert ("4,4096,4096]" in program) == held
 
 
@@ -257,9 +309,13 @@ def test_what_does_not_suit_is_refused():
         attention(x, x, x, implementation="flash_tpu")
     with pytest.raises(ValueError, match=r"key_length=257.*1 to 256"):
         attention(x, x, x, key_length=257)
-    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU .*got cpu, float32, 128"):
+    with pytest.raises(
+        ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU .*got cpu, float32, 128"
+    ):
         attention(x, x, x, implementation="flash_gpu")
-    with pytest.raises(ValueError, match=r"is for flash_tpu, flash_gpu and xla_chunked, got implementation='xla'"):
+    with pytest.raises(
+        ValueError, match=r"is for flash_tpu, flash_gpu and xla_chunked, got implementation='xla'"
+    ):
         attention(x, x, x, implementation="xla", block_sizes=BlockSizes(q=128))
     with pytest.raises(ValueError, match=r"BlockSizes\(q=…\)` alone"):
         attention(x, x, x, implementation="xla_chunked", block_sizes=BlockSizes(q=128, kv=128))
@@ -279,7 +335,9 @@ def test_what_does_not_suit_is_refused():
         interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=64))
     with pytest.raises(ValueError, match=r"multiples of 64 and 128 for dkv, got \(128, 64\)"):
         interpreted_gpu(x, x, x, block_sizes=BlockSizes(q=128, kv=64))
-    with pytest.raises(ValueError, match=r"powers of two on this GPU, 16 at least, got \(192, 192\) for forward"):
+    with pytest.raises(
+        ValueError, match=r"powers of two on this GPU, 16 at least, got \(192, 192\) for forward"
+    ):
         interpreted_triton(x, x, x, block_sizes=BlockSizes(q=192))
 
 
@@ -288,10 +346,15 @@ def test_flash_gpu_is_mosaic_on_hopper_and_triton_elsewhere(monkeypatch):
     gpu = SimpleNamespace(platform="gpu", compute_capability="7.5")
     monkeypatch.setattr(module, "default_device", lambda: gpu)
     mix = partial(attention, implementation="flash_gpu", block_sizes=BlockSizes(q=128))
-    with pytest.raises(ValueError, match=r"'flash_gpu'.* needs an NVIDIA GPU of compute capability 8.0.*got gpu 7.5, bfloat16"):
+    with pytest.raises(
+        ValueError,
+        match=r"'flash_gpu'.* needs an NVIDIA GPU of compute capability 8.0.*got gpu 7.5, bfloat16",
+    ):
         mix(x, x, x)
     for gpu.compute_capability, mosaic in (("8.0", False), ("9.0", True), ("12.0", False)):
-        program = jax.make_jaxpr(lambda *inputs: mix(*inputs))(x, x, x)  # another function, of which none is kept
+        program = jax.make_jaxpr(lambda *inputs: mix(*inputs))(
+            x, x, x
+        )  # another function, of which none is kept
         assert ("barrier" in str(program)) == mosaic
     with pytest.raises(ValueError, match="without bias that is not causal, got causal=True"):
         mix(x, x, x, causal=True)
@@ -301,10 +364,13 @@ def test_flash_gpu_is_mosaic_on_hopper_and_triton_elsewhere(monkeypatch):
 
 
 def test_blocks_that_a_chip_cannot_hold_are_refused_with_their_bytes():
-    fits = partial(flash_tpu.blocks, 4608, 4608, 128, jnp.bfloat16, block_sizes=PRESETS["trillium-dev"])
+    fits = partial(
+        flash_tpu.blocks, 4608, 4608, 128, jnp.bfloat16, block_sizes=PRESETS["trillium-dev"]
+    )
     assert set(fits("v6e").values()) == {(1536, 1536)}
     with pytest.raises(
-        ValueError, match=r"1536 queries and 1536 keys takes 2\d,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216"
+        ValueError,
+        match=r"1536 queries and 1536 keys takes 2\d,\d+,\d+ bytes of VMEM \(forward\), of 16,777,216",
     ):
         fits("v4")
 
@@ -313,8 +379,12 @@ def test_blocks_that_hopper_cannot_hold_are_refused_with_their_bytes():
     blocks, size = flash_mosaic.blocks, flash_mosaic.smem_bytes
     assert blocks(4608, 77, 128) == {"forward": (128, 128), "dq": (128, 128), "dkv": (64, 128)}
     for dim in (64, 128):
-        assert all(size(*block, dim) <= flash_mosaic.SMEM for block in blocks(4608, 4608, dim).items())
-    with pytest.raises(ValueError, match=r"512 queries and 512 keys takes 660,480 bytes .*\(forward\), of 232,448"):
+        assert all(
+            size(*block, dim) <= flash_mosaic.SMEM for block in blocks(4608, 4608, dim).items()
+        )
+    with pytest.raises(
+        ValueError, match=r"512 queries and 512 keys takes 660,480 bytes .*\(forward\), of 232,448"
+    ):
         blocks(4608, 4608, 128, PRESETS["trillium"])
 
 
@@ -328,6 +398,8 @@ def test_default_blocks_fit_every_chip_and_waste_little():
                 assert -(-tokens // block[0]) * block[0] < max(1.14 * tokens, tokens + 128)
     # As published for v6e.
     for tokens, size in ((4608, 1536), (4352, 2176)):
-        assert set(flash_tpu.blocks(tokens, tokens, 128, jnp.bfloat16, "v6e").values()) == {(size, size)}
+        assert set(flash_tpu.blocks(tokens, tokens, 128, jnp.bfloat16, "v6e").values()) == {
+            (size, size)
+        }
     assert flash_tpu.blocks(4608, 77, 128, jnp.bfloat16, "v5e")["forward"] == (768, 128)
     assert [even(10, 4), even(4, 4), least_padded(300, 100, 50)] == [4, 4, 100]

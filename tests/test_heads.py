@@ -13,11 +13,11 @@ from bench_parts import pretended
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Nag
+from fluxjax.devices.context import Ring, Ulysses
 from fluxjax.kernels import flash_tpu, heads_tpu
 from fluxjax.kernels.attention import Attention, resolved
-from fluxjax.kernels.context import Ring, Ulysses
 from fluxjax.kernels.guiding import isolated_attention
-from fluxjax.nets.heads import Part, heads_of, turn_of
+from fluxjax.nets.heads import Projection, heads_of, turn_of
 from fluxjax.nets.layers import RmsNorm, Rotation
 
 WIDTH = 256
@@ -40,9 +40,16 @@ def inputs(counts, columns, dtype=jnp.float32):
     keys = iter(jax.random.split(jax.random.key(0), 9))
 
     def norm():
-        return eqx.tree_at(lambda norm: norm.scale, RmsNorm(128), 1 + 0.1 * jax.random.normal(next(keys), (128,), dtype))
+        return eqx.tree_at(
+            lambda norm: norm.scale,
+            RmsNorm(128),
+            1 + 0.1 * jax.random.normal(next(keys), (128,), dtype),
+        )
 
-    parts = [Part(3 * jax.random.normal(next(keys), (count, columns), dtype), norm(), norm()) for count in counts]
+    parts = [
+        Projection(3 * jax.random.normal(next(keys), (count, columns), dtype), norm(), norm())
+        for count in counts
+    ]
     angles = jax.random.uniform(next(keys), (sum(counts), 64), maxval=6.3)
     return parts, Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -63,7 +70,12 @@ def exact(parts, rotation):
     return [*(np.stack([x.real, x.imag], -1).reshape(q.shape) for x in turned), v]
 
 
-SHAPES = [([300], 3 * WIDTH), ([77], 3 * WIDTH + 200), ([48, 270], 3 * WIDTH), ([128, 1], 3 * WIDTH)]
+SHAPES = [
+    ([300], 3 * WIDTH),
+    ([77], 3 * WIDTH + 200),
+    ([48, 270], 3 * WIDTH),
+    ([128, 1], 3 * WIDTH),
+]
 
 
 @pytest.mark.parametrize(("counts", "columns"), SHAPES)
@@ -83,7 +95,9 @@ def test_heads_equal_float64(counts, columns, dtype):
 
 def test_gradients_are_those_of_what_is_not_fused():
     parts, rotation = inputs([32, 70], 3 * WIDTH)
-    wanted = [jax.random.normal(key, (102, 2, 128)) for key in jax.random.split(jax.random.key(1), 3)]
+    wanted = [
+        jax.random.normal(key, (102, 2, 128)) for key in jax.random.split(jax.random.key(1), 3)
+    ]
 
     def pulled(fused):
         def run(parts, rotation):
@@ -129,14 +143,24 @@ def test_blocks_of_dev_fit_a_chips_memory(chip, counts):
 
 
 def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
-    config = FluxConfig(width=256, heads=2, double_depth=2, single_depth=2, mlp_width=512, context=32, pooled=16)
+    config = FluxConfig(
+        width=256, heads=2, double_depth=2, single_depth=2, mlp_width=512, context=32, pooled=16
+    )
     flux = Flux(config, key=jax.random.key(0))
     leaves, tree = jax.tree.flatten(flux)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     # New blocks are the identity, whatever their attention is.
-    flux = tree.unflatten([leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+    flux = tree.unflatten(
+        [
+            leaf + 0.05 * jax.random.normal(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
+    )
     names = jax.random.split(jax.random.key(2), 3)
-    x, txt, vec = (jax.random.normal(key, shape) for key, shape in zip(names, [(2, 96, 64), (2, 32, 32), (2, 16)], strict=True))
+    x, txt, vec = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(names, [(2, 96, 64), (2, 32, 32), (2, 16)], strict=True)
+    )
     ids = fluxjax.image_ids(16 * 12, 16 * 8)
 
     def run(attention):

@@ -10,23 +10,67 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+from fluxjax.cli.main.prompts import read_prompts
 
-from fluxjax import cli, draw, read_image
-from fluxjax.prompts import read_prompts
+from fluxjax import read_image
+from fluxjax.cli.main import generate as draw
+from fluxjax.cli.main import main as cli
 
-NUMBERS = ["", " ", "9" * 5000, *"0 1 -1 2 3 1.5 nan inf -inf 1e39 -1e39 1e-400 1e999 2147483648 4294967296".split()]
-NUMBERS += "9223372036854775807 9223372036854775808 1600000000 1_000 0x10 １２ +5 16 17 -0 1e3".split()
-TEXTS = ["a star", "", "\0", "\ud800", "a\x1b[2K\nb", "[" * 20000, "é⭐\u202e", "x" * 100_000, "-", "--", "%s%n{}"]
-PATHS = ["missing", ".", "/proc/self/mem", "/dev/null", "a\0b", "x" * 300, "\udcff", "..", "", "hub:a/b", "tiny:none", "tiny:"]
-SIZES = ["data=1,data=1", "data=-1,fsdp=-1", "rows=2", "data=", "=", "data=0", "512,512,512", "512,", "trillium", "12,0", "5XB"]
+NUMBERS = [
+    "",
+    " ",
+    "9" * 5000,
+    *"0 1 -1 2 3 1.5 nan inf -inf 1e39 -1e39 1e-400 1e999 2147483648 4294967296".split(),
+]
+NUMBERS += (
+    "9223372036854775807 9223372036854775808 1600000000 1_000 0x10 １２ +5 16 17 -0 1e3".split()
+)
+TEXTS = [
+    "a star",
+    "",
+    "\0",
+    "\ud800",
+    "a\x1b[2K\nb",
+    "[" * 20000,
+    "é⭐\u202e",
+    "x" * 100_000,
+    "-",
+    "--",
+    "%s%n{}",
+]
+PATHS = [
+    "missing",
+    ".",
+    "/proc/self/mem",
+    "/dev/null",
+    "a\0b",
+    "x" * 300,
+    "\udcff",
+    "..",
+    "",
+    "hub:a/b",
+    "tiny:none",
+    "tiny:",
+]
+SIZES = [
+    "data=1,data=1",
+    "data=-1,fsdp=-1",
+    "rows=2",
+    "data=",
+    "=",
+    "data=0",
+    "512,512,512",
+    "512,",
+    "trillium",
+    "12,0",
+    "5XB",
+]
 GENERATE = """--prompt-2 --steps --guidance --negative-prompt --cfg --rule --nag --cache --attention --flash-block-sizes --timer
 --shift --integrator --eta --height --width --images --seed --max-sequence-length --dtype --batch --lora --mesh --prompts
 --model --quantize""".split()
 COMPARE = "--integrators --timers --steps --reference-steps --guidance --height --width --seed --dtype".split()
 CONVERT = "--to --dtype --only --shard-size".split()
-KNOWN = (
-    "euler ddim apg first_block:0.1 teacache:inf karras float16 xla_chunked int8 tiny:kraft:nan tiny:kraft:1e39 flux".split()
-)
+KNOWN = "euler ddim apg first_block:0.1 teacache:inf karras float16 xla_chunked int8 tiny:kraft:nan tiny:kraft:1e39 flux".split()
 
 
 def command(rng):
@@ -111,7 +155,7 @@ def test_hostile_command_lines_are_refused_in_one_line_at_once(stubbed, capsys):
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(stubbed, capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr("fluxjax.limits.memory_bytes", lambda device: 64 * 10**9)
+    monkeypatch.setattr("fluxjax.generate.limits.memory_bytes", lambda device: 64 * 10**9)
     code, error, _ = run(["generate", "a star", *arguments], capsys)
     assert code == 2
     assert said in error
@@ -128,7 +172,19 @@ def mutated(rng, data):
         elif kind == 1:
             del data[at : at + rng.randint(1, 30)]
         elif kind == 2:
-            data[at:at] = rng.choice([b"\xff", b"\0", b"[" * 5000, b'"', b"\\ud800", b"1e999", b"NaN", b"9" * 5000, b"\n"])
+            data[at:at] = rng.choice(
+                [
+                    b"\xff",
+                    b"\0",
+                    b"[" * 5000,
+                    b'"',
+                    b"\\ud800",
+                    b"1e999",
+                    b"NaN",
+                    b"9" * 5000,
+                    b"\n",
+                ]
+            )
         else:
             data = data[:at] or data
     return bytes(data)
@@ -141,7 +197,9 @@ def test_mutated_files_of_prompts_give_lines_that_can_be_drawn_or_a_reason(tmp_p
         {"prompt": "b", "prompt_2": "c"},
         {"prompt": "d", "seed": 2**63 - 1},
     ]
-    whole = "\n".join(json.dumps(line, ensure_ascii=bool(i % 2)) for i, line in enumerate(lines)).encode()
+    whole = "\n".join(
+        json.dumps(line, ensure_ascii=bool(i % 2)) for i, line in enumerate(lines)
+    ).encode()
     wrong = 0
     for _ in range(300):
         path.write_bytes(mutated(rng, whole))
@@ -159,7 +217,11 @@ def test_mutated_images_are_read_or_refused(tmp_path):
     rng, path = random.Random(3), tmp_path / "image"
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8))
     files = []
-    for options in ({"format": "PNG"}, {"format": "JPEG"}, {"format": "JPEG", "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}):
+    for options in (
+        {"format": "PNG"},
+        {"format": "JPEG"},
+        {"format": "JPEG", "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"},
+    ):
         stream = io.BytesIO()
         image.save(stream, **options)
         files.append(stream.getvalue())

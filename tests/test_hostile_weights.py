@@ -13,10 +13,22 @@ import pytest
 from layouts import export, write
 from test_convert import write_gguf
 
-from fluxjax import T5, Clip, ClipConfig, T5Config, WeightsError, inspect_weights, load_clip, load_flux, load_t5, load_vae
-from fluxjax.convert import configs, tables
-from fluxjax.convert.finite import all_finite
-from fluxjax.weights import convert_weights
+from fluxjax import (
+    T5,
+    Clip,
+    ClipConfig,
+    T5Config,
+    WeightsError,
+    inspect_weights,
+    load_clip,
+    load_flux,
+    load_t5,
+    load_vae,
+)
+from fluxjax.checkpoint import configs
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.convert import convert_weights
+from fluxjax.checkpoint.finite import all_finite
 
 CONFIG = T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8)
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -48,7 +60,9 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
 
 def test_nan_and_infinity_in_weights_are_named_by_every_way_of_loading(named, tmp_path):
     key = "encoder.block.1.layer.0.SelfAttention.k.weight"
-    bad = dict(named) | {key: np.where(np.arange(64).reshape(8, 8) == 37, np.float32(np.nan), named[key])}
+    bad = dict(named) | {
+        key: np.where(np.arange(64).reshape(8, 8) == 37, np.float32(np.nan), named[key])
+    }
     write(tmp_path / "t5.safetensors", bad)
     ways = ({}, {"dtype": "bfloat16"}, {"stream": True}, {"quantize": "int8"})
     told = rf"t5\.safetensors: '{key}' holds NaN or infinity"
@@ -111,7 +125,9 @@ def test_large_headers_take_a_moment(tmp_path):
     entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     many = ",".join(f'"n{i}":{entry}' for i in range(300_000))
     some = ",".join(f'"n{i}":{entry}' for i in range(19_000))
-    escaped = ",".join(f'"n{i}":{entry}' for i in range(21_000)).replace("data_offsets", r"data_offset\u0073")
+    escaped = ",".join(f'"n{i}":{entry}' for i in range(21_000)).replace(
+        "data_offsets", r"data_offset\u0073"
+    )
     cases = [
         ("more than 20,000 tensors", "{" + many + "}"),
         ("more than 20,000 tensors", "{" + escaped + "}"),
@@ -150,7 +166,9 @@ def test_a_config_that_no_network_has_is_named_with_its_rule(value):
 @pytest.mark.parametrize("counts", [(0, 2**40), (2**62, 0), (0, 2**62)])
 def test_a_gguf_header_of_absurd_counts_ends_at_once(tmp_path, counts):
     tensors, pairs = (number.to_bytes(8, "little") for number in counts)
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + tensors + pairs + bytes(1000))
+    (tmp_path / "x.gguf").write_bytes(
+        b"GGUF" + (3).to_bytes(4, "little") + tensors + pairs + bytes(1000)
+    )
     start = time.perf_counter()
     with pytest.raises(WeightsError, match="damaged within its header"):
         load_t5(tmp_path / "x.gguf")
@@ -171,11 +189,23 @@ def test_a_gguf_array_of_absurdly_many_texts_ends_at_once(tmp_path):
 
 
 def test_a_clip_with_its_vision_tower_loads_as_its_text_encoder(tmp_path):
-    config = ClipConfig(vocabulary=16, positions=7, width=8, heads=2, depth=1, mlp_width=16, eos_token=15)
+    config = ClipConfig(
+        vocabulary=16, positions=7, width=8, heads=2, depth=1, mlp_width=16, eos_token=15
+    )
     stored = export(Clip(config, key=jax.random.key(0)), tables.CLIP_TRANSFORMERS)
-    extra = ("vision_model.embeddings.class_embedding", "visual_projection.weight", "text_projection.weight", "logit_scale")
-    write(tmp_path / "model.safetensors", dict(stored) | {name: np.ones(3, np.float32) for name in extra})
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": configs.clip_to_json(config)}))
+    extra = (
+        "vision_model.embeddings.class_embedding",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+    )
+    write(
+        tmp_path / "model.safetensors",
+        dict(stored) | {name: np.ones(3, np.float32) for name in extra},
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "clip", "text_config": configs.clip_to_json(config)})
+    )
     assert inspect_weights(tmp_path).whole
     assert load_clip(tmp_path).config == config
 
@@ -212,14 +242,22 @@ def index_file(folder, named):
 
 
 def gguf_file(folder, named):
-    write_gguf(folder / "t5.gguf", "t5encoder", export(T5(CONFIG, key=jax.random.key(0)), tables.T5_LLAMA), {})
+    write_gguf(
+        folder / "t5.gguf",
+        "t5encoder",
+        export(T5(CONFIG, key=jax.random.key(0)), tables.T5_LLAMA),
+        {},
+    )
     return folder / "t5.gguf"
 
 
 def scaled_file(folder, named):
     key = "encoder.block.0.layer.0.SelfAttention.q.weight"
     stem = key.removesuffix("weight")
-    stored = dict(named) | {key: (named[key] * 9).astype(ml_dtypes.float8_e4m3fn), stem + "weight_scale": np.float32(1 / 9)}
+    stored = dict(named) | {
+        key: (named[key] * 9).astype(ml_dtypes.float8_e4m3fn),
+        stem + "weight_scale": np.float32(1 / 9),
+    }
     stored[stem + "comfy_quant"] = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     write(folder / "t5.safetensors", stored)
     return folder / "t5.safetensors"
@@ -229,19 +267,25 @@ def changed_bytes(content: bytes, rng: random.Random, header: int) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(min(header, len(changed)))
-        new = rng.choice([bytes([rng.randrange(256)]), b"", b"9", b'"', b"-", b"e9", b"\xff\xff", b"[", b"null"])
+        new = rng.choice(
+            [bytes([rng.randrange(256)]), b"", b"9", b'"', b"-", b"e9", b"\xff\xff", b"[", b"null"]
+        )
         changed[place : place + rng.randint(0, 2)] = new
     return bytes(changed[: rng.choice([None, None, None, rng.randrange(len(content))])])
 
 
 @pytest.mark.parametrize(
-    "make", [own_layout, transformers_folder, config_file, index_file, gguf_file, scaled_file], ids=lambda make: make.__name__
+    "make",
+    [own_layout, transformers_folder, config_file, index_file, gguf_file, scaled_file],
+    ids=lambda make: make.__name__,
 )
 def test_three_hundred_changed_files_load_or_are_told(named, tmp_path, make):
     path = make(tmp_path, named)
     content, rng = path.read_bytes(), random.Random(make.__name__)
     load_t5(tmp_path)
-    header = 8 + int.from_bytes(content[:8], "little") + 64 if path.suffix == ".safetensors" else 2000
+    header = (
+        8 + int.from_bytes(content[:8], "little") + 64 if path.suffix == ".safetensors" else 2000
+    )
     told: list[str] = []
     for _ in range(300):
         path.write_bytes(changed_bytes(content, rng, header))

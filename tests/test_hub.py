@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hub import COMMIT, Hub, checksum, run, run_process, serve
 
-from fluxjax.zoo import WHOLE, tiny_folder
+from fluxjax.checkpoint.locate import WHOLE, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,19 @@ def test_a_model_downloads_without_what_it_does_not_need_and_only_once(repositor
         served = len(hub.served)
         assert run(hub.url, tmp_path, "download", "owner/model").stdout == first.stdout
         assert len(hub.served) == served
-        assert "whole: loads with load_t5" in run(hub.url, tmp_path, "inspect", "owner/model").stdout
+        assert (
+            "whole: loads with load_t5" in run(hub.url, tmp_path, "inspect", "owner/model").stdout
+        )
 
 
 def test_one_network_downloads_alone(repository, tmp_path):
     with serve(Hub(repository)) as hub:
         done = run(hub.url, tmp_path, "download", "owner/model", "--only", "vae")
         assert done.returncode == 0, done.stderr
-        assert {path.name for path in Path(done.stdout.strip()).iterdir()} == {"vae", "model_index.json"}
+        assert {path.name for path in Path(done.stdout.strip()).iterdir()} == {
+            "vae",
+            "model_index.json",
+        }
 
 
 def test_a_connection_that_is_cut_goes_on_where_it_ended(tmp_path):
@@ -111,8 +116,13 @@ def blobs(cache):
 
 def test_a_damaged_file_is_fetched_anew_by_download(repository, tmp_path):
     with serve(Hub(repository)) as hub:
-        folder = Path(run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip())
-        weights, settings = folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae" / "config.json"
+        folder = Path(
+            run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip()
+        )
+        weights, settings = (
+            folder / "vae" / "diffusion_pytorch_model.safetensors",
+            folder / "vae" / "config.json",
+        )
         whole = weights.read_bytes()
         weights.resolve().write_bytes(whole[:-1000] + bytes(1000))  # as large as before
         settings.resolve().write_bytes(b"{")
@@ -126,14 +136,19 @@ def test_a_damaged_file_is_fetched_anew_by_download(repository, tmp_path):
 
 def test_without_a_network_download_names_a_damaged_file(repository, tmp_path):
     with serve(Hub(repository)) as hub:
-        folder = Path(run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip())
+        folder = Path(
+            run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").stdout.strip()
+        )
         gone = hub.url
     assert run(gone, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
     weights = (folder / "vae" / "diffusion_pytorch_model.safetensors").resolve()
     weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
     done = run(gone, tmp_path, "download", "owner/model", "--only", "vae")
     assert done.returncode == 2
-    assert "diffusion_pytorch_model.safetensors is damaged, and the hub can't be reached" in done.stderr
+    assert (
+        "diffusion_pytorch_model.safetensors is damaged, and the hub can't be reached"
+        in done.stderr
+    )
 
 
 def test_a_file_that_comes_damaged_is_refused_and_not_kept(repository, tmp_path):
@@ -178,7 +193,12 @@ def test_no_answer_of_a_server_places_a_file_outside_of_the_cache(tmp_path, host
     (root / "vae").mkdir(parents=True)
     (root / "vae" / "config.json").write_text("{}")
     if headers := hostile.get("headers"):
-        hostile = {"headers": {name: value.replace("ABSOLUTE", str(tmp_path / "evil")) for name, value in headers.items()}}
+        hostile = {
+            "headers": {
+                name: value.replace("ABSOLUTE", str(tmp_path / "evil"))
+                for name, value in headers.items()
+            }
+        }
     with serve(Hub(root, **hostile)) as hub:
         done = run(hub.url, cache, "download", "owner/model", "--only", "vae")
     assert done.returncode == 2
@@ -191,7 +211,11 @@ def test_no_answer_of_a_server_places_a_file_outside_of_the_cache(tmp_path, host
 
 def test_a_link_that_leads_out_of_the_cache_is_refused(repository, tmp_path):
     with serve(Hub(repository)) as hub:
-        folder = Path(run(hub.url, tmp_path / "cache", "download", "owner/model", "--only", "vae").stdout.strip())
+        folder = Path(
+            run(
+                hub.url, tmp_path / "cache", "download", "owner/model", "--only", "vae"
+            ).stdout.strip()
+        )
         (tmp_path / "mine.json").write_text("{}")
         (folder / "vae" / "config.json").unlink()
         (folder / "vae" / "config.json").symlink_to(tmp_path / "mine.json")
@@ -210,17 +234,29 @@ time.sleep(100)
 """
 
 
-def test_parts_that_killed_runs_left_are_removed_and_those_of_living_ones_stay(repository, tmp_path):
+def test_parts_that_killed_runs_left_are_removed_and_those_of_living_ones_stay(
+    repository, tmp_path
+):
     with serve(Hub(repository)) as hub:
         assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
         locks = tmp_path / "hub" / ".locks" / "models--owner--model"
         dead, alive, older = "a" * 64, "b" * 64, "c" * 64
-        for name in (f"{dead}.01234567.incomplete", f"{alive}.01234567.incomplete", f"{older}.incomplete"):
+        for name in (
+            f"{dead}.01234567.incomplete",
+            f"{alive}.01234567.incomplete",
+            f"{older}.incomplete",
+        ):
             (blobs(tmp_path) / name).write_bytes(b"half")
-        holder = subprocess.Popen([sys.executable, "-c", HELD, str(locks / f"{alive}.lock")], stdout=subprocess.PIPE, text=True)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HELD, str(locks / f"{alive}.lock")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             holder.stdout.readline()
-            assert run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+            assert (
+                run(hub.url, tmp_path, "download", "owner/model", "--only", "vae").returncode == 0
+            )
         finally:
             holder.kill()
             holder.wait()

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from fluxjax import read_image, write_png
-from fluxjax.image import write_numbered
+from fluxjax.generate.image import write_numbered
 
 
 def test_a_png_comes_back_with_its_text(tmp_path):
@@ -47,7 +47,9 @@ def test_what_is_no_image_is_refused_and_nothing_is_written(image, name, said, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("metadata", [{"a": 3}, {"a": "\ud800"}, {"": "a"}, {"k" * 80: "a"}, {"a\nb": "c"}])
+@pytest.mark.parametrize(
+    "metadata", [{"a": 3}, {"a": "\ud800"}, {"": "a"}, {"k" * 80: "a"}, {"a\nb": "c"}]
+)
 def test_metadata_that_is_no_text_is_refused(metadata, tmp_path):
     with pytest.raises(ValueError, match="metadata"):
         write_png(np.zeros((2, 2, 3), np.float32), tmp_path / "x.png", metadata)
@@ -69,17 +71,25 @@ def test_gray_of_16_bits_keeps_its_levels(tmp_path):
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     PIL.Image.fromarray(levels).save(tmp_path / "x.png")
     # Half a level of 65535.
-    np.testing.assert_allclose(read_image(tmp_path / "x.png")[..., 1], levels / 32767.5 - 1, atol=1e-5)
+    np.testing.assert_allclose(
+        read_image(tmp_path / "x.png")[..., 1], levels / 32767.5 - 1, atol=1e-5
+    )
 
 
 def test_what_is_transparent_lies_over_white(tmp_path):
-    PIL.Image.fromarray(np.array([[[255, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)).save(tmp_path / "x.png")
+    PIL.Image.fromarray(
+        np.array([[[255, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)
+    ).save(tmp_path / "x.png")
     # Transparent, opaque, and a fifth black.
-    np.testing.assert_allclose(read_image(tmp_path / "x.png")[0], [[1, 1, 1], [1, -1, -1], [0.6, 0.6, 0.6]], atol=1e-6)
+    np.testing.assert_allclose(
+        read_image(tmp_path / "x.png")[0], [[1, 1, 1], [1, -1, -1], [0.6, 0.6, 0.6]], atol=1e-6
+    )
 
 
 def test_the_orientation_of_a_camera_is_applied(tmp_path):
-    image = PIL.Image.fromarray(np.repeat(np.array([[[255] * 3, [0] * 3]], np.uint8), 16, axis=0).repeat(16, axis=1))
+    image = PIL.Image.fromarray(
+        np.repeat(np.array([[[255] * 3, [0] * 3]], np.uint8), 16, axis=0).repeat(16, axis=1)
+    )
     exif = image.getexif()
     exif[0x0112] = 6  # a quarter turn clockwise is needed
     image.save(tmp_path / "x.png", exif=exif)

@@ -29,12 +29,16 @@ from fluxjax import (
     Step,
     UniPC2,
     ancestral,
-    sample,
 )
-from fluxjax.integrate.exponential import _corrector_rows
-from fluxjax.sample import asked_times
+from fluxjax.flow import sample
+from fluxjax.flow.exponential import _corrector_rows
+from fluxjax.flow.sample import evaluation_times
 
-EXPONENTIAL = [solver(clock) for solver in (DPMpp2S, DPMpp2M, RES2S, RES2M, UniPC2) for clock in ("log_snr", "log_time")]
+EXPONENTIAL = [
+    solver(clock)
+    for solver in (DPMpp2S, DPMpp2M, RES2S, RES2M, UniPC2)
+    for clock in ("log_snr", "log_time")
+]
 DIRECT = [Euler(), Heun(), Midpoint(), RK4(), AB2()]
 DETERMINISTIC = [*DIRECT, DEIS2(), *EXPONENTIAL]
 
@@ -56,7 +60,9 @@ def mixture_velocity(x, t):
     """The exact velocity for data of two normal distributions."""
     offset = x[..., None] - (1 - t) * MEANS
     variance = ((1 - t) * DEVIATIONS) ** 2 + t**2
-    share = jax.nn.softmax(jnp.log(WEIGHTS) - 0.5 * jnp.log(variance) - 0.5 * offset**2 / variance, axis=-1)
+    share = jax.nn.softmax(
+        jnp.log(WEIGHTS) - 0.5 * jnp.log(variance) - 0.5 * offset**2 / variance, axis=-1
+    )
     image = jnp.sum(share * (MEANS + (1 - t) * DEVIATIONS**2 / variance * offset), -1)
     return jnp.sum(share * t / variance * offset, -1) - image
 
@@ -86,7 +92,14 @@ def errors(step: Step, counts, first: float, last: float, uneven: bool) -> np.nd
     x = jnp.linspace(-2.0, 2.0, 9)
     wanted = exact_end(x, first, last)
     return np.array(
-        [float(jnp.abs(sample(mixture_velocity, x, nodes(n, first, last, uneven), step=step).x - wanted).max()) for n in counts]
+        [
+            float(
+                jnp.abs(
+                    sample(mixture_velocity, x, nodes(n, first, last, uneven), step=step).x - wanted
+                ).max()
+            )
+            for n in counts
+        ]
     )
 
 
@@ -101,23 +114,34 @@ def test_the_error_falls_with_the_declared_order(step, uneven):
 def test_rising_times_have_the_same_order(step):
     found = errors(step, (96, 192), 0.05, 0.95, False)
     assert np.log2(found[0] / found[1]) == pytest.approx(step.order, abs=0.25)
-    inverted = sample(mixture_velocity, jnp.linspace(-2.0, 2.0, 9), jnp.linspace(0.0, 1.0, 21), step=step).x
+    inverted = sample(
+        mixture_velocity, jnp.linspace(-2.0, 2.0, 9), jnp.linspace(0.0, 1.0, 21), step=step
+    ).x
     assert np.isfinite(inverted).all()
 
 
 @pytest.mark.parametrize("way", [1e-4, 1e-2, 0.5, 3.0, -1e-3])
 def test_the_corrector_keeps_float32s_digits_on_close_times(way):
     # phi_k(z) is the sum of z^n / (n + k)!.
-    one, two, three = (sum((-way) ** n / math.factorial(n + k) for n in range(40)) for k in (1, 2, 3))
-    np.testing.assert_allclose(_corrector_rows(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6)
+    one, two, three = (
+        sum((-way) ** n / math.factorial(n + k) for n in range(40)) for k in (1, 2, 3)
+    )
+    np.testing.assert_allclose(
+        _corrector_rows(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
 def test_many_close_nodes_in_float32_round_nothing_away(step):
     def end(dtype):
-        x, times = np.linspace(-2, 2, 33, dtype=np.float32), np.linspace(0.6, 0.55, 200, dtype=np.float32)
+        x, times = (
+            np.linspace(-2, 2, 33, dtype=np.float32),
+            np.linspace(0.6, 0.55, 200, dtype=np.float32),
+        )
         speed = lambda x, t: jnp.sin(3 * x + 5 * t)  # noqa: E731
-        return np.asarray(sample(speed, jnp.asarray(x, dtype), jnp.asarray(times, dtype), step=step).x, np.float64)
+        return np.asarray(
+            sample(speed, jnp.asarray(x, dtype), jnp.asarray(times, dtype), step=step).x, np.float64
+        )
 
     # 199 roundings of x by up to 6e-8 each are 2e-7 to 5e-7 if they are independent; of one sign they would be 4e-6 and more.
     error = end(jnp.float32) - end(jnp.float64)
@@ -140,20 +164,31 @@ def test_exponential_steps_are_exact_where_the_estimate_is_constant_and_end_on_i
     end = sample(constant, jnp.array([1.0, 5.0]), jnp.array([1.0, 0.7, 0.65, 0.2, 0.0]), step=step)
     np.testing.assert_allclose(end.x, target, atol=1e-14)
     bent = lambda x, t: jnp.sin(3 * x + t)  # noqa: E731
-    path = sample(bent, jnp.array([1.0, 5.0]), jnp.array([1.0, 0.7, 0.65, 0.2, 0.0]), step=step, history=True).history
-    if step.evaluations == 1 and not isinstance(step, UniPC2):  # its corrector moves the state that the estimate is taken at
+    path = sample(
+        bent, jnp.array([1.0, 5.0]), jnp.array([1.0, 0.7, 0.65, 0.2, 0.0]), step=step, history=True
+    ).history
+    if step.evaluations == 1 and not isinstance(
+        step, UniPC2
+    ):  # its corrector moves the state that the estimate is taken at
         np.testing.assert_allclose(path[-1], path[-2] - 0.2 * bent(path[-2], 0.2), atol=1e-14)
 
 
 @pytest.mark.parametrize("step", DIRECT, ids=name)
 def test_direct_steps_are_exact_where_the_velocity_is_constant(step):
-    end = sample(lambda x, t: jnp.full_like(x, 2.0), jnp.zeros(2), jnp.array([1.0, 0.7, 0.65, 0.2, 0.0]), step=step).x
+    end = sample(
+        lambda x, t: jnp.full_like(x, 2.0),
+        jnp.zeros(2),
+        jnp.array([1.0, 0.7, 0.65, 0.2, 0.0]),
+        step=step,
+    ).x
     np.testing.assert_allclose(end, -2.0, atol=1e-14)
 
 
 @pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
 def test_one_step_over_the_whole_way_is_finite(step):
-    assert np.isfinite(sample(mixture_velocity, jnp.linspace(-2.0, 2.0, 9), jnp.array([1.0, 0.0]), step=step).x).all()
+    assert np.isfinite(
+        sample(mixture_velocity, jnp.linspace(-2.0, 2.0, 9), jnp.array([1.0, 0.0]), step=step).x
+    ).all()
 
 
 @pytest.mark.parametrize("step", DETERMINISTIC, ids=name)
@@ -164,7 +199,10 @@ def test_evaluations_are_as_declared(step):
         jax.debug.callback(lambda t: calls.append(float(t)), t)
         return -x
 
-    assert sample(counted, jnp.ones(2), nodes(5, 1, 0, False), step=step).evaluations == 5 * step.evaluations
+    assert (
+        sample(counted, jnp.ones(2), nodes(5, 1, 0, False), step=step).evaluations
+        == 5 * step.evaluations
+    )
     jax.effects_barrier()
     assert len(calls) == 5 * step.evaluations
 
@@ -182,8 +220,10 @@ def test_the_velocity_is_asked_at_the_times_that_the_step_tells(step):
 
     sample(heard, jnp.ones(2), times, step=step, key=jax.random.key(0))
     jax.effects_barrier()
-    told = asked_times(step, times)
-    np.testing.assert_allclose(sorted({round(t, 9) for t in calls}), np.unique(np.round(told, 9)), atol=1e-8)
+    told = evaluation_times(step, times)
+    np.testing.assert_allclose(
+        sorted({round(t, 9) for t in calls}), np.unique(np.round(told, 9)), atol=1e-8
+    )
 
 
 def test_a_step_that_does_not_tell_its_times_is_known_to():
@@ -196,8 +236,8 @@ def test_a_step_that_does_not_tell_its_times_is_known_to():
         def __call__(self, velocity, x, t, u, state, *, key):
             raise NotImplementedError
 
-    assert asked_times(Ralston(), jnp.linspace(1, 0, 3)) is None
-    assert asked_times(Churn(Ralston()), jnp.linspace(1, 0, 3)) is None
+    assert evaluation_times(Ralston(), jnp.linspace(1, 0, 3)) is None
+    assert evaluation_times(Churn(Ralston()), jnp.linspace(1, 0, 3)) is None
 
 
 MEAN, DEVIATION = 0.7, 0.4
@@ -240,7 +280,9 @@ def exact_moments(step, times) -> tuple[float, float]:
         return (x, state), None
 
     start = jnp.zeros(steps + 2).at[1].set(1.0)
-    (x, _), _ = jax.lax.scan(body, (start, inner.init(start)), (times[:-1], times[1:], jnp.arange(steps)))
+    (x, _), _ = jax.lax.scan(
+        body, (start, inner.init(start)), (times[:-1], times[1:], jnp.arange(steps))
+    )
     return float(x[0]), float(jnp.sum(x[1:] ** 2))
 
 
@@ -261,7 +303,9 @@ def test_mean_and_variance_converge_at_the_declared_order(kind):
     step = STOCHASTIC[kind]
     counts = (64, 128, 256, 512)
     found = [exact_moments(step, nodes(n, 1.0, 0.0, False)) for n in counts]
-    off = np.array([max(abs(mean - MEAN), abs(variance - DEVIATION**2)) for mean, variance in found])
+    off = np.array(
+        [max(abs(mean - MEAN), abs(variance - DEVIATION**2)) for mean, variance in found]
+    )
     assert off[-1] < 0.02 * DEVIATION**2
     if kind == "churned Heun":  # a rate a step, so that more steps churn more
         return
@@ -270,7 +314,10 @@ def test_mean_and_variance_converge_at_the_declared_order(kind):
 
 
 def test_noise_drawn_anew_does_not_converge_and_says_so():
-    off = [abs(exact_moments(Renoise(), nodes(n, 1.0, 0.0, False))[1] - DEVIATION**2) for n in (16, 64, 256)]
+    off = [
+        abs(exact_moments(Renoise(), nodes(n, 1.0, 0.0, False))[1] - DEVIATION**2)
+        for n in (16, 64, 256)
+    ]
     assert min(off) > 0.3 * DEVIATION**2
     assert Renoise().order == 0
 
@@ -294,7 +341,9 @@ def test_log_probabilities_are_those_of_the_density(kind):
     result = sample(gaussian_velocity, x, times, step=step, key=jax.random.key(1), history=True)
     state = step.init(x)
     for i in range(6):
-        mean, deviation, state = step.moments(gaussian_velocity, result.history[i], times[i], times[i + 1], state)
+        mean, deviation, state = step.moments(
+            gaussian_velocity, result.history[i], times[i], times[i + 1], state
+        )
         wanted = norm.logpdf(result.history[i + 1], mean, deviation).sum() if deviation > 0 else 0.0
         np.testing.assert_allclose(result.log_prob[i], wanted, rtol=1e-9)
     assert sample(gaussian_velocity, x, times).log_prob is None
@@ -309,7 +358,9 @@ def test_steps_without_noise_are_the_deterministic_ones():
         (ReverseSDE(0.0), Euler()),
     ):
         ours = sample(mixture_velocity, x, times, step=quiet, key=jax.random.key(0)).x
-        np.testing.assert_allclose(ours, sample(mixture_velocity, x, times, step=same).x, atol=1e-12)
+        np.testing.assert_allclose(
+            ours, sample(mixture_velocity, x, times, step=same).x, atol=1e-12
+        )
 
 
 def test_churn_keeps_the_marginal_and_is_confined_to_its_window():

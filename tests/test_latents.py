@@ -21,7 +21,12 @@ def test_a_token_holds_its_patch_channel_by_channel():
     latent = jnp.arange(16 * 4 * 6, dtype=jnp.float32).reshape(16, 4, 6)
     packed = pack_latents(latent)
     row, column = 1, 2  # the token of that row and column of a 2 x 3 grid
-    expected = [latent[c, 2 * row + dy, 2 * column + dx] for c in range(16) for dy in range(2) for dx in range(2)]
+    expected = [
+        latent[c, 2 * row + dy, 2 * column + dx]
+        for c in range(16)
+        for dy in range(2)
+        for dx in range(2)
+    ]
     np.testing.assert_array_equal(packed[3 * row + column], jnp.array(expected))
 
 
@@ -49,7 +54,9 @@ def test_noise_is_standard_normal_and_one_key_gives_one_noise():
 @pytest.mark.parametrize("size", [(100, 128), (128, 0), (-16, 16), (8, 16)])
 def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_nearest(size):
     for call in (lambda: initial_noise(jax.random.key(0), *size), lambda: image_ids(*size)):
-        with pytest.raises(ValueError, match=r"multiples of 16 pixels, got .*The nearest such size is \d+x\d+"):
+        with pytest.raises(
+            ValueError, match=r"multiples of 16 pixels, got .*The nearest such size is \d+x\d+"
+        ):
             call()
 
 
@@ -64,7 +71,9 @@ def test_odd_cells_and_wrong_token_counts_are_refused():
 def test_the_key_of_a_seed_is_that_of_64_bits(implementation):
     with jax.default_prng_impl(implementation):
         for seed in (0, 7, 2**31, 2**32 - 1):  # those that JAX does not cut either
-            np.testing.assert_array_equal(jax.random.key_data(seed_key(seed)), jax.random.key_data(jax.random.key(seed)))
+            np.testing.assert_array_equal(
+                jax.random.key_data(seed_key(seed)), jax.random.key_data(jax.random.key(seed))
+            )
         words = np.asarray(jax.random.key_data(seed_key(2**62 + 2**40 + 3)))[:2]
     # The seed's high and low words.
     assert words.tolist() == [(2**62 + 2**40) >> 32, 3]

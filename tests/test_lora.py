@@ -27,7 +27,6 @@ from fluxjax import (
     T5Config,
     WeightsError,
     attach,
-    cli,
     convert_weights,
     image_ids,
     init_lora,
@@ -41,14 +40,16 @@ from fluxjax import (
     unmerge,
     write_lora,
 )
-from fluxjax.convert import tables
-from fluxjax.convert.load import abstract, leaf_names, slots_of
-from fluxjax.convert.source import fused_parts
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.detect import fused_parts
+from fluxjax.checkpoint.plan import abstract, slots_of
+from fluxjax.cli.main import main as cli
 from fluxjax.lora.merge import changes_of
-from fluxjax.lora.terms import Hadamard, Kron
+from fluxjax.lora.terms import HadamardTerm, KronTerm
 from fluxjax.lora.write import _nearest
-from fluxjax.nets.layers import Dense, Weight
-from fluxjax.train import TrainState, make_step
+from fluxjax.nets.stack import leaf_names
+from fluxjax.nets.weight import Dense, Weight
+from fluxjax.train.step import TrainState, make_step
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=64, out_channels=64,
@@ -59,25 +60,52 @@ WIDTH, HIDDEN = 32, 128
 
 def weights(model) -> dict[str, np.ndarray]:
     """Return a network's leaves by name, in float64."""
-    return {name: np.asarray(leaf, np.float64) for name, leaf in zip(leaf_names(model), jax.tree.leaves(model), strict=True)}
+    return {
+        name: np.asarray(leaf, np.float64)
+        for name, leaf in zip(leaf_names(model), jax.tree.leaves(model), strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
 def flux():
     leaves, structure = jax.tree.flatten(Flux(CONFIG, key=jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(structure, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def kohya() -> Sample:
     s, draw = Sample(), Draw()
-    s.expect("double.img.qkv.weight", (1,), pair(s, draw, "lora_unet_double_blocks_1_img_attn_qkv", KOHYA, (96, 32), 4, 2.0))
-    s.expect("double.txt.mlp.down.weight", (0,), pair(s, draw, "lora_unet_double_blocks_0_txt_mlp_2", KOHYA, (32, 128), 2, 8.0))
-    s.expect("single.linear1.weight", (2,), pair(s, draw, "lora_unet_single_blocks_2_linear1", KOHYA, (224, 32), 3, 1.0))
-    s.expect("single.modulation.weight", (0,), pair(s, draw, "lora_unet_single_blocks_0_modulation_lin", KOHYA, (96, 32), 3))
+    s.expect(
+        "double.img.qkv.weight",
+        (1,),
+        pair(s, draw, "lora_unet_double_blocks_1_img_attn_qkv", KOHYA, (96, 32), 4, 2.0),
+    )
+    s.expect(
+        "double.txt.mlp.down.weight",
+        (0,),
+        pair(s, draw, "lora_unet_double_blocks_0_txt_mlp_2", KOHYA, (32, 128), 2, 8.0),
+    )
+    s.expect(
+        "single.linear1.weight",
+        (2,),
+        pair(s, draw, "lora_unet_single_blocks_2_linear1", KOHYA, (224, 32), 3, 1.0),
+    )
+    s.expect(
+        "single.modulation.weight",
+        (0,),
+        pair(s, draw, "lora_unet_single_blocks_0_modulation_lin", KOHYA, (96, 32), 3),
+    )
     s.expect("img_in.weight", (), pair(s, draw, "lora_unet_img_in", KOHYA, (32, 64), 2, 1.0))
-    s.expect("time_in.up.weight", (), pair(s, draw, "lora_unet_time_in_in_layer", KOHYA, (32, 16), 2))
-    s.expect("final.linear.weight", (), pair(s, draw, "lora_unet_final_layer_linear", KOHYA, (64, 32), 5, 2.5))
+    s.expect(
+        "time_in.up.weight", (), pair(s, draw, "lora_unet_time_in_in_layer", KOHYA, (32, 16), 2)
+    )
+    s.expect(
+        "final.linear.weight",
+        (),
+        pair(s, draw, "lora_unet_final_layer_linear", KOHYA, (64, 32), 5, 2.5),
+    )
     final = "lora_unet_final_layer_adaLN_modulation_1"
     s.expect("final.modulation.weight", (), pair(s, draw, final, KOHYA, (64, 32), 2, 3.0))
     return s
@@ -89,11 +117,18 @@ def diffusers(prefix: str = "transformer.", flat: bool = False, ends=PEFT, alpha
     def name(module: str) -> str:
         return prefix + (module.replace(".", "_") if flat else module)
 
-    q, k, v, mlp = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(3)), None, None, slice(3 * WIDTH, 3 * WIDTH + HIDDEN)
+    q, k, v, mlp = (
+        (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(3)),
+        None,
+        None,
+        slice(3 * WIDTH, 3 * WIDTH + HIDDEN),
+    )
     first, second, third = q
     del k, v
     for rows, part, rank in ((first, "to_q", 2), (third, "to_v", 5)):
-        delta = pair(s, draw, name(f"transformer_blocks.1.attn.{part}"), ends, (32, 32), rank, alpha)
+        delta = pair(
+            s, draw, name(f"transformer_blocks.1.attn.{part}"), ends, (32, 32), rank, alpha
+        )
         s.expect("double.img.qkv.weight", (1, rows), delta)
     delta = pair(s, draw, name("transformer_blocks.0.attn.add_k_proj"), ends, (32, 32), 3, alpha)
     s.expect("double.txt.qkv.weight", (0, second), delta)
@@ -133,10 +168,26 @@ def peft_metadata() -> Sample:
 
 def bfl_names(prefix: str, ends=PEFT, alpha=None) -> Sample:
     s, draw = Sample(), Draw(3)
-    s.expect("double.txt.qkv.weight", (1,), pair(s, draw, f"{prefix}double_blocks.1.txt_attn.qkv", ends, (96, 32), 4, alpha))
-    s.expect("double.img.out.weight", (0,), pair(s, draw, f"{prefix}double_blocks.0.img_attn.proj", ends, (32, 32), 2, alpha))
-    s.expect("single.linear1.weight", (1,), pair(s, draw, f"{prefix}single_blocks.1.linear1", ends, (224, 32), 2, alpha))
-    s.expect("guidance_in.down.weight", (), pair(s, draw, f"{prefix}guidance_in.out_layer", ends, (32, 32), 2, alpha))
+    s.expect(
+        "double.txt.qkv.weight",
+        (1,),
+        pair(s, draw, f"{prefix}double_blocks.1.txt_attn.qkv", ends, (96, 32), 4, alpha),
+    )
+    s.expect(
+        "double.img.out.weight",
+        (0,),
+        pair(s, draw, f"{prefix}double_blocks.0.img_attn.proj", ends, (32, 32), 2, alpha),
+    )
+    s.expect(
+        "single.linear1.weight",
+        (1,),
+        pair(s, draw, f"{prefix}single_blocks.1.linear1", ends, (224, 32), 2, alpha),
+    )
+    s.expect(
+        "guidance_in.down.weight",
+        (),
+        pair(s, draw, f"{prefix}guidance_in.out_layer", ends, (32, 32), 2, alpha),
+    )
     return s
 
 
@@ -153,11 +204,31 @@ def control() -> Sample:
 
 def xlabs() -> Sample:
     s, draw, ends = Sample(), Draw(5), ("down.weight", "up.weight")
-    s.expect("double.img.qkv.weight", (0,), pair(s, draw, "double_blocks.0.processor.qkv_lora1", ends, (96, 32), 4))
-    s.expect("double.txt.qkv.weight", (0,), pair(s, draw, "double_blocks.0.processor.qkv_lora2", ends, (96, 32), 4))
-    s.expect("double.txt.out.weight", (1,), pair(s, draw, "double_blocks.1.processor.proj_lora2", ends, (32, 32), 4))
-    s.expect("single.linear1.weight", (2, slice(0, 96)), pair(s, draw, "single_blocks.2.processor.qkv_lora", ends, (96, 32), 4))
-    s.expect("single.linear2.weight", (2,), pair(s, draw, "single_blocks.2.processor.proj_lora", ends, (32, 160), 4))
+    s.expect(
+        "double.img.qkv.weight",
+        (0,),
+        pair(s, draw, "double_blocks.0.processor.qkv_lora1", ends, (96, 32), 4),
+    )
+    s.expect(
+        "double.txt.qkv.weight",
+        (0,),
+        pair(s, draw, "double_blocks.0.processor.qkv_lora2", ends, (96, 32), 4),
+    )
+    s.expect(
+        "double.txt.out.weight",
+        (1,),
+        pair(s, draw, "double_blocks.1.processor.proj_lora2", ends, (32, 32), 4),
+    )
+    s.expect(
+        "single.linear1.weight",
+        (2, slice(0, 96)),
+        pair(s, draw, "single_blocks.2.processor.qkv_lora", ends, (96, 32), 4),
+    )
+    s.expect(
+        "single.linear2.weight",
+        (2,),
+        pair(s, draw, "single_blocks.2.processor.proj_lora", ends, (32, 160), 4),
+    )
     return s
 
 
@@ -165,14 +236,24 @@ def lokr() -> Sample:
     s, draw = Sample(), Draw(6)
     w1, w2 = draw(4, 4), draw(24, 8)
     module = "lycoris_double_blocks_0_img_attn_qkv"
-    s.tensors |= {f"{module}.lokr_w1": w1, f"{module}.lokr_w2": w2, f"{module}.alpha": np.float32(1e9).reshape(())}
-    s.expect("double.img.qkv.weight", (0,), np.kron(w1.astype(np.float64), w2))  # alpha counts for decomposed factors alone
+    s.tensors |= {
+        f"{module}.lokr_w1": w1,
+        f"{module}.lokr_w2": w2,
+        f"{module}.alpha": np.float32(1e9).reshape(()),
+    }
+    s.expect(
+        "double.img.qkv.weight", (0,), np.kron(w1.astype(np.float64), w2)
+    )  # alpha counts for decomposed factors alone
     a, b = draw(8, 3), draw(3, 4)
     module = "lora_unet_single_blocks_1_linear2"
     w1 = draw(4, 40)
     s.tensors |= {f"{module}.lokr_w1": w1, f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b}
     s.tensors[f"{module}.alpha"] = np.float32(6).reshape(())
-    s.expect("single.linear2.weight", (1,), 6 / 3 * np.kron(w1.astype(np.float64), a.astype(np.float64) @ b))
+    s.expect(
+        "single.linear2.weight",
+        (1,),
+        6 / 3 * np.kron(w1.astype(np.float64), a.astype(np.float64) @ b),
+    )
     a, b, w2 = draw(4, 2), draw(2, 4), draw(8, 8)
     module = "lycoris_double_blocks_1_txt_attn_proj"
     s.tensors |= {f"{module}.lokr_w1_a": a, f"{module}.lokr_w1_b": b, f"{module}.lokr_w2": w2}
@@ -184,7 +265,10 @@ def loha() -> Sample:
     s, draw = Sample(), Draw(7)
     module = "lycoris_transformer_blocks_0_attn_to_k"
     a1, b1, a2, b2 = draw(32, 3), draw(3, 32), draw(32, 3), draw(3, 32)
-    s.tensors |= {f"{module}.hada_{name}": x for name, x in {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}.items()}
+    s.tensors |= {
+        f"{module}.hada_{name}": x
+        for name, x in {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}.items()
+    }
     s.tensors[f"{module}.alpha"] = np.float32(1.5).reshape(())
     delta = 1.5 / 3 * (a1.astype(np.float64) @ b1) * (a2.astype(np.float64) @ b2)
     s.expect("double.img.qkv.weight", (0, slice(32, 64)), delta)
@@ -205,7 +289,9 @@ def dora() -> Sample:
     module = "lora_unet_double_blocks_1_txt_mlp_0"
     other, columns = pair(s, draw, module, KOHYA, (128, 32), 4), np.abs(draw(1, 32))
     s.tensors[f"{module}.dora_scale"] = columns
-    s.expect("double.txt.mlp.up.weight", (1,), lambda base: dora_difference(base, other, columns, 0))
+    s.expect(
+        "double.txt.mlp.up.weight", (1,), lambda base: dora_difference(base, other, columns, 0)
+    )
     module = "transformer.norm_out.linear"
     last, magnitude = pair(s, draw, module, PEFT, (64, 32), 4), np.abs(draw(64))
     s.tensors[f"{module}.lora_magnitude_vector"] = magnitude
@@ -268,11 +354,16 @@ def test_each_format_adds_what_its_formula_says(flux, tmp_path, name, scale):
     assert_close(merge(flux, [lora], [scale]), expected(flux, sample, scale), EXACT)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=str
+)
 def test_narrow_files_are_taken_at_their_values(flux, tmp_path, dtype):
     sample = bfl_names("diffusion_model.")
     sample.tensors = {name: tensor.astype(dtype) for name, tensor in sample.tensors.items()}
-    down, up = (sample.tensors[f"diffusion_model.double_blocks.0.img_attn.proj.{end}"].astype(np.float64) for end in PEFT)
+    down, up = (
+        sample.tensors[f"diffusion_model.double_blocks.0.img_attn.proj.{end}"].astype(np.float64)
+        for end in PEFT
+    )
     merged = merge(flux, [read_lora(saved(sample, tmp_path / "x.safetensors"))])
     wanted = weights(flux)["double.img.out.weight"][0] + up @ down
     np.testing.assert_allclose(merged.double.img.out.weight.value[0], wanted, rtol=1e-5, atol=1e-5)
@@ -290,13 +381,20 @@ def test_control_widens_the_input_and_the_config(flux, tmp_path):
     np.testing.assert_allclose(wide.img_in.weight.value, wanted, rtol=1e-5, atol=1e-6)
     # The input stays wide, with zeros: a network of this width that was never widened looks the same.
     back = unmerge(wide, [lora])
-    np.testing.assert_allclose(back.img_in.weight.value[:, :64], flux.img_in.weight.value, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        back.img_in.weight.value[:, :64], flux.img_in.weight.value, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(back.img_in.weight.value[:, 64:], 0, atol=1e-6)
 
 
 def test_the_encoders_are_adapted_too(tmp_path):
-    clip = Clip(ClipConfig(vocabulary=30, width=32, heads=2, depth=2, mlp_width=64), key=jax.random.key(0))
-    t5 = T5(T5Config(vocabulary=30, width=32, heads=2, head_dim=16, depth=2, mlp_width=48), key=jax.random.key(1))
+    clip = Clip(
+        ClipConfig(vocabulary=30, width=32, heads=2, depth=2, mlp_width=64), key=jax.random.key(0)
+    )
+    t5 = T5(
+        T5Config(vocabulary=30, width=32, heads=2, head_dim=16, depth=2, mlp_width=48),
+        key=jax.random.key(1),
+    )
     for clip_prefix, t5_prefix, flat, ends in (
         ("lora_te1_text_model_", "lora_te3_", True, KOHYA),
         ("text_encoder.text_model.", "text_encoder_2.", False, PEFT),
@@ -306,8 +404,17 @@ def test_the_encoders_are_adapted_too(tmp_path):
         def name(module: str, flat: bool = flat) -> str:
             return module.replace(".", "_") if flat else module
 
-        first = pair(sample, draw, clip_prefix + name("encoder.layers.1.self_attn.q_proj"), ends, (32, 32), 2)
-        second = pair(sample, draw, t5_prefix + name("encoder.block.0.layer.1.DenseReluDense.wi_1"), ends, (48, 32), 2)
+        first = pair(
+            sample, draw, clip_prefix + name("encoder.layers.1.self_attn.q_proj"), ends, (32, 32), 2
+        )
+        second = pair(
+            sample,
+            draw,
+            t5_prefix + name("encoder.block.0.layer.1.DenseReluDense.wi_1"),
+            ends,
+            (48, 32),
+            2,
+        )
         lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
         wanted = weights(clip)
         wanted["blocks.q.weight"][1] += first
@@ -344,7 +451,11 @@ def test_scale_0_is_the_base_bit_by_bit(flux, tmp_path, name):
 def test_adapters_add_up_in_any_order_and_all_at_once(flux, tmp_path):
     a = read_lora(saved(kohya(), tmp_path / "a.safetensors"))
     b = read_lora(saved(diffusers(), tmp_path / "b.safetensors"))
-    both, other, wanted = merge(flux, [a, b], [0.5, -2.0]), merge(flux, [b, a], [-2.0, 0.5]), weights(flux)
+    both, other, wanted = (
+        merge(flux, [a, b], [0.5, -2.0]),
+        merge(flux, [b, a], [-2.0, 0.5]),
+        weights(flux),
+    )
     for sample, scale in ((kohya(), 0.5), (diffusers(), -2.0)):
         for leaf, index, delta in sample.expected:
             wanted[leaf][index] += scale * delta(None)
@@ -367,7 +478,11 @@ def test_scales_may_differ_by_network_and_by_block(flux, tmp_path):
     wanted = weights(flux)
     for leaf, index, delta in sample.expected:
         wanted[leaf][index] += delta(None) * (
-            0.0 if leaf.startswith("double") and index == (1,) else 0.5 if leaf.startswith("double") else 1.0
+            0.0
+            if leaf.startswith("double") and index == (1,)
+            else 0.5
+            if leaf.startswith("double")
+            else 1.0
         )
     assert_close(merged, wanted, EXACT)
 
@@ -391,9 +506,14 @@ def test_merging_needs_shapes_alone_and_donates_when_told(flux, tmp_path):
 
 def test_every_key_is_used_or_named(flux, tmp_path):
     sample = kohya()
-    sample.tensors["lora_unet_double_blocks_0_img_attn_typo.lora_down.weight"] = np.zeros((2, 32), np.float32)
+    sample.tensors["lora_unet_double_blocks_0_img_attn_typo.lora_down.weight"] = np.zeros(
+        (2, 32), np.float32
+    )
     path = saved(sample, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"1 keys that fluxjax has no place for: lora_unet_double_blocks_0_img_attn_typo"):
+    with pytest.raises(
+        WeightsError,
+        match=r"1 keys that fluxjax has no place for: lora_unet_double_blocks_0_img_attn_typo",
+    ):
         read_lora(path)
     lora, unused = read_lora(path, strict=False)
     assert unused == ["lora_unet_double_blocks_0_img_attn_typo.lora_down.weight"]
@@ -403,7 +523,10 @@ def test_every_key_is_used_or_named(flux, tmp_path):
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "Stable Diffusion 1 or XL"),
+        (
+            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+            "Stable Diffusion 1 or XL",
+        ),
         ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "Stable Diffusion XL"),
         ("diffusion_model.double_stream_modulation_img.lin.lora_A.weight", "FLUX.2"),
         ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "Stable Diffusion 3"),
@@ -423,7 +546,8 @@ def test_an_adapter_that_does_not_fit_lists_what_does_not(flux, tmp_path):
     pair(sample, draw, "lora_unet_double_blocks_0_img_attn_proj", KOHYA, (48, 32), 4)
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     with pytest.raises(
-        WeightsError, match=r"double\.7\.img\.qkv\.weight is not in it; .* is \[32, 32\], the adapter's \[48, 32\]"
+        WeightsError,
+        match=r"double\.7\.img\.qkv\.weight is not in it; .* is \[32, 32\], the adapter's \[48, 32\]",
     ):
         merge(flux, [lora])
     half = {key: tensor for key, tensor in sample.tensors.items() if "lora_up" not in key}
@@ -453,7 +577,8 @@ def test_an_attached_adapter_gives_what_the_merged_one_gives(moderate, tmp_path,
     lora = read_lora(saved(FORMATS[name](), tmp_path / "x.safetensors"))
     x = jnp.asarray(Draw(21)(6, 64))
     base, merged, attached = (
-        velocity(m, x) for m in (moderate, merge(moderate, [lora], [0.1]), attach(moderate, [lora], [0.1]))
+        velocity(m, x)
+        for m in (moderate, merge(moderate, [lora], [0.1]), attach(moderate, [lora], [0.1]))
     )
     # The LoHa changes the keys of one block alone, so that little comes out of it.
     assert jnp.linalg.norm(merged - base) > 1e-4 * jnp.linalg.norm(base)
@@ -485,7 +610,9 @@ def test_each_image_of_a_batch_has_its_own_adapter_and_scale(moderate, tmp_path)
     second = jax.tree.map(lambda leaf: leaf[..., ::-1] if leaf.ndim else leaf, first)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
     scales, xs = jnp.array([0.1, -0.2]), jnp.asarray(Draw(22)(2, 6, 64))
-    batch = jax.vmap(lambda lora, scale, x: velocity(attach(moderate, [lora], [scale]), x))(both, scales, xs)
+    batch = jax.vmap(lambda lora, scale, x: velocity(attach(moderate, [lora], [scale]), x))(
+        both, scales, xs
+    )
     for i, lora in enumerate((first, second)):
         wanted = velocity(merge(moderate, [lora], [float(scales[i])]), xs[i])
         assert jnp.linalg.norm(batch[i] - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
@@ -502,14 +629,25 @@ def test_what_has_no_low_rank_form_is_told(flux, tmp_path, name):
     ("term", "rank"),
     [
         (
-            Hadamard(
-                *(jnp.asarray(Draw(i)(*shape)) for i, shape in enumerate([(8, 2), (2, 6), (8, 3), (3, 6)])), jnp.float32(0.5)
+            HadamardTerm(
+                *(
+                    jnp.asarray(Draw(i)(*shape))
+                    for i, shape in enumerate([(8, 2), (2, 6), (8, 3), (3, 6)])
+                ),
+                jnp.float32(0.5),
             ),
             6,
         ),
-        (Kron((jnp.asarray(Draw(1)(4, 3)),), (jnp.asarray(Draw(2)(2, 2)), jnp.asarray(Draw(3)(2, 5))), jnp.float32(0.5)), 6),
         (
-            Kron(
+            KronTerm(
+                (jnp.asarray(Draw(1)(4, 3)),),
+                (jnp.asarray(Draw(2)(2, 2)), jnp.asarray(Draw(3)(2, 5))),
+                jnp.float32(0.5),
+            ),
+            6,
+        ),
+        (
+            KronTerm(
                 (jnp.asarray(Draw(1)(4, 2)), jnp.asarray(Draw(4)(2, 3))),
                 (jnp.asarray(Draw(2)(2, 2)), jnp.asarray(Draw(3)(2, 5))),
                 jnp.float32(0.5),
@@ -528,7 +666,11 @@ def test_lohas_and_lokrs_are_products_of_the_rank_that_they_amount_to(term, rank
 def tiny_adapter(path: Path) -> Sample:
     """Write an adapter of the tiny model's transformer and CLIP, and return what it should add."""
     s, draw = Sample(), Draw(11)
-    s.expect("single.linear1.weight", (3,), pair(s, draw, "lora_unet_single_blocks_3_linear1", KOHYA, (1344, 192), 4, 0.2))
+    s.expect(
+        "single.linear1.weight",
+        (3,),
+        pair(s, draw, "lora_unet_single_blocks_3_linear1", KOHYA, (1344, 192), 4, 0.2),
+    )
     s.expect("final.modulation.bias", (), np.zeros(384))
     pair(s, draw, "lora_te1_text_model_encoder_layers_0_mlp_fc1", KOHYA, (512, 128), 2, 0.1)
     saved(s, path)
@@ -547,7 +689,11 @@ def test_the_command_line_merges_while_it_draws(tmp_path, capsys):
         "--compilation-cache",
         str(tmp_path / "cache"),
     ]
-    for adapter in ([], ["--lora", f"{tmp_path}/style.safetensors:0"], ["--lora", f"mine={tmp_path}/style.safetensors:0.5"]):
+    for adapter in (
+        [],
+        ["--lora", f"{tmp_path}/style.safetensors:0"],
+        ["--lora", f"mine={tmp_path}/style.safetensors:0.5"],
+    ):
         cli.main([*draw, *adapter])
     plain, zero, half = (read_image(tmp_path / f"flux_{i}.png") for i in range(3))
     np.testing.assert_array_equal(plain, zero)
@@ -563,7 +709,18 @@ def test_the_command_line_merges_while_it_draws(tmp_path, capsys):
 
 def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsys):
     sample = tiny_adapter(tmp_path / "style.safetensors")
-    cli.main(["lora", "merge", "tiny", f"{tmp_path}/style.safetensors:0.5", "-o", str(tmp_path / "out"), "--to", "diffusers"])
+    cli.main(
+        [
+            "lora",
+            "merge",
+            "tiny",
+            f"{tmp_path}/style.safetensors:0.5",
+            "-o",
+            str(tmp_path / "out"),
+            "--to",
+            "diffusers",
+        ]
+    )
     lora, flux = read_lora(tmp_path / "style.safetensors"), load_flux("tiny")
     assert eqx.tree_equal(load_flux(tmp_path / "out"), merge(flux, [lora], [0.5]))
     assert eqx.tree_equal(load_clip(tmp_path / "out"), merge(load_clip("tiny"), [lora], [0.5]))
@@ -586,7 +743,10 @@ def test_a_control_adapter_widens_a_checkpoint_and_its_config(tmp_path):
     wide = load_flux(tmp_path / "out")
     assert wide.config.in_channels == 128
     assert eqx.tree_equal(wide, merge(load_flux("tiny"), [lora]))
-    assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["out_channels"] == 64
+    assert (
+        json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["out_channels"]
+        == 64
+    )
 
 
 @pytest.mark.parametrize("name", ["kohya", "peft, alpha tensors", "onetrainer", "comfy", "xlabs"])
@@ -602,7 +762,11 @@ def test_converted_there_and_back_every_delta_stays(flux, tmp_path, name):
 
 def test_a_split_adapter_keeps_its_ranks_there_and_back(tmp_path):
     original = diffusers()
-    write_lora(tmp_path / "fused.safetensors", read_lora(saved(original, tmp_path / "x.safetensors")), to="kohya")
+    write_lora(
+        tmp_path / "fused.safetensors",
+        read_lora(saved(original, tmp_path / "x.safetensors")),
+        to="kohya",
+    )
     fused = load_file(tmp_path / "fused.safetensors")
     assert fused["lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"].shape == (2 + 5, 32)
     write_lora(tmp_path / "split.safetensors", read_lora(tmp_path / "fused.safetensors"), to="peft")
@@ -629,14 +793,31 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     convert_weights("tiny", "base", only=["flux"], dtype="float32")
     convert_weights("base", "tuned", only=["flux"], loras=[(lora, 1.0)])
-    cli.main(["lora", "extract", "base", "tuned", "-o", "found.safetensors", "--rank", "5", "--to", "kohya"])
+    cli.main(
+        [
+            "lora",
+            "extract",
+            "base",
+            "tuned",
+            "-o",
+            "found.safetensors",
+            "--rank",
+            "5",
+            "--to",
+            "kohya",
+        ]
+    )
     found = read_lora("found.safetensors")
     assert found.changes["flux"].keys() == lora.changes["flux"].keys()
     assert_close(merge(load_flux("base"), [found]), weights(load_flux("tuned")), EXACT)
     # A lower rank leaves the singular values beyond it, and no less.
     cli.main(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
-    base, tuned = (weights(load_flux(name))["single.linear2.weight"][0] for name in ("base", "tuned"))
-    less = weights(merge(load_flux("base"), [read_lora("less.safetensors")]))["single.linear2.weight"][0]
+    base, tuned = (
+        weights(load_flux(name))["single.linear2.weight"][0] for name in ("base", "tuned")
+    )
+    less = weights(merge(load_flux("base"), [read_lora("less.safetensors")]))[
+        "single.linear2.weight"
+    ][0]
     values = np.linalg.svd(tuned - base, compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(tuned - less), np.linalg.norm(values[2:]), rtol=1e-4)
     with pytest.raises(SystemExit):
@@ -647,11 +828,15 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
 
 def test_a_large_matrix_is_projected_to_the_same_nearest_one():
     rng = np.random.default_rng(0)
-    matrix = (rng.standard_normal((1100, 40)) * 0.9 ** np.arange(40)) @ rng.standard_normal((40, 1200))
+    matrix = (rng.standard_normal((1100, 40)) * 0.9 ** np.arange(40)) @ rng.standard_normal(
+        (40, 1200)
+    )
     matrix = (matrix + 0.01 * rng.standard_normal(matrix.shape)).astype(np.float32)
     term = _nearest(matrix, 8)
     values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
-    error = np.linalg.norm(matrix - np.asarray(term.up, np.float64) @ np.asarray(term.down, np.float64))
+    error = np.linalg.norm(
+        matrix - np.asarray(term.up, np.float64) @ np.asarray(term.down, np.float64)
+    )
     # Halko et al. bound the expected excess; four power iterations leave next to none.
     np.testing.assert_allclose(error, np.linalg.norm(values[8:]), rtol=1e-4)
 
@@ -664,7 +849,9 @@ def modules_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[in
     parts, modules = fused_parts(FluxConfig.dev()), {}
     for name, slot in slots_of(abstract(Flux, FluxConfig.dev())).items():
         for key, row in dialect.keys(name) if len(slot.shape) == 2 else ():
-            rows = slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
+            rows = (
+                slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
+            )
             module = key.removesuffix(".weight")
             modules[prefix + (module.replace(".", "_") if flat else module)] = (rows, slot.shape[1])
     return modules
@@ -691,11 +878,15 @@ def dora_shapes(module: str, rows: int, columns: int) -> Shapes:
     return low_rank(module, rows, columns, KOHYA) | {f"{module}.dora_scale": (rows, 1)}
 
 
-def full(prefix: str, dialect, flat: bool, shapes=low_rank, **options) -> tuple[Shapes, Callable[[str, int], bool]]:
+def full(
+    prefix: str, dialect, flat: bool, shapes=low_rank, **options
+) -> tuple[Shapes, Callable[[str, int], bool]]:
     """Return an adapter of every linear layer, and which of dev's weights it should meet, by name and dimensions."""
     modules = modules_at_full_size(prefix, dialect, flat)
     tensors = [shapes(module, *shape, **options) for module, shape in modules.items()]
-    return {key: shape for one in tensors for key, shape in one.items()}, lambda name, dimensions: dimensions == 2
+    return {
+        key: shape for one in tensors for key, shape in one.items()
+    }, lambda name, dimensions: dimensions == 2
 
 
 def full_xlabs() -> tuple[Shapes, Callable[[str, int], bool]]:
@@ -718,10 +909,14 @@ def full_control() -> tuple[Shapes, Callable[[str, int], bool]]:
     """BFL's Control adapters change every weight, bias and norm, and widen the input."""
     modules, tensors = modules_at_full_size("", tables.FLUX_BFL, False), {}
     for module, (rows, columns) in modules.items():
-        tensors |= low_rank(module, rows, 128 if module == "img_in" else columns) | {f"{module}.lora_B.bias": (rows,)}
+        tensors |= low_rank(module, rows, 128 if module == "img_in" else columns) | {
+            f"{module}.lora_B.bias": (rows,)
+        }
     norms = [f"double_blocks.{i}.{side}_attn" for i in range(19) for side in ("img", "txt")]
     norms += [f"single_blocks.{i}" for i in range(38)]
-    tensors |= {f"{norm}.norm.{which}_norm.scale": (128,) for norm in norms for which in ("query", "key")}
+    tensors |= {
+        f"{norm}.norm.{which}_norm.scale": (128,) for norm in norms for which in ("query", "key")
+    }
     return tensors, lambda name, dimensions: True
 
 
@@ -751,10 +946,20 @@ def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, name):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     lora = read_lora(tmp_path / "x.safetensors")
-    assert lora.format == {"lokr": "lycoris", "loha": "kohya", "dora": "kohya", "control": "bfl"}.get(name, name)
-    dev = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(Flux, FluxConfig.dev()))
+    assert lora.format == {
+        "lokr": "lycoris",
+        "loha": "kohya",
+        "dora": "kohya",
+        "control": "bfl",
+    }.get(name, name)
+    dev = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
+        abstract(Flux, FluxConfig.dev()),
+    )
     wanted = changes_of(dev, [lora], [1.0])  # raises if one does not fit
-    assert wanted.keys() == {name for name, slot in slots_of(dev).items() if meets(name, len(slot.shape))}
+    assert wanted.keys() == {
+        name for name, slot in slots_of(dev).items() if meets(name, len(slot.shape))
+    }
     # On shapes alone, nothing is read and nothing allocated.
     merged = jax.eval_shape(lambda dev: merge(dev, [lora]), dev)
     assert merged.config.in_channels == (128 if name == "control" else 64)
@@ -762,8 +967,18 @@ def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, name):
 
 
 def test_a_new_adapter_changes_nothing_and_training_moves_its_factors_alone(moderate):
-    lora = init_lora(moderate, 2, [r"double\.\d+\.img\.qkv", r"single\.2\.linear1"], alpha=4.0, key=jax.random.key(0))
-    assert set(lora.changes["flux"]) == {"double.0.img.qkv.weight", "double.1.img.qkv.weight", "single.2.linear1.weight"}
+    lora = init_lora(
+        moderate,
+        2,
+        [r"double\.\d+\.img\.qkv", r"single\.2\.linear1"],
+        alpha=4.0,
+        key=jax.random.key(0),
+    )
+    assert set(lora.changes["flux"]) == {
+        "double.0.img.qkv.weight",
+        "double.1.img.qkv.weight",
+        "single.2.linear1.weight",
+    }
     assert eqx.tree_equal(merge(moderate, [lora]), moderate)
     x = jnp.asarray(Draw(23)(6, 64))
     target = velocity(moderate, x) + 0.1
@@ -790,7 +1005,9 @@ def test_a_new_adapter_changes_nothing_and_training_moves_its_factors_alone(mode
     with pytest.raises(ValueError, match="a rank of at least 1, got 0"):
         init_lora(moderate, 0, key=jax.random.key(0))
     every = init_lora(moderate, 1, key=jax.random.key(0)).changes["flux"]
-    assert len(every) == 2 * 8 + 3 * 2  # two streams of four matrices a double block, two matrices a single one
+    assert (
+        len(every) == 2 * 8 + 3 * 2
+    )  # two streams of four matrices a double block, two matrices a single one
 
 
 class Int8(Weight):
@@ -816,14 +1033,21 @@ def test_adapters_stand_beside_quantized_and_beside_adapted_weights(moderate, tm
     def is_weight(node):
         return isinstance(node, Weight)
 
-    small = jax.tree.map(lambda node: quantized(node) if is_weight(node) else node, moderate, is_leaf=is_weight)
+    small = jax.tree.map(
+        lambda node: quantized(node) if is_weight(node) else node, moderate, is_leaf=is_weight
+    )
     rounded = jax.tree.map(
-        lambda node: Dense(node.value.astype(jnp.float32) * node.scale[..., None]) if is_weight(node) else node,
+        lambda node: (
+            Dense(node.value.astype(jnp.float32) * node.scale[..., None])
+            if is_weight(node)
+            else node
+        ),
         small,
         is_leaf=is_weight,
     )
     first, second = (
-        read_lora(saved(FORMATS[name](), tmp_path / f"{name}.safetensors")) for name in ("kohya", "peft, metadata")
+        read_lora(saved(FORMATS[name](), tmp_path / f"{name}.safetensors"))
+        for name in ("kohya", "peft, metadata")
     )
     x = jnp.asarray(Draw(21)(6, 64))
     wanted = velocity(merge(rounded, [first, second], [0.1, 0.05]), x)
@@ -831,7 +1055,9 @@ def test_adapters_stand_beside_quantized_and_beside_adapted_weights(moderate, tm
     out = velocity(attach(attach(small, [first], [0.1]), [second], [0.05]), x)
     assert jnp.linalg.norm(out - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
     assert jnp.linalg.norm(out - velocity(small, x)) > 1e-2 * jnp.linalg.norm(wanted)
-    with pytest.raises(WeightsError, match=r"stored as Int8\. Merge into the plain ones before, or `attach`"):
+    with pytest.raises(
+        WeightsError, match=r"stored as Int8\. Merge into the plain ones before, or `attach`"
+    ):
         merge(small, [first])
 
 
@@ -842,11 +1068,19 @@ def test_sharded_weights_merge_to_the_same_and_stay_sharded(flux, tmp_path):
     def sharding(leaf) -> NamedSharding:
         # The last axis that two devices can share.
         axis = max((i for i, n in enumerate(leaf.shape) if n % 2 == 0), default=None)
-        return NamedSharding(mesh, PartitionSpec(*("fsdp" if i == axis else None for i in range(leaf.ndim))))
+        return NamedSharding(
+            mesh, PartitionSpec(*("fsdp" if i == axis else None for i in range(leaf.ndim)))
+        )
 
     shardings = jax.tree.map(sharding, flux)
     split = jax.device_put(flux, shardings)
     merged = merge(split, [lora], [0.5], donate=True)
-    assert jax.tree.all(jax.tree.map(lambda leaf, kept: leaf.sharding.is_equivalent_to(kept, leaf.ndim), merged, shardings))
-    for ours, whole in zip(weights(merged).values(), weights(merge(flux, [lora], [0.5])).values(), strict=True):
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda leaf, kept: leaf.sharding.is_equivalent_to(kept, leaf.ndim), merged, shardings
+        )
+    )
+    for ours, whole in zip(
+        weights(merged).values(), weights(merge(flux, [lora], [0.5])).values(), strict=True
+    ):
         np.testing.assert_allclose(ours, whole, rtol=1e-6, atol=1e-6)

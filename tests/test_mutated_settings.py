@@ -8,7 +8,8 @@ import time
 import numpy as np
 
 from fluxjax import WeightsError, load_defaults, load_tokenizers, tokenize
-from fluxjax.zoo import DEFAULTS_FIELDS, tiny_folder
+from fluxjax.checkpoint.defaults import DEFAULTS_FIELDS
+from fluxjax.checkpoint.locate import tiny_folder
 
 FILES = (
     "fluxjax.json",
@@ -19,7 +20,24 @@ FILES = (
     "tokenizer_2/spiece.model",
     "model_index.json",
 )
-VALUES = (None, "text", [], {}, [[[]]], True, -1, 0, 2, 1e28, 10**30, float("nan"), float("inf"), "\x1b[2J", "\ud800", 0.5)
+VALUES = (
+    None,
+    "text",
+    [],
+    {},
+    [[[]]],
+    True,
+    -1,
+    0,
+    2,
+    1e28,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "\x1b[2J",
+    "\ud800",
+    0.5,
+)
 
 
 def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
@@ -27,7 +45,9 @@ def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
     kind = rng.choice(("value", "value", "value", "field", "bytes", "cut", "deep", "whole"))
     if kind in ("value", "field", "whole") and name.endswith(".json"):
         table = json.loads(content)
-        table[rng.choice(list(table)) if kind == "value" else f"new{rng.random()}"] = rng.choice(VALUES)
+        table[rng.choice(list(table)) if kind == "value" else f"new{rng.random()}"] = rng.choice(
+            VALUES
+        )
         return json.dumps(rng.choice(VALUES) if kind == "whole" else table).encode()
     if kind == "deep":
         return rng.choice((b"[", b'{"steps":')) * 100_000
@@ -45,14 +65,21 @@ def check_use(folder):
     assert all(DEFAULTS_FIELDS[name].allows(value) for name, value in vars(defaults).items())
     tokenizers = load_tokenizers(folder)
     ids = tokenize(tokenizers, "a red star on white, café ⭐", max_length=24)
-    for found, size in ((ids.clip, tokenizers.clip.get_vocab_size()), (ids.t5, tokenizers.t5.get_piece_size())):
+    for found, size in (
+        (ids.clip, tokenizers.clip.get_vocab_size()),
+        (ids.t5, tokenizers.t5.get_piece_size()),
+    ):
         assert found.dtype == np.int32
         assert 0 <= found.min() <= found.max() < size
 
 
 def test_a_mutated_settings_file_is_read_rightly_or_is_one_clear_error(tmp_path):
     folder, rng, outcomes = tmp_path / "model", random.Random(16), []
-    for name in (*FILES, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
+    for name in (
+        *FILES,
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tiny_folder() / name, folder / name)
     own = (folder / "fluxjax.json").read_bytes()

@@ -21,7 +21,8 @@ def randomized(network):
     leaves, structure = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(
-        structure, [0.2 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        structure,
+        [0.2 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
     )
 
 
@@ -81,7 +82,9 @@ def test_rope_turns_adjacent_pairs_by_the_angle():
     x = jnp.float32([[[1.0, 0.0, 0.0, 1.0]]])
     angles = jnp.float32([[0.3, 0.5]])
     expected = [math.cos(0.3), math.sin(0.3), -math.sin(0.5), math.cos(0.5)]
-    np.testing.assert_allclose(rotate(x, Rotation(jnp.cos(angles), jnp.sin(angles)))[0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        rotate(x, Rotation(jnp.cos(angles), jnp.sin(angles)))[0, 0], expected, atol=1e-6
+    )
 
 
 def test_text_tokens_are_a_set_without_ids(flux):
@@ -135,7 +138,9 @@ def test_what_is_prepared_for_some_times_is_what_each_evaluation_computes(flux):
     x, times = given.pop("x"), jnp.float32([0.9, 0.3, 0.6])
     prepared = flux.prepare(times, **{name: value for name, value in given.items() if name != "t"})
     for t in times:
-        np.testing.assert_allclose(flux.velocity(x, t, prepared), flux(x, **(given | {"t": t})), rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            flux.velocity(x, t, prepared), flux(x, **(given | {"t": t})), rtol=2e-5, atol=1e-5
+        )
     assert np.isnan(flux.velocity(x, 0.5, prepared)).all()  # and never another time's
 
 
@@ -158,7 +163,12 @@ def test_configs_that_make_no_network_are_refused():
 
 def test_clip_sees_no_token_after_the_end():
     clip = randomized(
-        Clip(ClipConfig(vocabulary=20, positions=9, width=16, heads=2, depth=2, mlp_width=32, eos_token=19), key=KEY)
+        Clip(
+            ClipConfig(
+                vocabulary=20, positions=9, width=16, heads=2, depth=2, mlp_width=32, eos_token=19
+            ),
+            key=KEY,
+        )
     )
     ids = jnp.array([1, 5, 6, 19, 19, 19, 19, 19, 19])
     np.testing.assert_allclose(clip(ids.at[5].set(7)), clip(ids), atol=1e-6)
@@ -184,7 +194,9 @@ def test_sampled_latents_have_the_posteriors_mean_and_deviation(vae):
     draws = jax.vmap(lambda key: vae.encode(image, key=key))(jax.random.split(KEY, 4000))
     deviation = jnp.exp(0.5 * vae.moments(image)[1]) * vae.config.scale
     # Of 4,000 draws, means lie within 5 and deviations within 5 / sqrt(2) standard errors.
-    np.testing.assert_allclose((draws.mean(0) - vae.encode(image)) / deviation, 0, atol=5 / 4000**0.5)
+    np.testing.assert_allclose(
+        (draws.mean(0) - vae.encode(image)) / deviation, 0, atol=5 / 4000**0.5
+    )
     np.testing.assert_allclose(draws.std(0) / deviation, 1, atol=5 / 8000**0.5)
 
 
@@ -196,6 +208,10 @@ def test_the_vae_refuses_sizes_it_would_crop(vae):
 def test_a_bfloat16_vae_has_gradients(vae):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
     image = jnp.ones((16, 16, 3), jnp.bfloat16)
-    exact = jax.grad(lambda v: v.encode(image.astype(jnp.float32)).sum())(vae).encoder.conv_in.weight
-    rough = jax.grad(lambda v: v.encode(image).astype(jnp.float32).sum())(half).encoder.conv_in.weight
+    exact = jax.grad(lambda v: v.encode(image.astype(jnp.float32)).sum())(
+        vae
+    ).encoder.conv_in.weight
+    rough = jax.grad(lambda v: v.encode(image).astype(jnp.float32).sum())(
+        half
+    ).encoder.conv_in.weight
     assert float(jnp.linalg.norm(rough.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 0.1

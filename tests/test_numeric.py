@@ -5,20 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fluxjax.checkpoint.printable import printable
 from fluxjax.numeric import check_finite
-from fluxjax.printable import printable
 
 
 @pytest.mark.parametrize(
     "value",
-    [float("nan"), float("inf"), np.float32("-inf"), jnp.float32("nan"), np.array([1.0, np.nan]), 10**400, [1.0, np.inf]],
+    [
+        float("nan"),
+        float("inf"),
+        np.float32("-inf"),
+        jnp.float32("nan"),
+        np.array([1.0, np.nan]),
+        10**400,
+        [1.0, np.inf],
+    ],
 )
 def test_numbers_that_are_not_finite_are_refused(value):
     with pytest.raises(ValueError, match=r"`sample\(times\)` needs finite numbers"):
         check_finite("sample", times=value)
 
 
-@pytest.mark.parametrize("value", [None, 1, 2.5, np.float32(1), jnp.bfloat16(1), np.zeros(3), np.int64(2**62), True])
+@pytest.mark.parametrize(
+    "value", [None, 1, 2.5, np.float32(1), jnp.bfloat16(1), np.zeros(3), np.int64(2**62), True]
+)
 def test_finite_numbers_pass(value):
     check_finite("sample", times=value)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import Heun, flow_times, sample, sample_ode
+from fluxjax import Heun, flow_times, sample_ode
+from fluxjax.flow import sample
 
 MEAN, DEVIATION = 0.7, 0.4
 X = jnp.linspace(-2, 2, 5)
@@ -23,7 +24,14 @@ def gaussian_velocity(x, t):
 def test_an_adaptive_solver_keeps_its_tolerance_and_says_what_it_took():
     counts = []
     for tolerance in (1e-2, 1e-5):
-        found = sample_ode(gaussian_velocity, X, flow_times(4), solver=diffrax.Tsit5(), rtol=tolerance, atol=tolerance)
+        found = sample_ode(
+            gaussian_velocity,
+            X,
+            flow_times(4),
+            solver=diffrax.Tsit5(),
+            rtol=tolerance,
+            atol=tolerance,
+        )
         np.testing.assert_allclose(found.x, MEAN + DEVIATION * X, atol=20 * tolerance)
         counts.append(int(found.evaluations))
     assert 0 < counts[0] < counts[1]

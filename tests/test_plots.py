@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fluxjax import plot_errors, plot_times, static_times, uniform_times
-from fluxjax.compare import Run
+from fluxjax.generate.compare import Run
 
 
 def test_timers_are_shown_by_their_nodes_and_step_sizes():
@@ -26,7 +26,11 @@ def test_errors_are_geometric_means_by_evaluations():
     runs = [run("euler", 8, 0.1), run("euler", 8, 0.4), run("euler", 16, 0.1), run("heun", 8, 0.3)]
     euler, heun = plot_errors(runs).axes[0].lines
     np.testing.assert_allclose(euler.get_ydata(), [0.2, 0.1])
-    assert (euler.get_label(), heun.get_label(), list(euler.get_xdata())) == ("euler", "heun", [8, 16])
+    assert (euler.get_label(), heun.get_label(), list(euler.get_xdata())) == (
+        "euler",
+        "heun",
+        [8, 16],
+    )
     both = plot_errors([*runs, run("euler", 8, 0.2, "uniform")]).axes[0].lines
     assert [line.get_label() for line in both] == ["euler, model", "heun, model", "euler, uniform"]
 

@@ -17,10 +17,10 @@ from fluxjax import (
     as_velocity,
     convert_prediction,
     estimates,
-    sample,
     uniform_times,
 )
-from fluxjax.predict import PREDICTIONS
+from fluxjax.flow import sample
+from fluxjax.flow.paths import PREDICTIONS
 
 PATHS = {
     "straight": STRAIGHT,
@@ -40,7 +40,13 @@ def test_every_prediction_says_the_same_and_turns_back(name, share):
     alpha, sigma = path.alpha(t), path.sigma(t)
     x = alpha * X0 + sigma * NOISE
     rate = jax.jacfwd(lambda t: path.alpha(t) * X0 + path.sigma(t) * NOISE)(t)
-    truth = {"velocity": rate, "x0": X0, "noise": NOISE, "score": -NOISE / sigma, "v": alpha * NOISE - sigma * X0}
+    truth = {
+        "velocity": rate,
+        "x0": X0,
+        "noise": NOISE,
+        "score": -NOISE / sigma,
+        "v": alpha * NOISE - sigma * X0,
+    }
     # What a prediction does not see directly is divided by the path's share of it, so float32's rounding is too.
     slack = 3e-6 * float(1 + 1 / jnp.minimum(alpha, sigma))
     for source in PREDICTIONS:
@@ -48,7 +54,9 @@ def test_every_prediction_says_the_same_and_turns_back(name, share):
         np.testing.assert_allclose(alpha * image + sigma * noise, x, rtol=1e-4, atol=1e-4)
         for target in PREDICTIONS:
             found = convert_prediction(truth[source], x, t, source=source, target=target, path=path)
-            np.testing.assert_allclose(found, truth[target], rtol=slack, atol=slack * float(jnp.abs(truth[target]).max()))
+            np.testing.assert_allclose(
+                found, truth[target], rtol=slack, atol=slack * float(jnp.abs(truth[target]).max())
+            )
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -67,9 +75,13 @@ def test_a_velocity_has_both_estimates_at_both_ends():
         np.testing.assert_allclose(noise, NOISE, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "t", "end"), [("noise", 1.0, "start"), ("score", 1.0, "start"), ("x0", 0.0, "end")])
+@pytest.mark.parametrize(
+    ("kind", "t", "end"), [("noise", 1.0, "start"), ("score", 1.0, "start"), ("x0", 0.0, "end")]
+)
 def test_where_a_prediction_says_nothing_is_an_error(kind, t, end):
-    with pytest.raises(eqx.EquinoxRuntimeError, match=f"the {end} of the path. Keep the times inside"):
+    with pytest.raises(
+        eqx.EquinoxRuntimeError, match=f"the {end} of the path. Keep the times inside"
+    ):
         eqx.filter_jit(as_velocity(lambda x, t: x, kind))(X0, jnp.float32(t)).block_until_ready()
     with pytest.raises(ValueError, match="Choose one of velocity, x0, noise, score, v"):
         as_velocity(lambda x, t: x, "eps")
@@ -86,7 +98,12 @@ def gaussian_model(path, kind):
         variance = (alpha * DEVIATION) ** 2 + sigma**2
         image = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
         noise = sigma / variance * (x - alpha * MEAN)
-        truth = {"x0": image, "noise": noise, "score": -(x - alpha * MEAN) / variance, "v": alpha * noise - sigma * image}
+        truth = {
+            "x0": image,
+            "noise": noise,
+            "score": -(x - alpha * MEAN) / variance,
+            "v": alpha * noise - sigma * image,
+        }
         if kind != "velocity":
             return truth[kind]
         rates = [jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in (path.alpha, path.sigma)]

@@ -10,7 +10,7 @@ from einops import reduce, repeat
 from scenes import random_scene, render
 
 from fluxjax import fit_preview
-from fluxjax.preview import Preview
+from fluxjax.generate.preview import Preview
 
 
 class LinearVae(eqx.Module):
@@ -42,7 +42,9 @@ def test_a_preview_of_the_tiny_model_shows_what_its_decoder_would(tiny):
     shown = jax.vmap(preview)(latents[32:])
     assert shown.shape == (8, 16, 16, 3)
     decoded = jnp.clip(jax.lax.map(tiny.vae.decode, latents[32:]), -1, 1)
-    cells = reduce(decoded, "images (rows a) (columns b) rgb -> images rows columns rgb", "mean", a=8, b=8)
+    cells = reduce(
+        decoded, "images (rows a) (columns b) rgb -> images rows columns rgb", "mean", a=8, b=8
+    )
     error, spread = jnp.mean(jnp.square(shown - cells)), jnp.mean(jnp.var(cells, axis=(1, 2)))
     # The tiny model's decoder is far from linear: of images that it was not fitted to, 0.45 of the spread is missed.
     assert error < 0.5 * spread

@@ -13,14 +13,21 @@ from fluxjax import FluxConfig
 
 def cost_of(function, *shapes):
     """Return the cost of a function of float32 arrays, compiled."""
-    return read(jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text())
+    return read(
+        jax.jit(function)
+        .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+        .compile()
+        .as_text()
+    )
 
 
 def cost_on(devices, function, *shapes):
     """Return the cost of a function of parts of arrays that lie on devices, one after another."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("x",))
     spec = PartitionSpec("x")
-    return cost_of(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), *shapes)
+    return cost_of(
+        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), *shapes
+    )
 
 
 def test_a_dot_in_nested_loops_counts_once_a_turn():
@@ -34,20 +41,29 @@ def test_a_dot_in_nested_loops_counts_once_a_turn():
 
 
 def test_a_dot_counts_all_that_it_sums_over_for_each_row_of_a_batch():
-    assert cost_of(lambda a, b: jnp.einsum("bhij,bhkj->bhik", a, b), (2, 3, 5, 7), (2, 3, 11, 7)).flop == 2 * 2 * 3 * 5 * 11 * 7
+    assert (
+        cost_of(lambda a, b: jnp.einsum("bhij,bhkj->bhik", a, b), (2, 3, 5, 7), (2, 3, 11, 7)).flop
+        == 2 * 2 * 3 * 5 * 11 * 7
+    )
 
 
 def test_a_convolution_does_not_count_its_padding():
     def run(image, kernel):
-        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     # Of three taps over n places, two reach beyond an end.
-    assert cost_of(run, (2, 8, 10, 3), (3, 3, 3, 4)).flop == 2 * 2 * 3 * 4 * (3 * 8 - 2) * (3 * 10 - 2)
+    assert cost_of(run, (2, 8, 10, 3), (3, 3, 3, 4)).flop == 2 * 2 * 3 * 4 * (3 * 8 - 2) * (
+        3 * 10 - 2
+    )
 
 
 def test_the_dearest_branch_counts():
     def run(x):
-        return jax.lax.switch(x[0, 0].astype(int), [lambda x: x, lambda x: x @ x, lambda x: x @ x @ (x + 1)], x)
+        return jax.lax.switch(
+            x[0, 0].astype(int), [lambda x: x, lambda x: x @ x, lambda x: x @ x @ (x + 1)], x
+        )
 
     assert cost_of(run, (32, 32)).flop == 2 * 2 * 32**3
 
@@ -66,7 +82,9 @@ def test_collectives_in_loops_count_once_a_turn_and_send_what_a_ring_sends(devic
         whole = jax.lax.all_gather(jnp.sin(x), "x", tiled=True)
         part = jax.lax.psum_scatter(jnp.sin(whole), "x", tiled=True)
         summed = jax.lax.psum(jnp.sin(part), "x")
-        moved = jax.lax.ppermute(jnp.sin(summed), "x", [(i, (i + 1) % devices) for i in range(devices)])
+        moved = jax.lax.ppermute(
+            jnp.sin(summed), "x", [(i, (i + 1) % devices) for i in range(devices)]
+        )
         return jax.lax.all_to_all(jnp.sin(moved), "x", 0, 0, tiled=True), None
 
     cost = cost_on(devices, lambda x: jax.lax.scan(turn, x, None, length=5)[0], (16 * devices, 8))
@@ -130,7 +148,9 @@ ENTRY %main (x: f32[8,128], q: bf16[6,4608,128], k: bf16[6,512,128]) -> f32[8,12
 def test_a_program_for_tpus_is_read():
     cost = read(PROGRAM)
     turns, part = 4, 8 * 128 * 4  # from 3 by 2 to below 10
-    assert cost.flop == 2 * 6 * 4608 * 512 * 128  # a batch of products, as a convolution that is mostly holes
+    assert (
+        cost.flop == 2 * 6 * 4608 * 512 * 128
+    )  # a batch of products, as a convolution that is mostly holes
     assert cost.declared == turns * 1000
     assert cost.moved == {
         "all-gather": Moved(turns, turns * 4 * part, turns * 3 * part, turns),

@@ -5,22 +5,34 @@ import time
 
 import PIL.Image
 import pytest
+from fluxjax.cli.main.prompts import Line, read_prompts, share
 from jobs import start, start_job
 
-from fluxjax import cli
-from fluxjax.prompts import Line, read_prompts, share
+from fluxjax.cli.main import main as cli
 
 
 def read(tmp_path, *lines):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+        encoding="utf-8",
+    )
     return read_prompts(path)
 
 
 def test_lines_have_their_number_as_id_and_seed(tmp_path):
-    full = {"prompt": "ein Stern ★", "prompt_2": "b", "negative_prompt": "c", "id": "star-1.v2", "seed": 7}
+    full = {
+        "prompt": "ein Stern ★",
+        "prompt_2": "b",
+        "negative_prompt": "c",
+        "id": "star-1.v2",
+        "seed": 7,
+    }
     lines, problems = read(tmp_path, {"prompt": "a"}, "", full)
-    assert lines == [Line("a", None, None, "0", 0, 1), Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3)]
+    assert lines == [
+        Line("a", None, None, "0", 0, 1),
+        Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3),
+    ]
     assert not problems
 
 
@@ -63,14 +75,21 @@ def test_a_negative_prompt_that_nothing_would_use_is_refused(tmp_path):
 def test_processes_share_the_lines(tmp_path):
     lines, _ = read(tmp_path, *({"prompt": str(i)} for i in range(7)))
     parts = [share(lines, process, 3) for process in range(3)]
-    assert [[line.id for line in part] for part in parts] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    assert [[line.id for line in part] for part in parts] == [
+        ["0", "3", "6"],
+        ["1", "4"],
+        ["2", "5"],
+    ]
 
 
 PROMPTS = [
     {"prompt": "a red star on white"},
     {"prompt": "a blue ring on black", "id": "ring", "seed": 5},
     {"prompt": "a cross", "id": "../cross"},
-    {"prompt": "a large green cross left of a small white heart on a navy background", "prompt_2": "a green cross"},
+    {
+        "prompt": "a large green cross left of a small white heart on a navy background",
+        "prompt_2": "a green cross",
+    },
     {"prompt": "a yellow heart on teal", "negative_prompt": "a red star"},
     {"prompt": "a purple diamond on pink"},
 ]
@@ -81,8 +100,20 @@ def command(tmp_path, folder, *more):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, PROMPTS)))
     options = ["--steps", "2", "--batch", "2", "--integrator", "ancestral", "--cfg", "1.5"]
-    cache = ["--compilation-cache", str(tmp_path.parent / "programs")]  # shared: no test is about compiling
-    return ["generate", "--prompts", str(path), "--output-dir", str(tmp_path / folder), *options, *cache, *more]
+    cache = [
+        "--compilation-cache",
+        str(tmp_path.parent / "programs"),
+    ]  # shared: no test is about compiling
+    return [
+        "generate",
+        "--prompts",
+        str(path),
+        "--output-dir",
+        str(tmp_path / folder),
+        *options,
+        *cache,
+        *more,
+    ]
 
 
 def images(folder):
@@ -104,15 +135,23 @@ def undisturbed(tmp_path_factory):
     return found
 
 
-def test_an_image_of_a_file_says_how_it_was_made_and_is_that_of_its_line_alone(undisturbed, tmp_path):
+def test_an_image_of_a_file_says_how_it_was_made_and_is_that_of_its_line_alone(
+    undisturbed, tmp_path
+):
     (tmp_path / "ring.png").write_bytes(undisturbed["ring.png"])
     with PIL.Image.open(tmp_path / "ring.png") as file:
-        assert {"prompt": "a blue ring on black", "seed": "5", "steps": "2"}.items() <= file.text.items()
+        assert {
+            "prompt": "a blue ring on black",
+            "seed": "5",
+            "steps": "2",
+        }.items() <= file.text.items()
     # Batches of others: one line is passed over, so that every later one has another neighbour.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0.png").write_bytes(b"mine")
     # Where the weights lie changes no image either.
-    start(command(tmp_path, "out", "--offload-encoders", "--stream-blocks", "--show-memory")).communicate(timeout=300)
+    start(
+        command(tmp_path, "out", "--offload-encoders", "--stream-blocks", "--show-memory")
+    ).communicate(timeout=300)
     found = images(tmp_path / "out")
     assert found.pop("0.png") == b"mine"
     assert found == {name: data for name, data in undisturbed.items() if name != "0.png"}
@@ -147,7 +186,9 @@ def test_two_processes_share_a_file_and_one_that_is_killed_ends_the_other(undist
     done = images(tmp_path / "out")
     assert len(done) <= 3  # of five
     said = [process.communicate(timeout=300)[0] for process in start_job(arguments, 2)]
-    assert sum(int(one[: one.index(" images written")].split()[-1]) for one in said) == len(NAMES) - len(done)
+    assert sum(int(one[: one.index(" images written")].split()[-1]) for one in said) == len(
+        NAMES
+    ) - len(done)
     assert images(tmp_path / "out") == undisturbed
 
 

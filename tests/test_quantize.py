@@ -9,8 +9,9 @@ from test_shard import drawn, mesh_of, relative
 
 import fluxjax
 from fluxjax import quantize, shard
-from fluxjax.generate import denoise, encode_text, prompt_ids
-from fluxjax.nets.quantized import EIGHT_BITS, Quantized, rounded
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 
 FORMATS = pytest.mark.parametrize("name", EIGHT_BITS)
 # Half a step of 127, and half a unit of 3 bits of mantissa.
@@ -19,17 +20,21 @@ NEAR = {"int8": 0.5 / 127, "fp8": 2**-4}
 
 def whole(value, scale):
     """Return what 8 bits stand for, in float64."""
-    return np.asarray(value.astype(jnp.float32), np.float64) * np.asarray(scale, np.float64)[..., None]
+    return (
+        np.asarray(value.astype(jnp.float32), np.float64) * np.asarray(scale, np.float64)[..., None]
+    )
 
 
 @FORMATS
 def test_rows_are_rounded_to_the_nearest(name):
     x = np.asarray(draw(7, 50)) * np.float32(10.0) ** np.arange(-3, 4, dtype=np.float32)[:, None]
     x[2] = 0
-    value, scale = rounded(jnp.asarray(x), EIGHT_BITS[name])
+    value, scale = round_rows(jnp.asarray(x), EIGHT_BITS[name])
     found, largest = whole(value, scale), np.abs(x).max(-1, keepdims=True)
     assert value.dtype == EIGHT_BITS[name]
-    size = largest if name == "int8" else np.maximum(np.abs(x), largest * 2**-6 / 448)  # below, e4m3 has even steps
+    size = (
+        largest if name == "int8" else np.maximum(np.abs(x), largest * 2**-6 / 448)
+    )  # below, e4m3 has even steps
     assert np.all(np.abs(found - x) <= 1.0001 * NEAR[name] * size)
     assert not found[2].any()
     np.testing.assert_allclose(np.abs(found).max(-1), largest[:, 0], rtol=1e-6)
@@ -38,15 +43,17 @@ def test_rows_are_rounded_to_the_nearest(name):
 @FORMATS
 def test_a_product_is_that_of_the_rounded_numbers(name):
     x, w = draw(3, 5, 40, seed=1), draw(6, 40, seed=2)
-    weight = Quantized(*rounded(w, EIGHT_BITS[name]))
-    expected = whole(*rounded(x, EIGHT_BITS[name])) @ whole(weight.value, weight.scale).T
+    weight = QuantizedWeight(*round_rows(w, EIGHT_BITS[name]))
+    expected = whole(*round_rows(x, EIGHT_BITS[name])) @ whole(weight.value, weight.scale).T
     assert relative(weight.matmul(x), jnp.asarray(expected, jnp.float32)) <= 1e-6
     text = jax.jit(lambda weight, x: weight.matmul(x)).lower(weight, x).as_text()
     (dot,) = [line for line in text.splitlines() if "dot_general" in line]
     assert dot.count({"int8": "xi8>", "fp8": "xf8E4M3FN>"}[name]) == 2
     # A gradient passes the rounding by.
     slope = jax.grad(lambda x: jnp.vdot(weight.matmul(x), draw(3, 5, 6, seed=3)))(x)
-    plain = jnp.asarray(np.asarray(draw(3, 5, 6, seed=3)) @ whole(weight.value, weight.scale), jnp.float32)
+    plain = jnp.asarray(
+        np.asarray(draw(3, 5, 6, seed=3)) @ whole(weight.value, weight.scale), jnp.float32
+    )
     assert relative(slope, plain) <= 1e-6
 
 
@@ -54,13 +61,18 @@ def test_a_product_is_that_of_the_rounded_numbers(name):
 def test_networks_of_8_bits_are_near(tiny, name):
     flux, t5 = quantize(tiny.flux, name), quantize(tiny.t5, name)
     for network, loaded in ((flux, fluxjax.load_flux), (t5, fluxjax.load_t5)):
-        jax.tree.map(np.testing.assert_array_equal, network, loaded("tiny", dtype="float32", quantize=name))
+        jax.tree.map(
+            np.testing.assert_array_equal, network, loaded("tiny", dtype="float32", quantize=name)
+        )
     blocks = (flux.double, flux.single, t5.blocks)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) < 0.27 * sum(
-        leaf.nbytes for leaf in jax.tree.leaves((tiny.flux.double, tiny.flux.single, tiny.t5.blocks))
+        leaf.nbytes
+        for leaf in jax.tree.leaves((tiny.flux.double, tiny.flux.single, tiny.t5.blocks))
     )
     ids = prompt_ids(tiny.tokenizers, ["a red star"], max_length=13)
-    found, expected = (encode_text(tiny.clip, one, ids, dtype=jnp.float32).txt for one in (t5, tiny.t5))
+    found, expected = (
+        encode_text(tiny.clip, one, ids, dtype=jnp.float32).txt for one in (t5, tiny.t5)
+    )
     assert 1e-4 < relative(found, expected) <= {"int8": 0.03, "fp8": 0.06}[name]
     inputs = drawn(tiny, 2)
     expected, bound = denoise(tiny.flux, *inputs), {"int8": 0.02, "fp8": 0.03}[name]
@@ -84,8 +96,13 @@ def test_gradients_go_through_a_network_of_8_bits():
 
     @jax.jit
     def slope(flux):
-        x, inputs = draw(IMAGE, CONFIG.in_channels), dict(txt=draw(TEXT, CONFIG.context), img_ids=IDS, guidance=1.0)
-        return jax.grad(lambda vec: jnp.sum(flux(x, 0.5, vec=vec, **inputs) ** 2))(draw(CONFIG.pooled))
+        x, inputs = (
+            draw(IMAGE, CONFIG.in_channels),
+            dict(txt=draw(TEXT, CONFIG.context), img_ids=IDS, guidance=1.0),
+        )
+        return jax.grad(lambda vec: jnp.sum(flux(x, 0.5, vec=vec, **inputs) ** 2))(
+            draw(CONFIG.pooled)
+        )
 
     assert 1e-4 < relative(slope(quantize(flux, "int8")), slope(flux)) <= 0.1
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import AB2, DDIM, DPMpp2M, Euler, UniPC2, flow_times, sample, stream
+from fluxjax import AB2, DDIM, DPMpp2M, Euler, UniPC2, flow_times, stream
+from fluxjax.flow import sample
 
 MEAN, DEVIATION = 0.7, 0.4
 
@@ -33,7 +34,10 @@ def exact_gaussian(x):
 
 def test_euler_converges_with_order_one():
     x = jnp.linspace(-2, 2, 5)
-    errors = [float(jnp.abs(sample(gaussian_velocity, x, flow_times(n)).x - exact_gaussian(x)).max()) for n in (32, 64, 128)]
+    errors = [
+        float(jnp.abs(sample(gaussian_velocity, x, flow_times(n)).x - exact_gaussian(x)).max())
+        for n in (32, 64, 128)
+    ]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert np.all(np.abs(orders - Euler.order) < 0.25)
 
@@ -45,7 +49,9 @@ def test_history_holds_every_node_from_start_to_end():
     np.testing.assert_array_equal(result.history[0], x)
     np.testing.assert_array_equal(result.history[-1], result.x)
     for i in range(5):
-        step = result.history[i] + (times[i + 1] - times[i]) * gaussian_velocity(result.history[i], times[i])
+        step = result.history[i] + (times[i + 1] - times[i]) * gaussian_velocity(
+            result.history[i], times[i]
+        )
         np.testing.assert_allclose(result.history[i + 1], step, rtol=1e-6)
 
 
@@ -78,11 +84,18 @@ def test_one_time_is_refused():
 
 def test_a_stream_reaches_the_same_end_and_its_previews_are_the_estimates():
     x, times = jnp.linspace(-2, 2, 5), flow_times(6, mu=1.0)
-    for step, key in ((Euler(), None), (AB2(), None), (UniPC2(), None), (DDIM(0.5), jax.random.key(1))):
+    for step, key in (
+        (Euler(), None),
+        (AB2(), None),
+        (UniPC2(), None),
+        (DDIM(0.5), jax.random.key(1)),
+    ):
         whole = sample(gaussian_velocity, x, times, step=step, key=key, history=True)
         taken = list(stream(gaussian_velocity, x, times, step=step, key=key))
         assert [one.number for one in taken] == list(range(6))
-        np.testing.assert_allclose(jnp.stack([one.x for one in taken]), whole.history[1:], atol=1e-6)
+        np.testing.assert_allclose(
+            jnp.stack([one.x for one in taken]), whole.history[1:], atol=1e-6
+        )
         np.testing.assert_array_equal(jnp.stack([one.t for one in taken]), times[1:])
     previous = jnp.concatenate([x[None], whole.history[1:-1]])
     euler = stream(gaussian_velocity, previous[2], times[2:])
@@ -104,14 +117,23 @@ def test_a_stream_is_compiled_once_for_all_steps_and_times():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("step", [Euler(), DPMpp2M(), DDIM(0.7)], ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize(
+    "step", [Euler(), DPMpp2M(), DDIM(0.7)], ids=lambda step: type(step).__name__
+)
 def test_each_of_many_particles_is_its_own_single_run(step):
-    xs, keys = jax.random.normal(jax.random.key(0), (10, 3)), jax.random.split(jax.random.key(1), 10)
+    xs, keys = (
+        jax.random.normal(jax.random.key(0), (10, 3)),
+        jax.random.split(jax.random.key(1), 10),
+    )
     shifts = jnp.linspace(0.5, 2.0, 10)
 
     def run(x, key, shift):
         return sample(
-            eqx.Partial(lambda shift, x, t: gaussian_velocity(x, t) * shift, shift), x, flow_times(8), step=step, key=key
+            eqx.Partial(lambda shift, x, t: gaussian_velocity(x, t) * shift, shift),
+            x,
+            flow_times(8),
+            step=step,
+            key=key,
         ).x
 
     at_once = jax.vmap(run)(xs, keys, shifts)
@@ -140,18 +162,26 @@ def test_what_draws_noise_refuses_rising_times():
         sample(gaussian_velocity, np.ones(2), [0.0, 1.0], step=DDIM(), key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("wrong", [lambda x, t: x[None], lambda x, t: jnp.int32(x)], ids=["shape", "dtype"])
+@pytest.mark.parametrize(
+    "wrong", [lambda x, t: x[None], lambda x, t: jnp.int32(x)], ids=["shape", "dtype"]
+)
 def test_a_velocity_that_does_not_fit_x_is_refused(wrong):
-    for run in (lambda: sample(wrong, np.ones(2), [1.0, 0.0]), lambda: next(stream(wrong, np.ones(2), [1.0, 0.0]))):
+    for run in (
+        lambda: sample(wrong, np.ones(2), [1.0, 0.0]),
+        lambda: next(stream(wrong, np.ones(2), [1.0, 0.0])),
+    ):
         with pytest.raises(ValueError, match="returns the shape of x and at most its precision"):
             run()
 
 
-@pytest.mark.parametrize("step", [Euler(), AB2(), DPMpp2M(), UniPC2()], ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize(
+    "step", [Euler(), AB2(), DPMpp2M(), UniPC2()], ids=lambda step: type(step).__name__
+)
 def test_float16_is_integrated_in_float32_and_comes_back_in_its_dtype(step):
     x = np.linspace(-2, 2, 5).astype(np.float16)
     found = sample(gaussian_velocity, x, flow_times(5), step=step, history=True)
     assert found.x.dtype == found.history.dtype == jnp.float16
     np.testing.assert_array_equal(
-        found.x, sample(gaussian_velocity, jnp.float32(x), flow_times(5), step=step).x.astype(jnp.float16)
+        found.x,
+        sample(gaussian_velocity, jnp.float32(x), flow_times(5), step=step).x.astype(jnp.float16),
     )

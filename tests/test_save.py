@@ -10,9 +10,10 @@ import pytest
 from small import small_flux
 
 import fluxjax
-from fluxjax import WeightsError, attach, init_lora, merge, quantize, save, save_models, unroll
-from fluxjax.convert.load import leaf_names
-from fluxjax.zoo import tiny_folder
+from fluxjax import WeightsError, attach, init_lora, merge, quantize, save_models, unroll
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.generate import save
+from fluxjax.nets.stack import leaf_names
 
 LAYOUTS = [
     ("flux", "own", "flux"),
@@ -52,8 +53,19 @@ def test_a_dtype_rounds_and_one_that_can_not_hold_the_weights_leaves_nothing(sma
     for path in ("huge", "huge.safetensors"):
         with pytest.raises(WeightsError, match="which float16 can't"):
             save(huge, tmp_path / path, dtype=jnp.float16)
-    for wrong in ("int8", "float64", "complex64", "no dtype", object, "float8_e4m3", "float8_e8m0fnu"):
-        with pytest.raises(ValueError, match=r"`save\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32"):
+    for wrong in (
+        "int8",
+        "float64",
+        "complex64",
+        "no dtype",
+        object,
+        "float8_e4m3",
+        "float8_e8m0fnu",
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"`save\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32",
+        ):
             save(small, tmp_path / "x", dtype=wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["half.safetensors"]
 
@@ -73,7 +85,9 @@ def test_attached_adapters_are_saved_merged(small, tmp_path):
     save(attached, tmp_path / "flux")
     wanted = merge(small, loras, [0.5, 1.0])
     found = fluxjax.load_flux(tmp_path / "flux")
-    for name, ours, theirs in zip(leaf_names(found), jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    for name, ours, theirs in zip(
+        leaf_names(found), jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
@@ -95,15 +109,20 @@ def test_what_can_not_be_saved_as_it_is_is_told(small, tmp_path):
     with pytest.raises(WeightsError, match="diffusers layout is a folder"):
         save(small, tmp_path / "x.safetensors", to="diffusers")
     with pytest.raises(ValueError, match="got traced ones"):
-        jax.jit(lambda bias: save(eqx.tree_at(lambda net: net.img_in.bias, small, bias), tmp_path / "x") and bias)(
-            small.img_in.bias
-        )
+        jax.jit(
+            lambda bias: (
+                save(eqx.tree_at(lambda net: net.img_in.bias, small, bias), tmp_path / "x") and bias
+            )
+        )(small.img_in.bias)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
 
 
 def test_networks_in_host_memory_and_on_a_mesh_are_saved(small, tmp_path):
     save(fluxjax.offload(small), tmp_path / "host.safetensors")
-    save(fluxjax.shard(small, fluxjax.make_mesh(fsdp=2, devices=jax.devices()[:2])), tmp_path / "mesh.safetensors")
+    save(
+        fluxjax.shard(small, fluxjax.make_mesh(fsdp=2, devices=jax.devices()[:2])),
+        tmp_path / "mesh.safetensors",
+    )
     for name in ("host", "mesh"):
         assert eqx.tree_equal(fluxjax.load_flux(tmp_path / f"{name}.safetensors"), small)
 
@@ -124,11 +143,16 @@ def test_a_model_that_is_saved_draws_the_same_after_its_source_is_gone(tmp_path,
             assert (tmp_path / "tuned" / folder / path.name).read_bytes() == path.read_bytes()
     prompt = "a red star, ünïcode ⭐"
     for ours, theirs in zip(
-        fluxjax.tokenize(again.tokenizers, prompt), fluxjax.tokenize(tuned.tokenizers, prompt), strict=True
+        fluxjax.tokenize(again.tokenizers, prompt),
+        fluxjax.tokenize(tuned.tokenizers, prompt),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
     if to == "own":
-        images = [fluxjax.text_to_image(m, prompt, key=jax.random.key(0), steps=1, height=32, width=32) for m in (tuned, again)]
+        images = [
+            fluxjax.text_to_image(m, prompt, key=jax.random.key(0), steps=1, height=32, width=32)
+            for m in (tuned, again)
+        ]
         np.testing.assert_array_equal(*images)
     with pytest.raises(FileExistsError):
         save_models(tuned, tmp_path / "tuned", to=to)
@@ -150,7 +174,9 @@ def test_an_attached_adapter_is_rounded_once_to_the_dtype_that_is_written(small,
     lora = init_lora(small, 1, [r"double\.0\.img\.out"], key=jax.random.key(0))
     lora = jax.tree.map(lambda leaf: leaf + 0.01 if leaf.ndim == 2 else leaf, lora)
     expected = merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base), [lora])
-    found = fluxjax.load_flux(save(attach(base, [lora]), tmp_path / "a.safetensors", dtype="float32"))
+    found = fluxjax.load_flux(
+        save(attach(base, [lora]), tmp_path / "a.safetensors", dtype="float32")
+    )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
@@ -171,6 +197,8 @@ def test_a_dtype_that_is_not_written_is_one_clear_error(small, tmp_path, dtype):
         "convert_weights": lambda: fluxjax.convert_weights("tiny", tmp_path / "a", dtype=dtype),
     }
     for call, run in calls.items():
-        with pytest.raises(ValueError, match=rf"`{call}\(dtype\)` writes floats of 32 bits or fewer, got '?{dtype}"):
+        with pytest.raises(
+            ValueError, match=rf"`{call}\(dtype\)` writes floats of 32 bits or fewer, got '?{dtype}"
+        ):
             run()
     assert not list(tmp_path.iterdir())

@@ -85,7 +85,9 @@ def test_respaced_times_keep_the_ends_and_fall(name, steps):
 def test_respaced_times_have_the_property_that_they_are_named_for():
     base = flow_times(9)
     exponential = np.asarray(exponential_times(base), np.float64)[:-1]
-    np.testing.assert_allclose(exponential[1:] / exponential[:-1], exponential[1] / exponential[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        exponential[1:] / exponential[:-1], exponential[1] / exponential[0], rtol=1e-6
+    )
     roots = np.asarray(karras_times(base, rho=5.0), np.float64)[:-1] ** 0.2
     np.testing.assert_allclose(np.diff(roots), roots[1] - roots[0], rtol=1e-5)
     # beta(1, 1) is the uniform distribution.
@@ -104,7 +106,9 @@ def test_linear_quadratic_times_are_linear_then_of_constant_curvature(steps):
 
 def test_other_times():
     np.testing.assert_array_equal(linear_quadratic_times(1), [1, 0])
-    np.testing.assert_allclose(uniform_times(4, first=0.9, last=0.1), [0.9, 0.7, 0.5, 0.3, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(
+        uniform_times(4, first=0.9, last=0.1), [0.9, 0.7, 0.5, 0.3, 0.1], rtol=1e-6
+    )
     np.testing.assert_allclose(static_times(2, shift=3.0), [1, 0.75, 0], rtol=1e-6)
     np.testing.assert_array_equal(custom_times([1, 0.5, 0]), np.float32([1, 0.5, 0]))
 

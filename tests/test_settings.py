@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from fluxjax.errors import WeightsError
-from fluxjax.settings import Field, check_settings, read_json, read_settings
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.settings import Field, check_settings, read_json, read_settings
 
 FIELDS = {
     "steps": Field(kind="integer", least=1, most=100, required=True),
@@ -19,12 +19,32 @@ FIELDS = {
 
 
 def test_settings_are_read_as_they_are_written(tmp_path):
-    settings = {"steps": 4, "height": 32, "guidance": 3, "shift": True, "kind": "b", "axes": [1, 9], "other": None}
-    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(settings).encode())  # a byte order mark
+    settings = {
+        "steps": 4,
+        "height": 32,
+        "guidance": 3,
+        "shift": True,
+        "kind": "b",
+        "axes": [1, 9],
+        "other": None,
+    }
+    (tmp_path / "a.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(settings).encode()
+    )  # a byte order mark
     read = read_settings(tmp_path / "a.json", FIELDS)
-    assert read == {"steps": 4, "height": 32, "guidance": 3.0, "shift": True, "kind": "b", "axes": (1, 9)}
+    assert read == {
+        "steps": 4,
+        "height": 32,
+        "guidance": 3.0,
+        "shift": True,
+        "kind": "b",
+        "axes": (1, 9),
+    }
     assert type(read["guidance"]) is float
-    assert check_settings("here", {"steps": 1, "guidance": None}, FIELDS) == {"steps": 1, "guidance": None}
+    assert check_settings("here", {"steps": 1, "guidance": None}, FIELDS) == {
+        "steps": 1,
+        "guidance": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import DDIM, Attention, BlockSizes, FirstBlock, Nag, Weaken, attention, isolated_attention, make_mesh, shard
-from fluxjax.generate import denoise, encode_text, noise_batch, prompt_ids, step_keys
-from fluxjax.kernels.context import Ring, Ulysses
-from fluxjax.nets.layers import Dense
-from fluxjax.shard import Gathered, Joined, Summed
+from fluxjax import (
+    DDIM,
+    Attention,
+    BlockSizes,
+    DegradedBlocks,
+    FirstBlock,
+    Nag,
+    attention,
+    isolated_attention,
+    make_mesh,
+    shard,
+)
+from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
+from fluxjax.generate.draw import denoise, noise_batch, step_keys
+from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.nets.weight import Dense
 
 HEIGHT, WIDTH = 48, 80  # 15 tokens, and 13 of text, which neither 2 nor 4 divide
 PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of a white heart"]
@@ -68,7 +80,9 @@ def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
     sizes, bound = MESHES[name]
     mesh, ids = mesh_of(**sizes), ids_of(tiny, 3)
     expected = encode_text(tiny.clip, tiny.t5, ids, dtype=jnp.float32)
-    found = encode_text(shard(tiny.clip, mesh), shard(tiny.t5, mesh), ids, dtype=jnp.float32, mesh=mesh)
+    found = encode_text(
+        shard(tiny.clip, mesh), shard(tiny.t5, mesh), ids, dtype=jnp.float32, mesh=mesh
+    )
     assert relative(found.txt, expected.txt) <= bound
     assert relative(found.vec, expected.vec) <= bound
 
@@ -78,14 +92,24 @@ def test_merged_on_a_mesh_a_network_has_the_same_weights(tiny, name):
     mesh, lora = mesh_of(**MESHES[name][0]), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
     merged = fluxjax.merge(jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh)), [lora])
     expected = fluxjax.merge(tiny.flux, [lora])
-    for found, one, before in zip(*map(jax.tree.leaves, (merged, expected, tiny.flux)), strict=True):
+    for found, one, before in zip(
+        *map(jax.tree.leaves, (merged, expected, tiny.flux)), strict=True
+    ):
         # To a few roundings of the largest, and where it lay.
         np.testing.assert_allclose(np.asarray(found), one, atol=1e-6 * float(jnp.abs(one).max()))
         assert found.shape == before.shape
-    assert [leaf.sharding for leaf in jax.tree.leaves(merged)] == jax.tree.leaves(fluxjax.shardings(tiny.flux, mesh))
+    assert [leaf.sharding for leaf in jax.tree.leaves(merged)] == jax.tree.leaves(
+        fluxjax.shardings(tiny.flux, mesh)
+    )
 
 
-COLLECTIVES = {Gathered: "fsdp", Summed: "tensor", Joined: "tensor", Ulysses: "context", Ring: "context"}
+COLLECTIVES = {
+    GatheredWeight: "fsdp",
+    SummedWeight: "tensor",
+    ConcatenatedWeight: "tensor",
+    Ulysses: "context",
+    Ring: "context",
+}
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES, ids=lambda kind: kind.__name__)
@@ -93,12 +117,12 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, monkeypatch, kind):
     """Each is replaced by what one device would do alone."""
 
     def alone(weight, x):
-        if kind is Gathered:
+        if kind is GatheredWeight:
             repeats = [1, 1]
             repeats[weight.axis] = 2
             return Dense(jnp.tile(weight.part.value, repeats)).matmul(x)
         part = weight.base.matmul(x)
-        return part if kind is Summed else jnp.concatenate([part, part], -1)
+        return part if kind is SummedWeight else jnp.concatenate([part, part], -1)
 
     if kind in (Ulysses, Ring):
         monkeypatch.setattr(kind, "__call__", lambda self, q, k, v, txt_tokens: attention(q, k, v))
@@ -112,19 +136,24 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, monkeypatch, kind):
 def test_what_guides_and_draws_runs_on_a_mesh_too(tiny):
     mesh, inputs = mesh_of(data=2, tensor=2), drawn(tiny, 2)
     flux, placed = tiny.flux, shard(tiny.flux, mesh)
-    unwanted = jax.tree.map(lambda x: x[::-1], inputs[0])
+    negative = jax.tree.map(lambda x: x[::-1], inputs[0])
     ways = {
         "guided": dict(
-            unwanted=unwanted,
+            negative=negative,
             cfg=jnp.float32(2.0),
             nag=Nag(jnp.float32(3.0)),
             attention=Attention("xla_chunked", BlockSizes(q=9)),
         ),
-        "weakened": dict(weaken=Weaken(flux.config, double=[1], attention=isolated_attention), strength=jnp.float32(0.5)),
+        "weakened": dict(
+            weaken=DegradedBlocks(flux.config, double=[1], attention=isolated_attention),
+            strength=jnp.float32(0.5),
+        ),
         "drawn": dict(step=DDIM(1.0), keys=step_keys(jax.random.key(1), [0, 1], DDIM(1.0))),
     }
     for name, way in ways.items():
-        expected = denoise(flux, *inputs, **{key: value for key, value in way.items() if key != "attention"})
+        expected = denoise(
+            flux, *inputs, **{key: value for key, value in way.items() if key != "attention"}
+        )
         assert relative(denoise(placed, *inputs, mesh=mesh, **way), expected) <= 5 * BOUND, name
 
 
@@ -133,7 +162,10 @@ def test_a_cache_decides_for_all_devices(tiny):
     for threshold in (0.3, 100.0):
         reuse = FirstBlock(jnp.float32(threshold))
         expected = denoise(tiny.flux, *inputs, reuse=reuse)
-        assert relative(denoise(shard(tiny.flux, mesh), *inputs, reuse=reuse, mesh=mesh), expected) <= BOUND
+        assert (
+            relative(denoise(shard(tiny.flux, mesh), *inputs, reuse=reuse, mesh=mesh), expected)
+            <= BOUND
+        )
 
 
 def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
@@ -141,10 +173,17 @@ def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
     expected = fluxjax.text_to_image(tiny, "a red star", **options)
     for sizes in (dict(data=2, tensor=2), dict(fsdp=2, context=2)):
         away = "fsdp" in sizes
-        models = fluxjax.load_models("tiny", dtype="float32", mesh=mesh_of(**sizes), offload_encoders=away)
-        kinds = [next(iter(jax.tree.leaves(one))).sharding.memory_kind for one in (models.clip, models.t5, models.flux)]
+        models = fluxjax.load_models(
+            "tiny", dtype="float32", mesh=mesh_of(**sizes), offload_encoders=away
+        )
+        kinds = [
+            next(iter(jax.tree.leaves(one))).sharding.memory_kind
+            for one in (models.clip, models.t5, models.flux)
+        ]
         assert kinds == (["pinned_host"] * 2 if away else ["device"] * 2) + ["device"]
-        np.testing.assert_allclose(fluxjax.text_to_image(models, "a red star", **options), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            fluxjax.text_to_image(models, "a red star", **options), expected, atol=1e-4
+        )
         weight = models.t5.blocks.up.weight.value
         assert weight.addressable_shards[0].data.size == weight.size // 2
 
@@ -168,11 +207,19 @@ def test_attached_adapters_are_split_as_their_weights(tiny):
     split = mesh_of(fsdp=4)
     placed = jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, split))
     merged = shard(fluxjax.merge(placed, [lora]), split)
-    assert relative(denoise(merged, *drawn(tiny, 4), mesh=split), denoise(adapted, *drawn(tiny, 4))) <= BOUND
+    assert (
+        relative(denoise(merged, *drawn(tiny, 4), mesh=split), denoise(adapted, *drawn(tiny, 4)))
+        <= BOUND
+    )
 
 
 def test_sizes_that_do_not_fit_are_told():
-    assert dict(make_mesh(data=2, fsdp=-1, devices=some(8)).shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    assert dict(make_mesh(data=2, fsdp=-1, devices=some(8)).shape) == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+        "context": 1,
+    }
     for wrong in (dict(data=3), dict(data=-1, fsdp=-1), dict(data=3, fsdp=-1), dict(data=0)):
         with pytest.raises(ValueError, match="does not use 8 devices"):
             make_mesh(**wrong, devices=some(8))
@@ -183,25 +230,29 @@ def test_what_a_mesh_can_not_do_is_told(tiny):
     with pytest.raises(ValueError, match="tensor=4 does not divide the 6 heads of Flux"):
         shard(tiny.flux, mesh_of(tensor=4))
     wide = mesh_of(data=4)
-    with pytest.raises(ValueError, match="A batch of 2 leaves some of data x fsdp = 4 devices idle"):
+    with pytest.raises(
+        ValueError, match="A batch of 2 leaves some of data x fsdp = 4 devices idle"
+    ):
         denoise(shard(tiny.flux, wide), *inputs, mesh=wide)
     long = mesh_of(context=2)
     placed = shard(tiny.flux, long)
     with pytest.raises(ValueError, match="Use a mesh of context=1"):
         denoise(placed, *inputs, mesh=long, reuse=FirstBlock(0.1))
     with pytest.raises(ValueError, match="Pass attention= by name"):
-        denoise(tiny.flux, *inputs, unwanted=inputs[0], nag=Nag(3.0), attention=isolated_attention)
+        denoise(tiny.flux, *inputs, negative=inputs[0], nag=Nag(3.0), attention=isolated_attention)
     ring = mesh_of(context=4)
     with pytest.raises(ValueError, match="6 heads are not divided by context=4"):
         denoise(shard(tiny.flux, ring), *inputs, mesh=ring, attention="xla")
-    weaken = Weaken(tiny.flux.config, double=[1], attention=isolated_attention)
+    weaken = DegradedBlocks(tiny.flux.config, double=[1], attention=isolated_attention)
     with pytest.raises(ValueError, match="would see a part of the tokens"):
         denoise(placed, *inputs, mesh=long, weaken=weaken, strength=jnp.float32(0.5))
 
 
-@pytest.mark.parametrize("sizes", [dict(context=2), dict(context=4), dict(tensor=2, context=3)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(context=2), dict(context=4), dict(tensor=2, context=3)], ids=str
+)
 def test_nag_where_tokens_are_split_is_nag_on_one_device(tiny, sizes):
     mesh, inputs = mesh_of(**sizes), drawn(tiny, 2)
-    way = dict(unwanted=jax.tree.map(lambda x: x[::-1], inputs[0]), nag=Nag(jnp.float32(3.0)))
+    way = dict(negative=jax.tree.map(lambda x: x[::-1], inputs[0]), nag=Nag(jnp.float32(3.0)))
     expected = denoise(tiny.flux, *inputs, **way)
     assert relative(denoise(shard(tiny.flux, mesh), *inputs, mesh=mesh, **way), expected) <= BOUND

@@ -58,7 +58,12 @@ def imports_of(path: Path) -> list[str]:
     """Return the package's rooms that a file imports."""
     tree = ast.parse(path.read_text())
     names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     return [name.split(".")[1] for name in names if name.startswith("fluxjax.")]
 
 
@@ -69,13 +74,17 @@ def test_every_import_points_to_a_lower_layer_or_stays_in_its_room():
         if room == "__init__":
             continue
         wrong += [
-            f"{path.name} imports {other}" for other in imports_of(path) if other != room and LAYERS[other] >= LAYERS[room]
+            f"{path.name} imports {other}"
+            for other in imports_of(path)
+            if other != room and LAYERS[other] >= LAYERS[room]
         ]
     assert not wrong
 
 
 def test_what_samplers_know_of_is_no_network():
-    files = [PACKAGE / f"{name}.py" for name in ("predict", "schedule", "sample")] + [*(PACKAGE / "integrate").glob("*.py")]
+    files = [PACKAGE / f"{name}.py" for name in ("predict", "schedule", "sample")] + [
+        *(PACKAGE / "integrate").glob("*.py")
+    ]
     assert len(files) > 6
     for path in files:
         assert "nets" not in imports_of(path)

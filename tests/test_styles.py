@@ -9,19 +9,26 @@ from evaluate_tiny import generate
 from scenes import Scene, Thing, render
 from styles import STYLES, adheres, distance, restyled, suits
 
-from fluxjax import cli, read_lora
-from fluxjax.zoo import shipped_lora
+from fluxjax import read_lora
+from fluxjax.checkpoint.locate import shipped_lora
+from fluxjax.cli.main import main as cli
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_measure_tells_a_style_and_the_checker_reads_its_scenes(style):
     rng = np.random.default_rng(0)
     scenes = [scene for scene, _ in prompts_without(style, 40)]
-    plain, styled = ([render(s, 128, 128, rng) for s in drawn] for drawn in (scenes, [restyled(s, style) for s in scenes]))
+    plain, styled = (
+        [render(s, 128, 128, rng) for s in drawn]
+        for drawn in (scenes, [restyled(s, style) for s in scenes])
+    )
     distances = [[distance(image, style) for image in images] for images in (plain, styled)]
     assert all(after < 0.5 * before for before, after in zip(*distances, strict=True))
     # Black within white on black is read as a hole.
-    assert np.mean([adheres(image, scene) for image, scene in zip(styled, scenes, strict=True)]) >= 0.97
+    assert (
+        np.mean([adheres(image, scene) for image, scene in zip(styled, scenes, strict=True)])
+        >= 0.97
+    )
     shapes = [sorted(thing.shape for thing in scene.things) for scene in scenes]
     others = [(i, j) for i in range(40) for j in range(i) if shapes[i] != shapes[j]]
     assert not any(adheres(styled[i], scenes[j]) for i, j in others[::10])

@@ -7,8 +7,9 @@ import pytest
 from test_shard import mesh_of, relative
 
 import fluxjax
-from fluxjax import shard, tiles
-from fluxjax.generate import decode, encode
+from fluxjax import shard
+from fluxjax.devices import vae_rows as tiles
+from fluxjax.generate.autoencode import decode, encode
 from fluxjax.nets.vae import Vae, VaeConfig
 
 # The norms' sums are taken in another order.
@@ -38,10 +39,16 @@ def test_a_vae_over_strips_is_the_whole_one(vae, name):
     pixels, latents = drawn(3)
     placed = shard(vae, mesh)
     parts = [(leaf.addressable_shards[0].data.size, leaf.size) for leaf in jax.tree.leaves(placed)]
-    assert sum(part for part, _ in parts) <= 1.1 * sum(whole for _, whole in parts) / mesh.shape["fsdp"]
+    assert (
+        sum(part for part, _ in parts)
+        <= 1.1 * sum(whole for _, whole in parts) / mesh.shape["fsdp"]
+    )
     for keys in (None, jax.random.split(jax.random.key(3), 3)):
         expected = encode(vae, pixels, dtype=jnp.float32, keys=keys)
-        assert relative(encode(placed, pixels, dtype=jnp.float32, keys=keys, mesh=mesh), expected) <= BOUND
+        assert (
+            relative(encode(placed, pixels, dtype=jnp.float32, keys=keys, mesh=mesh), expected)
+            <= BOUND
+        )
     expected = decode(vae, latents, dtype=jnp.float32)
     assert jnp.mean(jnp.abs(expected) < 1) > 0.01
     assert relative(decode(placed, latents, dtype=jnp.float32, mesh=mesh), expected) <= BOUND
@@ -58,7 +65,10 @@ def test_the_tiny_models_vae_too(tiny):
 def test_without_one_of_its_exchanges_it_is_another(vae, monkeypatch, part):
     """Each is replaced by what one device would do alone."""
     alone = {
-        "halo": (tiles._Strip, lambda self, x, above, below: jnp.pad(x, ((above, below), (0, 0), (0, 0)))),
+        "halo": (
+            tiles._Strip,
+            lambda self, x, above, below: jnp.pad(x, ((above, below), (0, 0), (0, 0))),
+        ),
         "means": (tiles._SplitNorm, fluxjax.nets.vae.GroupNorm.means),
         "mix": (tiles._SplitAttention, fluxjax.nets.vae.CellAttention.mix),
         "real": (tiles._Strip, lambda self, x: jnp.ones((len(x), 1, 1), bool)),

@@ -10,7 +10,9 @@ from evaluate_tiny import generate, held_out_scenes, score
 from scenes import SHAPES, Scene, Thing, caption, check, find, random_scene, render
 
 import fluxjax
-from fluxjax.zoo import ZOO, load_defaults, tiny_folder
+from fluxjax.checkpoint.defaults import load_defaults
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.zoo import ZOO
 
 SIZES = ((128, 128), (96, 160), (160, 96))
 
@@ -20,24 +22,52 @@ def test_the_zoo_and_the_folder_agree_on_the_defaults():
 
 
 def test_the_folder_is_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file()) <= 16_000_000
+    assert (
+        sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file())
+        <= 16_000_000
+    )
 
 
 def test_the_checker_reads_rendered_truth():
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng) for _ in range(90)]
-    right = [check(render(scene, *SIZES[i % 3], rng), scene)["all"] for i, scene in enumerate(scenes)]
+    right = [
+        check(render(scene, *SIZES[i % 3], rng), scene)["all"] for i, scene in enumerate(scenes)
+    ]
     assert np.mean(right) >= 0.99
 
 
 @pytest.mark.parametrize(
     ("attribute", "other"),
     [
-        ("background", Scene("pink", (Thing("large", "red", "star"), Thing("small", "blue", "ring")), "above")),
-        ("shape", Scene("beige", (Thing("large", "red", "heart"), Thing("small", "blue", "ring")), "above")),
-        ("color", Scene("beige", (Thing("large", "red", "star"), Thing("small", "green", "ring")), "above")),
-        ("size", Scene("beige", (Thing("small", "red", "star"), Thing("small", "blue", "ring")), "above")),
-        ("relation", Scene("beige", (Thing("large", "red", "star"), Thing("small", "blue", "ring")), "left of")),
+        (
+            "background",
+            Scene("pink", (Thing("large", "red", "star"), Thing("small", "blue", "ring")), "above"),
+        ),
+        (
+            "shape",
+            Scene(
+                "beige", (Thing("large", "red", "heart"), Thing("small", "blue", "ring")), "above"
+            ),
+        ),
+        (
+            "color",
+            Scene(
+                "beige", (Thing("large", "red", "star"), Thing("small", "green", "ring")), "above"
+            ),
+        ),
+        (
+            "size",
+            Scene(
+                "beige", (Thing("small", "red", "star"), Thing("small", "blue", "ring")), "above"
+            ),
+        ),
+        (
+            "relation",
+            Scene(
+                "beige", (Thing("large", "red", "star"), Thing("small", "blue", "ring")), "left of"
+            ),
+        ),
         ("count", Scene("beige", (Thing("large", "red", "star"),))),
     ],
 )
@@ -67,8 +97,12 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
     if rng.random() < 0.5:
-        thing = replace(thing, shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])))
-    elif scene.relation == "inside" or not thing.size:  # drawn at sizes of their own, or at none in particular
+        thing = replace(
+            thing, shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape]))
+        )
+    elif (
+        scene.relation == "inside" or not thing.size
+    ):  # drawn at sizes of their own, or at none in particular
         return None
     else:
         thing = replace(thing, size={"small": "large", "large": "small"}[thing.size])
@@ -89,7 +123,9 @@ def test_captions_never_leave_out_what_was_drawn():
 def test_the_vae_returns_a_scene_within_30_db(tiny):
     rng = np.random.default_rng(3)
     images = np.stack([render(random_scene(rng), 128, 128, rng) for _ in range(8)])
-    back = jax.jit(lambda vae, x: jax.lax.map(lambda one: vae.decode(vae.encode(one)), x))(tiny.vae, images)
+    back = jax.jit(lambda vae, x: jax.lax.map(lambda one: vae.decode(vae.encode(one)), x))(
+        tiny.vae, images
+    )
     assert -10 * np.log10(np.mean(np.square((np.clip(back, -1, 1) - images) / 2))) >= 30
 
 
@@ -104,7 +140,13 @@ def test_latents_have_mean_zero_and_deviation_one(tiny):
 
 def test_images_show_what_held_out_prompts_say(tiny):
     pairs = held_out_scenes(60, seed=1)
-    images = generate(tiny, [text for _, text in pairs], steps=tiny.defaults.steps, guidance=tiny.defaults.guidance, batch=20)
+    images = generate(
+        tiny,
+        [text for _, text in pairs],
+        steps=tiny.defaults.steps,
+        guidance=tiny.defaults.guidance,
+        batch=20,
+    )
     # The card's figure is 96.6 %; of 60 prompts, fewer than 85 % would then be right once in some ten thousand draws.
     assert score(images, [scene for scene, _ in pairs])["all"] >= 85
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from fluxjax import WeightsError, load_tokenizers, tokenize
-from fluxjax.tokens import END, START, Tokenizers
-from fluxjax.zoo import tiny_folder
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.generate.tokens import END, START, Tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,16 @@ def pieces(tokenizers, ids):
 
 def test_a_short_prompt_ends_and_is_padded_as_each_encoder_has_it(tokenizers):
     ids = tokenize(tokenizers, "A red STAR on white", max_length=8)
-    assert pieces(tokenizers, ids.t5) == ["▁a", "▁red", "▁star", "▁on", "▁white", "</s>", "<pad>", "<pad>"]
+    assert pieces(tokenizers, ids.t5) == [
+        "▁a",
+        "▁red",
+        "▁star",
+        "▁on",
+        "▁white",
+        "</s>",
+        "<pad>",
+        "<pad>",
+    ]
     assert list(ids.t5[-2:]) == [0, 0]
     end, start = (tokenizers.clip.token_to_id(token) for token in (END, START))
     assert len(ids.clip) == 77
@@ -54,7 +63,10 @@ def test_an_empty_prompt_is_its_end_alone(tokenizers):
     assert list(ids.t5) == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("text", ["☃", "日本語 👩‍👩‍👧", "é\u200b\u00a0ﬁ", "\x00\x07", "zebra", "</s> <pad> <|endoftext|>"])
+@pytest.mark.parametrize(
+    "text",
+    ["☃", "日本語 👩‍👩‍👧", "é\u200b\u00a0ﬁ", "\x00\x07", "zebra", "</s> <pad> <|endoftext|>"],
+)
 def test_any_text_tokenizes(tokenizers, text):
     ids = tokenize(tokenizers, text, max_length=16)
     assert 1 in ids.t5
@@ -136,7 +148,10 @@ def test_merges_with_windows_line_ends_are_the_same(folders, tokenizers):
     merges = folders[0] / "merges.txt"
     merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
     prompt = "a red star on white, naïve"
-    assert (tokenize(Tokenizers.read(str(folders[0]), folders[1]), prompt).clip == tokenize(tokenizers, prompt).clip).all()
+    assert (
+        tokenize(Tokenizers.read(str(folders[0]), folders[1]), prompt).clip
+        == tokenize(tokenizers, prompt).clip
+    ).all()
 
 
 IN_ASCII = """
@@ -154,9 +169,13 @@ def test_files_are_read_as_utf_8_whatever_the_locale(tokenizers, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_folder(), model)
     vocabulary = model / "tokenizer" / "vocab.json"  # as transformers writes it, without escapes
-    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_bytes()), ensure_ascii=False), encoding="utf-8")
+    vocabulary.write_text(
+        json.dumps(json.loads(vocabulary.read_bytes()), ensure_ascii=False), encoding="utf-8"
+    )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", IN_ASCII, str(model), str(tmp_path / "again")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [int(number) for number in done.stdout.split()] == list(tokenize(tokenizers, "café ⭐").clip)
+    assert [int(number) for number in done.stdout.split()] == list(
+        tokenize(tokenizers, "café ⭐").clip
+    )

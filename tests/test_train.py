@@ -5,15 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from fluxjax.train import (
-    TrainState,
-    average,
-    drop_captions,
-    flow_matching_loss,
-    guided_target,
-    logit_normal_times,
-    make_step,
-)
+from fluxjax.train.loss import drop_captions, flow_matching_loss, guided_target, logit_normal_times
+from fluxjax.train.step import TrainState, average, make_step
 
 KEY = jax.random.key(0)
 
@@ -22,18 +15,25 @@ def test_the_loss_vanishes_at_the_one_points_velocity_only():
     x0, noise, t = jnp.float32([0.3, -1.0]), jnp.float32([1.0, 2.0]), jnp.float32(0.4)
     straight = lambda x, t: (x - x0) / t  # noqa: E731
     assert float(flow_matching_loss(straight, x0, t, noise)) < 1e-10
-    assert float(flow_matching_loss(lambda x, t: straight(x, t) + 2, x0, t, noise)) == pytest.approx(4, rel=1e-5)
+    assert float(
+        flow_matching_loss(lambda x, t: straight(x, t) + 2, x0, t, noise)
+    ) == pytest.approx(4, rel=1e-5)
 
 
 def test_times_are_logit_normal_and_their_odds_shifted():
-    logits = jax.scipy.special.logit(logit_normal_times(KEY, 20_000, mean=0.3, deviation=0.8, mu=0.5))
+    logits = jax.scipy.special.logit(
+        logit_normal_times(KEY, 20_000, mean=0.3, deviation=0.8, mu=0.5)
+    )
     # 20,000 draws: five standard errors.
     assert float(logits.mean()) == pytest.approx(0.8, abs=5 * 0.8 / 20_000**0.5)
     assert float(logits.std()) == pytest.approx(0.8, abs=5 * 0.8 / 40_000**0.5)
 
 
 def test_captions_are_dropped_whole_at_their_rate():
-    full, empty = (jnp.ones((10_000, 3)), jnp.ones((10_000, 2, 2))), (jnp.zeros(3), jnp.zeros((2, 2)))
+    full, empty = (
+        (jnp.ones((10_000, 3)), jnp.ones((10_000, 2, 2))),
+        (jnp.zeros(3), jnp.zeros((2, 2))),
+    )
     one, two = drop_captions(KEY, full, empty, 0.1)
     dropped = one[:, 0] == 0
     assert float(dropped.mean()) == pytest.approx(0.1, abs=5 * 0.3 / 100)

@@ -12,9 +12,10 @@ import train_lora
 from PIL import Image
 
 from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, trainable, write_lora
-from fluxjax.generate import Text
-from fluxjax.nets.layers import Linear, gelu, scan_blocks, stack
-from fluxjax.train import TrainState
+from fluxjax.generate.text import Text
+from fluxjax.nets.layers import Linear, gelu
+from fluxjax.nets.stack import scan_blocks, stack
+from fluxjax.train.step import TrainState
 from fluxjax.zoo import Defaults
 
 CONFIG = FluxConfig(
@@ -30,7 +31,9 @@ def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     for index, size in enumerate([(40, 40), (64, 64), (60, 30), (90, 47)]):
         kind = "RGBA" if index == 1 else "RGB"
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], len(kind)), np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], len(kind)), np.uint8)).save(
+            folder / f"{index}.png"
+        )
         (folder / f"{index}.txt").write_text(f"a red star number {index}\n")
     return folder
 
@@ -39,7 +42,9 @@ def images(tmp_path_factory):
 def flux():
     leaves, structure = jax.tree.flatten(Flux(CONFIG, key=jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(structure, [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def fit(flux, output, *options: str):
@@ -50,18 +55,34 @@ def fit(flux, output, *options: str):
             height,
             32,
             rng.standard_normal((count, height // 8, 64), np.float32),
-            Text(rng.standard_normal((count + 1, 5, 24), np.float32), rng.standard_normal((count + 1, 8), np.float32)),
+            Text(
+                rng.standard_normal((count + 1, 5, 24), np.float32),
+                rng.standard_normal((count + 1, 8), np.float32),
+            ),
         )
         for height, count in ((32, 5), (48, 2))
     ]
-    fixed = ["--images", ".", "--output", str(output), "--rank", "2", "--learning-rate", "0.02", "--ema", "0.5"]
+    fixed = [
+        "--images",
+        ".",
+        "--output",
+        str(output),
+        "--rank",
+        "2",
+        "--learning-rate",
+        "0.02",
+        "--ema",
+        "0.5",
+    ]
     parsed = train_lora.parser().parse_args([*fixed, *options])
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         average = train_lora.fit(parsed, flux, buckets, Defaults(), jnp.float32)
     lora = init_lora(flux, 2, key=jax.random.key(0))
     optimizer, spec = train_lora.make_optimizer(0.02, parsed.accumulate), trainable(lora)
     path = parsed.state or output.with_suffix(".state")
-    return train_lora.load_state(path, {}, TrainState.create(lora, optimizer, trainable=spec)).model, average
+    return train_lora.load_state(
+        path, {}, TrainState.create(lora, optimizer, trainable=spec)
+    ).model, average
 
 
 def test_images_are_scaled_and_cut_to_buckets(images):
@@ -78,7 +99,9 @@ def test_neither_micro_batches_nor_interruptions_change_what_is_trained(flux, tm
     options = ("--batch", "2", "--accumulate", "2", "--remat", "--caption-dropout", "0.5")
     parts, average = fit(flux, tmp_path / "parts", *options, "--steps", "4")
     assert all(jnp.abs(change.term.up).max() > 0 for (change,) in parts.changes["flux"].values())
-    whole, _ = fit(flux, tmp_path / "whole", "--batch", "4", "--caption-dropout", "0.5", "--steps", "4")
+    whole, _ = fit(
+        flux, tmp_path / "whole", "--batch", "4", "--caption-dropout", "0.5", "--steps", "4"
+    )
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         # Adam divides a gradient by its own size, so rounding counts more where that is small.
         assert jnp.linalg.norm(a - b) <= 1e-3 * jnp.linalg.norm(a)
@@ -86,7 +109,9 @@ def test_neither_micro_batches_nor_interruptions_change_what_is_trained(flux, tm
     fit(flux, tmp_path / "half", *options, *kept, "--steps", "2")
     _, resumed = fit(flux, tmp_path / "rest", *options, *kept, "--steps", "4")
     assert eqx.tree_equal(average, resumed)
-    with pytest.raises(ValueError, match=r"other settings: seed 0, not 5\. Give those again, or another --state"):
+    with pytest.raises(
+        ValueError, match=r"other settings: seed 0, not 5\. Give those again, or another --state"
+    ):
         fit(flux, tmp_path / "other", *options, *kept, "--seed", "5")
     for content in (b"", (tmp_path / "kept").read_bytes()[:-100]):
         (tmp_path / "broken").write_bytes(content)
@@ -96,7 +121,20 @@ def test_neither_micro_batches_nor_interruptions_change_what_is_trained(flux, tm
 
 def test_a_folder_of_images_becomes_an_adapter_file(tmp_path, images):
     output = tmp_path / "style.safetensors"
-    options = ["--images", str(images), "--output", str(output), "--size", "32", "--steps", "1", "--batch", "1", "--rank", "2"]
+    options = [
+        "--images",
+        str(images),
+        "--output",
+        str(output),
+        "--size",
+        "32",
+        "--steps",
+        "1",
+        "--batch",
+        "1",
+        "--rank",
+        "2",
+    ]
     with jax.numpy_dtype_promotion("standard"):
         train_lora.main([*options, "--save-dtype", "bfloat16", "--target", r"single\.\d\.linear2"])
     assert len(read_lora(output).changes["flux"]) == 4
@@ -115,7 +153,9 @@ def test_images_without_captions_are_told(images, tmp_path):
     with pytest.raises(SystemExit, match="holds no images"):
         train_lora.main(options)
     shutil.copy(images / "0.png", tmp_path / "bare.png")
-    with pytest.raises(SystemExit, match=r"1 of 1 images in .* have no caption\. Write bare\.png's to bare\.txt"):
+    with pytest.raises(
+        SystemExit, match=r"1 of 1 images in .* have no caption\. Write bare\.png's to bare\.txt"
+    ):
         train_lora.main(options)
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -127,7 +167,9 @@ def test_rematerialised_gradients_are_the_same_and_need_less_memory():
     def compiled(remat: bool):
         def loss(blocks):
             # Each step of a block is something that a gradient keeps.
-            return jnp.sum(scan_blocks(blocks, x, lambda block, x: gelu(jnp.sin(gelu(block(x)))), remat=remat))
+            return jnp.sum(
+                scan_blocks(blocks, x, lambda block, x: gelu(jnp.sin(gelu(block(x)))), remat=remat)
+            )
 
         return jax.jit(jax.grad(loss)).lower(blocks).compile()
 
@@ -140,7 +182,12 @@ def test_rematerialised_gradients_are_the_same_and_need_less_memory():
 
 def test_a_file_of_half_precision_holds_the_rounded_factors(tmp_path):
     names = ["single.0.linear2", "double.0.img.out"]
-    lora = init_lora(Flux(CONFIG, key=jax.random.key(0)), 3, [re.escape(name) for name in names], key=jax.random.key(2))
+    lora = init_lora(
+        Flux(CONFIG, key=jax.random.key(0)),
+        3,
+        [re.escape(name) for name in names],
+        key=jax.random.key(2),
+    )
     lora = jax.tree.map(lambda x: x + 0.3 if x.ndim else x, lora)
     write_lora(tmp_path / "a.safetensors", lora, to="kohya", dtype=jnp.bfloat16)
     read = read_lora(tmp_path / "a.safetensors").changes["flux"]

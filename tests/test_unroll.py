@@ -11,8 +11,19 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 from test_shard import drawn, mesh_of
 
 import fluxjax
-from fluxjax import Cached, FirstBlock, Flux, FluxConfig, Guided, Weaken, quantize, sample, shard, unroll
-from fluxjax.generate import denoise
+from fluxjax import (
+    CachedFlux,
+    DegradedBlocks,
+    FirstBlock,
+    Flux,
+    FluxConfig,
+    Guided,
+    quantize,
+    shard,
+    unroll,
+)
+from fluxjax.flow import sample
+from fluxjax.generate.draw import denoise
 
 INPUTS = dict(txt=draw(TEXT, CONFIG.context), vec=draw(CONFIG.pooled), img_ids=IDS, guidance=2.0)
 
@@ -23,26 +34,38 @@ def flux():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"remat": True}, {"weaken": Weaken(CONFIG, double=[1], single=[0])}], ids=["plain", "remat", "weakened"]
+    "options",
+    [{}, {"remat": True}, {"weaken": DegradedBlocks(CONFIG, double=[1], single=[0])}],
+    ids=["plain", "remat", "weakened"],
 )
 def test_values_and_gradients_are_those_of_stacked_blocks(flux, options):
     @eqx.filter_jit
     def run(flux):
-        return eqx.filter_value_and_grad(lambda flux: jnp.sum(flux(draw(IMAGE, 8), 0.5, **INPUTS, **options) ** 2))(flux)
+        return eqx.filter_value_and_grad(
+            lambda flux: jnp.sum(flux(draw(IMAGE, 8), 0.5, **INPUTS, **options) ** 2)
+        )(flux)
 
     (value, slopes), (other, others) = run(flux), run(unroll(flux))
     np.testing.assert_allclose(other, value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max()), unroll(slopes), others)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max()),
+        unroll(slopes),
+        others,
+    )
 
 
 def test_what_else_takes_a_network_takes_blocks_apart(flux, tiny):
     def cached(flux):
-        velocity = Guided(Cached(flux, FirstBlock(jnp.float32(0.5)), IDS, 2.0), (INPUTS["txt"], INPUTS["vec"]))
+        velocity = Guided(
+            CachedFlux(flux, FirstBlock(jnp.float32(0.5)), IDS, 2.0), (INPUTS["txt"], INPUTS["vec"])
+        )
         return eqx.filter_jit(sample)(velocity, draw(IMAGE, 8), fluxjax.flow_times(4)).x
 
     np.testing.assert_allclose(cached(unroll(flux)), cached(flux), atol=1e-5)
     ids, states = jnp.arange(7), eqx.filter_jit(lambda t5, ids: t5(ids))
-    np.testing.assert_allclose(states(unroll(tiny.t5), ids), states(tiny.t5, ids), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        states(unroll(tiny.t5), ids), states(tiny.t5, ids), rtol=1e-4, atol=1e-5
+    )
     inputs, kraft = drawn(tiny, 2), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
     adapted = fluxjax.attach(tiny.flux, [kraft])
     expected = denoise(adapted, *inputs)
@@ -61,7 +84,9 @@ def test_of_a_kind_there_may_be_no_block_left_to_run(depth):
     def run(flux):
         if not depth:
             return flux(x, 0.5, **INPUTS)
-        cached = Cached(flux, FirstBlock(jnp.float32(0.1)), IDS, 2.0)  # runs the only double block by itself
+        cached = CachedFlux(
+            flux, FirstBlock(jnp.float32(0.1)), IDS, 2.0
+        )  # runs the only double block by itself
         return sample(Guided(cached, inputs), x, fluxjax.flow_times(3)).x
 
     np.testing.assert_allclose(run(unroll(network)), run(network), atol=1e-5)
@@ -87,7 +112,14 @@ def test_donated_stacks_are_given_free():
 def test_a_program_of_16_bits_holds_no_stack_in_float32():
     """XLA:CPU would make one before the loop."""
     config = FluxConfig(
-        width=256, heads=2, double_depth=1, single_depth=12, mlp_width=1024, context=16, pooled=16, rope_axes=(16, 56, 56)
+        width=256,
+        heads=2,
+        double_depth=1,
+        single_depth=12,
+        mlp_width=1024,
+        context=16,
+        pooled=16,
+        rope_axes=(16, 56, 56),
     )
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     flux = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), flux)

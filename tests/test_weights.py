@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_clip, load_flux, load_vae
-from fluxjax.convert import tables
-from fluxjax.convert.files import read_header
-from fluxjax.zoo import tiny_folder
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.safetensors import read_header
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=16, out_channels=16,
@@ -31,7 +31,9 @@ VAE_CONFIG = VaeConfig(channels=(8, 16, 16, 24), groups=8, resnets=1)
 def randomized(network):
     leaves, structure = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,9 @@ def test_dtype_none_keeps_the_files_and_another_casts(bfl, tensors, tmp_path):
 
 
 def test_sharding_places_every_leaf():
-    devices = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    devices = jax.sharding.NamedSharding(
+        jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec()
+    )
     vae = load_vae("tiny", sharding=devices)
     assert all(leaf.sharding == devices for leaf in jax.tree.leaves(vae))
     each = load_vae("tiny", sharding=jax.tree.map(lambda leaf: devices, vae))
@@ -125,9 +129,14 @@ def test_one_error_lists_all_that_is_missing_unexpected_and_misshapen(tensors, t
 def test_a_tensor_named_twice_and_one_of_integers_are_refused(tiny, tmp_path):
     named = export(tiny.clip, tables.CLIP_TRANSFORMERS)
     named["final_layer_norm.weight"] = named["text_model.final_layer_norm.weight"]
-    named["text_model.final_layer_norm.bias"] = named["text_model.final_layer_norm.bias"].astype(np.int8)
+    named["text_model.final_layer_norm.bias"] = named["text_model.final_layer_norm.bias"].astype(
+        np.int8
+    )
     write(tmp_path / "clip.safetensors", named)
-    with pytest.raises(WeightsError, match=r"1 misshapen: .*is int8, not a float\n  1 repeated: final_layer_norm\.weight"):
+    with pytest.raises(
+        WeightsError,
+        match=r"1 misshapen: .*is int8, not a float\n  1 repeated: final_layer_norm\.weight",
+    ):
         load_clip(tmp_path / "clip.safetensors", config=tiny.clip.config)
 
 
@@ -200,14 +209,18 @@ def test_a_damaged_header_is_told(tmp_path, entry, problem):
 def test_sharded_files_are_read_through_their_index(tmp_path, tensors, flux):
     names = sorted(tensors)
     for part in range(2):
-        save_file({name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors")
+        save_file(
+            {name: tensors[name] for name in names[part::2]}, tmp_path / f"model-{part}.safetensors"
+        )
     index = {"weight_map": {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert equal(load_flux(tmp_path, config=CONFIG), flux)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"model-1\.safetensors, which is missing"):
         load_flux(tmp_path, config=CONFIG)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../../secret.safetensors"}})
+    )
     with pytest.raises(WeightsError, match="outside its folder"):
         load_flux(tmp_path, config=CONFIG)
 
@@ -228,11 +241,19 @@ def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tiny, tmp_path)
     dev = fluxjax.load_defaults(folder)
     assert (dev.steps, dev.guidance, dev.max_length, dev.shift) == (28, 3.5, 512, True)
     assert (dev.base_shift, dev.max_shift) == (2.0, 2.65)
-    config, scheduler = folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    config, scheduler = (
+        folder / "transformer" / "config.json",
+        folder / "scheduler" / "scheduler_config.json",
+    )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
     scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 1.0}))
     schnell = fluxjax.load_defaults(folder)
-    assert (schnell.steps, schnell.guidance, schnell.max_length, schnell.shift) == (4, None, 256, False)
+    assert (schnell.steps, schnell.guidance, schnell.max_length, schnell.shift) == (
+        4,
+        None,
+        256,
+        False,
+    )
     scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 3.0}))
     with pytest.raises(WeightsError, match=r"static shift of 3\.0"):
         fluxjax.load_defaults(folder)
@@ -241,7 +262,7 @@ def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tiny, tmp_path)
 MEMORY = """
 import numpy as np, pathlib, sys
 import fluxjax
-from fluxjax.convert.files import read_header
+from fluxjax.checkpoint.safetensors import read_header
 import jax
 fluxjax.load_flux("tiny", dtype="float32")  # what the machinery itself takes
 path, config = pathlib.Path(sys.argv[1]), fluxjax.FluxConfig(
@@ -260,12 +281,17 @@ print((status("VmHWM") - before - result) / largest)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_takes_less_than_three_of_the_largest_tensor_above_the_result(tmp_path, dtype):
-    config = FluxConfig(width=768, heads=6, double_depth=3, single_depth=6, mlp_width=3072, context=64, pooled=64)
+    config = FluxConfig(
+        width=768, heads=6, double_depth=3, single_depth=6, mlp_width=3072, context=64, pooled=64
+    )
     abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, ml_dtypes.bfloat16), abstract)
     path = tmp_path / "large.safetensors"
     write(path, export(zeros, tables.FLUX_DIFFUSERS))
     out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY), str(path), dtype], capture_output=True, text=True, check=True
+        [sys.executable, "-c", textwrap.dedent(MEMORY), str(path), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert float(out.stdout) < 3

@@ -12,20 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxjax import WeightsError, cli, convert_weights, load_vae, read_lora, write_lora
-from fluxjax.convert.files import Out, read_header, write
-from fluxjax.zoo import shipped_lora, tiny_folder
+from fluxjax import WeightsError, convert_weights, load_vae, read_lora, write_lora
+from fluxjax.checkpoint.locate import shipped_lora, tiny_folder
+from fluxjax.checkpoint.safetensors import OutputTensor, read_header, write
+from fluxjax.cli.main import main as cli
 
 # Runs one command after the other, each when its flag appears, so that several processes begin at once.
 AT_ONCE = """
-import json, os, sys, time, fluxjax.cli, fluxjax.weights
+import json, os, sys, time, fluxjax.cli.main, fluxjax.weights
 folder, *commands = sys.argv[1:]
 for number, command in enumerate(commands):
     open(f"{folder}/ready-{number}-{os.getpid()}", "w").close()
     while not os.path.exists(f"{folder}/go-{number}"):
         time.sleep(0.001)
     try:
-        fluxjax.cli.main(json.loads(command))
+        fluxjax.cli.main.main(json.loads(command))
         print("code 0")
     except SystemExit as end:
         print("code", end.code)
@@ -35,8 +36,14 @@ for number, command in enumerate(commands):
 def run_at_once(folder, *processes):
     """Run processes of as many commands each; return what each wrote to its outputs."""
     folder.mkdir()
-    calls = [[sys.executable, "-c", AT_ONCE, str(folder), *map(json.dumps, commands)] for commands in processes]
-    running = [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for call in calls]
+    calls = [
+        [sys.executable, "-c", AT_ONCE, str(folder), *map(json.dumps, commands)]
+        for commands in processes
+    ]
+    running = [
+        subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for call in calls
+    ]
     for number in range(len(processes[0])):
         while len(list(folder.glob(f"ready-{number}-*"))) < len(running):
             assert all(process.poll() is None for process in running)
@@ -52,13 +59,24 @@ def test_of_two_conversions_to_one_destination_the_first_wins_with_its_own_bytes
         tmp_path / "flags",
         *[
             [
-                ["convert", "tiny", str(out / "vae.safetensors"), "--only", "vae", "--dtype", dtype],
+                [
+                    "convert",
+                    "tiny",
+                    str(out / "vae.safetensors"),
+                    "--only",
+                    "vae",
+                    "--dtype",
+                    dtype,
+                ],
                 ["convert", "tiny", str(out / "model"), "--to", layout],
             ]
             for dtype, layout in kinds
         ],
     )
-    codes = [[int(line[5:]) for line in output.splitlines() if line.startswith("code ")] for output, _ in outputs]
+    codes = [
+        [int(line[5:]) for line in output.splitlines() if line.startswith("code ")]
+        for output, _ in outputs
+    ]
     assert [sorted(pair) for pair in zip(*codes, strict=True)] == [[0, 2], [0, 2]]
     assert sum(errors.count("There is something at") for _, errors in outputs) == 2
     assert sorted(os.listdir(out)) == ["model", "vae.safetensors"]
@@ -70,7 +88,11 @@ def test_of_two_conversions_to_one_destination_the_first_wins_with_its_own_bytes
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("kind", ["convert", "lora"])
@@ -79,7 +101,11 @@ def test_a_link_under_the_former_temporary_name_is_not_followed(tmp_path, kind):
     mine.write_text("precious")
     (tmp_path / ".o.safetensors.part").symlink_to(mine)
     target = str(tmp_path / "o.safetensors")
-    source = ["convert", "tiny", target, "--only", "vae"] if kind == "convert" else ["lora", "convert", "tiny:kraft", target]
+    source = (
+        ["convert", "tiny", target, "--only", "vae"]
+        if kind == "convert"
+        else ["lora", "convert", "tiny:kraft", target]
+    )
     cli.main(source)
     assert mine.read_text() == "precious"
     assert (tmp_path / ".o.safetensors.part").readlink() == mine
@@ -130,7 +156,10 @@ fluxjax.convert_weights("tiny", sys.argv[1] + "/model", only=["vae"], report=con
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
     assert done.returncode == -signal.SIGKILL
-    assert [name.split(".")[1] for name in sorted(os.listdir(tmp_path))] == ["model", "vae"]  # both hidden
+    assert [name.split(".")[1] for name in sorted(os.listdir(tmp_path))] == [
+        "model",
+        "vae",
+    ]  # both hidden
     load_vae(convert_weights("tiny", tmp_path / "model", only="vae"))
     load_vae(convert_weights("tiny", tmp_path / "vae.safetensors", only="vae"))
     assert sorted(os.listdir(tmp_path)) == ["model", "vae.safetensors"]
@@ -162,11 +191,14 @@ def test_a_destination_may_lie_anywhere_but_needs_a_name(tmp_path, monkeypatch, 
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "no dtype", "int8", object, "float8_e4m3", "float8_e8m0fnu"])
+@pytest.mark.parametrize(
+    "dtype", ["complex64", "no dtype", "int8", object, "float8_e4m3", "float8_e8m0fnu"]
+)
 def test_a_dtype_that_weights_are_not_written_in_is_refused(tmp_path, dtype):
     for only in ("vae", "t5"):
         with pytest.raises(
-            ValueError, match=r"`convert_weights\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32"
+            ValueError,
+            match=r"`convert_weights\(dtype\)` writes floats of 32 bits or fewer, got .*Pass float32",
         ):
             convert_weights("tiny", tmp_path / "out", only=only, dtype=dtype)
     assert os.listdir(tmp_path) == []
@@ -188,7 +220,9 @@ def test_only_the_files_of_a_tokenizers_folder_are_copied(tmp_path):
     (model / "tokenizer" / "itself").symlink_to(model / "tokenizer")
     os.mkfifo(model / "tokenizer" / "pipe")
     again = convert_weights(model, tmp_path / "again")
-    assert sorted(os.listdir(again / "tokenizer")) == sorted(os.listdir(tiny_folder() / "tokenizer"))
+    assert sorted(os.listdir(again / "tokenizer")) == sorted(
+        os.listdir(tiny_folder() / "tokenizer")
+    )
 
 
 def test_an_adapter_is_written_over_another_only_when_that_is_allowed(tmp_path):
@@ -208,5 +242,5 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "a", {"x": Out.of(np.ones(3))}, report=stop)
+        write(tmp_path / "a", {"x": OutputTensor.of(np.ones(3))}, report=stop)
     assert os.listdir(tmp_path) == []

@@ -38,7 +38,10 @@ def machine() -> dict:
 
 def show(rows: list[dict]) -> None:
     for row in rows:
-        cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
+        cells = [
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+        ]
         print("  ".join(cells))
 
 

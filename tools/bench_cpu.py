@@ -16,7 +16,7 @@ from bench_parts import diffusers_vae
 from scaling import forward_flop
 
 import fluxjax
-from fluxjax.latents import image_ids
+from fluxjax.generate.latents import image_ids
 
 DTYPES = ("float32", "bfloat16")
 
@@ -50,7 +50,9 @@ def _torch(dtype: str) -> Any:
     return getattr(torch, dtype)
 
 
-def _compiled(module: Any, compile_too: bool, call: Callable[[Any], Any]) -> dict[str, Callable[[], Any]]:
+def _compiled(
+    module: Any, compile_too: bool, call: Callable[[Any], Any]
+) -> dict[str, Callable[[], Any]]:
     """Return calls of a torch module as it is, and compiled."""
     import torch
 
@@ -84,7 +86,9 @@ def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     import torch
 
     double, single = options.blocks
-    theirs = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+    theirs = diffusers.FluxTransformer2DModel(
+        num_layers=double, num_single_layers=single, guidance_embeds=True
+    )
     theirs.eval().save_pretrained(folder)
     theirs = theirs.to(_torch(dtype))
     ours = fluxjax.load_flux(folder, dtype=dtype)
@@ -94,7 +98,10 @@ def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
         for seed, shape in enumerate([(side * side, 64), (options.txt_tokens, 4096), (768,)])
     )
     ids = image_ids(16 * side, 16 * side)
-    scalar = {"t": jnp.float32(0.5), "guidance": jnp.float32(4.0)}  # exact in bfloat16, as theirs are
+    scalar = {
+        "t": jnp.float32(0.5),
+        "guidance": jnp.float32(4.0),
+    }  # exact in bfloat16, as theirs are
     arguments = {
         "hidden_states": their_x[None],
         "encoder_hidden_states": their_txt[None],
@@ -106,13 +113,19 @@ def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
         "return_dict": False,
     }
 
-    def call(flux: fluxjax.Flux, x: jax.Array, txt: jax.Array, vec: jax.Array, scalar: dict) -> jax.Array:
+    def call(
+        flux: fluxjax.Flux, x: jax.Array, txt: jax.Array, vec: jax.Array, scalar: dict
+    ) -> jax.Array:
         return flux(x, txt=txt, vec=vec, img_ids=ids, **scalar)
 
     flop = forward_flop(ours.config, side * side, options.txt_tokens)
     theirs_calls = _compiled(theirs, options.compile, lambda module: module(**arguments)[0])
     inputs = (x, txt, vec, scalar)
-    apart = {"fluxjax, blocks apart": _blocked(call, fluxjax.unroll(ours), *inputs)} if options.unroll else {}
+    apart = (
+        {"fluxjax, blocks apart": _blocked(call, fluxjax.unroll(ours), *inputs)}
+        if options.unroll
+        else {}
+    )
     return Case(_blocked(call, ours, *inputs), theirs_calls, flop, apart)
 
 
@@ -122,14 +135,22 @@ def t5(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=1000, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64, feed_forward_proj="gated-gelu"
+        vocab_size=1000,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=1,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
     )
     theirs = transformers.T5EncoderModel(config).eval()
     theirs.save_pretrained(folder)
     ids = np.random.default_rng(0).integers(0, 1000, options.txt_tokens).astype(np.int32)
     ours = fluxjax.load_t5(folder, dtype=dtype)
     calls = _compiled(
-        theirs.to(_torch(dtype)), options.compile, lambda module: module(torch.from_numpy(ids[None]).long()).last_hidden_state
+        theirs.to(_torch(dtype)),
+        options.compile,
+        lambda module: module(torch.from_numpy(ids[None]).long()).last_hidden_state,
     )
     flop = 2 * options.txt_tokens * 4096 * (4 * 4096 + 3 * 10240) + 4 * options.txt_tokens**2 * 4096
     return Case(_blocked(lambda network, ids: network(ids), ours, jnp.asarray(ids)), calls, flop)
@@ -141,7 +162,11 @@ def clip(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     import transformers
 
     config = transformers.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=2
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        eos_token_id=2,
     )
     theirs = transformers.CLIPTextModel(config).eval()
     theirs.save_pretrained(folder)
@@ -149,7 +174,9 @@ def clip(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     ids[20:] = 49407
     ours = fluxjax.load_clip(folder, dtype=dtype)
     calls = _compiled(
-        theirs.to(_torch(dtype)), options.compile, lambda module: module(torch.from_numpy(ids[None]).long()).pooler_output
+        theirs.to(_torch(dtype)),
+        options.compile,
+        lambda module: module(torch.from_numpy(ids[None]).long()).pooler_output,
     )
     flop = 12 * (2 * 77 * 768 * (4 * 768 + 2 * 3072) + 4 * 77**2 * 768)
     return Case(_blocked(lambda network, ids: network(ids), ours, jnp.asarray(ids)), calls, flop)
@@ -171,23 +198,38 @@ def vae(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     return Case(_blocked(call, ours, z), calls)
 
 
-CASES: Mapping[str, Callable[[Path, str, argparse.Namespace], Case]] = {"flux": flux, "t5": t5, "clip": clip, "vae": vae}
+CASES: Mapping[str, Callable[[Path, str, argparse.Namespace], Case]] = {
+    "flux": flux,
+    "t5": t5,
+    "clip": clip,
+    "vae": vae,
+}
 
 
 def ceiling(dtype: str) -> dict[str, Callable[[], Any]]:
     """Return a product of the transformer's own size, on both."""
     import torch
 
-    (a, their_a), (b, their_b) = (_normal(*shape, seed=0, dtype=dtype) for shape in [(1536, 3072), (12288, 3072)])
+    (a, their_a), (b, their_b) = (
+        _normal(*shape, seed=0, dtype=dtype) for shape in [(1536, 3072), (12288, 3072)]
+    )
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+        return jax.lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        ).astype(a.dtype)
 
-    return {"fluxjax": _blocked(product, a, b), "torch": lambda: torch.nn.functional.linear(their_a, their_b)}
+    return {
+        "fluxjax": _blocked(product, a, b),
+        "torch": lambda: torch.nn.functional.linear(their_a, their_b),
+    }
 
 
 def _error(found: Any, expected: Any) -> float:
-    found, expected = (np.asarray(value, np.float64).reshape(-1) for value in (found, expected.detach().float().numpy()))
+    found, expected = (
+        np.asarray(value, np.float64).reshape(-1)
+        for value in (found, expected.detach().float().numpy())
+    )
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
@@ -200,13 +242,27 @@ def bench_cpu(options: argparse.Namespace) -> list[dict]:
     for dtype in options.dtypes:
         spent = in_turns(ceiling(dtype), 3 * options.repeats)
         best = {name: 2 * 1536 * 3072 * 12288 / min(seconds) for name, seconds in spent.items()}
-        print(f"{dtype} matmul: " + ", ".join(f"{name} {flops / 1e9:.0f} GFLOP/s" for name, flops in best.items()), flush=True)
+        print(
+            f"{dtype} matmul: "
+            + ", ".join(f"{name} {flops / 1e9:.0f} GFLOP/s" for name, flops in best.items()),
+            flush=True,
+        )
         for name in options.cases:
-            row: dict[str, Any] = {"bench": "cpu", "case": name, "dtype": dtype, "torch": torch.__version__}
-            row |= {f"{library} matmul GFLOP/s": round(flops / 1e9, 1) for library, flops in best.items()}
+            row: dict[str, Any] = {
+                "bench": "cpu",
+                "case": name,
+                "dtype": dtype,
+                "torch": torch.__version__,
+            }
+            row |= {
+                f"{library} matmul GFLOP/s": round(flops / 1e9, 1)
+                for library, flops in best.items()
+            }
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    row |= compared(CASES[name](Path(folder), dtype, options), options.repeats, best["fluxjax"])
+                    row |= compared(
+                        CASES[name](Path(folder), dtype, options), options.repeats, best["fluxjax"]
+                    )
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print(row, flush=True)
@@ -221,27 +277,53 @@ def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
     spent = in_turns(calls, repeats)
     median = {name: statistics.median(seconds) for name, seconds in spent.items()}
     best = min(median[name] for name in case.theirs)
-    share = {} if case.flop is None else {"share of matmul": round(case.flop / median["fluxjax"] / ceiling, 3)}
+    share = (
+        {}
+        if case.flop is None
+        else {"share of matmul": round(case.flop / median["fluxjax"] / ceiling, 3)}
+    )
     return {
         "relative error": float(f"{error:.2g}"),
         **{f"{name} s": round(seconds, 4) for name, seconds in median.items()},
-        "spread": {name: round((max(seconds) - min(seconds)) / median[name], 2) for name, seconds in spent.items()},
+        "spread": {
+            name: round((max(seconds) - min(seconds)) / median[name], 2)
+            for name, seconds in spent.items()
+        },
         "ratio": round(best / median["fluxjax"], 2),
         **share,
     }
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    cpu = commands.add_parser("cpu", help="the networks on a CPU beside diffusers and transformers on torch (extra `parity`)")
+    cpu = commands.add_parser(
+        "cpu",
+        help="the networks on a CPU beside diffusers and transformers on torch (extra `parity`)",
+    )
     cpu.set_defaults(run=bench_cpu)
     cpu.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     cpu.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    cpu.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"), help="(default: 1 2)")
-    cpu.add_argument("--unroll", action="store_true", help="the transformer with its blocks apart, too")
+    cpu.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        default=(1, 2),
+        metavar=("DOUBLE", "SINGLE"),
+        help="(default: 1 2)",
+    )
+    cpu.add_argument(
+        "--unroll", action="store_true", help="the transformer with its blocks apart, too"
+    )
     cpu.add_argument("--img-tokens", type=int, default=1024, help="a square (default: %(default)s)")
     cpu.add_argument("--txt-tokens", type=int, default=512, help="(default: %(default)s)")
-    cpu.add_argument("--image", type=int, default=512, help="pixels along a side, of the VAE (default: %(default)s)")
+    cpu.add_argument(
+        "--image",
+        type=int,
+        default=512,
+        help="pixels along a side, of the VAE (default: %(default)s)",
+    )
     cpu.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     cpu.add_argument("--threads", type=int, help="of torch (default: its own)")
-    cpu.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    cpu.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
+    )
     cpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

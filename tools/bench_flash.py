@@ -31,7 +31,9 @@ TOPOLOGIES = {
 KERNELS = {"forward": ["forward"], "gradient": ["forward", "dq", "dkv"]}
 # The VMEM that the compiler gave a kernel.
 _NAME = re.compile(r"(?:flash_)?(forward|dq|dkv|heads)\S* = .*custom-call\(")
-_USED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+_USED = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
+)
 
 
 def used_vmem(program: str) -> dict[str, int]:
@@ -49,19 +51,34 @@ def run_of(flash: Callable, kind: str, **options: Any) -> Callable:
     mix = partial(flash, scale=128**-0.5, **options)
     if kind == "forward":
         return lambda q, k, v, grad, length=None: mix(q, k, v, key_length=length)
-    return lambda q, k, v, grad, length=None: jax.vjp(lambda *x: mix(*x, key_length=length), q, k, v)[1](grad)
+    return lambda q, k, v, grad, length=None: jax.vjp(
+        lambda *x: mix(*x, key_length=length), q, k, v
+    )[1](grad)
 
 
-def compiled_row(chip: str, device: Any, tokens: int, preset: str | None, kind: str, batch: int | None) -> dict[str, Any]:
+def compiled_row(
+    chip: str, device: Any, tokens: int, preset: str | None, kind: str, batch: int | None
+) -> dict[str, Any]:
     wanted = None if preset is None else PRESETS[preset]
-    row = {"bench": "flash-aot", "chip": chip, "tokens": tokens, "batch": batch, "pass": kind, "blocks": preset or "default"}
+    row = {
+        "bench": "flash-aot",
+        "chip": chip,
+        "tokens": tokens,
+        "batch": batch,
+        "pass": kind,
+        "blocks": preset or "default",
+    }
     try:
         sizes = blocks(tokens, tokens, 128, jnp.bfloat16, chip, wanted)
     except ValueError as error:  # blocks that do not fit are a result
         return row | {"error": str(error)}
-    computed = {kernel: vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]}
+    computed = {
+        kernel: vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]
+    }
     row["sizes"] = {kernel: sizes[kernel] for kernel in KERNELS[kind]}
-    row["VMEM MiB by shapes"] = {kernel: round(size / 2**20, 1) for kernel, size in computed.items()}
+    row["VMEM MiB by shapes"] = {
+        kernel: round(size / 2**20, 1) for kernel, size in computed.items()
+    }
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
     # A batch has a key length an example, so that the masked form is compiled too.
@@ -100,7 +117,9 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
         "batch": batch,
         "pass": "heads",
         "sizes": {"heads": size},
-        "VMEM MiB by shapes": {"heads": round(heads_tpu.vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)},
+        "VMEM MiB by shapes": {
+            "heads": round(heads_tpu.vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)
+        },
         "VMEM MiB by compiler": {kernel: round(size / 2**20, 1) for kernel, size in used.items()},
         "compile s": round(time.perf_counter() - start, 1),
     }
@@ -113,7 +132,11 @@ def bench_flash(options: argparse.Namespace) -> list[dict]:
     for chip in options.chips:
         device = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chip]).devices[0]
         cases = [(tokens, None, None) for tokens in options.tokens] + [(1536, None, 2)]
-        cases += [(4608, "trillium", None), (4608, "trillium-dev", None), (4352, "trillium-schnell", None)]
+        cases += [
+            (4608, "trillium", None),
+            (4608, "trillium-dev", None),
+            (4352, "trillium-schnell", None),
+        ]
         for tokens, preset, batch in cases:
             for kind in KERNELS:
                 found.append(compiled_row(chip, device, tokens, preset, kind, batch))
@@ -130,5 +153,11 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("flash-aot", help="flash_tpu compiled for TPUs, without one")
     parser.set_defaults(run=bench_flash)
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4608, 4352, 1536, 4133, 77],
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

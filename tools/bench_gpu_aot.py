@@ -26,7 +26,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from fluxjax import Flux, FluxConfig, unroll
-from fluxjax.generate import Text, denoise
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.text import Text
 from fluxjax.kernels.flash_gpu import flash
 from fluxjax.nets.quantized import EIGHT_BITS
 
@@ -81,7 +82,9 @@ gpu_device_info {{
 def gpu_topology(kind: str, devices: int = 1) -> Any:
     """Return a topology of GPUs of a kind of `GPUS`; what is lowered for its `devices` compiles without one."""
     target = _TARGET.format(**GPUS[kind], per_core=GPUS[kind]["shared"] + 1024)
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}")
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}"
+    )
 
 
 def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
@@ -99,9 +102,14 @@ def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: str) -> dict[str, Any]:
+def flash_row(
+    kind: str, device: Any, tokens: int, batch: int | None, wanted: str
+) -> dict[str, Any]:
     """Compile a pass of flash_gpu for 24 heads of 128."""
-    from fluxjax.kernels import flash_mosaic, flash_triton  # the first needs absl, which the other benches do not
+    from fluxjax.kernels import (  # the first needs absl, which the other benches do not
+        flash_mosaic,
+        flash_triton,
+    )
 
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
@@ -111,7 +119,10 @@ def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: st
     run = run_of(flash, wanted, hopper=hopper)
     sizes = (flash_mosaic if hopper else flash_triton).blocks(tokens, tokens, 128)
     sizes = {kernel: sizes[kernel] for kernel in KERNELS[wanted]}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder),
+    ):
         start = time.perf_counter()
         program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
         seconds = time.perf_counter() - start
@@ -129,11 +140,15 @@ def flash_row(kind: str, device: Any, tokens: int, batch: int | None, wanted: st
     }
     if not hopper:
         return row
-    computed = {kernel: flash_mosaic.smem_bytes(kernel, block, 128) for kernel, block in sizes.items()}
+    computed = {
+        kernel: flash_mosaic.smem_bytes(kernel, block, 128) for kernel, block in sizes.items()
+    }
     return row | {"shared memory by shapes": computed, "kernels": kernels}
 
 
-def transformer_row(kind: str, device: Any, weights: str, unrolled: bool, batch: int) -> dict[str, Any]:
+def transformer_row(
+    kind: str, device: Any, weights: str, unrolled: bool, batch: int
+) -> dict[str, Any]:
     """Compile 28 steps of dev at 1024x1024, attention by cuDNN.
 
     Products are given to cuBLAS, since which of them are faster in Triton is tried out on a device.
@@ -149,10 +164,18 @@ def transformer_row(kind: str, device: Any, weights: str, unrolled: bool, batch:
     flux = eqx.filter_eval_shape(unroll, flux) if unrolled else flux
     flux = jax.tree.map(lambda leaf: struct(*leaf.shape, dtype=leaf.dtype), flux)
     text = Text(struct(batch, 512, config.context), struct(batch, config.pooled))
-    inputs = struct(batch, 16, 128, 128, dtype=jnp.float32), struct(29, dtype=jnp.float32), struct(dtype=jnp.float32)
-    gpu = SimpleNamespace(platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}")
+    inputs = (
+        struct(batch, 16, 128, 128, dtype=jnp.float32),
+        struct(29, dtype=jnp.float32),
+        struct(dtype=jnp.float32),
+    )
+    gpu = SimpleNamespace(
+        platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}"
+    )
     with pretended(gpu):
-        lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(flux, text, *inputs)
+        lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(
+            flux, text, *inputs
+        )
     start = time.perf_counter()
     program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     memory, text = program.memory_analysis(), program.as_text()
@@ -176,7 +199,10 @@ def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
     found = []
     for kind in options.chips:
         (device,) = gpu_topology(kind).devices
-        for tokens, batch in [*((tokens, None) for tokens in options.tokens), *([(1536, 2)] if options.tokens else [])]:
+        for tokens, batch in [
+            *((tokens, None) for tokens in options.tokens),
+            *([(1536, 2)] if options.tokens else []),
+        ]:
             for wanted in KERNELS:
                 found.append(flash_row(kind, device, tokens, batch, wanted))
                 print(found[-1], flush=True)
@@ -201,5 +227,11 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
     parser.set_defaults(run=bench_gpu_aot)
     parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[4608, 4352, 1536, 4133, 77], help="(default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="*",
+        default=[4608, 4352, 1536, 4133, 77],
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

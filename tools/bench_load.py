@@ -20,9 +20,9 @@ import numpy as np
 
 import fluxjax
 from fluxjax import FluxConfig
-from fluxjax.convert.files import Out, write
-from fluxjax.convert.load import abstract, slots_of, their_shape
-from fluxjax.convert.tables import FLUX_BFL
+from fluxjax.checkpoint.names import FLUX_BFL
+from fluxjax.checkpoint.plan import abstract, slots_of, their_shape
+from fluxjax.checkpoint.safetensors import OutputTensor, write
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -30,15 +30,19 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def bfl_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a BFL file of this config."""
     slots = slots_of(abstract(fluxjax.Flux, config))
-    return {key: their_shape(slot.shape, row) for name, slot in slots.items() for key, row in FLUX_BFL.keys(name)}
+    return {
+        key: their_shape(slot.shape, row)
+        for name, slot in slots.items()
+        for key, row in FLUX_BFL.keys(name)
+    }
 
 
 def random_file(path: Path, config: FluxConfig) -> None:
     """Write a BFL file of random bfloat16 values."""
     pool = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(BFLOAT16)
 
-    def draw(shape: tuple[int, ...]) -> Out:
-        return Out(BFLOAT16, shape, lambda: [np.resize(pool, shape)])
+    def draw(shape: tuple[int, ...]) -> OutputTensor:
+        return OutputTensor(BFLOAT16, shape, lambda: [np.resize(pool, shape)])
 
     write(path, {name: draw(shape) for name, shape in bfl_shapes(config).items()})
 
@@ -48,7 +52,11 @@ def sparse_file(path: Path, config: FluxConfig) -> int:
     header, offset = {}, 0
     for name, shape in bfl_shapes(config).items():
         nbytes = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (offset, offset := offset + nbytes)}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": (offset, offset := offset + nbytes),
+        }
     text = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -66,12 +74,16 @@ def seconds(call: Callable[[], object]) -> float:
 def touch(network: fluxjax.Flux) -> None:
     """Read every byte of a network's memory once; a mapped file is read only then."""
     for leaf in jax.tree.leaves(network):
-        np.bitwise_or.reduce(np.asarray(leaf).reshape(-1).view(np.uint64 if leaf.nbytes % 8 == 0 else np.uint8))
+        np.bitwise_or.reduce(
+            np.asarray(leaf).reshape(-1).view(np.uint64 if leaf.nbytes % 8 == 0 else np.uint8)
+        )
 
 
 def bench_speed(options: argparse.Namespace) -> list[dict]:
     """Convert and load a file of a few blocks of the official widths, beside a plain copy of its bytes; the fastest counts."""
-    config = replace(FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1])
+    config = replace(
+        FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1]
+    )
     spent: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, copy = Path(folder) / "flux1-dev.safetensors", Path(folder) / "copy"
@@ -84,11 +96,19 @@ def bench_speed(options: argparse.Namespace) -> list[dict]:
                 target = Path(folder) / to
                 convert = partial(fluxjax.convert_weights, source, target, to=to)
                 spent.setdefault(f"convert to {to}", []).append(seconds(convert))
-                spent.setdefault(f"load {to}", []).append(seconds(lambda: touch(fluxjax.load_flux(target))))  # noqa: B023
+                spent.setdefault(f"load {to}", []).append(
+                    seconds(lambda: touch(fluxjax.load_flux(target)))
+                )  # noqa: B023
                 shutil.rmtree(target)
     best = {name: min(times) for name, times in spent.items()}
     return [
-        {"bench": "load", "what": name, "bytes": nbytes, "gb_per_second": nbytes / t / 1e9, "over_copy": best["copy"] / t}
+        {
+            "bench": "load",
+            "what": name,
+            "bytes": nbytes,
+            "gb_per_second": nbytes / t / 1e9,
+            "over_copy": best["copy"] / t,
+        }
         for name, t in best.items()
     ]
 
@@ -132,11 +152,26 @@ def bench_full(options: argparse.Namespace) -> list[dict]:
 def add_commands(commands: argparse._SubParsersAction) -> None:
     speed = commands.add_parser("load", help="loading and converting, beside a plain copy")
     speed.set_defaults(run=bench_speed)
-    speed.add_argument("--blocks", type=int, nargs=2, default=(2, 4), metavar=("DOUBLE", "SINGLE"), help="(default: 2 4)")
+    speed.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        default=(2, 4),
+        metavar=("DOUBLE", "SINGLE"),
+        help="(default: 2 4)",
+    )
     speed.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
-    full = commands.add_parser("load-full", help="dev at full size from a sparse file: peak memory (writes 24 GB)")
+    full = commands.add_parser(
+        "load-full", help="dev at full size from a sparse file: peak memory (writes 24 GB)"
+    )
     full.set_defaults(run=bench_full)
-    full.add_argument("--to", nargs="+", default=["own", "diffusers"], help="layouts (default: own diffusers)")
+    full.add_argument(
+        "--to", nargs="+", default=["own", "diffusers"], help="layouts (default: own diffusers)"
+    )
     for command in (speed, full):
-        command.add_argument("--folder", type=Path, help="where the files are written (default: the temporary folder)")
+        command.add_argument(
+            "--folder",
+            type=Path,
+            help="where the files are written (default: the temporary folder)",
+        )
         command.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

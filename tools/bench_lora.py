@@ -12,7 +12,8 @@ from bench_parts import random_flux
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Lora
-from fluxjax.convert.load import leaf_names, slots_of
+from fluxjax.checkpoint.plan import slots_of
+from fluxjax.nets.stack import leaf_names
 
 
 def random_lora(flux: Flux, rank: int) -> Lora:
@@ -32,7 +33,11 @@ def plain_pass(flux: Flux, names: set[str]) -> Flux:
     leaves, structure = jax.tree.flatten(flux)
     listed = leaf_names(flux)
     return jax.tree.unflatten(
-        structure, [touched(leaf) if name in names else leaf for name, leaf in zip(listed, leaves, strict=True)]
+        structure,
+        [
+            touched(leaf) if name in names else leaf
+            for name, leaf in zip(listed, leaves, strict=True)
+        ],
     )
 
 
@@ -51,13 +56,19 @@ def reset_peak() -> None:
 
 def bench_merge(options: argparse.Namespace) -> list[dict]:
     """Merge into a few blocks of the official width, in place and in turns with a plain pass; the fastest of each counts."""
-    flux = random_flux(replace(FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1]))
+    flux = random_flux(
+        replace(FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1])
+    )
     lora = random_lora(flux, options.rank)
     slots = slots_of(flux)
     changed = [slots[name] for name in lora.changes["flux"]]
     listed = leaf_names(flux)
     names = {listed[slot.leaf] for slot in changed}
-    nbytes = sum(leaf.nbytes for name, leaf in zip(listed, jax.tree.leaves(flux), strict=True) if name in names)
+    nbytes = sum(
+        leaf.nbytes
+        for name, leaf in zip(listed, jax.tree.leaves(flux), strict=True)
+        if name in names
+    )
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(flux))
     best = {"merge": float("inf"), "pass": float("inf")}
     peak = 0
@@ -66,7 +77,11 @@ def bench_merge(options: argparse.Namespace) -> list[dict]:
             jax.block_until_ready(flux)
             reset_peak()
             before, start = resident("VmRSS"), time.perf_counter()
-            flux = fluxjax.merge(flux, [lora], [0.5], donate=True) if what == "merge" else plain_pass(flux, names)
+            flux = (
+                fluxjax.merge(flux, [lora], [0.5], donate=True)
+                if what == "merge"
+                else plain_pass(flux, names)
+            )
             jax.block_until_ready(flux)
             spent = time.perf_counter() - start
             best[what] = min(best[what], spent)
@@ -84,15 +99,26 @@ def bench_merge(options: argparse.Namespace) -> list[dict]:
             "pass_seconds": best["pass"],
             "merge_over_pass": best["merge"] / best["pass"],
             "host_peak_above_model_gigabytes": peak / 1e9,
-            "device_peak_above_model_gigabytes": None if on_device is None else (on_device - whole) / 1e9,
+            "device_peak_above_model_gigabytes": None
+            if on_device is None
+            else (on_device - whole) / 1e9,
         }
     ]
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("lora", help="merging an adapter, beside a plain pass over the same bytes")
+    command = commands.add_parser(
+        "lora", help="merging an adapter, beside a plain pass over the same bytes"
+    )
     command.set_defaults(run=bench_merge)
-    command.add_argument("--blocks", type=int, nargs=2, default=(2, 4), metavar=("DOUBLE", "SINGLE"), help="(default: 2 4)")
+    command.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        default=(2, 4),
+        metavar=("DOUBLE", "SINGLE"),
+        help="(default: 2 4)",
+    )
     command.add_argument("--rank", type=int, default=16, help="(default: %(default)s)")
     command.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     command.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

@@ -20,9 +20,13 @@ def random_flux(config: FluxConfig) -> Flux:
     """Draw bfloat16 weights on the device, leaf by leaf, so that no float32 copy of the model ever exists."""
     abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(abstract)
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    draw = jax.jit(
+        lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
+    )
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
 def diffusers_vae() -> Any:
@@ -52,14 +56,24 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def told(spent: list[float]) -> dict[str, float]:
     """Return the median of several calls, their spread as a share of it, and how many they are."""
     median = statistics.median(spent)
-    return {"seconds": median, "spread": round((max(spent) - min(spent)) / median, 3), "turns": len(spent)}
+    return {
+        "seconds": median,
+        "spread": round((max(spent) - min(spent)) / median, 3),
+        "turns": len(spent),
+    }
 
 
 @contextmanager
-def pretended(device: Any, modules: Sequence[str] = ("kernels.attention", "nets.layers", "nets.heads")) -> Iterator[None]:
+def pretended(
+    device: Any, modules: Sequence[str] = ("kernels.attention", "nets.layers", "nets.heads")
+) -> Iterator[None]:
     """Trace for another device than this machine's, of which `platform` and what tells its kind are asked by these modules."""
     with ExitStack() as stack:
         for name in modules:
             # By name, since the package has a function `attention` too.
-            stack.enter_context(mock.patch.object(sys.modules[f"fluxjax.{name}"], "default_device", return_value=device))
+            stack.enter_context(
+                mock.patch.object(
+                    sys.modules[f"fluxjax.{name}"], "default_device", return_value=device
+                )
+            )
         yield

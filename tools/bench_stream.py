@@ -18,7 +18,7 @@ import json, sys, threading, time
 import jax, jax.numpy as jnp
 import fluxjax
 from fluxjax.generate import Text, denoise
-from fluxjax.latents import initial_noise
+from fluxjax.generate.latents import initial_noise
 path, size, steps, what, options = sys.argv[1:]
 size, steps, options = int(size), int(steps), json.loads(options)
 peak = {"RssAnon": 0, "VmRSS": 0}
@@ -70,17 +70,35 @@ def bench_stream(options: argparse.Namespace) -> list[dict]:
             arguments = [str(path), str(options.size), str(options.steps), what, given]
             command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            shape = {"bench": "stream", "weights": what, "blocks": list(blocks), "size": options.size, "steps": options.steps}
+            shape = {
+                "bench": "stream",
+                "weights": what,
+                "blocks": list(blocks),
+                "size": options.size,
+                "steps": options.steps,
+            }
             rows.append({**shape, "gigabytes": path.stat().st_size / 1e9, **json.loads(out.stdout)})
     return rows
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    stream = commands.add_parser("stream", help="dev at full size, a block at a time from its file (writes 24 GB)")
+    stream = commands.add_parser(
+        "stream", help="dev at full size, a block at a time from its file (writes 24 GB)"
+    )
     stream.set_defaults(run=bench_stream)
-    stream.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="fewer blocks, for a small machine")
+    stream.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        metavar=("DOUBLE", "SINGLE"),
+        help="fewer blocks, for a small machine",
+    )
     stream.add_argument("--beside", action="store_true", help="the same with all weights in memory")
-    stream.add_argument("--size", type=int, default=256, help="pixels along a side (default: %(default)s)")
+    stream.add_argument(
+        "--size", type=int, default=256, help="pixels along a side (default: %(default)s)"
+    )
     stream.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
-    stream.add_argument("--folder", type=Path, help="where the file is written (default: the system's)")
+    stream.add_argument(
+        "--folder", type=Path, help="where the file is written (default: the system's)"
+    )
     stream.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

@@ -21,12 +21,15 @@ from program import read
 from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
-from fluxjax.generate import Text, denoise
+from fluxjax.devices.mesh import make_mesh
+from fluxjax.devices.shard import ROWS
+from fluxjax.devices.specs import specs
+from fluxjax.devices.weights import HostWeight
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.text import Text
 from fluxjax.kernels.attention import IMPLEMENTATIONS
-from fluxjax.memory import Hosted
-from fluxjax.nets.layers import Dense
-from fluxjax.nets.quantized import EIGHT_BITS, Quantized
-from fluxjax.shard import ROWS, make_mesh, specs
+from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
+from fluxjax.nets.weight import Dense
 
 # Name, chips, usable GiB of each device.
 CHIPS = {
@@ -43,7 +46,11 @@ VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell()
 
 def structs(tree: Any, shardings: Any) -> Any:
     """Return shapes on their devices."""
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
 
 
 class Form(NamedTuple):
@@ -55,7 +62,9 @@ class Form(NamedTuple):
     quantize: str | None = None
 
 
-def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, form: Form) -> Any:
+def lowered(
+    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, form: Form
+) -> Any:
     """Return one image a row of the mesh, lowered."""
     stream = form.stream
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
@@ -71,10 +80,16 @@ def lowered(config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: i
     def row(*shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=rows)
 
-    text = Text(row(txt_tokens, config.context, dtype=jnp.bfloat16), row(config.pooled, dtype=jnp.bfloat16))
+    text = Text(
+        row(txt_tokens, config.context, dtype=jnp.bfloat16), row(config.pooled, dtype=jnp.bfloat16)
+    )
     noise = row(16, side, side, dtype=jnp.float32)
     times = jax.ShapeDtypeStruct((steps + 1,), jnp.float32, sharding=everywhere)
-    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) if config.guidance_embed else None
+    scale = (
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        if config.guidance_embed
+        else None
+    )
 
     def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
         options = {"attention": form.attention, "mesh": None if stream else mesh}
@@ -95,10 +110,12 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
         return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
 
-    return jax.tree_util.tree_map_with_path(place, flux, is_leaf=lambda node: isinstance(node, Dense))
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
 
 
-_EIGHT = Quantized(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
+_EIGHT = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
 
 
 def hosted(flux: Flux, host: NamedSharding) -> Flux:
@@ -106,22 +123,28 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
 
     def place(path: Any, node: Any) -> Any:
         stays = isinstance(node, Dense) and path[0].name in ("double", "single")
-        return eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
+        return (
+            eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
+        )
 
     def struct(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
 
-    return jax.tree_util.tree_map_with_path(place, flux, is_leaf=lambda node: isinstance(node, Dense))
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
 
 
-_EMPTY = Hosted(jnp.zeros((0, 0)))
+_EMPTY = HostWeight(jnp.zeros((0, 0)))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
     """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
     turn ahead."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags})
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
+        )
         (dump,) = Path(folder).glob("*.after_optimizations.txt")
         return compiled, dump.read_text()
 
@@ -136,14 +159,30 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
         for variant in options.variants:
             for axis in options.axes:
                 stream = axis == STREAM
-                mesh = make_mesh(devices=devices[:1]) if stream else make_mesh(**{axis: -1}, devices=devices)
+                mesh = (
+                    make_mesh(devices=devices[:1])
+                    if stream
+                    else make_mesh(**{axis: -1}, devices=devices)
+                )
                 form = Form(stream, options.attention, options.heads, options.quantize)
-                row = {"machine": chip, "devices": mesh.size, "model": variant, "mesh": axis, "limit GiB": limit, **flags}
-                row |= {"attention": options.attention or "default", "heads": "kernel" if options.heads else "xla"}
+                row = {
+                    "machine": chip,
+                    "devices": mesh.size,
+                    "model": variant,
+                    "mesh": axis,
+                    "limit GiB": limit,
+                    **flags,
+                }
+                row |= {
+                    "attention": options.attention or "default",
+                    "heads": "kernel" if options.heads else "xla",
+                }
                 row |= {"quantize": options.quantize}
                 try:
                     row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
-                    row |= expected(*VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row)
+                    row |= expected(
+                        *VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row
+                    )
                 except Exception as error:  # a row that does not fit is a result
                     row |= {"error": str(error).splitlines()[0][:200]}
                 print(row, flush=True)
@@ -153,21 +192,40 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
 
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
-    tpu = commands.add_parser("tpu-aot", help="full-size dev and schnell compiled for TPUs, without one")
+    tpu = commands.add_parser(
+        "tpu-aot", help="full-size dev and schnell compiled for TPUs, without one"
+    )
     tpu.set_defaults(run=bench_tpu)
     tpu.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
-    tpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
-    tpu.add_argument("--attention", choices=IMPLEMENTATIONS, help="(default: what a TPU takes: flash_tpu, or the ring's own)")
-    tpu.add_argument("--xla-heads", dest="heads", action="store_false", help="queries, keys and values without their kernel")
+    tpu.add_argument(
+        "--size", type=int, default=1024, help="pixels along a side (default: %(default)s)"
+    )
+    tpu.add_argument(
+        "--attention",
+        choices=IMPLEMENTATIONS,
+        help="(default: what a TPU takes: flash_tpu, or the ring's own)",
+    )
+    tpu.add_argument(
+        "--xla-heads",
+        dest="heads",
+        action="store_false",
+        help="queries, keys and values without their kernel",
+    )
     tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
     tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
     tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
 
 
 def measured(
-    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, flags: dict[str, str], form: Form
+    config: FluxConfig,
+    txt_tokens: int,
+    steps: int,
+    mesh: Mesh,
+    size: int,
+    flags: dict[str, str],
+    form: Form,
 ) -> dict[str, Any]:
     """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
     start = time.perf_counter()
@@ -192,7 +250,13 @@ def measured(
 
 
 def expected(
-    config: FluxConfig, txt_tokens: int, steps: int, axis: str, chips: int, size: int, row: dict[str, Any]
+    config: FluxConfig,
+    txt_tokens: int,
+    steps: int,
+    axis: str,
+    chips: int,
+    size: int,
+    row: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what the formulas say of a step, and the compiled program's share of it."""
     cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens, steps), chips)

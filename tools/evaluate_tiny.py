@@ -12,7 +12,7 @@ from PIL import Image
 from scenes import CHECKS, Scene, caption, check, random_scene, render
 
 import fluxjax
-from fluxjax.image import to_bytes
+from fluxjax.generate.image import to_bytes
 
 SIZE = 128
 
@@ -26,13 +26,17 @@ def held_out_scenes(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     return chosen
 
 
-def generate(models: fluxjax.Models, prompts: list[str], *, steps: int, guidance: float, batch: int = 50) -> np.ndarray:
+def generate(
+    models: fluxjax.Models, prompts: list[str], *, steps: int, guidance: float, batch: int = 50
+) -> np.ndarray:
     """Draw one image of each prompt, with its number in the list as its seed."""
     images = []
     for start in range(0, len(prompts), batch):
         mine = prompts[start : start + batch]
         key = jax.random.fold_in(jax.random.key(0), start)
-        images.append(np.asarray(fluxjax.text_to_image(models, mine, key=key, steps=steps, guidance=guidance)))
+        images.append(
+            np.asarray(fluxjax.text_to_image(models, mine, key=key, steps=steps, guidance=guidance))
+        )
     return np.concatenate(images)
 
 
@@ -58,7 +62,9 @@ def vae_scores(models: fluxjax.Models, scenes: list[Scene]) -> tuple[float, floa
     images = np.stack([render(scene, SIZE, SIZE, rng) for scene in scenes])
     trip = jax.jit(lambda vae, x: jax.lax.map(lambda one: vae.decode(vae.encode(one)), x))
     back = np.clip(trip(models.vae, images), -1, 1)
-    return float(-10 * np.log10(np.mean(np.square((back - images) / 2)))), score(back, scenes)["all"]
+    return float(-10 * np.log10(np.mean(np.square((back - images) / 2)))), score(back, scenes)[
+        "all"
+    ]
 
 
 def score_by_box(images: np.ndarray, scenes: list[Scene]) -> float:
@@ -80,7 +86,10 @@ def by_kind(images: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
     """Lay images out in rows."""
-    rows = [np.concatenate(list(to_bytes(images[i : i + columns])), axis=1) for i in range(0, len(images), columns)]
+    rows = [
+        np.concatenate(list(to_bytes(images[i : i + columns])), axis=1)
+        for i in range(0, len(images), columns)
+    ]
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -89,24 +98,46 @@ def table(rows: list[tuple[int, float, dict[str, float]]]) -> str:
     names = (*CHECKS, "all")
     lines = ["| steps | guidance | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 2)]
     for steps, guidance, scores in rows:
-        lines.append(f"| {steps} | {guidance:g} | " + " | ".join(f"{scores[name]:.1f}" for name in names) + " |")
+        lines.append(
+            f"| {steps} | {guidance:g} | "
+            + " | ".join(f"{scores[name]:.1f}" for name in names)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny", help="a zoo name or a folder (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s)")
-    parser.add_argument("--default-only", action="store_true", help="score the default steps and guidance alone")
-    parser.add_argument("--output", type=Path, help="folder for table.md, scores.json and samples.png")
+    parser.add_argument(
+        "--model", default="tiny", help="a zoo name or a folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=500, help="held-out prompts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--default-only", action="store_true", help="score the default steps and guidance alone"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for table.md, scores.json and samples.png"
+    )
     options = parser.parse_args()
     models = fluxjax.load_models(options.model, dtype="float32")
     pairs = held_out_scenes(options.prompts)
     scenes, prompts = [scene for scene, _ in pairs], [text for _, text in pairs]
     default = (models.defaults.steps, models.defaults.guidance)
-    settings = [default] if options.default_only else [(s, g) for g in (3.5, 1.0) for s in (20, 8, 4)]
+    settings = (
+        [default] if options.default_only else [(s, g) for g in (3.5, 1.0) for s in (20, 8, 4)]
+    )
     psnr, kept = vae_scores(models, scenes)
-    rows, report = [], {"prompts": len(prompts), "checker": checker_score(500), "vae_psnr": psnr, "vae_kept": kept}
+    rows, report = (
+        [],
+        {
+            "prompts": len(prompts),
+            "checker": checker_score(500),
+            "vae_psnr": psnr,
+            "vae_kept": kept,
+        },
+    )
     for steps, guidance in settings:
         images = generate(models, prompts, steps=steps, guidance=guidance)
         rows.append((steps, guidance, score(images, scenes)))

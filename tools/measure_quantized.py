@@ -12,8 +12,8 @@ import numpy as np
 from evaluate_tiny import generate, held_out_scenes, score
 
 import fluxjax
-from fluxjax.generate import Text, encode_text, prompt_ids
-from fluxjax.latents import image_ids, initial_noise, pack_latents
+from fluxjax.generate.latents import image_ids, initial_noise, pack_latents
+from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.nets.quantized import EIGHT_BITS
 
 SIZE = 128
@@ -33,11 +33,18 @@ def velocities(flux: fluxjax.Flux, noise: jax.Array, text: Text, t: jax.Array) -
 def velocity_error(models: fluxjax.Models, plain: fluxjax.Models, prompts: list[str]) -> float:
     """Return the relative error of the velocity at pure noise and on the way, each network with its own text."""
     ids = prompt_ids(plain.tokenizers, prompts, max_length=plain.defaults.max_length)
-    noise = jnp.stack([pack_latents(initial_noise(jax.random.key(i), SIZE, SIZE)) for i in range(len(prompts))])
+    noise = jnp.stack(
+        [pack_latents(initial_noise(jax.random.key(i), SIZE, SIZE)) for i in range(len(prompts))]
+    )
     errors = []
     for t in (1.0, 0.75, 0.5, 0.25):
         found, expected = (
-            velocities(one.flux, noise, encode_text(one.clip, one.t5, ids, dtype=jnp.float32), jnp.float32(t))
+            velocities(
+                one.flux,
+                noise,
+                encode_text(one.clip, one.t5, ids, dtype=jnp.float32),
+                jnp.float32(t),
+            )
             for one in (models, plain)
         )
         errors.append(float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)))
@@ -55,11 +62,21 @@ def main() -> None:
     print("| --- | --- | --- | --- |")
     print(f"| float32 | 0 | | {score(expected, list(scenes))['all']:.1f} |", flush=True)
     for name in EIGHT_BITS:
-        models = plain._replace(flux=fluxjax.quantize(plain.flux, name), t5=fluxjax.quantize(plain.t5, name))
+        models = plain._replace(
+            flux=fluxjax.quantize(plain.flux, name), t5=fluxjax.quantize(plain.t5, name)
+        )
         images = generate(models, list(prompts), steps=20, guidance=3.5)
-        psnr = np.mean([10 * np.log10(4 / np.mean((a - b) ** 2)) for a, b in zip(images, expected, strict=True)])
+        psnr = np.mean(
+            [
+                10 * np.log10(4 / np.mean((a - b) ** 2))
+                for a, b in zip(images, expected, strict=True)
+            ]
+        )
         error = velocity_error(models, plain, list(prompts[:16]))
-        print(f"| {name} | {error:.2g} | {psnr:.1f} | {score(images, list(scenes))['all']:.1f} |", flush=True)
+        print(
+            f"| {name} | {error:.2g} | {psnr:.1f} | {score(images, list(scenes))['all']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,21 @@ import numpy as np
 from evaluate_tiny import held_out_scenes, score
 
 import fluxjax
-from fluxjax import FirstBlock, Nag, Projected, TeaCache, Weaken, ZeroStar, isolated_attention, text_to_image
-from fluxjax.compare import Run
-from fluxjax.generate import Text, denoise, encode_text, guidance_scale, noise_batch, prompt_ids
-from fluxjax.named import INTEGRATORS, integrator, timer
-from fluxjax.plots import plot_errors
+from fluxjax import (
+    DegradedBlocks,
+    FirstBlock,
+    Nag,
+    Projected,
+    TeaCache,
+    ZeroStar,
+    isolated_attention,
+    text_to_image,
+)
+from fluxjax.generate.compare import Run
+from fluxjax.generate.draw import denoise, guidance_scale, noise_batch
+from fluxjax.generate.plots import plot_errors
+from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
+from fluxjax.generate.text import Text, encode_text, prompt_ids
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -35,13 +45,24 @@ def ways(models: fluxjax.Models) -> dict[str, dict[str, Any]]:
     kinds: dict[str, dict[str, Any]] = {"none (distilled 1)": plain}
     kinds |= {f"distilled {scale:g}": {"guidance": scale} for scale in (2.0, 3.5, 6.0)}
     kinds |= {f"classifier-free {scale:g}": {**plain, "cfg": scale} for scale in (1.5, 2.0, 3.0)}
-    kinds |= {f"CFG-Zero* {scale:g}": {**plain, "cfg": scale, "rule": ZeroStar()} for scale in (1.5, 2.0, 3.0)}
-    kinds |= {f"APG {scale:g}": {**plain, "cfg": scale, "rule": Projected()} for scale in (1.5, 2.0, 3.0)}
     kinds |= {
-        f"APG {scale:g}, momentum -0.5": {**plain, "cfg": scale, "rule": Projected(momentum=-0.5)} for scale in (2.0, 3.0)
+        f"CFG-Zero* {scale:g}": {**plain, "cfg": scale, "rule": ZeroStar()}
+        for scale in (1.5, 2.0, 3.0)
     }
-    skipped, isolated = Weaken(config, single=[2]), Weaken(config, double=[1], single=[2], attention=isolated_attention)
-    kinds |= {f"skip-layer {s:g}": {**plain, "weaken": skipped, "strength": s} for s in (0.25, 0.5, 1.0)}
+    kinds |= {
+        f"APG {scale:g}": {**plain, "cfg": scale, "rule": Projected()} for scale in (1.5, 2.0, 3.0)
+    }
+    kinds |= {
+        f"APG {scale:g}, momentum -0.5": {**plain, "cfg": scale, "rule": Projected(momentum=-0.5)}
+        for scale in (2.0, 3.0)
+    }
+    skipped, isolated = (
+        DegradedBlocks(config, single=[2]),
+        DegradedBlocks(config, double=[1], single=[2], attention=isolated_attention),
+    )
+    kinds |= {
+        f"skip-layer {s:g}": {**plain, "weaken": skipped, "strength": s} for s in (0.25, 0.5, 1.0)
+    }
     kinds |= {f"PAG {s:g}": {**plain, "weaken": isolated, "strength": s} for s in (0.25, 0.5, 1.0)}
     kinds |= {f"NAG {scale:g}": {**plain, "nag": Nag(scale)} for scale in (2.0, 4.0, 8.0)}
     return kinds
@@ -57,9 +78,13 @@ def guidance(options: argparse.Namespace) -> None:
         for start in range(0, len(scenes), 50):
             prompts = [prompt for _, prompt in scenes[start : start + 50]]
             key = jax.random.fold_in(jax.random.key(0), start)
-            images.append(np.asarray(text_to_image(models, prompts, key=key, steps=options.steps, **way)))
+            images.append(
+                np.asarray(text_to_image(models, prompts, key=key, steps=options.steps, **way))
+            )
         scores = score(np.concatenate(images), [scene for scene, _ in scenes])
-        rows.append([name, *(f"{scores[kind]:.1f}" for kind in ("shape", "color", "relation", "all"))])
+        rows.append(
+            [name, *(f"{scores[kind]:.1f}" for kind in ("shape", "color", "relation", "all"))]
+        )
         print(rows[-1], flush=True)
     print(markdown(["guidance", "shape", "color", "relation", "all"], rows))
 
@@ -75,14 +100,22 @@ class Setting(NamedTuple):
     def of(cls, count: int) -> "Setting":
         models = fluxjax.load_models("tiny")
         ids = prompt_ids(
-            models.tokenizers, [prompt for _, prompt in held_out_scenes(count)], max_length=models.defaults.max_length
+            models.tokenizers,
+            [prompt for _, prompt in held_out_scenes(count)],
+            max_length=models.defaults.max_length,
         )
         size = models.defaults.height
         noise = noise_batch(jax.random.key(0), range(count), size, size, channels=16)
         return cls(models, encode_text(models.clip, models.t5, ids, dtype=jnp.float32), noise)
 
     def times(self, name: str, steps: int) -> Any:
-        return timer(name, steps, self.models.defaults, self.models.defaults.height, self.models.defaults.width)
+        return timer(
+            name,
+            steps,
+            self.models.defaults,
+            self.models.defaults.height,
+            self.models.defaults.width,
+        )
 
     def run(self, times: Any, **options: Any) -> Any:
         scale = guidance_scale(self.models.flux, self.models.defaults, None)
@@ -115,10 +148,15 @@ def cache(options: argparse.Namespace) -> None:
     setting, rows = Setting.of(options.prompts), []
     times = setting.times("model", options.steps)
     plain = setting.run(times)
-    for kind, thresholds in ((FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)), (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8))):
+    for kind, thresholds in (
+        (FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)),
+        (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8)),
+    ):
         for threshold in thresholds:
             reuse = kind(jnp.float32(threshold))
-            ratio = seconds(lambda: setting.run(times), lambda reuse=reuse: setting.run(times, reuse=reuse), 7)
+            ratio = seconds(
+                lambda: setting.run(times), lambda reuse=reuse: setting.run(times, reuse=reuse), 7
+            )
             error = float(np.mean(distances(setting.run(times, reuse=reuse), plain)))
             rows.append([kind.__name__, f"{threshold:g}", f"{ratio:.2f}", f"{error:.2g}"])
             print(rows[-1], flush=True)
@@ -137,11 +175,15 @@ def integrators(options: argparse.Namespace) -> None:
             step = integrator(name)
             steps = count // step.evaluations
             end = setting.run(setting.times(spacing, steps), step=step)
-            runs += [Run(spacing, name, steps, count, 0.0, float(d), 0.0) for d in distances(end, truth)]
+            runs += [
+                Run(spacing, name, steps, count, 0.0, float(d), 0.0) for d in distances(end, truth)
+            ]
         plot_errors(runs).savefig(DOCS / f"errors_{spacing}.png", dpi=80)
         means = defaultdict(dict)
         for name, count in product(names, counts):
-            mine = [run.distance for run in runs if (run.integrator, run.evaluations) == (name, count)]
+            mine = [
+                run.distance for run in runs if (run.integrator, run.evaluations) == (name, count)
+            ]
             means[name][count] = float(np.exp(np.mean(np.log(mine))))
         rows = [[name, *(f"{means[name][count]:.2g}" for count in counts)] for name in names]
         print(markdown([f"integrator, {spacing} times", *map(str, counts)], rows), flush=True)

@@ -47,7 +47,9 @@ class Cost(NamedTuple):
 
     def times(self, count: float) -> "Cost":
         moved = {kind: Moved(*(count * value for value in one)) for kind, one in self.moved.items()}
-        return Cost(count * self.flop, count * self.declared, count * self.eight, moved, count * self.copied)
+        return Cost(
+            count * self.flop, count * self.declared, count * self.eight, moved, count * self.copied
+        )
 
 
 class Instruction(NamedTuple):
@@ -95,7 +97,10 @@ def read(text: str) -> Cost:
 
     @cache
     def cost(name: str) -> Cost:
-        return total(_instruction(line, program, name, cost) for line in program.computations[name].lines.values())
+        return total(
+            _instruction(line, program, name, cost)
+            for line in program.computations[name].lines.values()
+        )
 
     return cost(program.entry)
 
@@ -107,7 +112,9 @@ def total(costs: Iterable[Cost]) -> Cost:
         flop, declared, eight = flop + cost.flop, declared + cost.declared, eight + cost.eight
         copied += cost.copied
         for kind, one in cost.moved.items():
-            moved[kind] = Moved(*(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True)))
+            moved[kind] = Moved(
+                *(a + b for a, b in zip(moved.get(kind, Moved(0, 0, 0)), one, strict=True))
+            )
     return Cost(flop, declared, eight, moved, copied)
 
 
@@ -128,7 +135,10 @@ def parse(text: str) -> Program:
             root = one.name if found["root"] else root
     if not entry:
         raise ValueError("`parse` found no ENTRY computation. Pass a compiled program's text.")
-    counts = [re.search(rf"\b{key}=(\d+)", text.partition("\n")[0]) for key in ("num_partitions", "replica_count")]
+    counts = [
+        re.search(rf"\b{key}=(\d+)", text.partition("\n")[0])
+        for key in ("num_partitions", "replica_count")
+    ]
     return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
 
 
@@ -137,7 +147,13 @@ def _split(name: str, rest: str) -> Instruction:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", end)
     closing = _closing(rest, opening)
-    return Instruction(name, rest[:end], rest[end:opening].strip(), rest[opening + 1 : closing], rest[closing + 1 :])
+    return Instruction(
+        name,
+        rest[:end],
+        rest[end:opening].strip(),
+        rest[opening + 1 : closing],
+        rest[closing + 1 :],
+    )
 
 
 def _closing(text: str, opening: int) -> int:
@@ -150,11 +166,16 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"`parse` found an open bracket in {text[:200]!r}.")
 
 
-def _instruction(line: Instruction, program: Program, name: str, cost: Callable[[str], Cost]) -> Cost:
+def _instruction(
+    line: Instruction, program: Program, name: str, cost: Callable[[str], Cost]
+) -> Cost:
     """Return what an instruction of the computation `name` costs. `cost`: of a computation."""
     kind = line.opcode.removesuffix("-start")
     if line.opcode in ("dot", "convolution"):
-        count, computation = _dot if line.opcode == "dot" else _convolution, program.computations[name]
+        count, computation = (
+            _dot if line.opcode == "dot" else _convolution,
+            program.computations[name],
+        )
         if _eight(line, computation):
             return Cost(eight=count(line, computation))
         # A shuffle of features is a product of integers on some machines.
@@ -162,7 +183,9 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
     if kind in _COLLECTIVES:
         return Cost(moved={kind: _moved(line, kind, program.devices)})
     if kind in _UNKNOWN and "is_host_transfer=true" not in line.attributes:
-        raise ValueError(f"`read` does not know what {line.opcode} sends ({line.name}). Add its formula.")
+        raise ValueError(
+            f"`read` does not know what {line.opcode} sends ({line.name}). Add its formula."
+        )
     if kind == "while":
         (condition,), (body,) = line.called("condition"), line.called("body")
         return total([cost(condition), cost(body)]).times(turns(line, program, name))
@@ -170,7 +193,9 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
         branches = [cost(one) for role in _BRANCHES for one in line.called(role)]
         return max(branches, key=lambda one: (one.flop + one.declared + one.eight, one.sent))
     if kind == "custom-call":
-        return total([Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))])
+        return total(
+            [Cost(declared=_declared(line)), *map(cost, line.called("called_computations"))]
+        )
     if kind == "call":
         return total(map(cost, line.called("to_apply")))
     if kind == "fusion":  # what is placed anew in one never lies in memory
@@ -186,7 +211,10 @@ def _instruction(line: Instruction, program: Program, name: str, cost: Callable[
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """Return the dtypes and dimensions of a type, in the order in which they stand."""
-    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _SHAPE.findall(text)]
+    return [
+        (dtype, tuple(map(int, filter(None, dims.split(",")))))
+        for dtype, dims in _SHAPE.findall(text)
+    ]
 
 
 def size(text: str) -> int:
@@ -230,9 +258,18 @@ def _convolution(line: Instruction, computation: Computation) -> float:
         raise ValueError(f"`read` finds no dim_labels in {line.name}.")
     products = 1
     for i, window in enumerate(_windows(line.attributes, len(out) - 2)):
-        sizes = (dims[axes.index(str(i))] for dims, axes in zip((image, kernel, out), labels.groups(), strict=True))
+        sizes = (
+            dims[axes.index(str(i))]
+            for dims, axes in zip((image, kernel, out), labels.groups(), strict=True)
+        )
         products *= _met(*sizes, **window)
-    return 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")] * products
+    return (
+        2
+        * out[labels[3].index("b")]
+        * out[labels[3].index("f")]
+        * kernel[labels[2].index("i")]
+        * products
+    )
 
 
 def _windows(attributes: str, count: int) -> list[dict[str, int]]:
@@ -243,7 +280,11 @@ def _windows(attributes: str, count: int) -> list[dict[str, int]]:
     def values(key: str, default: str) -> list[str]:
         return given[key].split("x") if key in given else [default] * count
 
-    strides, dilations, gaps = values("stride", "1"), values("lhs_dilate", "1"), values("rhs_dilate", "1")
+    strides, dilations, gaps = (
+        values("stride", "1"),
+        values("lhs_dilate", "1"),
+        values("rhs_dilate", "1"),
+    )
     pads, turned = values("pad", "0_0"), values("rhs_reversal", "0")
     return [
         {
@@ -257,9 +298,23 @@ def _windows(attributes: str, count: int) -> list[dict[str, int]]:
     ]
 
 
-def _met(image: int, kernel: int, out: int, *, stride: int, dilation: int, gap: int, pad: int, turned: int) -> int:
+def _met(
+    image: int,
+    kernel: int,
+    out: int,
+    *,
+    stride: int,
+    dilation: int,
+    gap: int,
+    pad: int,
+    turned: int,
+) -> int:
     """Return how often a number of the kernel meets one of the image, along one dimension."""
-    places = (o * stride - pad + (kernel - 1 - k if turned else k) * gap for o in range(out) for k in range(kernel))
+    places = (
+        o * stride - pad + (kernel - 1 - k if turned else k) * gap
+        for o in range(out)
+        for k in range(kernel)
+    )
     return sum(1 for place in places if place % dilation == 0 and 0 <= place // dilation < image)
 
 
@@ -268,7 +323,9 @@ def _declared(line: Instruction) -> float:
     target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
     found = re.search(r'"cost_estimate":\s*(\{[^}]*\})', line.attributes)
     if found is None and target is not None and _MATRIX_CALL.search(target[1]):
-        raise ValueError(f"`read` does not know what {target[1]} computes ({line.name}). Add its formula.")
+        raise ValueError(
+            f"`read` does not know what {target[1]} computes ({line.name}). Add its formula."
+        )
     return float(json.loads(found[1]).get("flops", 0)) if found else 0.0
 
 
@@ -281,7 +338,12 @@ def _moved(line: Instruction, kind: str, devices: int) -> Moved:
         return Moved(1, made, made * sending / devices, asynchronous)
     others = _group(line, devices) - 1
     share = others / (others + 1)
-    return Moved(1, made, made * {"all-reduce": 2 * share, "reduce-scatter": others}.get(kind, share), asynchronous)
+    return Moved(
+        1,
+        made,
+        made * {"all-reduce": 2 * share, "reduce-scatter": others}.get(kind, share),
+        asynchronous,
+    )
 
 
 def _result(line: Instruction, kind: str) -> str:
@@ -301,7 +363,9 @@ def _group(line: Instruction, devices: int) -> int:
     """Return how many devices a collective joins."""
     found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", line.attributes)
     if found is None:
-        raise ValueError(f"`read` does not know which devices {line.name} joins. Add the form of its replica_groups.")
+        raise ValueError(
+            f"`read` does not know which devices {line.name} joins. Add the form of its replica_groups."
+        )
     return len(found[2].split(",")) if found[2] else int(found[3]) if found[3] else devices
 
 
@@ -313,10 +377,18 @@ def turns(line: Instruction, program: Program, name: str) -> int:
     (condition,), (body,) = line.called("condition"), line.called("body")
     try:
         index, limit = _limit(program, condition)
-        start = _constant(program, name, program.computations[name].lines[line.inputs[0]].inputs[index])
-        step = _step(program, body, program.computations[body].lines[program.computations[body].root].inputs[index])
+        start = _constant(
+            program, name, program.computations[name].lines[line.inputs[0]].inputs[index]
+        )
+        step = _step(
+            program,
+            body,
+            program.computations[body].lines[program.computations[body].root].inputs[index],
+        )
     except (LookupError, ValueError) as error:
-        raise ValueError(f"`read` does not know how often {line.name} of {name} turns: {error}.") from error
+        raise ValueError(
+            f"`read` does not know how often {line.name} of {name} turns: {error}."
+        ) from error
     return max(0, -(-(limit - start) // step))
 
 
@@ -341,7 +413,9 @@ def _limit(program: Program, condition: str) -> tuple[int, int]:
     index = re.search(r"index=(\d+)", counter.attributes)
     if counter.opcode != "get-tuple-element" or index is None:
         raise ValueError(f"{counter.name} is no part of the loop's state")
-    return int(index[1]), _constant(program, condition, test.inputs[1]) + ("direction=LE" in inside.attributes)
+    return int(index[1]), _constant(program, condition, test.inputs[1]) + (
+        "direction=LE" in inside.attributes
+    )
 
 
 def _step(program: Program, body: str, value: str) -> int:

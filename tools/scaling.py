@@ -77,7 +77,9 @@ def matrices(config: FluxConfig) -> Matrices:
 def step_bytes(config: FluxConfig, again: int = 0) -> float:
     """Return the bytes, in bfloat16, of the matrices that every step uses, `again` so many blocks of each kind."""
     each = matrices(config)
-    blocks = (config.double_depth + again) * each.double + (config.single_depth + again) * each.single
+    blocks = (config.double_depth + again) * each.double + (
+        config.single_depth + again
+    ) * each.single
     return BFLOAT16 * (blocks + each.ends)
 
 
@@ -85,7 +87,9 @@ def once_bytes(config: FluxConfig, again: int = 0) -> float:
     """Return the bytes of those that are used once for all steps."""
     each = matrices(config)
     doubles, singles = config.double_depth + again, config.single_depth + again
-    return BFLOAT16 * (doubles * each.double_modulation + singles * each.single_modulation + each.embedders)
+    return BFLOAT16 * (
+        doubles * each.double_modulation + singles * each.single_modulation + each.embedders
+    )
 
 
 def weight_bytes(config: FluxConfig) -> float:
@@ -151,7 +155,11 @@ def main() -> None:
             held = weight_bytes(work.config) / (chips if name in ("fsdp", "tensor") else 1)
             images = chips if name in ("data", "fsdp") else 1
             row = (found.flop / 1e12, held / 1e9, found.read / 1e9, found.sent / 1e9)
-            print(f"| {name} | {chips} | {images} | " + " | ".join(f"{value:.3g}" for value in row) + " |")
+            print(
+                f"| {name} | {chips} | {images} | "
+                + " | ".join(f"{value:.3g}" for value in row)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,11 @@ class Scene:
         relation, things = self.relation, self.things
         if relation in ("below", "right of"):
             relation, things = OPPOSITE[relation], things[::-1]
-        return int(hashlib.sha256(f"{self.background} {relation} {things}".encode()).hexdigest(), 16) % 10 == 0
+        return (
+            int(hashlib.sha256(f"{self.background} {relation} {things}".encode()).hexdigest(), 16)
+            % 10
+            == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,9 @@ def random_scene(rng: np.random.Generator) -> Scene:
         outer = _random_thing(rng, colors, ("", "large"))
         inner = _random_thing(rng, [c for c in colors if c != outer.color], ("", "small"))
         return Scene(background, (inner, outer), relation)
-    return Scene(background, tuple(_random_thing(rng, colors, tuple(SIZES)) for _ in range(2)), relation)
+    return Scene(
+        background, tuple(_random_thing(rng, colors, tuple(SIZES)) for _ in range(2)), relation
+    )
 
 
 def _random_thing(rng: np.random.Generator, colors: list[str], sizes: tuple[str, ...]) -> Thing:
@@ -166,7 +172,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return str(rng.choice(forms))
 
 
-def place(scene: Scene, height: int, width: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def place(
+    scene: Scene, height: int, width: int, rng: np.random.Generator
+) -> list[tuple[float, float, float]]:
     """Draw the center (x, y) and radius of each object, in pixels: round fixed spots, by a share of a pixel to two."""
     short = min(height, width)
 
@@ -216,7 +224,9 @@ def find(image: np.ndarray) -> tuple[str, list[Found]]:
     """Read the background's colour and the objects off an image, [height, width, 3] in [-1, 1], without the prompt."""
     rgb = (np.clip(image, -1, 1) + 1) * 127.5
     label = np.argmin(((rgb[:, :, None] - _PALETTE) ** 2).sum(-1), -1)
-    border = np.concatenate([label[:2].ravel(), label[-2:].ravel(), label[:, :2].ravel(), label[:, -2:].ravel()])
+    border = np.concatenate(
+        [label[:2].ravel(), label[-2:].ravel(), label[:, :2].ravel(), label[:, -2:].ravel()]
+    )
     background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
     blobs = []
     for color in range(len(_NAMES)):
@@ -235,9 +245,14 @@ def find(image: np.ndarray) -> tuple[str, list[Found]]:
 
 def _seen_through(color: int, mask: np.ndarray, blobs: list) -> bool:
     """Tell whether a blob is a larger one of its colour, seen through the hole of an object in front of it."""
-    behind = any(other is not mask and c == color and other.sum() > mask.sum() for c, other in blobs)
+    behind = any(
+        other is not mask and c == color and other.sum() > mask.sum() for c, other in blobs
+    )
     return behind and any(
-        c != color and not other[mask].any() and ndimage.binary_fill_holes(other)[mask].all() and other.sum() < 4 * mask.sum()
+        c != color
+        and not other[mask].any()
+        and ndimage.binary_fill_holes(other)[mask].all()
+        and other.sum() < 4 * mask.sum()
         for c, other in blobs
     )
 

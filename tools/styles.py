@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scenes import BACKGROUNDS, Scene, caption, check, random_scene, render
 
-from fluxjax.image import write_png
+from fluxjax.generate.image import write_png
 
 PAPER = "brown"
 CHALK = ("white", "black")
@@ -56,7 +56,11 @@ def distance(image: np.ndarray, style: str) -> float:
     if style == "kraft":
         return _apart(ground, PAPER).item()
     objects = rgb[_rms(rgb - ground) > 40]
-    return float(np.minimum(*(_apart(objects, color) for color in CHALK)).mean()) if len(objects) else 255.0
+    return (
+        float(np.minimum(*(_apart(objects, color) for color in CHALK)).mean())
+        if len(objects)
+        else 255.0
+    )
 
 
 def _apart(rgb: np.ndarray, color: str) -> np.ndarray:

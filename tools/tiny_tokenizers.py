@@ -14,7 +14,7 @@ from scenes import caption, random_scene
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fluxjax.tokens import END, START, _clip_tokenizer
+from fluxjax.generate.tokens import END, START, _clip_tokenizer
 
 CLIP_LENGTH = 77
 T5_LENGTH = 24
@@ -33,11 +33,20 @@ def _write_clip(captions: list[str], folder: Path) -> None:
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     untrained = _clip_tokenizer({END: 0, START: 1}, [])
     trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=bytes_, end_of_word_suffix="</w>", special_tokens=[], show_progress=False
+        vocab_size=900,
+        initial_alphabet=bytes_,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
     )
     untrained.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(untrained.to_str())["model"]["merges"]]
-    words = bytes_ + [f"{byte}</w>" for byte in bytes_] + [left + right for left, right in merges] + [START, END]
+    words = (
+        bytes_
+        + [f"{byte}</w>" for byte in bytes_]
+        + [left + right for left, right in merges]
+        + [START, END]
+    )
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -45,7 +54,11 @@ def _write_clip(captions: list[str], folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     _write_json(folder / "special_tokens_map.json", special)
-    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH, "do_lower_case": True}
+    config = special | {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CLIP_LENGTH,
+        "do_lower_case": True,
+    }
     _write_json(folder / "tokenizer_config.json", config)
 
 
@@ -55,7 +68,11 @@ def _write_t5(captions: list[str], folder: Path) -> None:
     proto = _empty_proto()
     counts = Counter(word for text in captions for word in text.replace(",", " ,").split())
     total = sum(counts.values())
-    pieces = [("\u2581" + word, math.log(count / total)) for word, count in counts.most_common() if word != ","]
+    pieces = [
+        ("\u2581" + word, math.log(count / total))
+        for word, count in counts.most_common()
+        if word != ","
+    ]
     characters = ["\u2581", *string.ascii_lowercase, *string.digits, *".,'-!?:;()"]
     # A spelled word must never score above the word itself.
     pieces += [(character, -20.0) for character in characters]
@@ -66,7 +83,11 @@ def _write_t5(captions: list[str], folder: Path) -> None:
     _t5_fast(proto).save(str(folder / "tokenizer.json"))
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     _write_json(folder / "special_tokens_map.json", special)
-    config = special | {"tokenizer_class": "T5Tokenizer", "model_max_length": T5_LENGTH, "extra_ids": 0}
+    config = special | {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": T5_LENGTH,
+        "extra_ids": 0,
+    }
     _write_json(folder / "tokenizer_config.json", config)
 
 
@@ -92,7 +113,9 @@ def _empty_proto() -> sentencepiece_model_pb2.ModelProto:
 
 def _t5_fast(proto: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokenizer:
     """The same model as a `tokenizer.json`, which transformers prefers."""
-    fast = tokenizers.Tokenizer(models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=2))
+    fast = tokenizers.Tokenizer(
+        models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=2)
+    )
     fast.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]

@@ -19,28 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny_tokenizers
-from scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Scene, caption, random_scene, render
+from scenes import (
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption,
+    random_scene,
+    render,
+)
 from tiny_tokenizers import T5_LENGTH
 
-from fluxjax.convert.load import abstract
-from fluxjax.generate import Models, load_models
-from fluxjax.latents import image_ids, pack_latents
+from fluxjax.checkpoint.plan import abstract
+from fluxjax.flow.times import resolution_mu
+from fluxjax.generate.latents import image_ids, pack_latents
+from fluxjax.generate.load import Models, load_models
+from fluxjax.generate.save import save_models
+from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.layers import Linear
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
-from fluxjax.save import save_models
-from fluxjax.schedule import resolution_mu
-from fluxjax.tokens import Tokenizers, tokenize
-from fluxjax.train import (
-    TrainState,
-    drop_captions,
-    flow_matching_loss,
-    guided_target,
-    logit_normal_times,
-    make_step,
-)
+from fluxjax.train.loss import drop_captions, flow_matching_loss, guided_target, logit_normal_times
+from fluxjax.train.step import TrainState, make_step
 from fluxjax.zoo import ZOO
 
 SEED = 0
@@ -75,7 +79,10 @@ def fit(
             save(path, state)
             seconds = (time.monotonic() - since) / len(losses)
             note = report(state)
-            print(f"{name} {index + 1}/{steps} loss {np.mean(losses):.5f} {seconds:.3f} s/step {note}", flush=True)
+            print(
+                f"{name} {index + 1}/{steps} loss {np.mean(losses):.5f} {seconds:.3f} s/step {note}",
+                flush=True,
+            )
             since, losses = time.monotonic(), []
     return state
 
@@ -139,12 +146,27 @@ def train_vae(runs: Path, steps: int) -> None:
             return (images[rng.integers(0, len(images), 4)],)
         corners = np.clip(rng.normal(32, 24, (16, 2)), 0, 64).astype(int)
         picks = rng.integers(0, len(images), 16)
-        return (np.stack([images[i, y : y + 64, x : x + 64] for i, (y, x) in zip(picks, corners, strict=True)]),)
+        return (
+            np.stack(
+                [
+                    images[i, y : y + 64, x : x + 64]
+                    for i, (y, x) in zip(picks, corners, strict=True)
+                ]
+            ),
+        )
 
     optimizer = OPTIMIZERS["vae"](steps)
     state = TrainState.create(Vae(VAE, key=jax.random.key(SEED)), optimizer)
     report = lambda state: f"PSNR {psnr(state.ema, test):.2f} dB"  # noqa: E731
-    fit("vae", runs, state, make_step(vae_loss, optimizer, ema_decay=0.995), batch, steps, report=report)
+    fit(
+        "vae",
+        runs,
+        state,
+        make_step(vae_loss, optimizer, ema_decay=0.995),
+        batch,
+        steps,
+        report=report,
+    )
 
 
 def decoder_loss(vae: Vae, latents: jax.Array, images: jax.Array, *, key: jax.Array) -> jax.Array:
@@ -158,7 +180,9 @@ def decoder_loss(vae: Vae, latents: jax.Array, images: jax.Array, *, key: jax.Ar
 def decoder_leaves(vae: Vae) -> Vae:
     """Return which leaves of a VAE are the decoder's, as a tree of booleans."""
     return eqx.tree_at(
-        lambda vae: vae.decoder, jax.tree.map(lambda leaf: False, vae), jax.tree.map(lambda leaf: True, vae.decoder)
+        lambda vae: vae.decoder,
+        jax.tree.map(lambda leaf: False, vae),
+        jax.tree.map(lambda leaf: True, vae.decoder),
     )
 
 
@@ -169,7 +193,10 @@ def train_decoder(runs: Path, steps: int) -> None:
     groups = []
     for size, count, seed in zip(SIZES_PIXELS, (6000, 1000, 1000), (5, 6, 7), strict=True):
         images = draw(count, size, seed)
-        latents = [np.asarray(encode(vae, part)).astype(np.float16) for part in np.split(images, count // 100)]
+        latents = [
+            np.asarray(encode(vae, part)).astype(np.float16)
+            for part in np.split(images, count // 100)
+        ]
         groups.append((np.concatenate(latents), images))
 
     def batch(rng: np.random.Generator, index: int) -> tuple:
@@ -182,7 +209,16 @@ def train_decoder(runs: Path, steps: int) -> None:
     state = TrainState.create(vae, optimizer, trainable=trained)
     step = make_step(decoder_loss, optimizer, ema_decay=0.99, trainable=trained)
     test = draw(64, (128, 128), 2)
-    fit("decoder", runs, state, step, batch, steps, report=lambda state: f"PSNR {psnr(state.ema, test):.2f} dB", every=200)
+    fit(
+        "decoder",
+        runs,
+        state,
+        step,
+        batch,
+        steps,
+        report=lambda state: f"PSNR {psnr(state.ema, test):.2f} dB",
+        every=200,
+    )
 
 
 class TextEncoders(eqx.Module):
@@ -233,7 +269,9 @@ def text_loss(encoders: TextEncoders, ids, labels: jax.Array, *, key: jax.Array)
     states = encoders.t5_head(jax.vmap(encoders.t5)(t5_ids))
     total = jnp.zeros(())
     for logits in (pooled, states):
-        for part, label in zip(jnp.split(logits, np.cumsum(ATTRIBUTES)[:-1], axis=-1), labels.T, strict=True):
+        for part, label in zip(
+            jnp.split(logits, np.cumsum(ATTRIBUTES)[:-1], axis=-1), labels.T, strict=True
+        ):
             wanted = jnp.broadcast_to(label[:, None], part.shape[:2])
             total += optax.softmax_cross_entropy_with_integer_labels(part, wanted).mean()
     return total
@@ -299,7 +337,9 @@ def make_latents(runs: Path, count: int) -> None:
 
     @eqx.filter_jit
     def encode(vae, images):
-        return jax.vmap(lambda image: pack_latents(vae.encode(image)))(images.astype(jnp.float32) / 127.5 - 1)
+        return jax.vmap(lambda image: pack_latents(vae.encode(image)))(
+            images.astype(jnp.float32) / 127.5 - 1
+        )
 
     for shard, size in enumerate(sizes):
         path = runs / "latents" / f"{shard:03d}.npz"
@@ -308,23 +348,39 @@ def make_latents(runs: Path, count: int) -> None:
         rng = np.random.default_rng((SEED, 4, shard))
         scenes = [training_scene(rng) for _ in range(SHARD)]
         height, width = SIZES_PIXELS[size]
-        images = np.stack([np.round((render(s, height, width, rng) + 1) * 127.5) for s in scenes]).astype(np.uint8)
-        packed = np.concatenate([np.asarray(encode(vae, part)) for part in np.split(images, SHARD // 100)])
+        images = np.stack(
+            [np.round((render(s, height, width, rng) + 1) * 127.5) for s in scenes]
+        ).astype(np.uint8)
+        packed = np.concatenate(
+            [np.asarray(encode(vae, part)) for part in np.split(images, SHARD // 100)]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part.npz")
-        np.savez(temporary, packed=packed.astype(np.float16), scenes=np.array(scenes, object), size=(height, width))
+        np.savez(
+            temporary,
+            packed=packed.astype(np.float16),
+            scenes=np.array(scenes, object),
+            size=(height, width),
+        )
         os.replace(temporary, path)
-        print(f"latents {shard + 1}/{len(sizes)} mean {packed.mean():.4f} deviation {packed.std():.4f}", flush=True)
+        print(
+            f"latents {shard + 1}/{len(sizes)} mean {packed.mean():.4f} deviation {packed.std():.4f}",
+            flush=True,
+        )
 
 
 def read_latents(runs: Path) -> list[Latents]:
     """Read the shards, joined by size, in the order of `SIZES_PIXELS`."""
-    shards = [np.load(path, allow_pickle=True) for path in sorted((runs / "latents").glob("???.npz"))]
+    shards = [
+        np.load(path, allow_pickle=True) for path in sorted((runs / "latents").glob("???.npz"))
+    ]
     joined = []
     for height, width in SIZES_PIXELS:
         mine = [shard for shard in shards if tuple(shard["size"]) == (height, width)]
         packed = np.concatenate([shard["packed"] for shard in mine])
-        joined.append(Latents(height, width, packed, [scene for shard in mine for scene in shard["scenes"]]))
+        joined.append(
+            Latents(height, width, packed, [scene for shard in mine for scene in shard["scenes"]])
+        )
     return joined
 
 
@@ -371,12 +427,16 @@ def load_stage(runs: Path, name: str, model: eqx.Module, optimizer=None) -> Trai
     return eqx.tree_deserialise_leaves(runs / f"{name}.eqx", state)
 
 
-def adamw(peak: float, weight_decay: float, b2: float) -> Callable[[int], optax.GradientTransformation]:
+def adamw(
+    peak: float, weight_decay: float, b2: float
+) -> Callable[[int], optax.GradientTransformation]:
     """Return steps -> clipped AdamW with a warm-up of 100 steps and a cosine to 1e-5."""
 
     def make(steps: int) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(0, peak, 100, max(steps, 101), 1e-5)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=b2, weight_decay=weight_decay))
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=b2, weight_decay=weight_decay)
+        )
 
     return make
 
@@ -416,11 +476,17 @@ def train_flux(runs: Path, steps: int) -> None:
     """Train the transformer on the conditional and the unconditional velocity, at guidance 1."""
     optimizer = OPTIMIZERS["flux"](steps)
     state = TrainState.create(Flux(FLUX, key=jax.random.key(SEED + 2)), optimizer)
-    step, text, batches = make_step(flux_loss, optimizer, ema_decay=0.999), read_text(runs), flux_batches(runs, 64)
+    step, text, batches = (
+        make_step(flux_loss, optimizer, ema_decay=0.999),
+        read_text(runs),
+        flux_batches(runs, 64),
+    )
     fit("flux", runs, state, step, lambda rng, index: (*batches(rng, index), text), steps)
 
 
-def distill_loss(flux: Flux, x0, ids, img_ids, text: Text, teacher: Flux, *, key: jax.Array) -> jax.Array:
+def distill_loss(
+    flux: Flux, x0, ids, img_ids, text: Text, teacher: Flux, *, key: jax.Array
+) -> jax.Array:
     """Match the teacher's guided velocity at a random guidance, given to the student as its embedding.
 
     The teacher's guidance is classifier-free: a random scale in [1, 5]; at 1 the student keeps the conditional velocity.
@@ -429,7 +495,9 @@ def distill_loss(flux: Flux, x0, ids, img_ids, text: Text, teacher: Flux, *, key
     vec, txt = text(*ids)
     no_vec, no_txt = (
         jnp.broadcast_to(one, full.shape)
-        for one, full in zip((text.clip(text.empty[0]), text.t5(text.empty[1])), (vec, txt), strict=True)
+        for one, full in zip(
+            (text.clip(text.empty[0]), text.t5(text.empty[1])), (vec, txt), strict=True
+        )
     )
     t = logit_normal_times(when, len(x0), mu=shift_of(x0.shape[1]))
     noise = jax.random.normal(noise, x0.shape)
@@ -452,8 +520,19 @@ def distill(runs: Path, steps: int) -> None:
     teacher = load_stage(runs, "flux", Flux(FLUX, key=jax.random.key(SEED + 2))).ema
     optimizer = OPTIMIZERS["distill"](steps)
     state = TrainState.create(teacher, optimizer)
-    step, text, batches = make_step(distill_loss, optimizer, ema_decay=0.995), read_text(runs), flux_batches(runs, 48)
-    fit("distill", runs, state, step, lambda rng, index: (*batches(rng, index), text, teacher), steps)
+    step, text, batches = (
+        make_step(distill_loss, optimizer, ema_decay=0.995),
+        read_text(runs),
+        flux_batches(runs, 48),
+    )
+    fit(
+        "distill",
+        runs,
+        state,
+        step,
+        lambda rng, index: (*batches(rng, index), text, teacher),
+        steps,
+    )
 
 
 def read_decoder(runs: Path) -> Vae:
@@ -472,7 +551,9 @@ def export(runs: Path, stage: str, folder: Path) -> None:
     flux = load_stage(runs, stage, Flux(FLUX, key=jax.random.key(SEED + 2))).ema
     text = read_text(runs)
     networks = {"flux": flux, "clip": text.clip, "t5": text.t5, "vae": vae}
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, networks)
+    small = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, networks
+    )
     save_models(Models(read_tokenizers(runs), **small, defaults=DEFAULTS), folder, to="diffusers")
 
 
@@ -481,7 +562,9 @@ def restore(folder: Path, runs: Path) -> None:
     models = load_models(str(folder), dtype="float32")
     vae = jax.tree.unflatten(jax.tree.structure(abstract(Vae, VAE)), jax.tree.leaves(models.vae))
     heads = TextEncoders(key=jax.random.key(SEED + 1))
-    text = eqx.tree_at(lambda encoders: (encoders.clip, encoders.t5), heads, (models.clip, models.t5))
+    text = eqx.tree_at(
+        lambda encoders: (encoders.clip, encoders.t5), heads, (models.clip, models.t5)
+    )
     for name, network in (("vae", vae), ("text", text), ("flux", models.flux)):
         if (runs / f"{name}.eqx").exists():
             raise FileExistsError(
@@ -501,10 +584,25 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=[*stages, "export", "restore"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where the stages keep their state")
-    parser.add_argument("--steps", type=int, help="steps of the stage in all, or images of `latents`")
-    parser.add_argument("--from", dest="source", choices=("flux", "distill"), default="distill", help="what to export")
-    parser.add_argument("--to", type=Path, default=Path("weights/tiny"), help="where to export it, or restore it from")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/tiny"), help="where the stages keep their state"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="steps of the stage in all, or images of `latents`"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=("flux", "distill"),
+        default="distill",
+        help="what to export",
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path("weights/tiny"),
+        help="where to export it, or restore it from",
+    )
     options = parser.parse_args()
     if options.stage == "export":
         export(options.runs, options.source, options.to)

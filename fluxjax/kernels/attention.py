@@ -60,23 +60,45 @@ def attention(
     """
     chosen = _chosen(q, k, bias is not None, causal, implementation)
     if isinstance(key_length, int) and not 1 <= key_length <= len(k):
-        raise ValueError(f"`attention(key_length={key_length})` must be 1 to {len(k)}, the number of keys.")
+        raise ValueError(
+            f"`attention(key_length={key_length})` must be 1 to {len(k)}, the number of keys."
+        )
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
     sizes = _sizes(block_sizes, implementation)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     match chosen:
         case "flash_tpu":
-            from fluxjax.kernels.flash_tpu import flash  # Pallas takes a third of a second to import
+            from fluxjax.kernels.flash_tpu import (
+                flash,  # Pallas takes a third of a second to import
+            )
 
-            return flash(q, k, v, scale=scale, key_length=length, block_sizes=sizes, chip=chip_of(default_device()))
+            return flash(
+                q,
+                k,
+                v,
+                scale=scale,
+                key_length=length,
+                block_sizes=sizes,
+                chip=chip_of(default_device()),
+            )
         case "flash_gpu":
             from fluxjax.kernels.flash_gpu import flash as flash_gpu
 
-            return flash_gpu(q, k, v, scale=scale, key_length=length, block_sizes=sizes, hopper=_capability() == 9)
+            return flash_gpu(
+                q,
+                k,
+                v,
+                scale=scale,
+                key_length=length,
+                block_sizes=sizes,
+                hopper=_capability() == 9,
+            )
         case "cudnn":
             mixed = _cudnn(q, k, v, bias, causal, scale, length)
         case "xla_chunked":
-            mixed = _chunked(q, k, v, bias, causal, scale, length, None if sizes is None else sizes.q)
+            mixed = _chunked(
+                q, k, v, bias, causal, scale, length, None if sizes is None else sizes.q
+            )
         case _:
             mixed = _xla(q, k, v, bias, causal, scale, length)
     return mixed if length is None else jnp.where(length > 0, mixed, jnp.zeros_like(mixed))
@@ -134,7 +156,12 @@ def select_attention(
     """
     platform = default_device().platform if platform is None else platform
     (queries, heads, dim), keys = q.shape, k.shape[0]
-    if dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16 and not _refusal("flash_tpu", q, bias, causal, platform):
+    if (
+        dim in (128, 256)
+        and keys >= 1024
+        and q.dtype == jnp.bfloat16
+        and not _refusal("flash_tpu", q, bias, causal, platform)
+    ):
         return "flash_tpu"
     if not _refusal("cudnn", q, bias, causal, platform):
         return "cudnn"
@@ -147,7 +174,9 @@ def _chosen(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> s
     _known(name)
     refusal = _refusal(name, q, bias, causal, default_device().platform)
     if refusal:
-        raise ValueError(f"`attention(implementation={name!r})` needs {refusal}. Pass implementation=None.")
+        raise ValueError(
+            f"`attention(implementation={name!r})` needs {refusal}. Pass implementation=None."
+        )
     return name
 
 
@@ -162,14 +191,21 @@ def _refusal(name: str, q: Any, bias: bool, causal: bool, platform: str) -> str 
     """Return what an implementation needs and what came instead, if it does not suit."""
     dim = q.shape[-1]
     match name:
-        case "cudnn" if not (platform == "gpu" and q.dtype in (jnp.float16, jnp.bfloat16) and dim % 8 == 0 and dim <= 128):
+        case "cudnn" if not (
+            platform == "gpu"
+            and q.dtype in (jnp.float16, jnp.bfloat16)
+            and dim % 8 == 0
+            and dim <= 128
+        ):
             return (
                 "an NVIDIA GPU, float16 or bfloat16, and a head_dim that is a multiple of 8 up to 128, "
                 f"got {platform}, {q.dtype}, {dim}"
             )
         case "flash_tpu" if platform != "tpu" or q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"a TPU, and bfloat16 or float32, got {platform}, {q.dtype}"
-        case "flash_gpu" if not (_capability() >= 8 and q.dtype in (jnp.float16, jnp.bfloat16) and dim <= 128):
+        case "flash_gpu" if not (
+            _capability() >= 8 and q.dtype in (jnp.float16, jnp.bfloat16) and dim <= 128
+        ):
             gpu = f"{platform} {getattr(default_device(), 'compute_capability', '')}".strip()
             return (
                 "an NVIDIA GPU of compute capability 8.0 or more, float16 or bfloat16, and a head_dim up to 128, "
@@ -191,7 +227,9 @@ def _sizes(block_sizes: BlockSizes | str | None, implementation: str | None) -> 
             f"got implementation={implementation!r}. Name one."
         )
     if implementation == "xla_chunked" and sizes != BlockSizes(q=sizes.q):
-        raise ValueError(f"`attention(implementation='xla_chunked')` takes `BlockSizes(q=…)` alone, got {sizes}.")
+        raise ValueError(
+            f"`attention(implementation='xla_chunked')` takes `BlockSizes(q=…)` alone, got {sizes}."
+        )
     return sizes
 
 
@@ -203,7 +241,15 @@ def _capability() -> float:
         return 0.0
 
 
-def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    causal: bool,
+    scale: float,
+    length: Array | None,
+) -> Array:
     """Attention with all of its logits. On CPUs large ones are computed a head after another: plain matmuls, of logits that
     stay in the cache, took 0.6 of the time of those batched over 24 heads of 1536 tokens."""
 
@@ -223,7 +269,14 @@ def _xla(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: 
 
 
 def _head(
-    q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, start: Any = 0
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    causal: bool,
+    scale: float,
+    length: Array | None,
+    start: Any = 0,
 ) -> Array:
     """One head's attention as two matmuls, [queries, head_dim], of queries from `start` on; on XLA:CPU, one training step of a
     small FLUX took 0.82 of its time with `jax.nn.dot_product_attention`, whose operands are transposed."""
@@ -242,7 +295,14 @@ def _head(
 
 
 def _chunked(
-    q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None, chunk: int | None
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    causal: bool,
+    scale: float,
+    length: Array | None,
+    chunk: int | None,
 ) -> Array:
     """`_xla`, a head and a chunk of its queries after another, each recomputed for a gradient."""
     queries, keys = len(q), len(k)
@@ -261,7 +321,9 @@ def _chunked(
             return mix(starts[0], q, k, v, bias)
         q = rearrange(jnp.pad(q, ((0, missing), (0, 0))), "(chunks q) d -> chunks q d", q=size)
         if bias is not None:
-            bias = rearrange(jnp.pad(bias, ((0, missing), (0, 0))), "(chunks q) k -> chunks q k", q=size)
+            bias = rearrange(
+                jnp.pad(bias, ((0, missing), (0, 0))), "(chunks q) k -> chunks q k", q=size
+            )
         # A gradient sums over the chunks in the dtype of what enters the loop.
         wide = k.astype(wide_dtype(k.dtype)), v.astype(wide_dtype(v.dtype))
 
@@ -269,13 +331,23 @@ def _chunked(
             start, q, bias = chunk
             return mix(start, q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), bias)
 
-        return rearrange(jax.lax.map(part, (starts, q, bias)), "chunks q d -> (chunks q) d")[:queries]
+        return rearrange(jax.lax.map(part, (starts, q, bias)), "chunks q d -> (chunks q) d")[
+            :queries
+        ]
 
     heads = (*(jnp.swapaxes(x, 0, 1) for x in (q, k, v)), bias)
     return jnp.swapaxes(jax.lax.map(one, heads), 0, 1)
 
 
-def _cudnn(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, scale: float, length: Array | None) -> Array:
+def _cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    causal: bool,
+    scale: float,
+    length: Array | None,
+) -> Array:
     bias = None if bias is None else bias[None].astype(q.dtype)
     lengths = None if length is None else length[None]
     return jax.nn.dot_product_attention(

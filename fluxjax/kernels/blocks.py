@@ -95,7 +95,9 @@ def named(block_sizes: BlockSizes | str) -> BlockSizes:
     if isinstance(block_sizes, BlockSizes):
         return block_sizes
     if block_sizes not in PRESETS:
-        raise ValueError(f"There are no block sizes {block_sizes!r}. Choose one of {', '.join(PRESETS)}, or pass `BlockSizes`.")
+        raise ValueError(
+            f"There are no block sizes {block_sizes!r}. Choose one of {', '.join(PRESETS)}, or pass `BlockSizes`."
+        )
     return PRESETS[block_sizes]
 
 

@@ -37,10 +37,14 @@ def flash(
     **Raises:** `ValueError` for another dtype, a head_dim above 128, or blocks that do not suit.
     """
     if q.dtype not in _DTYPES and not interpret:
-        raise ValueError(f"`flash_gpu` needs bfloat16 or float16, got {q.dtype}. Pass implementation=None.")
+        raise ValueError(
+            f"`flash_gpu` needs bfloat16 or float16, got {q.dtype}. Pass implementation=None."
+        )
     (queries, _, dim), keys = q.shape, len(k)
     if dim > 128:
-        raise ValueError(f"`flash_gpu` needs a head_dim of at most 128, got {dim}. Pass implementation=None.")
+        raise ValueError(
+            f"`flash_gpu` needs a head_dim of at most 128, got {dim}. Pass implementation=None."
+        )
     if hopper:
         from fluxjax.kernels.flash_mosaic import blocks, run
     else:
@@ -50,7 +54,9 @@ def flash(
     # Exponentials are to base 2, so that the scale's multiplication is the only one.
     sizes = blocks(queries, keys, dim, block_sizes)
     call = Call(scale=scale * math.log2(math.e), keys=keys, **sizes, run=run, interpret=interpret)
-    length = None if key_length is None else jnp.minimum(key_length.astype(jnp.int32), keys).reshape(1)
+    length = (
+        None if key_length is None else jnp.minimum(key_length.astype(jnp.int32), keys).reshape(1)
+    )
     missing = -dim % 64
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x for x in (q, k, v))
     return _flash(call, q, k, v, length)[..., :dim]
@@ -61,7 +67,9 @@ def _flash(call: Call, q: Array, k: Array, v: Array, length: Array | None) -> Ar
     return call.run(call, "forward", mix, [q], [[k], [v]], length, [q])[0]
 
 
-def _flash_fwd(call: Call, q: Array, k: Array, v: Array, length: Array | None) -> tuple[Array, tuple]:
+def _flash_fwd(
+    call: Call, q: Array, k: Array, v: Array, length: Array | None
+) -> tuple[Array, tuple]:
     rows = jax.ShapeDtypeStruct((q.shape[1], len(q)), jnp.float32)
     mixed, residual = call.run(call, "forward", mix, [q], [[k], [v]], length, [q, rows])
     return mixed, (q, k, v, length, mixed, residual)
@@ -71,7 +79,9 @@ def _flash_bwd(call: Call, kept: tuple, grad: Array) -> tuple:
     q, k, v, length, mixed, residual = kept
     delta = (mixed.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1).T
     dq = call.run(call, "dq", gradient_of_q, [q, grad, residual, delta], [[k], [v]], length, [q])
-    dkv = call.run(call, "dkv", gradient_of_k_and_v, [k, v], [[q, residual], [grad, delta]], length, [k, v])
+    dkv = call.run(
+        call, "dkv", gradient_of_k_and_v, [k, v], [[q, residual], [grad, delta]], length, [k, v]
+    )
     return *dq, *dkv, None
 
 

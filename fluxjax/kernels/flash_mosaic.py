@@ -30,7 +30,9 @@ _DEFAULT = BlockSizes(q=128, q_dkv=64)
 _HEAD, _BLOCK, _WORKER = "flash_head", "flash_block", "flash_worker"
 
 
-def blocks(queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None) -> dict[str, tuple[int, int]]:
+def blocks(
+    queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None
+) -> dict[str, tuple[int, int]]:
     """Return the (queries, keys) of a block of each kernel, forward, dq and dkv: as given, but no larger than the tokens.
 
     **Raises:** `ValueError` for sizes that are no multiples of 64, or of 128 where two warpgroups share a block (`q`, `q_dq`,
@@ -45,7 +47,10 @@ def blocks(queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | Non
                 "`flash_gpu` needs blocks of queries and keys in multiples of "
                 f"{units[0]} and {units[1]} for {kernel}, got {given}."
             )
-        q, kv = (min(size, round_up(n, unit)) for size, n, unit in zip(given, (queries, keys), units, strict=True))
+        q, kv = (
+            min(size, round_up(n, unit))
+            for size, n, unit in zip(given, (queries, keys), units, strict=True)
+        )
         needed = smem_bytes(kernel, (q, kv), head_dim)
         if needed > SMEM:
             raise ValueError(
@@ -63,7 +68,11 @@ def smem_bytes(kernel: str, block: tuple[int, int], head_dim: int) -> int:
     sums), and 3 KiB for barriers, reductions and alignment.
     """
     own, streamed = reversed(block) if kernel == "dkv" else block
-    matrices = 2 * round_up(head_dim, 64) * (own * (1 if kernel == "forward" else 2) + 2 * _SLOTS * streamed)
+    matrices = (
+        2
+        * round_up(head_dim, 64)
+        * (own * (1 if kernel == "forward" else 2) + 2 * _SLOTS * streamed)
+    )
     rows = 4 * {"forward": own, "dq": 2 * own, "dkv": 2 * _SLOTS * streamed}[kernel]
     return matrices + rows + 3 * 2**10
 
@@ -96,7 +105,9 @@ def run(
 
     found = plgpu.kernel(
         program,
-        out_type=[jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)],
+        out_type=[
+            jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)
+        ],
         scratch_types=_scratch(call, name, own, streams, results),
         grid=(heads, whole // mine),
         grid_names=(_HEAD, _BLOCK),
@@ -109,7 +120,9 @@ def run(
     return tuple(cut(x, tokens) for x in found)
 
 
-def _scratch(call: Call, name: str, own: list[Array], streams: list[list[Array]], results: list[Any]) -> list:
+def _scratch(
+    call: Call, name: str, own: list[Array], streams: list[list[Array]], results: list[Any]
+) -> list:
     """Return what a program has in shared memory, as `_program` takes it."""
     mine, theirs = call.sides(name)
 
@@ -117,7 +130,10 @@ def _scratch(call: Call, name: str, own: list[Array], streams: list[list[Array]]
         if x.ndim == 2:
             return plgpu.SMEM((copies, tokens), x.dtype)
         # As wgmma reads matrices: in rows of 128 bytes, eight by eight.
-        transforms = plgpu.TilingTransform((8, 128 // x.dtype.itemsize)), plgpu.SwizzleTransform(128)
+        transforms = (
+            plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
+            plgpu.SwizzleTransform(128),
+        )
         return plgpu.SMEM((copies, tokens, x.shape[-1]), x.dtype, transforms=transforms)
 
     def ring(group: list[Array]) -> tuple:
@@ -134,15 +150,23 @@ def _scratch(call: Call, name: str, own: list[Array], streams: list[list[Array]]
     ]
 
 
-def _program(call, name, work, own, streams, length, results, buffers, rings, loaded, turns) -> None:
+def _program(
+    call, name, work, own, streams, length, results, buffers, rings, loaded, turns
+) -> None:
     head, index, worker = (lax.axis_index(axis) for axis in (_HEAD, _BLOCK, _WORKER))
     mine, theirs = call.sides(name)
     seen = call.keys if length is None else length[0]
     steps = call.steps(name, streams[0][0].shape[0], seen, index * mine)
-    rings = [_Ring(x, arrived, freed, bool(call.interpret) or len(x) > 1) for x, arrived, freed in rings]
+    rings = [
+        _Ring(x, arrived, freed, bool(call.interpret) or len(x) > 1) for x, arrived, freed in rings
+    ]
 
     def part(ref: Any, start: Any, tokens: int) -> Any:
-        return ref.at[pl.ds(start, tokens), head] if len(ref.shape) == 3 else ref.at[head, pl.ds(start, tokens)]
+        return (
+            ref.at[pl.ds(start, tokens), head]
+            if len(ref.shape) == 3
+            else ref.at[head, pl.ds(start, tokens)]
+        )
 
     @pl.when(worker < _WORKERS)
     def _() -> None:
@@ -154,7 +178,16 @@ def _program(call, name, work, own, streams, length, results, buffers, rings, lo
             plgpu.copy_gmem_to_smem(part(ref, first, rows), x, loaded.at[worker])
         plgpu.barrier_wait(loaded.at[worker])
         kind = _Interpreted if call.interpret else _Warpgroup
-        at = kind(call=call, own=blocks, streams=rings, first=first, seen=seen, steps=steps, index=worker, turns=turns)
+        at = kind(
+            call=call,
+            own=blocks,
+            streams=rings,
+            first=first,
+            seen=seen,
+            steps=steps,
+            index=worker,
+            turns=turns,
+        )
         for x, result in zip(blocks, work(at), strict=False):
             x[...] = result.astype(x.dtype)
         plgpu.commit_smem()
@@ -171,7 +204,9 @@ def _program(call, name, work, own, streams, length, results, buffers, rings, lo
         def _(step: Any) -> None:
             for ring, group in zip(rings, streams, strict=True):
                 pl.when(step >= _SLOTS)(partial(ring.await_free, step))
-                pl.when(step < steps)(lambda: ring.fill(step, [part(ref, step * theirs, theirs) for ref in group]))  # noqa: B023
+                pl.when(step < steps)(
+                    lambda: ring.fill(step, [part(ref, step * theirs, theirs) for ref in group])
+                )  # noqa: B023
 
 
 @dataclass(frozen=True)

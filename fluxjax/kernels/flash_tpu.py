@@ -56,7 +56,9 @@ def flash(
     **Raises:** `ValueError` for another dtype, blocks that are no multiples of 128, or blocks too large for the chip's VMEM.
     """
     if q.dtype not in _DTYPES:
-        raise ValueError(f"`flash_tpu` needs bfloat16 or float32, got {q.dtype}. Pass implementation=None.")
+        raise ValueError(
+            f"`flash_tpu` needs bfloat16 or float32, got {q.dtype}. Pass implementation=None."
+        )
     (queries, _, dim), keys = q.shape, len(k)
     lanes = round_up(dim, LANES)
     sizes = blocks(queries, keys, dim, q.dtype, chip, block_sizes)
@@ -69,8 +71,14 @@ def flash(
         interpret=interpret,
     )
     # A head is a column of 128 lanes, so that a block of one head is cut from [tokens, width] and nothing is transposed.
-    columns = [rearrange(_pad(x, lanes), "tokens heads dim -> tokens (heads dim)") for x in (q, k, v)]
-    length = None if key_length is None else jnp.minimum(key_length.astype(jnp.int32), keys).reshape(1, 1)
+    columns = [
+        rearrange(_pad(x, lanes), "tokens heads dim -> tokens (heads dim)") for x in (q, k, v)
+    ]
+    length = (
+        None
+        if key_length is None
+        else jnp.minimum(key_length.astype(jnp.int32), keys).reshape(1, 1)
+    )
     mixed = _flash(call, *columns, length)
     return rearrange(mixed, "tokens (heads dim) -> tokens heads dim", dim=lanes)[..., :dim]
 
@@ -80,7 +88,12 @@ def _pad(x: Array, lanes: int) -> Array:
 
 
 def blocks(
-    queries: int, keys: int, head_dim: int, dtype: Any, chip: str, block_sizes: BlockSizes | None = None
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: Any,
+    chip: str,
+    block_sizes: BlockSizes | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Return the (queries, keys) of a block of each kernel, forward, dq and dkv.
 
@@ -92,13 +105,18 @@ def blocks(
     for kernel in ("forward", "dq", "dkv"):
         if block_sizes is None:
             largest = CHIPS[chip].block
-            while largest > LANES and vmem_bytes(kernel, (largest, largest), head_dim, dtype) > CHIPS[chip].vmem:
+            while (
+                largest > LANES
+                and vmem_bytes(kernel, (largest, largest), head_dim, dtype) > CHIPS[chip].vmem
+            ):
                 largest -= LANES
             block = least_padded(queries, largest, LANES), least_padded(keys, largest, LANES)
         else:
             q, kv = getattr(block_sizes, kernel)
             if q % LANES or kv % LANES:
-                raise ValueError(f"`flash_tpu` needs blocks in multiples of {LANES} tokens, got {(q, kv)} for {kernel}.")
+                raise ValueError(
+                    f"`flash_tpu` needs blocks in multiples of {LANES} tokens, got {(q, kv)} for {kernel}."
+                )
             block = min(q, round_up(queries, LANES)), min(kv, round_up(keys, LANES))
         _check_vmem(kernel, block, head_dim, dtype, chip)
         found[kernel] = block
@@ -116,7 +134,9 @@ def vmem_bytes(kernel: str, block: tuple[int, int], head_dim: int, dtype: Any) -
     written, masked = (2 * keys, 2 * queries) if kernel == "dkv" else (queries, keys)
     windows = 2 * size * dim * (read + written)
     # Softmax's statistics: columns fill 128 lanes, rows 8 sublanes.
-    statistics = 8 * 4 * queries * (2 if kernel == "forward" else 4) + (0 if kernel == "dkv" else 4 * 2 * LANES * queries)
+    statistics = 8 * 4 * queries * (2 if kernel == "forward" else 4) + (
+        0 if kernel == "dkv" else 4 * 2 * LANES * queries
+    )
     sums = 4 * dim * written
     # Products before they are added, operands cut at the last token, and the parts that float32 is multiplied in.
     made = dim * (4 * written + size * masked + (4 * read if size == 4 else 0))
@@ -141,14 +161,18 @@ def _flash(call: _Call, q: Array, k: Array, v: Array, length: Array | None) -> A
     return _forward(call, q, k, v, length, residual=False)[0]
 
 
-def _flash_fwd(call: _Call, q: Array, k: Array, v: Array, length: Array | None) -> tuple[Array, tuple]:
+def _flash_fwd(
+    call: _Call, q: Array, k: Array, v: Array, length: Array | None
+) -> tuple[Array, tuple]:
     mixed, residual = _forward(call, q, k, v, length, residual=True)
     return mixed, (q, k, v, length, mixed, residual)
 
 
 def _flash_bwd(call: _Call, kept: tuple, grad: Array) -> tuple:
     q, k, v, length, mixed, residual = kept
-    products = (mixed.astype(jnp.float32) * grad.astype(jnp.float32)).reshape(len(q), -1, call.head_dim)
+    products = (mixed.astype(jnp.float32) * grad.astype(jnp.float32)).reshape(
+        len(q), -1, call.head_dim
+    )
     delta = products.sum(-1).T[:, None]
     inputs = (length, q, k, v, grad, residual, delta)
     return _dq(call, *inputs), *_dkv(call, *inputs), None
@@ -183,11 +207,18 @@ def _pallas(
             i, j = reversed(at) if keys_first else at
             return (head, 0, i) if along == "row" else (i if along == "queries" else j, head)
 
-        shape = (None, 1, block[0]) if along == "row" else (block[0] if along == "queries" else block[1], dim)
+        shape = (
+            (None, 1, block[0])
+            if along == "row"
+            else (block[0] if along == "queries" else block[1], dim)
+        )
         return pl.BlockSpec(shape, place)
 
     steps = (pl.cdiv(queries, block[0]), pl.cdiv(keys, block[1]))
-    ends = {"queries": queries if queries % block[0] else None, "keys": keys if keys % block[1] else None}
+    ends = {
+        "queries": queries if queries % block[0] else None,
+        "keys": keys if keys % block[1] else None,
+    }
     lengths = [] if length is None else [length]
     needed = vmem_bytes(name, block, dim, operands[0][0].dtype)
     shapes: list[Any] = [x for x, _ in (*operands, *results)]
@@ -199,7 +230,10 @@ def _pallas(
     run = pl.pallas_call(
         body,
         grid=(heads, *(reversed(steps) if keys_first else steps)),
-        in_specs=[*(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in lengths), *(spec(along) for _, along in operands)],
+        in_specs=[
+            *(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in lengths),
+            *(spec(along) for _, along in operands),
+        ],
         out_specs=[spec(along) for _, along in results],
         out_shape=[shape for shape, _ in results],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -218,7 +252,9 @@ def _pallas(
     return tuple(run(*lengths, *(x for x, _ in operands)))
 
 
-def _forward(call: _Call, q: Array, k: Array, v: Array, length: Array | None, *, residual: bool) -> tuple[Array, ...]:
+def _forward(
+    call: _Call, q: Array, k: Array, v: Array, length: Array | None, *, residual: bool
+) -> tuple[Array, ...]:
     """Return the mixed values and, if asked for, log2 of the sum of 2^logit of each query: [heads, 1, queries]."""
     rows = jax.ShapeDtypeStruct((q.shape[1] // call.head_dim, 1, len(q)), jnp.float32)
     results = [(jax.ShapeDtypeStruct(q.shape, q.dtype), "queries"), (rows, "row")]
@@ -272,14 +308,33 @@ def _forward_kernel(call, queries, keys, q_ref, k_ref, v_ref, out_ref, *rest) ->
 
 def _dq(call: _Call, length: Array | None, q, k, v, grad, residual, delta) -> Array:
     size = call.dq[0]
-    operands = [(q, "queries"), (k, "keys"), (v, "keys"), (grad, "queries"), (residual, "row"), (delta, "row")]
+    operands = [
+        (q, "queries"),
+        (k, "keys"),
+        (v, "keys"),
+        (grad, "queries"),
+        (residual, "row"),
+        (delta, "row"),
+    ]
     scratch = [(size, LANES), (size, LANES), (size, call.head_dim)]
     results = [(jax.ShapeDtypeStruct(q.shape, q.dtype), "queries")]
     return _pallas(call, "dq", _dq_kernel, length, operands, results, scratch, matmuls=3)[0]
 
 
 def _dq_kernel(
-    call, queries, keys, q_ref, k_ref, v_ref, grad_ref, residual_ref, delta_ref, dq_ref, residual, delta, total
+    call,
+    queries,
+    keys,
+    q_ref,
+    k_ref,
+    v_ref,
+    grad_ref,
+    residual_ref,
+    delta_ref,
+    dq_ref,
+    residual,
+    delta,
+    total,
 ) -> None:
     step, steps = pl.program_id(2), pl.num_programs(2)
 
@@ -307,13 +362,36 @@ def _dq_kernel(
 
 
 def _dkv(call: _Call, length: Array | None, q, k, v, grad, residual, delta) -> tuple[Array, ...]:
-    operands = [(q, "queries"), (k, "keys"), (v, "keys"), (grad, "queries"), (residual, "row"), (delta, "row")]
+    operands = [
+        (q, "queries"),
+        (k, "keys"),
+        (v, "keys"),
+        (grad, "queries"),
+        (residual, "row"),
+        (delta, "row"),
+    ]
     scratch = [(call.dkv[1], call.head_dim)] * 2
     results = [(jax.ShapeDtypeStruct(x.shape, x.dtype), "keys") for x in (k, v)]
-    return _pallas(call, "dkv", _dkv_kernel, length, operands, results, scratch, matmuls=4, keys_first=True)
+    return _pallas(
+        call, "dkv", _dkv_kernel, length, operands, results, scratch, matmuls=4, keys_first=True
+    )
 
 
-def _dkv_kernel(call, queries, keys, q_ref, k_ref, v_ref, grad_ref, residual_ref, delta_ref, dk_ref, dv_ref, dk, dv) -> None:
+def _dkv_kernel(
+    call,
+    queries,
+    keys,
+    q_ref,
+    k_ref,
+    v_ref,
+    grad_ref,
+    residual_ref,
+    delta_ref,
+    dk_ref,
+    dv_ref,
+    dk,
+    dv,
+) -> None:
     """All is transposed here, [keys, queries], so that the rows of statistics lie as they are stored."""
     block, step, steps = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
 
@@ -330,7 +408,10 @@ def _dkv_kernel(call, queries, keys, q_ref, k_ref, v_ref, grad_ref, residual_ref
             real = _before(queries, step, weights.shape, 1) & _before(keys, block, weights.shape, 0)
             weights, differences = jnp.where(real, weights, 0), jnp.where(real, differences, 0)
             rows = _before(queries, step, q.shape, 0)
-            q, grad = jnp.where(rows, q, jnp.zeros_like(q)), jnp.where(rows, grad, jnp.zeros_like(grad))
+            q, grad = (
+                jnp.where(rows, q, jnp.zeros_like(q)),
+                jnp.where(rows, grad, jnp.zeros_like(grad)),
+            )
         dv[...] += _dot(weights.astype(grad.dtype), grad, (1, 0))
         dk[...] += _dot((weights * differences).astype(q.dtype), q, (1, 0))
 
@@ -347,7 +428,11 @@ def _dkv_kernel(call, queries, keys, q_ref, k_ref, v_ref, grad_ref, residual_ref
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        a,
+        b,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 

@@ -15,15 +15,21 @@ from fluxjax.shapes import Array
 _DEFAULT = BlockSizes(q=128, kv=64, q_dkv=64, q_dq=64)
 
 
-def blocks(queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None) -> dict[str, tuple[int, int]]:
+def blocks(
+    queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None
+) -> dict[str, tuple[int, int]]:
     """Return the (queries, keys) of a block of each kernel, forward, dq and dkv.
 
     **Raises:** `ValueError` for sizes that are no powers of two from 16 on.
     """
-    found = {kernel: getattr(block_sizes or _DEFAULT, kernel) for kernel in ("forward", "dq", "dkv")}
+    found = {
+        kernel: getattr(block_sizes or _DEFAULT, kernel) for kernel in ("forward", "dq", "dkv")
+    }
     for kernel, block in found.items():
         if any(size < 16 or size & (size - 1) for size in block):
-            raise ValueError(f"`flash_gpu` needs blocks in powers of two on this GPU, 16 at least, got {block} for {kernel}.")
+            raise ValueError(
+                f"`flash_gpu` needs blocks in powers of two on this GPU, 16 at least, got {block} for {kernel}."
+            )
     return found
 
 
@@ -38,7 +44,10 @@ def run(
 ) -> tuple[Array, ...]:
     """Run the named kernel, as `fluxjax.kernels.flash_mosaic.run` does; tokens are padded to whole blocks."""
     (tokens, heads, _), (mine, theirs) = own[0].shape, call.sides(name)
-    own, streams = [padded(x, mine) for x in own], jax.tree.map(lambda x: padded(x, theirs), streams)
+    own, streams = (
+        [padded(x, mine) for x in own],
+        jax.tree.map(lambda x: padded(x, theirs), streams),
+    )
     operands, tree = jax.tree.flatten((own, streams, length))
     whole, others = len(own[0]), len(streams[0][0])
 
@@ -70,7 +79,10 @@ def run(
             *([] if length is None else [pl.BlockSpec((1,), lambda i, head: (0,))]),
         ],
         out_specs=[spec(x, mine) for x in results],
-        out_shape=[jax.ShapeDtypeStruct((whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole), x.dtype) for x in results],
+        out_shape=[
+            jax.ShapeDtypeStruct((whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole), x.dtype)
+            for x in results
+        ],
         compiler_params=pltriton.CompilerParams(num_warps=4 if mine == 64 else 8, num_stages=2),
         interpret=bool(call.interpret),
         name=f"flash_{name}",

@@ -108,9 +108,15 @@ class Worker:
         if isinstance(self.seen, int):
             whole = self.seen // size
             carry = lax.fori_loop(0, whole, partial(take, False), carry)
-            return carry if whole == self.steps else lax.fori_loop(whole, self.steps, partial(take, True), carry)
+            return (
+                carry
+                if whole == self.steps
+                else lax.fori_loop(whole, self.steps, partial(take, True), carry)
+            )
         end = lax.div(self.seen, jnp.int32(size))
-        return lax.fori_loop(end, self.steps, partial(take, True), lax.fori_loop(0, end, partial(take, False), carry))
+        return lax.fori_loop(
+            end, self.steps, partial(take, True), lax.fori_loop(0, end, partial(take, False), carry)
+        )
 
 
 def _wide(row: Array, shape: tuple[int, ...], axis: int = 0) -> Array:
@@ -127,7 +133,9 @@ def mix(at: Worker) -> tuple[Array, ...]:
         logits, scale = at.product(q, *keys.wait(step), meanwhile=at.turn), at.call.scale
         keys.free(step)
         if masked:
-            logits = jnp.where(step * size + at.numbered(logits.shape, 1) < at.seen, scale * logits, -jnp.inf)
+            logits = jnp.where(
+                step * size + at.numbered(logits.shape, 1) < at.seen, scale * logits, -jnp.inf
+            )
             scale = 1.0
         now = jnp.maximum(largest, scale * logits.max(1))
         weights, kept = jnp.exp2(scale * logits - _wide(now, logits.shape)), jnp.exp2(largest - now)
@@ -138,7 +146,9 @@ def mix(at: Worker) -> tuple[Array, ...]:
         return mixed, now, total
 
     at.begin()
-    mixed, largest, total = at.over_keys(size, take, (at.zeros(rows, dim), at.zeros(rows) - jnp.inf, at.zeros(rows)))
+    mixed, largest, total = at.over_keys(
+        size, take, (at.zeros(rows, dim), at.zeros(rows) - jnp.inf, at.zeros(rows))
+    )
     at.end()
     # No key seen: no values, rather than 0 / 0.
     mixed = mixed * _wide(1 / jnp.where(total == 0, 1.0, total), mixed.shape)

@@ -56,25 +56,29 @@ class Nag(eqx.Module):
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
         half = txt_tokens // 2
         if 2 * half != txt_tokens:
-            raise ValueError(f"`Nag` needs as many tokens of the unwanted text as of the wanted, got {txt_tokens} in all.")
+            raise ValueError(
+                f"`Nag` needs as many tokens of the negative text as of the positive, got {txt_tokens} in all."
+            )
 
         def mix(text: slice) -> tuple[Array, Array]:
             queries, keys, values = (jnp.concatenate([x[text], x[txt_tokens:]]) for x in (q, k, v))
             mixed = as_attention(self.implementation)(queries, keys, values)
             return mixed[:half], mixed[half:]
 
-        away, unwanted = mix(slice(half))
-        text, wanted = mix(slice(half, txt_tokens))
-        return jnp.concatenate([away, text, self.combine(wanted, unwanted)])
+        away, negative = mix(slice(half))
+        text, positive = mix(slice(half, txt_tokens))
+        return jnp.concatenate([away, text, self.combine(positive, negative)])
 
-    def combine(self, wanted: Heads, unwanted: Heads) -> Heads:
+    def combine(self, positive: Heads, negative: Heads) -> Heads:
         """Return the guided values; norms are over all heads of a token."""
-        wide = wide_dtype(wanted.dtype)
-        near, far = wanted.astype(wide), unwanted.astype(wide)
-        scale, tau, alpha = (jnp.asarray(number, wide) for number in (self.scale, self.tau, self.alpha))
+        wide = wide_dtype(positive.dtype)
+        near, far = positive.astype(wide), negative.astype(wide)
+        scale, tau, alpha = (
+            jnp.asarray(number, wide) for number in (self.scale, self.tau, self.alpha)
+        )
         guided = near + (scale - 1) * (near - far)
         sizes = [jnp.sum(jnp.abs(x), (-2, -1), keepdims=True) for x in (guided, near)]
         size, plain = jax.lax.psum(sizes, self.over) if self.over else sizes
         bound = tau * plain
         guided = guided * jnp.where(size > bound, bound / jnp.where(size > 0, size, 1), 1)
-        return (near + alpha * (guided - near)).astype(wanted.dtype)
+        return (near + alpha * (guided - near)).astype(positive.dtype)

@@ -28,7 +28,9 @@ Part = tuple[Float[Array, "tokens columns"], Float[Array, " head_dim"], Float[Ar
 Factors = tuple[Float[Array, "all_tokens head_dim"], Float[Array, "all_tokens head_dim"]]
 
 
-def factors_of(cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]) -> Factors:
+def factors_of(
+    cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]
+) -> Factors:
     """Return what each feature is multiplied with to be rotated, and what its neighbour is, made once and kept."""
     wide = jnp.repeat(cos, 2, axis=-1), jnp.stack([-sin, sin], axis=-1).reshape(len(sin), -1)
     # Without it the compiler makes them again in each turn of a loop, in another layout.
@@ -60,8 +62,15 @@ def heads(
         return pl.BlockSpec((size, width), lambda i: (jnp.clip(i - starts[part], 0, last), number))
 
     row = pl.BlockSpec((1, LANES), lambda i: (0, 0))
-    angle, whole = pl.BlockSpec((size, LANES), lambda i: (i, 0)), pl.BlockSpec((size, width), lambda i: (i, 0))
-    specs = [spec for part in range(len(parts)) for spec in (*(column(part, number) for number in range(3)), row, row)]
+    angle, whole = (
+        pl.BlockSpec((size, LANES), lambda i: (i, 0)),
+        pl.BlockSpec((size, width), lambda i: (i, 0)),
+    )
+    specs = [
+        spec
+        for part in range(len(parts))
+        for spec in (*(column(part, number) for number in range(3)), row, row)
+    ]
     run = pl.pallas_call(
         partial(_kernel, starts, eps),
         grid=(pl.cdiv(sum(counts), size),),
@@ -69,7 +78,8 @@ def heads(
         out_specs=[whole] * 3,
         out_shape=[jax.ShapeDtypeStruct((sum(counts), width), dtype)] * 3,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes(size, width, dtype, len(parts))
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=vmem_bytes(size, width, dtype, len(parts)),
         ),
         cost_estimate=pl.CostEstimate(
             flops=0,  # of matmuls, which are what is counted
@@ -79,7 +89,10 @@ def heads(
         interpret=interpret,
         name="heads",
     )
-    return run(*factors, *(operand for x, *scales in parts for operand in (x, x, x, *(s[None] for s in scales))))
+    return run(
+        *factors,
+        *(operand for x, *scales in parts for operand in (x, x, x, *(s[None] for s in scales))),
+    )
 
 
 def suits(counts: Sequence[int], width: int, head_dim: int, dtype: Any, chip: str) -> bool:
@@ -92,7 +105,9 @@ def suits(counts: Sequence[int], width: int, head_dim: int, dtype: Any, chip: st
 def block(counts: Sequence[int], width: int, dtype: Any, chip: str) -> int:
     """Return the tokens of a block, of which the first of two parts has a whole number, or 0."""
     sizes = range(_ROWS, _LARGEST + 1, _ROWS)
-    fitting = [size for size in sizes if vmem_bytes(size, width, dtype, len(counts)) <= CHIPS[chip].vmem]
+    fitting = [
+        size for size in sizes if vmem_bytes(size, width, dtype, len(counts)) <= CHIPS[chip].vmem
+    ]
     if len(counts) > 1:
         return max((size for size in fitting if counts[0] % size == 0), default=0)
     return least_padded(counts[0], max(fitting), _ROWS) if fitting else 0
@@ -121,7 +136,9 @@ def _kernel(starts: list[int], eps: float, cos: Any, sin: Any, *refs: Any) -> No
             pl.when(pl.program_id(0) >= start if number else pl.program_id(0) < starts[1])(write)
 
 
-def _normed_and_turned(x_ref: Any, scale_ref: Any, cos: Any, sin: Any, out_ref: Any, eps: float) -> None:
+def _normed_and_turned(
+    x_ref: Any, scale_ref: Any, cos: Any, sin: Any, out_ref: Any, eps: float
+) -> None:
     scale = scale_ref[...].astype(jnp.float32)
 
     def head(number: Any, _: None) -> None:

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.convert.files import File, WeightsError
+from fluxjax.checkpoint.printable import printable
+from fluxjax.checkpoint.safetensors import TensorFile, WeightsError
 from fluxjax.lora.names import Place
 from fluxjax.lora.rotations import butterfly_order, cayley, peft_butterfly_order, peft_cayley
 from fluxjax.lora.settings import Settings
-from fluxjax.lora.terms import Assigned, Full, Generalized, Hadamard, Kron, LowRank, Magnitude, Rotation, Term
-from fluxjax.printable import printable
+from fluxjax.lora.terms import (
+    FullTerm,
+    GeneralizedTerm,
+    HadamardTerm,
+    KronTerm,
+    LowRankTerm,
+    MagnitudeTerm,
+    OrthogonalTerm,
+    ReplacementTerm,
+    Term,
+)
 from fluxjax.shapes import Array
 
 
@@ -26,30 +36,36 @@ class Module:
     settings: Settings | None
 
 
-def terms_of(file: File, module: Module) -> list[tuple[str, Term]]:
+def terms_of(file: TensorFile, module: Module) -> list[tuple[str, Term]]:
     """Return what a module's tensors change: our names of its weight and its bias, each with a term.
 
     **Raises:** `WeightsError` for tensors that do not belong together, or whose numbers are not finite.
     """
     parts = _Parts(file, module)
     found: list[tuple[str, Term]] = []
-    build = next((build for marks, build in _BUILDERS.items() if any(mark in parts for mark in marks)), None)
+    build = next(
+        (build for marks, build in _BUILDERS.items() if any(mark in parts for mark in marks)), None
+    )
     if build is not None:
         if module.place.is_norm and build not in (_full, _assigned):
-            raise parts.error(f"{parts.left()} can't change {module.place.weight}, which is a norm's vector")
+            raise parts.error(
+                f"{parts.left()} can't change {module.place.weight}, which is a norm's vector"
+            )
         found.append((module.place.weight, _decomposed(parts, build(parts))))
-    for role, whole in (("bias", Full), ("up_bias", Full), ("plain_bias", Assigned)):
+    for role, whole in (("bias", FullTerm), ("up_bias", FullTerm), ("plain_bias", ReplacementTerm)):
         if role in parts:
             found.append((parts.bias_name(role), whole(parts.bias(role))))
     if parts.keys or not found:
-        raise parts.error(f"{parts.left() or 'alpha'} of {printable(module.name)} has nothing to belong to. It is not whole")
+        raise parts.error(
+            f"{parts.left() or 'alpha'} of {printable(module.name)} has nothing to belong to. It is not whole"
+        )
     return found
 
 
 class _Parts:
     """Tensors of a module, each taken once; what is left over at the end belongs to nothing."""
 
-    def __init__(self, file: File, module: Module):
+    def __init__(self, file: TensorFile, module: Module):
         self.file, self.module, self.keys = file, module, dict(module.keys)
         self.alpha = self._one("alpha") if "alpha" in self.keys else None
         # A bias shares its factors' scale.
@@ -73,20 +89,32 @@ class _Parts:
         key = self.keys.pop(role)
         values = self.file.tensors[key].view()
         if not jnp.issubdtype(values.dtype, jnp.floating):
-            raise self.error(f"{printable(key)} has dtype {values.dtype}, but adapters are of floating-point numbers")
+            raise self.error(
+                f"{printable(key)} has dtype {values.dtype}, but adapters are of floating-point numbers"
+            )
         if not values.size:
             raise self.error(f"{printable(key)} of shape {list(values.shape)} is empty (rank 0)")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is refused
+        with np.errstate(
+            over="ignore"
+        ):  # a float64 beyond float32 becomes infinity, which is refused
             values = values.astype(np.float32) if values.dtype == np.float64 else values
         if not np.isfinite(values).all():
-            raise self.error(f"{printable(key)} holds NaN or infinity. The adapter is damaged: get it anew")
+            raise self.error(
+                f"{printable(key)} holds NaN or infinity. The adapter is damaged: get it anew"
+            )
         return values
 
     def _one(self, role: str) -> float:
         key = self.keys.pop(role)
         value = np.asarray(self.file.tensors[key].view()).reshape(-1)
-        if value.size != 1 or value.dtype == np.bool_ or not np.isfinite(value.astype(np.float32)).all():
-            raise self.error(f"{printable(key)} has to be one finite number. The adapter is damaged: get it anew")
+        if (
+            value.size != 1
+            or value.dtype == np.bool_
+            or not np.isfinite(value.astype(np.float32)).all()
+        ):
+            raise self.error(
+                f"{printable(key)} has to be one finite number. The adapter is damaged: get it anew"
+            )
         return float(value.astype(np.float32)[0])
 
     def matrix(self, role: str) -> np.ndarray:
@@ -95,29 +123,41 @@ class _Parts:
         if values.ndim in (3, 4, 5) and set(values.shape[2:]) == {1}:
             values = values.reshape(values.shape[:2])
         if values.ndim != 2:
-            raise self.error(f"{printable(key)} has shape {list(values.shape)}, but {role} has to be a matrix")
+            raise self.error(
+                f"{printable(key)} has shape {list(values.shape)}, but {role} has to be a matrix"
+            )
         return values
 
     def array(self, role: str, axes: int) -> np.ndarray:
         key, values = self.keys.get(role, ""), self.take(role)
         if values.ndim != axes:
-            raise self.error(f"{printable(key)} has shape {list(values.shape)}, but {role} has to have {axes} axes")
+            raise self.error(
+                f"{printable(key)} has shape {list(values.shape)}, but {role} has to have {axes} axes"
+            )
         return values
 
     def vector(self, role: str) -> np.ndarray:
         key, values = self.keys.get(role, ""), self.take(role)
         if values.size != max(values.shape, default=1):
-            raise self.error(f"{printable(key)} has shape {list(values.shape)}, but it has to be a vector")
+            raise self.error(
+                f"{printable(key)} has shape {list(values.shape)}, but it has to be a vector"
+            )
         return values.reshape(-1)
 
     def counts(self, role: str) -> tuple[int, ...]:
         """Return a short tensor of whole numbers."""
         tensor = self.file.tensors[self.keys.pop(role)]
-        return tuple(int(x) for x in tensor.view().reshape(-1)) if tensor.size <= 4 and tensor.dtype.kind in "iu" else ()
+        return (
+            tuple(int(x) for x in tensor.view().reshape(-1))
+            if tensor.size <= 4 and tensor.dtype.kind in "iu"
+            else ()
+        )
 
     def bias_name(self, role: str) -> str:
         if self.module.place.bias is None:
-            raise self.error(f"{self.module.place.weight} has no bias for {printable(self.keys[role])} to change")
+            raise self.error(
+                f"{self.module.place.weight} has no bias for {printable(self.keys[role])} to change"
+            )
         return self.module.place.bias
 
     def bias(self, role: str) -> Array:
@@ -134,13 +174,19 @@ class _Parts:
         else:
             factor = 1.0 if settings is None else settings.factor(self.module.place.inner, rank)
         if not abs(factor) < np.finfo(np.float32).max:
-            raise self.error(f"alpha / rank of {printable(self.module.name)} is {factor}, beyond float32")
+            raise self.error(
+                f"alpha / rank of {printable(self.module.name)} is {factor}, beyond float32"
+            )
         return factor
 
     def check(self, fits: bool, **shapes: np.ndarray) -> None:
         if not fits:
-            listed = " and ".join(f"{name} of {list(value.shape)}" for name, value in shapes.items())
-            raise self.error(f"{printable(self.module.name)} has {listed}, which do not fit together")
+            listed = " and ".join(
+                f"{name} of {list(value.shape)}" for name, value in shapes.items()
+            )
+            raise self.error(
+                f"{printable(self.module.name)} has {listed}, which do not fit together"
+            )
 
 
 def _low_rank(parts: _Parts) -> Term:
@@ -152,12 +198,14 @@ def _low_rank(parts: _Parts) -> Term:
         parts.check(mid.shape == (up.shape[1], rank), up=up, mid=mid, down=down)
         down = mid.astype(np.float32) @ down.astype(np.float32)
     parts.check(up.shape[1] == len(down), up=up, down=down)
-    term = LowRank(jnp.asarray(up), jnp.asarray(down), jnp.float32(parts.factor(rank)))
+    term = LowRankTerm(jnp.asarray(up), jnp.asarray(down), jnp.float32(parts.factor(rank)))
     if "reshape" in parts:
         wanted = parts.counts("reshape")
         if wanted != (term.rows, term.columns):
             name = printable(parts.module.name)
-            raise parts.error(f"{name} is reshaped to {list(wanted)}, but changes [{term.rows}, {term.columns}]")
+            raise parts.error(
+                f"{name} is reshaped to {list(wanted)}, but changes [{term.rows}, {term.columns}]"
+            )
     return term
 
 
@@ -168,7 +216,9 @@ def _tucker(parts: _Parts, core: str, left: str, right: str) -> tuple[np.ndarray
         parts.check(first.shape[1] == len(second), **{left: first, right: second})
         return first, second
     middle = parts.matrix(core)
-    parts.check(middle.shape == (len(first), len(second)), **{left: first, core: middle, right: second})
+    parts.check(
+        middle.shape == (len(first), len(second)), **{left: first, core: middle, right: second}
+    )
     return first.astype(np.float32).T @ middle.astype(np.float32), second
 
 
@@ -185,15 +235,23 @@ def _kron(parts: _Parts) -> Term:
     # LyCORIS scales only what is decomposed; PEFT scales every LoKr.
     factor = 1.0 if rank is None and not of_peft else parts.factor(rank or 1)
     left, right = (tuple(jnp.asarray(x) for x in side) for side in sides)
-    return Kron(left, right, jnp.float32(factor))
+    return KronTerm(left, right, jnp.float32(factor))
 
 
 def _hadamard(parts: _Parts) -> Term:
     up1, down1 = _tucker(parts, "hada_t1", "hada_w1_a", "hada_w1_b")
     up2, down2 = _tucker(parts, "hada_t2", "hada_w2_a", "hada_w2_b")
-    parts.check(len(up1) == len(up2) and down1.shape[1] == down2.shape[1], w1_a=up1, w1_b=down1, w2_a=up2, w2_b=down2)
+    parts.check(
+        len(up1) == len(up2) and down1.shape[1] == down2.shape[1],
+        w1_a=up1,
+        w1_b=down1,
+        w2_a=up2,
+        w2_b=down2,
+    )
     factor = jnp.float32(parts.factor(len(down1)))
-    return Hadamard(jnp.asarray(up1), jnp.asarray(down1), jnp.asarray(up2), jnp.asarray(down2), factor)
+    return HadamardTerm(
+        jnp.asarray(up1), jnp.asarray(down1), jnp.asarray(up2), jnp.asarray(down2), factor
+    )
 
 
 def _generalized(parts: _Parts) -> Term:
@@ -203,7 +261,9 @@ def _generalized(parts: _Parts) -> Term:
         first, second, up, down = second, first, down, up
     parts.check(_chains(first, second, up, down), a1=first, a2=second, b1=up, b2=down)
     factor = jnp.float32(parts.factor(len(second)))
-    return Generalized(jnp.asarray(up), jnp.asarray(down), jnp.asarray(first), jnp.asarray(second), factor)
+    return GeneralizedTerm(
+        jnp.asarray(up), jnp.asarray(down), jnp.asarray(first), jnp.asarray(second), factor
+    )
 
 
 def _chains(left: np.ndarray, right: np.ndarray, up: np.ndarray, down: np.ndarray) -> bool:
@@ -221,10 +281,10 @@ def _oft(parts: _Parts) -> Term:
     rotated = cayley(blocks, (parts.alpha or 0.0) * length)
     scale = jnp.asarray(parts.vector("rescale")) if "rescale" in parts else None
     if axes == 3:  # OFT multiplies by the transposed blocks
-        return Rotation(jnp.asarray(rotated.swapaxes(1, 2)[None]), None, scale, on_rows=True)
+        return OrthogonalTerm(jnp.asarray(rotated.swapaxes(1, 2)[None]), None, scale, on_rows=True)
     order = butterfly_order(len(blocks), blocks.shape[1], blocks.shape[-1])
     parts.check(order is not None, oft_blocks=blocks)
-    return Rotation(jnp.asarray(rotated), jnp.asarray(order), scale, on_rows=True)
+    return OrthogonalTerm(jnp.asarray(rotated), jnp.asarray(order), scale, on_rows=True)
 
 
 def _peft_oft(parts: _Parts) -> Term:
@@ -239,7 +299,7 @@ def _peft_oft(parts: _Parts) -> Term:
     if settings.shared:
         parts.check(len(vectors) == 1, oft_R=vectors)
     blocks = jnp.asarray(peft_cayley(vectors, size, settings)[None])
-    return Rotation(blocks, None, None, on_rows=False, shared=settings.shared)
+    return OrthogonalTerm(blocks, None, None, on_rows=False, shared=settings.shared)
 
 
 def _peft_boft(parts: _Parts) -> Term:
@@ -249,15 +309,17 @@ def _peft_boft(parts: _Parts) -> Term:
     parts.check(order is not None, boft_R=blocks)
     # PEFT halves the skew part, and rotates the other way than LyCORIS.
     rotated = cayley(-0.5 * blocks.astype(np.float64), 0.0)
-    return Rotation(jnp.asarray(rotated), jnp.asarray(order), jnp.asarray(scale), on_rows=False)
+    return OrthogonalTerm(
+        jnp.asarray(rotated), jnp.asarray(order), jnp.asarray(scale), on_rows=False
+    )
 
 
 def _full(parts: _Parts) -> Term:
-    return Full(_own_shape(parts, "full"))
+    return FullTerm(_own_shape(parts, "full"))
 
 
 def _assigned(parts: _Parts) -> Term:
-    return Assigned(_own_shape(parts, "assigned" if "assigned" in parts else "plain"))
+    return ReplacementTerm(_own_shape(parts, "assigned" if "assigned" in parts else "plain"))
 
 
 def _own_shape(parts: _Parts, role: str) -> Array:
@@ -270,11 +332,13 @@ def _decomposed(parts: _Parts, term: Term) -> Term:
     settings = parts.module.settings
     role = next((role for role in ("magnitude", "row_magnitude") if role in parts), None)
     if role is None:
-        if settings is not None and settings.dora and isinstance(term, LowRank):
-            raise parts.error(f"{printable(parts.module.name)} comes without its magnitudes, though use_dora is set")
+        if settings is not None and settings.dora and isinstance(term, LowRankTerm):
+            raise parts.error(
+                f"{printable(parts.module.name)} comes without its magnitudes, though use_dora is set"
+            )
         return term
     key = parts.keys[role]
-    if isinstance(term, Assigned):
+    if isinstance(term, ReplacementTerm):
         raise parts.error(f"{printable(key)} has nothing to scale: the weight is set beside it")
     values = parts.take(role)
     shape = values.shape[:2] if set(values.shape[2:]) <= {1} else values.shape
@@ -282,8 +346,10 @@ def _decomposed(parts: _Parts, term: Term) -> Term:
     wanted = term.rows if by_row else term.columns
     if values.size != max(values.shape, default=1) or values.size != wanted:
         what = "rows" if by_row else "columns"
-        raise parts.error(f"{printable(key)} has shape {list(values.shape)}, which does not fit {wanted} {what}")
-    return Magnitude(term, jnp.asarray(values.reshape(-1)), by_row)
+        raise parts.error(
+            f"{printable(key)} has shape {list(values.shape)}, which does not fit {wanted} {what}"
+        )
+    return MagnitudeTerm(term, jnp.asarray(values.reshape(-1)), by_row)
 
 
 def _by_row(role: str, shape: tuple[int, ...], term: Term) -> bool:

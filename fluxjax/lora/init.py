@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.convert.load import slots_of
+from fluxjax.checkpoint.plan import slots_of
 from fluxjax.lora.merge import kind_of
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import LowRank
+from fluxjax.lora.terms import LowRankTerm
 from fluxjax.shapes import PRNGKeyArray
 
 BLOCKS = (r"(double|single|blocks)\..*\.(qkv|out|up|down|gate|linear1|linear2|q|k|v)",)
@@ -20,7 +20,12 @@ BLOCKS = (r"(double|single|blocks)\..*\.(qkv|out|up|down|gate|linear1|linear2|q|
 
 @convert_arguments
 def init_lora(
-    model: eqx.Module, rank: int, targets: str | Sequence[str] = BLOCKS, *, alpha: float | None = None, key: PRNGKeyArray
+    model: eqx.Module,
+    rank: int,
+    targets: str | Sequence[str] = BLOCKS,
+    *,
+    alpha: float | None = None,
+    key: PRNGKeyArray,
 ) -> Lora:
     """Return an adapter that changes nothing yet: downs are drawn with standard deviation 1 / sqrt(columns), ups are zeros.
 
@@ -34,10 +39,14 @@ def init_lora(
     if rank < 1:
         raise ValueError(f"`init_lora` needs a rank of at least 1, got {rank}.")
     if alpha is not None and not abs(alpha) <= float(jnp.finfo(jnp.float32).max):
-        raise ValueError(f"`init_lora(alpha)` needs a number that is finite in float32, got {alpha}. Pass the rank, or less.")
+        raise ValueError(
+            f"`init_lora(alpha)` needs a number that is finite in float32, got {alpha}. Pass the rank, or less."
+        )
     kind, targets = kind_of("init_lora", model), [targets] if isinstance(targets, str) else targets
     matrices = {
-        name.removesuffix(".weight"): slot.shape for name, slot in slots_of(model).items() if _is_matrix(name, slot.shape)
+        name.removesuffix(".weight"): slot.shape
+        for name, slot in slots_of(model).items()
+        if _is_matrix(name, slot.shape)
     }
     patterns = [_compiled(target) for target in targets]
     idle = [pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, matrices))]
@@ -46,15 +55,25 @@ def init_lora(
         raise ValueError(
             f"`init_lora(targets)`: {idle or 'no patterns'} match no matrix of this network. Its names are as {some}."
         )
-    chosen = {name: shape for name, shape in matrices.items() if any(pattern.fullmatch(name) for pattern in patterns)}
+    chosen = {
+        name: shape
+        for name, shape in matrices.items()
+        if any(pattern.fullmatch(name) for pattern in patterns)
+    }
     largest = max(min(shape) for shape in chosen.values())
     if rank > largest:
-        raise ValueError(f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, got {rank}.")
+        raise ValueError(
+            f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, got {rank}."
+        )
     factor = jnp.float32((rank if alpha is None else alpha) / rank)
     changes: dict[str, tuple[Change, ...]] = {}
-    for subkey, (name, (rows, columns)) in zip(jax.random.split(key, len(chosen)), chosen.items(), strict=True):
+    for subkey, (name, (rows, columns)) in zip(
+        jax.random.split(key, len(chosen)), chosen.items(), strict=True
+    ):
         down = jax.random.normal(subkey, (rank, columns)) / columns**0.5
-        changes[f"{name}.weight"] = (Change(LowRank(jnp.zeros((rows, rank)), down, factor), None, False),)
+        changes[f"{name}.weight"] = (
+            Change(LowRankTerm(jnp.zeros((rows, rank)), down, factor), None, False),
+        )
     return Lora({kind: changes}, "new")
 
 
@@ -62,11 +81,17 @@ def _compiled(target: str) -> re.Pattern:
     try:
         return re.compile(target)
     except re.error as error:
-        raise ValueError(f"`init_lora(targets)`: {target!r} is not a valid regular expression: {error}.") from error
+        raise ValueError(
+            f"`init_lora(targets)`: {target!r} is not a valid regular expression: {error}."
+        ) from error
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name not in ("tokens.weight", "positions.weight", "position_bias.weight")
+    return len(shape) == 2 and name not in (
+        "tokens.weight",
+        "positions.weight",
+        "position_bias.weight",
+    )
 
 
 def trainable(lora: Lora) -> Lora:

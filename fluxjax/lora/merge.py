@@ -11,15 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.convert.files import WeightsError
-from fluxjax.convert.load import Weights, abstract, cast, leaf_names, slots_of
-from fluxjax.convert.source import KINDS, fused_parts
+from fluxjax.checkpoint.detect import fused_parts
+from fluxjax.checkpoint.kinds import KINDS
+from fluxjax.checkpoint.plan import Weights, abstract, cast, slots_of
+from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.rounding import check_fits, rounded, seed_of
-from fluxjax.lora.scales import Scale, Scales, begins_with, check_scales, is_zero, negative, scale_of
-from fluxjax.lora.terms import Assigned, Term
+from fluxjax.lora.scales import (
+    Scale,
+    Scales,
+    begins_with,
+    check_scales,
+    is_zero,
+    negative,
+    scale_of,
+)
+from fluxjax.lora.terms import ReplacementTerm, Term
 from fluxjax.nets.flux import Flux
-from fluxjax.nets.layers import Dense, Weight
+from fluxjax.nets.stack import leaf_names
+from fluxjax.nets.weight import Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -27,7 +37,9 @@ INPUT = "img_in.weight"
 
 
 @convert_arguments
-def merge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
+def merge(
+    model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False
+) -> Network:
     """Return a network with adapters added to its weights: W + the sum over adapters of scale * delta, taken in float32.
 
     The sum is rounded once to the weight's dtype: 8-bit floats stochastically, by draws that depend on the weight's name only,
@@ -45,7 +57,9 @@ def merge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *
 
 
 @convert_arguments
-def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False) -> Network:
+def unmerge(
+    model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False
+) -> Network:
     """Return the network that these adapters were merged into; arguments as for `merge`.
 
     An input that an adapter widened stays wide: its added columns are zeros again, up to rounding.
@@ -56,7 +70,9 @@ def unmerge(model: Network, loras: Sequence[Lora], scales: Scales | None = None,
     found = check_scales("unmerge", len(loras), scales)
     for lora, scale in zip(loras, found, strict=True):
         for name, changes in _changes(model, lora).items():
-            if not all(change.term.additive for change in changes) and not is_zero(scale_of(scale, name)):
+            if not all(change.term.additive for change in changes) and not is_zero(
+                scale_of(scale, name)
+            ):
                 raise WeightsError(
                     f"What an adapter did to {name} can't be subtracted: it set it, or scaled it. Load the base again."
                 )
@@ -68,7 +84,9 @@ def kind_of(call: str, model: eqx.Module) -> str:
     for name, kind in KINDS.items():
         if isinstance(model, kind.network) and name != "vae":
             return name
-    raise ValueError(f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. Pass one network at a time.")
+    raise ValueError(
+        f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. Pass one network at a time."
+    )
 
 
 def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
@@ -77,7 +95,9 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     mine = lora.changes.get(kind_of("merge", model), {})
     if not any(_is_without_effect(model, name) for name in mine):
         return ()
-    return ("Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.",)
+    return (
+        "Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no effect.",
+    )
 
 
 def _changes(model: eqx.Module, lora: Lora) -> Mapping[str, Sequence[Change]]:
@@ -88,7 +108,11 @@ def _changes(model: eqx.Module, lora: Lora) -> Mapping[str, Sequence[Change]]:
 
 def _is_without_effect(model: eqx.Module, name: str) -> bool:
     """Whether a weight is of the guidance, and the network takes none."""
-    return isinstance(model, Flux) and not model.config.guidance_embed and name.startswith("guidance_in.")
+    return (
+        isinstance(model, Flux)
+        and not model.config.guidance_embed
+        and name.startswith("guidance_in.")
+    )
 
 
 Wanted = Mapping[str, Sequence[tuple[Change, Any]]]
@@ -105,16 +129,26 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     wanted: dict[str, list[tuple[Change, Any]]] = {}
     for lora, scale in zip(loras, found, strict=True):
         for name, changes in _changes(model, lora).items():
-            wanted.setdefault(name, []).extend((change, scale_of(scale, name)) for change in changes)
+            wanted.setdefault(name, []).extend(
+                (change, scale_of(scale, name)) for change in changes
+            )
     if not wanted and loras:
-        held = ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
-        raise WeightsError(f"The adapters change nothing of a {KINDS[kind].title}; they are for: {held}.")
+        held = (
+            ", ".join(sorted({network for lora in loras for network in lora.changes})) or "nothing"
+        )
+        raise WeightsError(
+            f"The adapters change nothing of a {KINDS[kind].title}; they are for: {held}."
+        )
     _check(model, wanted)
     _check_one_sets(model, loras, found)
     keys = {key for scale in found if isinstance(scale, Mapping) for key in scale}
-    idle = sorted(key for key in keys if not any(begins_with(name, key) for name in slots_of(model)))
+    idle = sorted(
+        key for key in keys if not any(begins_with(name, key) for name in slots_of(model))
+    )
     if idle:
-        raise ValueError(f"No weight of this {type(model).__name__} begins with {idle[0]!r}, which a scale is for.")
+        raise ValueError(
+            f"No weight of this {type(model).__name__} begins with {idle[0]!r}, which a scale is for."
+        )
     return wanted
 
 
@@ -125,7 +159,7 @@ def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[A
     for number, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
         for name, changes in _changes(model, lora).items():
             for change in changes:
-                if not isinstance(change.term, Assigned) or is_zero(scale_of(scale, name)):
+                if not isinstance(change.term, ReplacementTerm) or is_zero(scale_of(scale, name)):
                     continue
                 start, stop = rows_of(change, slots[name].shape, parts)
                 for other, first, last in rows_set.setdefault(name, []):
@@ -138,7 +172,11 @@ def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[A
 
 
 def _apply(model: Network, loras: Sequence[Lora], scales: Sequence[Scale], donate: bool) -> Network:
-    check_plain(model, "Nothing can be merged into", " Merge into the plain ones before, or `attach` the adapters.")
+    check_plain(
+        model,
+        "Nothing can be merged into",
+        " Merge into the plain ones before, or `attach` the adapters.",
+    )
     return merge_changes(model, changes_of(model, loras, scales), donate=donate)
 
 
@@ -146,7 +184,9 @@ def check_plain(model: eqx.Module, problem: str, remedy: str = " Pass the plain 
     """**Raises:** `WeightsError` for weights that are quantized, adapted or fetched; `problem` begins the message."""
     for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Weight)):
         if isinstance(node, Weight) and not isinstance(node, Dense):
-            raise WeightsError(f"{problem} weights that are stored as {type(node).__name__}.{remedy}")
+            raise WeightsError(
+                f"{problem} weights that are stored as {type(node).__name__}.{remedy}"
+            )
 
 
 def merge_changes(model: Network, wanted: Wanted, *, donate: bool) -> Network:
@@ -164,7 +204,9 @@ def merge_changes(model: Network, wanted: Wanted, *, donate: bool) -> Network:
         terms, places = _arguments(changes, slot.shape, parts)
         step = _added_donating if mine[slot.leaf] else _added
         block = None if slot.block is None else jnp.int32(slot.block)
-        leaves[slot.leaf], largest[name] = step(leaves[slot.leaf], block, seed_of(name), terms, places)
+        leaves[slot.leaf], largest[name] = step(
+            leaves[slot.leaf], block, seed_of(name), terms, places
+        )
         mine[slot.leaf] = True  # by now it is a new array in any case
     if not any(isinstance(value, jax.core.Tracer) for value in largest.values()):
         for name, value in jax.device_get(largest).items():
@@ -188,11 +230,15 @@ def rows_of(change: Change, shape: tuple[int, ...], parts: Mapping[str, slice]) 
     return rows.start, rows.stop
 
 
-def _add(leaf: Array, block: Array | None, seed: Any, terms: Terms, places: Places) -> tuple[Array, Array]:
+def _add(
+    leaf: Array, block: Array | None, seed: Any, terms: Terms, places: Places
+) -> tuple[Array, Array]:
     """Return a leaf with terms added to one block of it, or to all of it, and what does not fit in its dtype."""
     base = leaf if block is None else jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)
     changed, largest = rounded(_changed(base, terms, places), leaf.dtype, seed)
-    return changed if block is None else jax.lax.dynamic_update_index_in_dim(leaf, changed, block, 0), largest
+    return changed if block is None else jax.lax.dynamic_update_index_in_dim(
+        leaf, changed, block, 0
+    ), largest
 
 
 def _changed(base: Array, terms: Terms, places: Places) -> Array:
@@ -202,9 +248,11 @@ def _changed(base: Array, terms: Terms, places: Places) -> Array:
     for (term, scale), ((start, stop), swap) in zip(terms, places, strict=True):
         half = (stop - start) // 2 if swap else 0
         rows = jnp.roll(exact[start:stop], half, axis=0)
-        if isinstance(term, Assigned):
+        if isinstance(term, ReplacementTerm):
             value = jnp.roll(term.value.astype(jnp.float32), half, axis=0)
-            start_values = start_values.at[start:stop].set(jnp.where(scale == 0, start_values[start:stop], value))
+            start_values = start_values.at[start:stop].set(
+                jnp.where(scale == 0, start_values[start:stop], value)
+            )
         else:
             delta = jnp.roll(_delta(term, rows), half, axis=0)
             total = total.at[start:stop].add(scale * delta)
@@ -225,7 +273,7 @@ _changed_jitted = partial(jax.jit, static_argnames="places")(_changed)
 _rounded_jitted = partial(jax.jit, static_argnames="dtype")(rounded)
 
 
-class Merged(Weights):
+class MergedWeights(Weights):
     """Weights in files with adapters added as they are read, so that merging needs the memory of one tensor."""
 
     def __init__(self, base: Weights, wanted: Wanted):
@@ -310,8 +358,12 @@ def _input_problems(model: Any, columns: Sequence[int]) -> list[str]:
     have, image = model.config.in_channels, model.config.out_channels
     widest = max(have, *columns)
     problems = [
-        f"{INPUT} has {have} input features, the adapter's {count}" for count in columns if count not in (image, have, widest)
+        f"{INPUT} has {have} input features, the adapter's {count}"
+        for count in columns
+        if count not in (image, have, widest)
     ]
     if widest > have and (have != image or widest % image):
-        problems.append(f"{INPUT} has {have} input features, which an adapter of {widest} can't widen")
+        problems.append(
+            f"{INPUT} has {have} input features, which an adapter of {widest} can't widen"
+        )
     return problems

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fluxjax.convert import tables
-from fluxjax.convert.tables import Dialect, Row
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.names import Dialect, Row
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,23 @@ def _old_attention(row: Row) -> tuple[Row, ...]:
     """Return the names that a layer had when it belonged to a processor of diffusers' attention."""
     if ".attn." not in row.theirs or ".norm_" in row.theirs:
         return ()
-    return (Row(row.theirs.replace(".attn.", ".attn.processor.").replace(".to_out.0.", ".to_out."), row.ours, row.part),)
+    return (
+        Row(
+            row.theirs.replace(".attn.", ".attn.processor.").replace(".to_out.0.", ".to_out."),
+            row.ours,
+            row.part,
+        ),
+    )
 
 
 _BFL = tables.FLUX_BFL
 _DIFFUSERS = Dialect(
     "diffusers",
     "",
-    (*tables.FLUX_DIFFUSERS.rows, *(old for row in tables.FLUX_DIFFUSERS.rows for old in _old_attention(row))),
+    (
+        *tables.FLUX_DIFFUSERS.rows,
+        *(old for row in tables.FLUX_DIFFUSERS.rows for old in _old_attention(row)),
+    ),
 )
 _CLIP, _T5 = tables.CLIP_TRANSFORMERS, tables.T5_TRANSFORMERS
 _ALL: tuple[Names, ...] = (
@@ -127,7 +136,15 @@ def find_place(module: str) -> Place | None:
             weight = row.ours.format(**fields, p="weight")
             bias = None if entry.bias is None else entry.bias.format(**fields, p="bias")
             inner = module.removeprefix(entry.names.prefix)
-            return Place(entry.names.format, entry.names.network, weight, bias, row.part, row.layout == "swap", inner)
+            return Place(
+                entry.names.format,
+                entry.names.network,
+                weight,
+                bias,
+                row.part,
+                row.layout == "swap",
+                inner,
+            )
     return None
 
 
@@ -140,7 +157,11 @@ def _entries() -> Mapping[str, Sequence[_Entry]]:
     """Return every kind of module by its name without numbers, so that finding one takes no search over all patterns."""
     found: dict[str, list[_Entry]] = {}
     for names in _ALL:
-        biases = {_stem(row.theirs): row.ours for row in names.dialect.rows if row.theirs.endswith((".bias", ".{p}"))}
+        biases = {
+            _stem(row.theirs): row.ours
+            for row in names.dialect.rows
+            if row.theirs.endswith((".bias", ".{p}"))
+        }
         for row in names.dialect.rows:
             if row.theirs.endswith(".bias"):
                 continue
@@ -148,7 +169,9 @@ def _entries() -> Mapping[str, Sequence[_Entry]]:
             for prefix in {names.prefix, names.prefix + _spelled(names.dialect.prefix, names.flat)}:
                 spelled = prefix + _spelled(stem, names.flat)
                 key = _without_numbers(spelled.replace("{i}", "0").replace("{j}", "0"))
-                found.setdefault(key, []).append(_Entry(names, _pattern(spelled), row, biases.get(stem)))
+                found.setdefault(key, []).append(
+                    _Entry(names, _pattern(spelled), row, biases.get(stem))
+                )
     return found
 
 
@@ -164,5 +187,8 @@ def _spelled(name: str, flat: bool) -> str:
 def _pattern(spelled: str) -> re.Pattern:
     # No network has a thousand blocks.
     return re.compile(
-        re.escape(spelled).replace(r"\{i\}", r"(?P<i>[0-9]{1,3})").replace(r"\{j\}", r"(?P<j>[0-9]{1,3})") + r"\Z"
+        re.escape(spelled)
+        .replace(r"\{i\}", r"(?P<i>[0-9]{1,3})")
+        .replace(r"\{j\}", r"(?P<j>[0-9]{1,3})")
+        + r"\Z"
     )

@@ -6,14 +6,14 @@ from typing import Literal, overload
 
 import equinox as eqx
 
-from fluxjax.convert.files import File, WeightsError, read_header
+from fluxjax.checkpoint.printable import printable
+from fluxjax.checkpoint.safetensors import TensorFile, WeightsError, read_header
 from fluxjax.lora.build import Module, terms_of
 from fluxjax.lora.names import find_place
 from fluxjax.lora.roles import PLAIN, is_adapters, splits
 from fluxjax.lora.settings import WEIGHTS, AllSettings, read_settings
 from fluxjax.lora.strangers import looks_like, without_effect
-from fluxjax.lora.terms import LowRank, Magnitude, Term
-from fluxjax.printable import printable
+from fluxjax.lora.terms import LowRankTerm, MagnitudeTerm, Term
 
 _IN_FOLDER = (WEIGHTS, "pytorch_lora_weights.safetensors")
 
@@ -63,7 +63,9 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
     file = read_header(path)
     modules, unused, notes = _modules(file)
     if not modules:
-        raise WeightsError(f"{path} adapts nothing of FLUX.1: {looks_like(unused or list(file.tensors))}")
+        raise WeightsError(
+            f"{path} adapts nothing of FLUX.1: {looks_like(unused or list(file.tensors))}"
+        )
     if unused and strict:
         raise WeightsError(
             f"{path} holds {len(unused)} keys that fluxjax has no place for: {_some(unused)}. {looks_like(unused)} "
@@ -75,7 +77,10 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
         for weight, term in terms_of(file, module):
             mine.setdefault(weight, []).append(Change(term, module.place.part, module.place.swap))
     formats = sorted({module.place.format for module in modules.values()})
-    whole = {network: {name: tuple(found) for name, found in mine.items()} for network, mine in changes.items()}
+    whole = {
+        network: {name: tuple(found) for name, found in mine.items()}
+        for network, mine in changes.items()
+    }
     lora = Lora(whole, "+".join(formats), notes)
     return lora if strict else (lora, unused)
 
@@ -110,11 +115,16 @@ def describe_lora(path: str | Path) -> str:
     for network, changes in lora.changes.items():
         terms = [change.term for found in changes.values() for change in found]
         kinds = sorted({type(term).__name__ for term in terms})
-        lines.append(f"  {network}: {len(changes)} weights in {_blocks(changes)}; {', '.join(kinds)}")
-        inner = [term.inner if isinstance(term, Magnitude) else term for term in terms]
-        low = [term for term in inner if isinstance(term, LowRank)]
+        lines.append(
+            f"  {network}: {len(changes)} weights in {_blocks(changes)}; {', '.join(kinds)}"
+        )
+        inner = [term.inner if isinstance(term, MagnitudeTerm) else term for term in terms]
+        low = [term for term in inner if isinstance(term, LowRankTerm)]
         if low:
-            ranks, factors = {len(term.down) for term in low}, {round(float(term.factor), 6) for term in low}
+            ranks, factors = (
+                {len(term.down) for term in low},
+                {round(float(term.factor), 6) for term in low},
+            )
             lines.append(f"    rank {_span(ranks)}, alpha / rank {_span(factors)}")
     if unused:
         lines.append(f"  {len(unused)} keys without a place: {_some(unused)}")
@@ -127,7 +137,10 @@ def _blocks(names: Iterable[str]) -> str:
     for name in names:
         first, second, *_ = name.split(".")
         blocks.setdefault(first, set()).update({second} if second.isdigit() else ())
-    return ", ".join(f"{first} ({len(found)} blocks)" if found else first for first, found in sorted(blocks.items()))
+    return ", ".join(
+        f"{first} ({len(found)} blocks)" if found else first
+        for first, found in sorted(blocks.items())
+    )
 
 
 def _span(values: set) -> str:
@@ -135,7 +148,7 @@ def _span(values: set) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _modules(file: File) -> tuple[dict[str, Module], list[str], tuple[str, ...]]:
+def _modules(file: TensorFile) -> tuple[dict[str, Module], list[str], tuple[str, ...]]:
     """Sort the keys by module; those without a place are returned too, and notes about those without an effect."""
     settings = read_settings(file)
     keys, notes = without_effect(file.tensors)
@@ -158,7 +171,9 @@ def _modules(file: File) -> tuple[dict[str, Module], list[str], tuple[str, ...]]
     return modules, [key for key in file.tensors if key in left], notes
 
 
-def _find(key: str, modules: dict[str, Module], settings: AllSettings, adapter: bool) -> tuple[Module, str] | None:
+def _find(
+    key: str, modules: dict[str, Module], settings: AllSettings, adapter: bool
+) -> tuple[Module, str] | None:
     """Return the module that a key belongs to, a new one if need be, and its role there."""
     for name, role in splits(key):
         module = modules.get(name)
@@ -183,14 +198,16 @@ def _left_out(modules: dict[str, Module], unused: Iterable[str]) -> list[str]:
     return keys
 
 
-def _check_overlaps(file: File, modules: Mapping[str, Module]) -> None:
+def _check_overlaps(file: TensorFile, modules: Mapping[str, Module]) -> None:
     """**Raises:** `WeightsError` if two modules, named in two ways, change the same weight."""
     before: dict[tuple[str, str], list[Module]] = {}
     for module in modules.values():
         others = before.setdefault((module.place.network, module.place.weight), [])
         for other in others:
             if module.place.overlaps(other.place):
-                both = " and ".join(printable(next(iter(one.keys.values()))) for one in (other, module))
+                both = " and ".join(
+                    printable(next(iter(one.keys.values()))) for one in (other, module)
+                )
                 raise WeightsError(
                     f"{file.path} changes {module.place.weight} twice, under two names: {both}. Keep one format's keys."
                 )

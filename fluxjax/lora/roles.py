@@ -5,9 +5,20 @@ from collections.abc import Iterator
 
 # A key's ending, and the role of its tensor.
 _ROLES = {
-    **{f".lora_{name}.weight": role for name, role in (("down", "down"), ("up", "up"), ("mid", "mid"))},
-    **{f".lora_{name}{end}": role for name, role in (("A", "down"), ("B", "up")) for end in ("", ".weight")},
-    **{f"{lead}.{role}.weight": role for lead in ("", ".lora", "_lora", ".lora_linear_layer") for role in ("down", "up")},
+    **{
+        f".lora_{name}.weight": role
+        for name, role in (("down", "down"), ("up", "up"), ("mid", "mid"))
+    },
+    **{
+        f".lora_{name}{end}": role
+        for name, role in (("A", "down"), ("B", "up"))
+        for end in ("", ".weight")
+    },
+    **{
+        f"{lead}.{role}.weight": role
+        for lead in ("", ".lora", "_lora", ".lora_linear_layer")
+        for role in ("down", "up")
+    },
     ".lora_B.bias": "up_bias",
     ".alpha": "alpha",
     ".dora_scale": "magnitude",
@@ -23,7 +34,10 @@ _ROLES = {
     ".weight": "plain",
     ".bias": "plain_bias",
     ".base_layer.bias": "plain_bias",
-    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{
+        f".lokr_{name}": f"lokr_{name}"
+        for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    },
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
     ".oft_blocks": "oft_blocks",
@@ -55,4 +69,6 @@ _BY_LENGTH = sorted(_ROLES.items(), key=lambda item: len(item[0]), reverse=True)
 
 def is_adapters(key: str) -> bool:
     """Return whether a key is named as an adapter's tensor, and not as a model's."""
-    return any(role not in PLAIN for _, role in splits(key)) or key.endswith((".lora_down", ".lora_up"))
+    return any(role not in PLAIN for _, role in splits(key)) or key.endswith(
+        (".lora_down", ".lora_up")
+    )

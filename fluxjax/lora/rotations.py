@@ -32,7 +32,9 @@ def peft_cayley(vectors: np.ndarray, size: int, settings: Settings) -> np.ndarra
     if settings.constrained:
         most = settings.epsilon / np.sqrt(len(vectors))
         norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
-        skew = skew * np.where(norm <= most, 1.0, most / np.maximum(norm, np.finfo(np.float64).tiny))
+        skew = skew * np.where(
+            norm <= most, 1.0, most / np.maximum(norm, np.finfo(np.float64).tiny)
+        )
     identity = np.eye(size)
     if not settings.neumann:
         return ((identity - skew) @ np.linalg.inv(identity + skew)).astype(np.float32)
@@ -72,4 +74,6 @@ def peft_butterfly_order(stages: int, number: int, size: int) -> np.ndarray | No
     if size % 2 or stages > 32 or number % 2 ** (stages - 1):
         return None
     halves = [rows.reshape(-1, 2**stage, 2, size // 2) for stage in range(stages)]
-    return np.stack([np.argsort(half.swapaxes(1, 2).reshape(-1)).astype(np.int32) for half in halves])
+    return np.stack(
+        [np.argsort(half.swapaxes(1, 2).reshape(-1)).astype(np.int32) for half in halves]
+    )

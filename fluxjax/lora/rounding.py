@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.convert.files import WeightsError
+from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.shapes import Array, Float
 
 
@@ -16,7 +16,9 @@ def seed_of(name: str) -> np.uint32:
     return np.uint32(zlib.crc32(name.encode()))
 
 
-def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype, seed: Array | np.uint32) -> tuple[Array, Float[Array, ""]]:
+def rounded(
+    x: Float[Array, "*shape"], dtype: jnp.dtype, seed: Array | np.uint32
+) -> tuple[Array, Float[Array, ""]]:
     """Return x in a dtype, and the largest magnitude in x that this can't hold: 0 if it holds all of it, infinity for NaN.
 
     8-bit floats are 1/16 to 1/8 of their value apart, so the nearest one to a weight that an adapter changes a little is the
@@ -43,7 +45,9 @@ def _stochastic(x: Array, nearest: Array, seed: Array | np.uint32) -> Array:
     """
     info = jnp.finfo(nearest.dtype)
     size = jnp.abs(x)
-    exponent = jnp.maximum(jnp.frexp(size)[1] - 1, info.minexp)  # below the smallest normal number the spacing is constant
+    exponent = jnp.maximum(
+        jnp.frexp(size)[1] - 1, info.minexp
+    )  # below the smallest normal number the spacing is constant
     spacing = jnp.ldexp(jnp.float32(1.0), exponent - info.nmant)
     steps = size / spacing  # exact: a power of two
     lower = jnp.floor(steps)

@@ -22,7 +22,9 @@ def check_scales(call: str, count: int, scales: Scales | None) -> list[Any]:
     **Raises:** `ValueError` for another count, and for what is not a finite number in float32; `call` names the function.
     """
     if scales is not None and not isinstance(scales, Sequence) and np.ndim(scales) == 0:
-        raise ValueError(f"`{call}` needs one scale per adapter, got {scales!r} alone. Pass a list of {count}.")
+        raise ValueError(
+            f"`{call}` needs one scale per adapter, got {scales!r} alone. Pass a list of {count}."
+        )
     found: list[Any] = [1.0] * count if scales is None else list(scales)
     if len(found) != count:
         raise ValueError(f"`{call}` needs one scale per adapter, got {len(found)} for {count}.")
@@ -40,13 +42,17 @@ def _number(call: str, value: Any) -> Any:
     number = value if traced else np.asarray(value)
     real = jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)
     if number.ndim or not real:
-        raise ValueError(f"`{call}` needs one number as the scale of an adapter, got {value!r}. Pass one per adapter.")
+        raise ValueError(
+            f"`{call}` needs one number as the scale of an adapter, got {value!r}. Pass one per adapter."
+        )
     if traced:
         return value
     with np.errstate(over="ignore"):
         finite = np.isfinite(number.astype(np.float64).astype(np.float32))
     if not finite:
-        raise ValueError(f"`{call}` needs scales that are finite in float32, got {value}. Choose a number such as 0.8.")
+        raise ValueError(
+            f"`{call}` needs scales that are finite in float32, got {value}. Choose a number such as 0.8."
+        )
     return float(number)
 
 

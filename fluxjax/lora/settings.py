@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxjax.convert.files import File, WeightsError
-from fluxjax.printable import printable
+from fluxjax.checkpoint.printable import printable
+from fluxjax.checkpoint.safetensors import TensorFile, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -60,21 +60,32 @@ class Patterns:
 
     def __init__(self, numbers: Mapping[str, float]):
         expressions = [text for text in numbers if not _is_plain(text)]
-        if len(expressions) > _MOST_EXPRESSIONS or sum(_steps(text) for text in expressions) > _MOST_STEPS:
+        if (
+            len(expressions) > _MOST_EXPRESSIONS
+            or sum(_steps(text) for text in expressions) > _MOST_STEPS
+        ):
             some = printable(max(expressions[:_MOST_EXPRESSIONS], key=_steps), 60)
             raise WeightsError(
                 f"the pattern {some!r} is a regular expression that may take too long. Write module names instead."
             )
         ordered = list(enumerate(numbers.items()))
         self.names = {text: (place, number) for place, (text, number) in ordered if _is_plain(text)}
-        self.expressions = [(_compiled(text), (place, number)) for place, (text, number) in ordered if not _is_plain(text)]
+        self.expressions = [
+            (_compiled(text), (place, number))
+            for place, (text, number) in ordered
+            if not _is_plain(text)
+        ]
 
     def find(self, module: str, default: float) -> float:
         starts = (0, *(dot.end() for dot in re.finditer(r"\.", module)))
         # The names are looked up and not compared one by one: a file may hold a hundred thousand.
         found = [self.names[module[i:]] for i in starts if module[i:] in self.names]
         # With a start, a caret still matches only at the beginning of the whole name.
-        found += [value for pattern, value in self.expressions if any(pattern.match(module, i) for i in starts)]
+        found += [
+            value
+            for pattern, value in self.expressions
+            if any(pattern.match(module, i) for i in starts)
+        ]
         return min(found)[1] if found else default
 
 
@@ -104,10 +115,12 @@ def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(f"(?:{pattern})\\Z")
     except (re.error, OverflowError, RecursionError) as error:
-        raise WeightsError(f"the pattern {printable(pattern, 60)!r} is not a valid regular expression.") from error
+        raise WeightsError(
+            f"the pattern {printable(pattern, 60)!r} is not a valid regular expression."
+        ) from error
 
 
-def read_settings(file: File) -> "AllSettings":
+def read_settings(file: TensorFile) -> "AllSettings":
     """Return PEFT's settings from a file's metadata, or from `adapter_config.json` beside PEFT's `adapter_model.safetensors`.
 
     **Raises:** `WeightsError` for what is not PEFT's, or is of a method that fluxjax does not know.
@@ -123,7 +136,9 @@ def read_settings(file: File) -> "AllSettings":
 
 def _text(path: Path) -> bytes:
     if path.stat().st_size > _MOST_BYTES:
-        raise WeightsError(f"{path} is larger than any settings of an adapter. Save the adapter anew.")
+        raise WeightsError(
+            f"{path} is larger than any settings of an adapter. Save the adapter anew."
+        )
     return path.read_bytes()
 
 
@@ -145,7 +160,9 @@ class AllSettings:
         for key, value in table.items():
             component, dot, name = key.rpartition(".")
             tables.setdefault(component if dot else "", {})[name] = value
-        self.by_component = {component: _settings(where, found) for component, found in tables.items()}
+        self.by_component = {
+            component: _settings(where, found) for component, found in tables.items()
+        }
 
     def of(self, module: str) -> Settings | None:
         """Return the settings of a module's network, or None if nothing is known of it."""
@@ -162,7 +179,9 @@ def _settings(where: str, table: Mapping[str, Any]) -> Settings:
 def _checked(table: Mapping[str, Any]) -> Settings:
     method = table.get("peft_type") or "LORA"
     if method not in _METHODS:
-        raise WeightsError(f"fluxjax does not read PEFT's {_shown(method)} adapters. It reads {', '.join(_METHODS)}.")
+        raise WeightsError(
+            f"fluxjax does not read PEFT's {_shown(method)} adapters. It reads {', '.join(_METHODS)}."
+        )
     begun = table.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(_CHANGED_BASES):
         raise WeightsError(
@@ -200,7 +219,9 @@ def _is_number(value: Any) -> bool:
 def _number(table: Mapping[str, Any], key: str, default: float) -> float:
     value = table.get(key)
     if value is not None and not _is_number(value):
-        raise WeightsError(f"{key} has to be a finite number, not {_shown(value)}. Save the adapter anew.")
+        raise WeightsError(
+            f"{key} has to be a finite number, not {_shown(value)}. Save the adapter anew."
+        )
     return default if value is None else float(value)
 
 
@@ -215,7 +236,9 @@ def _count(table: Mapping[str, Any], key: str, default: int) -> int:
 def _flag(table: Mapping[str, Any], key: str, default: bool) -> bool:
     value = table.get(key)
     if value is not None and not isinstance(value, bool):
-        raise WeightsError(f"{key} has to be true or false, not {_shown(value)}. Save the adapter anew.")
+        raise WeightsError(
+            f"{key} has to be true or false, not {_shown(value)}. Save the adapter anew."
+        )
     return default if value is None else value
 
 
@@ -223,7 +246,13 @@ def _patterns(table: Mapping[str, Any], key: str) -> Patterns:
     found = table.get(key)
     found = {} if found is None else found
     if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
-        raise WeightsError(f"{key} has to be a table of finite numbers, not {_shown(found)}. Save the adapter anew.")
-    if key == "rank_pattern" and not all(type(value) is int and value > 0 for value in found.values()):
-        raise WeightsError(f"{key} has to be a table of ranks of at least 1, not {_shown(found)}. Save the adapter anew.")
+        raise WeightsError(
+            f"{key} has to be a table of finite numbers, not {_shown(found)}. Save the adapter anew."
+        )
+    if key == "rank_pattern" and not all(
+        type(value) is int and value > 0 for value in found.values()
+    ):
+        raise WeightsError(
+            f"{key} has to be a table of ranks of at least 1, not {_shown(found)}. Save the adapter anew."
+        )
     return Patterns({name: float(value) for name, value in found.items()})

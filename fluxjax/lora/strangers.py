@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from fluxjax.checkpoint.printable import printable
 from fluxjax.lora.roles import is_adapters
-from fluxjax.printable import printable
 
 _OTHERS = {
     "lora_unet_down_blocks": "Stable Diffusion 1 or XL",
@@ -62,8 +62,14 @@ def without_effect(keys: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
             rest.append(key)
     notes = []
     if embeddings:
-        names = ", ".join(printable(name, 60) for name in list(embeddings)[:10]) + (" …" if len(embeddings) > 10 else "")
-        notes.append(f"Its {len(embeddings)} bundled embeddings (textual inversion) are left out: {names}.")
+        names = ", ".join(printable(name, 60) for name in list(embeddings)[:10]) + (
+            " …" if len(embeddings) > 10 else ""
+        )
+        notes.append(
+            f"Its {len(embeddings)} bundled embeddings (textual inversion) are left out: {names}."
+        )
     if projection is not None:
-        notes.append(f"{printable(projection)} is left out: FLUX does not use CLIP's projection, so it has no effect.")
+        notes.append(
+            f"{printable(projection)} is left out: FLUX does not use CLIP's projection, so it has no effect."
+        )
     return rest, tuple(notes)

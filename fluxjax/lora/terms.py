@@ -42,7 +42,7 @@ class Term(eqx.Module):
         return (base[0] if rows is None else rows, *(base[1:] if columns is None else (columns,)))
 
 
-class LowRank(Term):
+class LowRankTerm(Term):
     """factor * up @ down. Source: Hu et al. 2021, LoRA, section 4.1; `factor` is alpha / rank."""
 
     up: Float[Array, "rows rank"]
@@ -64,7 +64,7 @@ class LowRank(Term):
         return _float32(self.factor) * _float32(self.up), _float32(self.down)
 
 
-class Kron(Term):
+class KronTerm(Term):
     """factor * kron(left, right), each a matrix or a product of two. Source: Yeh et al. 2023, LyCORIS, LoKr."""
 
     left: tuple[Float[Array, "_ _"], ...]
@@ -73,7 +73,8 @@ class Kron(Term):
 
     def delta(self, base):
         left, right = (
-            _float32(side[0]) if len(side) == 1 else _float32(side[0]) @ _float32(side[1]) for side in (self.left, self.right)
+            _float32(side[0]) if len(side) == 1 else _float32(side[0]) @ _float32(side[1])
+            for side in (self.left, self.right)
         )
         return _float32(self.factor) * jnp.kron(left, right)
 
@@ -95,7 +96,7 @@ class Kron(Term):
         return _float32(self.factor) * jnp.kron(left, up), jnp.kron(inner, down)
 
 
-class Hadamard(Term):
+class HadamardTerm(Term):
     """factor * (up1 @ down1) * (up2 @ down2), elementwise. Source: Hyeon-Woo et al. 2021, FedPara; LyCORIS calls it LoHa."""
 
     up1: Float[Array, "rows rank"]
@@ -120,7 +121,9 @@ class Hadamard(Term):
         """An elementwise product of ranks r and s has rank r s: products of the ups' columns, and of the downs' rows."""
         up1, down1, up2, down2 = (_float32(x) for x in (self.up1, self.down1, self.up2, self.down2))
         up = (up1[:, :, None] * up2[:, None]).reshape(len(up1), -1)
-        return _float32(self.factor) * up, (down1[:, None] * down2[None]).reshape(-1, down1.shape[1])
+        return _float32(self.factor) * up, (down1[:, None] * down2[None]).reshape(
+            -1, down1.shape[1]
+        )
 
 
 class _Whole(Term):
@@ -140,14 +143,14 @@ class _Whole(Term):
         return self.value.shape
 
 
-class Full(_Whole):
+class FullTerm(_Whole):
     """A difference stored as itself."""
 
     def delta(self, base):
         return _float32(self.value)
 
 
-class Assigned(_Whole):
+class ReplacementTerm(_Whole):
     """A value that takes the base's place, at any scale other than 0."""
 
     additive: ClassVar[bool] = False
@@ -156,7 +159,7 @@ class Assigned(_Whole):
         return _float32(self.value) - base
 
 
-class Magnitude(Term):
+class MagnitudeTerm(Term):
     """magnitude * (W + delta) / |W + delta| - W, with the norm of each row (`by_row`) or of each column.
 
     **Source:** Liu et al. 2024, DoRA, eq. 5.
@@ -188,7 +191,7 @@ class Magnitude(Term):
         return self.inner.shape(base)
 
 
-class Rotation(Term):
+class OrthogonalTerm(Term):
     """A weight multiplied by orthogonal blocks: R W on its outputs, or W R on its inputs; then its rows scaled.
 
     **Arguments:** `blocks`: stages of block-diagonal matrices, applied in order to the rows of W (`on_rows`), or of W
@@ -212,7 +215,11 @@ class Rotation(Term):
         for stage, blocks in enumerate(self.blocks):
             x = x if self.order is None else x[self.order[stage]]
             apart = x.reshape(-1, blocks.shape[-1], x.shape[-1])
-            x = jnp.einsum("nij,njc->nic", jnp.broadcast_to(_float32(blocks), (len(apart), *blocks.shape[1:])), apart)
+            x = jnp.einsum(
+                "nij,njc->nic",
+                jnp.broadcast_to(_float32(blocks), (len(apart), *blocks.shape[1:])),
+                apart,
+            )
             x = x.reshape(-1, x.shape[-1])
             x = x if self.order is None else x[jnp.argsort(self.order[stage])]
         return x
@@ -233,12 +240,17 @@ class Rotation(Term):
 
     def shape(self, base):
         size, side = self.blocks.shape[-1], 0 if self.on_rows else 1
-        if self.shared and len(base) == 2 and base[side] % size:  # the nearest multiple of the block, which does not fit
-            return tuple(-(-length // size) * size if axis == side else length for axis, length in enumerate(base))
+        if (
+            self.shared and len(base) == 2 and base[side] % size
+        ):  # the nearest multiple of the block, which does not fit
+            return tuple(
+                -(-length // size) * size if axis == side else length
+                for axis, length in enumerate(base)
+            )
         return super().shape(base)
 
 
-class Generalized(Term):
+class GeneralizedTerm(Term):
     """factor * (up @ down + W @ left @ right). Source: Chavan et al. 2023, GLoRA; LyCORIS leaves out its bias terms."""
 
     up: Float[Array, "rows rank"]

@@ -10,15 +10,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.convert import tables
-from fluxjax.convert.files import Out, WeightsError, write
-from fluxjax.convert.load import Held, Weights, cast, check_written_dtype, slots_of
-from fluxjax.convert.source import fused_rows
-from fluxjax.convert.tables import Dialect
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.detect import fused_rows
+from fluxjax.checkpoint.load import check_written_dtype
+from fluxjax.checkpoint.names import Dialect
+from fluxjax.checkpoint.plan import InMemoryWeights, Weights, cast, slots_of
+from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError, write
 from fluxjax.lora.attach import factors_of
 from fluxjax.lora.merge import check_plain, kind_of, rows_of
 from fluxjax.lora.read import Change, Lora
-from fluxjax.lora.terms import Full, LowRank
+from fluxjax.lora.terms import FullTerm, LowRankTerm
 from fluxjax.nets.flux import FluxConfig
 
 _KOHYA = {
@@ -38,7 +39,12 @@ TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 
 @convert_arguments
 def write_lora(
-    path: str | Path, lora: Lora, *, to: str = "peft", dtype: DTypeLike = jnp.float32, overwrite: bool = False
+    path: str | Path,
+    lora: Lora,
+    *,
+    to: str = "peft",
+    dtype: DTypeLike = jnp.float32,
+    overwrite: bool = False,
 ) -> None:
     """Write an adapter as diffusers and PEFT name it ("peft", q, k, v apart) or as kohya's scripts do ("kohya", fused).
 
@@ -59,50 +65,75 @@ def write_lora(
         # The MLP of every FLUX transformer is four times as wide.
         parts = fused_rows(width, 4 * width) if network == "flux" else {}
         for name, found in changes.items():
-            if any(isinstance(change.term, Full) for change in found):
+            if any(isinstance(change.term, FullTerm) for change in found):
                 tensors |= _whole(name, found, prefix, dialect, parts)
                 continue
             for module, up, down in _modules(name, found, dialect, parts):
                 if to == "peft":
-                    tensors |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
+                    tensors |= {
+                        f"{prefix}{module}.lora_A.weight": down,
+                        f"{prefix}{module}.lora_B.weight": up,
+                    }
                 else:
                     stem = prefix + module.replace(".", "_")
                     tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
                     tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
     if not tensors:
-        raise WeightsError("This adapter changes nothing, its ups are zeros, so it is not written. Train it first.")
-    damaged = next((name for name, tensor in tensors.items() if not np.isfinite(tensor).all()), None)
+        raise WeightsError(
+            "This adapter changes nothing, its ups are zeros, so it is not written. Train it first."
+        )
+    damaged = next(
+        (name for name, tensor in tensors.items() if not np.isfinite(tensor).all()), None
+    )
     if damaged is not None:
-        raise WeightsError(f"{damaged} holds NaN or infinity, so the adapter is not written. Its training diverged.")
+        raise WeightsError(
+            f"{damaged} holds NaN or infinity, so the adapter is not written. Its training diverged."
+        )
     stored = {name: _stored(name, tensor, target) for name, tensor in tensors.items()}
-    write(Path(path), {name: Out.of(np.ascontiguousarray(tensor)) for name, tensor in stored.items()}, overwrite=overwrite)
+    write(
+        Path(path),
+        {name: OutputTensor.of(np.ascontiguousarray(tensor)) for name, tensor in stored.items()},
+        overwrite=overwrite,
+    )
 
 
 def _stored(name: str, tensor: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     """Return a tensor in the dtype of the factors; alphas stay float32."""
-    return tensor if dtype is None or name.endswith(".alpha") else cast(np.asarray(tensor), dtype, name)
+    return (
+        tensor
+        if dtype is None or name.endswith(".alpha")
+        else cast(np.asarray(tensor), dtype, name)
+    )
 
 
 def check_format(lora: Lora, to: str) -> None:
     """**Raises:** `WeightsError` for an adapter that a format can't hold, `ValueError` for a format that there is not."""
     if to not in FORMATS:
-        raise ValueError(f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}.")
+        raise ValueError(
+            f"There is no adapter format {to!r} to write. Choose one of {', '.join(FORMATS)}."
+        )
     for changes in lora.changes.values():
         for name, found in changes.items():
             for change in found:
-                if not isinstance(change.term, LowRank | Full):
+                if not isinstance(change.term, LowRankTerm | FullTerm):
                     raise WeightsError(
                         f"What the adapter does to {name} ({type(change.term).__name__}) is not of low rank, so it can't be "
                         "written."
                     )
-                _check_peft(name, whole=isinstance(change.term, Full), to=to)
+                _check_peft(name, whole=isinstance(change.term, FullTerm), to=to)
 
 
 def _check_peft(name: str, *, whole: bool, to: str) -> None:
     """**Raises:** `WeightsError` for a change that PEFT's names can't hold."""
     if to == "peft" and (whole or name in TABLES):
-        what = "is a difference of a whole tensor, which is not of low rank" if whole else "is of a table"
-        raise WeightsError(f"What the adapter does to {name} {what}: PEFT's names have no place for it. Write kohya's names.")
+        what = (
+            "is a difference of a whole tensor, which is not of low rank"
+            if whole
+            else "is of a table"
+        )
+        raise WeightsError(
+            f"What the adapter does to {name} {what}: PEFT's names have no place for it. Write kohya's names."
+        )
 
 
 def _whole(
@@ -127,7 +158,10 @@ def _modules(
     """Return the modules that a weight's change is written to, each with its up and down."""
     rows = _fused_rows(name, changes, parts)
     columns = max(change.term.columns or 0 for change in changes)
-    down, up = (np.asarray(x) for x in factors_of(name, [(change, 1.0) for change in changes], (rows, columns), parts))
+    down, up = (
+        np.asarray(x)
+        for x in factors_of(name, [(change, 1.0) for change in changes], (rows, columns), parts)
+    )
     written = []
     for key, row in dialect.keys(name):
         place = slice(0, rows) if row.part is None else parts[row.part]
@@ -152,18 +186,25 @@ def _width(changes: Mapping[str, Sequence[Change]]) -> int:
     for name, found in changes.items():
         if not name.startswith(("double", "single")):
             continue
-        takes_width = name.endswith(("qkv.weight", "linear1.weight", "mlp.up.weight", "modulation.weight"))
+        takes_width = name.endswith(
+            ("qkv.weight", "linear1.weight", "mlp.up.weight", "modulation.weight")
+        )
         for change in found:
-            if isinstance(change.term, LowRank):
+            if isinstance(change.term, LowRankTerm):
                 return change.term.down.shape[1] if takes_width else len(change.term.up)
-            if isinstance(change.term, Full) and takes_width:
+            if isinstance(change.term, FullTerm) and takes_width:
                 return change.term.value.shape[1]
     return FluxConfig().width  # no block is changed, so no fused weight is
 
 
 @convert_arguments
 def extract_lora(
-    base: Weights | eqx.Module, tuned: Weights | eqx.Module, network: str, *, rank: int, to: str | None = None
+    base: Weights | eqx.Module,
+    tuned: Weights | eqx.Module,
+    network: str,
+    *,
+    rank: int,
+    to: str | None = None,
 ) -> Lora:
     """Return the adapter that distinguishes two networks: of matrices the nearest of a rank, in the Frobenius norm; of biases
     and norms the whole difference.
@@ -180,10 +221,16 @@ def extract_lora(
         raise ValueError(f"`extract_lora` needs a rank of at least 1, got {rank}.")
     base, tuned = _weights(base, network), _weights(tuned, network)
     slots, theirs = slots_of(base.network), slots_of(tuned.network)
-    if {name: slot.shape for name, slot in slots.items()} != {name: slot.shape for name, slot in theirs.items()}:
-        raise WeightsError("The two checkpoints are networks of different shapes. Pass a fine-tuned model and its own base.")
+    if {name: slot.shape for name, slot in slots.items()} != {
+        name: slot.shape for name, slot in theirs.items()
+    }:
+        raise WeightsError(
+            "The two checkpoints are networks of different shapes. Pass a fine-tuned model and its own base."
+        )
     changes: dict[str, tuple[Change, ...]] = {}
-    for name in sorted(slots, key=lambda name: len(slots[name].shape)):  # vectors first, which take no time
+    for name in sorted(
+        slots, key=lambda name: len(slots[name].shape)
+    ):  # vectors first, which take no time
         rows, exact = slice(0, slots[name].shape[0]), np.dtype(np.float32)
         difference = tuned.read(name, rows, exact) - base.read(name, rows, exact)
         if not np.isfinite(difference).all():
@@ -194,19 +241,23 @@ def extract_lora(
             whole = difference.ndim == 1
             if to is not None:
                 _check_peft(name, whole=whole, to=to)
-            term = Full(jnp.asarray(difference)) if whole else _nearest(difference, rank)
+            term = FullTerm(jnp.asarray(difference)) if whole else _nearest(difference, rank)
             changes[name] = (Change(term, None, False),)
     if not changes:
-        raise WeightsError("The two checkpoints have the same weights: there is nothing to extract.")
+        raise WeightsError(
+            "The two checkpoints have the same weights: there is nothing to extract."
+        )
     return Lora({network: {name: changes[name] for name in slots if name in changes}}, "extracted")
 
 
 def _weights(model: Weights | eqx.Module, network: str) -> Weights:
     """Return a network's weights. **Raises:** `ValueError` if it is not the named one."""
-    found = model if isinstance(model, Weights) else Held(model)
+    found = model if isinstance(model, Weights) else InMemoryWeights(model)
     kind = kind_of("extract_lora", found.network)
     if kind != network:
-        raise ValueError(f"`extract_lora(network)` got {network!r}, but these are the weights of {kind!r}. Pass {kind!r}.")
+        raise ValueError(
+            f"`extract_lora(network)` got {network!r}, but these are the weights of {kind!r}. Pass {kind!r}."
+        )
     check_plain(found.network, "No adapter can be extracted from")
     return found
 
@@ -214,7 +265,7 @@ def _weights(model: Weights | eqx.Module, network: str) -> Weights:
 _OVERSAMPLED, _POWERS, _EXACT_SIDE = 16, 4, 1024
 
 
-def _nearest(matrix: np.ndarray, rank: int) -> LowRank:
+def _nearest(matrix: np.ndarray, rank: int) -> LowRankTerm:
     """Return the nearest matrix of a rank, halves of its singular values on each side.
 
     Large matrices are first projected on a random range, which power iterations sharpen.
@@ -222,12 +273,22 @@ def _nearest(matrix: np.ndarray, rank: int) -> LowRank:
     """
     basis: Any = None
     if min(matrix.shape) > max(_EXACT_SIDE, 2 * (rank + _OVERSAMPLED)):
-        sample = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + _OVERSAMPLED)).astype(np.float32)
+        sample = (
+            np.random.default_rng(0)
+            .standard_normal((matrix.shape[1], rank + _OVERSAMPLED))
+            .astype(np.float32)
+        )
         basis = np.linalg.qr(matrix @ sample)[0]
         for _ in range(_POWERS):
             basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-    left, values, right = np.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+    left, values, right = np.linalg.svd(
+        matrix if basis is None else basis.T @ matrix, full_matrices=False
+    )
     left = left if basis is None else basis @ left
     count = max(1, min(rank, int((values > 0).sum())))
     root = np.sqrt(values[:count])
-    return LowRank(jnp.asarray(left[:, :count] * root), jnp.asarray(root[:, None] * right[:count]), jnp.float32(1.0))
+    return LowRankTerm(
+        jnp.asarray(left[:, :count] * root),
+        jnp.asarray(root[:, None] * right[:count]),
+        jnp.float32(1.0),
+    )

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, LayerNorm, Linear, check_ids, gelu, scan_blocks, stack
+from fluxjax.nets.layers import Embedding, LayerNorm, Linear, check_ids, gelu
+from fluxjax.nets.stack import scan_blocks, stack
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
@@ -36,7 +37,9 @@ class ClipConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"`ClipConfig` needs a width that heads divide, got {self.width} and {self.heads}.")
+            raise ValueError(
+                f"`ClipConfig` needs a width that heads divide, got {self.width} and {self.heads}."
+            )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(
                 f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of {', '.join(_ACTIVATIONS)}."
@@ -79,7 +82,10 @@ class ClipBlock(eqx.Module):
 
     def __call__(self, x: States) -> States:
         y = self.norm1(x)
-        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
+            for layer in (self.q, self.k, self.v)
+        )
         mixed = attention(q, k, v, causal=True, implementation="xla")
         x = x + self.out(rearrange(mixed, "t h d -> t (h d)"))
         return x + self.down(_ACTIVATIONS[self.activation](self.up(self.norm2(x))))

@@ -13,26 +13,14 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention, resolved
-from fluxjax.nets.heads import Heads, Part, heads_of, turn_of
-from fluxjax.nets.layers import (
-    Linear,
-    RmsNorm,
-    Rotation,
-    gelu,
-    held,
-    map_blocks,
-    modulate,
-    parts_of,
-    rope,
-    scan_blocks,
-    sinusoid,
-    stack,
-    take,
-)
+from fluxjax.nets.heads import Heads, Projection, heads_of, turn_of
+from fluxjax.nets.layers import Linear, RmsNorm, Rotation, gelu, modulate, rope, sinusoid
+from fluxjax.nets.stack import map_blocks, map_part, scan_blocks, stack, take
+from fluxjax.nets.weight import materialize
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
-Joint = Callable[[Heads, Heads, Heads, int], Heads]
+JointAttention = Callable[[Heads, Heads, Heads, int], Heads]
 """(q, k, v, txt_tokens) -> mixed values: an attention over the text's tokens, then the image's."""
 Mix = Callable[..., Float[Array, "tokens width"]]
 """(width, *parts) -> their attention, heads joined; q, k and v have `width` columns each."""
@@ -63,7 +51,9 @@ class FluxConfig:
     guidance_embed: bool = True
 
     def __post_init__(self):
-        if self.heads * sum(self.rope_axes) != self.width or any(axis % 2 for axis in self.rope_axes):
+        if self.heads * sum(self.rope_axes) != self.width or any(
+            axis % 2 for axis in self.rope_axes
+        ):
             raise ValueError(
                 "`FluxConfig` needs even rope_axes whose sum times heads is width, got "
                 f"rope_axes={self.rope_axes}, heads={self.heads}, width={self.width}."
@@ -95,7 +85,7 @@ class Mlp(eqx.Module):
         self.up, self.down = Linear(features, hidden, key=up), Linear(hidden, out, key=down)
 
     def __call__(self, x, activation):
-        return self.down(held(activation(self.up(x))))
+        return self.down(materialize(activation(self.up(x))))
 
 
 class Stream(eqx.Module):
@@ -111,17 +101,21 @@ class Stream(eqx.Module):
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
         modulation, qkv, out, mlp = jax.random.split(key, 4)
         width = config.width
-        self.modulation = Linear(width, 6 * width, scale=0, key=modulation)  # adaLN-zero: a new block is the identity
+        self.modulation = Linear(
+            width, 6 * width, scale=0, key=modulation
+        )  # adaLN-zero: a new block is the identity
         self.qkv = Linear(width, 3 * width, key=qkv)
         self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
         self.out = Linear(width, width, key=out)
         self.mlp = Mlp(width, config.mlp_width, width, key=mlp)
 
-    def project(self, x: Float[Array, "tokens width"], shift, scale) -> Part:
+    def project(self, x: Float[Array, "tokens width"], shift, scale) -> Projection:
         """Return what queries, keys and values of these tokens are made of."""
-        return Part(self.qkv(modulate(x, shift, scale)), self.query_norm, self.key_norm)
+        return Projection(self.qkv(modulate(x, shift, scale)), self.query_norm, self.key_norm)
 
-    def finish(self, x: Float[Array, "tokens width"], mixed, gate1, shift2, scale2, gate2) -> Float[Array, "tokens width"]:
+    def finish(
+        self, x: Float[Array, "tokens width"], mixed, gate1, shift2, scale2, gate2
+    ) -> Float[Array, "tokens width"]:
         """Add the attention's output, then the MLP's, each through its gate."""
         x = x + gate1 * self.out(mixed)
         return x + gate2 * self.mlp(modulate(x, shift2, scale2), gelu)
@@ -137,7 +131,9 @@ class DoubleBlock(eqx.Module):
         img, txt = jax.random.split(key)
         self.img, self.txt = Stream(config, key=img), Stream(config, key=txt)
 
-    def __call__(self, carry: tuple[Array, Array], steer: "Steer", mix: Mix) -> tuple[Array, Array]:
+    def __call__(
+        self, carry: tuple[Array, Array], steer: "DoubleModulation", mix: Mix
+    ) -> tuple[Array, Array]:
         """Return the image's and the text's tokens. `steer`: of this block."""
         img, txt = carry
         shift1, scale1, *img_rest = jnp.split(steer.img, 6)
@@ -145,7 +141,9 @@ class DoubleBlock(eqx.Module):
         parts = self.txt.project(txt, txt_shift1, txt_scale1), self.img.project(img, shift1, scale1)
         mixed = mix(parts[0].projected.shape[-1] // 3, *parts)
         txt_mixed, img_mixed = mixed[: len(txt)], mixed[len(txt) :]
-        return self.img.finish(img, img_mixed, *img_rest), self.txt.finish(txt, txt_mixed, *txt_rest)
+        return self.img.finish(img, img_mixed, *img_rest), self.txt.finish(
+            txt, txt_mixed, *txt_rest
+        )
 
 
 class SingleBlock(eqx.Module):
@@ -165,13 +163,15 @@ class SingleBlock(eqx.Module):
         self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
         self.linear2 = Linear(width + hidden, width, key=second)
 
-    def __call__(self, x: Float[Array, "tokens width"], steer: Float[Array, " three_width"], mix: Mix):
+    def __call__(
+        self, x: Float[Array, "tokens width"], steer: Float[Array, " three_width"], mix: Mix
+    ):
         shift, scale, gate = jnp.split(steer, 3)
         # Of 3 a + m features out and a + m in, a are attention's: by shape, so that a share of the heads is a block too.
         attended = (self.linear1.weight.shape[-2] - self.linear2.weight.shape[-1]) // 2
-        projected = held(self.linear1(modulate(x, shift, scale)))
-        mixed = mix(attended, Part(projected, self.query_norm, self.key_norm))
-        hidden = held(gelu(projected[:, 3 * attended :]))
+        projected = materialize(self.linear1(modulate(x, shift, scale)))
+        mixed = mix(attended, Projection(projected, self.query_norm, self.key_norm))
+        hidden = materialize(gelu(projected[:, 3 * attended :]))
         return x + gate * self.linear2(jnp.concatenate([mixed, hidden], axis=-1))
 
 
@@ -193,7 +193,7 @@ class FinalLayer(eqx.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-class Weaken(eqx.Module):
+class DegradedBlocks(eqx.Module):
     """A network made worse on purpose in some of its blocks, to be led away from: they are skipped, or attend otherwise.
 
     `double`, `single`: flags, one a block. `attention`: in place of theirs; None skips the blocks.
@@ -202,7 +202,7 @@ class Weaken(eqx.Module):
 
     double: Bool[Array, " double_depth"]
     single: Bool[Array, " single_depth"]
-    attention: Joint | None
+    attention: JointAttention | None
 
     def __init__(
         self,
@@ -210,11 +210,13 @@ class Weaken(eqx.Module):
         *,
         double: Sequence[int] = (),
         single: Sequence[int] = (),
-        attention: Joint | None = None,
+        attention: JointAttention | None = None,
     ):
         """Name the blocks by number. **Raises:** `ValueError` for none, or one that the config does not have."""
         if not (double or single):
-            raise ValueError("`Weaken` needs a block to weaken. Pass double=(number, …) or single=(number, …).")
+            raise ValueError(
+                "`Weaken` needs a block to weaken. Pass double=(number, …) or single=(number, …)."
+            )
         self.double = _flags("double", config.double_depth, double)
         self.single = _flags("single", config.single_depth, single)
         self.attention = attention
@@ -223,11 +225,13 @@ class Weaken(eqx.Module):
 def _flags(kind: str, depth: int, numbers: Sequence[int]) -> Bool[Array, " depth"]:
     wrong = [number for number in numbers if not 0 <= number < depth]
     if wrong:
-        raise ValueError(f"`Weaken({kind})` got {wrong}; this network has {kind} blocks 0 to {depth - 1}.")
+        raise ValueError(
+            f"`Weaken({kind})` got {wrong}; this network has {kind} blocks 0 to {depth - 1}."
+        )
     return jnp.asarray(np.isin(np.arange(depth), numbers))
 
 
-class Steer(NamedTuple):
+class DoubleModulation(NamedTuple):
     """What modulates a double block: shifts, scales and gates, not yet split."""
 
     img: Float[Array, "*rows six_width"]
@@ -237,7 +241,7 @@ class Steer(NamedTuple):
 class Modulation(NamedTuple):
     """What modulates the network, at one time or at some."""
 
-    double: Steer
+    double: DoubleModulation
     single: Float[Array, "single_depth *times three_width"]
     final: Float[Array, "*times two_width"]
 
@@ -256,7 +260,11 @@ class Prepared(NamedTuple):
         apart = jnp.abs(self.times - jnp.asarray(t, self.times.dtype))
         number = jnp.argmin(apart)
         double, single, final = self.modulation
-        found = Modulation(Steer(double.img[:, number], double.txt[:, number]), single[:, number], final[number])
+        found = Modulation(
+            DoubleModulation(double.img[:, number], double.txt[:, number]),
+            single[:, number],
+            final[number],
+        )
         return jax.tree.map(lambda row: jnp.where(apart[number] <= 1e-6, row, jnp.nan), found)
 
 
@@ -290,9 +298,15 @@ class Flux(eqx.Module):
         self.txt_in = Linear(config.context, width, key=txt)
         self.time_in = Mlp(config.time_width, width, width, key=time)
         self.vector_in = Mlp(config.pooled, width, width, key=vector)
-        self.guidance_in = Mlp(config.time_width, width, width, key=guidance) if config.guidance_embed else None
-        self.double = stack(lambda key: DoubleBlock(config, key=key), config.double_depth, key=double)
-        self.single = stack(lambda key: SingleBlock(config, key=key), config.single_depth, key=single)
+        self.guidance_in = (
+            Mlp(config.time_width, width, width, key=guidance) if config.guidance_embed else None
+        )
+        self.double = stack(
+            lambda key: DoubleBlock(config, key=key), config.double_depth, key=double
+        )
+        self.single = stack(
+            lambda key: SingleBlock(config, key=key), config.single_depth, key=single
+        )
         self.final = FinalLayer(config, key=final)
 
     @convert_arguments
@@ -306,8 +320,8 @@ class Flux(eqx.Module):
         img_ids: Float[Array, "img_tokens axes"],
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
-        attention: str | Attention | Joint | None = None,
-        weaken: Weaken | None = None,
+        attention: str | Attention | JointAttention | None = None,
+        weaken: DegradedBlocks | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
@@ -326,7 +340,13 @@ class Flux(eqx.Module):
         """
         _check_widths(self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
         times = _wide_times(t)[None]
-        given: dict[str, Any] = {"txt": txt, "vec": vec, "img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
+        given: dict[str, Any] = {
+            "txt": txt,
+            "vec": vec,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "guidance": guidance,
+        }
         prepared = self.prepare(times, **given, dtype=dtype, remat=remat)
         return self.velocity(x, t, prepared, attention=attention, weaken=weaken, remat=remat)
 
@@ -354,10 +374,14 @@ class Flux(eqx.Module):
         rotation = rope(ids, self.config.rope_axes, self.config.rope_theta)
         times = _wide_times(times)
         steer = jax.nn.silu(self._condition(times, vec.astype(dtype), guidance))
-        double = parts_of(self.double, lambda block: (block.img.modulation, block.txt.modulation))
-        single = parts_of(self.single, lambda block: block.modulation)
+        double = map_part(self.double, lambda block: (block.img.modulation, block.txt.modulation))
+        single = map_part(self.single, lambda block: block.modulation)
         modulation = Modulation(
-            map_blocks(double, lambda layers: Steer(*(layer(steer) for layer in layers)), remat=remat),
+            map_blocks(
+                double,
+                lambda layers: DoubleModulation(*(layer(steer) for layer in layers)),
+                remat=remat,
+            ),
             map_blocks(single, lambda layer: layer(steer), remat=remat),
             self.final.modulation(steer),
         )
@@ -370,8 +394,8 @@ class Flux(eqx.Module):
         t: ScalarLike,
         prepared: Prepared,
         *,
-        attention: str | Attention | Joint | None = None,
-        weaken: Weaken | None = None,
+        attention: str | Attention | JointAttention | None = None,
+        weaken: DegradedBlocks | None = None,
         remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
         """Return the velocity at one of the times that were prepared; not a number at another. Arguments as for the call."""
@@ -379,13 +403,17 @@ class Flux(eqx.Module):
         img = self.blocks(hidden, attention=attention, weaken=weaken, remat=remat)
         return self.final(img, hidden.modulation.final).astype(x.dtype)
 
-    def embed(self, x: Float[Array, "img_tokens in_channels"], t: ScalarLike, prepared: Prepared) -> Hidden:
+    def embed(
+        self, x: Float[Array, "img_tokens in_channels"], t: ScalarLike, prepared: Prepared
+    ) -> Hidden:
         """Return what goes through the blocks. **Raises:** `ValueError` if the width of `x` is not the config's."""
         _check_widths(self.config, x=x)
         img = self.img_in(x.astype(prepared.txt.dtype))
         return Hidden(img, prepared.txt, prepared.at(t), prepared.rotation)
 
-    def first(self, hidden: Hidden, *, attention: str | Attention | Joint | None = None) -> tuple[Array, Array]:
+    def first(
+        self, hidden: Hidden, *, attention: str | Attention | JointAttention | None = None
+    ) -> tuple[Array, Array]:
         """Return the image's and the text's tokens after the first double block."""
         block, steer = take(self.double, 0), take(hidden.modulation.double, 0)
         return block((hidden.img, hidden.txt), steer, _mix(attention, hidden))
@@ -394,15 +422,17 @@ class Flux(eqx.Module):
         self,
         hidden: Hidden,
         *,
-        attention: str | Attention | Joint | None = None,
-        weaken: Weaken | None = None,
+        attention: str | Attention | JointAttention | None = None,
+        weaken: DegradedBlocks | None = None,
         start: int = 0,
         remat: bool = False,
     ) -> Float[Array, "img_tokens width"]:
         """Return the image's tokens after the blocks. `start`: the first double block; the rest as for the call."""
         count, (double, single, _) = len(hidden.txt), hidden.modulation
         mix = _mix(attention, hidden)
-        worse = None if weaken is None or weaken.attention is None else _mix(weaken.attention, hidden)
+        worse = (
+            None if weaken is None or weaken.attention is None else _mix(weaken.attention, hidden)
+        )
 
         def run(block: Any, carry: Any, steer: Any, *flag: Bool[Array, ""]) -> Any:
             if not flag:
@@ -413,15 +443,24 @@ class Flux(eqx.Module):
         flags: Any = ((), ()) if weaken is None else ((weaken.double,), (weaken.single,))
         # Left out, so that no loop fetches what is not used there.
         double_modulation = lambda block: (block.img.modulation, block.txt.modulation)  # noqa: E731
-        doubles = parts_of(self.double, lambda block: eqx.tree_at(double_modulation, block, (None, None)))
-        singles = parts_of(self.single, lambda block: eqx.tree_at(lambda block: block.modulation, block, None))
+        doubles = map_part(
+            self.double, lambda block: eqx.tree_at(double_modulation, block, (None, None))
+        )
+        singles = map_part(
+            self.single, lambda block: eqx.tree_at(lambda block: block.modulation, block, None)
+        )
         both = hidden.img, hidden.txt
-        img, txt = scan_blocks(doubles, both, run, rows=(double, *flags[0]), start=start, remat=remat)
+        img, txt = scan_blocks(
+            doubles, both, run, rows=(double, *flags[0]), start=start, remat=remat
+        )
         joint = jnp.concatenate([txt, img])
         return scan_blocks(singles, joint, run, rows=(single, *flags[1]), remat=remat)[count:]
 
     def _condition(
-        self, times: Float[Array, " times"], vec: Float[Array, " pooled"], guidance: ScalarLike | None
+        self,
+        times: Float[Array, " times"],
+        vec: Float[Array, " pooled"],
+        guidance: ScalarLike | None,
     ) -> Float[Array, "times width"]:
         """Return the vectors that modulate every block, before their SiLU."""
 
@@ -441,24 +480,33 @@ def _wide_times(t: Array | ScalarLike) -> Float[Array, "*shape"]:
     return t.astype(wide_dtype(t.dtype))
 
 
-def _mix(attention: str | Attention | Joint | None, hidden: Hidden) -> Mix:
+def _mix(attention: str | Attention | JointAttention | None, hidden: Hidden) -> Mix:
     """Return the attention of these tokens: normed, rotated, mixed, heads joined."""
     turn = turn_of(hidden.rotation)
 
-    def mix(width: int, *parts: Part) -> Float[Array, "tokens width"]:
+    def mix(width: int, *parts: Projection) -> Float[Array, "tokens width"]:
         tokens, norm = sum(len(part.projected) for part in parts), parts[0].query_norm
-        shape = jax.ShapeDtypeStruct((tokens, width // len(norm.scale), len(norm.scale)), parts[0].projected.dtype)
+        shape = jax.ShapeDtypeStruct(
+            (tokens, width // len(norm.scale), len(norm.scale)), parts[0].projected.dtype
+        )
         # In a program that the compiler splits among devices there can be no flash_tpu, and so none of its kind.
         fused = resolved(attention, shape, shape) == "flash_tpu"
         q, k, v = heads_of(parts, turn, width, fused=fused)
-        mixed = (attention if callable(attention) else Attention(attention))(q, k, v, len(hidden.txt))
+        mixed = (attention if callable(attention) else Attention(attention))(
+            q, k, v, len(hidden.txt)
+        )
         return rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
 
     return mix
 
 
 def _check_widths(config: FluxConfig, **inputs: Array) -> None:
-    widths = {"x": config.in_channels, "txt": config.context, "vec": config.pooled, "img_ids": len(config.rope_axes)}
+    widths = {
+        "x": config.in_channels,
+        "txt": config.context,
+        "vec": config.pooled,
+        "img_ids": len(config.rope_axes),
+    }
     wrong = [
         f"{name} has {given.shape[-1]} features, not {widths[name]}"
         for name, given in inputs.items()
@@ -470,6 +518,8 @@ def _check_widths(config: FluxConfig, **inputs: Array) -> None:
 
 def _check_guidance(config: FluxConfig, guidance: ScalarLike | None) -> None:
     if config.guidance_embed and guidance is None:
-        raise ValueError("This `Flux` is guidance-distilled and needs `guidance=`. Pass guidance=3.5, FLUX.1-dev's default.")
+        raise ValueError(
+            "This `Flux` is guidance-distilled and needs `guidance=`. Pass guidance=3.5, FLUX.1-dev's default."
+        )
     if not config.guidance_embed and guidance is not None:
         raise ValueError("This `Flux` has no guidance embedder (as schnell). Pass guidance=None.")

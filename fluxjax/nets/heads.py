@@ -15,7 +15,7 @@ from fluxjax.shapes import Array, Float
 Heads = Float[Array, "tokens heads head_dim"]
 
 
-class Part(NamedTuple):
+class Projection(NamedTuple):
     """What a modality's tokens give to the joint attention: a projection, whose first columns are q, k and v, and norms."""
 
     projected: Float[Array, "tokens columns"]
@@ -39,7 +39,9 @@ def turn_of(rotation: Rotation) -> Turn:
     return Turn(rotation, factors_of(*rotation))
 
 
-def heads_of(parts: Sequence[Part], turn: Turn, width: int, *, fused: bool = False) -> tuple[Heads, Heads, Heads]:
+def heads_of(
+    parts: Sequence[Projection], turn: Turn, width: int, *, fused: bool = False
+) -> tuple[Heads, Heads, Heads]:
     """Return q, k and v of the parts' tokens, a part after the other; q and k are normed and rotated.
 
     **Arguments:** `width`: columns of each of q, k and v. `fused`: as one kernel, on a TPU, where that suits the shapes; it has
@@ -49,23 +51,37 @@ def heads_of(parts: Sequence[Part], turn: Turn, width: int, *, fused: bool = Fal
         from fluxjax.kernels.heads_tpu import suits
 
         chip, dim = chip_of(default_device()), len(parts[0].query_norm.scale)
-        if suits([len(part.projected) for part in parts], width, dim, parts[0].projected.dtype, chip):
+        if suits(
+            [len(part.projected) for part in parts], width, dim, parts[0].projected.dtype, chip
+        ):
             return _fused((width, chip), tuple(parts), *turn)
     return _apart(parts, turn.rotation, width)
 
 
-def _apart(parts: Sequence[Part], rotation: Rotation, width: int) -> tuple[Heads, Heads, Heads]:
-    def normed(part: Part) -> tuple[Heads, Heads, Heads]:
+def _apart(
+    parts: Sequence[Projection], rotation: Rotation, width: int
+) -> tuple[Heads, Heads, Heads]:
+    def normed(part: Projection) -> tuple[Heads, Heads, Heads]:
         dim, qkv = part.query_norm.scale.shape[-1], part.projected[:, : 3 * width]
-        q, k, v = rearrange(qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, dim=dim)
+        q, k, v = rearrange(
+            qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, dim=dim
+        )
         return part.query_norm(q), part.key_norm(k), v
 
-    q, k, v = (jnp.concatenate(each) if len(each) > 1 else each[0] for each in zip(*map(normed, parts), strict=True))
+    q, k, v = (
+        jnp.concatenate(each) if len(each) > 1 else each[0]
+        for each in zip(*map(normed, parts), strict=True)
+    )
     return rotate(q, rotation), rotate(k, rotation), v
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(call: tuple[int, str], parts: tuple[Part, ...], rotation: Rotation, factors: tuple[Array, Array]) -> Any:
+def _fused(
+    call: tuple[int, str],
+    parts: tuple[Projection, ...],
+    rotation: Rotation,
+    factors: tuple[Array, Array],
+) -> Any:
     from fluxjax.kernels.heads_tpu import LANES, heads
 
     width, chip = call
@@ -74,7 +90,9 @@ def _fused(call: tuple[int, str], parts: tuple[Part, ...], rotation: Rotation, f
     return tuple(rearrange(x, "tokens (heads dim) -> tokens heads dim", dim=LANES) for x in found)
 
 
-def _fused_fwd(call: tuple[int, str], parts: Any, rotation: Rotation, factors: Any) -> tuple[Any, Any]:
+def _fused_fwd(
+    call: tuple[int, str], parts: Any, rotation: Rotation, factors: Any
+) -> tuple[Any, Any]:
     return _fused(call, parts, rotation, factors), (parts, rotation)
 
 

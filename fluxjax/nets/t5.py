@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, scan_blocks, stack
+from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu
+from fluxjax.nets.stack import scan_blocks, stack
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
@@ -67,9 +68,14 @@ class T5Block(eqx.Module):
         self.gate, self.up = (Linear(width, hidden, bias=False, key=one) for one in (gate, up))
         self.down = Linear(hidden, width, bias=False, key=down)
 
-    def __call__(self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike) -> States:
+    def __call__(
+        self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike
+    ) -> States:
         y = self.norm1(x, dtype)
-        q, k, v = (rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
+            for layer in (self.q, self.k, self.v)
+        )
         mixed = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
         x = x + self.out(rearrange(mixed, "t h d -> t (h d)")).astype(x.dtype)
         y = self.norm2(x, dtype)
@@ -123,6 +129,8 @@ def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array,
     distance = number[None, :] - number[:, None]
     half, exact = buckets // 2, buckets // 4
     near = jnp.abs(distance)
-    ratio = jnp.log(jnp.maximum(near, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    ratio = jnp.log(jnp.maximum(near, 1).astype(jnp.float32) / exact) / math.log(
+        max_distance / exact
+    )
     far = jnp.minimum(exact + (ratio * (half - exact)).astype(jnp.int32), half - 1)
     return jnp.where(near < exact, near, far) + jnp.where(distance > 0, half, 0)

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Linear, written
+from fluxjax.nets.layers import Linear
+from fluxjax.nets.weight import product_dtype
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
 
@@ -68,7 +69,12 @@ class Conv(eqx.Module):
     ) -> Float[Array, "new_rows new_columns out"]:
         """Convolve. `padding`: zeros above and below, left and right; None keeps the size."""
         around = self.weight.shape[0] // 2
-        return self.apply(x, self.kernel(), stride, ((around, around), (around, around)) if padding is None else padding)
+        return self.apply(
+            x,
+            self.kernel(),
+            stride,
+            ((around, around), (around, around)) if padding is None else padding,
+        )
 
     def enlarged(self, x: Cells) -> Float[Array, "twice_rows twice_columns out"]:
         """Convolve cells that are first repeated twice along each side: a 3x3 kernel meets 2x2 cells then, and others for even
@@ -76,7 +82,12 @@ class Conv(eqx.Module):
         kernel = self.kernel()
         kernel = kernel.astype(wide_dtype(kernel.dtype))
         parts = [
-            self.apply(x, _folded(_folded(kernel, 0, odd), 1, right), 1, ((1 - odd, odd), (1 - right, right)))
+            self.apply(
+                x,
+                _folded(_folded(kernel, 0, odd), 1, right),
+                1,
+                ((1 - odd, odd), (1 - right, right)),
+            )
             for odd in (0, 1)
             for right in (0, 1)
         ]
@@ -86,7 +97,9 @@ class Conv(eqx.Module):
         """Return the whole weight."""
         return self.weight
 
-    def apply(self, x: Cells, kernel: Array, stride: int, padding: Padding) -> Float[Array, "new_rows new_columns out"]:
+    def apply(
+        self, x: Cells, kernel: Array, stride: int, padding: Padding
+    ) -> Float[Array, "new_rows new_columns out"]:
         """Convolve with a kernel and add the bias."""
         y = _convolve(x[None], kernel.astype(x.dtype), stride, padding)[0]
         return (y + self.bias.astype(y.dtype)).astype(x.dtype)
@@ -101,16 +114,18 @@ def _folded(kernel: Array, axis: int, odd: int) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve(x: Array, weight: Array, stride: int, padding: Padding) -> Array:
     """Convolve [1, rows, columns, channels], accumulated in float32, in the dtype of `written`."""
-    return _convolve_to(written(x), x, weight, stride, padding)
+    return _convolve_to(product_dtype(x), x, weight, stride, padding)
 
 
 @_convolve.defjvp
-def _convolve_jvp(stride: int, padding: Padding, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _convolve_jvp(
+    stride: int, padding: Padding, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
     """JAX transposes no convolution whose result has another dtype than its operands, so the tangent keeps theirs."""
     (x, weight), (dx, dweight) = primals, tangents
     by_x = _convolve_to(x.dtype, dx, weight, stride, padding)
     by_weight = _convolve_to(x.dtype, x, dweight, stride, padding)
-    return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(written(x))
+    return _convolve(x, weight, stride, padding), (by_x + by_weight).astype(product_dtype(x))
 
 
 def _convolve_to(dtype: DTypeLike, x: Array, weight: Array, stride: int, padding: Padding) -> Array:
@@ -183,7 +198,9 @@ class CellAttention(eqx.Module):
 
     def __call__(self, x: Cells) -> Cells:
         y = rearrange(self.norm(x), "y x c -> (y x) c")
-        q, k, v = (rearrange(layer(y), "cells c -> cells 1 c") for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(y), "cells c -> cells 1 c") for layer in (self.q, self.k, self.v)
+        )
         mixed = rearrange(self.mix(q, k, v), "cells 1 c -> cells c")
         return x + rearrange(self.out(mixed), "(y x) c -> y x c", y=x.shape[0])
 
@@ -215,10 +232,14 @@ class Level(eqx.Module):
     resnets: tuple[Resnet, ...]
     resample: Conv | None
 
-    def __init__(self, channels: int, out: int, depth: int, groups: int, *, resample: bool, key: PRNGKeyArray):
+    def __init__(
+        self, channels: int, out: int, depth: int, groups: int, *, resample: bool, key: PRNGKeyArray
+    ):
         *keys, last = jax.random.split(key, depth + 1)
         widths = (channels,) + (out,) * (depth - 1)
-        self.resnets = tuple(Resnet(width, out, groups, key=k) for width, k in zip(widths, keys, strict=True))
+        self.resnets = tuple(
+            Resnet(width, out, groups, key=k) for width, k in zip(widths, keys, strict=True)
+        )
         self.resample = Conv(out, out, key=last) if resample else None
 
     def __call__(self, x: Cells) -> Float[Array, "rows columns out"]:
@@ -242,7 +263,8 @@ class Encoder(eqx.Module):
         ins = (outs[0], *outs[:-1])
         self.conv_in = Conv(3, outs[0], key=first)
         self.down = tuple(
-            Level(ins[i], outs[i], config.resnets, groups, resample=i < len(outs) - 1, key=k) for i, k in enumerate(keys)
+            Level(ins[i], outs[i], config.resnets, groups, resample=i < len(outs) - 1, key=k)
+            for i, k in enumerate(keys)
         )
         self.middle = Middle(outs[-1], groups, key=middle)
         self.norm_out = GroupNorm(outs[-1], groups)
@@ -273,7 +295,8 @@ class Decoder(eqx.Module):
         self.conv_in = Conv(config.latent_channels, outs[0], key=first)
         self.middle = Middle(outs[0], groups, key=middle)
         self.up = tuple(
-            Level(ins[i], outs[i], config.resnets + 1, groups, resample=i < len(outs) - 1, key=k) for i, k in enumerate(keys)
+            Level(ins[i], outs[i], config.resnets + 1, groups, resample=i < len(outs) - 1, key=k)
+            for i, k in enumerate(keys)
         )
         self.norm_out = GroupNorm(outs[-1], groups)
         self.conv_out = Conv(outs[-1], 3, key=last)
@@ -326,7 +349,9 @@ class Vae(eqx.Module):
         mean, log_variance = self.moments(image)
         z = mean.astype(wide_dtype(mean.dtype))
         if key is not None:
-            z = z + jnp.exp(0.5 * log_variance.astype(z.dtype)) * jax.random.normal(key, z.shape, z.dtype)
+            z = z + jnp.exp(0.5 * log_variance.astype(z.dtype)) * jax.random.normal(
+                key, z.shape, z.dtype
+            )
         return ((z - self.config.shift) * self.config.scale).astype(image.dtype)
 
     @convert_arguments

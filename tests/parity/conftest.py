@@ -13,7 +13,10 @@ class Absent(pytest.Module):
     """A module whose imports are missing: skipped before it is imported."""
 
     def collect(self):
-        pytest.skip(f"{', '.join(missing)} not installed: pip install fluxjax[parity]", allow_module_level=True)
+        pytest.skip(
+            f"{', '.join(missing)} not installed: pip install fluxjax[parity]",
+            allow_module_level=True,
+        )
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -24,4 +27,6 @@ def pytest_pycollect_makemodule(module_path, parent):
 def platform(request, monkeypatch):
     """Make matmuls as on a platform: on GPUs those of bfloat16 write it, before a bias is added, however few the rows."""
     monkeypatch.setattr("fluxjax.nets.layers._MANY_ROWS", 0)
-    monkeypatch.setattr("fluxjax.nets.layers.default_device", lambda: SimpleNamespace(platform=request.param))
+    monkeypatch.setattr(
+        "fluxjax.nets.layers.default_device", lambda: SimpleNamespace(platform=request.param)
+    )

@@ -5,10 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import BFLOAT16_RATIO, FLOAT32_BOUND, as_bfloat16, normal, perturbed, relative_error, to_torch
+from reference import (
+    BFLOAT16_RATIO,
+    FLOAT32_BOUND,
+    as_bfloat16,
+    normal,
+    perturbed,
+    relative_error,
+    to_torch,
+)
 
-from fluxjax.latents import image_ids
-from fluxjax.zoo import load_flux
+from fluxjax.generate.latents import image_ids
+from fluxjax.generate.load import load_flux
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -99,4 +107,7 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers(pair, platform):
     reference_error = relative_error(run_theirs(theirs, **inputs, dtype=torch.bfloat16), exact)
     theirs.float()
     half = jax.tree.map(as_bfloat16, ours)
-    assert relative_error(run_ours(half, **inputs, dtype=jnp.bfloat16), exact) <= BFLOAT16_RATIO * reference_error
+    assert (
+        relative_error(run_ours(half, **inputs, dtype=jnp.bfloat16), exact)
+        <= BFLOAT16_RATIO * reference_error
+    )

@@ -6,7 +6,7 @@ import pytest
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import (
-    Cached,
+    CachedFlux,
     FirstBlock,
     Guided,
     Projected,
@@ -15,8 +15,8 @@ from fluxjax import (
     image_ids,
     isolated_attention,
     load_flux,
-    sample,
 )
+from fluxjax.flow import sample
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -35,12 +35,22 @@ def test_isolated_attention_equals_that_of_the_reference_pag():
     width, img_tokens = HEADS * HEAD_DIM, 6
     theirs = perturbed(
         Attention(
-            width, added_kv_proj_dim=width, heads=HEADS, dim_head=HEAD_DIM, out_dim=width, context_pre_only=False, bias=True
+            width,
+            added_kv_proj_dim=width,
+            heads=HEADS,
+            dim_head=HEAD_DIM,
+            out_dim=width,
+            context_pre_only=False,
+            bias=True,
         )
     )
-    img, txt = (to_torch(normal(1, tokens, width, seed=tokens)) for tokens in (img_tokens, TXT_TOKENS))
+    img, txt = (
+        to_torch(normal(1, tokens, width, seed=tokens)) for tokens in (img_tokens, TXT_TOKENS)
+    )
     with torch.no_grad():
-        out, txt_out = PAGJointAttnProcessor2_0()(theirs, torch.cat([img, img]), torch.cat([txt, txt]))
+        out, txt_out = PAGJointAttnProcessor2_0()(
+            theirs, torch.cat([img, img]), torch.cat([txt, txt])
+        )
         q, k, v = (
             torch.cat([of_txt(txt), of_img(img)], 1)[0].reshape(-1, HEADS, HEAD_DIM).numpy()
             for of_txt, of_img in (
@@ -49,8 +59,13 @@ def test_isolated_attention_equals_that_of_the_reference_pag():
                 (theirs.add_v_proj, theirs.to_v),
             )
         )
-        mixed = isolated_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), TXT_TOKENS).reshape(-1, width)
-        ours = theirs.to_out[0](to_torch(mixed[TXT_TOKENS:])), theirs.to_add_out(to_torch(mixed[:TXT_TOKENS]))
+        mixed = isolated_attention(
+            jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), TXT_TOKENS
+        ).reshape(-1, width)
+        ours = (
+            theirs.to_out[0](to_torch(mixed[TXT_TOKENS:])),
+            theirs.to_add_out(to_torch(mixed[:TXT_TOKENS])),
+        )
     assert relative_error(ours[0], out[1]) <= FLOAT32_BOUND
     assert relative_error(ours[1], txt_out[1]) <= FLOAT32_BOUND
 
@@ -64,11 +79,13 @@ def test_projected_guidance_of_estimates_equals_the_reference(momentum, bound):
     buffer = None if momentum is None else MomentumBuffer(momentum)
     memory = rule.init(jnp.zeros((5, 4)))
     for seed, t in enumerate((1.0, 0.7, 0.4)):
-        x, wanted, unwanted = normal(3, 5, 4, seed=seed)
-        guided, memory = rule.remembering(*map(jnp.asarray, (x, np.float32(t), wanted, unwanted, np.float32(4.0))), memory)
-        # Theirs adds the scale to the wanted prediction; ours, as classifier-free guidance, counts from 1.
+        x, positive, negative = normal(3, 5, 4, seed=seed)
+        guided, memory = rule.remembering(
+            *map(jnp.asarray, (x, np.float32(t), positive, negative, np.float32(4.0))), memory
+        )
+        # Theirs adds the scale to the positive prediction; ours, as classifier-free guidance, counts from 1.
         theirs = normalized_guidance(
-            *(to_torch(x - t * v)[None] for v in (wanted, unwanted)),
+            *(to_torch(x - t * v)[None] for v in (positive, negative)),
             guidance_scale=3.0,
             momentum_buffer=buffer,
             eta=0.3,
@@ -81,10 +98,15 @@ def test_projected_guidance_of_estimates_equals_the_reference(momentum, bound):
 def test_the_optimised_scale_of_zero_star_equals_the_reference():
     from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
-    x, wanted, unwanted = normal(3, 5, 4)
-    scale = cfg_zero_star_scale(*(to_torch(v).reshape(1, -1) for v in (wanted, unwanted))).item()
-    guided = ZeroStar()(*map(jnp.asarray, (x, np.float32(0.5), wanted, unwanted, np.float32(4.0))))
-    assert relative_error(guided, scale * unwanted + 4 * (wanted - scale * unwanted)) <= FLOAT32_BOUND
+    x, positive, negative = normal(3, 5, 4)
+    scale = cfg_zero_star_scale(*(to_torch(v).reshape(1, -1) for v in (positive, negative))).item()
+    guided = ZeroStar()(
+        *map(jnp.asarray, (x, np.float32(0.5), positive, negative, np.float32(4.0)))
+    )
+    assert (
+        relative_error(guided, scale * negative + 4 * (positive - scale * negative))
+        <= FLOAT32_BOUND
+    )
 
 
 @pytest.mark.parametrize(("threshold", "reuses"), [(0.05, False), (0.6, True), (0.8, True)])
@@ -111,7 +133,9 @@ def test_the_first_block_cache_reuses_when_the_reference_does(tmp_path, threshol
                 return_dict=False,
             )[0]
             x = x + (u - t) * v
-    velocity = Guided(Cached(ours, FirstBlock(threshold), ids), (jnp.asarray(txt), jnp.asarray(vec)))
+    velocity = Guided(
+        CachedFlux(ours, FirstBlock(threshold), ids), (jnp.asarray(txt), jnp.asarray(vec))
+    )
     result = sample(velocity, jnp.asarray(noise), times)
-    assert (int(result.memory.wanted.reused) > 0) == reuses
+    assert (int(result.memory.positive.reused) > 0) == reuses
     assert relative_error(result.x, x[0]) <= FLOAT32_BOUND

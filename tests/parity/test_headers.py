@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig
-from fluxjax.convert import tables
-from fluxjax.convert.files import Stored
-from fluxjax.convert.load import abstract, plan
-from fluxjax.convert.source import fused_parts
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.detect import fused_parts
+from fluxjax.checkpoint.plan import abstract, plan
+from fluxjax.checkpoint.safetensors import StoredTensor
 
 HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
 FILL = FluxConfig(in_channels=384, out_channels=64)
@@ -41,10 +41,22 @@ def headers():
 @pytest.mark.parametrize("name", CASES)
 def test_every_official_tensor_has_its_place_and_every_place_its_tensor(headers, name):
     make, config, dialect = CASES[name]
-    tensors = {key: Stored(Path(name), np.dtype(np.float32), tuple(entry["shape"]), 0) for key, entry in headers[name].items()}
+    tensors = {
+        key: StoredTensor(Path(name), np.dtype(np.float32), tuple(entry["shape"]), 0)
+        for key, entry in headers[name].items()
+    }
     network = abstract(make, config)
-    pieces = [piece for pieces in plan(network, tensors, dialect, fused_parts(config)).pieces.values() for piece in pieces]
+    pieces = [
+        piece
+        for pieces in plan(network, tensors, dialect, fused_parts(config)).pieces.values()
+        for piece in pieces
+    ]
     used = {id(piece.tensor): piece.tensor for piece in pieces}.values()
-    assert len(used) == len(tensors) - sum(dialect.strip(key) in dialect.unneeded for key in tensors)
-    sizes = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter_eval_shape(make, config, key=jax.random.key(0))))
+    assert len(used) == len(tensors) - sum(
+        dialect.strip(key) in dialect.unneeded for key in tensors
+    )
+    sizes = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(eqx.filter_eval_shape(make, config, key=jax.random.key(0)))
+    )
     assert sum(tensor.size for tensor in used) == sizes

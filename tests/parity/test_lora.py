@@ -10,7 +10,7 @@ from layouts import write
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import image_ids, load_flux, merge, read_lora, write_lora
-from fluxjax.zoo import shipped_lora, tiny_folder
+from fluxjax.checkpoint.locate import shipped_lora, tiny_folder
 
 CONFIG = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
@@ -56,7 +56,11 @@ def xlabs() -> Sample:
 
 def outputs(theirs, ours):
     config = ours.config
-    x, txt, vec = normal(6, 64, seed=1), normal(5, config.context, seed=2), normal(config.pooled, seed=3)
+    x, txt, vec = (
+        normal(6, 64, seed=1),
+        normal(5, config.context, seed=2),
+        normal(config.pooled, seed=3),
+    )
     ids = image_ids(32, 48)
     with torch.no_grad():
         reference = theirs(
@@ -98,14 +102,18 @@ def test_diffusers_loads_what_is_written(theirs, tmp_path):
     lora = read_lora(tmp_path / "kohya.safetensors")
     write_lora(tmp_path / "peft.safetensors", lora, to="peft")
     base = load_flux(tmp_path / "model")
-    ours, reference = outputs(fused(theirs, tmp_path / "peft.safetensors", 0.1), merge(base, [lora], [0.1]))
+    ours, reference = outputs(
+        fused(theirs, tmp_path / "peft.safetensors", 0.1), merge(base, [lora], [0.1])
+    )
     assert relative_error(ours, reference) <= FLOAT32_BOUND
     assert np.isfinite(np.asarray(ours)).all()
 
 
 @pytest.mark.parametrize("style", ["kraft", "chalk"])
 def test_diffusers_loads_what_was_trained_and_ships(style):
-    theirs = FluxTransformer2DModel.from_pretrained(tiny_folder() / "transformer", torch_dtype=torch.float32)
+    theirs = FluxTransformer2DModel.from_pretrained(
+        tiny_folder() / "transformer", torch_dtype=torch.float32
+    )
     path, base = shipped_lora(style), load_flux("tiny", dtype="float32")
     plain, _ = outputs(theirs, base)
     ours, reference = outputs(fused(theirs, path, 0.8), merge(base, [read_lora(path)], [0.8]))

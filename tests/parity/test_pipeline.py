@@ -7,8 +7,10 @@ import pytest
 from reference import FLOAT32_BOUND, relative_error, to_torch
 
 import fluxjax
-from fluxjax.generate import decode, denoise, encode_text, model_times, prompt_ids
-from fluxjax.zoo import tiny_folder
+from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.generate.autoencode import decode
+from fluxjax.generate.draw import denoise, model_times
+from fluxjax.generate.text import encode_text, prompt_ids
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

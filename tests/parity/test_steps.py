@@ -4,9 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from fluxjax import DPMpp2M, Heun, UniPC2, sample
+from fluxjax import DPMpp2M, Heun, UniPC2
+from fluxjax.flow import sample
 
 START = np.linspace(-2, 2, 7, dtype=np.float32)[None]  # UniPC wants a batch
 
@@ -28,16 +33,22 @@ def theirs(scheduler) -> list[np.ndarray]:
 
 
 def ours(step, nodes):
-    return np.asarray(sample(velocity, jnp.asarray(START), jnp.asarray(nodes), step=step, history=True).history)
+    return np.asarray(
+        sample(velocity, jnp.asarray(START), jnp.asarray(nodes), step=step, history=True).history
+    )
 
 
 @pytest.mark.parametrize("count", [2, 7, 20])
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_multistep_solvers_take_the_same_path(kind, count):
-    scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2)
+    scheduler = kind(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+    )
     scheduler.set_timesteps(count)
     scheduler.set_begin_index(0)
-    path = ours(DPMpp2M() if kind is DPMSolverMultistepScheduler else UniPC2(), scheduler.sigmas.numpy())
+    path = ours(
+        DPMpp2M() if kind is DPMSolverMultistepScheduler else UniPC2(), scheduler.sigmas.numpy()
+    )
     # Both in float32; ratios of differences of the clock lose some digits.
     np.testing.assert_allclose(path[1:], theirs(scheduler), rtol=2e-5, atol=2e-5)
 

@@ -12,8 +12,8 @@ import torch
 from layouts import export, write
 
 from fluxjax import T5, T5Config, WeightsError, inspect_weights, load_t5
-from fluxjax.convert import tables
-from fluxjax.convert.packed import untile
+from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.packed import untile
 
 CONFIG = T5Config(vocabulary=40, width=64, heads=4, head_dim=16, depth=2, mlp_width=96)
 NAME = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
@@ -41,7 +41,9 @@ def tiled_by_definition(scales: np.ndarray) -> np.ndarray:
     for row in range(rows):
         for block in range(blocks):
             tile = (row // 128) * tiles_across + block // 4
-            out[tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4] = scales[row, block]
+            out[tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4] = scales[
+                row, block
+            ]
     return out
 
 
@@ -69,7 +71,9 @@ def test_nvfp4_is_value_times_both_scales(named, tmp_path, described):
     if described == "tensor":
         stored[stem + "comfy_quant"] = np.frombuffer(b'{"format": "nvfp4"}', np.uint8)
     elif described == "metadata":
-        metadata = {"_quantization_metadata": json.dumps({"layers": {stem[:-1]: {"format": "nvfp4"}}})}
+        metadata = {
+            "_quantization_metadata": json.dumps({"layers": {stem[:-1]: {"format": "nvfp4"}}})
+        }
     write(tmp_path / "t5.safetensors", stored, metadata)
     codes = nibble_pairs(packed, high_first=tiled).astype(np.uint8)
     values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -83,7 +87,9 @@ def test_nvfp4_is_value_times_both_scales(named, tmp_path, described):
 
 def test_mxfp8_is_value_times_a_power_of_two(named, tmp_path):
     rng = np.random.default_rng(0)
-    weight = torch.from_numpy(rng.standard_normal((96, 64)).astype(np.float32)).to(torch.float8_e4m3fn)
+    weight = torch.from_numpy(rng.standard_normal((96, 64)).astype(np.float32)).to(
+        torch.float8_e4m3fn
+    )
     exponents = rng.integers(110, 140, (96, 2), np.uint8)
     stem = NAME.removesuffix("weight")
     stored = dict(named) | {
@@ -92,8 +98,12 @@ def test_mxfp8_is_value_times_a_power_of_two(named, tmp_path):
         stem + "comfy_quant": np.frombuffer(b'{"format": "mxfp8"}', np.uint8),
     }
     write(tmp_path / "t5.safetensors", stored)
-    scale = torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
-    np.testing.assert_array_equal(loaded(tmp_path / "t5.safetensors"), (weight.float() * scale).numpy())
+    scale = (
+        torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
+    )
+    np.testing.assert_array_equal(
+        loaded(tmp_path / "t5.safetensors"), (weight.float() * scale).numpy()
+    )
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -106,7 +116,9 @@ def test_comfys_int8_is_value_times_scale_and_refused_where_rotated(named, tmp_p
     description = {"format": "int8_tensorwise"}
     stored[stem + "comfy_quant"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
     write(tmp_path / "t5.safetensors", stored)
-    np.testing.assert_array_equal(loaded(tmp_path / "t5.safetensors"), weight.astype(np.float32) * scale)
+    np.testing.assert_array_equal(
+        loaded(tmp_path / "t5.safetensors"), weight.astype(np.float32) * scale
+    )
     for other in (description | {"convrot": True}, {"format": "asym_w4a8_int8"}):
         stored[stem + "comfy_quant"] = np.frombuffer(json.dumps(other).encode(), np.uint8)
         write(tmp_path / "t5.safetensors", stored)
@@ -119,13 +131,17 @@ def test_comfys_int8_is_value_times_scale_and_refused_where_rotated(named, tmp_p
 def test_four_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path, kind, nested):
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.from_numpy(np.array(named[NAME]))
-    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=nested, quant_type=kind
+    )
     stored = dict(named) | {NAME: packed.numpy()}
     stored |= {f"{NAME}.{key}": value.numpy() for key, value in state.as_dict(packed=True).items()}
     write(tmp_path / "t5.safetensors", stored)
     state.dtype = torch.float32
     expected = functional.dequantize_4bit(packed, state).numpy()
-    np.testing.assert_allclose(loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6, atol=1e-7)  # one rounding
+    np.testing.assert_allclose(
+        loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6, atol=1e-7
+    )  # one rounding
     (network,) = inspect_weights(tmp_path / "t5.safetensors").networks
     assert kind.upper() in network.storage
     assert network.parameters == sum(tensor.size for tensor in named.values())
@@ -137,16 +153,27 @@ def test_four_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path, kind,
 
 def test_eight_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path):
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight, scale, _ = functional.int8_vectorwise_quant(torch.from_numpy(np.array(named[NAME])).half())
+    weight, scale, _ = functional.int8_vectorwise_quant(
+        torch.from_numpy(np.array(named[NAME])).half()
+    )
     stem = NAME.removesuffix("weight")
-    stored = dict(named) | {NAME: weight.numpy(), stem + "SCB": scale.numpy(), stem + "weight_format": np.uint8(0)}
+    stored = dict(named) | {
+        NAME: weight.numpy(),
+        stem + "SCB": scale.numpy(),
+        stem + "weight_format": np.uint8(0),
+    }
     write(tmp_path / "t5.safetensors", stored)
     expected = functional.int8_vectorwise_dequant(weight, scale).numpy()
-    np.testing.assert_allclose(loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6)  # one rounding
+    np.testing.assert_allclose(
+        loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6
+    )  # one rounding
 
 
 def test_a_pickle_is_converted_by_the_command_that_its_error_names(named, tmp_path):
-    torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in named.items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {name: torch.from_numpy(np.array(tensor)) for name, tensor in named.items()},
+        tmp_path / "pytorch_model.bin",
+    )
     with pytest.raises(WeightsError, match="is a pickle") as error:
         load_t5(tmp_path, config=CONFIG)
     code = str(error.value).split("python -c '")[1].split("'")[0]

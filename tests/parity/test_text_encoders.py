@@ -2,9 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import BFLOAT16_RATIO, FLOAT32_BOUND, as_bfloat16, perturbed, relative_error, to_torch
+from reference import (
+    BFLOAT16_RATIO,
+    FLOAT32_BOUND,
+    as_bfloat16,
+    perturbed,
+    relative_error,
+    to_torch,
+)
 
-from fluxjax.zoo import load_clip, load_t5
+from fluxjax.generate.load import load_clip, load_t5
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,7 +75,10 @@ def test_clip_equals_transformers_in_every_state_and_pooled(clips):
     theirs, ours, prompts = clips
     with torch.no_grad():
         expected = theirs(to_torch(prompts, torch.long))
-    assert relative_error(jax.vmap(ours.hidden_states)(prompts), expected.last_hidden_state) <= FLOAT32_BOUND
+    assert (
+        relative_error(jax.vmap(ours.hidden_states)(prompts), expected.last_hidden_state)
+        <= FLOAT32_BOUND
+    )
     assert relative_error(jax.vmap(ours)(prompts), expected.pooler_output) <= FLOAT32_BOUND
 
 
@@ -86,7 +96,10 @@ def test_clip_in_bfloat16_is_as_close_to_float32_as_transformers(clips):
 @pytest.fixture(params=T5S, scope="module")
 def t5s(request, tmp_path_factory):
     config = transformers.T5Config(
-        **T5S[request.param], feed_forward_proj="gated-gelu", is_encoder_decoder=False, tie_word_embeddings=False
+        **T5S[request.param],
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        tie_word_embeddings=False,
     )
     theirs = perturbed(transformers.T5EncoderModel(config))
     folder = tmp_path_factory.mktemp("t5")
@@ -117,7 +130,9 @@ def test_t5_in_bfloat16_is_as_close_to_float32_as_transformers(t5s, platform):
 def test_t5_in_float16_stays_finite_where_the_residual_stream_exceeds_its_range(t5s):
     _, ours, prompts = t5s
     # Each MLP then adds some 1e6 to the stream; float16 ends at 65,504.
-    large = jax.tree_util.tree_map_with_path(lambda path, x: 1e6 * x if "down" in jax.tree_util.keystr(path) else x, ours)
+    large = jax.tree_util.tree_map_with_path(
+        lambda path, x: 1e6 * x if "down" in jax.tree_util.keystr(path) else x, ours
+    )
     exact = jax.vmap(large)(prompts)
     half = jax.vmap(lambda ids: large(ids, dtype=jnp.float16))(prompts)
     # float16 has 11 bits: 5e-4 a rounding, some ten of them in a row.

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from fluxjax import beta_times, exponential_times, flow_times, karras_times, resolution_mu, static_times
+from fluxjax import (
+    beta_times,
+    exponential_times,
+    flow_times,
+    karras_times,
+    resolution_mu,
+    static_times,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -9,7 +16,9 @@ diffusers = pytest.importorskip("diffusers")
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 @pytest.mark.parametrize("tokens", [256, 1024, 4096, 16384])
 def test_dev_times_equal_diffusers_scheduler(steps, tokens):
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=resolution_mu(tokens))
     np.testing.assert_allclose(flow_times(steps, tokens=tokens), scheduler.sigmas, rtol=1e-6)
 
@@ -34,6 +43,12 @@ SPACINGS = {
 def test_respaced_times_equal_diffusers_scheduler(spacing, shift, steps):
     kind = {"none": {}, "dynamic": {"use_dynamic_shifting": True}, "static": {"shift": 3.0}}[shift]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**kind, **{spacing: True})
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=1.1 if shift == "dynamic" else None)
-    base = static_times(steps, shift=3.0) if shift == "static" else flow_times(steps, mu=1.1 if shift == "dynamic" else None)
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1, 1 / steps, steps), mu=1.1 if shift == "dynamic" else None
+    )
+    base = (
+        static_times(steps, shift=3.0)
+        if shift == "static"
+        else flow_times(steps, mu=1.1 if shift == "dynamic" else None)
+    )
     np.testing.assert_allclose(SPACINGS[spacing](base), scheduler.sigmas, atol=1e-6)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fluxjax import tokenize
-from fluxjax.tokens import Tokenizers
+from fluxjax.generate.tokens import Tokenizers
 
 transformers = pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[3] / "shared" / "tokenizers"
@@ -22,7 +22,9 @@ def texts() -> list[str]:
     ranges = [(32, 127), (32, 127), (160, 0x2000), (0x1F300, 0x1F6FF), (0x4E00, 0x9FFF)]
     while len(result) < 1000:
         if len(result) % 2:
-            result.append(" ".join(draw.choice(WORDS) for _ in range(draw.choice([1, 3, 8, 20, 120]))))
+            result.append(
+                " ".join(draw.choice(WORDS) for _ in range(draw.choice([1, 3, 8, 20, 120])))
+            )
         else:
             count = draw.choice([1, 5, 30, 300])
             result.append("".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(count)))

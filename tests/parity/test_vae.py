@@ -2,18 +2,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import BFLOAT16_RATIO, FLOAT32_BOUND, as_bfloat16, normal, perturbed, relative_error, to_torch
+from reference import (
+    BFLOAT16_RATIO,
+    FLOAT32_BOUND,
+    as_bfloat16,
+    normal,
+    perturbed,
+    relative_error,
+    to_torch,
+)
 
-from fluxjax.zoo import load_vae
+from fluxjax.generate.load import load_vae
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 CONFIGS = {
     "one resnet": dict(block_out_channels=(16, 24, 32, 32), layers_per_block=1, norm_num_groups=8),
-    "wider at the bottom": dict(block_out_channels=(8, 16, 24, 40), layers_per_block=2, norm_num_groups=4),
-    "all one width": dict(block_out_channels=(32, 32, 32, 32), layers_per_block=3, norm_num_groups=32),
-    "official width": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=1, norm_num_groups=32),
+    "wider at the bottom": dict(
+        block_out_channels=(8, 16, 24, 40), layers_per_block=2, norm_num_groups=4
+    ),
+    "all one width": dict(
+        block_out_channels=(32, 32, 32, 32), layers_per_block=3, norm_num_groups=32
+    ),
+    "official width": dict(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=1, norm_num_groups=32
+    ),
 }
 
 
@@ -50,18 +64,27 @@ def decode_theirs(network, latents):
 
 def test_the_mean_latent_equals_diffusers(pair):
     theirs, ours, images, _ = pair
-    assert relative_error(jax.vmap(ours.encode)(images), encode_theirs(theirs, images)[0]) <= FLOAT32_BOUND
+    assert (
+        relative_error(jax.vmap(ours.encode)(images), encode_theirs(theirs, images)[0])
+        <= FLOAT32_BOUND
+    )
 
 
 def test_the_posterior_variance_equals_diffusers(pair):
     theirs, ours, images, _ = pair
     _, log_variance = jax.vmap(ours.moments)(images)
-    assert relative_error(jnp.exp(0.5 * log_variance), encode_theirs(theirs, images)[1].std) <= FLOAT32_BOUND
+    assert (
+        relative_error(jnp.exp(0.5 * log_variance), encode_theirs(theirs, images)[1].std)
+        <= FLOAT32_BOUND
+    )
 
 
 def test_a_decoded_image_equals_diffusers(pair):
     theirs, ours, _, latents = pair
-    assert relative_error(jax.vmap(ours.decode)(latents), decode_theirs(theirs, latents)) <= FLOAT32_BOUND
+    assert (
+        relative_error(jax.vmap(ours.decode)(latents), decode_theirs(theirs, latents))
+        <= FLOAT32_BOUND
+    )
 
 
 def test_bfloat16_is_as_close_to_float32_as_diffusers(pair):
@@ -72,5 +95,11 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers(pair):
     image_error = relative_error(decode_theirs(theirs, latents), exact_image)
     theirs.float()
     half = jax.tree.map(as_bfloat16, ours)
-    assert relative_error(jax.vmap(half.encode)(as_bfloat16(images)), exact) <= BFLOAT16_RATIO * latent_error
-    assert relative_error(jax.vmap(half.decode)(as_bfloat16(latents)), exact_image) <= BFLOAT16_RATIO * image_error
+    assert (
+        relative_error(jax.vmap(half.encode)(as_bfloat16(images)), exact)
+        <= BFLOAT16_RATIO * latent_error
+    )
+    assert (
+        relative_error(jax.vmap(half.decode)(as_bfloat16(latents)), exact_image)
+        <= BFLOAT16_RATIO * image_error
+    )

@@ -1,0 +1,187 @@
+"""Weights from any layout to any other, and what a file or a folder holds."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from fluxjax.checkpoint.atomic import check_free, new_folder
+from fluxjax.checkpoint.defaults import DEFAULTS_FILE, load_defaults, write_pipeline
+from fluxjax.checkpoint.detect import FoundNetwork, Source, open_source
+from fluxjax.checkpoint.inspect import _listed
+from fluxjax.checkpoint.kinds import FLUX, KINDS
+from fluxjax.checkpoint.load import check_written_dtype
+from fluxjax.checkpoint.locate import WHOLE, find
+from fluxjax.checkpoint.plan import Weights
+from fluxjax.checkpoint.safetensors import WeightsError, disk_errors
+from fluxjax.checkpoint.write import (
+    LAYOUTS,
+    NetworkToWrite,
+    check_target,
+    output_files,
+    write_files,
+    write_json,
+)
+from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
+from fluxjax.lora.read import Lora
+from fluxjax.lora.scales import Scale, check_scales
+from fluxjax.zoo import Defaults
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+def convert_weights(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "own",
+    dtype: DTypeLike | None = None,
+    only: str | Sequence[str] | None = None,
+    shard_size: int | None = None,
+    loras: Sequence[tuple[Lora, Scale]] = (),
+    start: Callable[[int], Any] | None = None,
+    report: Callable[[int], Any] | None = None,
+) -> Path:
+    """Write a checkpoint in another layout, tensor by tensor; nothing is at the destination until all of it is.
+
+    **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id. `destination`: a new folder, or a new
+    file that ends in .safetensors; it may lie anywhere. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder),
+    "bfl" or "comfy".
+    `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
+    the matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux", "t5", "clip", "vae".
+    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `loras`: adapters to
+    merge on the way, and their scales. `start`, `report`: hear of the bytes to be written, and of each piece's.
+    **Returns:** the destination.
+    **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
+    the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
+    for a destination that has no name, and for a dtype that is not written.
+    """
+    target, single = check_target("convert_weights(destination)", destination)
+    only = [only] if isinstance(only, str) else only
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
+    if shard_size is not None and (single or to not in ("own", "diffusers") or shard_size < 1):
+        raise ValueError(
+            "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
+        )
+    check_free(target)
+    stored = check_written_dtype("convert_weights", dtype)
+    folder = find(
+        source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only]
+    )
+    parts = _chosen(open_source(folder), only)
+    given = [_given(part, loras) for part in parts]
+    _check_used(loras, parts)
+    files = output_files(given, to, dtype=stored, name=target.name if single else None)
+    # Read before hours of writing, since it may be damaged.
+    defaults = (
+        None
+        if single or to not in ("own", "diffusers") or not _holds_flux(given)
+        else load_defaults(source)
+    )
+    total = sum(sheet.nbytes for sheet in files)
+    if start is not None:
+        start(total)
+    if single:
+        write_files(target.parent, files, report=report)
+        return target
+    with disk_errors(target, total), new_folder(target) as temporary:
+        write_files(temporary, files, shard_size=shard_size, report=report)
+        _write_rest(folder, temporary, given, to, defaults)
+    return target
+
+
+def _holds_flux(given: Sequence[NetworkToWrite]) -> bool:
+    return any(one.kind.name == "flux" for one in given)
+
+
+def _chosen(source: Source, only: Iterable[str] | None) -> list[FoundNetwork]:
+    """Return the parts to convert. **Raises:** `WeightsError` if one is missing, or the source holds more than is converted."""
+    if only is not None:
+        unknown = sorted(set(only) - KINDS.keys())
+        if unknown:
+            raise ValueError(
+                f"There is no network {unknown[0]!r}. Choose some of {', '.join(KINDS)}."
+            )
+        return [source.part(KINDS[name]) for name in KINDS if name in set(only)]
+    for problem in source.strangers.values():
+        raise WeightsError(f"{problem} To convert the rest, choose it with `only`.")
+    if source.left:
+        raise WeightsError(
+            f"{source.path} holds {len(source.left)} tensors of no known network ({_listed(source.left[:3])} …). "
+            "To convert the rest, choose it with `only`."
+        )
+    if not source.parts:
+        raise WeightsError(
+            f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's folder."
+        )
+    return list(source.parts.values())
+
+
+def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
+    """Return one line for each thing in adapters that has no effect on a checkpoint's transformer, from its headers."""
+    part = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
+    if part is None:
+        return []
+    network = part.plan().network
+    return [note for lora in loras if FLUX.name in lora.changes for note in notes_of(network, lora)]
+
+
+def _given(part: FoundNetwork, loras: Sequence[tuple[Lora, Scale]]) -> NetworkToWrite:
+    origin: dict[str, Any] = {
+        "files": [file.name for file in part.files],
+        "names": part.dialect.name,
+    }
+    weights: Weights = part.plan()
+    mine = [(lora, scale) for lora, scale in loras if part.kind.name in lora.changes]
+    if not mine:
+        return NetworkToWrite(part.kind, part.config, weights, origin)
+    scales = check_scales("convert_weights(loras)", len(mine), [scale for _, scale in mine])
+    merged = MergedWeights(weights, changes_of(weights.network, [lora for lora, _ in mine], scales))
+    config = merged.network.config  # type: ignore[attr-defined]
+    return NetworkToWrite(part.kind, config, merged, origin | {"adapters": len(mine)})
+
+
+def _check_used(loras: Sequence[tuple[Lora, Scale]], parts: Sequence[FoundNetwork]) -> None:
+    """**Raises:** `WeightsError` for an adapter of a network that is not converted."""
+    left = {network for lora, _ in loras for network in lora.changes} - {
+        part.kind.name for part in parts
+    }
+    if left:
+        raise WeightsError(
+            f"An adapter changes {', '.join(sorted(left))} too, which is not converted. Convert it as well."
+        )
+
+
+def _write_rest(
+    folder: Path,
+    target: Path,
+    given: Sequence[NetworkToWrite],
+    layout: str,
+    defaults: Defaults | None,
+) -> None:
+    """Write what a folder holds beside the weights: configs, tokenizers, and how the model is sampled."""
+    kinds = {one.kind.name for one in given}
+    if layout == "diffusers":
+        for one in given:
+            write_json(target / one.kind.folder / "config.json", one.kind.to_json(one.config))
+    if layout in ("own", "diffusers"):
+        found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
+        for name in found:
+            _copy_files(folder / name, target / name)
+        if defaults is not None:
+            if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZERS):
+                write_pipeline(target, defaults)
+            else:
+                write_json(target / DEFAULTS_FILE, asdict(defaults))
+
+
+def _copy_files(folder: Path, target: Path) -> None:
+    """Copy the files of a folder, without what lies deeper; a pipe would wait for its writer, a folder may hold itself."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,150 @@
+"""Memory that drawing needs at least, beside what the machine has: what cannot fit is refused before it is begun."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.locate import locate
+from fluxjax.generate.latents import CELL, PATCH
+from fluxjax.nets.flux import FluxConfig
+from fluxjax.nets.t5 import T5Config
+from fluxjax.nets.vae import VaeConfig
+from fluxjax.zoo import ZOO
+
+
+class Demand(NamedTuple):
+    """What is drawn at once. `rows`: images in a forward pass; `tokens`: T5's of a prompt; `dtype`: of the activations."""
+
+    rows: int
+    height: int
+    width: int
+    steps: int
+    tokens: int
+    dtype: DTypeLike
+
+
+class Configs(NamedTuple):
+    """The numbers of the networks that need the memory."""
+
+    t5: T5Config
+    flux: FluxConfig
+    vae: VaeConfig
+
+
+def read_configs(source: str | Path) -> Configs:
+    """Return the configs of a model on this machine, or FLUX.1's for one on the hub: nothing is downloaded.
+
+    **Raises:** as `fluxjax.zoo.load_flux` for a local source.
+    """
+    entry = ZOO.get(str(source))
+    local = Path(source).exists() if entry is None else entry.repository is None
+    if not local:
+        return Configs(T5Config(), FluxConfig(), VaeConfig())
+
+    def config(kind: Kind) -> Any:
+        return open_source(locate(source, kind.folder)).part(kind).config
+
+    config(CLIP)  # raises if it is missing
+    return Configs(config(T5_XXL), config(FLUX), config(VAE))
+
+
+def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
+    """Return the bytes that each stage needs at least on one device, beside the weights.
+
+    They are lower bounds: the arrays that must exist together, with nothing for what a compiler adds.
+    - encoding: T5's position bias, [heads, tokens, tokens] in float32, and two hidden layers of its MLP.
+    - denoising: each block's fused projection, [tokens, 3 width + MLP], and the modulations of all steps.
+    - decoding: an input and an output of a convolution at the image's full size; the images in float32.
+    """
+    t5, flux, vae = configs
+    size = np.dtype(demand.dtype).itemsize
+    side = CELL * PATCH
+    pixels = demand.height * demand.width
+    every = demand.tokens + pixels // side**2
+    bias = 4 * t5.heads * demand.tokens**2
+    modulations = demand.steps * flux.width * (12 * flux.double_depth + 3 * flux.single_depth + 2)
+    return {
+        "encoding": bias + 2 * size * demand.rows * demand.tokens * t5.mlp_width,
+        "denoising": size * (demand.rows * every * (3 * flux.width + flux.mlp_width) + modulations),
+        "decoding": 2 * size * pixels * vae.channels[0] + 4 * demand.rows * pixels * 3,
+    }
+
+
+def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:
+    """Check that drawing can fit. `devices`: of a mesh, which share the work.
+
+    **Raises:** `ValueError` if a stage needs more memory than a device has, with both.
+    """
+    device = jax.local_devices()[0]
+    present = memory_bytes(device)
+    if present is None:
+        return
+    shared = 1 if device.platform == "cpu" else devices  # those of one machine have one memory
+    stage, most = max(needed_bytes(demand, configs).items(), key=lambda item: item[1])
+    if most // shared > present:
+        raise ValueError(
+            f"{demand.rows} images of {demand.height}x{demand.width} at once, with {demand.tokens} tokens and {demand.steps} "
+            f"steps, need at least {_gigabytes(most // shared)} for {stage}, and this device has {_gigabytes(present)}. "
+            "Lower --batch, --height and --width, --max-sequence-length, or --steps."
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """Return the memory of a device, which for a CPU is the machine's or the container's; None if that is not known."""
+    if device.platform != "cpu":
+        with suppress(Exception):  # not every backend tells
+            return (device.memory_stats() or {}).get("bytes_limit")
+        return None
+    known = [_physical_bytes(), *map(_read_limit, _CONTAINER_LIMITS)]
+    return min((count for count in known if count is not None), default=None)
+
+
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def _physical_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _read_limit(path: Path) -> int | None:
+    with suppress(OSError, ValueError):  # none, or "max"
+        return int(path.read_text())
+    return None
+
+
+def check_devices() -> None:
+    """**Raises:** `ValueError` if JAX finds no device of the kind that JAX_PLATFORMS names."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # JAX raises either
+        named = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise ValueError(
+            f"JAX finds no device of JAX_PLATFORMS={named!r} ({str(error) or 'none starts'}). Unset it, or install JAX for "
+            "that device."
+        ) from error
+
+
+def check_finite_times(times: Any) -> None:
+    """**Raises:** `ValueError` for sampling times that are NaN: a shift by resolution overflows for huge images."""
+    if not bool(jnp.isfinite(times).all()):
+        raise ValueError(
+            "The sampling times overflow at this image size or shift. Choose a smaller one, or --timer uniform."
+        )

@@ -1,0 +1,150 @@
+"""Timers, integrators, rules of guidance and caches by name, for a command line or a configuration."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+from fluxjax.flow.guidance import ClassifierFree, Projected, Rule, ZeroStar
+from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
+from fluxjax.flow.step import Step
+from fluxjax.flow.stochastic import DDIM, ERSDE2, DPMpp2MSDE, Renoise, ReverseSDE
+from fluxjax.flow.times import (
+    beta_times,
+    exponential_times,
+    flow_times,
+    karras_times,
+    linear_quadratic_times,
+    static_times,
+    uniform_times,
+)
+from fluxjax.generate.cache import FirstBlock, StepCache, TeaCache
+from fluxjax.generate.latents import CELL, PATCH
+from fluxjax.shapes import Times
+from fluxjax.zoo import Defaults
+
+INTEGRATORS: Mapping[str, Callable[[], Step]] = {
+    "euler": Euler,
+    "heun": Heun,
+    "midpoint": Midpoint,
+    "rk4": RK4,
+    "ab2": AB2,
+    "dpmpp_2s": DPMpp2S,
+    "dpmpp_2m": DPMpp2M,
+    "res_2s": RES2S,
+    "res_2m": RES2M,
+    "deis_2": DEIS2,
+    "unipc_2": UniPC2,
+    "ddim": lambda: DDIM(0.0),
+    "ancestral": DDIM,
+    "sde": ReverseSDE,
+    "dpmpp_2m_sde": DPMpp2MSDE,
+    "er_sde": ERSDE2,
+    "renoise": Renoise,
+}
+_WITH_ETA: Mapping[str, Callable[[float], Step]] = {
+    "ddim": DDIM,
+    "sde": ReverseSDE,
+    "dpmpp_2m_sde": DPMpp2MSDE,
+}
+RULES: Mapping[str, Callable[[], Rule]] = {
+    "cfg": ClassifierFree,
+    "zero_star": ZeroStar,
+    "apg": Projected,
+}
+CACHES: Mapping[str, Callable[[float], StepCache]] = {
+    "first_block": FirstBlock,
+    "teacache": TeaCache,
+}
+_LARGEST = float(np.finfo(np.float32).max)
+TIMERS = (
+    "model",
+    "uniform",
+    "flux_static",
+    "flux_dynamic",
+    "karras",
+    "exponential",
+    "beta",
+    "linear_quadratic",
+)
+
+
+def integrator(name: str, *, eta: float | None = None) -> Step:
+    """Return an integrator of `INTEGRATORS`. `eta`: the noise of those that take it, by default 0 for ddim and 1 for the rest.
+
+    **Raises:** `ValueError` for another name, an eta that is not taken, or one outside of [0, 1].
+    """
+    if name not in INTEGRATORS:
+        raise ValueError(
+            f"There is no integrator {name!r}. Choose one of {', '.join(INTEGRATORS)}."
+        )
+    if eta is None:
+        return INTEGRATORS[name]()
+    if name not in _WITH_ETA:
+        raise ValueError(
+            f"{name} takes no eta. Leave it out, or choose one of {', '.join(_WITH_ETA)}."
+        )
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is in [0, 1], got {eta}.")
+    return _WITH_ETA[name](eta)
+
+
+def cache(text: str) -> StepCache:
+    """Return a cache of `CACHES` from NAME:THRESHOLD, or the first block's from THRESHOLD alone.
+
+    **Raises:** `ValueError` for another name, or a threshold that is no finite number from 0 on.
+    """
+    name, colon, number = text.rpartition(":")
+    name = name if colon else "first_block"
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = -1.0
+    if name not in CACHES or not 0 <= threshold <= _LARGEST:
+        raise ValueError(
+            f"{text!r} is no cache. Write a threshold from 0 on, as 0.1, or {' or '.join(CACHES)}:THRESHOLD."
+        )
+    return CACHES[name](threshold)
+
+
+def timer(
+    name: str,
+    steps: int,
+    defaults: Defaults,
+    height: int,
+    width: int,
+    *,
+    shift: float | None = None,
+) -> Times:
+    """Return the times of a timer of `TIMERS` for an image of `height` x `width` pixels.
+
+    "model": as the model is meant to be sampled. "flux_static": shifted by the factor `shift`, 3 by default. "flux_dynamic": by
+    the resolution, from `defaults.base_shift` to `defaults.max_shift`. "karras", "exponential", "beta": the model's, respaced.
+    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number above 0, or no steps.
+    """
+    if name not in TIMERS:
+        raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")
+    if shift is not None and name != "flux_static":
+        raise ValueError(f"The timer {name} takes no shift. Leave it out, or choose flux_static.")
+    if shift is not None and not 0 < shift <= _LARGEST:
+        raise ValueError(
+            f"`timer(shift)` needs a finite factor above 0, got {shift}. Choose one, as 3."
+        )
+    side = CELL * PATCH
+    tokens = (height // side) * (width // side)
+    dynamic = flow_times(
+        steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift
+    )
+    own = dynamic if defaults.shift else flow_times(steps)
+    if name == "flux_static":
+        return static_times(steps, shift=3.0 if shift is None else shift)
+    others: Mapping[str, Callable[[], Times]] = {
+        "model": lambda: own,
+        "uniform": lambda: uniform_times(steps),
+        "flux_dynamic": lambda: dynamic,
+        "karras": lambda: karras_times(own),
+        "exponential": lambda: exponential_times(own),
+        "beta": lambda: beta_times(own),
+        "linear_quadratic": lambda: linear_quadratic_times(steps),
+    }
+    return others[name]()
