@@ -1,8 +1,13 @@
-import hypothesis
-import jax
-import pytest
+from jaxtyping import install_import_hook
 
-import fluxjax
+# Users' programs check the public functions; the tests check every function's shapes and types.
+install_import_hook("fluxjax", "fluxjax.shapes.checked")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import fluxjax  # noqa: E402
 
 # Every cast in the package is written out: an implicit promotion is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,16 +1,20 @@
 """Every public function takes plain numbers, lists, NumPy's and JAX's alike, and says which argument it can't use."""
 
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fluxjax as f
-from fluxjax import train
+from fluxjax import checkpoint, devices, flow, generate, kernels, lora, nets, train
 from fluxjax.arguments import convert_arguments
 from fluxjax.shapes import Array, Float, PerImage, PRNGKeyArray
+
+FOLDERS = (flow, kernels, nets, checkpoint, devices, lora, generate, train)
+PUBLIC = {name: getattr(folder, name) for folder in FOLDERS for name in folder.__all__}
+f = SimpleNamespace(**PUBLIC)
 
 IMAGE = np.linspace(-1, 1, 16 * 16 * 3).reshape(16, 16, 3)  # float64, as NumPy's are
 LATENT = np.zeros((16, 2, 2))
@@ -98,29 +102,17 @@ def test_numbers_and_arrays_may_be_of_any_library(function, form):
 
 def test_every_function_that_converts_its_arguments_has_a_row():
     """A function says so by its decorator; all public ones of sampling are to have it."""
-    public = [getattr(f, name) for name in f.__all__] + [
-        getattr(train, name) for name in dir(train)
-    ]
+    public = list(PUBLIC.values())
     functions = [
         one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")
     ]
     decorated = {one for one in functions if hasattr(one, "converts_arguments")}
     assert decorated == CALLS.keys() | ELSEWHERE
-    modules = (
-        "sample",
-        "schedule",
-        "latents",
-        "predict",
-        "generate",
-        "preview",
-        "train",
-        "ode",
-        "save",
-    )
+    folders = ("flow", "generate", "train")
     plain = {
         one.__name__
         for one in functions
-        if one not in decorated and one.__module__.split(".")[1] in modules
+        if one not in decorated and one.__module__.split(".")[1] in folders
     }
     assert plain <= {
         "activation_dtype",

@@ -5,8 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from fluxjax import read_image, uniform_times
-from fluxjax.flow import sample
+from fluxjax import read_image
+from fluxjax.flow import sample, uniform_times
 
 README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

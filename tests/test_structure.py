@@ -1,90 +1,105 @@
-"""A module imports from lower layers alone."""
+"""Folders are layers: a file imports from lower ones or from its own, without cycles."""
 
 import ast
+import graphlib
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import fluxjax
 
 PACKAGE = Path(fluxjax.__file__).parent
 LAYERS = {
-    "shapes": -1,
-    "arguments": 0,
-    "atomic": 0,
-    "errors": 0,
-    "settings": 1,
+    "version": 0,
+    "shapes": 0,
     "numeric": 0,
-    "printable": 0,
-    "predict": 1,
-    "kernels": 1,
-    "nets": 2,
-    "tokens": 2,
-    "image": 2,
-    "latents": 2,
-    "schedule": 2,
-    "integrate": 2,
-    "guidance": 3,
-    "cache": 3,
-    "convert": 3,
-    "shard": 3,
-    "tiles": 3,
-    "quantize": 5,
-    "unroll": 4,
-    "sample": 4,
-    "memory": 4,
-    "ode": 5,
-    "lora": 4,
-    "hub": 5,
-    "zoo": 6,
+    "arguments": 1,
+    "flow": 2,
+    "kernels": 2,
+    "nets": 3,
+    "zoo": 4,
+    "checkpoint": 5,
+    "devices": 6,
+    "lora": 6,
     "generate": 7,
-    "named": 7,
-    "weights": 7,
-    "inverse": 5,
-    "edit": 5,
-    "train": 5,
-    "compare": 8,
-    "save": 8,
-    "plots": 9,
-    "preview": 3,
-    "prompts": 3,
-    "console": 1,
-    "options": 4,
-    "limits": 8,
-    "draw": 9,
-    "cli": 10,
+    "train": 7,
+    "cli": 8,
 }
+FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imports_of(path: Path) -> list[str]:
-    """Return the package's rooms that a file imports."""
-    tree = ast.parse(path.read_text())
-    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    ]
-    return [name.split(".")[1] for name in names if name.startswith("fluxjax.")]
+    """Return the modules of the package that a file imports, "" for the package itself."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            files = [name for name in names if (PACKAGE / _path_of(name)).is_file()]
+            found += files or [module]
+    return [name.removeprefix("fluxjax").lstrip(".") for name in found if _is_ours(name)]
 
 
-def test_every_import_points_to_a_lower_layer_or_stays_in_its_room():
+def _path_of(module: str) -> str:
+    return module.removeprefix("fluxjax").lstrip(".").replace(".", "/") + ".py"
+
+
+def _is_ours(module: str) -> bool:
+    return module == "fluxjax" or module.startswith("fluxjax.")
+
+
+def test_every_import_points_to_a_lower_layer_or_stays_in_its_folder():
     wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        wrong += [
-            f"{path.name} imports {other}"
-            for other in imports_of(path)
-            if other != room and LAYERS[other] >= LAYERS[room]
-        ]
+    for path in FILES:
+        folder = module_of(path).partition(".")[0]
+        for module in imports_of(path):
+            other = module.partition(".")[0]
+            if other != folder and LAYERS[other] >= LAYERS[folder]:
+                wrong.append(f"{module_of(path)} imports {module}")
     assert not wrong
 
 
-def test_what_samplers_know_of_is_no_network():
-    files = [PACKAGE / f"{name}.py" for name in ("predict", "schedule", "sample")] + [
-        *(PACKAGE / "integrate").glob("*.py")
-    ]
-    assert len(files) > 6
-    for path in files:
-        assert "nets" not in imports_of(path)
+def test_no_file_imports_the_root_of_the_package():
+    assert not [module_of(path) for path in FILES if "" in imports_of(path)]
+
+
+def test_imports_have_no_cycles():
+    graph = {module_of(path): imports_of(path) for path in FILES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_folder_says_what_lives_there():
+    for folder in PACKAGE.iterdir():
+        if (folder / "__init__.py").is_file():
+            assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def test_no_two_things_share_a_name():
+    homes = defaultdict(list)
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(module_of(path))
+    shared = {name: modules for name, modules in homes.items() if len(set(modules)) > 1}
+    assert not shared
+
+
+def test_a_program_that_uses_only_flow_imports_no_network():
+    program = (
+        "import sys, jax.numpy as jnp\n"
+        "from fluxjax import Euler, flow_times, sample\n"
+        "sample(lambda x, t: -x, jnp.ones(3), flow_times(4), step=Euler())\n"
+        "print(*[name for name in sys.modules if name.startswith('fluxjax.')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folders = {name.split(".")[1] for name in done.stdout.split()}
+    assert folders == {"flow", "shapes", "arguments", "numeric", "version"}

@@ -16,10 +16,11 @@ from bench_parts import diffusers_vae, random_flux, seconds_of, told
 from scaling import forward_flop
 
 import fluxjax
-from fluxjax import FluxConfig, flow_times, initial_noise, quantize, select_attention, unroll
+from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import Text
+from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too

@@ -14,21 +14,16 @@ import numpy as np
 from evaluate_tiny import held_out_scenes, score
 
 import fluxjax
-from fluxjax import (
-    DegradedBlocks,
-    FirstBlock,
-    Nag,
-    Projected,
-    TeaCache,
-    ZeroStar,
-    isolated_attention,
-    text_to_image,
-)
+from fluxjax import Nag, text_to_image
+from fluxjax.flow import Projected, ZeroStar
+from fluxjax.generate import FirstBlock, TeaCache
 from fluxjax.generate.compare import Run
 from fluxjax.generate.draw import denoise, guidance_scale, noise_batch
 from fluxjax.generate.plots import plot_errors
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
 from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.kernels import isolated_attention
+from fluxjax.nets import DegradedBlocks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import PIL.Image
-from fluxjax.cli.main.main import DTYPES
 from PIL import ImageOps
 from tqdm import tqdm
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.defaults import load_defaults
+from fluxjax.cli.main import DTYPES
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.draw import guidance_scale
 from fluxjax.generate.latents import CELL, PATCH, image_ids, pack_latents

@@ -17,11 +17,10 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-import fluxjax
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.locate import download_file, shipped_lora
-from fluxjax.cli.main.console import complain, interruptible
-from fluxjax.cli.main.prompts import Line, difference, read_prompts, share
+from fluxjax.cli.console import complain, interruptible
+from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.offload import fetch, offload, residency
 from fluxjax.devices.shard import shard
@@ -59,6 +58,7 @@ from fluxjax.lora.read import Lora, read_lora
 from fluxjax.nets.quantized import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.shapes import Array, Bool, Times
+from fluxjax.version import __version__
 from fluxjax.zoo import Defaults
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -745,7 +745,7 @@ def metadata(options: argparse.Namespace, plan: _Plan, line: Line, guidance: str
         **({} if options.dtype is None else {"dtype": options.dtype}),
         **({"quantize": options.quantize} if options.quantize else {}),
         **({"lora": encodable(loras)} if loras else {}),
-        "version": f"fluxjax {fluxjax.__version__}",
+        "version": f"fluxjax {__version__}",
     }
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-import fluxjax
 from fluxjax.checkpoint.convert import adapter_notes, convert_weights
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
@@ -20,8 +19,8 @@ from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import WHOLE, download, locate
 from fluxjax.checkpoint.write import LAYOUTS
-from fluxjax.cli.main.console import complain, interruptible, run_command
-from fluxjax.cli.main.generate import (
+from fluxjax.cli.console import complain, interruptible, run_command
+from fluxjax.cli.generate import (
     DTYPES,
     adapter_file,
     encodable,
@@ -30,7 +29,7 @@ from fluxjax.cli.main.generate import (
     use_cache,
     writable,
 )
-from fluxjax.cli.main.options import (
+from fluxjax.cli.options import (
     MOST_IMAGES,
     MOST_PIXELS,
     MOST_STEPS,
@@ -62,6 +61,7 @@ from fluxjax.kernels.blocks import PRESETS
 from fluxjax.lora.read import describe_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.nets.quantized import EIGHT_BITS
+from fluxjax.version import __version__
 from fluxjax.zoo import ZOO
 
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fluxjax", description="FLUX for JAX.")
-    parser.add_argument("--version", action="version", version=f"fluxjax {fluxjax.__version__}")
+    parser.add_argument("--version", action="version", version=f"fluxjax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_compare(commands)

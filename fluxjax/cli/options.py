@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from fluxjax.checkpoint.printable import printable
-from fluxjax.cli.main.console import complain
+from fluxjax.cli.console import complain
 from fluxjax.devices.mesh import AXES
 from fluxjax.generate.latents import SEEDS
 from fluxjax.kernels.blocks import PRESETS, BlockSizes

@@ -1,0 +1,24 @@
+"""Networks on several devices, or on one that is too small: meshes, sharding, streaming."""
+
+from fluxjax.devices.mesh import make_mesh
+from fluxjax.devices.offload import fetch, offload, residency
+from fluxjax.devices.shard import local, on_mesh, shard
+from fluxjax.devices.specs import shardings, specs
+from fluxjax.devices.stream import stream_blocks
+from fluxjax.devices.tokens import TokenParallelFlux
+from fluxjax.devices.vae_rows import split_vae_rows
+
+__all__ = [
+    "TokenParallelFlux",
+    "fetch",
+    "local",
+    "make_mesh",
+    "offload",
+    "on_mesh",
+    "residency",
+    "shard",
+    "shardings",
+    "specs",
+    "split_vae_rows",
+    "stream_blocks",
+]

@@ -1,0 +1,92 @@
+"""Velocity fields: schedules of times, integrators, guidance, sampling.
+
+Nothing here knows a network: a velocity is any pytree that is called as velocity(x, t) and returns
+dx/dt. Time t falls from 1 (noise) to 0 (data).
+"""
+
+from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
+from fluxjax.flow.ode import sample_ode
+from fluxjax.flow.paths import (
+    STRAIGHT,
+    CustomPath,
+    Discrete,
+    VarianceExploding,
+    VariancePreserving,
+    as_velocity,
+    convert_prediction,
+    estimates,
+)
+from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
+from fluxjax.flow.sample import Progress, Sample, evaluation_times, sample, stream
+from fluxjax.flow.step import Step, StochasticStep
+from fluxjax.flow.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
+from fluxjax.flow.times import (
+    beta_times,
+    custom_times,
+    exponential_times,
+    flow_times,
+    karras_times,
+    linear_quadratic_times,
+    resolution_mu,
+    static_times,
+    time_shift,
+    uniform_times,
+)
+from fluxjax.flow.velocity import StatefulVelocity, Velocity, initial_memory
+
+__all__ = [
+    "AB2",
+    "DDIM",
+    "DEIS2",
+    "ERSDE2",
+    "RES2M",
+    "RES2S",
+    "RK4",
+    "STRAIGHT",
+    "Churn",
+    "ClassifierFree",
+    "CustomPath",
+    "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp2S",
+    "Discrete",
+    "Euler",
+    "Guided",
+    "Heun",
+    "Midpoint",
+    "Progress",
+    "Projected",
+    "Renoise",
+    "ReverseSDE",
+    "Rule",
+    "Sample",
+    "StatefulVelocity",
+    "Step",
+    "StochasticStep",
+    "UniPC2",
+    "VarianceExploding",
+    "VariancePreserving",
+    "Velocity",
+    "WeakModel",
+    "ZeroStar",
+    "ancestral",
+    "as_velocity",
+    "beta_times",
+    "convert_prediction",
+    "custom_times",
+    "estimates",
+    "evaluation_times",
+    "exponential_times",
+    "flow_times",
+    "initial_memory",
+    "karras_times",
+    "linear_quadratic_times",
+    "resolution_mu",
+    "sample",
+    "sample_ode",
+    "static_times",
+    "stream",
+    "time_shift",
+    "uniform_times",
+]

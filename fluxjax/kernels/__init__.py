@@ -1,0 +1,18 @@
+"""Attention: one function in front of several implementations, a file each.
+
+The Pallas kernels are imported when they are first used.
+"""
+
+from fluxjax.kernels.attention import Attention, attention, select_attention
+from fluxjax.kernels.blocks import PRESETS, BlockSizes
+from fluxjax.kernels.guiding import Nag, isolated_attention
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "BlockSizes",
+    "Nag",
+    "attention",
+    "isolated_attention",
+    "select_attention",
+]

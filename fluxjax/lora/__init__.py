@@ -1,0 +1,20 @@
+"""Adapters: reading every format, merging, attaching, extracting, writing."""
+
+from fluxjax.lora.attach import attach
+from fluxjax.lora.init import init_lora, trainable
+from fluxjax.lora.merge import merge, unmerge
+from fluxjax.lora.read import Lora, describe_lora, read_lora
+from fluxjax.lora.write import extract_lora, write_lora
+
+__all__ = [
+    "Lora",
+    "attach",
+    "describe_lora",
+    "extract_lora",
+    "init_lora",
+    "merge",
+    "read_lora",
+    "trainable",
+    "unmerge",
+    "write_lora",
+]

@@ -1,0 +1,14 @@
+"""Training a velocity field: losses, times, steps, state."""
+
+from fluxjax.train.loss import drop_captions, flow_matching_loss, guided_target, logit_normal_times
+from fluxjax.train.step import TrainState, average, make_step
+
+__all__ = [
+    "TrainState",
+    "average",
+    "drop_captions",
+    "flow_matching_loss",
+    "guided_target",
+    "logit_normal_times",
+    "make_step",
+]

@@ -5,18 +5,10 @@ import numpy as np
 import pytest
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
-from fluxjax import (
-    CachedFlux,
-    FirstBlock,
-    Guided,
-    Projected,
-    ZeroStar,
-    flow_times,
-    image_ids,
-    isolated_attention,
-    load_flux,
-)
-from fluxjax.flow import sample
+from fluxjax import Guided, flow_times, image_ids, load_flux
+from fluxjax.flow import Projected, ZeroStar, sample
+from fluxjax.generate import CachedFlux, FirstBlock
+from fluxjax.kernels import isolated_attention
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

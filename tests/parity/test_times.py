@@ -1,14 +1,8 @@
 import numpy as np
 import pytest
 
-from fluxjax import (
-    beta_times,
-    exponential_times,
-    flow_times,
-    karras_times,
-    resolution_mu,
-    static_times,
-)
+from fluxjax import flow_times
+from fluxjax.flow import beta_times, exponential_times, karras_times, resolution_mu, static_times
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -36,7 +36,6 @@ from fluxjax import (
     merge,
     read_image,
     read_lora,
-    trainable,
     unmerge,
     write_lora,
 )
@@ -44,6 +43,7 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.plan import abstract, slots_of
 from fluxjax.cli.main import main as cli
+from fluxjax.lora import trainable
 from fluxjax.lora.merge import changes_of
 from fluxjax.lora.terms import HadamardTerm, KronTerm
 from fluxjax.lora.write import _nearest

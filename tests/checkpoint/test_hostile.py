@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
-from fluxjax.cli.main.prompts import read_prompts
 
 from fluxjax import read_image
 from fluxjax.cli.main import generate as draw
 from fluxjax.cli.main import main as cli
+from fluxjax.cli.prompts import read_prompts
 
 NUMBERS = [
     "",

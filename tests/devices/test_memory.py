@@ -7,7 +7,8 @@ import pytest
 from test_shard import drawn, mesh_of
 
 import fluxjax
-from fluxjax import fetch, offload, residency, shard, stream_blocks
+from fluxjax import fetch, offload, shard, stream_blocks
+from fluxjax.devices import residency
 from fluxjax.devices.weights import FileWeight, HostWeight
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import encode_text, prompt_ids
@@ -61,7 +62,10 @@ def test_streamed_networks_are_the_same(tiny, streamed, where):
         encode_text(tiny.clip, tiny.t5, ids, dtype=jnp.float32).txt,
     )
     # Guided, with an adapter beside the weights: what else there is goes through the same seam.
-    inputs, lora = drawn(tiny, 2), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    inputs, lora = (
+        drawn(tiny, 2),
+        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+    )
     way = dict(negative=inputs[0], cfg=jnp.float32(2.0))
     plain, there = fluxjax.attach(tiny.flux, [lora]), fluxjax.attach(flux, [lora])
     np.testing.assert_array_equal(denoise(there, *inputs), denoise(plain, *inputs))

@@ -5,20 +5,14 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import (
-    DDIM,
-    DegradedBlocks,
-    DPMpp2S,
-    FirstBlock,
-    Midpoint,
-    Nag,
-    isolated_attention,
-    text_to_image,
-    uniform_times,
-)
+from fluxjax import DDIM, Nag, text_to_image
+from fluxjax.flow import DPMpp2S, Midpoint, uniform_times
+from fluxjax.generate import FirstBlock
 from fluxjax.generate.draw import batches, denoise, guidance_scale, model_times, noise_batch
 from fluxjax.generate.samplers import INTEGRATORS, TIMERS, integrator, timer
 from fluxjax.generate.text import Text
+from fluxjax.kernels import isolated_attention
+from fluxjax.nets import DegradedBlocks
 
 KEY = jax.random.key(0)
 # XLA:CPU's sums depend on the batch: some 1e-6 a network, carried through the steps and the decoder.

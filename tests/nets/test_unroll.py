@@ -11,19 +11,11 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 from test_shard import drawn, mesh_of
 
 import fluxjax
-from fluxjax import (
-    CachedFlux,
-    DegradedBlocks,
-    FirstBlock,
-    Flux,
-    FluxConfig,
-    Guided,
-    quantize,
-    shard,
-    unroll,
-)
+from fluxjax import Flux, FluxConfig, Guided, quantize, shard, unroll
 from fluxjax.flow import sample
+from fluxjax.generate import CachedFlux, FirstBlock
 from fluxjax.generate.draw import denoise
+from fluxjax.nets import DegradedBlocks
 
 INPUTS = dict(txt=draw(TEXT, CONFIG.context), vec=draw(CONFIG.pooled), img_ids=IDS, guidance=2.0)
 
@@ -66,7 +58,10 @@ def test_what_else_takes_a_network_takes_blocks_apart(flux, tiny):
     np.testing.assert_allclose(
         states(unroll(tiny.t5), ids), states(tiny.t5, ids), rtol=1e-4, atol=1e-5
     )
-    inputs, kraft = drawn(tiny, 2), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    inputs, kraft = (
+        drawn(tiny, 2),
+        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+    )
     adapted = fluxjax.attach(tiny.flux, [kraft])
     expected = denoise(adapted, *inputs)
     np.testing.assert_allclose(denoise(unroll(adapted), *inputs), expected, atol=1e-4)
@@ -99,7 +94,9 @@ def test_what_comes_before_is_told(flux, tiny):
         with pytest.raises(ValueError, match=r"takes stacked blocks apart, and this \w+ has none"):
             unroll(network)
     with pytest.raises(fluxjax.WeightsError):
-        fluxjax.merge(unroll(tiny.flux), [fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))])
+        fluxjax.merge(
+            unroll(tiny.flux), [fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))]
+        )
 
 
 def test_donated_stacks_are_given_free():

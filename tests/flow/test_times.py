@@ -6,16 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxjax import (
+from fluxjax import flow_times, time_shift
+from fluxjax.flow import (
     beta_times,
     custom_times,
     exponential_times,
-    flow_times,
     karras_times,
     linear_quadratic_times,
     resolution_mu,
     static_times,
-    time_shift,
     uniform_times,
 )
 

@@ -10,20 +10,9 @@ import numpy as np
 import pytest
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
-from fluxjax import (
-    CachedFlux,
-    Euler,
-    FirstBlock,
-    Flux,
-    Guided,
-    Heun,
-    Nag,
-    TeaCache,
-    attention,
-    flow_times,
-    stream,
-)
+from fluxjax import Euler, Flux, Guided, Heun, Nag, attention, flow_times, stream
 from fluxjax.flow import sample
+from fluxjax.generate import CachedFlux, FirstBlock, TeaCache
 from fluxjax.generate.draw import traced
 from fluxjax.generate.samplers import cache
 

@@ -15,13 +15,13 @@ from fluxjax import (
     T5Config,
     WeightsError,
     attach,
-    extract_lora,
     init_lora,
     merge,
     read_lora,
     write_lora,
 )
 from fluxjax.checkpoint.plan import InMemoryWeights
+from fluxjax.lora import extract_lora
 from fluxjax.lora.read import Change
 from fluxjax.lora.terms import FullTerm
 from fluxjax.nets.stack import leaf_names

@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax import (
-    DDIM,
-    Attention,
-    BlockSizes,
-    DegradedBlocks,
-    FirstBlock,
-    Nag,
-    attention,
-    isolated_attention,
-    make_mesh,
-    shard,
-)
+from fluxjax import DDIM, Attention, BlockSizes, Nag, attention, make_mesh, shard
 from fluxjax.devices.context import Ring, Ulysses
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
+from fluxjax.generate import FirstBlock
 from fluxjax.generate.draw import denoise, noise_batch, step_keys
 from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.kernels import isolated_attention
+from fluxjax.nets import DegradedBlocks
 from fluxjax.nets.weight import Dense
 
 HEIGHT, WIDTH = 48, 80  # 15 tokens, and 13 of text, which neither 2 nor 4 divide
@@ -89,7 +81,10 @@ def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_merged_on_a_mesh_a_network_has_the_same_weights(tiny, name):
-    mesh, lora = mesh_of(**MESHES[name][0]), fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    mesh, lora = (
+        mesh_of(**MESHES[name][0]),
+        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+    )
     merged = fluxjax.merge(jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh)), [lora])
     expected = fluxjax.merge(tiny.flux, [lora])
     for found, one, before in zip(
@@ -198,7 +193,7 @@ def test_a_mesh_splits_every_large_matrix(tiny):
 
 def test_attached_adapters_are_split_as_their_weights(tiny):
     mesh, inputs = mesh_of(fsdp=2, tensor=2), drawn(tiny, 2)
-    lora = fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))
+    lora = fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))
     adapted = fluxjax.attach(tiny.flux, [lora])
     expected = denoise(adapted, *inputs)
     assert relative(expected, denoise(tiny.flux, *inputs)) > 0.01

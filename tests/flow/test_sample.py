@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import AB2, DDIM, DPMpp2M, Euler, UniPC2, flow_times, stream
-from fluxjax.flow import sample
+from fluxjax import DDIM, DPMpp2M, Euler, UniPC2, flow_times, stream
+from fluxjax.flow import AB2, sample
 
 MEAN, DEVIATION = 0.7, 0.4
 

@@ -9,7 +9,7 @@ import numpy as np
 from einops import reduce, repeat
 from scenes import random_scene, render
 
-from fluxjax import fit_preview
+from fluxjax.generate import fit_preview
 from fluxjax.generate.preview import Preview
 
 

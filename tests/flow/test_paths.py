@@ -6,20 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import (
+from fluxjax import DPMpp2M, Heun
+from fluxjax.flow import (
     STRAIGHT,
     CustomPath,
     Discrete,
-    DPMpp2M,
-    Heun,
     VarianceExploding,
     VariancePreserving,
     as_velocity,
     convert_prediction,
     estimates,
+    sample,
     uniform_times,
 )
-from fluxjax.flow import sample
 from fluxjax.flow.paths import PREDICTIONS
 
 PATHS = {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from fluxjax.cli.main.console import Stopped, interruptible, stop_signals
 
+from fluxjax.cli.console import Stopped, interruptible, stop_signals
 from fluxjax.cli.main import generate as draw
 from fluxjax.cli.main import main as cli
 
@@ -220,7 +220,9 @@ def test_a_signal_whose_exception_is_swallowed_ends_the_next_wait():
 
 
 def test_a_command_line_in_utf8_is_read_as_such_where_the_locale_is_ascii():
-    program = "import sys; from fluxjax.cli.main.options import any_text; print(ascii(any_text(sys.argv[1])))"
+    program = (
+        "import sys; from fluxjax.cli.options import any_text; print(ascii(any_text(sys.argv[1])))"
+    )
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run(
         [sys.executable, "-c", program, "café ⭐".encode()],

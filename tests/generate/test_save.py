@@ -163,7 +163,7 @@ def test_a_model_goes_to_a_folder_with_tokenizers(tiny, tmp_path):
         save_models(tiny, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"no layout 'bfl' here\. Choose one of own, diffusers"):
         save_models(tiny, tmp_path / "x", to="bfl")
-    made = fluxjax.Tokenizers(tiny.tokenizers.clip, tiny.tokenizers.t5)
+    made = fluxjax.generate.Tokenizers(tiny.tokenizers.clip, tiny.tokenizers.t5)
     with pytest.raises(WeightsError, match="not read from files"):
         save_models(tiny._replace(tokenizers=made), tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -45,7 +45,9 @@ def test_on_a_mesh_of_all_their_devices(tmp_path, processes, devices, mesh, imag
     assert ["flux_0.png" in out for out, _ in said] == [True] + [False] * (processes - 1)
     models = fluxjax.load_models("tiny")
     models = models._replace(
-        flux=fluxjax.merge(models.flux, [fluxjax.read_lora(fluxjax.zoo.shipped_lora("kraft"))])
+        flux=fluxjax.merge(
+            models.flux, [fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))]
+        )
     )
     options = dict(key=jax.random.key(0), steps=1, height=HEIGHT, width=WIDTH, images=images)
     expected = fluxjax.text_to_image(models, PROMPT, **options)

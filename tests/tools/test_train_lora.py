@@ -11,8 +11,9 @@ import pytest
 import train_lora
 from PIL import Image
 
-from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, trainable, write_lora
+from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, write_lora
 from fluxjax.generate.text import Text
+from fluxjax.lora import trainable
 from fluxjax.nets.layers import Linear, gelu
 from fluxjax.nets.stack import scan_blocks, stack
 from fluxjax.train.step import TrainState

@@ -9,28 +9,24 @@ import pytest
 from jax.scipy.stats import norm
 
 import fluxjax
-from fluxjax import (
+from fluxjax import DDIM, DPMpp2M, Euler, Heun, UniPC2
+from fluxjax.flow import (
     AB2,
-    DDIM,
     DEIS2,
     ERSDE2,
     RES2M,
     RES2S,
     RK4,
     Churn,
-    DPMpp2M,
     DPMpp2MSDE,
     DPMpp2S,
-    Euler,
-    Heun,
     Midpoint,
     Renoise,
     ReverseSDE,
     Step,
-    UniPC2,
     ancestral,
+    sample,
 )
-from fluxjax.flow import sample
 from fluxjax.flow.exponential import _corrector_rows
 from fluxjax.flow.sample import evaluation_times
 

@@ -9,18 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import (
-    ClassifierFree,
-    Guided,
-    Heun,
-    Projected,
-    WeakModel,
-    ZeroStar,
-    flow_times,
-    sample_ode,
-    stream,
-)
-from fluxjax.flow import sample
+from fluxjax import ClassifierFree, Guided, Heun, flow_times, stream
+from fluxjax.flow import Projected, WeakModel, ZeroStar, sample, sample_ode
 
 X = jnp.float32([0.4, -1.0, 2.0])
 WANTED, UNWANTED = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])

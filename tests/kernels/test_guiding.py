@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
-from fluxjax import DegradedBlocks, Nag, attention, isolated_attention
+from fluxjax import Nag, attention
+from fluxjax.kernels import isolated_attention
+from fluxjax.nets import DegradedBlocks
 
 
 def heads(tokens: int):

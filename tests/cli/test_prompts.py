@@ -5,10 +5,10 @@ import time
 
 import PIL.Image
 import pytest
-from fluxjax.cli.main.prompts import Line, read_prompts, share
 from jobs import start, start_job
 
 from fluxjax.cli.main import main as cli
+from fluxjax.cli.prompts import Line, read_prompts, share
 
 
 def read(tmp_path, *lines):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import Heun, flow_times, sample_ode
-from fluxjax.flow import sample
+from fluxjax import Heun, flow_times
+from fluxjax.flow import sample, sample_ode
 
 MEAN, DEVIATION = 0.7, 0.4
 X = jnp.linspace(-2, 2, 5)

@@ -18,8 +18,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from fluxjax import attention, select_attention
-from fluxjax.kernels import flash_gpu, flash_mosaic, flash_tpu
+from fluxjax import attention
+from fluxjax.kernels import flash_gpu, flash_mosaic, flash_tpu, select_attention
 from fluxjax.kernels.blocks import CHIPS, PRESETS, BlockSizes, even, least_padded
 
 

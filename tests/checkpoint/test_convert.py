@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from bench_load import sparse_file
-from fluxjax.cli.main.options import byte_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import export, write
@@ -44,6 +43,7 @@ from fluxjax.checkpoint.locate import tiny_folder
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.cli.main import main as cli
+from fluxjax.cli.options import byte_count
 
 LOADERS = {"flux": load_flux, "clip": load_clip, "t5": load_t5, "vae": load_vae}
 CONFIG = FluxConfig(
@@ -514,7 +514,7 @@ def slow(folder, sheets, *, report, **rest):
         report(count)
     write(folder, sheets, report=hear, **rest)
 fluxjax.weights.write_sheets = slow
-fluxjax.cli.main.main(["convert", "tiny", sys.argv[1]])
+fluxjax.cli.main(["convert", "tiny", sys.argv[1]])
 """
 
 
@@ -529,7 +529,7 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path):
 FULL_DISK = """
 import resource, sys, fluxjax.cli.main
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
-fluxjax.cli.main.main(["convert", "tiny", sys.argv[1], *sys.argv[2:]])
+fluxjax.cli.main(["convert", "tiny", sys.argv[1], *sys.argv[2:]])
 """
 
 

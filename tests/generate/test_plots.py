@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fluxjax import plot_errors, plot_times, static_times, uniform_times
+from fluxjax.flow import static_times, uniform_times
+from fluxjax.generate import plot_errors, plot_times
 from fluxjax.generate.compare import Run
 
 
