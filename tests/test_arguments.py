@@ -175,7 +175,7 @@ def test_a_legacy_key_draws_what_the_new_one_does():
         ),
         ({"image": np.zeros((1, 2, 2, 3))}, r"got float64\[1, 2, 2, 3\]"),
         ({"image": [[1], [2, 3]]}, r"takes a float array .*got \[\[1\], \[2, 3\]\]"),
-        ({"image": object()}, "got a object"),
+        ({"image": object()}, "got an object"),
         ({"image": IMAGE, "count": 2.5}, r"`call\(count\)` takes an integer, got 2.5"),
         (
             {"image": IMAGE, "scale": "a"},
@@ -205,7 +205,7 @@ def test_what_can_not_be_converted_is_named(given, told):
         (lambda: f.DDIM(np.inf), r"`DDIM\(eta\)` needs finite"),
         (lambda: f.Guided(straight, 1, 2, scale=jnp.nan), r"`Guided\(scale\)` needs finite"),
         (lambda: f.Guided(straight, 1, scale=np.float32(2)), "needs the condition"),
-        (lambda: f.Weak(straight, np.nan), r"`Weak\(strength\)` needs finite"),
+        (lambda: f.WeakModel(straight, np.nan), r"`WeakModel\(strength\)` needs finite"),
         (lambda: f.Projected(bound=float("nan")), "needs a positive number"),
         (lambda: f.FirstBlock(float("nan")), "is NaN"),
     ],

@@ -7,8 +7,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from fluxjax.flow.exponential import Past, half_way, inverse, no_past, slope
-from fluxjax.flow.step import Step, StochasticStep, at_start
+from fluxjax.flow.clocks import (
+    PreviousEstimate,
+    no_previous_estimate,
+    half_difference,
+    estimate_slope,
+    safe_inverse,
+)
+from fluxjax.flow.step import Step, StochasticStep, start_time_only
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
@@ -31,7 +37,7 @@ class ReverseSDE(StochasticStep):
     def __check_init__(self):
         check_finite("ReverseSDE", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -58,7 +64,7 @@ class DDIM(StochasticStep):
     def __check_init__(self):
         check_finite("DDIM", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -90,7 +96,7 @@ class Renoise(StochasticStep):
     evaluations: ClassVar[int] = 1
     rising: ClassVar[bool] = True
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -114,20 +120,26 @@ class DPMpp2MSDE(StochasticStep):
     def __check_init__(self):
         check_finite("DPMpp2MSDE", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
-    def init(self, x: X) -> Past:
-        return no_past(x)
+    def init(self, x: X) -> PreviousEstimate:
+        return no_previous_estimate(x)
 
     def moments(
-        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past
-    ) -> tuple[X, Scalar, Past]:
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
+    ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
         ratio = u * (1 - t) / (t * (1 - u))  # e^-h
-        extrapolated = estimate + half_way("log_snr", t, u) * slope("log_snr", state, estimate, t)
+        extrapolated = estimate + half_difference("log_snr", t, u) * estimate_slope(
+            "log_snr", state, estimate, t
+        )
         mean = u / t * ratio**self.eta * x + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
         # The ratio of close times may be rounded to more than 1.
-        return mean, u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0)), Past(estimate, t)
+        return (
+            mean,
+            u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0)),
+            PreviousEstimate(estimate, t),
+        )
 
 
 _POINTS = 64
@@ -143,14 +155,14 @@ class ERSDE2(StochasticStep):
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
-    def init(self, x: X) -> Past:
-        return no_past(x)
+    def init(self, x: X) -> PreviousEstimate:
+        return no_previous_estimate(x)
 
     def moments(
-        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past
-    ) -> tuple[X, Scalar, Past]:
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
+    ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
         start, end = t / (1 - t), u / (1 - u)
         ratio = _noise_scale(end) / _noise_scale(start)
@@ -158,11 +170,11 @@ class ERSDE2(StochasticStep):
         kept = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
         mean = kept * x + (1 - u) * (1 - ratio) * estimate
         # The clock of the line is sigma itself, here falling.
-        moved = (estimate - state.estimate) * inverse(start - state.t / (1 - state.t))
+        moved = (estimate - state.estimate) * safe_inverse(start - state.t / (1 - state.t))
         line = jnp.where(jnp.isfinite(start) & (u > 0), self._line(start, end), 0)
         left = jnp.square(end) - jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
         deviation = (1 - u) * jnp.sqrt(jnp.maximum(left, 0))
-        return mean + (1 - u) * line * moved, deviation, Past(estimate, t)
+        return mean + (1 - u) * line * moved, deviation, PreviousEstimate(estimate, t)
 
     def _line(self, start: Scalar, end: Scalar) -> Scalar:
         """Return what a slope of the estimate in sigma adds: phi(end) times the integral of 1 / phi, less the way."""

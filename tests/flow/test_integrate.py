@@ -27,7 +27,7 @@ from fluxjax.flow import (
     ancestral,
     sample,
 )
-from fluxjax.flow.exponential import _corrector_rows
+from fluxjax.flow.exponential import _corrector_right_sides
 from fluxjax.flow.sample import evaluation_times
 
 EXPONENTIAL = [
@@ -123,7 +123,7 @@ def test_the_corrector_keeps_float32s_digits_on_close_times(way):
         sum((-way) ** n / math.factorial(n + k) for n in range(40)) for k in (1, 2, 3)
     )
     np.testing.assert_allclose(
-        _corrector_rows(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6
+        _corrector_right_sides(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6
     )
 
 
