@@ -148,14 +148,18 @@ def _is_array(annotation: Annotation) -> bool:
     return annotation is jax.Array or getattr(annotation, "array_type", None) is jax.Array
 
 
+def _is_float_array(annotation: Annotation) -> bool:
+    return getattr(annotation, "dtype", None) is jaxtyping.Float
+
+
 def _convert_to(value: Any, member: Annotation) -> Any:
     """Return a value converted to one annotated type, or None if that is not possible."""
     if _is_array(member):
-        return _to_array(value, getattr(member, "dtype", jaxtyping.Shaped))
+        return _to_array(value, floats=_is_float_array(member))
     if member in (float, int, bool):
         return _to_number(value, member)
     if get_origin(member) is Sequence and _has_items(value):
-        return _to_list(value, get_args(member)[0])
+        return _to_list(list(value), get_args(member)[0])
     return None
 
 
@@ -165,8 +169,11 @@ def _has_items(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _to_array(value: Any, dtype: type) -> Array | None:
-    """Return a value as a JAX array, or None if it does not stand for one."""
+def _to_array(value: Any, *, floats: bool) -> Array | None:
+    """Return a value as a JAX array, or None if it does not stand for one.
+
+    `floats`: whether integers that are numbers or lists become floats.
+    """
     if hasattr(value, "__array__"):
         array = value
     elif isinstance(value, int | float | list | tuple):
@@ -178,7 +185,7 @@ def _to_array(value: Any, dtype: type) -> Array | None:
     # 1 is written for 1.0 as a number or in a list; an array of integers holds the bytes of an
     # image or token ids, and is refused where floats are annotated.
     written = array is not value or array.ndim == 0
-    if dtype is jaxtyping.Float and written and np.issubdtype(array.dtype, np.integer):
+    if floats and written and np.issubdtype(array.dtype, np.integer):
         return jnp.asarray(array, jnp.result_type(float))
     return jnp.asarray(array)
 
@@ -208,7 +215,7 @@ def _to_number(value: Any, kind: type) -> float | int | bool | None:
     return None
 
 
-def _to_list(values: Sequence[Any], item: Annotation) -> list[Any] | None:
+def _to_list(values: list[Any], item: Annotation) -> list[Any] | None:
     """Return a list of items converted to their annotated type; None if one can not be."""
     converted = []
     for value in values:
@@ -232,7 +239,7 @@ def _remedy(value: Any, annotation: Annotation) -> str:
     """Return the sentence of the error message that says what to do."""
     members = union_members(annotation)
     takes_array = any(_is_array(member) for member in members)
-    takes_floats = any(getattr(member, "dtype", None) is jaxtyping.Float for member in members)
+    takes_floats = any(_is_float_array(member) for member in members)
     if isinstance(value, type):
         return f"Pass an instance, such as {value.__name__}()."
     if isinstance(value, jax.core.Tracer) and not takes_array:

@@ -62,6 +62,8 @@ ELSEWHERE = {
     f.fit_preview,
     f.make_mesh,
     f.sample_ode,
+    f.begin_sample,
+    f.advance_sample,
     f.as_velocity,
     f.merge,
     f.unmerge,

@@ -64,10 +64,7 @@ def slope_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
     difference = clock_difference(clock, t, u)
     finite = jnp.isfinite(difference)
     difference = jnp.where(finite, difference, 0)
-    if clock == "log_snr":
-        end = 1 - u  # u e^c(u)
-    else:
-        end = jnp.ones_like(u)
+    end = 1 - u if clock == "log_snr" else jnp.ones_like(u)  # u e^c(u)
     return jnp.where(finite, end * difference**2 * phi2(-difference), 0)
 
 

@@ -16,7 +16,8 @@ from fluxjax.devices.shard import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.sample import check_times, evaluation_times, sample
+from fluxjax.flow.checks import check_times
+from fluxjax.flow.sample import evaluation_times, sample
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import Churn
 from fluxjax.flow.times import flow_times
