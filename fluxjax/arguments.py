@@ -260,16 +260,17 @@ def _convert_to_any(value: Value, members: tuple[Annotation, ...]) -> Value:
 def _remedy(value: Value, annotation: Annotation) -> str:
     """Return the sentence of the error message that says what to do."""
     members = union_members(annotation)
-    takes_array = any(map(_is_array, members))
+    arrays = [member for member in members if _is_array(member)]
     takes_floats = any(map(_is_float_array, members))
     if isinstance(value, type):
         return f"Pass an instance, such as {value.__name__}()."
-    if isinstance(value, jax.core.Tracer) and not takes_array:
+    if isinstance(value, jax.core.Tracer) and not arrays:
         return "Under jit, pass it as a static argument."
     integers = hasattr(value, "dtype") and np.issubdtype(value.dtype, np.integer)
     if takes_floats and integers:
         return "Convert it to float32; bytes of an image are pixels / 127.5 - 1."
-    if takes_array:
+    # A scalar of jaxtyping is an array type without dimensions.
+    if any(getattr(array, "dim_str", "all") for array in arrays):
         return (
             "Pass an array of this kind and shape. Dimensions of one name have the same size in "
             "all arguments."

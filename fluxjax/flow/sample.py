@@ -228,6 +228,7 @@ def straight_estimate(x: Array, end: Array, interval: Interval) -> Array:
     return end - u * (end - x) / (u - t)
 
 
+@convert_arguments
 def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " times"] | None:
     """Return all times at which an integrator evaluates the velocity, from first node to last.
 
