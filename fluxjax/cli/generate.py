@@ -18,8 +18,10 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from fluxjax.checkpoint.defaults import load_defaults
-from fluxjax.checkpoint.locate import download_file, shipped_lora
+from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import complain, interruptible
+from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.offload import fetch, offload, residency
@@ -54,7 +56,7 @@ from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guiding import Nag
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
-from fluxjax.lora.read import Lora, read_lora
+from fluxjax.lora.read import Lora
 from fluxjax.nets.quantized import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.shapes import Array, Bool, Times
@@ -241,25 +243,6 @@ def _check_negative(options: argparse.Namespace) -> None:
         )
     if options.rule != "cfg" and options.cfg == 1:
         raise ValueError("--rule does nothing at --cfg 1. Give a scale, as --cfg 3.")
-
-
-def read_adapter(adapter: Any) -> Lora:
-    """Read an adapter, downloaded if need be, and print what it holds that has no effect."""
-    lora = read_lora(interruptible(adapter_file, adapter.place))
-    for note in lora.notes:
-        complain(f"{adapter.name}: {note}")
-    return lora
-
-
-def adapter_file(place: str) -> Path:
-    """Return the file of an adapter as the command line names it, downloaded if need be."""
-    kind, _, rest = place.partition(":")
-    if kind == "tiny":
-        return shipped_lora(rest)
-    if kind != "hub":
-        return Path(place)
-    owner, repository, file = rest.split("/", 2)
-    return download_file(f"{owner}/{repository}", file)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -749,11 +732,6 @@ def metadata(options: argparse.Namespace, plan: _Plan, line: Line, guidance: str
     }
 
 
-def encodable(name: str) -> str:
-    """Return a path as text; bytes of it that are not valid UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def _led_away(options: argparse.Namespace, line: Line) -> dict[str, str]:
     """Return what there is to tell of the negative prompt's guidance."""
     if options.cfg == 1 and options.nag is None:
@@ -767,28 +745,3 @@ def _away(line: Line, options: argparse.Namespace) -> str:
     """Return what a line is led away from: its own negative prompt, else the command's, else the empty one."""
     given = (line.negative_prompt, options.negative_prompt, "")
     return next(text for text in given if text is not None)
-
-
-def writable(folder: Path) -> Path:
-    """Make a folder. **Raises:** `ValueError` if it can't be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.absolute()  # raises for a relative one in a current folder that was deleted
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder} can't be made ({error.strerror}). Choose a folder that you may write to."
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--output-dir {folder} is not writable. Choose a folder that you may write to."
-        )
-    return folder
-
-
-def use_cache(folder: Path | None) -> None:
-    """Keep every compiled program in a folder, if there is one."""
-    if folder is None:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
