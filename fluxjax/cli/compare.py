@@ -11,7 +11,7 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
-from fluxjax.generate.compare import Run, compare, grid, table, write_comparison
+from fluxjax.generate.compare import Run, Comparison, compare, comparison_csv, comparison_grid, write_comparison
 from fluxjax.generate.latents import check_size, seed_key
 from fluxjax.generate.limits import Demand, check_devices, check_memory, read_configs
 from fluxjax.generate.load import Models, activation_dtype, load_models
@@ -27,9 +27,9 @@ def run_compare(options: argparse.Namespace) -> None:
     _check_demand(options, defaults)
     models = interruptible(load_models, options.model, dtype=_dtype_of(options))
     runs, images = _draw_runs(options, models)
-    picture = np.asarray(grid(runs, images), np.float32) / 127.5 - 1
+    picture = np.asarray(comparison_grid(runs, images), np.float32) / 127.5 - 1
     metadata = {"prompt": options.prompt, "model": encodable(options.model)}
-    rows = table(runs)
+    rows = comparison_csv(runs)
     picture_path, table_path = write_comparison(folder, picture, rows, metadata)
     print(rows, end="")
     print(f"{picture_path}\n{table_path}")
@@ -59,18 +59,21 @@ def _draw_runs(options: argparse.Namespace, models: Models) -> tuple[list[Run], 
     """Draw with each sampler in a worker thread, while a bar shows how many are done."""
     count = len(options.integrators) * len(options.timers) * len(options.steps)
     with tqdm(total=count, unit="run") as bar:
-        return interruptible(
-            compare,
-            models,
-            options.prompt,
+        comparison = Comparison(
             integrators=options.integrators,
             timers=options.timers,
             steps=options.steps,
-            key=seed_key(options.seed),
             reference_steps=options.reference_steps,
             guidance=options.guidance,
             height=options.height,
             width=options.width,
             dtype=_dtype_of(options),
+        )
+        return interruptible(
+            compare,
+            models,
+            options.prompt,
+            comparison,
+            key=seed_key(options.seed),
             report=lambda run: bar.update(),
         )

@@ -158,13 +158,13 @@ class _TimingHooks:
 
     def __init__(self):
         self.seconds = 0.0
-        self.compiled: dict[str, Callable] = {}
+        self.compiled: dict[Callable, Callable] = {}
 
     def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
-        if stage not in self.compiled:
-            self.compiled[stage] = function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
+        if function not in self.compiled:
+            self.compiled[function] = function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
         start = time.perf_counter()
-        result = jax.block_until_ready(self.compiled[stage](*inputs, **options))
+        result = jax.block_until_ready(self.compiled[function](*inputs, **options))
         if stage == "denoise":
             self.seconds += time.perf_counter() - start
         return result

@@ -172,7 +172,7 @@ def _denoise_in_segments(
 ) -> _Denoised:
     """Integrate segment by segment, so that the host hears of progress between them."""
     check_batch(flux, batch, recipe, mesh)
-    drawing = hooks.run("prepare", _begin_jit, flux, batch, recipe, mesh)
+    drawing = hooks.run("denoise", _begin_jit, flux, batch, recipe, mesh)
     steps = len(recipe.times) - 1
     done, count = 0, 1
     while done < steps:
