@@ -11,7 +11,14 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
-from fluxjax.generate.compare import Run, Comparison, compare, comparison_csv, comparison_grid, write_comparison
+from fluxjax.generate.compare import (
+    Comparison,
+    Run,
+    compare,
+    comparison_csv,
+    comparison_grid,
+    write_comparison,
+)
 from fluxjax.generate.latents import check_size, seed_key
 from fluxjax.generate.limits import Demand, check_devices, check_memory, read_configs
 from fluxjax.generate.load import Models, activation_dtype, load_models

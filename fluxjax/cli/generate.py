@@ -234,9 +234,7 @@ def _write_lines(
             continue
         with suppress(FileExistsError):  # another process has drawn it since
             metadata = request.metadata(line, networks.guidance_text)
-            write_png(
-                image, line.image(request.folder), metadata, overwrite=line.id in replaced
-            )
+            write_png(image, line.image(request.folder), metadata, overwrite=line.id in replaced)
             written += 1
     return written, problems
 

@@ -58,7 +58,9 @@ class Clock:
         with self.measure("load", name):
             return interruptible(lambda: jax.block_until_ready(function()))
 
-    def run(self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any) -> Result:
+    def run(
+        self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
+    ) -> Result:
         """Return function(*inputs, **options) of a jitted function, whose inputs always have the same
         shapes. It is compiled the first time; compiling is timed apart."""
         if function not in self.compiled:

@@ -51,6 +51,9 @@ from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 
 __all__ = [
+    "INTEGRATORS",
+    "RULES",
+    "TIMERS",
     "CachedFlux",
     "Comparison",
     "Conditioning",
@@ -60,18 +63,15 @@ __all__ = [
     "DrawnBatch",
     "FirstBlock",
     "Guidance",
-    "INTEGRATORS",
     "ImageBatch",
     "LoadOptions",
     "Models",
     "PreparedConditioning",
     "Preview",
     "PromptIds",
-    "RULES",
     "Recipe",
     "ReferenceTokens",
     "StepCache",
-    "TIMERS",
     "TeaCache",
     "TextStates",
     "Tokenizers",

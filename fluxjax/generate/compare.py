@@ -88,9 +88,7 @@ def compare(
     """
     bench = _Bench.of(models, prompt, comparison, key)
     samplers = []
-    for name, kind, count in product(
-        comparison.timers, comparison.integrators, comparison.steps
-    ):
+    for name, kind, count in product(comparison.timers, comparison.integrators, comparison.steps):
         samplers.append((name, kind, count, bench.times(name, count), integrator(kind)))
     kind, name = REFERENCE
     times = bench.times(name, comparison.reference_steps)
@@ -119,9 +117,7 @@ class _Bench(NamedTuple):
     dtype: DTypeLike
 
     @classmethod
-    def of(
-        cls, models: Models, prompt: str, comparison: Comparison, key: PRNGKeyArray
-    ) -> "_Bench":
+    def of(cls, models: Models, prompt: str, comparison: Comparison, key: PRNGKeyArray) -> "_Bench":
         defaults = models.defaults
         height = defaults.height if comparison.height is None else comparison.height
         width = defaults.width if comparison.width is None else comparison.width

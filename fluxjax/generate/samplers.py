@@ -72,9 +72,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def _resolution_shift(defaults: Defaults, tokens: int, steps: int) -> float:
     """Return FLUX.1's log-shift: linear in the number of image tokens."""
-    return resolution_mu(
-        tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift
-    )
+    return resolution_mu(tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
 
 
 SHIFT_RULES: Mapping[str, Callable[[Defaults, int, int], float]] = {

@@ -103,9 +103,7 @@ def text_to_image(
     drawn = []
     for numbers in batches(count, count if settings.batch is None else settings.batch):
         rows = [number // settings.images for number in numbers]
-        noise = noise_batch(
-            key, numbers, height, width, channels=models.vae.config.latent_channels
-        )
+        noise = noise_batch(key, numbers, height, width, channels=models.vae.config.latent_channels)
         batch = prompt_batch(
             states.rows(rows),
             None if negative_states is None else negative_states.rows(rows),
@@ -140,7 +138,9 @@ def prompt_batch(
     positive = Conditioning(states.txt, states.vec, ids, distilled)
     if negative is None:
         return ImageBatch(noise, positive, None, keys)
-    return ImageBatch(noise, positive, Conditioning(negative.txt, negative.vec, ids, distilled), keys)
+    return ImageBatch(
+        noise, positive, Conditioning(negative.txt, negative.vec, ids, distilled), keys
+    )
 
 
 def distilled_guidance(
