@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from fluxjax.checkpoint.defaults import load_defaults
-from fluxjax.checkpoint.locate import download_file, shipped_lora
+from fluxjax.checkpoint.locate import download_file
+from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.devices.mesh import make_mesh

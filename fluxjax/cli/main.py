@@ -15,9 +15,10 @@ from tqdm import tqdm
 from fluxjax.checkpoint.convert import adapter_notes, convert_weights
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.folders import MODEL_FOLDERS
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.locate import WHOLE, download, locate
+from fluxjax.checkpoint.locate import download, find_part
 from fluxjax.checkpoint.write import LAYOUTS
 from fluxjax.cli.console import complain, interruptible, run_command
 from fluxjax.cli.generate import (
@@ -422,7 +423,7 @@ def _extract_lora(options: argparse.Namespace) -> None:
     check_devices()
     kind = KINDS[options.only]
     target = _new_file(options.destination)
-    places = [interruptible(locate, name, kind.folder) for name in (options.base, options.tuned)]
+    places = [interruptible(find_part, name, kind.folder) for name in (options.base, options.tuned)]
     base, tuned = (open_source(place).part(kind).plan() for place in places)
     write_lora(
         target,
@@ -525,7 +526,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    parts = WHOLE if options.only is None else [KINDS[name].folder for name in options.only]
+    parts = MODEL_FOLDERS if options.only is None else [KINDS[name].folder for name in options.only]
     print(interruptible(download, options.name, parts))
 
 

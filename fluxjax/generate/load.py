@@ -15,7 +15,7 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.load import check_dtype, load, load_quantized
-from fluxjax.checkpoint.locate import find, locate
+from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
@@ -103,7 +103,7 @@ def _load(
         raise ValueError(
             "What is streamed or quantized is read by one device. Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
+    plan = open_source(find_part(source, kind.folder)).part(kind).plan(config)
     if quantize is not None:
         return load_quantized(plan, quantize, dtype=dtype)
     return (
@@ -116,7 +116,7 @@ def load_tokenizers(source: str | Path) -> Tokenizers:
 
     **Raises:** `FileNotFoundError` for a source without them, as files of weights are; `ValueError` for damaged ones.
     """
-    folder = find(source, ["tokenizer", "tokenizer_2"])
+    folder = find_source(source, ["tokenizer", "tokenizer_2"])
     if not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(
             f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` and `tokenizer_2`, which are "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import TensorFile, WeightsError
+from fluxjax.checkpoint.tensors import TensorFile
 from fluxjax.lora.names import Place
 from fluxjax.lora.rotations import butterfly_order, cayley, peft_butterfly_order, peft_cayley
 from fluxjax.lora.settings import Settings

@@ -6,8 +6,10 @@ from typing import Literal, overload
 
 import equinox as eqx
 
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import TensorFile, WeightsError, read_header
+from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.tensors import TensorFile
 from fluxjax.lora.build import Module, terms_of
 from fluxjax.lora.names import find_place
 from fluxjax.lora.roles import PLAIN, is_adapters, splits

@@ -39,9 +39,9 @@ from fluxjax import (
     load_vae,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.locate import tiny_folder
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.cli.main import main as cli
 from fluxjax.cli.options import byte_count
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hub import COMMIT, Hub, checksum, run, run_process, serve
 
-from fluxjax.checkpoint.locate import WHOLE, tiny_folder
+from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.shipped import tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_a_model_downloads_without_what_it_does_not_need_and_only_once(repositor
         first = run_process(hub.url, tmp_path, "download", "owner/model")
         assert first.returncode == 0, first.stderr
         folder = Path(first.stdout.strip())
-        assert {path.name for path in folder.iterdir()} == {*WHOLE, "model_index.json"}
+        assert {path.name for path in folder.iterdir()} == {*MODEL_FOLDERS, "model_index.json"}
         assert not (folder / "transformer" / "model.onnx").exists()
         assert "%" in first.stderr  # a progress bar
         served = len(hub.served)

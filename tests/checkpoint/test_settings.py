@@ -6,7 +6,8 @@ import os
 import pytest
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.settings import Field, check_settings, read_json, read_settings
+from fluxjax.checkpoint.json_file import read_json
+from fluxjax.checkpoint.settings import Field, check_settings, read_settings
 
 FIELDS = {
     "steps": Field(kind="integer", least=1, most=100, required=True),

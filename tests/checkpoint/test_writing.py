@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from fluxjax import WeightsError, convert_weights, load_vae, read_lora, write_lora
-from fluxjax.checkpoint.locate import shipped_lora, tiny_folder
-from fluxjax.checkpoint.safetensors import OutputTensor, read_header, write
+from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
+from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
 from fluxjax.cli.main import main as cli
 
 # Runs one command after the other, each when its flag appears, so that several processes begin at once.
@@ -242,5 +243,5 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "a", {"x": OutputTensor.of(np.ones(3))}, report=stop)
+        write_safetensors(tmp_path / "a", {"x": OutputTensor.from_array(np.ones(3))}, report=stop)
     assert os.listdir(tmp_path) == []

@@ -11,7 +11,7 @@ from small import small_flux
 
 import fluxjax
 from fluxjax import WeightsError, attach, init_lora, merge, quantize, save_models, unroll
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate import save
 from fluxjax.nets.stack import leaf_names
 
