@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,23 +61,21 @@ def _parse_finite(text: str) -> float:
 
 
 def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = first_repeated_name(pairs)
-    if repeated is not None:
-        raise ValueError(f"{repeated!r} comes twice")
-    return dict(pairs)
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"{first_repeated_name(pairs)!r} comes twice")
+    return table
 
 
-def first_repeated_name(pairs: list[tuple[str, Any]]) -> str | None:
-    """Return the first name that an object of JSON gives twice, or None.
+def first_repeated_name(pairs: Sequence[tuple[str, object]]) -> str:
+    """Return the first name that an object of JSON gives twice.
 
     **Arguments:** `pairs`: its names and values in order, as `json` passes them to
-    `object_pairs_hook`.
+    `object_pairs_hook`; one name is repeated.
     """
-    if len(dict(pairs)) == len(pairs):
-        return None
     names: set[str] = set()
     for name, _ in pairs:
         if name in names:
             return name
         names.add(name)
-    return None
+    raise AssertionError("no name is repeated")

@@ -1,7 +1,7 @@
 """Headers of safetensors files: read within bounds, and checked against the file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -45,6 +45,7 @@ LENGTH_BYTES = 8
 """A file begins with the header's length: little-endian, in this many bytes."""
 _MOST_HEADER_BYTES = 50_000_000  # FLUX.1's files have 200,000 at most
 _MOST_AXES = 32  # NumPy's own limit is 64
+_MOST_BYTES = 2**63
 
 
 def read_header(path: Path) -> TensorFile:
@@ -111,12 +112,11 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         raise _too_many_tensors(path)
 
     def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = first_repeated_name(pairs)
-        if repeated is not None:
-            raise WeightsError(
-                f"{where}: the header names {quote_name(repeated)} twice. Download the file again."
-            )
-        return dict(pairs)
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            name = quote_name(first_repeated_name(pairs))
+            raise WeightsError(f"{where}: the header names {name} twice. Download the file again.")
+        return table
 
     try:
         header = json.loads(text, object_pairs_hook=refuse_repeated_names)
@@ -163,8 +163,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
             f"{printable_path(path)}: {quote_name(name)} has dtype {printable(str(code), 30)}, "
             f"which fluxjax does not read. Known: {', '.join(DTYPES)}."
         )
-    if len(shape) > _MOST_AXES or not _are_sizes([*shape, first, last]):
+    if len(shape) > _MOST_AXES:
         raise _damaged_entry(path, name)
+    for number in (*shape, first, last):
+        # `type` and not `isinstance`, for which true and false are integers too.
+        if type(number) is not int or not 0 <= number < _MOST_BYTES:
+            raise _damaged_entry(path, name)
     tensor = StoredTensor(path, np.dtype(DTYPES[code]), shape, start + first)
     if tensor.nbytes != last - first:
         raise WeightsError(
@@ -173,11 +177,6 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         )
     check_tensor_end(path, name, start + last, size)
     return tensor
-
-
-def _are_sizes(values: Iterable[object]) -> bool:
-    """Return whether all are integers of a size that a file can have; booleans are not."""
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _damaged_entry(path: Path, name: str) -> WeightsError:

@@ -38,9 +38,9 @@ def test_an_error_leaves_nothing(tmp_path):
 
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(FileExistsError, match="something at"):
+    with pytest.raises(FileExistsError, match="already exists"):
         written(tmp_path / "a")
-    with pytest.raises(FileExistsError, match="something at"), new_folder(tmp_path / "a"):
+    with pytest.raises(FileExistsError, match="already exists"), new_folder(tmp_path / "a"):
         pass
     assert (tmp_path / "a").read_bytes() == b"old"
 
@@ -49,10 +49,10 @@ def test_what_is_there_stays(tmp_path):
 def test_what_appears_meanwhile_stays(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", _refuse_link)
-    with pytest.raises(FileExistsError, match="something at"), new_file(tmp_path / "a") as file:
+    with pytest.raises(FileExistsError, match="already exists"), new_file(tmp_path / "a") as file:
         file.write(b"late")
         (tmp_path / "a").write_bytes(b"first")
-    with pytest.raises(FileExistsError, match="something at"), new_folder(tmp_path / "b") as folder:
+    with pytest.raises(FileExistsError, match="already exists"), new_folder(tmp_path / "b") as folder:
         (folder / "inside").write_bytes(b"late")
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "theirs").write_bytes(b"first")

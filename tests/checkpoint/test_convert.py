@@ -541,7 +541,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, single):
         [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "No room for" in done.stderr
+    assert "There is not enough disk space for" in done.stderr
     assert "Free some, or write elsewhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

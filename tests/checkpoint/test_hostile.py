@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 
 from fluxjax import read_image
-from fluxjax.cli.main import generate as draw
-from fluxjax.cli.main import main as cli
+from fluxjax.cli import generate as draw
+from fluxjax.cli import main as cli
 from fluxjax.cli.prompts import read_prompts
 
 NUMBERS = [

@@ -151,7 +151,7 @@ def test_a_pipe_is_not_opened(named, tmp_path):
 
 def test_an_index_without_files_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(WeightsError, match="no weight_map of names"):
+    with pytest.raises(WeightsError, match="no weight_map from tensors"):
         load_t5(tmp_path)
 
 

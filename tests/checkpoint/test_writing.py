@@ -16,11 +16,11 @@ from fluxjax import WeightsError, convert_weights, load_vae, read_lora, write_lo
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
-from fluxjax.cli.main import main as cli
+from fluxjax.cli import main as cli
 
 # Runs one command after the other, each when its flag appears, so that several processes begin at once.
 AT_ONCE = """
-import json, os, sys, time, fluxjax.cli.main, fluxjax.weights
+import json, os, sys, time, fluxjax.cli.main
 folder, *commands = sys.argv[1:]
 for number, command in enumerate(commands):
     open(f"{folder}/ready-{number}-{os.getpid()}", "w").close()
@@ -79,7 +79,7 @@ def test_of_two_conversions_to_one_destination_the_first_wins_with_its_own_bytes
         for output, _ in outputs
     ]
     assert [sorted(pair) for pair in zip(*codes, strict=True)] == [[0, 2], [0, 2]]
-    assert sum(errors.count("There is something at") for _, errors in outputs) == 2
+    assert sum(errors.count("already exists") for _, errors in outputs) == 2
     assert sorted(os.listdir(out)) == ["model", "vae.safetensors"]
     dtype, layout = (kinds[[code[step] for code in codes].index(0)][step] for step in range(2))
     file = convert_weights("tiny", tmp_path / "alone.safetensors", only="vae", dtype=dtype)
@@ -126,7 +126,7 @@ def test_a_file_that_appears_while_another_is_written_stays(tmp_path, monkeypatc
     if not links:
         monkeypatch.setattr(os, "link", _refuse_link)
     target = tmp_path / "vae.safetensors"
-    with pytest.raises(FileExistsError, match="There is something at"):
+    with pytest.raises(FileExistsError, match="already exists"):
         convert_weights("tiny", target, only="vae", report=lambda _: target.write_text("mine"))
     assert target.read_text() == "mine"
     assert os.listdir(tmp_path) == ["vae.safetensors"]
@@ -230,7 +230,7 @@ def test_an_adapter_is_written_over_another_only_when_that_is_allowed(tmp_path):
     lora, path = read_lora(shipped_lora("kraft")), tmp_path / "a.safetensors"
     write_lora(path, lora)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="There is something at"):
+    with pytest.raises(FileExistsError, match="already exists"):
         write_lora(path, lora, to="kohya")
     assert path.read_bytes() == before
     write_lora(path, lora, to="kohya", overwrite=True)
