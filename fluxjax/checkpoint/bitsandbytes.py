@@ -20,9 +20,9 @@ from fluxjax.checkpoint.packed import (
     packed_tensor,
     read_description,
 )
-from fluxjax.checkpoint.printable import printable, printable_path, quote_name
 from fluxjax.checkpoint.scaled_formats import times_scale
 from fluxjax.checkpoint.tensors import StoredTensor, Tensor
+from fluxjax.printable import printable, printable_path, quote_name
 
 # Of 4 bits: the description of a weight is a tensor, whose name ends in the format's.
 _STATE_INFIX = ".quant_state.bitsandbytes__"

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable_path
 from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.printable import printable_path
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")

@@ -5,12 +5,12 @@ from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import quote_name
 from fluxjax.checkpoint.settings import Field, check_settings
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
+from fluxjax.printable import quote_name
 
 Config = TypeVar("Config")
 Shapes = Mapping[str, tuple[int, ...]]

@@ -10,8 +10,7 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.checkpoint import configs
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import configs, names as tables
 from fluxjax.checkpoint.combine import combine_packed
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.gguf import read_gguf
@@ -20,7 +19,6 @@ from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.kinds import KINDS, OWN_METADATA, T5_XXL, Kind
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.checkpoint.plan import Parts, Plan, Problems, abstract, match, plan
-from fluxjax.checkpoint.printable import printable, printable_path, quote_name
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.shards import read_index
 from fluxjax.checkpoint.tensors import (
@@ -33,6 +31,7 @@ from fluxjax.checkpoint.tensors import (
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.nets.vae import VaeConfig
+from fluxjax.printable import printable, printable_path, quote_name
 
 # All-in-one files hold these beside the networks.
 _UNNEEDED = {

@@ -10,7 +10,6 @@ import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.gguf_header import GgufEntry, read_gguf_header
-from fluxjax.checkpoint.printable import printable_path, quote_name
 from fluxjax.checkpoint.tensors import (
     BFLOAT16,
     StoredTensor,
@@ -19,6 +18,7 @@ from fluxjax.checkpoint.tensors import (
     check_overlaps,
     check_tensor_end,
 )
+from fluxjax.printable import printable_path, quote_name
 
 _PLAIN_DTYPES = {
     "F64": np.float64,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable_path
 from fluxjax.checkpoint.tensors import MOST_TENSORS, check_regular_file
+from fluxjax.printable import printable_path
 
 GGUF_MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

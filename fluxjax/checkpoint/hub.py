@@ -16,7 +16,7 @@ from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.checksums import is_undamaged, matches_any
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.hub_client import guarded_client, hostile_answer
-from fluxjax.checkpoint.printable import printable
+from fluxjax.printable import printable
 
 try:
     import fcntl

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable
+from fluxjax.printable import printable
 
 # Here, `Any` stands for httpx's `Client`, `Request` and `Response`. Neither httpx nor
 # huggingface_hub is imported before something is downloaded: that takes as long as the rest of the

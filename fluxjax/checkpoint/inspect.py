@@ -9,8 +9,8 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import MODEL_FOLDERS
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.plan import Problems
-from fluxjax.checkpoint.printable import printable
 from fluxjax.checkpoint.write import parameters
+from fluxjax.printable import printable
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable, printable_path
+from fluxjax.printable import printable, printable_path
 
 _MOST_BYTES = 4_000_000
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.checkpoint import configs, folders
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import configs, folders, names as tables
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable_path, quote_name
 from fluxjax.checkpoint.tensors import BFLOAT16, StoredTensor, Tensor
+from fluxjax.printable import printable_path, quote_name
 
 SCALE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """The dtypes of scales."""

@@ -15,9 +15,9 @@ import numpy as np
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.finite import all_finite
 from fluxjax.checkpoint.names import Dialect, Row
-from fluxjax.checkpoint.printable import printable, printable_path, quote_name
 from fluxjax.checkpoint.tensors import StoredTensor, Tensor
 from fluxjax.nets.stack import block_name, is_stacked, leaf_names
+from fluxjax.printable import printable, printable_path, quote_name
 
 Network = TypeVar("Network", bound=eqx.Module)
 Parts = Mapping[str, slice]

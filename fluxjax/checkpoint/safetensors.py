@@ -10,7 +10,6 @@ import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.json_file import first_repeated_name
-from fluxjax.checkpoint.printable import printable, printable_path, quote_name
 from fluxjax.checkpoint.tensors import (
     MOST_TENSORS,
     StoredTensor,
@@ -19,6 +18,7 @@ from fluxjax.checkpoint.tensors import (
     check_regular_file,
     check_tensor_end,
 )
+from fluxjax.printable import printable, printable_path, quote_name
 
 DTYPES = {
     "F64": np.float64,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.printable import printable, printable_path
+from fluxjax.printable import printable, printable_path
 
 _LARGEST = 2.0**63
 _NAMES = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.printable import printable_path, quote_name
+from fluxjax.printable import printable_path, quote_name
 
 _MOST_INDEX_BYTES = 20_000_000
 

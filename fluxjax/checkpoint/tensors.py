@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable_path, quote_name
+from fluxjax.printable import printable_path, quote_name
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MOST_TENSORS = 20_000

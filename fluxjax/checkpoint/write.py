@@ -18,9 +18,9 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.kinds import OWN_METADATA, VAE, Kind
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.checkpoint.plan import Weights, slots_of, slots_of_leaf, their_shape, to_theirs, widest
-from fluxjax.checkpoint.printable import printable
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.nets.stack import is_stacked, leaf_names
+from fluxjax.printable import printable
 
 LAYOUTS = ("own", "diffusers", "bfl", "comfy")
 _TABLES = {"tokens.weight", "positions.weight", "position_bias.weight"}

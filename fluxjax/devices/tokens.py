@@ -48,12 +48,12 @@ class TokenParallelFlux(eqx.Module):
         part: PreparedShard,
         *,
         attention: Any = None,
-        weaken: Any = None,
+        degraded: Any = None,
     ) -> Float[Array, "img_tokens out_channels"]:
         nag = attention if isinstance(attention, Nag) else None
         named = attention if nag is None else nag.implementation
         custom = callable(named) and not isinstance(named, Attention)
-        if custom or (weaken is not None and weaken.attention is not None):
+        if custom or (degraded is not None and degraded.attention is not None):
             raise ValueError(
                 "A custom attention would see a part of the tokens. Use context=1 with it."
             )
@@ -70,7 +70,7 @@ class TokenParallelFlux(eqx.Module):
             if heads % devices
             else Ulysses("context", *counts, named, nag)
         )
-        out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, weaken=weaken)
+        out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, degraded=degraded)
         return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]
 
 

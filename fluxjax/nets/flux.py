@@ -215,7 +215,7 @@ class DegradedBlocks(eqx.Module):
         """Name the blocks by number. **Raises:** `ValueError` for none, or one that the config does not have."""
         if not (double or single):
             raise ValueError(
-                "`Weaken` needs a block to weaken. Pass double=(number, …) or single=(number, …)."
+                "`Weaken` needs a block to degraded. Pass double=(number, …) or single=(number, …)."
             )
         self.double = _flags("double", config.double_depth, double)
         self.single = _flags("single", config.single_depth, single)
@@ -321,7 +321,7 @@ class Flux(eqx.Module):
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
         attention: str | Attention | JointAttention | None = None,
-        weaken: DegradedBlocks | None = None,
+        degraded: DegradedBlocks | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
@@ -332,7 +332,7 @@ class Flux(eqx.Module):
         `guidance`: distilled scale, unscaled (3.5), if and only if the config has `guidance_embed`. `attention`: the
         name of an implementation of `fluxjax.attention`, an `Attention`, which may say block sizes too, or a function of your
         own over the text's tokens and the image's.
-        `weaken`: blocks to spoil. `dtype`: of the activations, by default that of `txt`, so that a
+        `degraded`: blocks to spoil. `dtype`: of the activations, by default that of `txt`, so that a
         float32 sampler can run a bfloat16 network. `remat`: a gradient recomputes each block instead of keeping what it
         computed: a third more work, memory for one block and for each block's input.
         **Returns:** dx/dt in the dtype of `x`.
@@ -348,7 +348,7 @@ class Flux(eqx.Module):
             "guidance": guidance,
         }
         prepared = self.prepare(times, **given, dtype=dtype, remat=remat)
-        return self.velocity(x, t, prepared, attention=attention, weaken=weaken, remat=remat)
+        return self.velocity(x, t, prepared, attention=attention, degraded=degraded, remat=remat)
 
     @convert_arguments
     def prepare(
@@ -395,12 +395,12 @@ class Flux(eqx.Module):
         prepared: Prepared,
         *,
         attention: str | Attention | JointAttention | None = None,
-        weaken: DegradedBlocks | None = None,
+        degraded: DegradedBlocks | None = None,
         remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
         """Return the velocity at one of the times that were prepared; not a number at another. Arguments as for the call."""
         hidden = self.embed(x, t, prepared)
-        img = self.blocks(hidden, attention=attention, weaken=weaken, remat=remat)
+        img = self.blocks(hidden, attention=attention, degraded=degraded, remat=remat)
         return self.final(img, hidden.modulation.final).astype(x.dtype)
 
     def embed(
@@ -423,7 +423,7 @@ class Flux(eqx.Module):
         hidden: Hidden,
         *,
         attention: str | Attention | JointAttention | None = None,
-        weaken: DegradedBlocks | None = None,
+        degraded: DegradedBlocks | None = None,
         start: int = 0,
         remat: bool = False,
     ) -> Float[Array, "img_tokens width"]:
@@ -431,7 +431,7 @@ class Flux(eqx.Module):
         count, (double, single, _) = len(hidden.txt), hidden.modulation
         mix = _mix(attention, hidden)
         worse = (
-            None if weaken is None or weaken.attention is None else _mix(weaken.attention, hidden)
+            None if degraded is None or degraded.attention is None else _mix(degraded.attention, hidden)
         )
 
         def run(block: Any, carry: Any, steer: Any, *flag: Bool[Array, ""]) -> Any:
@@ -440,7 +440,7 @@ class Flux(eqx.Module):
             spoilt = (lambda: carry) if worse is None else (lambda: block(carry, steer, worse))
             return jax.lax.cond(flag[0], spoilt, lambda: block(carry, steer, mix))
 
-        flags: Any = ((), ()) if weaken is None else ((weaken.double,), (weaken.single,))
+        flags: Any = ((), ()) if degraded is None else ((degraded.double,), (degraded.single,))
         # Left out, so that no loop fetches what is not used there.
         double_modulation = lambda block: (block.img.modulation, block.txt.modulation)  # noqa: E731
         doubles = map_part(

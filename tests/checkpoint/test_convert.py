@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from bench_load import sparse_file
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from layouts import export, write
 from safetensors import safe_open
 from safetensors.numpy import load_file

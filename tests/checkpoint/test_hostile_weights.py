@@ -25,8 +25,7 @@ from fluxjax import (
     load_t5,
     load_vae,
 )
-from fluxjax.checkpoint import configs
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import configs, names as tables
 from fluxjax.checkpoint.convert import convert_weights
 from fluxjax.checkpoint.finite import all_finite
 

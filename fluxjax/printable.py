@@ -10,18 +10,22 @@ _LONGEST_PATH = 1000
 _LONGEST_NAME = 200
 
 
-def printable(text: str, max_length: int = 200) -> str:
+def printable(text: str, most: int = 200) -> str:
     """Return text in which characters that do not print are escaped, as in "\\x1b".
 
-    **Arguments:** `max_length`: longer text is cut to this many characters, the last of them an
-    ellipsis.
+    **Arguments:** `text`: any text. `most`: characters that are kept; a longer text is cut, and
+    ends in an ellipsis.
+    **Returns:** one line of printable characters.
     """
     escaped = ""
-    for character in text[: max_length + 1]:
-        escaped += character if character.isprintable() else repr(character)[1:-1]
-    if len(escaped) <= max_length:
+    for character in text[: most + 1]:
+        if character.isprintable():
+            escaped += character
+        else:
+            escaped += repr(character)[1:-1]
+    if len(escaped) <= most:
         return escaped
-    return escaped[: max_length - 1] + "…"
+    return escaped[: most - 1] + "…"
 
 
 def printable_path(path: Path) -> str:
