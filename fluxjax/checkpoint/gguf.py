@@ -97,17 +97,19 @@ def read_gguf(path: Path) -> TensorFile:
 def _tensor(path: Path, entry: GgufEntry, data_start: int) -> GgufTensor | StoredTensor:
     """Return the tensor that an entry of the header describes."""
     gguf = _import_gguf()
-    where = f"{printable_path(path)}: {quote_name(entry.name)}"
-    formats = {one.value: one for one in gguf.GGMLQuantizationType}
-    block_format = formats.get(entry.type_code)
-    if block_format is None:
+    try:
+        block_format = gguf.GGMLQuantizationType(entry.type_code)
+    except ValueError as error:
         raise WeightsError(
-            f"{where} has a type, {entry.type_code}, that the installed gguf does not know. Update "
-            "gguf."
-        )
-    shape, offset = entry.shape, data_start + entry.offset
+            f"{printable_path(path)}: {quote_name(entry.name)} has a type, {entry.type_code}, that "
+            "the installed gguf does not know. Update gguf."
+        ) from error
+    shape = entry.shape
+    offset = data_start + entry.offset
     if block_format.name in _PLAIN_DTYPES:
-        return StoredTensor(path, np.dtype(_PLAIN_DTYPES[block_format.name]), shape, offset)
+        dtype = np.dtype(_PLAIN_DTYPES[block_format.name])
+        return StoredTensor(path, dtype, shape, offset)
+    where = f"{printable_path(path)}: {quote_name(entry.name)}"
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[block_format]
     if not shape or not shape[-1] or shape[-1] % block_size:
         raise WeightsError(

@@ -75,8 +75,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     with open(path, "rb") as file:
         reader = _Reader(path, file, size)
         reader.check_magic()
-        version = reader.integer("I")
-        tensor_count, pair_count = reader.integer("Q"), reader.integer("Q")
+        version = reader.uint32()
+        tensor_count, pair_count = reader.uint64(), reader.uint64()
         if version not in _VERSIONS:
             raise WeightsError(
                 f"{printable_path(path)} is GGUF of version {version}; fluxjax reads 2 and 3. "
@@ -89,7 +89,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         metadata: dict[str, Scalar | str | None] = {}
         for _ in range(pair_count):
             key = reader.string()
-            metadata[key] = reader.value(reader.integer("I"))
+            metadata[key] = reader.value(reader.uint32())
         entries = [reader.entry() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1:
@@ -125,31 +125,41 @@ class _Reader:
         if self._bytes(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise WeightsError(f"{printable_path(self._path)} is not a GGUF file.")
 
-    def integer(self, code: str) -> int:
-        """Return an integer. **Arguments:** `code`: its type as `struct` names it."""
-        (value,) = struct.unpack(f"<{code}", self._bytes(_size_of(code)))
+    def scalar(self, code: str) -> Scalar:
+        """Return a number or a bool.
+
+        **Arguments:** `code`: its type as `struct` names it.
+        """
+        little_endian = f"<{code}"
+        (value,) = struct.unpack(little_endian, self._bytes(struct.calcsize(little_endian)))
         return value
+
+    def uint32(self) -> int:
+        """Return an unsigned integer of 32 bits."""
+        return int.from_bytes(self._bytes(4), "little")
+
+    def uint64(self) -> int:
+        """Return an unsigned integer of 64 bits."""
+        return int.from_bytes(self._bytes(8), "little")
 
     def string(self) -> str:
         """Return a string of UTF-8."""
         try:
-            return self._bytes(self.integer("Q")).decode()
+            return self._bytes(self.uint64()).decode()
         except UnicodeDecodeError as error:
             raise self.damaged() from error
 
     def value(self, type_code: int) -> Scalar | str | None:
         """Return a scalar or a string of the metadata; arrays are skipped and None."""
         if type_code in _SCALARS:
-            code = _SCALARS[type_code]
-            (value,) = struct.unpack(f"<{code}", self._bytes(_size_of(code)))
-            return value
+            return self.scalar(_SCALARS[type_code])
         if type_code == _STRING:
             return self.string()
         if type_code != _ARRAY:
             raise self.damaged()
-        item_code, count = self.integer("I"), self.integer("Q")
+        item_code, count = self.uint32(), self.uint64()
         if item_code in _SCALARS:
-            self._skip(count * _size_of(_SCALARS[item_code]))
+            self._skip(count * struct.calcsize(f"<{_SCALARS[item_code]}"))
         elif item_code == _STRING:
             self._skip_strings(count)
         else:
@@ -158,18 +168,22 @@ class _Reader:
 
     def entry(self) -> GgufEntry:
         """Return the description of a tensor."""
-        name, axes = self.string(), self.integer("I")
+        name, axes = self.string(), self.uint32()
         if axes > _MOST_AXES:
             raise self.damaged()
         # GGUF lists the fastest-varying axis first.
-        sizes = [self.integer("Q") for _ in range(axes)]
+        sizes = [self.uint64() for _ in range(axes)]
         shape = tuple(reversed(sizes))
-        return GgufEntry(name, self.integer("I"), shape, self.integer("Q"))
+        return GgufEntry(name, self.uint32(), shape, self.uint64())
 
     def _bytes(self, count: int) -> bytes:
-        if count > min(_MOST_STRING_BYTES, self._left()):
+        left = self._size - self._file.tell()
+        if count > min(_MOST_STRING_BYTES, left):
             raise self.damaged()
-        return self._file.read(count)
+        content = self._file.read(count)
+        if len(content) < count:  # the file became shorter meanwhile
+            raise self.damaged()
+        return content
 
     def _skip(self, count: int) -> None:
         if count > self._left():
@@ -181,11 +195,7 @@ class _Reader:
             raise self.damaged()
         self.count_items(count)
         for _ in range(count):
-            self._skip(self.integer("Q"))
+            self._skip(self.uint64())
 
     def _left(self) -> int:
         return self._size - self._file.tell()
-
-
-def _size_of(code: str) -> int:
-    return struct.calcsize(f"<{code}")
