@@ -25,7 +25,7 @@ from fluxjax.checkpoint.folders import (
 from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.kinds import FLUX
 from fluxjax.checkpoint.locate import find_part, find_source
-from fluxjax.checkpoint.settings import Field, check_settings, describe, read_settings
+from fluxjax.checkpoint.settings import Field, check_settings, describe, read_settings_file
 from fluxjax.checkpoint.write import write_json
 from fluxjax.zoo import ZOO, Defaults
 
@@ -93,7 +93,7 @@ def load_defaults(source: str | Path) -> Defaults:
         return known[str(source)]
     own = Path(source) / DEFAULTS_FILE
     if own.is_file():
-        return Defaults(**read_settings(own, DEFAULTS_FIELDS, closed=True))
+        return Defaults(**read_settings_file(own, DEFAULTS_FIELDS, closed=True))
     folder = find_source(source, [SCHEDULER_FOLDER])
     config = open_source(find_part(source, FLUX.folder)).part(FLUX).config
     base = known["dev" if config.guidance_embed else "schnell"]

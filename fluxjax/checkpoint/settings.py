@@ -82,7 +82,7 @@ class Field:
         return rule
 
 
-def read_settings(
+def read_settings_file(
     path: Path, fields: Mapping[str, Field], *, closed: bool = False
 ) -> dict[str, Any]:
     """Return the settings of a JSON file that fluxjax uses, each checked.
@@ -99,7 +99,7 @@ def read_settings(
 def check_settings(
     place: str, settings: object, fields: Mapping[str, Field], *, closed: bool = False
 ) -> dict[str, Any]:
-    """Check the content of a settings file; otherwise as `read_settings`.
+    """Check the content of a settings file; otherwise as `read_settings_file`.
 
     **Arguments:** `place`: where the settings come from, for error messages.
     """

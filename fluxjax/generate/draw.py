@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -77,6 +77,7 @@ class DrawProgress(NamedTuple):
     estimate: Float[Array, "images img_tokens channels"]
 
 
+@runtime_checkable
 class DrawHooks(Protocol):
     """What the drawing loop calls as it goes: for progress, timing, previews, and to stay
     interruptible."""

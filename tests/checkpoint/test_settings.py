@@ -7,7 +7,7 @@ import pytest
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.settings import Field, check_settings, read_settings
+from fluxjax.checkpoint.settings import Field, check_settings, read_settings_file
 
 FIELDS = {
     "steps": Field(kind="integer", least=1, most=100, required=True),
@@ -31,7 +31,7 @@ def test_valid_settings_are_returned_and_unknown_ones_ignored(tmp_path):
     }
     byte_order_mark = b"\xef\xbb\xbf"
     (tmp_path / "a.json").write_bytes(byte_order_mark + json.dumps(settings).encode())
-    read = read_settings(tmp_path / "a.json", FIELDS)
+    read = read_settings_file(tmp_path / "a.json", FIELDS)
     assert read == {
         "steps": 4,
         "height": 32,
