@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fluxjax.checkpoint.locate import download_file, shipped_lora
+from fluxjax.checkpoint.locate import download_file
+from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.cli.options import Adapter
 from fluxjax.lora.read import Lora, read_lora

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.locate import locate
+from fluxjax.checkpoint.locate import find_part
 from fluxjax.cli.adapters import adapter_file, read_adapter
 from fluxjax.cli.console import interruptible
 from fluxjax.generate.limits import check_devices
@@ -34,7 +34,7 @@ def run_lora_extract(options: argparse.Namespace) -> None:
     check_devices()
     kind = KINDS[options.only]
     destination = _check_new(options.destination)
-    places = [interruptible(locate, name, kind.folder) for name in (options.base, options.tuned)]
+    places = [interruptible(find_part, name, kind.folder) for name in (options.base, options.tuned)]
     base, tuned = (open_source(place).part(kind).plan() for place in places)
     lora = interruptible(extract_lora, base, tuned, kind.name, rank=options.rank, to=options.to)
     write_lora(destination, lora, to=options.to)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from fluxjax.checkpoint.convert import adapter_notes, convert_weights
+from fluxjax.checkpoint.folders import MODEL_FOLDERS
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.locate import WHOLE, download
+from fluxjax.checkpoint.locate import download
 from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.generate.limits import check_devices
@@ -83,7 +84,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_download(options: argparse.Namespace) -> None:
     """Download a model, or some of its networks, and print the folder."""
-    parts = WHOLE
+    parts = MODEL_FOLDERS
     if options.only is not None:
         parts = tuple(KINDS[name].folder for name in options.only)
     print(interruptible(download, options.name, parts))

@@ -17,7 +17,7 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.load import check_dtype, load, load_quantized
-from fluxjax.checkpoint.locate import find, locate
+from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
@@ -119,7 +119,7 @@ def _load(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
+    plan = open_source(find_part(source, kind.folder)).part(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
@@ -135,7 +135,7 @@ def load_tokenizers(source: str | Path) -> Tokenizers:
     for damaged ones.
     """
     folders = family_of(str(source)).tokenizers
-    root = find(source, list(folders))
+    root = find_source(source, list(folders))
     if not (root / folders[0]).is_dir():
         raise FileNotFoundError(
             f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` and "

@@ -12,9 +12,7 @@ import PIL.Image
 import pytest
 
 from fluxjax import read_image
-from fluxjax.cli import compare as compare_command
-from fluxjax.cli import generate as draw
-from fluxjax.cli import main as cli
+from fluxjax.cli import compare as compare_command, generate as draw, main as cli
 from fluxjax.cli.prompts import read_prompts
 
 NUMBERS = [
