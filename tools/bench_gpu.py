@@ -56,7 +56,8 @@ def forms(options: argparse.Namespace, first: bool) -> list[Form]:
     """Return what is run, what matters most first; blocks apart and other attentions with the first batch alone."""
     attention, *others = options.attention
     stacked = [Form(weights, False, attention) for weights in options.weights]
-    apart = [form._replace(unrolled=True) for form in stacked if options.unroll]
+    weights = (options.apart or FORMATS) if options.unroll else ()
+    apart = [form._replace(unrolled=True) for form in stacked if form.weights in weights]
     return stacked + first * (apart + [stacked[0]._replace(attention=other) for other in others])
 
 
@@ -102,7 +103,7 @@ class Networks:
             made.fuse_qkv_projections()
             self.backend = fastest(made, inputs)
             made.set_attention_backend(self.backend)
-            made.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+            made.compile_repeated_blocks(mode=self.options.torch_mode, fullgraph=True, dynamic=False)
             self.torch = made  # now that nothing of it has failed
         return self.torch
 
@@ -153,16 +154,21 @@ def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: in
         guidance = jnp.float32(3.5) if config.guidance_embed else None
         flux = networks.ours(form.weights, form.unrolled)
         arguments = (flux, Text(txt, vec), noise, flow_times(steps, tokens=tokens), guidance)
-        return _compiled(row, denoise, *arguments, attention=attention)
+        return _compiled(row, options.programs, denoise, *arguments, attention=attention)
 
     row = {"what": "fluxjax", "weights": form.weights, "attention": attention or select_attention(heads, heads)}
     return Contender(row | {"blocks": "apart" if form.unrolled else "stacked"}, make)
 
 
-def _compiled(row: dict[str, Any], function: Any, *arguments: Any, **options: Any) -> Callable[[], object]:
+def _compiled(row: dict[str, Any], folder: Path | None, function: Any, *arguments: Any, **options: Any) -> Callable[[], object]:
+    """Return a compiled function's call; with a folder, write the program there as the compiler left it."""
     start = time.perf_counter()
     compiled = function.lower(*arguments, **options).compile()
     row["compile s"] = round(time.perf_counter() - start, 2)
+    if folder is not None:
+        names = [str(row[key]) for key in ("variant", "weights", "blocks", "attention", "batch") if key in row]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{'-'.join(names)}.txt".replace(" ", "-")).write_text(compiled.compiled.as_text())
     memory = compiled.compiled.memory_analysis()
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -193,7 +199,8 @@ def diffusers_contender(networks: Networks, compiled: bool, batch: int, txt_toke
         row["attention"] = networks.backend
         return _of_torch(row, lambda: network(**inputs), compiled, steps)
 
-    return Contender({"what": "diffusers", "weights": "bfloat16", "compiled": compiled}, make)
+    row = {"what": "diffusers", "weights": "bfloat16", "compiled": networks.options.torch_mode if compiled else False}
+    return Contender(row, make)
 
 
 def _of_torch(row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1) -> Callable[[], object]:
@@ -233,7 +240,8 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
 
     def make_ours(row: dict[str, Any]) -> Callable[[], object]:
         vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
-        return _compiled(row, decode, vae, jax.random.normal(jax.random.key(1), (1, 16, side, side)), dtype=jnp.bfloat16)
+        latents = jax.random.normal(jax.random.key(1), (1, 16, side, side))
+        return _compiled(row, options.programs, decode, vae, latents, dtype=jnp.bfloat16)
 
     def make_theirs(compiled: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
         def make(row: dict[str, Any]) -> Callable[[], object]:
@@ -267,7 +275,8 @@ def measured(contenders: list[Contender], seconds: float, options: argparse.Name
         print(f"making {row}", flush=True)
         try:
             calls[number] = make(row)
-            calls[number]()
+            # Shown at once, so that a log has it even if a later contender never ends.
+            print(f"made; {seconds_of(calls[number]):.3f} s the first time: {row}", flush=True)
         except Exception as error:
             calls.pop(number, None)
             row["error"] = _line(error)
@@ -284,9 +293,13 @@ def measured(contenders: list[Contender], seconds: float, options: argparse.Name
     for number, call in calls.items():
         row = contenders[number].row
         row |= told(spent[number])
+        print(f"timed: {row}", flush=True)  # whatever a profiler does
         if options.profile and row["what"] == "fluxjax":
-            with jax.profiler.trace(str(options.profile)):
-                call()
+            try:
+                with jax.profiler.trace(str(options.profile)):
+                    call()
+            except Exception as error:
+                print(f"no profile: {_line(error)}", flush=True)
     return [row for row, _ in contenders]
 
 
@@ -320,8 +333,9 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
             rows.append({**common, **row})
             print(rows[-1], flush=True)
 
-    add(vae_group(options), 0.1)
-    for number, name in enumerate(options.variants):
+    if "vae" in options.parts:
+        add(vae_group(options), 0.1 if len(options.parts) > 1 else 1)
+    for number, name in enumerate(options.variants if "transformer" in options.parts else ()):
         config = VARIANTS[name][0]
         if options.blocks:
             config = replace(config, double_depth=options.blocks[0], single_depth=options.blocks[1])
@@ -357,6 +371,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "flash_gpu", "xla_chunked"])
     gpu.add_argument("--minutes", type=float, default=7.0, help="after which no row is begun (default: %(default)s)")
     gpu.add_argument("--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out")
+    gpu.add_argument("--apart", nargs="+", choices=FORMATS, help="weights whose blocks are taken apart too (default: all)")
+    gpu.add_argument("--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"])
+    gpu.add_argument("--torch-mode", default="max-autotune-no-cudagraphs", help="torch.compile's (default: %(default)s)")
     gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
     gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
     gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")
@@ -364,4 +381,5 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: %(default)s)")
     gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
     gpu.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of a run of each row")
+    gpu.add_argument("--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there")
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
