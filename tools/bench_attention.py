@@ -178,6 +178,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=20, help="calls compared bit by bit (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=7, help="timings, of which the median counts (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60, help="of an implementation's process (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=120, help="of an implementation's process (default: %(default)s)")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # a child's, which measures in its own process
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
