@@ -32,7 +32,7 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Times
+from fluxjax.shapes import Array, Float, Int, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class ImageBatch(eqx.Module):
     noise: Float[Array, "images latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None = None
-    keys: PRNGKeyArray | None = None
+    keys: Array | None = None
 
 
 class Recipe(eqx.Module):
@@ -222,11 +222,11 @@ def check_image_count(call: str, name: str, count: int, images: int) -> None:
 class _Rows(eqx.Module):
     """What each image of a batch has of its own: every array has a leading axis of images."""
 
-    noise: Float[Array, "*images latent_channels rows columns"]
+    noise: Float[Array, "... latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None
     guidance: Guidance
-    key: PRNGKeyArray | None
+    key: Array | None
 
 
 class _Shared(eqx.Module):

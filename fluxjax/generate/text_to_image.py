@@ -126,7 +126,7 @@ def prompt_batch(
     negative: TextStates | None,
     *,
     noise: Float[Array, "images latent_channels rows columns"],
-    keys: PRNGKeyArray | None,
+    keys: Array | None,
     distilled: PerImage | None,
 ) -> ImageBatch:
     """Return the batch of images of encoded prompts, one for each.
