@@ -10,7 +10,7 @@ import numpy as np
 
 from fluxjax.flow.velocity import StatefulVelocity
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, Hidden, JointAttention, Prepared
+from fluxjax.nets.flux import Flux, HiddenState, JointAttention, Prepared
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
@@ -46,8 +46,8 @@ class StepCache(eqx.Module):
 
     @abstractmethod
     def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: str | Attention | JointAttention | None
+    ) -> tuple[HiddenState, Tokens, int]:
         """Return the hidden state after what is always run, the signal, and the first double block left."""
 
     @abstractmethod
@@ -66,8 +66,8 @@ class FirstBlock(StepCache):
     """
 
     def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: str | Attention | JointAttention | None
+    ) -> tuple[HiddenState, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
 
@@ -92,8 +92,8 @@ class TeaCache(StepCache):
     )
 
     def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: str | Attention | JointAttention | None
+    ) -> tuple[HiddenState, Tokens, int]:
         shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 

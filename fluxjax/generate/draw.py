@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.offload import fetch
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
 from fluxjax.flow.runge_kutta import Euler
@@ -123,7 +123,7 @@ def denoise(
                 x: Array, t: Scalar, given: Any, weaken: DegradedBlocks | None = None
             ) -> Array:
                 prepared = prepare(given, t[None]) if isinstance(given, Text) else given
-                return call.velocity(x, t, prepared, attention=mix, weaken=weaken)
+                return call.velocity(x, t, prepared, attention=mix, degraded=weaken)
 
             def spoilt(x: Array, t: Scalar, given: Any) -> Array:
                 return network(x, t, given, weaken)

@@ -1,4 +1,4 @@
-"""The layers that the networks share. A weight's storage is one abstract type, `Weight`."""
+"""The layers that several networks share: linear, embedding, norms, modulation and positions."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.nets.weight import Dense, Weight
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
 
 
 class Linear(eqx.Module):
@@ -23,8 +23,9 @@ class Linear(eqx.Module):
     def __init__(
         self, features: int, out: int, *, bias: bool = True, scale: float = 1.0, key: PRNGKeyArray
     ):
-        """Draw the weight with standard deviation scale / sqrt(features), the bias as zeros."""
-        self.weight = Dense(jax.random.normal(key, (out, features)) * (scale / math.sqrt(features)))
+        """Draw the weight with standard deviation scale / sqrt(features); the bias is zeros."""
+        deviation = scale / math.sqrt(features)
+        self.weight = Dense(jax.random.normal(key, (out, features)) * deviation)
         self.bias = jnp.zeros(out) if bias else None
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
@@ -37,18 +38,19 @@ class Linear(eqx.Module):
 def check_ids(call: str, ids: Array, vocabulary: int) -> None:
     """Check token ids; of traced ones, only that there are some.
 
+    **Arguments:** `call`: the function that got them, for the message.
     **Raises:** `ValueError` for no ids, or an id outside of the vocabulary.
     """
     if len(ids) == 0:
         raise ValueError(f"`{call}(ids)` needs at least one token. Make the ids with `tokenize`.")
     if isinstance(ids, jax.core.Tracer):
         return
-    known = np.asarray(ids)
-    wrong = known[(known < 0) | (known >= vocabulary)]
-    if wrong.size:
+    values = np.asarray(ids)
+    outside = values[(values < 0) | (values >= vocabulary)]
+    if outside.size:
         raise ValueError(
-            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {wrong[0]}. Make them with the model's own "
-            "tokenizers."
+            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {outside[0]}. "
+            "Make them with the model's own tokenizers."
         )
 
 
@@ -60,43 +62,53 @@ class Embedding(eqx.Module):
     def __init__(self, entries: int, width: int, *, key: PRNGKeyArray):
         self.weight = jax.random.normal(key, (entries, width))
 
-    def __call__(self, ids: Array, dtype: DTypeLike | None = None) -> Float[Array, "*ids width"]:
-        # By default negative ids count from the end.
-        inside = jnp.where(ids < 0, len(self.weight), ids)
-        return jnp.take(self.weight, inside, axis=0, mode="fill").astype(
-            self.weight.dtype if dtype is None else dtype
-        )
+    def __call__(
+        self, ids: Int[Array, "*ids"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*ids width"]:
+        """Return the vectors of ids, in `dtype`, by default that of the table."""
+        # `jnp.take` counts negative ids from the end: move them past it, where it gives NaN.
+        ids = jnp.where(ids < 0, len(self.weight), ids)
+        vectors = jnp.take(self.weight, ids, axis=0, mode="fill")
+        return vectors.astype(self.weight.dtype if dtype is None else dtype)
 
 
 class RmsNorm(eqx.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 at least. Source: Zhang & Sennrich 2019, eq. 4."""
+    """x / rms(x) * scale over the last axis, computed in float32 at least.
+
+    **Source:** Zhang & Sennrich 2019, eq. 4.
+    """
 
     scale: Float[Array, " features"]
     eps: float = eqx.field(static=True)
 
     def __init__(self, features: int, *, eps: float = 1e-6):
-        self.scale, self.eps = jnp.ones(features), eps
+        self.scale = jnp.ones(features)
+        self.eps = eps
 
     def __call__(
         self, x: Float[Array, "*batch features"], dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch features"]:
-        """Normalize; the result is in `dtype`, by default that of `x`."""
+        """Normalize. `dtype`: of the result, by default that of `x`."""
         wide = x.astype(wide_dtype(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale.astype(wide.dtype)).astype(
-            x.dtype if dtype is None else dtype
-        )
+        y = wide * inverse * self.scale.astype(wide.dtype)
+        return y.astype(x.dtype if dtype is None else dtype)
 
 
 class LayerNorm(eqx.Module):
-    """Standardize the last axis, then scale and shift it, computed in float32 at least. Source: Ba et al. 2016, eq. 4."""
+    """Standardize the last axis, then scale and shift it, computed in float32 at least.
+
+    **Source:** Ba et al. 2016, eq. 4.
+    """
 
     scale: Float[Array, " features"]
     bias: Float[Array, " features"]
     eps: float = eqx.field(static=True)
 
     def __init__(self, features: int, *, eps: float):
-        self.scale, self.bias, self.eps = jnp.ones(features), jnp.zeros(features), eps
+        self.scale = jnp.ones(features)
+        self.bias = jnp.zeros(features)
+        self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         y = standardize(x, self.eps)
@@ -107,10 +119,14 @@ class LayerNorm(eqx.Module):
 def standardize(
     x: Float[Array, "*batch features"], eps: float = 1e-6
 ) -> Float[Array, "*batch features"]:
-    """Return the last axis with mean 0 and variance 1, in float32 at least: a LayerNorm without affine."""
+    """Return x with mean 0 and variance 1 over the last axis, in float32 at least.
+
+    This is a LayerNorm without scale and bias.
+    """
     wide = x.astype(wide_dtype(x.dtype))
     centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(variance + eps)
 
 
 def modulate(
@@ -118,23 +134,28 @@ def modulate(
     shift: Float[Array, " features"],
     scale: Float[Array, " features"],
 ) -> Float[Array, "tokens features"]:
-    """Return standardize(x) * (1 + scale) + shift in the dtype of x. Source: Peebles & Xie 2022, adaLN."""
+    """Return standardize(x) * (1 + scale) + shift in the dtype of x.
+
+    **Source:** Peebles & Xie 2022, adaLN.
+    """
     y = standardize(x)
     y = y * (1 + scale.astype(y.dtype)) + shift.astype(y.dtype)
     return y.astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
-    """GELU in its tanh form. Source: Hendrycks & Gimpel 2016."""
+    """GELU in its tanh form. **Source:** Hendrycks & Gimpel 2016."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def sinusoid(
     t: Float[Array, "*batch"], width: int, *, base: float = 10_000.0
 ) -> Float[Array, "*batch width"]:
-    """Embed scalars as `width` / 2 cosines then sines of geometric frequencies, in float32 at least.
+    """Embed scalars as cosines, then sines, of `width` / 2 geometric frequencies.
 
-    **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as FLUX has it.
+    Computed in float32 at least.
+
+    **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as in FLUX.
     """
     wide = t.astype(wide_dtype(t.dtype))
     frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=wide.dtype) / (width // 2))
@@ -143,29 +164,34 @@ def sinusoid(
 
 
 class Rotation(NamedTuple):
-    """The cosine and sine of each token's angles."""
+    """RoPE's rotation of each token: the cosine and sine of the angle of each feature pair."""
 
     cos: Float[Array, "tokens pairs"]
     sin: Float[Array, "tokens pairs"]
 
 
 def rope(ids: Ids, axes: tuple[int, ...], theta: float) -> Rotation:
-    """Return the rotation of each feature pair: `axes[i]` features turn with id column i. In float32 at least.
+    """Return the rotation of tokens by their positions, in float32 at least.
 
-    **Source:** Su et al. 2021, eq. 34, an axis each.
+    **Arguments:** `ids`: a position on each axis. `axes`: how many features of a head each axis
+    rotates; `axes[i]` belongs to column i of `ids`. `theta`: the base of the frequencies.
+    **Source:** Su et al. 2021, eq. 34, applied to each axis.
     """
     columns = ids.astype(wide_dtype(ids.dtype))
     frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=columns.dtype) / dim) for dim in axes]
-    angles = jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    angles = []
+    for axis, frequency in enumerate(frequencies):
+        angles.append(columns[:, axis, None] * frequency)
+    joined = jnp.concatenate(angles, axis=-1)
+    return Rotation(jnp.cos(joined), jnp.sin(joined))
 
 
 def rotate(
     x: Float[Array, "tokens heads head_dim"], rotation: Rotation
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Rotate adjacent feature pairs (RoPE), computed in float32 at least."""
+    """Rotate each pair of adjacent features by its token's angle, computed in float32 at least."""
     wide = wide_dtype(x.dtype)
     even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
     cos, sin = rotation.cos[:, None].astype(wide), rotation.sin[:, None].astype(wide)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
