@@ -58,14 +58,22 @@ def describe_network(network: eqx.Module) -> str:
 
 
 def _row(name: str, part: PyTree) -> _Row:
-    parameters = 0
-    for node in jax.tree.leaves(part, is_leaf=lambda node: isinstance(node, Weight)):
-        # A weight's shape is the whole matrix's, also where its arrays are quantized or in a file.
-        parameters += math.prod(node.shape)
+    nodes = jax.tree.leaves(part, is_leaf=lambda node: isinstance(node, Weight))
+    parameters = sum(_parameters(node) for node in nodes)
     leaves = jax.tree.leaves(part)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     nbytes = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
     return _Row(name, _kind(name, part), parameters, ", ".join(dtypes), nbytes)
+
+
+def _parameters(node: PyTree) -> int:
+    """Return the number of parameters of an array or a weight."""
+    try:
+        # A weight's shape is the whole matrix's, also where its arrays are quantized or in a file.
+        return math.prod(node.shape)
+    except AttributeError:
+        # A weight of a partitioned network, in which None stands for the missing arrays.
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(node))
 
 
 def _kind(name: str, part: PyTree) -> str:
@@ -73,8 +81,9 @@ def _kind(name: str, part: PyTree) -> str:
         blocks = part.blocks
         return f"{type(blocks[0]).__name__}, {len(blocks)} unrolled"
     kind = type(part).__name__
-    if is_stacked(name):
-        return f"{kind}, {jax.tree.leaves(part)[0].shape[0]} stacked"
+    leaves = jax.tree.leaves(part)
+    if is_stacked(name) and leaves:
+        return f"{kind}, {leaves[0].shape[0]} stacked"
     return kind
 
 
