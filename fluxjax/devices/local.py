@@ -28,7 +28,11 @@ def local(network: PyTree, placed: PyTree) -> PyTree:
     **Raises:** `ValueError` for weights that are streamed.
     """
 
-    def wrap(path: KeyPath, node: PyTree, spec: PyTree) -> PyTree:
+    def wrap(
+        path: KeyPath,
+        node: PyTree,
+        spec: PyTree,
+    ) -> PyTree:
         if isinstance(node, DenseKernel) and _is_split(spec, "fsdp"):
             return GatheredKernel(node.value)
         if not isinstance(node, Weight):

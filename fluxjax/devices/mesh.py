@@ -33,14 +33,18 @@ def make_mesh(
     available = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     automatic = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(automatic) == 1 and fixed > 0 and len(available) % fixed == 0:
-        sizes[automatic[0]] = len(available) // fixed
+    if len(automatic) == 1:
+        fixed = -math.prod(sizes.values())
+        # If nothing fits, the size stays -1, and the error below tells it as it was given.
+        if fixed > 0 and len(available) % fixed == 0:
+            sizes[automatic[0]] = len(available) // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(available):
         requested = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
             f"`make_mesh({requested})` does not use {len(available)} devices. Choose sizes whose "
             "product is that, one of them -1 for all that the others leave, or pass devices=."
         )
-    shape = [sizes[axis] for axis in AXES]
+    # The last axes vary fastest: devices of "tensor" and "context", which exchange the most, are
+    # next to each other.
+    shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(np.array(available).reshape(shape), AXES)

@@ -13,6 +13,7 @@ from fluxjax.devices.streamed import FileWeight, HostWeight
 Network = TypeVar("Network", bound=eqx.Module)
 HOST_MEMORY = "pinned_host"
 DEVICE_MEMORY = "device"
+"""Names of JAX's kinds of memory."""
 
 
 def offload(network: Network) -> Network:
@@ -32,7 +33,10 @@ def fetch(network: Network) -> Network:
 
 
 def move_arrays(network: Network, memory: str) -> Network:
-    """Return a network with its arrays in a kind of memory, except for streamed weights."""
+    """Return a network with its arrays in a kind of memory, except for streamed weights.
+
+    **Arguments:** `memory`: `HOST_MEMORY` or `DEVICE_MEMORY`.
+    """
 
     def move(leaf: PyTree) -> PyTree:
         if not isinstance(leaf, jax.Array) or leaf.sharding.memory_kind == memory:
@@ -52,6 +56,7 @@ def residency(networks: Mapping[str, PyTree]) -> str:
 
 
 def _places(network: PyTree) -> str:
+    """Return how many bytes of a network are at each place."""
     bytes_at: dict[str, int] = {}
     for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, FileWeight)):
         if isinstance(node, FileWeight):
@@ -70,6 +75,7 @@ def _places(network: PyTree) -> str:
 
 
 def _place(array: jax.Array) -> str:
+    """Return where an array is, in words."""
     in_host = array.sharding.memory_kind == HOST_MEMORY
     place = "in host memory" if in_host else "in device memory"
     devices = len(array.sharding.device_set)

@@ -59,11 +59,17 @@ def on_mesh(
 
 
 def _run(
-    function: Function[Result], mesh: Mesh, networks: PyTree, rows: PyTree, rest: PyTree
+    function: Function[Result],
+    mesh: Mesh,
+    networks: PyTree,
+    rows: PyTree,
+    rest: PyTree,
 ) -> Result:
+    """Compute `on_mesh`, whose arguments have been checked."""
     count = _row_count(rows)
     padding = -count % (mesh.shape["data"] * mesh.shape["fsdp"])
     rows = jax.tree.map(lambda x: _padded(x, padding) if eqx.is_array(x) else x, rows)
+    # `shard_map` takes arrays only.
     arrays, static = eqx.partition((networks, rows, rest), eqx.is_array)
     network_specs = jax.tree.map(
         lambda network: specs(network, mesh),
@@ -89,6 +95,7 @@ def _run(
     return jax.tree.map(lambda x: x[:count], run(arrays))
 
 
+# The function and the mesh are static arguments, compared by identity and by value.
 _run_jitted = eqx.filter_jit(_run)
 
 
@@ -98,7 +105,9 @@ def _as_jax_array(leaf: PyTree) -> PyTree:
 
 
 def _row_count(rows: PyTree) -> int:
-    return jax.tree.leaves(eqx.filter(rows, eqx.is_array))[0].shape[0]
+    """Return the number of rows, which all arrays have."""
+    arrays = jax.tree.leaves(eqx.filter(rows, eqx.is_array))
+    return arrays[0].shape[0]
 
 
 def _padded(x: Array, padding: int) -> Array:

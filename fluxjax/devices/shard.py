@@ -27,7 +27,11 @@ def shard(network: Network, mesh: Mesh) -> Network:
     """
     config = network.config if isinstance(network, Flux) else None
 
-    def place(path: KeyPath, leaf: Array, spec: PartitionSpec) -> Array:
+    def place(
+        path: KeyPath,
+        leaf: Array,
+        spec: PartitionSpec,
+    ) -> Array:
         if config is not None and mesh.shape["tensor"] > 1:
             leaf = _reordered(path, leaf, config, mesh.shape["tensor"])
         return jax.device_put(leaf, NamedSharding(mesh, spec))
@@ -37,18 +41,28 @@ def shard(network: Network, mesh: Mesh) -> Network:
     return eqx.combine(placed, static)
 
 
-def _reordered(path: KeyPath, leaf: Array, config: FluxConfig, devices: int) -> Array:
+def _reordered(
+    path: KeyPath,
+    leaf: Array,
+    config: FluxConfig,
+    devices: int,
+) -> Array:
     """Return an array with what belongs to one device next to each other, if its layer is fused."""
     role = array_role(path)
     sizes = fused_features(config).get(role.layer)
     axis = tensor_axis(role)
     if not role.in_blocks or sizes is None or axis is None:
+        # Not fused, or an array that is whole on every device.
         return leaf
     return jnp.take(leaf, _device_order(sizes, devices), axis=axis)
 
 
 def _device_order(sizes: Sequence[int], devices: int) -> np.ndarray:
-    """Return the indices of concatenated parts, each device's share of every part together."""
+    """Return the order in which each device's shares of all concatenated parts are together.
+
+    **Arguments:** `sizes`: of the parts, all multiples of the number of devices.
+    **Returns:** indices of the concatenated parts.
+    """
     starts = np.cumsum([0, *sizes[:-1]])
     order = []
     for device in range(devices):

@@ -107,7 +107,12 @@ def specs(network: Network, mesh: Mesh) -> Network:
     return jax.tree_util.tree_map_with_path(place, arrays)
 
 
-def _spec(role: ArrayRole, shape: tuple[int, ...], fsdp: int, tensor: int) -> PartitionSpec:
+def _spec(
+    role: ArrayRole,
+    shape: tuple[int, ...],
+    fsdp: int,
+    tensor: int,
+) -> PartitionSpec:
     axes: list[str | None] = [None] * len(shape)
     axis = tensor_axis(role)
     if tensor > 1 and axis is not None:

@@ -73,7 +73,12 @@ def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:
     return put_back(network, weights)
 
 
-def _file_weight(plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype) -> FileWeight:
+def _file_weight(
+    plan: Plan,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> FileWeight:
     """Return a weight in files, after its values have been checked."""
     others = tuple(slice(0, size) for size in shape[1:])
     for block in range(shape[0]):

@@ -37,8 +37,17 @@ class BlockReader:
     # One thread for all arrays: blocks' matrices are read in the order in which they are used.
     pool = ThreadPoolExecutor(1, "fluxjax-reader")
 
-    def __init__(self, plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype):
-        """Read the array `name` of a checkpoint. `shape`: of the whole stack."""
+    def __init__(
+        self,
+        plan: Plan,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+    ):
+        """Read the array `name` of a checkpoint.
+
+        **Arguments:** `shape`: of the whole stack. `dtype`: in which blocks are returned.
+        """
         self.plan = plan
         self.name = name
         self.shape = shape
@@ -57,11 +66,13 @@ class BlockReader:
         """Return a block, and start to read the one after it."""
         wanted = int(number)
         prefetched = self.prefetched
+        # Dropped first: its memory would be kept while the following block is read.
         self.prefetched = None
         if prefetched is not None and prefetched[0] == wanted:
             block = prefetched[1].result()
         else:
             block = self.read(wanted)
+        # After the last block comes the first, of the network's next evaluation.
         following = (wanted + 1) % self.shape[0]
         self.prefetched = (following, self.pool.submit(self.read, following))
         return block
@@ -85,5 +96,6 @@ class FileWeight(FetchedWeight):
         return False
 
     def fetch(self) -> Weight:
+        # A callback, since the number of the block is known only when the program runs.
         block = jax.ShapeDtypeStruct(self.reader.shape[1:], self.reader.dtype)
         return Dense(jax.pure_callback(self.reader, block, self.number))

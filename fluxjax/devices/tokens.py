@@ -77,6 +77,7 @@ class TokenParallelFlux(eqx.Module):
                 "A custom attention would see a part of the tokens. Use context=1 with it."
             )
         devices = jax.lax.axis_size("context")
+        # "tensor" splits the heads before "context" exchanges them.
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
         joint: Ulysses | Ring
         if heads % devices == 0:
@@ -98,7 +99,7 @@ class TokenParallelFlux(eqx.Module):
 def _local_tokens(x: Float[Array, "tokens features"]) -> Float[Array, "part features"]:
     """Return this device's part of the tokens, padded with zeros to the size of the others'."""
     devices = jax.lax.axis_size("context")
-    size = -(-len(x) // devices)
+    size = -(-len(x) // devices)  # rounded up
     padded = jnp.pad(x, ((0, size * devices - len(x)), (0, 0)))
     start = jax.lax.axis_index("context") * size
     return jax.lax.dynamic_slice_in_dim(padded, start, size)

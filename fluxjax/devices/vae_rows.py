@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.rows import Cells, Pad, Rows
+from fluxjax.nets.rows import AllCellHeads, CellHeads, Cells, ChannelMeans, Pad, PaddedCells, Rows
 from fluxjax.nets.vae import Decoder, Encoder, Vae
 from fluxjax.shapes import Array, Bool, Float
 
@@ -14,11 +14,13 @@ from fluxjax.shapes import Array, Bool, Float
 def split_vae_rows(vae: Vae, axes: Sequence[str] = ("tensor", "context")) -> Vae:
     """Return a VAE whose rows are split among devices, for use inside of `jax.shard_map`.
 
-    Every device gets and returns the whole image and latent, and runs a strip of its rows, all
-    strips of one height. Convolutions exchange the rows at the strips' borders with the devices
-    above and below, the norms' means are summed over all devices, and the keys and values of the
-    attention are gathered. The result is that of the whole VAE, except for the order of the norms'
-    sums. Where the devices do not divide the rows, the last ones are padding, which is masked.
+    Every device gets and returns the whole image and latent, and runs a strip of its rows. All
+    strips have one height: where the devices do not divide the rows, the last rows are padding,
+    which is masked.
+
+    Convolutions exchange the rows at the strips' borders with the devices above and below, the
+    norms' means are summed over all devices, and the keys and values of the attention are gathered.
+    The result is that of the whole VAE, except for the order of the norms' sums.
 
     **Arguments:** `axes`: of the mesh, over which the rows are split.
     """
@@ -30,7 +32,8 @@ def split_vae_rows(vae: Vae, axes: Sequence[str] = ("tensor", "context")) -> Vae
 class _SplitRows(eqx.Module):
     """An encoder or a decoder on a strip of rows; called as the network.
 
-    `unit`: rows of the input for each row of the latent. Strips are multiples of it.
+    `unit`: rows of the input for each row of the latent. Strips are multiples of it, so that no
+    cell of a coarser level belongs to two devices.
     """
 
     network: Encoder | Decoder
@@ -38,9 +41,10 @@ class _SplitRows(eqx.Module):
     axes: tuple[str, ...] = eqx.field(static=True)
 
     def __call__(self, x: Cells) -> Float[Array, "new_rows new_columns out"]:
+        """Return the network's output for the whole input, on every device."""
         devices = jax.lax.axis_size(self.axes)
         latent_rows = len(x) // self.unit
-        strip_rows = -(-latent_rows // devices)
+        strip_rows = -(-latent_rows // devices)  # rounded up
         missing = strip_rows * devices - latent_rows
         padded = jnp.pad(x, ((0, missing * self.unit), (0, 0), (0, 0)))
         size = strip_rows * self.unit
@@ -48,7 +52,8 @@ class _SplitRows(eqx.Module):
         strip = jax.lax.dynamic_slice_in_dim(padded, start, size)
         rows = RowStrip(self.axes, latent_rows, strip_rows)
         out = self.network(strip, rows)
-        return jax.lax.all_gather(out, self.axes, tiled=True)[: rows.image_rows(out)]
+        gathered = jax.lax.all_gather(out, self.axes, tiled=True)
+        return gathered[: rows.image_rows(out)]
 
 
 class RowStrip(Rows):
@@ -62,13 +67,21 @@ class RowStrip(Rows):
     latent_rows: int = eqx.field(static=True)
     strip_rows: int = eqx.field(static=True)
 
-    def pad(self, x: Cells, pad: Pad) -> tuple[Cells, Pad]:
-        return self.with_halo(x, *pad), (0, 0)
+    def pad(self, x: Cells, pad: Pad) -> tuple[PaddedCells, Pad]:
+        above, below = pad
+        return self.with_halo(x, above, below), (0, 0)
 
     def with_halo(
-        self, x: Cells, above: int, below: int
-    ) -> Float[Array, "more_rows columns channels"]:
-        """Return rows between those of the devices above and below; zeros beyond the image."""
+        self,
+        x: Cells,
+        above: int,
+        below: int,
+    ) -> PaddedCells:
+        """Return rows between those of the devices above and below; zeros beyond the image.
+
+        **Arguments:** `above`, `below`: how many rows of each neighbour.
+        """
+        # Padding rows are not zeros after a convolution: they must not be read as the border.
         x = jnp.where(self.is_real(x), x, 0)
         last = jax.lax.axis_size(self.axes) - 1
         parts = [x]
@@ -81,21 +94,25 @@ class RowStrip(Rows):
             parts.append(jax.lax.ppermute(x[:below], self.axes, upward))
         return jnp.concatenate(parts)
 
-    def channel_means(self, x: Cells) -> Float[Array, " channels"]:
+    def channel_means(self, x: Cells) -> ChannelMeans:
         total = jnp.sum(jnp.where(self.is_real(x), x, 0), axis=(0, 1))
-        return jax.lax.psum(total, self.axes) / (self.image_rows(x) * x.shape[1])
+        cells = self.image_rows(x) * x.shape[1]
+        return jax.lax.psum(total, self.axes) / cells
 
-    def all_cells(
-        self, x: Float[Array, "cells heads head_dim"]
-    ) -> Float[Array, "all_cells heads head_dim"]:
-        # Cells are in order, a row after another, so padding is at the end.
-        return jax.lax.all_gather(x, self.axes, tiled=True)[: self.image_rows(x)]
+    def all_cells(self, x: CellHeads) -> AllCellHeads:
+        # Cells are in order, one row after another, so padding is at the end.
+        gathered = jax.lax.all_gather(x, self.axes, tiled=True)
+        return gathered[: self.image_rows(x)]
 
     def is_real(self, x: Cells) -> Bool[Array, "rows 1 1"]:
         """Return which rows belong to the image; the others are padding."""
-        rows = jax.lax.axis_index(self.axes) * len(x) + jnp.arange(len(x))
+        first = jax.lax.axis_index(self.axes) * len(x)
+        rows = first + jnp.arange(len(x))
         return (rows < self.image_rows(x))[:, None, None]
 
     def image_rows(self, x: Array) -> int:
-        """Return how many of such rows the whole image has; or cells, if x has cells first."""
+        """Return how many of such rows the whole image has.
+
+        **Arguments:** `x`: rows of this device; or cells, of which it returns how many in all.
+        """
         return self.latent_rows * len(x) // self.strip_rows

@@ -75,7 +75,10 @@ class ClipConfig:
 
 
 class ClipBlock(eqx.Module):
-    """Causal attention and an MLP, each after a LayerNorm and with a residual connection."""
+    """Causal attention and an MLP, each after a LayerNorm and with a residual connection.
+
+    `q`, `k`, `v`, `out`: of the attention. `up`, `down`: of the MLP.
+    """
 
     norm1: LayerNorm
     q: Linear
@@ -103,15 +106,20 @@ class ClipBlock(eqx.Module):
         self.down = Linear(hidden, width, key=down)
 
     def __call__(self, x: States) -> States:
-        y = self.norm1(x)
+        """Return the hidden states after this block."""
+        x = x + self._attend(self.norm1(x))
+        activation = _ACTIVATIONS[self.activation]
+        hidden = activation(self.up(self.norm2(x)))
+        return x + self.down(hidden)
+
+    def _attend(self, x: States) -> States:
         q, k, v = (
-            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
+            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
             for layer in (self.q, self.k, self.v)
         )
+        # Of at most 77 tokens: a fused implementation would gain nothing.
         attended = attention(q, k, v, causal=True, implementation="xla")
-        x = x + self.out(rearrange(attended, "t h d -> t (h d)"))
-        activation = _ACTIVATIONS[self.activation]
-        return x + self.down(activation(self.up(self.norm2(x))))
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
 
 
 class Clip(eqx.Module):
@@ -125,7 +133,7 @@ class Clip(eqx.Module):
     config: ClipConfig = eqx.field(static=True)
     tokens: Embedding
     positions: Embedding
-    blocks: ClipBlock
+    blocks: ClipBlock  # stacked
     norm: LayerNorm
 
     def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
@@ -137,6 +145,7 @@ class Clip(eqx.Module):
         self.norm = LayerNorm(config.width, eps=config.eps)
 
     def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
         return describe_network(self)
 
     @convert_arguments
@@ -151,8 +160,10 @@ class Clip(eqx.Module):
                 f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. "
                 "Truncate the text, keeping its end token."
             )
-        x = self.tokens(ids, dtype) + self.positions(jnp.arange(len(ids)), dtype)
-        return self.norm(scan_blocks(self.blocks, x, lambda block, x: block(x)))
+        positions = self.positions(jnp.arange(len(ids)), dtype)
+        x = self.tokens(ids, dtype) + positions
+        x = scan_blocks(self.blocks, x, lambda block, x: block(x))
+        return self.norm(x)
 
     @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> Float[Array, " width"]:

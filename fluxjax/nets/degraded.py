@@ -47,11 +47,16 @@ class DegradedBlocks(eqx.Module):
         self.attention = attention
 
 
-def _flags(kind: str, depth: int, numbers: Sequence[int]) -> Bool[Array, " depth"]:
+def _flags(
+    kind: str,
+    depth: int,
+    numbers: Sequence[int],
+) -> Bool[Array, " depth"]:
     unknown = [number for number in numbers if not 0 <= number < depth]
     if unknown:
         raise ValueError(
             f"`DegradedBlocks({kind})` got {unknown}; this network has {kind} blocks 0 to "
             f"{depth - 1}. Choose among these."
         )
+    # An array, so that other blocks of the same network do not compile anew.
     return jnp.asarray(np.isin(np.arange(depth), numbers))

@@ -1,21 +1,15 @@
 """The FLUX transformer: a velocity dx/dt of noisy image tokens, text and time."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.kernels.attention import Attention, resolved
 from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux_attention import AttentionChoice, block_attention, block_runner
 from fluxjax.nets.flux_blocks import (
-    BlockAttention,
     DoubleBlock,
     DoubleModulation,
     FinalLayer,
@@ -24,65 +18,27 @@ from fluxjax.nets.flux_blocks import (
     SingleBlock,
 )
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.heads import (
-    JointAttention,
-    PreparedRotation,
-    Projection,
-    prepare_rotation,
-    query_key_value,
-)
-from fluxjax.nets.layers import Linear, Rotation, rope, sinusoid
+from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
+from fluxjax.nets.heads import JointAttention as JointAttention  # for annotations of callers
+from fluxjax.nets.layers import Linear, rope, sinusoid
 from fluxjax.nets.scan import map_blocks, scan_blocks
 from fluxjax.nets.stack import block_at, map_part, stack
 from fluxjax.nets.summary import describe_network
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
-AttentionChoice = str | Attention | JointAttention | None
-"""The name of an implementation, an `Attention`, a custom function, or None for the default."""
-
-
-class Modulation(NamedTuple):
-    """The modulation of the whole network, at one time or at several."""
-
-    double: DoubleModulation
-    single: Float[Array, "single_depth *times three_width"]
-    final: Float[Array, "*times two_width"]
-
-
-class Prepared(NamedTuple):
-    """Everything in a network's evaluations that does not depend on the image.
-
-    `times`: those that were prepared. `txt`: the embedded text tokens. `rotation`: of the text's
-    and the image's tokens. `modulation`: at each of the times.
-    """
-
-    times: Float[Array, " times"]
-    txt: Float[Array, "txt_tokens width"]
-    rotation: Rotation
-    modulation: Modulation
-
-    def at(self, t: ScalarLike) -> Modulation:
-        """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
-        distance = jnp.abs(self.times - jnp.asarray(t, self.times.dtype))
-        index = jnp.argmin(distance)
-        double, single, final = self.modulation
-        nearest = Modulation(
-            DoubleModulation(double.img[:, index], double.txt[:, index]),
-            single[:, index],
-            final[index],
-        )
-        # No error can be raised for a traced t, and another time's modulation would go unnoticed.
-        return jax.tree.map(lambda x: jnp.where(distance[index] <= 1e-6, x, jnp.nan), nearest)
-
-
-class HiddenState(NamedTuple):
-    """The tokens of one example between the blocks, with the modulation and rotation they take."""
-
-    img: Float[Array, "img_tokens width"]
-    txt: Float[Array, "txt_tokens width"]
-    modulation: Modulation
-    rotation: Rotation
+ImgTokens = Float[Array, "img_tokens in_channels"]
+"""A packed noisy latent."""
+ImgVelocity = Float[Array, "img_tokens out_channels"]
+"""dx/dt of each token."""
+TxtStates = Float[Array, "txt_tokens context"]
+"""Hidden states of T5, one per token."""
+Pooled = Float[Array, " pooled"]
+"""The pooled state of CLIP."""
+ImgIds = Float[Array, "img_tokens axes"]
+TxtIds = Float[Array, "txt_tokens axes"]
+ConditioningVectors = Float[Array, "times width"]
+"""One vector for each time, of the time, the pooled text and the guidance scale."""
 
 
 class Flux(eqx.Module):
@@ -113,6 +69,7 @@ class Flux(eqx.Module):
         self.vector_in = Mlp(config.pooled, width, width, key=vector)
         self.guidance_in = None
         if config.guidance_embed:
+            # Its key is drawn in any case, so that schnell's other weights are those of dev.
             self.guidance_in = Mlp(config.time_width, width, width, key=guidance)
         self.double = stack(
             lambda key: DoubleBlock(config, key=key), config.double_depth, key=double
@@ -123,24 +80,25 @@ class Flux(eqx.Module):
         self.final = FinalLayer(config, key=final)
 
     def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
         return describe_network(self)
 
     @convert_arguments
     def __call__(
         self,
-        x: Float[Array, "img_tokens in_channels"],
+        x: ImgTokens,
         t: ScalarLike,
         *,
-        txt: Float[Array, "txt_tokens context"],
-        vec: Float[Array, " pooled"],
-        img_ids: Float[Array, "img_tokens axes"],
-        txt_ids: Float[Array, "txt_tokens axes"] | None = None,
+        txt: TxtStates,
+        vec: Pooled,
+        img_ids: ImgIds,
+        txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
         attention: AttentionChoice = None,
         degraded: DegradedBlocks | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
-    ) -> Float[Array, "img_tokens out_channels"]:
+    ) -> ImgVelocity:
         """Return the velocity dx/dt of the image tokens at time t.
 
         **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], where 1 is noise. `txt`: hidden
@@ -156,6 +114,7 @@ class Flux(eqx.Module):
         **Raises:** `ValueError` if guidance is missing, or is not taken, or if a width is not that
         of the config.
         """
+        # All inputs at once, for one message about all of them.
         _check_widths(self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
         prepared = self.prepare(
             _wide(t)[None],
@@ -172,12 +131,12 @@ class Flux(eqx.Module):
     @convert_arguments
     def prepare(
         self,
-        times: Float[Array, " times"],
+        times: Times,
         *,
-        txt: Float[Array, "txt_tokens context"],
-        vec: Float[Array, " pooled"],
-        img_ids: Float[Array, "img_tokens axes"],
-        txt_ids: Float[Array, "txt_tokens axes"] | None = None,
+        txt: TxtStates,
+        vec: Pooled,
+        img_ids: ImgIds,
+        txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
@@ -196,6 +155,7 @@ class Flux(eqx.Module):
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
+        # The text's tokens come first in the joint attention.
         ids = jnp.concatenate([txt_ids, img_ids]).astype(wide_dtype(jnp.dtype(dtype)))
         rotation = rope(ids, self.config.rope_axes, self.config.rope_theta)
         times = _wide(times)
@@ -206,14 +166,14 @@ class Flux(eqx.Module):
     @convert_arguments
     def velocity(
         self,
-        x: Float[Array, "img_tokens in_channels"],
+        x: ImgTokens,
         t: ScalarLike,
         prepared: Prepared,
         *,
         attention: AttentionChoice = None,
         degraded: DegradedBlocks | None = None,
         remat: bool = False,
-    ) -> Float[Array, "img_tokens out_channels"]:
+    ) -> ImgVelocity:
         """Return the velocity at one of the times that were prepared.
 
         **Arguments:** `prepared`: from `prepare`. The others are as for a call of the network.
@@ -224,10 +184,14 @@ class Flux(eqx.Module):
         return self.final(img, hidden.modulation.final).astype(x.dtype)
 
     def embed(
-        self, x: Float[Array, "img_tokens in_channels"], t: ScalarLike, prepared: Prepared
+        self,
+        x: ImgTokens,
+        t: ScalarLike,
+        prepared: Prepared,
     ) -> HiddenState:
         """Return the input of the blocks.
 
+        **Arguments:** as for `velocity`.
         **Raises:** `ValueError` if the width of `x` is not that of the config.
         """
         _check_widths(self.config, x=x)
@@ -239,7 +203,7 @@ class Flux(eqx.Module):
         block = block_at(self.double, 0)
         modulation = block_at(hidden.modulation.double, 0)
         tokens = (hidden.img, hidden.txt)
-        return block(tokens, modulation, _block_attention(attention, hidden))
+        return block(tokens, modulation, block_attention(attention, hidden))
 
     def blocks(
         self,
@@ -249,21 +213,23 @@ class Flux(eqx.Module):
         degraded: DegradedBlocks | None = None,
         start: int = 0,
         remat: bool = False,
-    ) -> Float[Array, "img_tokens width"]:
+    ) -> ImgStates:
         """Return the image's tokens after the blocks.
 
         **Arguments:** `hidden`: from `embed`. `start`: number of the first double block to run. The
         others are as for a call of the network.
         """
-        run = _block_runner(hidden, attention, degraded)
+        run = block_runner(hidden, attention, degraded)
         double_inputs: tuple[PyTree, ...] = (hidden.modulation.double,)
         single_inputs: tuple[PyTree, ...] = (hidden.modulation.single,)
         if degraded is not None:
+            # Without flags the program has no branches.
             double_inputs += (degraded.double,)
             single_inputs += (degraded.single,)
         double, single = self._blocks_without_modulation()
         tokens = (hidden.img, hidden.txt)
         img, txt = scan_blocks(double, tokens, run, inputs=double_inputs, start=start, remat=remat)
+        # From here on text and image are one sequence, of which the image is kept in the end.
         joint = jnp.concatenate([txt, img])
         joint = scan_blocks(single, joint, run, inputs=single_inputs, remat=remat)
         return joint[len(hidden.txt) :]
@@ -281,23 +247,28 @@ class Flux(eqx.Module):
 
     def _conditioning(
         self,
-        times: Float[Array, " times"],
-        vec: Float[Array, " pooled"],
+        times: Times,
+        vec: Pooled,
         guidance: ScalarLike | None,
-    ) -> Float[Array, "times width"]:
+    ) -> ConditioningVectors:
         """Return the vectors of times, pooled text and guidance that modulate every block."""
 
         def embed(mlp: Mlp, value: Array | ScalarLike) -> Array:
+            # The sinusoid is cast after it is computed: 1000 t has no exact bfloat16.
             wave = sinusoid(1000 * _wide(value), self.config.time_width)
             return mlp(wave.astype(vec.dtype), jax.nn.silu)
 
+        # The text's vector is the same at all times.
         total = embed(self.time_in, times) + self.vector_in(vec, jax.nn.silu)
         if self.guidance_in is not None and guidance is not None:
             total = total + embed(self.guidance_in, guidance)
         return total
 
-    def _modulation(self, conditioning: Float[Array, "times width"], remat: bool) -> Modulation:
-        """Return the modulation of all layers, of conditioning vectors after their SiLU."""
+    def _modulation(self, conditioning: ConditioningVectors, remat: bool) -> Modulation:
+        """Return the modulation of all layers.
+
+        **Arguments:** `conditioning`: after its SiLU, which all blocks share.
+        """
 
         def double_modulation(layers: tuple[Linear, Linear]) -> DoubleModulation:
             return DoubleModulation(*(layer(conditioning) for layer in layers))
@@ -323,64 +294,13 @@ def _single_modulation_layer(block: SingleBlock) -> Linear:
 
 
 def _wide(value: Array | ScalarLike) -> Float[Array, "*shape"]:
-    """Return times, or a guidance scale, in float32, or in float64 if they already are."""
+    """Return times, or a guidance scale, in float32, or in float64 if that is their dtype."""
     array = jnp.asarray(value)
     return array.astype(wide_dtype(array.dtype))
 
 
-def _block_runner(
-    hidden: HiddenState, attention: AttentionChoice, degraded: DegradedBlocks | None
-) -> Callable[..., PyTree]:
-    """Return (block, tokens, modulation, [flag]) -> tokens, where flagged blocks are degraded."""
-    block_attention = _block_attention(attention, hidden)
-    degraded_attention: BlockAttention | None = None
-    if degraded is not None and degraded.attention is not None:
-        degraded_attention = _block_attention(degraded.attention, hidden)
-
-    def run(block: PyTree, tokens: PyTree, modulation: PyTree, *flag: Bool[Array, ""]) -> PyTree:
-        if not flag:
-            return block(tokens, modulation, block_attention)
-
-        def run_degraded() -> PyTree:
-            if degraded_attention is None:
-                return tokens
-            return block(tokens, modulation, degraded_attention)
-
-        return jax.lax.cond(
-            flag[0], run_degraded, lambda: block(tokens, modulation, block_attention)
-        )
-
-    return run
-
-
-def _block_attention(attention: AttentionChoice, hidden: HiddenState) -> BlockAttention:
-    """Return the joint attention of these tokens: q and k normalized and rotated, heads joined."""
-    rotation = prepare_rotation(hidden.rotation)
-    return partial(_attend, attention, rotation, len(hidden.txt))
-
-
-def _attend(
-    attention: AttentionChoice,
-    rotation: PreparedRotation,
-    txt_tokens: int,
-    width: int,
-    *projections: Projection,
-) -> Float[Array, "tokens width"]:
-    """Attend over the tokens of all projections; see `BlockAttention`."""
-    tokens = sum(len(projection.projected) for projection in projections)
-    head_dim = len(projections[0].query_norm.scale)
-    dtype = projections[0].projected.dtype
-    shape = jax.ShapeDtypeStruct((tokens, width // head_dim, head_dim), dtype)
-    # The fused kernel for q, k and v runs where flash_tpu does. Where XLA partitions the program
-    # among devices itself, neither can.
-    fused = resolved(attention, shape, shape) == "flash_tpu"
-    q, k, v = query_key_value(projections, rotation, width, fused=fused)
-    run = attention if callable(attention) else Attention(attention)
-    values = run(q, k, v, txt_tokens)
-    return rearrange(values, "tokens heads dim -> tokens (heads dim)")
-
-
 def _check_widths(config: FluxConfig, **inputs: Array) -> None:
+    """**Raises:** `ValueError` that names all inputs whose last axis does not fit the config."""
     widths = {
         "x": config.in_channels,
         "txt": config.context,
@@ -399,6 +319,7 @@ def _check_widths(config: FluxConfig, **inputs: Array) -> None:
 
 
 def _check_guidance(config: FluxConfig, guidance: ScalarLike | None) -> None:
+    """**Raises:** `ValueError` if guidance is missing, or is not taken."""
     if config.guidance_embed and guidance is None:
         raise ValueError(
             "This `Flux` is guidance-distilled and needs `guidance=`. Pass guidance=3.5, the "

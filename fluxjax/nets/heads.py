@@ -13,6 +13,7 @@ from fluxjax.nets.layers import RmsNorm, Rotation, rotate
 from fluxjax.shapes import Array, Float
 
 Heads = Float[Array, "tokens heads head_dim"]
+"""The features of tokens, as those of each head."""
 QueryKeyValue = tuple[Heads, Heads, Heads]
 JointAttention = Callable[[Heads, Heads, Heads, int], Heads]
 """(q, k, v, txt_tokens) -> values: an attention over the text's tokens, then the image's."""
@@ -24,6 +25,7 @@ class Projection(NamedTuple):
     """The projected tokens of one modality, and the norms of its queries and keys.
 
     `projected`: its first columns are q, k and v of all heads; more columns may follow.
+    `query_norm`, `key_norm`: over the features of a head.
     """
 
     projected: Float[Array, "tokens columns"]
@@ -39,7 +41,10 @@ class PreparedRotation(NamedTuple):
 
 
 def prepare_rotation(rotation: Rotation) -> PreparedRotation:
-    """Return a rotation for `query_key_value`. Call it outside of the loop over the blocks."""
+    """Return a rotation for `query_key_value`.
+
+    Call it outside of the loop over the blocks, so that it is computed once for all of them.
+    """
     if default_device().platform != "tpu":
         return PreparedRotation(rotation, None)
     from fluxjax.kernels.heads_tpu import factors_of  # Pallas takes a third of a second to import
@@ -58,9 +63,10 @@ def query_key_value(
 
     The tokens of the projections are concatenated in their order.
 
-    **Arguments:** `rotation`: of all tokens. `width`: columns of each of q, k and v. `fused`: run
-    one kernel, on a TPU and where it takes these shapes. It has gradients in reverse mode only,
-    which are those of the unfused computation.
+    **Arguments:** `projections`: of one modality or two, or of both as one sequence. `rotation`: of
+    all tokens. `width`: columns of each of q, k and v. `fused`: run one kernel, on a TPU and where
+    it takes these shapes. It has gradients in reverse mode only, which are those of the unfused
+    computation.
     """
     if fused and rotation.kernel_rotation is not None:
         from fluxjax.kernels.heads_tpu import suits
@@ -69,14 +75,20 @@ def query_key_value(
         head_dim = len(projections[0].query_norm.scale)
         dtype = projections[0].projected.dtype
         counts = [len(projection.projected) for projection in projections]
+        # Where the kernel does not take these shapes, nothing is lost but time.
         if suits(counts, width, head_dim, dtype, chip):
             return _fused((width, chip), tuple(projections), *rotation)
     return _unfused(projections, rotation.rotation, width)
 
 
-def _unfused(projections: Sequence[Projection], rotation: Rotation, width: int) -> QueryKeyValue:
+def _unfused(
+    projections: Sequence[Projection],
+    rotation: Rotation,
+    width: int,
+) -> QueryKeyValue:
     """Compute `query_key_value` with separate operations, which XLA fuses as it can."""
     parts = [_split_and_normalize(projection, width) for projection in projections]
+    # Concatenated after the norms, whose scales differ between the modalities.
     if len(parts) > 1:
         q, k, v = (jnp.concatenate(each) for each in zip(*parts, strict=True))
     else:
@@ -85,6 +97,7 @@ def _unfused(projections: Sequence[Projection], rotation: Rotation, width: int) 
 
 
 def _split_and_normalize(projection: Projection, width: int) -> QueryKeyValue:
+    """Return q, k and v of one modality, where q and k are normalized."""
     q, k, v = rearrange(
         projection.projected[:, : 3 * width],
         "tokens (three heads head_dim) -> three tokens heads head_dim",
@@ -101,6 +114,10 @@ def _fused(
     rotation: Rotation,
     kernel_rotation: KernelRotation,
 ) -> QueryKeyValue:
+    """Compute `query_key_value` with one kernel.
+
+    **Arguments:** `rotation`: unused here; the gradient goes to it.
+    """
     from fluxjax.kernels.heads_tpu import LANES, heads
 
     width, chip = width_and_chip
@@ -118,6 +135,7 @@ def _fused(
 
 
 Residuals = tuple[tuple[Projection, ...], Rotation]
+"""What a gradient needs of the forward pass: the inputs, of which it computes all again."""
 
 
 def _fused_fwd(
@@ -131,7 +149,9 @@ def _fused_fwd(
 
 
 def _fused_bwd(
-    width_and_chip: tuple[int, str], residuals: Residuals, cotangents: QueryKeyValue
+    width_and_chip: tuple[int, str],
+    residuals: Residuals,
+    cotangents: QueryKeyValue,
 ) -> tuple[tuple[Projection, ...], Rotation, None]:
     """Differentiate the unfused computation."""
     _, pullback = jax.vjp(partial(_unfused, width=width_and_chip[0]), *residuals)

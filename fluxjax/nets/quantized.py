@@ -29,7 +29,7 @@ class QuantizedWeight(LocalWeight):
     (2209.05433), E4M3.
     """
 
-    value: Array
+    value: Array  # [*depth, out, features], of 8 bits
     scale: Float[Array, "*depth out"]
 
     @property
@@ -41,14 +41,17 @@ class QuantizedWeight(LocalWeight):
 
 
 def round_rows(
-    x: Float[Array, "*rows features"], dtype: jnp.dtype
+    x: Float[Array, "*rows features"],
+    dtype: jnp.dtype,
 ) -> tuple[Array, Float[Array, "*rows"]]:
     """Quantize rows, each with the scale that maps its largest magnitude to the format's largest.
 
-    **Returns:** the rows in `dtype`, and their scales in float32; a row of zeros has the scale 1.
+    **Arguments:** `dtype`: one of `EIGHT_BITS`.
+    **Returns:** the rows in `dtype`, and their scales in float32.
     """
     x = x.astype(jnp.float32)
     magnitude = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # A row of zeros gets the scale 1, so that it stays zeros.
     scale = jnp.where(magnitude > 0, magnitude / _largest_value(dtype), 1)
     scaled = x / scale
     if jnp.issubdtype(dtype, jnp.integer):
@@ -58,13 +61,18 @@ def round_rows(
 
 
 def _largest_value(dtype: jnp.dtype) -> float:
+    """Return the largest number of a format: 127 or 448."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).max
     return float(jnp.finfo(dtype).max)
 
 
 @jax.custom_jvp
-def _quantized_matmul(x: Array, value: Array, scale: Array) -> Array:
+def _quantized_matmul(
+    x: Array,
+    value: Array,
+    scale: Array,
+) -> Array:
     """Return x (value * scale)^T, accumulated exactly for int8 and in float32 for float8."""
     rows, row_scale = round_rows(x, value.dtype)
     if jnp.issubdtype(value.dtype, jnp.integer):
@@ -72,22 +80,30 @@ def _quantized_matmul(x: Array, value: Array, scale: Array) -> Array:
     else:
         accumulated = product_dtype(x)
     contract_last = (((rows.ndim - 1,), (1,)), ((), ()))
+    # Both operands have 8 bits, so that a chip that can multiply these does.
     product = jax.lax.dot_general(rows, value, contract_last, preferred_element_type=accumulated)
     return product.astype(jnp.float32) * row_scale[..., None] * scale.astype(jnp.float32)
 
 
 @_quantized_matmul.defjvp
 def _quantized_matmul_jvp(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+    primals: tuple[Array, Array, Array],
+    tangents: tuple[Array, Array, Array],
 ) -> tuple[Array, Array]:
     """Differentiate with respect to x only: the weight is not trained."""
     x, value, scale = primals
+    x_tangent, _, _ = tangents
     plain = value.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-    tangent = Dense(plain).matmul(tangents[0]).astype(jnp.float32)
+    tangent = Dense(plain).matmul(x_tangent).astype(jnp.float32)
     return _quantized_matmul(x, value, scale), tangent
 
 
-def quantize(network: Network, format: str, *, donate: bool = False) -> Network:
+def quantize(
+    network: Network,
+    format: str,
+    *,
+    donate: bool = False,
+) -> Network:
     """Return a network whose blocks' matrices are rounded to 8 bits, with one scale per output.
 
     Embedders, norms, biases and everything outside of the blocks are kept as they are.
@@ -120,7 +136,12 @@ def _is_weight(node: PyTree) -> bool:
     return isinstance(node, Weight)
 
 
-def _quantize_weight(weight: Weight, dtype: jnp.dtype, donate: bool) -> QuantizedWeight:
+def _quantize_weight(
+    weight: Weight,
+    dtype: jnp.dtype,
+    donate: bool,
+) -> QuantizedWeight:
+    """Return a stacked weight in 8 bits. **Raises:** `ValueError` if it is not a plain one."""
     if not isinstance(weight, Dense):
         raise ValueError(
             f"`quantize(network)` rounds plain matrices, got a {type(weight).__name__}. Merge "
@@ -133,6 +154,7 @@ def _quantize_weight(weight: Weight, dtype: jnp.dtype, donate: bool) -> Quantize
     for block in range(len(weight.value)):
         result = put_block(result, weight.value[block], block)
     if donate:
+        # The rounding has to be finished before its source is freed.
         jax.block_until_ready(result)
         weight.value.delete()
     return result
@@ -153,7 +175,9 @@ def empty_quantized(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedWeight
 
 @partial(jax.jit, donate_argnums=0)
 def put_block(
-    weight: QuantizedWeight, block: Array, number: int | Int[Array, ""]
+    weight: QuantizedWeight,
+    block: Array,
+    number: int | Int[Array, ""],
 ) -> QuantizedWeight:
     """Return a stacked weight, updated in place, with one block quantized from a plain matrix."""
     value, scale = round_rows(block, weight.value.dtype)

@@ -18,7 +18,12 @@ _STACKED = ("double", "single", "blocks")
 """The fields of the networks that hold stacked blocks; everything else asks `is_stacked`."""
 
 
-def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArray) -> Block:
+def stack(
+    make: Callable[[PRNGKeyArray], Block],
+    depth: int,
+    *,
+    key: PRNGKeyArray,
+) -> Block:
     """Return `depth` blocks as one block whose arrays have a leading depth axis.
 
     **Arguments:** `make`: makes one block of a key.
@@ -27,25 +32,36 @@ def stack(make: Callable[[PRNGKeyArray], Block], depth: int, *, key: PRNGKeyArra
 
 
 class Unrolled(eqx.Module):
-    """Blocks that are not stacked: each is compiled separately, and no loop slices its weights."""
+    """Blocks that are not stacked, in their order.
+
+    Each is compiled separately, and no loop slices its weights.
+    """
 
     blocks: tuple[PyTree, ...]
 
 
 def map_part(blocks: PyTree, part: Callable[[PyTree], PyTree]) -> PyTree:
-    """Return `part` of the blocks: of the stack at once, or of each unrolled block."""
+    """Return part(block) of every block, stacked or unrolled as the blocks are.
+
+    **Arguments:** `part`: a function that selects or replaces layers; it gets a whole stack at
+    once.
+    """
     if isinstance(blocks, Unrolled):
         return Unrolled(tuple(map(part, blocks.blocks)))
     return part(blocks)
 
 
 def depth_of(blocks: PyTree) -> int:
-    """Return how many blocks are stacked."""
-    return jax.tree.leaves(eqx.filter(blocks, eqx.is_array))[0].shape[0]
+    """Return how many blocks are stacked, which is the leading size of all of their arrays."""
+    arrays = jax.tree.leaves(eqx.filter(blocks, eqx.is_array))
+    return arrays[0].shape[0]
 
 
 def block_at(blocks: PyTree, index: int | Int[Array, ""]) -> PyTree:
-    """Return one block. `index`: may be traced, except for unrolled blocks."""
+    """Return one block, or the rows of it in a pytree of arrays.
+
+    **Arguments:** `index`: may be traced, unless the blocks are unrolled.
+    """
     if isinstance(blocks, Unrolled):
         return blocks.blocks[index]
     return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, blocks)
@@ -65,6 +81,7 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
     """
     names = []
     for name, blocks in vars(network).items():
+        # No blocks stay stacked: unrolled, nothing would tell the shapes of their modulation.
         if is_stacked(name) and not isinstance(blocks, Unrolled) and depth_of(blocks) > 0:
             names.append(name)
     if not names:
@@ -79,6 +96,7 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
 
 
 def _unrolled(blocks: PyTree, donate: bool) -> Unrolled:
+    """Return stacked blocks as unrolled ones, copied array by array."""
     leaves, structure = jax.tree.flatten(blocks)
     depth = depth_of(blocks)
     leaves_of_block: list[list] = [[] for _ in range(depth)]
@@ -93,7 +111,10 @@ def _unrolled(blocks: PyTree, donate: bool) -> Unrolled:
 
 
 def path_name(path: KeyPath) -> str:
-    """Return the name of what is at a path of a network: fields and indices, joined by dots."""
+    """Return the name of what is at a path of a network: fields and indices, joined by dots.
+
+    **Arguments:** `path`: as of `jax.tree_util.tree_map_with_path`.
+    """
     return ".".join(_entry_name(entry) for entry in path)
 
 
@@ -120,6 +141,10 @@ def is_stacked(name: str) -> bool:
 
 
 def block_name(leaf: str, block: int) -> str:
-    """Return the name of one block of a stacked array: the index follows the first field."""
+    """Return the name of one block of a stacked array: the index follows the first field.
+
+    **Arguments:** `leaf`: the name of the stacked array, such as "double.img.qkv.weight".
+    **Returns:** such as "double.3.img.qkv.weight".
+    """
     first, _, rest = leaf.partition(".")
     return f"{first}.{block}.{rest}"

@@ -20,6 +20,8 @@ from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
 """One hidden state per token."""
+PositionBias = Float[Array, "heads tokens tokens"]
+"""What is added to each head's scores, by query and key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +83,30 @@ class T5Block(eqx.Module):
         self.down = Linear(hidden, width, bias=False, key=down)
 
     def __call__(
-        self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike
+        self,
+        x: States,
+        bias: PositionBias,
+        dtype: DTypeLike,
     ) -> States:
         """Return the residual stream after this block.
 
         **Arguments:** `x`: the residual stream, in float32 at least. `bias`: of relative positions.
         `dtype`: of the activations.
         """
-        y = self.norm1(x, dtype)
-        q, k, v = (
-            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
-            for layer in (self.q, self.k, self.v)
-        )
-        attended = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
-        x = x + self.out(rearrange(attended, "t h d -> t (h d)")).astype(x.dtype)
+        x = x + self._attend(self.norm1(x, dtype), bias).astype(x.dtype)
         y = self.norm2(x, dtype)
         hidden = gelu(self.gate(y)) * self.up(y)
         # The output of `down` overflows float16: it is computed in the residual stream's dtype.
         return x + self.down(hidden.astype(x.dtype))
+
+    def _attend(self, x: States, bias: PositionBias) -> States:
+        q, k, v = (
+            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
+            for layer in (self.q, self.k, self.v)
+        )
+        # Only xla takes a bias on every platform. T5 does not scale its scores.
+        attended = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
 
 
 class T5(eqx.Module):
@@ -111,8 +119,8 @@ class T5(eqx.Module):
 
     config: T5Config = eqx.field(static=True)
     tokens: Embedding
-    position_bias: Embedding
-    blocks: T5Block
+    position_bias: Embedding  # of each bucket, one number for each head
+    blocks: T5Block  # stacked
     norm: RmsNorm
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
@@ -124,6 +132,7 @@ class T5(eqx.Module):
         self.norm = RmsNorm(config.width, eps=config.eps)
 
     def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
         return describe_network(self)
 
     @convert_arguments
@@ -138,20 +147,27 @@ class T5(eqx.Module):
         """
         check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
-        buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         wide = wide_dtype(jnp.dtype(dtype))
+        # The same bias in all blocks.
+        buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
         x = self.tokens(ids, wide)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype))
         return self.norm(x, dtype)
 
 
-def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array, "tokens tokens"]:
+def position_buckets(
+    tokens: int,
+    buckets: int,
+    max_distance: int,
+) -> Int[Array, "tokens tokens"]:
     """Return the bucket of the relative position of each (query, key) pair.
 
     Half of the buckets are for keys after the query. Of each half, half hold one distance each; the
     others are spaced logarithmically up to `max_distance`.
 
+    **Arguments:** `tokens`: of the sequence. `buckets`: how many there are; a multiple of 4.
+    `max_distance`: distances from there on are in the last bucket of their half.
     **Source:** Raffel et al. 2020, section 2.1; Mesh TensorFlow's relative position buckets.
     """
     position = jnp.arange(tokens, dtype=jnp.int32)
@@ -159,6 +175,8 @@ def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array,
     half, exact = buckets // 2, buckets // 4
     distance = jnp.abs(offset)
     log_range = math.log(max_distance / exact)
+    # Clipped only so that the logarithm is finite; such distances are not far.
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / log_range
     far = jnp.minimum(exact + (ratio * (half - exact)).astype(jnp.int32), half - 1)
-    return jnp.where(distance < exact, distance, far) + jnp.where(offset > 0, half, 0)
+    near_or_far = jnp.where(distance < exact, distance, far)
+    return near_or_far + jnp.where(offset > 0, half, 0)

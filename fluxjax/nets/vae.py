@@ -52,8 +52,15 @@ class VaeConfig:
         return cls()
 
 
+Moments = Float[Array, "rows columns moments"]
+"""The mean of z, then its log-variance, as channels."""
+
+
 class Encoder(eqx.Module):
-    """An image to the mean and log-variance of z."""
+    """An image to the mean and log-variance of z.
+
+    `down`: from the finest level to the coarsest.
+    """
 
     conv_in: Conv
     down: tuple[Level, ...]
@@ -70,19 +77,28 @@ class Encoder(eqx.Module):
         self.norm_out = GroupNorm(channels[-1], config.groups)
         self.conv_out = Conv(channels[-1], 2 * config.latent_channels, key=last)
 
-    def __call__(self, image: Image, rows: Rows = WHOLE) -> Float[Array, "rows columns moments"]:
-        """Encode an image. `rows`: where its rows are."""
+    def __call__(self, image: Image, rows: Rows = WHOLE) -> Moments:
+        """Encode an image.
+
+        **Arguments:** `image`: [height, width, 3]. `rows`: where its rows are.
+        **Returns:** [height / 8, width / 8, 2 latent_channels].
+        """
         x = self.conv_in(image, rows)
         for level in self.down:
             x = level(x, rows)
             if level.resample is not None:
+                # Padded at the end only, as the original in PyTorch.
                 x = level.resample(x, rows, stride=2, padding=((0, 1), (0, 1)))
-        x = self.norm_out(self.middle(x, rows), rows)
+        x = self.middle(x, rows)
+        x = self.norm_out(x, rows)
         return self.conv_out(jax.nn.silu(x), rows)
 
 
 class Decoder(eqx.Module):
-    """A z to an image; `up` has the coarsest level first."""
+    """A z to an image.
+
+    `up`: from the coarsest level to the finest.
+    """
 
     conv_in: Conv
     middle: Middle
@@ -100,19 +116,32 @@ class Decoder(eqx.Module):
         self.conv_out = Conv(channels[-1], 3, key=last)
 
     def __call__(self, z: Cells, rows: Rows = WHOLE) -> Image:
-        """Decode a z. `rows`: where its rows are."""
-        x = self.middle(self.conv_in(z, rows), rows)
+        """Decode a z.
+
+        **Arguments:** `z`: [rows, columns, latent_channels]. `rows`: where its rows are.
+        **Returns:** [8 rows, 8 columns, 3].
+        """
+        x = self.conv_in(z, rows)
+        x = self.middle(x, rows)
         for level in self.up:
             x = level(x, rows)
             if level.resample is not None:
                 x = level.resample.upsample(x, rows)
-        return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
+        x = self.norm_out(x, rows)
+        return self.conv_out(jax.nn.silu(x), rows)
 
 
 def _levels(
-    channels: Sequence[int], depth: int, groups: int, keys: Sequence[PRNGKeyArray]
+    channels: Sequence[int],
+    depth: int,
+    groups: int,
+    keys: Sequence[PRNGKeyArray],
 ) -> tuple[Level, ...]:
-    """Return levels in the order of their channels, of which all but the last change the size."""
+    """Return levels in the order of their channels, of which all but the last change the size.
+
+    **Arguments:** `channels`: of each level. `depth`: residual blocks of each. `groups`: of the
+    norms. `keys`: one for each level.
+    """
     levels = []
     channels_in = channels[0]
     for number, (out, key) in enumerate(zip(channels, keys, strict=True)):
@@ -141,6 +170,7 @@ class Vae(eqx.Module):
         self.decoder = Decoder(config, key=decoder)
 
     def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
         return describe_network(self)
 
     @convert_arguments
@@ -158,7 +188,8 @@ class Vae(eqx.Module):
                 f"`Vae.encode(image)` needs height and width that are multiples of {factor}, got "
                 f"{height}x{width}. Crop or resize the image."
             )
-        mean, log_variance = jnp.split(rearrange(self.encoder(image), "y x c -> c y x"), 2)
+        moments = rearrange(self.encoder(image), "y x c -> c y x")
+        mean, log_variance = jnp.split(moments, 2)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     @convert_arguments
@@ -171,6 +202,7 @@ class Vae(eqx.Module):
         **Raises:** `ValueError` for other sizes.
         """
         mean, log_variance = self.moments(image)
+        # Scaled and sampled in float32 at least, and rounded once.
         z = mean.astype(wide_dtype(mean.dtype))
         if key is not None:
             deviation = jnp.exp(0.5 * log_variance.astype(z.dtype))
@@ -185,5 +217,6 @@ class Vae(eqx.Module):
         **Returns:** an image, [8 rows, 8 columns, 3], in [-1, 1] but not clipped, in the latent's
         dtype.
         """
-        z = latent.astype(wide_dtype(latent.dtype)) / self.config.scale + self.config.shift
+        wide = latent.astype(wide_dtype(latent.dtype))
+        z = wide / self.config.scale + self.config.shift
         return self.decoder(rearrange(z.astype(latent.dtype), "c y x -> y x c"))

@@ -90,6 +90,7 @@ class Dense(LocalWeight):
         return self.value.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        # The weight is [out, in]: both last axes are contracted, and nothing is transposed.
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(
             x, self.value.astype(x.dtype), contract_last, preferred_element_type=product_dtype(x)
@@ -107,6 +108,7 @@ class AdaptedWeight(WrappedWeight):
     up: Float[Array, "*depth out rank"]
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        # Two thin products: up @ down would be as large as the base.
         product = self.base.matmul(x)
         reduced = Dense(self.down).matmul(x).astype(x.dtype)
         return product + Dense(self.up).matmul(reduced)
@@ -133,5 +135,6 @@ def materialize(x: Array) -> Array:
     Otherwise XLA drops a rounding that a reader undoes, and writes float32 beside bfloat16.
     """
     if default_device().platform == "tpu":
+        # On others the barrier would only keep XLA from fusing.
         return jax.lax.optimization_barrier(x)
     return x
