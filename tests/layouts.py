@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxjax.checkpoint import safetensors as files
+from fluxjax.checkpoint import safetensors_writer as files
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.checkpoint.plan import InMemoryWeights
@@ -22,5 +22,5 @@ def write(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
     """Write arrays to a safetensors file, in the place of an existing one."""
-    outs = {name: files.OutputTensor.of(np.asarray(tensor)) for name, tensor in tensors.items()}
-    files.write(path, outs, metadata, overwrite=True)
+    outs = {name: files.OutputTensor.from_array(np.asarray(tensor)) for name, tensor in tensors.items()}
+    files.write_safetensors(path, outs, metadata, overwrite=True)

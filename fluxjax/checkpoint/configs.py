@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from fluxjax.checkpoint.safetensors import WeightsError, quoted
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.settings import Field, check_settings
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
+from fluxjax.printable import quote_name
 
 Config = TypeVar("Config")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -242,7 +243,7 @@ def clip_from_json(config: Mapping[str, Any]) -> ClipConfig:
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in _CLIP_ACTIVATIONS:
         raise WeightsError(
-            f"CLIP's hidden_act {quoted(activation)} is not one of {', '.join(_CLIP_ACTIVATIONS)}."
+            f"CLIP's hidden_act {quote_name(activation)} is not one of {', '.join(_CLIP_ACTIVATIONS)}."
         )
     return ClipConfig(
         vocabulary=config["vocab_size"],

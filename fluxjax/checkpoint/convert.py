@@ -9,14 +9,16 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.atomic import check_free, new_folder
-from fluxjax.checkpoint.defaults import DEFAULTS_FILE, load_defaults, write_pipeline
+from fluxjax.checkpoint.defaults import load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import FoundNetwork, Source, open_source
+from fluxjax.checkpoint.disk import explain_full_disk
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import DEFAULTS_FILE, MODEL_FOLDERS, TOKENIZER_FOLDERS
 from fluxjax.checkpoint.inspect import _listed
 from fluxjax.checkpoint.kinds import FLUX, KINDS
 from fluxjax.checkpoint.load import check_written_dtype
-from fluxjax.checkpoint.locate import WHOLE, find
+from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.plan import Weights
-from fluxjax.checkpoint.safetensors import WeightsError, disk_errors
 from fluxjax.checkpoint.write import (
     LAYOUTS,
     NetworkToWrite,
@@ -29,8 +31,6 @@ from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
 from fluxjax.lora.read import Lora
 from fluxjax.lora.scales import Scale, check_scales
 from fluxjax.zoo import Defaults
-
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 def convert_weights(
@@ -69,8 +69,8 @@ def convert_weights(
         )
     check_free(target)
     stored = check_written_dtype("convert_weights", dtype)
-    folder = find(
-        source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only]
+    folder = find_source(
+        source, MODEL_FOLDERS if only is None else [KINDS[name].folder for name in KINDS if name in only]
     )
     parts = _chosen(open_source(folder), only)
     given = [_given(part, loras) for part in parts]
@@ -88,7 +88,7 @@ def convert_weights(
     if single:
         write_files(target.parent, files, report=report)
         return target
-    with disk_errors(target, total), new_folder(target) as temporary:
+    with explain_full_disk(target, total), new_folder(target) as temporary:
         write_files(temporary, files, shard_size=shard_size, report=report)
         _write_rest(folder, temporary, given, to, defaults)
     return target
@@ -123,7 +123,7 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[FoundNetwork]:
 
 def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
     """Return one line for each thing in adapters that has no effect on a checkpoint's transformer, from its headers."""
-    part = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
+    part = open_source(find_source(source, [FLUX.folder])).parts.get(FLUX.name)
     if part is None:
         return []
     network = part.plan().network
@@ -169,11 +169,11 @@ def _write_rest(
         for one in given:
             write_json(target / one.kind.folder / "config.json", one.kind.to_json(one.config))
     if layout in ("own", "diffusers"):
-        found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
+        found = [name for name in TOKENIZER_FOLDERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
         for name in found:
             _copy_files(folder / name, target / name)
         if defaults is not None:
-            if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZERS):
+            if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZER_FOLDERS):
                 write_pipeline(target, defaults)
             else:
                 write_json(target / DEFAULTS_FILE, asdict(defaults))

@@ -10,30 +10,28 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.checkpoint import configs
-from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.gguf import GGUF_MAGIC, read_gguf
+from fluxjax.checkpoint import configs, names as tables
+from fluxjax.checkpoint.combine import combine_packed
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.gguf import read_gguf
+from fluxjax.checkpoint.gguf_header import GGUF_MAGIC
+from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.kinds import KINDS, OWN_METADATA, T5_XXL, Kind
 from fluxjax.checkpoint.names import Dialect
-from fluxjax.checkpoint.packed import join
 from fluxjax.checkpoint.plan import Parts, Plan, Problems, abstract, match, plan
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import (
+from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.shards import read_index
+from fluxjax.checkpoint.tensors import (
     MOST_TENSORS,
     StoredTensor,
     Tensor,
     TensorFile,
-    WeightsError,
-    check_regular,
-    quoted,
-    read_header,
-    read_index,
-    shown,
+    check_regular_file,
 )
-from fluxjax.checkpoint.settings import read_json
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.nets.vae import VaeConfig
+from fluxjax.printable import printable, printable_path, quote_name
 
 # All-in-one files hold these beside the networks.
 _UNNEEDED = {
@@ -83,7 +81,7 @@ class FoundNetwork:
     @cached_property
     def config(self) -> Any:
         """Its config: config.json, else fluxjax's own metadata, else the shapes tell. **Raises:** `WeightsError`."""
-        file = shown(self.files[0])
+        file = printable_path(self.files[0])
         try:
             if self.settings is not None:
                 return self.kind.from_json(self.settings)
@@ -154,13 +152,13 @@ class Source:
             raise WeightsError(next(iter(self.strangers.values())))
         held = ", ".join(f"a {part.kind.title}" for part in self.parts.values()) or "no weights"
         raise WeightsError(
-            f"{shown(self.path)} holds no {kind.title}, but {held}. Pass the {kind.title}'s own file or folder."
+            f"{printable_path(self.path)} holds no {kind.title}, but {held}. Pass the {kind.title}'s own file or folder."
         )
 
 
 def read_file(path: Path) -> TensorFile:
     """Return what a safetensors or GGUF file holds. **Raises:** `WeightsError` for any other, or a damaged one."""
-    check_regular(path)
+    check_regular_file(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     return read_gguf(path) if magic == GGUF_MAGIC else read_header(path)
@@ -178,7 +176,7 @@ def open_source(path: Path) -> Source:
         return _collect(path, [([path], None)])
     if not path.is_dir():
         if path.exists():
-            check_regular(path)
+            check_regular_file(path)
         raise FileNotFoundError(
             f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder."
         )
@@ -213,7 +211,7 @@ def _groups(folder: Path) -> list[Group]:
     if settings is not None and len(groups) > 1:
         found = printable(", ".join(group[0].name for group in groups))
         raise WeightsError(
-            f"{shown(folder)} should hold one network, or its shards and their index; it holds {found}. Remove one."
+            f"{printable_path(folder)} should hold one network, or its shards and their index; it holds {found}. Remove one."
         )
     if not groups and (
         pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
@@ -227,7 +225,7 @@ def _settings(path: Path) -> Mapping[str, Any] | None:
         return None
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise WeightsError(f"{shown(path)} is not a config. Download it anew.")
+        raise WeightsError(f"{printable_path(path)} is not a config. Download it anew.")
     return settings
 
 
@@ -243,7 +241,7 @@ def _collect(path: Path, groups: Sequence[Group]) -> Source:
             if other is not part:
                 names = " and ".join(printable(one.files[0].name) for one in (other, part))
                 raise WeightsError(
-                    f"{shown(path)} holds two {part.kind.title}s, in {names}. Pass one of the files."
+                    f"{printable_path(path)} holds two {part.kind.title}s, in {names}. Pass one of the files."
                 )
         if found:
             left += rest
@@ -263,20 +261,20 @@ def identify(
     for file in files:
         twice = sorted(tensors.keys() & file.tensors.keys())
         if twice:
-            other = shown(tensors[twice[0]].file)
+            other = printable_path(tensors[twice[0]].file)
             raise WeightsError(
-                f"{shown(file.path)} holds {quoted(twice[0])}, which {other} holds too. Remove one of the files."
+                f"{printable_path(file.path)} holds {quote_name(twice[0])}, which {other} holds too. Remove one of the files."
             )
         tensors |= file.tensors
     own, paths = _own_metadata(files), tuple(file.path for file in files)
     if own is not None and own.get("layout") == tables.OWN.name:
         if len(own["parts"]) != 1:
-            raise WeightsError(f"{shown(paths[0])}: fluxjax's metadata names {len(own['parts'])} networks, and the own layout "
+            raise WeightsError(f"{printable_path(paths[0])}: fluxjax's metadata names {len(own['parts'])} networks, and the own layout "
                                "has one in a file. Convert the file anew.")  # fmt: skip
         ((name, config),) = own["parts"].items()
         return [FoundNetwork(KINDS[name], tables.OWN, _unstacked(tensors), config, None, paths)], []
     _check_method(settings, paths)
-    tensors = join(tensors, files)
+    tensors = combine_packed(tensors, files)
     described = {} if own is None else own["parts"]
     parts = []
     for kind in KINDS.values():
@@ -304,7 +302,7 @@ def _check_method(settings: Mapping[str, Any] | None, paths: Sequence[Path]) -> 
     method = described.get("quant_method") if isinstance(described, dict) else None
     if method is not None and method not in ("bitsandbytes", "bfl"):
         raise WeightsError(
-            f"{shown(paths[0])} is quantized by {printable(str(method), 40)} (its config.json), which fluxjax can't decode. "
+            f"{printable_path(paths[0])} is quantized by {printable(str(method), 40)} (its config.json), which fluxjax can't decode. "
             "Use the model's bfloat16, bitsandbytes or GGUF weights."
         )
 
@@ -346,7 +344,7 @@ def _own_metadata(files: Sequence[TensorFile]) -> Mapping[str, Any] | None:
     parts = own.get("parts") if isinstance(own, dict) else None
     if not isinstance(parts, dict) or not parts or not parts.keys() <= KINDS.keys():
         raise WeightsError(
-            f"{shown(files[0].path)}: fluxjax's metadata is damaged. Download or convert the file anew."
+            f"{printable_path(files[0].path)}: fluxjax's metadata is damaged. Download or convert the file anew."
         )
     return own
 
@@ -377,7 +375,7 @@ def _one_embedding(kind: Kind, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def what_else(path: Path, files: Sequence[TensorFile]) -> str:
     """Say what a file holds that is none of the networks."""
-    where, names = shown(path), [name for file in files for name in file.tensors]
+    where, names = printable_path(path), [name for file in files for name in file.tensors]
     pieces = {piece for name in names for piece in name.split(".")}
     if "wscales" in pieces:  # it holds low-rank parts too, so it is looked for first
         return f"{where} is a Nunchaku (SVDQuant) model, which fluxjax does not read. Pass the model that it was made from."

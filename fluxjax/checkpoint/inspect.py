@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxjax.checkpoint.detect import FoundNetwork, open_source, variant
-from fluxjax.checkpoint.locate import WHOLE, find
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.plan import Problems
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.checkpoint.write import parameters
+from fluxjax.printable import printable
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def inspect_weights(source: str | Path) -> Report:
     **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's cache.
     **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such source.
     """
-    found = open_source(find(source, WHOLE, cached=True))
+    found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
     networks = tuple(_summary(part) for part in found.parts.values())
     return Report(
         networks,

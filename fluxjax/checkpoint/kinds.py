@@ -6,8 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.checkpoint import configs
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import configs, folders, names as tables
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
@@ -42,7 +41,7 @@ class Kind:
 FLUX = Kind(
     name="flux",
     title="FLUX transformer",
-    folder="transformer",
+    folder=folders.TRANSFORMER_FOLDER,
     stem="diffusion_pytorch_model",
     network=Flux,
     config=FluxConfig,
@@ -55,7 +54,7 @@ FLUX = Kind(
 T5_XXL = Kind(
     name="t5",
     title="T5 encoder",
-    folder="text_encoder_2",
+    folder=folders.T5_FOLDER,
     stem="model",
     network=T5,
     config=T5Config,
@@ -68,7 +67,7 @@ T5_XXL = Kind(
 CLIP = Kind(
     name="clip",
     title="CLIP text encoder",
-    folder="text_encoder",
+    folder=folders.CLIP_FOLDER,
     stem="model",
     network=Clip,
     config=ClipConfig,
@@ -81,7 +80,7 @@ CLIP = Kind(
 VAE = Kind(
     name="vae",
     title="VAE",
-    folder="vae",
+    folder=folders.VAE_FOLDER,
     stem="diffusion_pytorch_model",
     network=Vae,
     config=VaeConfig,

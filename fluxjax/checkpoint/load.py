@@ -16,10 +16,10 @@ from fluxjax.checkpoint.plan import (
     slots_of_leaf,
     widest,
 )
-from fluxjax.checkpoint.printable import printable
 from fluxjax.nets.quantized import QuantizedWeight, eight_bit_dtype, empty_quantized, put_block
 from fluxjax.nets.stack import is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
+from fluxjax.printable import printable
 
 
 def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Any = None) -> Any:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.finite import all_finite
 from fluxjax.checkpoint.names import Dialect, Row
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import StoredTensor, Tensor, WeightsError, quoted, shown
+from fluxjax.checkpoint.tensors import StoredTensor, Tensor
 from fluxjax.nets.stack import block_name, is_stacked, leaf_names
+from fluxjax.printable import printable, printable_path, quote_name
 
 Network = TypeVar("Network", bound=eqx.Module)
 Parts = Mapping[str, slice]
@@ -174,7 +175,7 @@ class Plan(Weights):
         pieces = [piece for slot in slots for piece in self.pieces[slot]]
         bad = next((piece for piece in pieces if not all_finite(piece.tensor.view())), pieces[0])
         raise WeightsError(
-            f"{shown(bad.tensor.file)}: {quoted(bad.key)} holds NaN or infinity, with which every image is black. The file is "
+            f"{printable_path(bad.tensor.file)}: {quote_name(bad.key)} holds NaN or infinity, with which every image is black. The file is "
             "damaged, or its training diverged. Download it anew, or use another one."
         )
 

@@ -14,12 +14,13 @@ import numpy as np
 from fluxjax.checkpoint import configs
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.detect import dialect_for, fused_parts, variant
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.kinds import OWN_METADATA, VAE, Kind
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.checkpoint.plan import Weights, slots_of, slots_of_leaf, their_shape, to_theirs, widest
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError, write
+from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.nets.stack import is_stacked, leaf_names
+from fluxjax.printable import printable
 
 LAYOUTS = ("own", "diffusers", "bfl", "comfy")
 _TABLES = {"tokens.weight", "positions.weight", "position_bias.weight"}
@@ -232,7 +233,7 @@ def write_files(
     for sheet in files:
         parts, index = ([sheet], None) if shard_size is None else shards(sheet, shard_size)
         for part in parts:
-            write(folder / part.path, part.tensors, part.metadata, report=report)
+            write_safetensors(folder / part.path, part.tensors, part.metadata, report=report)
         if index is not None:
             write_json(folder / f"{sheet.path}.index.json", index)
 

@@ -18,7 +18,16 @@ from fluxjax.flow.paths import (
     estimates,
 )
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
-from fluxjax.flow.sample import Progress, Sample, evaluation_times, sample, stream
+from fluxjax.flow.sample import (
+    Progress,
+    Sample,
+    SampleState,
+    advance_sample,
+    begin_sample,
+    evaluation_times,
+    sample,
+    stream,
+)
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
 from fluxjax.flow.times import (
@@ -61,6 +70,7 @@ __all__ = [
     "ReverseSDE",
     "Rule",
     "Sample",
+    "SampleState",
     "StatefulVelocity",
     "Step",
     "StochasticStep",
@@ -70,8 +80,10 @@ __all__ = [
     "Velocity",
     "WeakModel",
     "ZeroStar",
+    "advance_sample",
     "ancestral",
     "as_velocity",
+    "begin_sample",
     "beta_times",
     "convert_prediction",
     "custom_times",

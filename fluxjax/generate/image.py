@@ -11,7 +11,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fluxjax.checkpoint.atomic import check_free, new_file
-from fluxjax.checkpoint.printable import printable
+from fluxjax.printable import printable
 from fluxjax.shapes import Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.locate import locate
-from fluxjax.generate.latents import CELL, PATCH
+from fluxjax.checkpoint.locate import find_part
+from fluxjax.generate.latents import image_tokens
 from fluxjax.nets.flux import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
@@ -50,7 +50,7 @@ def read_configs(source: str | Path) -> Configs:
         return Configs(T5Config(), FluxConfig(), VaeConfig())
 
     def config(kind: Kind) -> Any:
-        return open_source(locate(source, kind.folder)).part(kind).config
+        return open_source(find_part(source, kind.folder)).part(kind).config
 
     config(CLIP)  # raises if it is missing
     return Configs(config(T5_XXL), config(FLUX), config(VAE))
@@ -66,9 +66,8 @@ def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
     """
     t5, flux, vae = configs
     size = np.dtype(demand.dtype).itemsize
-    side = CELL * PATCH
     pixels = demand.height * demand.width
-    every = demand.tokens + pixels // side**2
+    every = demand.tokens + image_tokens(demand.height, demand.width)
     bias = 4 * t5.heads * demand.tokens**2
     modulations = demand.steps * flux.width * (12 * flux.double_depth + 3 * flux.single_depth + 2)
     return {

@@ -13,11 +13,13 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.atomic import check_free, new_folder
-from fluxjax.checkpoint.defaults import DEFAULTS_FILE, write_pipeline
+from fluxjax.checkpoint.defaults import write_pipeline
+from fluxjax.checkpoint.disk import explain_full_disk
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import DEFAULTS_FILE
 from fluxjax.checkpoint.kinds import KINDS, Kind
 from fluxjax.checkpoint.load import check_written_dtype
 from fluxjax.checkpoint.plan import InMemoryWeights, Weights, slots_of_leaf
-from fluxjax.checkpoint.safetensors import WeightsError, disk_errors
 from fluxjax.checkpoint.write import (
     LAYOUTS,
     NetworkToWrite,
@@ -116,7 +118,7 @@ def _write_folder(
     write_rest: Callable[[Path], Any],
 ) -> None:
     files = output_files(given, layout, dtype=dtype)
-    with disk_errors(target, sum(sheet.nbytes for sheet in files)), new_folder(target) as temporary:
+    with explain_full_disk(target, sum(sheet.nbytes for sheet in files)), new_folder(target) as temporary:
         write_files(temporary, files)
         if layout == "diffusers":
             for one in given:

@@ -12,8 +12,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.settings import Field, check_settings, describe, read_json
+from fluxjax.checkpoint.json_file import read_json
+from fluxjax.checkpoint.settings import Field, check_settings, describe
+from fluxjax.printable import printable
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, words, single digits, and runs of other signs: the split of OpenAI's CLIP.

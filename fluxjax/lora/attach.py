@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.detect import fused_parts
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.plan import slots_of
-from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.lora.merge import changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.scales import Scales, check_scales

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import TensorFile, WeightsError
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.tensors import TensorFile
 from fluxjax.lora.names import Place
 from fluxjax.lora.rotations import butterfly_order, cayley, peft_butterfly_order, peft_cayley
 from fluxjax.lora.settings import Settings
@@ -23,6 +23,7 @@ from fluxjax.lora.terms import (
     ReplacementTerm,
     Term,
 )
+from fluxjax.printable import printable
 from fluxjax.shapes import Array
 
 

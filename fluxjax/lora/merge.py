@@ -12,9 +12,9 @@ import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.detect import fused_parts
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.plan import Weights, abstract, cast, slots_of
-from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.rounding import check_fits, rounded, seed_of
 from fluxjax.lora.scales import (

@@ -6,14 +6,16 @@ from typing import Literal, overload
 
 import equinox as eqx
 
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import TensorFile, WeightsError, read_header
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.tensors import TensorFile
 from fluxjax.lora.build import Module, terms_of
 from fluxjax.lora.names import find_place
 from fluxjax.lora.roles import PLAIN, is_adapters, splits
 from fluxjax.lora.settings import WEIGHTS, AllSettings, read_settings
 from fluxjax.lora.strangers import looks_like, without_effect
 from fluxjax.lora.terms import LowRankTerm, MagnitudeTerm, Term
+from fluxjax.printable import printable
 
 _IN_FOLDER = (WEIGHTS, "pytorch_lora_weights.safetensors")
 

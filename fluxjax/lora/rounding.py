@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.safetensors import WeightsError
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.shapes import Array, Float
 
 

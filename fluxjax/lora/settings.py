@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import TensorFile, WeightsError
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.tensors import TensorFile
+from fluxjax.printable import printable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from fluxjax.checkpoint.printable import printable
 from fluxjax.lora.roles import is_adapters
+from fluxjax.printable import printable
 
 _OTHERS = {
     "lora_unet_down_blocks": "Stable Diffusion 1 or XL",

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.detect import fused_rows
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.load import check_written_dtype
 from fluxjax.checkpoint.names import Dialect
 from fluxjax.checkpoint.plan import InMemoryWeights, Weights, cast, slots_of
-from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError, write
+from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.lora.attach import factors_of
 from fluxjax.lora.merge import check_plain, kind_of, rows_of
 from fluxjax.lora.read import Change, Lora
@@ -90,9 +91,9 @@ def write_lora(
             f"{damaged} holds NaN or infinity, so the adapter is not written. Its training diverged."
         )
     stored = {name: _stored(name, tensor, target) for name, tensor in tensors.items()}
-    write(
+    write_safetensors(
         Path(path),
-        {name: OutputTensor.of(np.ascontiguousarray(tensor)) for name, tensor in stored.items()},
+        {name: OutputTensor.from_array(np.ascontiguousarray(tensor)) for name, tensor in stored.items()},
         overwrite=overwrite,
     )
 

@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from bench_load import sparse_file
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from layouts import export, write
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -39,9 +38,9 @@ from fluxjax import (
     load_vae,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.locate import tiny_folder
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.cli.main import main as cli
 from fluxjax.cli.options import byte_count
 
@@ -541,7 +540,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, single):
         [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "No room for" in done.stderr
+    assert "There is not enough disk space for" in done.stderr
     assert "Free some, or write elsewhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

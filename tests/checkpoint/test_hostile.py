@@ -12,8 +12,7 @@ import PIL.Image
 import pytest
 
 from fluxjax import read_image
-from fluxjax.cli.main import generate as draw
-from fluxjax.cli.main import main as cli
+from fluxjax.cli import compare as compare_command, generate as draw, main as cli
 from fluxjax.cli.prompts import read_prompts
 
 NUMBERS = [
@@ -96,9 +95,9 @@ def stubbed(tmp_path, monkeypatch):
     def drawn(*_, **__):
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli, "load_models", drawn)
+    monkeypatch.setattr(compare_command, "load_models", drawn)
     monkeypatch.setattr(draw, "use_cache", lambda folder: None)
-    monkeypatch.setattr(cli, "use_cache", lambda folder: None)
+    monkeypatch.setattr(compare_command, "use_cache", lambda folder: None)
     return tmp_path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxjax import WeightsError, load_defaults, load_tokenizers, tokenize
 from fluxjax.checkpoint.defaults import DEFAULTS_FIELDS
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 
 FILES = (
     "fluxjax.json",

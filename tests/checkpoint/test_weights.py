@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 import fluxjax
 from fluxjax import Flux, FluxConfig, Vae, VaeConfig, WeightsError, load_clip, load_flux, load_vae
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.locate import tiny_folder
 from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.checkpoint.shipped import tiny_folder
 
 CONFIG = FluxConfig(
     width=32, heads=2, double_depth=2, single_depth=3, mlp_width=128, context=24, pooled=8, in_channels=16, out_channels=16,

@@ -64,7 +64,7 @@ def test_streamed_networks_are_the_same(tiny, streamed, where):
     # Guided, with an adapter beside the weights: what else there is goes through the same seam.
     inputs, lora = (
         drawn(tiny, 2),
-        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+        fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft")),
     )
     way = dict(negative=inputs[0], cfg=jnp.float32(2.0))
     plain, there = fluxjax.attach(tiny.flux, [lora]), fluxjax.attach(flux, [lora])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from fluxjax import VaeConfig, convert_weights, inspect_weights, load_flux, load_vae
 from fluxjax.checkpoint import configs
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 
 LAYOUTS = ("own", "comfy", "diffusers", "own", "diffusers")
 

@@ -13,7 +13,7 @@ from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeCo
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.plan import abstract, plan
-from fluxjax.checkpoint.safetensors import StoredTensor
+from fluxjax.checkpoint.tensors import StoredTensor
 
 HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
 FILL = FluxConfig(in_channels=384, out_channels=64)

@@ -7,7 +7,7 @@ import pytest
 from reference import FLOAT32_BOUND, relative_error, to_torch
 
 import fluxjax
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.draw import denoise, model_times
 from fluxjax.generate.text import encode_text, prompt_ids

@@ -13,7 +13,7 @@ from layouts import export, write
 
 from fluxjax import T5, T5Config, WeightsError, inspect_weights, load_t5
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.packed import untile
+from fluxjax.checkpoint.scaled_formats import untile
 
 CONFIG = T5Config(vocabulary=40, width=64, heads=4, head_dim=16, depth=2, mlp_width=96)
 NAME = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
