@@ -17,7 +17,7 @@ from fluxjax.checkpoint.plan import (
     widest,
 )
 from fluxjax.nets.quantized import QuantizedWeight, eight_bit_dtype, empty_quantized, put_block
-from fluxjax.nets.stack import is_stacked, leaf_names
+from fluxjax.nets.stack import is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
 from fluxjax.printable import printable
 
@@ -163,7 +163,7 @@ def take_out(plan: Plan) -> tuple[Plan, Taken]:
     taken: dict[str, Any] = {}
 
     def leave(path: Any, node: Any) -> Any:
-        name = _name(path)
+        name = path_name(path)
         if not isinstance(node, Dense) or not is_stacked(name):
             return node
         taken[name] = lambda dtype: (node.shape, loaded_dtype(plan, name, node.shape, dtype))
@@ -179,10 +179,6 @@ def put_back(network: Any, weights: Mapping[str, Weight]) -> Any:
     """Return a network with weights in the places that `take_out` left."""
 
     def put(path: Any, node: Any) -> Any:
-        return weights.get(_name(path), node)
+        return weights.get(path_name(path), node)
 
     return jax.tree_util.tree_map_with_path(put, network, is_leaf=lambda node: node is None)
-
-
-def _name(path: Any) -> str:
-    return ".".join(str(entry.name if hasattr(entry, "name") else entry.idx) for entry in path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.vae_rows import split_vae_rows
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, Latent

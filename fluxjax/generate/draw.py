@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times

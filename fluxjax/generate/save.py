@@ -30,12 +30,12 @@ from fluxjax.checkpoint.write import (
     write_files,
     write_json,
 )
-from fluxjax.devices.weights import HostWeight
+from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate.load import Models
 from fluxjax.lora.merge import MergedWeights, changes_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import LowRankTerm
-from fluxjax.nets.stack import Unrolled
+from fluxjax.nets.stack import Unrolled, path_name
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
 
 WHOLE_LAYOUTS = ("own", "diffusers")
@@ -187,7 +187,7 @@ def _weights(call: str, network: Any, kind: Kind) -> Weights:
     def plain(path: Any, node: Any) -> Any:
         if not isinstance(node, Weight):
             return node
-        name = ".".join(str(entry.name if hasattr(entry, "name") else entry.idx) for entry in path)
+        name = path_name(path)
         while isinstance(node, AdaptedWeight):
             _collect(changes, slots_of_leaf(name, node.shape), node)
             node = node.base

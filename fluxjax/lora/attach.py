@@ -14,7 +14,7 @@ from fluxjax.checkpoint.plan import slots_of
 from fluxjax.lora.merge import changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.scales import Scales, check_scales
-from fluxjax.nets.stack import is_stacked, leaf_names
+from fluxjax.nets.stack import is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
 from fluxjax.shapes import Array
 
@@ -48,7 +48,7 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
             matrices.setdefault(names[slot.leaf], {})[slot.block] = found
 
     def adapted(path: Any, weight: Any) -> Any:
-        name = ".".join(str(entry.name) for entry in path)
+        name = path_name(path)
         if name not in matrices:
             return weight
         if not isinstance(weight, Weight):

@@ -97,7 +97,7 @@ def test_a_skipped_block_is_one_that_the_network_does_not_have(flux):
         flux,
         (without(flux.double, 1), without(flux.single, 0)),
     )
-    skipped = call(flux, weaken=DegradedBlocks(CONFIG, double=[1], single=[0]))
+    skipped = call(flux, degraded=DegradedBlocks(CONFIG, double=[1], single=[0]))
     np.testing.assert_allclose(skipped, call(fewer), atol=1e-5)
     assert np.abs(skipped - call(flux)).max() > 1e-3
 
@@ -113,11 +113,11 @@ def test_an_attention_of_ones_own_takes_the_place_of_all_or_of_some(flux):
     everywhere = {"double": range(3), "single": range(2)}
     whole = call(flux, attention=isolated_attention)
     np.testing.assert_allclose(
-        call(flux, weaken=DegradedBlocks(CONFIG, **everywhere, attention=isolated_attention)),
+        call(flux, degraded=DegradedBlocks(CONFIG, **everywhere, attention=isolated_attention)),
         whole,
         atol=1e-5,
     )
-    some = call(flux, weaken=DegradedBlocks(CONFIG, single=[1], attention=isolated_attention))
+    some = call(flux, degraded=DegradedBlocks(CONFIG, single=[1], attention=isolated_attention))
     assert np.abs(some - plain).max() > 1e-3
     assert np.abs(some - whole).max() > 1e-3
 
@@ -132,7 +132,7 @@ def test_in_the_network_nag_of_scale_1_is_the_wanted_text_alone(flux):
 def test_unused_the_seam_leaves_no_trace_in_the_program(flux):
     assert "cond[" not in str(jax.make_jaxpr(lambda: call(flux))())
     assert "cond[" in str(
-        jax.make_jaxpr(lambda: call(flux, weaken=DegradedBlocks(CONFIG, double=[0])))()
+        jax.make_jaxpr(lambda: call(flux, degraded=DegradedBlocks(CONFIG, double=[0])))()
     )
 
 
