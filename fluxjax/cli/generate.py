@@ -51,7 +51,7 @@ from fluxjax.generate.samplers import RULES, cache, integrator, timer
 from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.generate.tokens import Tokenizers, token_counts
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
 from fluxjax.lora.read import Lora, read_lora

@@ -57,7 +57,7 @@ from fluxjax.generate.limits import Demand, check_devices, check_memory, read_co
 from fluxjax.generate.load import Models, activation_dtype, load_models
 from fluxjax.generate.samplers import INTEGRATORS, RULES, TIMERS
 from fluxjax.kernels.attention import IMPLEMENTATIONS
-from fluxjax.kernels.blocks import PRESETS
+from fluxjax.kernels.block_sizes import PRESETS
 from fluxjax.lora.read import describe_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.nets.quantized import EIGHT_BITS

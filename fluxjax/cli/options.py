@@ -14,7 +14,7 @@ from fluxjax.checkpoint.printable import printable
 from fluxjax.cli.console import complain
 from fluxjax.devices.mesh import AXES
 from fluxjax.generate.latents import SEEDS
-from fluxjax.kernels.blocks import PRESETS, BlockSizes
+from fluxjax.kernels.block_sizes import PRESETS, BlockSizes
 
 LARGEST = float(np.finfo(np.float32).max)
 """The largest number that the networks can be given."""

@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.shapes import Array, Float
 
@@ -25,7 +25,7 @@ class TokenParallelFlux(eqx.Module):
     `velocity` are as the network's.
 
     Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
-    (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`). Both know `Nag`.
+    (`UlyssesAttention`) where the devices divide them, else keys and values go round (`RingAttention`). Both know `Nag`.
     **Raises:** `ValueError` for a custom attention, which would see a part of the tokens, or one that is named where keys and
     values go round.
     """
@@ -66,9 +66,9 @@ class TokenParallelFlux(eqx.Module):
             )
         counts = (part.txt_tokens, len(x))
         joint = (
-            Ring("context", *counts, nag)
+            RingAttention("context", *counts, nag)
             if heads % devices
-            else Ulysses("context", *counts, named, nag)
+            else UlyssesAttention("context", *counts, named, nag)
         )
         out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, weaken=weaken)
         return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]

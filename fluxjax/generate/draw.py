@@ -37,7 +37,7 @@ from fluxjax.generate.load import (
 )
 from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.flux import DegradedBlocks, Flux, JointAttention
 from fluxjax.nets.layers import check_ids
 from fluxjax.numeric import check_finite, wide_dtype
@@ -93,7 +93,7 @@ def denoise(
     everywhere = ("images",) if mesh is None else ("images", "data", "fsdp")
     if nag is not None:
         named: Any = nag.implementation if attention is None else attention
-        nag = Nag(nag.scale, nag.tau, nag.alpha, named, over=() if mesh is None else ("tensor",))
+        nag = Nag(nag.scale, nag.tau, nag.alpha, named, head_axes=() if mesh is None else ("tensor",))
 
     def run(flux: Flux, rows: Any, rest: Any) -> Array:
         times, shared, step, rule, nag, weaken, reuse = rest

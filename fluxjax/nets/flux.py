@@ -12,7 +12,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.kernels.attention import Attention, resolved
+from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.nets.heads import Heads, Projection, heads_of, turn_of
 from fluxjax.nets.layers import Linear, RmsNorm, Rotation, gelu, modulate, rope, sinusoid
 from fluxjax.nets.stack import map_blocks, map_part, scan_blocks, stack, take
@@ -490,7 +490,7 @@ def _mix(attention: str | Attention | JointAttention | None, hidden: Hidden) -> 
             (tokens, width // len(norm.scale), len(norm.scale)), parts[0].projected.dtype
         )
         # In a program that the compiler splits among devices there can be no flash_tpu, and so none of its kind.
-        fused = resolved(attention, shape, shape) == "flash_tpu"
+        fused = resolve_implementation(attention, shape, shape) == "flash_tpu"
         q, k, v = heads_of(parts, turn, width, fused=fused)
         mixed = (attention if callable(attention) else Attention(attention))(
             q, k, v, len(hidden.txt)

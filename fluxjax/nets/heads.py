@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from fluxjax.kernels.blocks import chip_of, default_device
+from fluxjax.kernels.chips import default_device, tpu_chip_name
 from fluxjax.nets.layers import RmsNorm, Rotation, rotate
 from fluxjax.shapes import Array, Float
 
@@ -34,9 +34,9 @@ def turn_of(rotation: Rotation) -> Turn:
     """Return what `heads_of` takes of a rotation; called outside of the blocks' loop, so that it is made once."""
     if default_device().platform != "tpu":
         return Turn(rotation, None)
-    from fluxjax.kernels.heads_tpu import factors_of  # Pallas takes a third of a second to import
+    from fluxjax.kernels.qkv_tpu import rotation_factors  # Pallas takes a third of a second to import
 
-    return Turn(rotation, factors_of(*rotation))
+    return Turn(rotation, rotation_factors(*rotation))
 
 
 def heads_of(
@@ -48,10 +48,10 @@ def heads_of(
     gradients by reverse mode alone, of what is not fused.
     """
     if fused and turn.factors is not None:
-        from fluxjax.kernels.heads_tpu import suits
+        from fluxjax.kernels.qkv_tpu import fused_qkv_supported
 
-        chip, dim = chip_of(default_device()), len(parts[0].query_norm.scale)
-        if suits(
+        chip, dim = tpu_chip_name(default_device()), len(parts[0].query_norm.scale)
+        if fused_qkv_supported(
             [len(part.projected) for part in parts], width, dim, parts[0].projected.dtype, chip
         ):
             return _fused((width, chip), tuple(parts), *turn)
@@ -82,11 +82,11 @@ def _fused(
     rotation: Rotation,
     factors: tuple[Array, Array],
 ) -> Any:
-    from fluxjax.kernels.heads_tpu import LANES, heads
+    from fluxjax.kernels.qkv_tpu import LANES, fused_qkv_tpu
 
     width, chip = call
     given = [(part.projected, part.query_norm.scale, part.key_norm.scale) for part in parts]
-    found = heads(given, factors, width=width, eps=parts[0].query_norm.eps, chip=chip)
+    found = fused_qkv_tpu(given, factors, width=width, eps=parts[0].query_norm.eps, chip=chip)
     return tuple(rearrange(x, "tokens (heads dim) -> tokens heads dim", dim=LANES) for x in found)
 
 

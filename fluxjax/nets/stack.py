@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.blocks import default_device
+from fluxjax.kernels.chips import default_device
 from fluxjax.nets.weight import Weight
 from fluxjax.shapes import Array, PRNGKeyArray
 
