@@ -144,7 +144,8 @@ def flash_row(
     if not hopper:
         return row
     computed = {
-        kernel: flash_mosaic_blocks.smem_bytes(kernel, block, 128) for kernel, block in sizes.items()
+        kernel: flash_mosaic_blocks.smem_bytes(kernel, block, 128)
+        for kernel, block in sizes.items()
     }
     return row | {"shared memory by shapes": computed, "kernels": kernels}
 

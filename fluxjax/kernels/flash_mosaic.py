@@ -6,7 +6,7 @@ take turns at the tensor cores (ping-pong): one computes its softmax during the 
 **Source:** Shah et al. 2024 (2407.08608), algorithm 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,9 +70,6 @@ class _Scratch(NamedTuple):
     turns: SharedMemory
 
 
-_SCRATCH_ARGUMENTS = len(_Scratch._fields)
-
-
 def launch_mosaic(
     spec: GpuKernelSpec, call: KernelCall, key_length: KeyLength | None
 ) -> tuple[Array, ...]:
@@ -89,9 +86,11 @@ def launch_mosaic(
     # Results have whole blocks: TMA could store a part of the last one, but the interpreter can't.
     own_tokens = round_up(tokens, own_size)
 
-    def body(*refs: Ref) -> None:
+    # References to the operands and to the results, then the four trees of the scratch memory.
+    def body(*arguments: Any) -> None:
+        refs, scratch = arguments[: -len(_Scratch._fields)], arguments[-len(_Scratch._fields) :]
         own_refs, stream_refs, length_ref = jax.tree.unflatten(tree, refs[: len(operands)])
-        results, scratch = refs[len(operands) : -_SCRATCH_ARGUMENTS], refs[-_SCRATCH_ARGUMENTS:]
+        results = refs[len(operands) :]
         _Program(spec, call, own_refs, stream_refs, length_ref, results, _Scratch(*scratch)).run()
 
     results = plgpu.kernel(

@@ -92,10 +92,10 @@ def forward_kernel(spec: TpuKernelSpec, ends: TokenEnds, refs: Sequence[Ref]) ->
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        sums = total[...]
+        sums, weighted = total[...], values[...]
         # Where there was no key the values are 0, rather than 0 / 0.
         divisor = jnp.where(sums == 0, 1, sums)[:, :1]
-        out_ref[...] = (values[...] / divisor).astype(out_ref.dtype)
+        out_ref[...] = (weighted / divisor).astype(out_ref.dtype)
         for row_ref in row_refs:
             row_ref[...] = (largest[...] + jnp.log2(sums)).T[:1]
 

@@ -34,7 +34,8 @@ def turn_of(rotation: Rotation) -> Turn:
     """Return what `heads_of` takes of a rotation; called outside of the blocks' loop, so that it is made once."""
     if default_device().platform != "tpu":
         return Turn(rotation, None)
-    from fluxjax.kernels.qkv_tpu import rotation_factors  # Pallas takes a third of a second to import
+    # Pallas takes a third of a second to import.
+    from fluxjax.kernels.qkv_tpu import rotation_factors
 
     return Turn(rotation, rotation_factors(*rotation))
 
