@@ -322,7 +322,7 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
     guidance = recipe.guidance
     if mesh is not None and guidance.nag is not None:
         # Its norms are over all heads of a token, which are split over this axis.
-        nag = replace(guidance.nag, over=("tensor",))
+        nag = replace(guidance.nag, head_axes=("tensor",))
         guidance = replace(guidance, nag=nag)
     guidance_rows, guidance = split_scales(guidance)
     rows = _Rows(batch.noise, positive_rows, negative_rows, guidance_rows, batch.keys)

@@ -7,7 +7,7 @@ import pytest
 
 import fluxjax
 from fluxjax import DDIM, Attention, BlockSizes, Nag, attention, make_mesh, shard
-from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.generate import FirstBlock
 from fluxjax.generate.draw import denoise, noise_batch, step_keys
@@ -102,8 +102,8 @@ COLLECTIVES = {
     GatheredWeight: "fsdp",
     SummedWeight: "tensor",
     ConcatenatedWeight: "tensor",
-    Ulysses: "context",
-    Ring: "context",
+    UlyssesAttention: "context",
+    RingAttention: "context",
 }
 
 
@@ -119,11 +119,11 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, monkeypatch, kind):
         part = weight.base.matmul(x)
         return part if kind is SummedWeight else jnp.concatenate([part, part], -1)
 
-    if kind in (Ulysses, Ring):
+    if kind in (UlyssesAttention, RingAttention):
         monkeypatch.setattr(kind, "__call__", lambda self, q, k, v, txt_tokens: attention(q, k, v))
     else:
         monkeypatch.setattr(kind, "matmul", alone)
-    mesh, inputs = mesh_of(**{COLLECTIVES[kind]: 4 if kind is Ring else 2}), drawn(tiny, 2)
+    mesh, inputs = mesh_of(**{COLLECTIVES[kind]: 4 if kind is RingAttention else 2}), drawn(tiny, 2)
     found = denoise.__wrapped__(shard(tiny.flux, mesh), *inputs, mesh=mesh)
     assert not relative(found, denoise(tiny.flux, *inputs)) <= 100 * BOUND
 
