@@ -3,12 +3,12 @@
 Each gives a right result, or one line that says what is wrong.
 """
 
+import functools
 import io
 import json
 import random
 import time
 from contextlib import suppress
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -16,7 +16,7 @@ import pytest
 
 from fluxjax import read_image
 from fluxjax.cli import compare as compare_command, generate as draw, main as cli
-from fluxjax.cli.prompts import read_prompts
+from fluxjax.cli.prompts import Line, read_prompts
 from fluxjax.generate.tokens import token_counts
 
 NUMBERS = [
@@ -113,6 +113,8 @@ def stubbed(tmp_path, monkeypatch):
         raise SystemExit(0)
 
     monkeypatch.setattr(compare_command, "load_models", stop)
+    # The parser is the same for all commands, and making it takes longer than reading them.
+    monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))
     monkeypatch.setattr(draw, "use_cache", lambda folder: None)
     monkeypatch.setattr(compare_command, "use_cache", lambda folder: None)
     return tmp_path
@@ -164,7 +166,7 @@ def test_hostile_command_lines_are_refused_in_one_line_at_once(stubbed, capfd):
         (["--nag", "1e39"], "a finite number, got '1e39'"),
         (["--timer", "flux_static", "--shift", "0"], "a finite number above 0"),
         (["--lora", "tiny:kraft:inf"], "a finite scale after the colon"),
-        (["--cache", "inf"], "'inf' is no cache"),
+        (["--cache", "inf"], "'inf' is not a step cache"),
         (["--mesh", "data=1,data=1"], "data is given twice"),
         (["--flash-block-sizes", "512,512,512"], "each from 1 to 65536"),
         (["--flash-block-sizes", "99999999999999999999"], "each from 1 to 65536"),
@@ -262,7 +264,7 @@ def test_mutated_images_are_read_or_refused(tmp_path):
 
 def test_a_prompt_that_is_cut_is_reported(tiny):
     text = "a red star " * 60
-    line = SimpleNamespace(prompt_2=None, texts=lambda: {"prompt": text})
+    line = Line(text, prompt_2=None, negative_prompt=None, id="a", seed=0)
     (note,) = draw.cut_notes(tiny.tokenizers, line, 24)
     clip, t5 = token_counts(tiny.tokenizers, text)
     assert note == f"the prompt is cut: CLIP reads 77 of {clip} tokens, T5 reads 24 of {t5}"
