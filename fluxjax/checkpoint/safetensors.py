@@ -55,12 +55,14 @@ def read_header(path: Path) -> TensorFile:
     file.
     **Source:** the safetensors format, https://github.com/huggingface/safetensors#format.
     """
-    size, where = check_regular_file(path), printable_path(path)
+    size = check_regular_file(path)
     length, text = _read_header_text(path, size)
     header = _parse_header(path, text)
     metadata = header.pop(METADATA_KEY, {})
     if not _is_metadata(metadata):
-        raise WeightsError(f"{where}: the header's metadata is damaged. Download the file again.")
+        raise WeightsError(
+            f"{printable_path(path)}: the header's metadata is damaged. Download the file again."
+        )
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         tensors[name] = _tensor(path, name, entry, LENGTH_BYTES + length, size)
@@ -73,7 +75,8 @@ def _read_header_text(path: Path, size: int) -> tuple[int, bytes]:
     where = printable_path(path)
     with open(path, "rb") as file:
         start = file.read(LENGTH_BYTES)
-        length, brace = int.from_bytes(start, "little"), file.read(1)
+        length = int.from_bytes(start, "little")
+        brace = file.read(1)
         # Pickles and zip files begin with these bytes. The length of a header may as well, but
         # then the brace of its JSON follows.
         if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
@@ -153,7 +156,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     **Arguments:** `start`: where the data begins in the file. `size`: of the file, in bytes.
     """
     try:
-        code, shape = entry["dtype"], tuple(entry["shape"])
+        code = entry["dtype"]
+        shape = tuple(entry["shape"])
         first, last = entry["data_offsets"]
         is_known = code in DTYPES
     except (KeyError, TypeError, ValueError) as error:
