@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -114,15 +115,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     if text.count(b'"data_offsets"') > MOST_TENSORS:
         raise _too_many_tensors(path)
 
-    def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            name = quote_name(first_repeated_name(pairs))
-            raise WeightsError(f"{where}: the header names {name} twice. Download the file again.")
-        return table
-
     try:
-        header = json.loads(text, object_pairs_hook=refuse_repeated_names)
+        header = json.loads(text, object_pairs_hook=partial(_make_table, path))
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
@@ -137,6 +131,17 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     if len(header) > MOST_TENSORS + 1:
         raise _too_many_tensors(path)
     return header
+
+
+def _make_table(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of the header's JSON, whose names must differ."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        name = quote_name(first_repeated_name(pairs))
+        raise WeightsError(
+            f"{printable_path(path)}: the header names {name} twice. Download the file again."
+        )
+    return table
 
 
 def _too_many_tensors(path: Path) -> WeightsError:
