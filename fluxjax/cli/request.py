@@ -91,8 +91,8 @@ class Request:
             entries["prompt_2"] = line.prompt_2
         entries["seed"] = str(line.seed)
         for name, value in self.description.items():
-            if name == "size" and self.is_guided:
-                entries["negative_prompt"] = self.negative_of(line)
+            if name in ("cache", "size") and self.is_guided:
+                entries.setdefault("negative_prompt", self.negative_of(line))
             entries[name] = value
             if name == "steps":
                 entries["guidance"] = guidance
@@ -227,9 +227,9 @@ def _description(
         about |= {"cfg": f"{options.cfg:g}", "rule": options.rule}
     if options.nag is not None:
         about["nag"] = f"{options.nag:g}"
-    about["size"] = f"{width}x{height}"
     if options.cache is not None:
         about["cache"] = options.cache
+    about["size"] = f"{width}x{height}"
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
