@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import numpy as np
 
 from fluxjax.checkpoint import safetensors_writer as files
@@ -22,5 +24,14 @@ def write(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
     """Write arrays to a safetensors file, in the place of an existing one."""
-    outs = {name: files.OutputTensor.from_array(np.asarray(tensor)) for name, tensor in tensors.items()}
+    outs = {
+        name: files.OutputTensor.from_array(np.asarray(tensor)) for name, tensor in tensors.items()
+    }
     files.write_safetensors(path, outs, metadata, overwrite=True)
+
+
+def random_network(make, config):
+    """Return a network with random NumPy weights; no initialization is compiled."""
+    rng = np.random.default_rng(0)
+    shapes = eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
