@@ -1,10 +1,10 @@
 """Weights from any layout to any other, and what a file or a folder holds."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jax.typing import DTypeLike
 
@@ -12,7 +12,7 @@ from fluxjax.checkpoint.atomic import check_free, new_folder
 from fluxjax.checkpoint.defaults import DEFAULTS_FILE, load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import FoundNetwork, Source, open_source
 from fluxjax.checkpoint.inspect import _listed
-from fluxjax.checkpoint.kinds import FLUX, KINDS
+from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.load import check_written_dtype
 from fluxjax.checkpoint.locate import WHOLE, find
 from fluxjax.checkpoint.plan import Weights
@@ -25,12 +25,23 @@ from fluxjax.checkpoint.write import (
     write_files,
     write_json,
 )
-from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
-from fluxjax.lora.read import Lora
-from fluxjax.lora.scales import Scale, check_scales
 from fluxjax.zoo import Defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+class WeightsTransform(Protocol):
+    """A change of weights while they are converted, such as merging adapters."""
+
+    @property
+    def networks(self) -> frozenset[str]:
+        """The names of the networks that it changes."""
+
+    def __call__(self, network: str, weights: Weights) -> Weights:
+        """Return the changed weights of one network."""
+
+    def metadata(self, network: str) -> Mapping[str, Any]:
+        """Return what the written file's metadata says of the change, as JSON's types."""
 
 
 def convert_weights(
@@ -41,9 +52,8 @@ def convert_weights(
     dtype: DTypeLike | None = None,
     only: str | Sequence[str] | None = None,
     shard_size: int | None = None,
-    loras: Sequence[tuple[Lora, Scale]] = (),
-    start: Callable[[int], Any] | None = None,
-    report: Callable[[int], Any] | None = None,
+    transform: WeightsTransform | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Write a checkpoint in another layout, tensor by tensor; nothing is at the destination until all of it is.
 
@@ -52,8 +62,9 @@ def convert_weights(
     "bfl" or "comfy".
     `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
     the matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux", "t5", "clip", "vae".
-    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `loras`: adapters to
-    merge on the way, and their scales. `start`, `report`: hear of the bytes to be written, and of each piece's.
+    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `transform`: changes
+    the weights on the way, such as `merge_while_converting(loras)`. `progress`: called with the bytes written so far and their
+    total, after each piece.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
     the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
@@ -73,8 +84,8 @@ def convert_weights(
         source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only]
     )
     parts = _chosen(open_source(folder), only)
-    given = [_given(part, loras) for part in parts]
-    _check_used(loras, parts)
+    _check_transform(transform, parts)
+    given = [_given(part, transform) for part in parts]
     files = output_files(given, to, dtype=stored, name=target.name if single else None)
     # Read before hours of writing, since it may be damaged.
     defaults = (
@@ -83,8 +94,7 @@ def convert_weights(
         else load_defaults(source)
     )
     total = sum(sheet.nbytes for sheet in files)
-    if start is not None:
-        start(total)
+    report = None if progress is None else _ByteCounter(total, progress)
     if single:
         write_files(target.parent, files, report=report)
         return target
@@ -121,38 +131,39 @@ def _chosen(source: Source, only: Iterable[str] | None) -> list[FoundNetwork]:
     return list(source.parts.values())
 
 
-def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
-    """Return one line for each thing in adapters that has no effect on a checkpoint's transformer, from its headers."""
-    part = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
-    if part is None:
-        return []
-    network = part.plan().network
-    return [note for lora in loras if FLUX.name in lora.changes for note in notes_of(network, lora)]
+class _ByteCounter:
+    """Adds up the bytes of the pieces written, and reports the sum with the total."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], object]):
+        self.written, self.total, self.progress = 0, total, progress
+
+    def __call__(self, count: int) -> None:
+        self.written += count
+        self.progress(self.written, self.total)
 
 
-def _given(part: FoundNetwork, loras: Sequence[tuple[Lora, Scale]]) -> NetworkToWrite:
+def _given(part: FoundNetwork, transform: WeightsTransform | None) -> NetworkToWrite:
     origin: dict[str, Any] = {
         "files": [file.name for file in part.files],
         "names": part.dialect.name,
     }
-    weights: Weights = part.plan()
-    mine = [(lora, scale) for lora, scale in loras if part.kind.name in lora.changes]
-    if not mine:
+    name, weights = part.kind.name, part.plan()
+    if transform is None or name not in transform.networks:
         return NetworkToWrite(part.kind, part.config, weights, origin)
-    scales = check_scales("convert_weights(loras)", len(mine), [scale for _, scale in mine])
-    merged = MergedWeights(weights, changes_of(weights.network, [lora for lora, _ in mine], scales))
-    config = merged.network.config  # type: ignore[attr-defined]
-    return NetworkToWrite(part.kind, config, merged, origin | {"adapters": len(mine)})
+    changed = transform(name, weights)
+    config = changed.network.config  # type: ignore[attr-defined]
+    return NetworkToWrite(part.kind, config, changed, origin | dict(transform.metadata(name)))
 
 
-def _check_used(loras: Sequence[tuple[Lora, Scale]], parts: Sequence[FoundNetwork]) -> None:
-    """**Raises:** `WeightsError` for an adapter of a network that is not converted."""
-    left = {network for lora, _ in loras for network in lora.changes} - {
-        part.kind.name for part in parts
-    }
+def _check_transform(transform: WeightsTransform | None, parts: Sequence[FoundNetwork]) -> None:
+    """**Raises:** `WeightsError` for a transform of a network that is not converted."""
+    if transform is None:
+        return
+    left = sorted(transform.networks - {part.kind.name for part in parts})
     if left:
         raise WeightsError(
-            f"An adapter changes {', '.join(sorted(left))} too, which is not converted. Convert it as well."
+            f"`convert_weights(transform)` changes {', '.join(left)} too, which is not converted. "
+            "Convert it as well, or leave out the adapters that change it."
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from fluxjax.checkpoint.convert import adapter_notes, convert_weights
+from fluxjax.checkpoint.convert import convert_weights
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.inspect import inspect_weights
@@ -58,6 +58,7 @@ from fluxjax.generate.load import Models, activation_dtype, load_models
 from fluxjax.generate.samplers import INTEGRATORS, RULES, TIMERS
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.kernels.blocks import PRESETS
+from fluxjax.lora.convert import adapter_notes, merge_while_converting
 from fluxjax.lora.read import describe_lora
 from fluxjax.lora.write import FORMATS, extract_lora, write_lora
 from fluxjax.nets.quantized import EIGHT_BITS
@@ -496,9 +497,16 @@ def _add_weights(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     check_devices()
-    loras = [(read_adapter(one), one.scale) for one in options.lora]
+    loras = [read_adapter(one) for one in options.lora]
+    scales = [one.scale for one in options.lora]
     with ExitStack() as stack:
-        bars = []  # begun when the size is known
+        bars: list[tqdm] = []  # begun when the size is known
+
+        def show_progress(count: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(total=total, unit="B", unit_scale=True)))
+            bars[0].update(count - bars[0].n)
+
         written = convert_weights(
             options.source,
             options.destination,
@@ -506,13 +514,10 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=FLOATS[options.dtype] if options.dtype else None,
             only=options.only,
             shard_size=options.shard_size,
-            loras=loras,
-            start=lambda total: bars.append(
-                stack.enter_context(tqdm(total=total, unit="B", unit_scale=True))
-            ),
-            report=lambda count: bars[0].update(count),
+            transform=merge_while_converting(loras, scales) if loras else None,
+            progress=show_progress,
         )
-    for note in adapter_notes(options.source, [lora for lora, _ in loras]) if loras else ():
+    for note in adapter_notes(options.source, loras) if loras else ():
         complain(f"an adapter: {note}")
     print(written)
 

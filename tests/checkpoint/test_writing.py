@@ -126,7 +126,7 @@ def test_a_file_that_appears_while_another_is_written_stays(tmp_path, monkeypatc
         monkeypatch.setattr(os, "link", _refuse_link)
     target = tmp_path / "vae.safetensors"
     with pytest.raises(FileExistsError, match="There is something at"):
-        convert_weights("tiny", target, only="vae", report=lambda _: target.write_text("mine"))
+        convert_weights("tiny", target, only="vae", progress=lambda *_: target.write_text("mine"))
     assert target.read_text() == "mine"
     assert os.listdir(tmp_path) == ["vae.safetensors"]
 
@@ -145,11 +145,11 @@ def test_a_file_system_without_hard_links_takes_conversions(tmp_path, monkeypatc
 
 KILLED = """
 import os, signal, sys, fluxjax
-def kill(_):
+def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-def convert_another(_):
-    fluxjax.convert_weights("tiny", sys.argv[1] + "/vae.safetensors", only=["vae"], report=kill)
-fluxjax.convert_weights("tiny", sys.argv[1] + "/model", only=["vae"], report=convert_another)
+def convert_another(*_):
+    fluxjax.convert_weights("tiny", sys.argv[1] + "/vae.safetensors", only=["vae"], progress=kill)
+fluxjax.convert_weights("tiny", sys.argv[1] + "/model", only=["vae"], progress=convert_another)
 """
 
 
@@ -209,7 +209,7 @@ def test_damaged_defaults_are_found_before_anything_is_written(tmp_path):
     (folder / "fluxjax.json").write_text('{"steps": null}')
     written = []
     with pytest.raises(WeightsError, match="'steps' should be an integer"):
-        convert_weights(folder, tmp_path / "again", report=written.append)
+        convert_weights(folder, tmp_path / "again", progress=lambda *count: written.append(count))
     assert written == []
     assert os.listdir(tmp_path) == ["model"]
 

@@ -43,7 +43,7 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.plan import abstract, slots_of
 from fluxjax.cli.main import main as cli
-from fluxjax.lora import trainable
+from fluxjax.lora import merge_while_converting, trainable
 from fluxjax.lora.merge import changes_of
 from fluxjax.lora.terms import HadamardTerm, KronTerm
 from fluxjax.lora.write import _nearest
@@ -727,7 +727,7 @@ def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsy
     assert eqx.tree_equal(load_t5(tmp_path / "out"), load_t5("tiny"))
     assert_close(load_flux(tmp_path / "out"), expected(flux, sample, 0.5), 2**-8)
     with pytest.raises(WeightsError, match="changes clip too, which is not converted"):
-        convert_weights("tiny", tmp_path / "x", only=["flux"], loras=[(lora, 1.0)])
+        convert_weights("tiny", tmp_path / "x", only=["flux"], transform=merge_while_converting([lora]))
     cli.main(["lora", "inspect", f"{tmp_path}/style.safetensors"])
     out = capsys.readouterr().out
     assert "style.safetensors: kohya" in out
@@ -739,7 +739,9 @@ def test_a_control_adapter_widens_a_checkpoint_and_its_config(tmp_path):
     sample = Sample()
     pair(sample, Draw(9), "img_in", PEFT, (192, 128), 4)
     lora = read_lora(saved(sample, tmp_path / "control.safetensors"))
-    convert_weights("tiny", tmp_path / "out", to="diffusers", only=["flux"], loras=[(lora, 1.0)])
+    convert_weights(
+        "tiny", tmp_path / "out", to="diffusers", only=["flux"], transform=merge_while_converting([lora])
+    )
     wide = load_flux(tmp_path / "out")
     assert wide.config.in_channels == 128
     assert eqx.tree_equal(wide, merge(load_flux("tiny"), [lora]))
@@ -792,7 +794,7 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     pair(sample, Draw(31), "lora_unet_single_blocks_0_linear2", KOHYA, (192, 960), 5, 0.05)
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     convert_weights("tiny", "base", only=["flux"], dtype="float32")
-    convert_weights("base", "tuned", only=["flux"], loras=[(lora, 1.0)])
+    convert_weights("base", "tuned", only=["flux"], transform=merge_while_converting([lora]))
     cli.main(
         [
             "lora",
