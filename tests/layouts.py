@@ -5,22 +5,23 @@ from pathlib import Path
 import numpy as np
 
 from fluxjax.checkpoint import safetensors as files
+from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.names import Dialect
-from fluxjax.checkpoint.plan import InMemoryWeights
-from fluxjax.checkpoint.write import NetworkToWrite, outs
+from fluxjax.checkpoint.layouts import NetworkToWrite, dialect_tensors
+from fluxjax.checkpoint.weights import InMemoryWeights
 
 
 def export(network, dialect: Dialect) -> dict[str, np.ndarray]:
-    """Return a network's weights as a dialect names and lays them out."""
+    """Return a network's weights by the keys and in the layout of a dialect."""
     kind = next(kind for kind in KINDS.values() if isinstance(network, kind.network))
-    found = outs(NetworkToWrite(kind, network.config, InMemoryWeights(network), {}), dialect, None)
-    return {name: next(iter(out.chunks())) for name, out in found.items()}
+    to_write = NetworkToWrite(kind, InMemoryWeights(network), {})
+    tensors = dialect_tensors(to_write, dialect, None)
+    return {key: next(iter(tensor.chunks())) for key, tensor in tensors.items()}
 
 
 def write(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
     """Write arrays to a safetensors file, in the place of an existing one."""
-    outs = {name: files.OutputTensor.of(np.asarray(tensor)) for name, tensor in tensors.items()}
-    files.write(path, outs, metadata, overwrite=True)
+    outputs = {name: files.OutputTensor.of(np.asarray(tensor)) for name, tensor in tensors.items()}
+    files.write(path, outputs, metadata, overwrite=True)

@@ -32,7 +32,7 @@ from scenes import (
 )
 from tiny_tokenizers import T5_LENGTH
 
-from fluxjax.checkpoint.plan import abstract
+from fluxjax.checkpoint.weights import abstract
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.latents import image_ids, pack_latents
 from fluxjax.generate.load import Models, load_models

@@ -66,7 +66,7 @@ def load_defaults(source: str | Path) -> Defaults:
     if own.is_file():
         return Defaults(**read_settings(own, DEFAULTS_FIELDS, closed=True))
     folder = find(source, ["scheduler"])
-    flux = open_source(locate(source, FLUX.folder)).part(FLUX).config
+    flux = open_source(locate(source, FLUX.folder)).network(FLUX).config
     base = named["dev" if flux.guidance_embed else "schnell"]
     described = folder / "scheduler" / "scheduler_config.json"
     return _scheduled(base, described) if described.is_file() else base

@@ -18,7 +18,7 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import WHOLE, download, locate
-from fluxjax.checkpoint.write import LAYOUTS
+from fluxjax.checkpoint.layouts import LAYOUTS
 from fluxjax.cli.console import complain, interruptible, run_command
 from fluxjax.cli.generate import (
     DTYPES,
@@ -424,7 +424,7 @@ def _extract_lora(options: argparse.Namespace) -> None:
     kind = KINDS[options.only]
     target = _new_file(options.destination)
     places = [interruptible(locate, name, kind.folder) for name in (options.base, options.tuned)]
-    base, tuned = (open_source(place).part(kind).plan() for place in places)
+    base, tuned = (open_source(place).network(kind).plan() for place in places)
     write_lora(
         target,
         interruptible(extract_lora, base, tuned, kind.name, rank=options.rank, to=options.to),

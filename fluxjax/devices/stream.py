@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.load import load, put_back, take_out
+from fluxjax.checkpoint.load import block_index, load_with_block_weights
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import _DEVICE, _HOST, Network, _moved
 from fluxjax.devices.weights import FileWeight, HostWeight, _Reader
@@ -48,18 +48,10 @@ def stream_blocks(network: Network) -> Network:
 def load_streamed(plan: Plan, *, dtype: Any = None) -> Any:
     """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files. Each is read once here, block by block, so
     that NaN, infinity, and values that the dtype can't hold are told now, and not in the middle of an image."""
-    rest, taken = take_out(plan)
 
     def filed(name: str, shape: tuple[int, ...], target: np.dtype) -> FileWeight:
         for block in range(shape[0]):
-            plan.leaf(
-                name,
-                shape,
-                target,
-                (slice(block, block + 1), *(slice(0, size) for size in shape[1:])),
-            )
+            plan.leaf(name, shape, target, block_index(shape, block))
         return FileWeight(jnp.arange(shape[0]), _Reader(plan, name, shape, target))
 
-    return put_back(
-        load(rest, dtype=dtype), {name: filed(name, *leaf(dtype)) for name, leaf in taken.items()}
-    )
+    return load_with_block_weights(plan, filed, dtype=dtype)

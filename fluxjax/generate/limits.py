@@ -50,7 +50,7 @@ def read_configs(source: str | Path) -> Configs:
         return Configs(T5Config(), FluxConfig(), VaeConfig())
 
     def config(kind: Kind) -> Any:
-        return open_source(locate(source, kind.folder)).part(kind).config
+        return open_source(locate(source, kind.folder)).network(kind).config
 
     config(CLIP)  # raises if it is missing
     return Configs(config(T5_XXL), config(FLUX), config(VAE))

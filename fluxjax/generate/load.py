@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.dtypes import check_dtype
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.load import check_dtype, load, load_quantized
+from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find, locate
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
@@ -103,7 +104,7 @@ def _load(
         raise ValueError(
             "What is streamed or quantized is read by one device. Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
+    plan = open_source(locate(source, kind.folder)).network(kind).plan(config)
     if quantize is not None:
         return load_quantized(plan, quantize, dtype=dtype)
     return (

@@ -7,7 +7,7 @@ from pathlib import Path
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import FLUX
 from fluxjax.checkpoint.locate import find
-from fluxjax.checkpoint.plan import Weights
+from fluxjax.checkpoint.weights import Weights
 from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
 from fluxjax.lora.read import Lora
 from fluxjax.lora.scales import Scale, Scales, check_scales
@@ -60,7 +60,7 @@ def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
 
     **Arguments:** `source`: as for `convert_weights`. `loras`: adapters from `read_lora`.
     """
-    found = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
+    found = open_source(find(source, [FLUX.folder])).networks.get(FLUX.name)
     if found is None:
         return []
     network = found.plan().network

@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.detect import fused_rows
-from fluxjax.checkpoint.load import check_written_dtype
-from fluxjax.checkpoint.names import Dialect
-from fluxjax.checkpoint.plan import InMemoryWeights, Weights, cast, slots_of
+from fluxjax.checkpoint.dialect import Dialect
+from fluxjax.checkpoint.dtypes import check_written_dtype
+from fluxjax.checkpoint.fused import fused_rows
 from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError, write
+from fluxjax.checkpoint.weights import InMemoryWeights, Weights, cast, parameters_of
 from fluxjax.lora.attach import factors_of
 from fluxjax.lora.merge import check_plain, kind_of, rows_of
 from fluxjax.lora.read import Change, Lora
@@ -220,7 +220,7 @@ def extract_lora(
     if rank < 1:
         raise ValueError(f"`extract_lora` needs a rank of at least 1, got {rank}.")
     base, tuned = _weights(base, network), _weights(tuned, network)
-    slots, theirs = slots_of(base.network), slots_of(tuned.network)
+    slots, theirs = parameters_of(base.network), parameters_of(tuned.network)
     if {name: slot.shape for name, slot in slots.items()} != {
         name: slot.shape for name, slot in theirs.items()
     }:

@@ -210,10 +210,15 @@ def _apart(blocks: Any, donate: bool) -> Unrolled:
 _STACKED = ("double", "single", "blocks")
 
 
+def path_name(path: Any) -> str:
+    """Return the name of what is at a path of a network: fields and indices, joined by dots."""
+    return ".".join(_field(entry) for entry in path)
+
+
 def leaf_names(network: eqx.Module) -> list[str]:
     """Return the names of a network's array leaves, in the order of its leaves: fields and indices joined by dots."""
     paths = jax.tree_util.tree_flatten_with_path(network)[0]
-    return [".".join(_field(entry) for entry in path).removesuffix(".value") for path, _ in paths]
+    return [path_name(path).removesuffix(".value") for path, _ in paths]
 
 
 def _field(entry: Any) -> str:

@@ -40,8 +40,8 @@ from fluxjax import (
     write_lora,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.detect import fused_parts
-from fluxjax.checkpoint.plan import abstract, slots_of
+from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.weights import abstract, parameters_of
 from fluxjax.cli.main import main as cli
 from fluxjax.lora import merge_while_converting, trainable
 from fluxjax.lora.merge import changes_of
@@ -849,7 +849,7 @@ Shapes = dict[str, tuple[int, ...]]
 def modules_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[int, int]]:
     """Return the linear layers of dev with their shapes, in a dialect's names."""
     parts, modules = fused_parts(FluxConfig.dev()), {}
-    for name, slot in slots_of(abstract(Flux, FluxConfig.dev())).items():
+    for name, slot in parameters_of(abstract(Flux, FluxConfig.dev())).items():
         for key, row in dialect.keys(name) if len(slot.shape) == 2 else ():
             rows = (
                 slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
@@ -960,7 +960,7 @@ def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, name):
     )
     wanted = changes_of(dev, [lora], [1.0])  # raises if one does not fit
     assert wanted.keys() == {
-        name for name, slot in slots_of(dev).items() if meets(name, len(slot.shape))
+        name for name, slot in parameters_of(dev).items() if meets(name, len(slot.shape))
     }
     # On shapes alone, nothing is read and nothing allocated.
     merged = jax.eval_shape(lambda dev: merge(dev, [lora]), dev)

@@ -31,7 +31,7 @@ from fluxjax import (
     unmerge,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.plan import InMemoryWeights, slots_of
+from fluxjax.checkpoint.weights import InMemoryWeights, parameters_of
 from fluxjax.lora import merge_while_converting
 from fluxjax.lora.merge import MergedWeights, changes_of
 from fluxjax.lora.read import Change
@@ -439,7 +439,7 @@ def effective(weight: Weight) -> np.ndarray:
 @pytest.mark.parametrize("network", ["flux", "clip", "t5"])
 def test_unmerge_undoes_merge_and_attach_is_merge(network, request):
     model = request.getfixturevalue(network)
-    shapes = {name: slot.shape for name, slot in slots_of(model).items()}
+    shapes = {name: slot.shape for name, slot in parameters_of(model).items()}
     names = [f"{name}.weight" for name in WEIGHTS[network]]
     terms = {name: subtractable(number, *shapes[name]) for number, name in enumerate(names)}
     terms |= {name: FullTerm(normal(*shapes[name])) for name in VECTORS[network]}
