@@ -6,15 +6,14 @@ import numpy as np
 
 from fluxjax.checkpoint import safetensors as files
 from fluxjax.checkpoint.dialect import Dialect
-from fluxjax.checkpoint.kinds import KINDS
+from fluxjax.checkpoint.kinds import kind_of_network
 from fluxjax.checkpoint.layouts import NetworkToWrite, dialect_tensors
 from fluxjax.checkpoint.weights import InMemoryWeights
 
 
 def export(network, dialect: Dialect) -> dict[str, np.ndarray]:
     """Return a network's weights by the keys and in the layout of a dialect."""
-    kind = next(kind for kind in KINDS.values() if isinstance(network, kind.network))
-    to_write = NetworkToWrite(kind, InMemoryWeights(network), {})
+    to_write = NetworkToWrite(kind_of_network(network), InMemoryWeights(network), {})
     tensors = dialect_tensors(to_write, dialect, None)
     return {key: next(iter(tensor.chunks())) for key, tensor in tensors.items()}
 

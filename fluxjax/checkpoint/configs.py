@@ -129,7 +129,7 @@ _CLIP_ACTIVATIONS = {
 
 
 def clip_from_json(config: JsonObject) -> ClipConfig:
-    """Return the config of transformers' `CLIPTextModel`, which may lie inside that of a `CLIPModel`.
+    """Return the config of transformers' `CLIPTextModel`, or of the one inside a `CLIPModel`.
 
     **Raises:** `WeightsError` for an activation that fluxjax does not have.
     """

@@ -1,7 +1,7 @@
 """Weights from any layout to any other, tensor by tensor."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.defaults import DEFAULTS_FILE, load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import Source, open_source
 from fluxjax.checkpoint.dtypes import check_written_dtype
-from fluxjax.checkpoint.identify import FoundNetwork
+from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.inspect import list_names
 from fluxjax.checkpoint.kinds import CLIP, FLUX, KINDS, T5_XXL
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, NetworkToWrite, check_layout
@@ -39,7 +39,7 @@ class WeightsTransform(Protocol):
     def __call__(self, network: str, weights: Weights) -> Weights:
         """Return the changed weights of one network, which may be computed when they are read."""
 
-    def metadata(self, network: str) -> JsonObject:
+    def metadata(self, network: str) -> Mapping[str, object]:
         """Return what the written file's metadata says of the change, as JSON's types."""
 
 
@@ -124,7 +124,7 @@ def _chosen_kinds(only: str | Sequence[str] | None) -> list[str] | None:
     return [name for name in KINDS if name in names]
 
 
-def _chosen_networks(source: Source, names: Sequence[str] | None) -> list[FoundNetwork]:
+def _chosen_networks(source: Source, names: Sequence[str] | None) -> list[AnyFoundNetwork]:
     """Return the networks to convert.
 
     **Raises:** `WeightsError` if one is missing, or if the source holds what is not converted and
@@ -148,7 +148,9 @@ def _chosen_networks(source: Source, names: Sequence[str] | None) -> list[FoundN
     return list(source.networks.values())
 
 
-def _check_transform(transform: WeightsTransform | None, networks: Sequence[FoundNetwork]) -> None:
+def _check_transform(
+    transform: WeightsTransform | None, networks: Sequence[AnyFoundNetwork]
+) -> None:
     """**Raises:** `WeightsError` for a transform of a network that is not converted."""
     if transform is None:
         return
@@ -160,7 +162,7 @@ def _check_transform(transform: WeightsTransform | None, networks: Sequence[Foun
         )
 
 
-def _to_write(network: FoundNetwork, transform: WeightsTransform | None) -> NetworkToWrite:
+def _to_write(network: AnyFoundNetwork, transform: WeightsTransform | None) -> NetworkToWrite:
     """Return a network of the source as it is to be written, with its origin."""
     name = network.kind.name
     weights: Weights = network.plan()
@@ -177,7 +179,7 @@ def _to_write(network: FoundNetwork, transform: WeightsTransform | None) -> Netw
 def _write_rest(
     source: Path,
     folder: Path,
-    networks: Sequence[FoundNetwork],
+    networks: Sequence[AnyFoundNetwork],
     layout: str,
     defaults: Defaults | None,
 ) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.gguf import GGUF_MAGIC, read_gguf
-from fluxjax.checkpoint.identify import FoundNetwork, identify_networks
+from fluxjax.checkpoint.identify import AnyFoundNetwork, FoundNetwork, identify_networks
 from fluxjax.checkpoint.kinds import KINDS, Kind
+from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.printable import printable
 from fluxjax.checkpoint.safetensors import (
     TensorFile,
@@ -30,11 +31,11 @@ class Source:
     """
 
     path: Path
-    networks: Mapping[str, FoundNetwork]
+    networks: Mapping[str, AnyFoundNetwork]
     unknown_files: Mapping[Path, str]
     unknown_tensors: Sequence[str] = ()
 
-    def network(self, kind: Kind) -> FoundNetwork:
+    def network(self, kind: Kind[Config]) -> FoundNetwork[Config]:
         """Return the weights of one network.
 
         **Raises:** `WeightsError` that says what there is instead.
@@ -133,7 +134,7 @@ def _read_settings(path: Path) -> JsonObject | None:
 
 
 def _collect(path: Path, groups: Iterable[FileGroup]) -> Source:
-    networks: dict[str, FoundNetwork] = {}
+    networks: dict[str, AnyFoundNetwork] = {}
     unknown_files: dict[Path, str] = {}
     unknown_tensors: list[str] = []
     for group in groups:

@@ -5,15 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Generic, cast
 
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint import own_configs
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.fused import FusedRows, fused_parts
-from fluxjax.checkpoint.kinds import KINDS, OWN_METADATA, T5_XXL, Kind, Network, dialect_for
+from fluxjax.checkpoint.kinds import (
+    KINDS,
+    OWN_METADATA,
+    T5_XXL,
+    AnyKind,
+    Kind,
+    Network,
+    dialect_for,
+)
 from fluxjax.checkpoint.match import Problems, complete_plan, match_tensors
-from fluxjax.checkpoint.own_configs import NetworkConfig
+from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.packed import join
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.printable import printable
@@ -40,14 +49,14 @@ _DECODED_METHODS = ("bitsandbytes", "bfl")
 
 
 @dataclass(frozen=True)
-class FoundNetwork:
+class FoundNetwork(Generic[Config]):
     """One network's weights in files.
 
     `tensors`: by their keys in the dialect. `own_config`: its config in fluxjax's metadata, as
     JSON; None for a file that fluxjax did not write. `settings`: its config.json, if there is one.
     """
 
-    kind: Kind
+    kind: Kind[Config]
     dialect: Dialect
     tensors: Mapping[str, Tensor]
     own_config: object
@@ -55,7 +64,7 @@ class FoundNetwork:
     files: tuple[Path, ...]
 
     @cached_property
-    def config(self) -> NetworkConfig:
+    def config(self) -> Config:
         """Its config: from config.json, else from fluxjax's metadata, else from the shapes.
 
         **Raises:** `WeightsError` that says which of these does not make one.
@@ -82,7 +91,7 @@ class FoundNetwork:
                 shapes[found[0]] = tensor.shape
         return shapes
 
-    def check(self, config: NetworkConfig | None = None) -> tuple[Plan, Problems]:
+    def check(self, config: Config | None = None) -> tuple[Plan, Problems]:
         """Return which tensors fill each parameter, and all that does not fit.
 
         **Arguments:** `config`: of the network; None for the one that the files tell.
@@ -90,7 +99,7 @@ class FoundNetwork:
         """
         return match_tensors(*self._matched(config))
 
-    def plan(self, config: NetworkConfig | None = None) -> Plan:
+    def plan(self, config: Config | None = None) -> Plan:
         """Return which tensors fill each parameter; `config` as for `check`.
 
         **Raises:** `WeightsError` that lists all that does not fit.
@@ -98,18 +107,22 @@ class FoundNetwork:
         return complete_plan(*self._matched(config))
 
     def _matched(
-        self, config: NetworkConfig | None
+        self, config: Config | None
     ) -> tuple[Network, Mapping[str, Tensor], Dialect, FusedRows]:
         """Return what `match_tensors` takes."""
         if config is None:
             config = self.config
-        network = abstract(self.kind.network, config)
+        network = cast(Network, abstract(self.kind.network, config))
         return network, self.tensors, dialect_for(self.dialect, config), fused_parts(config)
+
+
+AnyFoundNetwork = FoundNetwork[Any]
+"""The weights of any of the networks."""
 
 
 def identify_networks(
     files: Sequence[TensorFile], settings: JsonObject | None = None
-) -> tuple[list[FoundNetwork], list[str]]:
+) -> tuple[list[AnyFoundNetwork], list[str]]:
     """Return the networks in files that belong together, and the keys of tensors that are of none.
 
     **Arguments:** `files`: the headers. `settings`: the config.json beside them.
@@ -124,7 +137,7 @@ def identify_networks(
     _check_quantization(settings, paths)
     tensors = join(tensors, files)
     own: JsonObject = {} if metadata is None else metadata["parts"]
-    networks = []
+    networks: list[AnyFoundNetwork] = []
     for kind in KINDS.values():
         found = _find_dialect(kind, tensors)
         if found is None:
@@ -173,7 +186,7 @@ def _own_metadata(files: Sequence[TensorFile]) -> JsonObject | None:
 
 def _own_network(
     metadata: JsonObject, tensors: Mapping[str, Tensor], paths: tuple[Path, ...]
-) -> FoundNetwork:
+) -> AnyFoundNetwork:
     """Return the network in files of fluxjax's own layout."""
     parts = metadata["parts"]
     if len(parts) != 1:
@@ -217,7 +230,7 @@ def _check_quantization(settings: JsonObject | None, paths: Sequence[Path]) -> N
         )
 
 
-def _find_dialect(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
+def _find_dialect(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
     """Return the prefix and the dialect of a network's keys; None if it is not there.
 
     A complete network has its dialect's marker. One without it is found by the names of its other

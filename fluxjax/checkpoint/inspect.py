@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from fluxjax.checkpoint.detect import open_source
-from fluxjax.checkpoint.identify import FoundNetwork
+from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import WHOLE, find
 from fluxjax.checkpoint.match import Problems
@@ -123,7 +123,7 @@ def inspect_weights(source: str | Path) -> Report:
     return Report(networks, unknown_files, tuple(found.unknown_tensors))
 
 
-def _summarize(network: FoundNetwork) -> Summary:
+def _summarize(network: AnyFoundNetwork) -> Summary:
     problems: Problems = {}
     count = variant = error = None
     try:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic
 
 from fluxjax.checkpoint import configs, shape_configs
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect
-from fluxjax.checkpoint.own_configs import NetworkConfig
+from fluxjax.checkpoint.own_configs import Config, NetworkConfig
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux, FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
@@ -25,7 +25,7 @@ Network = Flux | T5 | Clip | Vae
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Generic[Config]):
     """One of the four networks, and how files hold it.
 
     `title`: what messages call it. `folder`, `stem`: its folder in a diffusers checkpoint, and the
@@ -40,13 +40,12 @@ class Kind:
     folder: str
     stem: str
     network: type[Network]
-    config: type[NetworkConfig]
+    config: type[Config]
     dialects: tuple[Dialect, ...]
     prefixes: tuple[str, ...]
-    from_json: Callable[[JsonObject], NetworkConfig]
-    # Each takes the config of its own network only, which a type of all four can't say.
-    to_json: Callable[[Any], JsonObject]
-    from_shapes: Callable[[shape_configs.Shapes], NetworkConfig]
+    from_json: Callable[[JsonObject], Config]
+    to_json: Callable[[Config], JsonObject]
+    from_shapes: Callable[[shape_configs.Shapes], Config]
 
 
 FLUX = Kind(
@@ -101,7 +100,17 @@ VAE = Kind(
     to_json=configs.vae_to_json,
     from_shapes=shape_configs.vae_from_shapes,
 )
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
+AnyKind = Kind[Any]
+"""A kind of network, whichever it is."""
+KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
+
+
+def kind_of_network(network: Network) -> AnyKind:
+    """Return the kind of a network."""
+    for kind in KINDS.values():
+        if isinstance(network, kind.network):
+            return kind
+    raise TypeError(f"{type(network).__name__} is not a Flux, T5, Clip or Vae.")
 
 
 def dialect_for(dialect: Dialect, config: NetworkConfig) -> Dialect:

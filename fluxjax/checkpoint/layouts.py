@@ -12,7 +12,7 @@ from fluxjax.checkpoint import own_configs
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect, Row
 from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.kinds import OWN_METADATA, VAE, Kind, dialect_for, flux_variant
+from fluxjax.checkpoint.kinds import OWN_METADATA, VAE, AnyKind, dialect_for, flux_variant
 from fluxjax.checkpoint.own_configs import NetworkConfig
 from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError
 from fluxjax.checkpoint.tensor_layout import shape_in_file, to_file
@@ -30,7 +30,7 @@ _TABLES = frozenset(("tokens.weight", "positions.weight", "position_bias.weight"
 class NetworkToWrite:
     """A network to be written. `origin`: what the metadata says of where it came from."""
 
-    kind: Kind
+    kind: AnyKind
     weights: Weights
     origin: JsonObject
 

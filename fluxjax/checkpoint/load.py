@@ -64,10 +64,7 @@ def _place(
     plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
     """Return a leaf as an array on the devices of its sharding."""
-    on_one_process = sharding is None or (
-        sharding.is_fully_replicated and sharding.is_fully_addressable
-    )
-    if on_one_process:
+    if sharding is None or (sharding.is_fully_replicated and sharding.is_fully_addressable):
         values = plan.leaf(name, shape, dtype, (slice(None),) * len(shape))
         return jax.device_put(values, sharding, may_alias=True)
     # `device_put` would send the whole leaf to other processes, or compare theirs with it.

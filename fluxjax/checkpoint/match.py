@@ -60,7 +60,8 @@ def _check_depth(network: Network, tensor_count: int) -> None:
             depth = max(depth, leaf.shape[0])
     if depth > max(tensor_count, 1000):
         raise WeightsError(
-            f"The config asks for {depth} blocks, of {tensor_count} tensors. Pass the file's own config."
+            f"The config asks for {depth} blocks, of {tensor_count} tensors. "
+            "Pass the file's own config."
         )
 
 

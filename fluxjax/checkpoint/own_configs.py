@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from typing import TypeVar
 
 from fluxjax.checkpoint.config_fields import (
     DEPTH,
@@ -25,6 +26,7 @@ from fluxjax.nets.vae import VaeConfig
 
 NetworkConfig = FluxConfig | T5Config | ClipConfig | VaeConfig
 """The config of one of the four networks."""
+Config = TypeVar("Config", bound=NetworkConfig)
 
 _BY_NAME: Mapping[str, Field] = {
     "vocabulary": VOCABULARY,
@@ -43,7 +45,7 @@ def to_dict(config: NetworkConfig) -> JsonObject:
     return asdict(config)
 
 
-def from_dict(kind: type[NetworkConfig], settings: object) -> NetworkConfig:
+def from_dict(kind: type[Config], settings: object) -> Config:
     """Read a config back from JSON's types.
 
     **Raises:** `WeightsError` for what is not a config of this class.

@@ -126,9 +126,9 @@ class Plan(Weights):
                 damaged = source
                 break
         raise WeightsError(
-            f"{shown(damaged.tensor.file)}: {quoted(damaged.key)} holds NaN or infinity, with which "
-            "every image is black. The file is damaged, or its training diverged. Download it "
-            "anew, or use another one."
+            f"{shown(damaged.tensor.file)}: {quoted(damaged.key)} holds NaN or infinity, with "
+            "which every image is black. The file is damaged, or its training diverged. "
+            "Download it anew, or use another one."
         )
 
     def _sources_of(self, names: Sequence[str]) -> list[TensorRows]:

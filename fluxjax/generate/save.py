@@ -13,7 +13,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.atomic import check_free
 from fluxjax.checkpoint.defaults import DEFAULTS_FILE, write_pipeline
 from fluxjax.checkpoint.dtypes import check_written_dtype
-from fluxjax.checkpoint.kinds import KINDS, Kind, Network
+from fluxjax.checkpoint.kinds import AnyKind, Network, kind_of_network
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, LAYOUTS, NetworkToWrite, check_layout
 from fluxjax.checkpoint.safetensors import WeightsError
 from fluxjax.checkpoint.weights import InMemoryWeights, Weights, parameter_names
@@ -101,7 +101,12 @@ def _to_write(call: str, network: eqx.Module) -> NetworkToWrite:
 
     **Raises:** `ValueError` or `WeightsError` for one that can't be.
     """
-    kind = _kind_of(call, network)
+    if not isinstance(network, Network):
+        raise ValueError(
+            f"`{call}` needs a Flux, Clip, T5 or Vae, got {type(network).__name__}. "
+            "Save the networks one by one."
+        )
+    kind = kind_of_network(network)
     if any(isinstance(child, Unrolled) for child in vars(network).values()):
         raise WeightsError(
             f"`{call}` takes stacked blocks, and this {kind.title} is unrolled. "
@@ -112,16 +117,6 @@ def _to_write(call: str, network: eqx.Module) -> NetworkToWrite:
             raise ValueError(f"`{call}` writes arrays, got traced ones. Call it outside of jit.")
         _check_placement(call, leaf)
     return NetworkToWrite(kind, _weights_of(call, network, kind), {})
-
-
-def _kind_of(call: str, network: eqx.Module) -> Kind:
-    for kind in KINDS.values():
-        if isinstance(network, kind.network):
-            return kind
-    raise ValueError(
-        f"`{call}` needs a Flux, Clip, T5 or Vae, got {type(network).__name__}. "
-        "Save the networks one by one."
-    )
 
 
 def _check_placement(call: str, leaf: jax.Array) -> None:
@@ -140,7 +135,7 @@ def _check_placement(call: str, leaf: jax.Array) -> None:
         )
 
 
-def _weights_of(call: str, network: Network, kind: Kind) -> Weights:
+def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
     """Return a network's weights, with attached adapters merged as the weights are read.
 
     So each sum is rounded only once, to the dtype that is written.

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -14,6 +13,7 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.fused import fused_rows
+from fluxjax.checkpoint.kinds import Network
 from fluxjax.checkpoint.safetensors import OutputTensor, WeightsError, write
 from fluxjax.checkpoint.weights import InMemoryWeights, Weights, cast, parameters_of
 from fluxjax.lora.attach import factors_of
@@ -199,8 +199,8 @@ def _width(changes: Mapping[str, Sequence[Change]]) -> int:
 
 @convert_arguments
 def extract_lora(
-    base: Weights | eqx.Module,
-    tuned: Weights | eqx.Module,
+    base: Weights | Network,
+    tuned: Weights | Network,
     network: str,
     *,
     rank: int,
@@ -250,7 +250,7 @@ def extract_lora(
     return Lora({network: {name: changes[name] for name in slots if name in changes}}, "extracted")
 
 
-def _weights(model: Weights | eqx.Module, network: str) -> Weights:
+def _weights(model: Weights | Network, network: str) -> Weights:
     """Return a network's weights. **Raises:** `ValueError` if it is not the named one."""
     found = model if isinstance(model, Weights) else InMemoryWeights(model)
     kind = kind_of("extract_lora", found.network)
