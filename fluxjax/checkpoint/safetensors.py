@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -199,16 +200,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     if text.count(b'"data_offsets"') > MOST_TENSORS:  # before time is spent on them
         raise too_many
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise WeightsError(
-                f"{shown(path)}: the header names {quoted(_first_repeated(pairs))} twice. Download the file anew."
-            )
-        return table
-
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text, object_pairs_hook=partial(_unique, path))
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
@@ -223,6 +216,15 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     if len(header) > MOST_TENSORS + 1:  # a name with escaped letters is not counted above
         raise too_many
     return header
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise WeightsError(
+            f"{shown(path)}: the header names {quoted(_first_repeated(pairs))} twice. Download the file anew."
+        )
+    return table
 
 
 def _first_repeated(pairs: Iterable[tuple[str, Any]]) -> str:
