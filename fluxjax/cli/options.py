@@ -178,7 +178,9 @@ class BlockSizesReader:
         except argparse.ArgumentTypeError:
             sizes = []
         if len(sizes) in (1, 2):
-            block_sizes = interruptible(pkgutil.resolve_name, "fluxjax.kernels.block_sizes:BlockSizes")
+            block_sizes = interruptible(
+                pkgutil.resolve_name, "fluxjax.kernels.block_sizes:BlockSizes"
+            )
             return block_sizes(q=sizes[0], kv=sizes[1] if len(sizes) == 2 else None)
         if text in BLOCK_PRESETS:
             presets = interruptible(pkgutil.resolve_name, "fluxjax.kernels.block_sizes:PRESETS")

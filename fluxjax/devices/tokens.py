@@ -8,7 +8,10 @@ from jax.typing import DTypeLike
 from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
-from fluxjax.nets.flux import AttentionChoice, DegradedBlocks, Flux, Prepared
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_attention import AttentionChoice
+from fluxjax.nets.flux_state import Prepared
 from fluxjax.shapes import Array, Float, ScalarLike
 
 

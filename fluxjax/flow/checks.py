@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.step import Step, time_dtype
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Scalar
+from fluxjax.shapes import Array
 
 
 def check_times(

@@ -17,6 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.clocks import (
     Clock,
     PreviousEstimate,
@@ -33,7 +34,7 @@ from fluxjax.flow.clocks import (
 )
 from fluxjax.flow.step import Step, StepState, X, scalar_like, start_time_only
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import Array, PRNGKeyArray, Scalar
+from fluxjax.shapes import Array, PRNGKeyArray
 
 
 class _ExponentialStep(Step):

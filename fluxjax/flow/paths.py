@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.shapes import Array, Float, Scalar
+from fluxjax.checkpoint.gguf_header import Scalar
+from fluxjax.shapes import Array, Float
 
 _BISECTIONS = 60
 

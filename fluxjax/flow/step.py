@@ -11,9 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
+from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 X = Float[Array, "*shape"]
 """The state that is integrated, of any shape."""

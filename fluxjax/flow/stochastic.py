@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.clocks import (
     PreviousEstimate,
     estimate_slope,
@@ -18,7 +19,7 @@ from fluxjax.flow.clocks import (
 from fluxjax.flow.step import Step, StepState, StochasticStep, X, start_time_only
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
+from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
 
 @convert_arguments

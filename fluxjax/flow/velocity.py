@@ -6,7 +6,8 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.shapes import Array, Float, Scalar
+from fluxjax.checkpoint.gguf_header import Scalar
+from fluxjax.shapes import Array, Float
 
 Velocity = Callable[[Array, Scalar], Array]
 """(x, t) -> dx/dt, a pytree."""

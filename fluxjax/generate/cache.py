@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.velocity import StatefulVelocity
 from fluxjax.generate.conditioning import (
     Conditioning,
@@ -16,10 +17,12 @@ from fluxjax.generate.conditioning import (
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, HiddenState, JointAttention
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
-from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
+from fluxjax.shapes import Array, Bool, Float, Int, ScalarLike
 
 Tokens = Float[Array, "all_tokens width"]
 AttentionChoice = str | Attention | JointAttention | None

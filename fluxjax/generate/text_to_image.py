@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.offload import fetch
-from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.checks import check_times
+from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
 from fluxjax.generate.cache import AttentionChoice
 from fluxjax.generate.conditioning import Conditioning

@@ -47,7 +47,9 @@ def prepare_rotation(rotation: Rotation) -> PreparedRotation:
     """
     if default_device().platform != "tpu":
         return PreparedRotation(rotation, None)
-    from fluxjax.kernels.qkv_tpu import rotation_factors  # Pallas takes a third of a second to import
+    from fluxjax.kernels.qkv_tpu import (
+        rotation_factors,  # Pallas takes a third of a second to import
+    )
 
     return PreparedRotation(rotation, rotation_factors(*rotation))
 

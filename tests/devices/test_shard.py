@@ -10,7 +10,8 @@ from fluxjax import DDIM, Attention, BlockSizes, Nag, attention, make_mesh, shar
 from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.generate import FirstBlock
-from fluxjax.generate.draw import denoise, noise_batch, step_keys
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.kernels import isolated_attention
 from fluxjax.nets import DegradedBlocks
