@@ -58,8 +58,9 @@ from fluxjax.generate.load import Models, activation_dtype, load_models
 from fluxjax.generate.samplers import INTEGRATORS, RULES, TIMERS
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.kernels.blocks import PRESETS
-from fluxjax.lora.read import describe_lora
-from fluxjax.lora.write import FORMATS, extract_lora, write_lora
+from fluxjax.lora.describe import describe_lora
+from fluxjax.lora.extract import extract_lora
+from fluxjax.lora.write import FORMATS, write_lora
 from fluxjax.nets.quantized import EIGHT_BITS
 from fluxjax.version import __version__
 from fluxjax.zoo import ZOO
