@@ -22,7 +22,8 @@ from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
-Node = TypeVar("Node")
+Leaf = Array | jax.ShapeDtypeStruct
+"""An array, or the shape of one."""
 BlockChanges = Mapping[int | None, Sequence[ScaledChange]]
 """The changes of one leaf by block; None for a leaf that is not stacked."""
 
@@ -59,7 +60,7 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
     model = _change_vectors(model, vectors, slots, names)
     parts = fused_parts(shapes.config)  # type: ignore[attr-defined]
 
-    def adapt(path: tuple[jax.tree_util.GetAttrKey, ...], node: Node) -> Node | AdaptedWeight:
+    def adapt(path: jax.tree_util.KeyPath, node: Weight | Leaf) -> Weight | Leaf:
         name = ".".join(str(key.name) for key in path)
         if name not in matrices:
             return node
@@ -95,15 +96,12 @@ def _as_dense_shapes(model: Network) -> Network:
     stored.
     """
 
-    def shape(node: Node) -> Node | jax.ShapeDtypeStruct | Dense:
-        if isinstance(node, Weight):
-            dense = Dense(jnp.zeros((0, 0)))
-            plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
-            # The field is replaced afterwards, because its type allows arrays only.
-            return eqx.tree_at(lambda weight: weight.value, dense, plain)
-        if eqx.is_array(node):
-            return jax.ShapeDtypeStruct(node.shape, jnp.float32)
-        return node
+    def shape(node: Weight | Leaf) -> Dense | jax.ShapeDtypeStruct:
+        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
+        if not isinstance(node, Weight):
+            return plain
+        # The field is replaced afterwards, because its type allows arrays only.
+        return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain)
 
     return jax.tree.map(shape, model, is_leaf=is_weight)
 

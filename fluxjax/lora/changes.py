@@ -56,6 +56,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     **Raises:** `WeightsError` if an adapter does not fit the network, or two set one weight;
     `ValueError` for scales that are not finite, or that are for no weight.
     """
+    kind = network_kind("merge", model)
     checked = check_scales("merge", len(loras), scales)
     found: dict[str, list[ScaledChange]] = {}
     for lora, scale in zip(loras, checked, strict=True):
@@ -63,7 +64,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
             of_weight = found.setdefault(name, [])
             of_weight += [(change, weight_scale(scale, name)) for change in changes]
     if loras and not found:
-        _raise_nothing_changed(model, loras)
+        _raise_nothing_changed(KINDS[kind].title, loras)
     _check_shapes(model, found)
     _check_replacements(model, loras, checked)
     _check_prefixes(model, checked)
@@ -81,11 +82,10 @@ def row_range(change: Change, shape: tuple[int, ...], parts: Parts) -> tuple[int
     return rows.start, rows.stop
 
 
-def _raise_nothing_changed(model: eqx.Module, loras: Sequence[Lora]) -> None:
+def _raise_nothing_changed(title: str, loras: Sequence[Lora]) -> None:
     networks: set[str] = set()
     for lora in loras:
         networks.update(lora.changes)
-    title = KINDS[network_kind("merge", model)].title
     raise WeightsError(
         f"The adapters change nothing of a {title}; they are for: "
         f"{', '.join(sorted(networks)) or 'nothing'}. Pass a network that they are for."

@@ -77,7 +77,10 @@ def extract_lora(
             "Pass a fine-tuned model and its own base."
         )
     # In the order of the network again.
-    ordered = {name: (changes[name],) for name in slots if name in changes}
+    ordered: dict[str, tuple[Change, ...]] = {}
+    for name in slots:
+        if name in changes:
+            ordered[name] = (changes[name],)
     return Lora({network: ordered}, "extracted")
 
 

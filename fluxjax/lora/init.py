@@ -75,7 +75,7 @@ def init_lora(
 
 def _matrices(model: eqx.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the matrices of a network, by name without ".weight"."""
-    matrices = {}
+    matrices: dict[str, tuple[int, ...]] = {}
     for name, slot in slots_of(model).items():
         if len(slot.shape) == 2 and name not in LOOKUP_TABLES:
             matrices[name.removesuffix(".weight")] = slot.shape

@@ -81,7 +81,7 @@ def _check_real_scalar(call: str, value: Number, number: np.ndarray | jax.Array)
 
 def is_known_zero(scale: CheckedNumber) -> bool:
     """Return whether a scale is 0; False for a traced one, whose value is not known yet."""
-    return not isinstance(scale, jax.core.Tracer) and scale == 0
+    return not isinstance(scale, jax.core.Tracer) and bool(scale == 0)
 
 
 def weight_scale(scale: CheckedScale, name: str) -> CheckedNumber:

@@ -42,11 +42,11 @@ from fluxjax import (
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.plan import abstract, slots_of
-from fluxjax.cli.main import main as cli
+from fluxjax.cli.main import main as run_cli
 from fluxjax.lora import trainable
-from fluxjax.lora.merge import changes_of
+from fluxjax.lora.changes import changes_of
 from fluxjax.lora.terms import HadamardTerm, KronTerm
-from fluxjax.lora.write import _nearest
+from fluxjax.lora.extract import nearest_low_rank
 from fluxjax.nets.stack import leaf_names
 from fluxjax.nets.weight import Dense, Weight
 from fluxjax.train.step import TrainState, make_step
@@ -694,7 +694,7 @@ def test_the_command_line_merges_while_it_draws(tmp_path, capsys):
         ["--lora", f"{tmp_path}/style.safetensors:0"],
         ["--lora", f"mine={tmp_path}/style.safetensors:0.5"],
     ):
-        cli.main([*draw, *adapter])
+        run_cli([*draw, *adapter])
     plain, zero, half = (read_image(tmp_path / f"flux_{i}.png") for i in range(3))
     np.testing.assert_array_equal(plain, zero)
     assert np.abs(half - plain).max() > 0.05
@@ -702,14 +702,14 @@ def test_the_command_line_merges_while_it_draws(tmp_path, capsys):
         assert image.text["lora"] == "mine:0.5"
     for wrong in ("hub:owner/repo", ":2"):
         with pytest.raises(SystemExit) as end:
-            cli.main([*draw, "--lora", wrong])
+            run_cli([*draw, "--lora", wrong])
         assert end.value.code == 2
     assert "needs an adapter, as FILE:SCALE" in capsys.readouterr().err
 
 
 def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsys):
     sample = tiny_adapter(tmp_path / "style.safetensors")
-    cli.main(
+    run_cli(
         [
             "lora",
             "merge",
@@ -728,7 +728,7 @@ def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsy
     assert_close(load_flux(tmp_path / "out"), expected(flux, sample, 0.5), 2**-8)
     with pytest.raises(WeightsError, match="changes clip too, which is not converted"):
         convert_weights("tiny", tmp_path / "x", only=["flux"], loras=[(lora, 1.0)])
-    cli.main(["lora", "inspect", f"{tmp_path}/style.safetensors"])
+    run_cli(["lora", "inspect", f"{tmp_path}/style.safetensors"])
     out = capsys.readouterr().out
     assert "style.safetensors: kohya" in out
     assert "flux: 1 weights in single (1 blocks); LowRank" in out
@@ -793,7 +793,7 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     convert_weights("tiny", "base", only=["flux"], dtype="float32")
     convert_weights("base", "tuned", only=["flux"], loras=[(lora, 1.0)])
-    cli.main(
+    run_cli(
         [
             "lora",
             "extract",
@@ -811,7 +811,7 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     assert found.changes["flux"].keys() == lora.changes["flux"].keys()
     assert_close(merge(load_flux("base"), [found]), weights(load_flux("tuned")), EXACT)
     # A lower rank leaves the singular values beyond it, and no less.
-    cli.main(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
+    run_cli(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
     base, tuned = (
         weights(load_flux(name))["single.linear2.weight"][0] for name in ("base", "tuned")
     )
@@ -821,9 +821,9 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     values = np.linalg.svd(tuned - base, compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(tuned - less), np.linalg.norm(values[2:]), rtol=1e-4)
     with pytest.raises(SystemExit):
-        cli.main(["lora", "extract", "base", "base", "-o", "none.safetensors", "--rank", "2"])
+        run_cli(["lora", "extract", "base", "base", "-o", "none.safetensors", "--rank", "2"])
     with pytest.raises(SystemExit):
-        cli.main(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
+        run_cli(["lora", "extract", "base", "tuned", "-o", "less.safetensors", "--rank", "2"])
 
 
 def test_a_large_matrix_is_projected_to_the_same_nearest_one():
@@ -832,7 +832,7 @@ def test_a_large_matrix_is_projected_to_the_same_nearest_one():
         (40, 1200)
     )
     matrix = (matrix + 0.01 * rng.standard_normal(matrix.shape)).astype(np.float32)
-    term = _nearest(matrix, 8)
+    term = nearest_low_rank(matrix, 8)
     values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     error = np.linalg.norm(
         matrix - np.asarray(term.up, np.float64) @ np.asarray(term.down, np.float64)

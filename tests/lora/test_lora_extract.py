@@ -22,7 +22,7 @@ from fluxjax import (
 )
 from fluxjax.checkpoint.plan import InMemoryWeights
 from fluxjax.lora import extract_lora
-from fluxjax.lora.read import Change
+from fluxjax.lora.adapter import Change
 from fluxjax.lora.terms import FullTerm
 from fluxjax.nets.stack import leaf_names
 
@@ -88,7 +88,7 @@ def test_what_pefts_names_can_not_hold_is_told_before_the_work(tmp_path):
     clip = NETWORKS["clip"]()
     table = eqx.tree_at(lambda net: net.tokens.weight, clip, clip.tokens.weight + 1)
     found = extract_lora(InMemoryWeights(clip), InMemoryWeights(table), "clip", rank=1)
-    with pytest.raises(WeightsError, match=r"to tokens\.weight is of a table"):
+    with pytest.raises(WeightsError, match=r"to tokens\.weight is of a lookup table"):
         write_lora(tmp_path / "x.safetensors", found)
 
 

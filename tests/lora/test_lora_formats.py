@@ -27,8 +27,8 @@ from fluxjax import (
 )
 from fluxjax.lora.merge import notes_of
 from fluxjax.lora.names import find_place
-from fluxjax.lora.read import describe_lora
-from fluxjax.lora.settings import Patterns
+from fluxjax.lora.describe import describe_lora
+from fluxjax.lora.peft_patterns import Patterns
 from fluxjax.lora.terms import FullTerm, LowRankTerm, MagnitudeTerm, ReplacementTerm
 
 KOHYA_PROJ, PEFT_OUT = (
