@@ -507,7 +507,9 @@ def test_stochastic_rounding_does_not_depend_on_the_configured_generator():
     for generator in ("threefry2x32", "rbg"):
         with jax.default_prng_impl(generator):
             found.append(
-                np.asarray(round_to_dtype(x, jnp.dtype("float8_e4m3fn"), rounding_seed("a"))[0], np.float32)
+                np.asarray(
+                    round_to_dtype(x, jnp.dtype("float8_e4m3fn"), rounding_seed("a"))[0], np.float32
+                )
             )
     np.testing.assert_array_equal(*found)
 
