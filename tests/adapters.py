@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from layouts import write
 
-from fluxjax import Clip, ClipConfig, Flux, FluxConfig, Lora, T5Config, T5, convert_weights
+from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, Lora, T5Config, convert_weights
 from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.plan import slots_of
 from fluxjax.lora.terms import FullTerm, LowRankTerm

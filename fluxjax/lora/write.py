@@ -222,8 +222,8 @@ def _module_factors(
     rows = weight.rows
     columns = max(change.term.columns or 0 for change in weight.changes)
     unscaled = [(change, 1.0) for change in weight.changes]
-    factors = combined_factors(weight.name, unscaled, (rows, columns), weight.parts)
-    down, up = np.asarray(factors[0]), np.asarray(factors[1])
+    shape = (rows, columns)
+    down, up = combined_factors(weight.name, unscaled, shape, weight.parts, xp=np)
     for key, row in dialect.keys(weight.name):
         part = slice(0, rows) if row.part is None else weight.parts[row.part]
         part_up = up[part]

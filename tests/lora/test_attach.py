@@ -30,7 +30,7 @@ LOW_RANK = ("kohya", "peft, metadata", "onetrainer", "control", "xlabs", "loha")
 
 @pytest.fixture(scope="module")
 def flux() -> Flux:
-    """A network of moderate weights, so that its output moves with an adapter but is not chaotic."""
+    """A network of moderate weights: an adapter moves its output, which is not chaotic."""
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * np.asarray(leaf)), random_flux())
 
 
