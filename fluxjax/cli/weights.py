@@ -1,6 +1,7 @@
 """The commands about weights: `fluxjax convert`, `inspect`, `download`, and `lora merge`."""
 
 import argparse
+from collections.abc import Sequence
 from types import TracebackType
 
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_download(options: argparse.Namespace) -> None:
     """Download a model, or some of its networks, and print the folder."""
-    parts = WHOLE
+    parts: Sequence[str] = WHOLE
     if options.only is not None:
-        parts = tuple(KINDS[name].folder for name in options.only)
+        parts = [KINDS[name].folder for name in options.only]
     print(interruptible(download, options.name, parts))
