@@ -180,7 +180,13 @@ def _dense(term: LowRankTerm | FullTerm) -> np.ndarray:
 
 def convert_merged(source, destination, lora: Lora, scale: float = 1.0, **options) -> None:
     """Convert the transformer of a checkpoint with an adapter merged into it."""
-    convert_weights(source, destination, only=["flux"], transform=merge_while_converting([lora], [scale]), **options)
+    convert_weights(
+        source,
+        destination,
+        only=["flux"],
+        transform=merge_while_converting([lora], [scale]),
+        **options,
+    )
 
 
 def pair(
