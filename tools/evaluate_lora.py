@@ -11,7 +11,7 @@ from scenes import Scene
 from styles import STYLES, adheres, distance, lacks
 
 import fluxjax
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = "a large red star above a small blue ring on a beige background"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.defaults import load_defaults
-from fluxjax.cli.main import DTYPES
+from fluxjax.cli.choices import DTYPES
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.draw import guidance_scale
 from fluxjax.generate.latents import CELL, PATCH, image_ids, pack_latents
@@ -38,7 +38,7 @@ from fluxjax.generate.load import (
 from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import BLOCKS, init_lora, trainable
-from fluxjax.lora.read import Lora
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.write import FORMATS, write_lora
 from fluxjax.nets.flux import Flux
 from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times
@@ -312,7 +312,7 @@ def train(options: argparse.Namespace) -> None:
             f"There is something at {options.output} already. Remove it, or choose another --output."
         )
     defaults = load_defaults(options.model)
-    dtype = activation_dtype() if options.dtype is None else DTYPES[options.dtype]
+    dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     images, captions = read_folder(
         options.images, options.size**2 if options.size else defaults.height * defaults.width
     )
@@ -320,7 +320,7 @@ def train(options: argparse.Namespace) -> None:
         options.model, images, captions, options.max_sequence_length or defaults.max_length, dtype
     )
     lora = fit(options, load_flux(options.model, dtype=dtype), buckets, defaults, dtype)
-    write_lora(options.output, lora, to=options.to, dtype=DTYPES[options.save_dtype])
+    write_lora(options.output, lora, to=options.to, dtype=jnp.dtype(options.save_dtype))
     print(options.output)
 
 

@@ -1,31 +1,50 @@
-"""Sampling: a velocity integrated over an array of times, as one scan."""
+"""Sampling: a velocity integrated over an array of times, in one loop or in segments of one."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.checkpoint.gguf_header import Scalar
+from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.step import Step, time_dtype
-from fluxjax.flow.velocity import Velocity, initial_memory
-from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
+from fluxjax.flow.step import Step, StepState
+from fluxjax.flow.velocity import Memory, Velocity, initial_memory
+from fluxjax.shapes import Array, Float, Int, PRNGKeyArray
 
 
 class Sample(NamedTuple):
-    """`x`: the end. `history`: x at every node, [nodes, ...], or None. `evaluations`: of the velocity, in all. `log_prob`: of
-    what stochastic steps drew, the log-density of each, [nodes - 1], or None. `memory`: what a velocity that remembers
-    has at the end, or None."""
+    """The result of `sample`.
+
+    `x`: the state at the last time. `history`: the state at every node, [nodes, ...], or None.
+    `evaluations`: how often the velocity was evaluated, in all. `log_prob`: the log-density of what
+    each stochastic step drew, [nodes - 1], or None. `memory`: the final memory of a
+    `StatefulVelocity`, or None.
+    """
 
     x: Array
     history: Array | None
     evaluations: int
     log_prob: Array | None
-    memory: Any = None
+    memory: Memory = None
+
+
+class Carry(NamedTuple):
+    """What one step passes to the next."""
+
+    x: Array
+    step_state: StepState
+    memory: Memory
+
+
+class Interval(NamedTuple):
+    """The times `t` and `u` at both ends of a step, and the step's `index` from 0."""
+
+    t: Scalar
+    u: Scalar
+    index: Scalar
 
 
 @convert_arguments
@@ -38,182 +57,171 @@ def sample(
     key: PRNGKeyArray | None = None,
     history: bool = False,
 ) -> Sample:
-    """Integrate dx/dt = velocity(x, t) from the first time to the last.
+    """Integrate dx/dt = velocity(x, t) from the first time to the last, in one `jax.lax.scan`.
 
-    **Arguments:** `velocity`: (x, t) -> dx/dt, a pytree (`eqx.Partial` of a network), in the shape of x and a floating-point
-    dtype. `x`: the state at `times[0]`. It is integrated in float32 at least, and comes back in its own dtype. `times`: at
-    least two nodes, in the order of travel; an array, so that other times of the same count compile nothing. They fall, from
-    noise to image, or rise, to invert an image, which `step.rising` says whether the step can. `step`: the integrator. `key`:
-    for stochastic steps. `history`: whether to return every node's state.
-    **Raises:** `ValueError` for fewer than two times, times that are not finite, that neither fall nor rise strictly, or that
-    the step does not take (traced times are not checked); and for a velocity of another shape, or of a wider dtype.
+    **Arguments:**
+
+    - `velocity`: (x, t) -> dx/dt, a pytree (such as `eqx.Partial` of a network). It returns the
+      shape of x and a floating-point dtype that is not wider than the one that x is integrated in.
+    - `x`: the state at `times[0]`, of any shape. It is integrated in float32 (float64 if it is
+      float64), and the result has the dtype of x.
+    - `times`: at least two nodes in the order of integration, either all falling (from noise to
+      image) or, if `step.rising` allows it, all rising (from image to noise, an inversion). They
+      are an array, so that other times of the same number need no new compilation.
+    - `step`: the integrator.
+    - `key`: for stochastic steps; step number i uses `fold_in(key, i)`.
+    - `history`: whether to return the state at every node.
+
+    **Raises:** `ValueError` for fewer than two times, times that are not finite or not strictly
+    monotonic, times that the step does not support (traced times are not checked), and for a
+    velocity that returns another shape or a wider dtype.
     """
-    times = _checked_times("sample", step, times, x)
+    times = checked_times("sample", step, times, x)
     wide = x.astype(times.dtype)
-    arrays, static = eqx.partition(velocity, eqx.is_array)
+    field = checked_velocity("sample", velocity)
 
-    def body(carry, interval):
-        x, state, memory = carry
-        t, u, index = interval
-        field = _checked_velocity("sample", eqx.combine(arrays, static))
-        x, state, memory, told = _advance(step, field, x, t, u, index, state, memory, key)
-        return (x, state, memory), (x if history else None, told)
+    def body(carry: Carry, interval: Interval) -> tuple[Carry, tuple[Array | None, Array | None]]:
+        carry, log_prob = take_step(step, field, carry, interval, key)
+        return carry, (carry.x if history else None, log_prob)
 
-    intervals = (times[:-1], times[1:], jnp.arange(len(times) - 1))
-    (end, _, memory), (path, log_prob) = jax.lax.scan(
-        body, (wide, step.init(wide), initial_memory(velocity, wide)), intervals
-    )
-    nodes = None if path is None else jnp.concatenate([x[None], path.astype(x.dtype)])
-    return Sample(end.astype(x.dtype), nodes, step.evaluations * (len(times) - 1), log_prob, memory)
+    intervals = Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
+    end, (path, log_prob) = jax.lax.scan(body, first_carry(step, velocity, wide), intervals)
+    nodes = None
+    if path is not None:
+        nodes = jnp.concatenate([x[None], path.astype(x.dtype)])
+    evaluations = step.evaluations * (len(times) - 1)
+    return Sample(end.x.astype(x.dtype), nodes, evaluations, log_prob, end.memory)
 
 
-def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " asked"] | None:
-    """Return all times at which a step asks the velocity from the first node to the last, or None if they are not known."""
-    asked = jax.vmap(step.evaluation_times)(times[:-1], times[1:])
-    return None if asked is None else jnp.concatenate(asked)
+class SampleState(eqx.Module):
+    """The state of a sampling run between two steps; see `begin_sample` and `advance_sample`.
 
-
-def check_times(
-    call: str,
-    times: Array,
-    *,
-    step: str = "",
-    rising: bool = True,
-    span: tuple[float, float] = (-np.inf, np.inf),
-) -> None:
-    """Check times of integration; of traced ones, only their count. `step`: the name of the step that takes them.
-
-    **Raises:** `ValueError` for fewer than two, NaN or infinity, times outside of `span`, or that do not all fall, or rise
-    where `rising` allows it.
+    `x`: the current state in float32 (float64 for a float64 start). `step_state`: the state of the
+    integrator. `memory`: the memory of a `StatefulVelocity`, or None. `estimate`: the x0 that the
+    last step pointed to, where the straight line through both ends of the step meets t = 0; before
+    the first step, x itself. `finite_steps`: the number of leading steps after which every number
+    of x was finite; it equals the number of steps taken unless NaN or infinity appeared.
     """
-    if len(times) < 2:
-        raise ValueError(
-            f"`{call}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`."
-        )
-    if isinstance(times, jax.core.Tracer):
-        return
-    check_finite(call, times=times)
-    nodes = np.asarray(times, np.float64)
-    ways = np.diff(nodes)
-    if not (np.all(ways < 0) or np.all(ways > 0)):
-        number = int(np.argmax(ways * np.sign(nodes[-1] - nodes[0]) <= 0))
-        raise ValueError(
-            f"`{call}(times)` needs times that fall, or rise, at every node, got {nodes[number]:g} and then "
-            f"{nodes[number + 1]:g}. Make them with `flow_times(steps)`."
-        )
-    if nodes.min() < span[0] or nodes.max() > span[1]:
-        raise ValueError(
-            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got {nodes.min():g} to {nodes.max():g}. "
-            "1 is noise, 0 the image."
-        )
-    if ways[0] > 0 and not rising:
-        raise ValueError(
-            f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass falling times, or invert with "
-            "a step that draws no noise, as `Euler()`, which is DDIM with eta 0."
-        )
 
-
-def _checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
-    """Return times in the dtype that they have beside x."""
-    times = times.astype(time_dtype(x))
-    check_times(call, times, step=type(step).__name__, rising=step.rising, span=step.span)
-    return times
-
-
-def _checked_velocity(call: str, velocity: Velocity) -> Velocity:
-    """Return a velocity whose values are cast to the dtype of x; it has to have their shape."""
-
-    def field(x: Array, t: Scalar, **memory: Any) -> Any:
-        given = velocity(x, t, **memory)
-        value, *after = given if memory else (given,)
-        value = fitting_velocity(call, value, x)
-        return (value, *after) if memory else value
-
-    return field
-
-
-def fitting_velocity(call: str, value: Any, x: Array) -> Array:
-    """Return a velocity's value in the dtype of x. **Raises:** `ValueError` for another shape or a wider dtype."""
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    narrower = (
-        jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= jnp.finfo(x.dtype).bits
-    )
-    if shape != x.shape or not narrower:
-        raise ValueError(
-            f"`{call}(velocity)` needs a velocity that returns the shape of x and at most its precision, {x.dtype}"
-            f"{list(x.shape)}, got {dtype}{list(shape)}. Reshape or cast what it returns."
-        )
-    return jnp.asarray(value, x.dtype)
-
-
-def _advance(
-    step: Step,
-    velocity: Velocity,
-    x: Array,
-    t: Scalar,
-    u: Scalar,
-    index: Any,
-    state: Any,
-    memory: Any,
-    key: Any,
-) -> tuple[Array, Any, Any, Any]:
-    """Take one step; its key depends on its number alone. A memory passes through the step's evaluations one after another."""
-    key = None if key is None else jax.random.fold_in(key, index)
-    if memory is None:
-        x, state, told = step(velocity, x, t, u, state, key=key)
-        return x, state, None, told
-
-    def remembering(x: Array, t: Scalar) -> Array:
-        nonlocal memory
-        value, memory = velocity(x, t, memory=memory)  # type: ignore[call-arg]
-        return value
-
-    x, state, told = step(remembering, x, t, u, state, key=key)
-    return x, state, memory, told
-
-
-class Progress(NamedTuple):
-    """A step taken: its `number` from 0, the time `t` that it reached, `x` there, and `x0`, the image that it pointed to."""
-
-    number: int
-    t: Array
     x: Array
-    x0: Array
+    step_state: StepState
+    memory: Memory
+    estimate: Array
+    finite_steps: Int[Array, ""]
 
 
 @convert_arguments
-def stream(
+def begin_sample(
     velocity: Velocity,
     x: Float[Array, "*shape"],
     times: Float[Array, " nodes"],
     *,
-    step: Step = Euler(),
-    key: PRNGKeyArray | None = None,
-) -> Iterator[Progress]:
-    """Integrate as `sample` does, a step at a time: for progress, previews, and to stop early.
+    step: Step,
+) -> SampleState:
+    """Return the state before the first step of a run that `advance_sample` continues.
 
-    The step is compiled once for all. `x0` is where the straight line through both ends of the step meets t = 0, which for
-    Euler's is the model's own estimate; it costs no evaluation. Arguments and errors as for `sample`.
+    Arguments and errors are those of `sample`.
     """
-    return _steps(velocity, x, _checked_times("stream", step, times, x), step, key)
+    times = checked_times("begin_sample", step, times, x)
+    carry = first_carry(step, velocity, x.astype(times.dtype))
+    return SampleState(carry.x, carry.step_state, carry.memory, carry.x, jnp.int32(0))
 
 
-def _steps(
-    velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None
-) -> Iterator[Progress]:
-    dtype, x = x.dtype, x.astype(times.dtype)
-    state, memory = step.init(x), initial_memory(velocity, x)
-    for index in range(len(times) - 1):
-        t, u = times[index], times[index + 1]
-        x, state, memory, x0 = _compiled_step(
-            step, velocity, x, t, u, jnp.asarray(index), state, memory, key
+@convert_arguments
+def advance_sample(
+    velocity: Velocity,
+    state: SampleState,
+    times: Float[Array, " nodes"],
+    start: int | Int[Array, ""],
+    stop: int | Int[Array, ""],
+    *,
+    step: Step,
+    key: PRNGKeyArray | None = None,
+) -> SampleState:
+    """Take the steps number `start` to `stop` - 1, step i going from `times[i]` to `times[i + 1]`.
+
+    All steps in any segments give the x of `sample` over the same times. With Python integers the
+    loop is a scan, which has reverse-mode gradients. With traced integers it is a while loop, so
+    that one compiled program serves segments of every length.
+
+    **Arguments:** `state`: from `begin_sample`, or from a call whose `stop` is now `start`.
+    `times`: all nodes of the run. The others are those of `sample`, the same for all segments.
+    **Returns:** the state at `times[stop]`.
+    **Raises:** as `sample`, and `ValueError` unless 0 <= start <= stop <= steps (traced integers
+    are not checked).
+    """
+    times = checked_times("advance_sample", step, times, state.x)
+    _check_segment(start, stop, len(times) - 1)
+    field = checked_velocity("advance_sample", velocity)
+
+    def body(index: Scalar, state: SampleState) -> SampleState:
+        before = Carry(state.x, state.step_state, state.memory)
+        interval = Interval(times[index], times[index + 1], index)
+        after, _ = take_step(step, field, before, interval, key)
+        all_before = state.finite_steps == jnp.asarray(index, jnp.int32)
+        finite = all_before & jnp.all(jnp.isfinite(after.x))
+        return SampleState(
+            after.x,
+            after.step_state,
+            after.memory,
+            straight_estimate(before.x, after.x, interval),
+            state.finite_steps + finite.astype(jnp.int32),
         )
-        yield Progress(index, u, x.astype(dtype), x0.astype(dtype))
+
+    return jax.lax.fori_loop(start, stop, body, state)
 
 
-@eqx.filter_jit
-def _compiled_step(step, velocity, x, t, u, index, state, memory, key):
-    end, state, memory, _ = _advance(
-        step, _checked_velocity("stream", velocity), x, t, u, index, state, memory, key
-    )
-    return end, state, memory, end - u * (end - x) / (u - t)
+def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
+    if isinstance(start, jax.core.Tracer) or isinstance(stop, jax.core.Tracer):
+        return
+    if not 0 <= int(start) <= int(stop) <= steps:
+        raise ValueError(
+            f"`advance_sample(start, stop)` needs 0 <= start <= stop <= {steps}, the number of "
+            f"steps, got {start} and {stop}."
+        )
+
+
+def first_carry(step: Step, velocity: Velocity, x: Array) -> Carry:
+    return Carry(x, step.init(x), initial_memory(velocity, x))
+
+
+def take_step(
+    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: PRNGKeyArray | None
+) -> tuple[Carry, Array | None]:
+    """Take one step. Return its result, and the log-density of what it drew.
+
+    The key of a step depends only on the step's index. A memory passes through all evaluations of
+    the step, one after another.
+    """
+    t, u, index = interval
+    memory = carry.memory
+    if key is not None:
+        key = jax.random.fold_in(key, index)
+
+    def with_memory(x: Array, t: Scalar) -> Array:
+        nonlocal memory
+        value, memory = velocity(x, t, memory=memory)  # type: ignore[call-arg]
+        return value
+
+    field = velocity if memory is None else with_memory
+    x, step_state, log_prob = step(field, carry.x, t, u, carry.step_state, key=key)
+    return Carry(x, step_state, memory), log_prob
+
+
+def straight_estimate(x: Array, end: Array, interval: Interval) -> Array:
+    """Return the x0 where the straight line through both ends of a step meets t = 0."""
+    t, u, _ = interval
+    return end - u * (end - x) / (u - t)
+
+
+def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " times"] | None:
+    """Return all times at which an integrator evaluates the velocity, from first node to last.
+
+    **Arguments:** `times`: the nodes.
+    **Returns:** the times, repeated if they are evaluated repeatedly, in no particular order; None
+    if `step.evaluation_times` does not know them.
+    """
+    by_stage = jax.vmap(step.evaluation_times)(times[:-1], times[1:])
+    if by_stage is None:
+        return None
+    return jnp.concatenate(by_stage)

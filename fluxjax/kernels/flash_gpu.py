@@ -67,8 +67,10 @@ def flash_attention_gpu(
         from fluxjax.kernels.flash_mosaic import launch_mosaic as launch
         from fluxjax.kernels.flash_mosaic_blocks import mosaic_block_sizes as default_sizes
     else:
-        from fluxjax.kernels.flash_triton import launch_triton as launch
-        from fluxjax.kernels.flash_triton import triton_block_sizes as default_sizes
+        from fluxjax.kernels.flash_triton import (
+            launch_triton as launch,
+            triton_block_sizes as default_sizes,
+        )
     if scale < 0:
         # The kernels subtract the largest logit, which they get from the largest product.
         q, scale = -q, -scale

@@ -9,7 +9,7 @@ from test_shard import drawn, mesh_of
 import fluxjax
 from fluxjax import fetch, offload, shard, stream_blocks
 from fluxjax.devices import residency
-from fluxjax.devices.weights import FileWeight, HostWeight
+from fluxjax.devices.streamed import FileWeight, HostWeight
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import encode_text, prompt_ids
 
@@ -64,7 +64,7 @@ def test_streamed_networks_are_the_same(tiny, streamed, where):
     # Guided, with an adapter beside the weights: what else there is goes through the same seam.
     inputs, lora = (
         drawn(tiny, 2),
-        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+        fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft")),
     )
     way = dict(negative=inputs[0], cfg=jnp.float32(2.0))
     plain, there = fluxjax.attach(tiny.flux, [lora]), fluxjax.attach(flux, [lora])

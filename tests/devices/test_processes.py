@@ -46,7 +46,7 @@ def test_on_a_mesh_of_all_their_devices(tmp_path, processes, devices, mesh, imag
     models = fluxjax.load_models("tiny")
     models = models._replace(
         flux=fluxjax.merge(
-            models.flux, [fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))]
+            models.flux, [fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))]
         )
     )
     options = dict(key=jax.random.key(0), steps=1, height=HEIGHT, width=WIDTH, images=images)

@@ -10,7 +10,8 @@ from fluxjax import DDIM, Attention, BlockSizes, Nag, attention, make_mesh, shar
 from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.generate import FirstBlock
-from fluxjax.generate.draw import denoise, noise_batch, step_keys
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.kernels import isolated_attention
 from fluxjax.nets import DegradedBlocks
@@ -83,7 +84,7 @@ def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
 def test_merged_on_a_mesh_a_network_has_the_same_weights(tiny, name):
     mesh, lora = (
         mesh_of(**MESHES[name][0]),
-        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+        fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft")),
     )
     merged = fluxjax.merge(jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh)), [lora])
     expected = fluxjax.merge(tiny.flux, [lora])
@@ -193,7 +194,7 @@ def test_a_mesh_splits_every_large_matrix(tiny):
 
 def test_attached_adapters_are_split_as_their_weights(tiny):
     mesh, inputs = mesh_of(fsdp=2, tensor=2), drawn(tiny, 2)
-    lora = fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))
+    lora = fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))
     adapted = fluxjax.attach(tiny.flux, [lora])
     expected = denoise(adapted, *inputs)
     assert relative(expected, denoise(tiny.flux, *inputs)) > 0.01

@@ -1,3 +1,5 @@
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -5,7 +7,7 @@ import numpy as np
 import pytest
 
 from fluxjax import DDIM, DPMpp2M, Euler, UniPC2, flow_times, stream
-from fluxjax.flow import AB2, sample
+from fluxjax.flow import AB2, Guided, Projected, advance_sample, begin_sample, sample
 
 MEAN, DEVIATION = 0.7, 0.4
 
@@ -147,7 +149,7 @@ def test_each_of_many_particles_is_its_own_single_run(step):
     ("times", "told"),
     [
         ([1.0, np.nan, 0.0], "needs finite numbers"),
-        ([1.0, 0.5, 0.5, 0.0], "fall, or rise, at every node, got 0.5 and then 0.5"),
+        ([1.0, 0.5, 0.5, 0.0], "all fall, or all rise, got 0.5 and then 0.5"),
         ([1.0, 0.2, 0.5, 0.0], "got 0.2 and then 0.5"),
         ([1.5, 0.5, 0.0], "from 0 to 1 for UniPC2, got 0 to 1.5"),
     ],
@@ -185,3 +187,78 @@ def test_float16_is_integrated_in_float32_and_comes_back_in_its_dtype(step):
         found.x,
         sample(gaussian_velocity, jnp.float32(x), flow_times(5), step=step).x.astype(jnp.float16),
     )
+
+
+GUIDED = Guided(
+    lambda x, t, condition: condition - jnp.float32(0.3) * t * x,
+    jnp.float32([1.0, 0.5, -0.3]),
+    jnp.float32([-0.2, 0.1, 0.6]),
+    3.0,
+    Projected(0.2, momentum=-0.5),
+)
+RUNS = {
+    "one-step": (gaussian_velocity, Euler()),
+    "multistep": (gaussian_velocity, AB2()),
+    "corrected": (gaussian_velocity, UniPC2()),
+    "stochastic": (gaussian_velocity, DDIM(0.5)),
+    "stateful velocity": (GUIDED, Euler()),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_segments_give_bitwise_what_one_run_does(kind):
+    velocity, step = RUNS[kind]
+    x, times, key = jnp.linspace(-2, 2, 3), flow_times(6, mu=1.0), jax.random.key(1)
+    whole = jax.jit(lambda x, times: sample(velocity, x, times, step=step, key=key, history=True))
+    result = whole(x, times)
+    begin = jax.jit(lambda x, times: begin_sample(velocity, x, times, step=step))
+
+    @jax.jit
+    def while_loop(state, times, start, stop):
+        return advance_sample(velocity, state, times, start, stop, step=step, key=key)
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def scan(state, times, start, stop):
+        return advance_sample(velocity, state, times, start, stop, step=step, key=key)
+
+    for advance in (while_loop, scan):
+        state = begin(x, times)
+        for start, stop in ((0, 1), (1, 1), (1, 4), (4, 6)):
+            state = advance(state, times, start, stop)
+            np.testing.assert_array_equal(state.x, result.history[stop])
+            assert state.finite_steps == stop
+        for one, other in zip(
+            jax.tree.leaves(state.memory), jax.tree.leaves(result.memory), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+        *_, last = stream(velocity, x, times, step=step, key=key)
+        np.testing.assert_allclose(state.estimate, last.x0, atol=1e-6)
+    assert while_loop._cache_size() == 1
+
+
+def test_a_segment_counts_its_leading_finite_steps():
+    times = flow_times(5)
+    # Infinite from t = 0.6 on, so that two steps are finite; at 0.2 x is NaN, not finite again.
+    broken = lambda x, t: jnp.where(t < 0.7, jnp.where(t < 0.3, -x, jnp.inf), x)  # noqa: E731
+    state = begin_sample(broken, jnp.ones(2), times, step=Euler())
+    state = advance_sample(broken, state, times, 0, 5, step=Euler())
+    assert state.finite_steps == 2
+
+
+def test_a_segment_of_known_length_has_gradients():
+    times = flow_times(4)
+
+    def end(scale):
+        velocity = eqx.Partial(lambda scale, x, t: scale * x, scale)
+        state = begin_sample(velocity, jnp.ones(2), times, step=Euler())
+        return advance_sample(velocity, state, times, 0, 4, step=Euler()).x.sum()
+
+    # d/ds of 2 (1 - s / 4)^4 at s = 1.
+    np.testing.assert_allclose(jax.grad(end)(1.0), -2 * 0.75**3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 5)])
+def test_a_segment_outside_of_the_times_is_refused(start, stop):
+    state = begin_sample(gaussian_velocity, jnp.ones(2), flow_times(4), step=Euler())
+    with pytest.raises(ValueError, match="needs 0 <= start <= stop <= 4"):
+        advance_sample(gaussian_velocity, state, flow_times(4), start, stop, step=Euler())

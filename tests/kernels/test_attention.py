@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from implementations import operands
 
 from fluxjax import attention

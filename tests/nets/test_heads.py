@@ -18,7 +18,7 @@ from fluxjax.kernels import flash_tpu, qkv_tpu
 from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.kernels.chips import TPU_CHIPS
 from fluxjax.kernels.guided_attention import isolated_attention
-from fluxjax.nets.heads import Projection, heads_of, turn_of
+from fluxjax.nets.heads import Projection, prepare_rotation, query_key_value
 from fluxjax.nets.layers import RmsNorm, Rotation
 
 WIDTH = 256
@@ -85,7 +85,7 @@ SHAPES = [
 def test_heads_equal_float64(counts, columns, dtype):
     parts, rotation = inputs(counts, columns, dtype)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
         assert qkv_tpu.fused_qkv_tpu.called
     # In bfloat16 both features of a pair are rounded after the norm, and their sum is: 2^-8 each.
     atol = 2e-6 if dtype == jnp.float32 else 3 * 2**-8
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_what_is_not_fused():
 
     def pulled(fused):
         def run(parts, rotation):
-            return heads_of(parts, turn_of(rotation), WIDTH, fused=fused)
+            return query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=fused)
 
         return jax.jit(lambda *given: jax.vjp(run, *given)[1](grads))(parts, rotation)
 
@@ -129,7 +129,7 @@ def test_what_does_not_suit_is_not_fused(counts, dim, dtype, why):
 def test_what_does_not_suit_is_made_all_the_same():
     parts, rotation = inputs([50, 70], 3 * WIDTH)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
         assert not qkv_tpu.fused_qkv_tpu.called
     for x, wanted in zip(found, exact(parts, rotation), strict=True):
         np.testing.assert_allclose(x, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())

@@ -84,7 +84,7 @@ def test_networks_of_8_bits_are_near(tiny, name):
 
 
 def test_adapters_stand_beside_8_bits(tiny):
-    lora = fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))
+    lora = fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))
     flux, inputs = quantize(tiny.flux, "int8"), drawn(tiny, 2)
     expected = denoise(fluxjax.attach(tiny.flux, [lora]), *inputs)
     assert relative(denoise(fluxjax.attach(flux, [lora]), *inputs), expected) <= 0.02
@@ -111,7 +111,7 @@ def test_what_can_not_be_rounded_is_told(tiny):
     flux = small_flux()
     with pytest.raises(ValueError, match=r"no format 'int4' of 8 bits\. Choose one of int8, fp8"):
         quantize(flux, "int4")
-    kraft = fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))
+    kraft = fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))
     for network in (quantize(flux, "int8"), fluxjax.attach(tiny.flux, [kraft]), tiny.vae):
         with pytest.raises(ValueError, match="rounds plain matrices"):
             quantize(network, "int8")

@@ -27,8 +27,8 @@ def flux():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"remat": True}, {"weaken": DegradedBlocks(CONFIG, double=[1], single=[0])}],
-    ids=["plain", "remat", "weakened"],
+    [{}, {"remat": True}, {"degraded": DegradedBlocks(CONFIG, double=[1], single=[0])}],
+    ids=["plain", "remat", "degraded"],
 )
 def test_values_and_gradients_are_those_of_stacked_blocks(flux, options):
     @eqx.filter_jit
@@ -60,7 +60,7 @@ def test_what_else_takes_a_network_takes_blocks_apart(flux, tiny):
     )
     inputs, kraft = (
         drawn(tiny, 2),
-        fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft")),
+        fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft")),
     )
     adapted = fluxjax.attach(tiny.flux, [kraft])
     expected = denoise(adapted, *inputs)
@@ -95,7 +95,7 @@ def test_what_comes_before_is_told(flux, tiny):
             unroll(network)
     with pytest.raises(fluxjax.WeightsError):
         fluxjax.merge(
-            unroll(tiny.flux), [fluxjax.read_lora(fluxjax.checkpoint.locate.shipped_lora("kraft"))]
+            unroll(tiny.flux), [fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))]
         )
 
 

@@ -10,7 +10,7 @@ from layouts import write
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import image_ids, load_flux, merge, read_lora, write_lora
-from fluxjax.checkpoint.locate import shipped_lora, tiny_folder
+from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
 
 CONFIG = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
