@@ -33,6 +33,9 @@ Part = tuple[Float[Array, "_ columns"], Float[Array, " head_dim"], Float[Array, 
 RotationFactors = tuple[Float[Array, "all_tokens head_dim"], Float[Array, "all_tokens head_dim"]]
 """Factors of each feature, and of its neighbour in the pair, in float32."""
 
+Matrix = Float[Array, "all_tokens width"]
+"""q, k or v of all parts: heads are columns."""
+
 
 def rotation_factors(
     cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]
@@ -59,7 +62,7 @@ def fused_qkv_tpu(
     eps: float,
     chip: str,
     interpret: bool = False,
-) -> list[Float[Array, "all_tokens width"]]:
+) -> tuple[Matrix, Matrix, Matrix]:
     """Return q, k and v of one or two modalities, one after the other.
 
     q and k are normed (RMS) and rotated (RoPE). It has no derivatives.
@@ -112,7 +115,8 @@ def fused_qkv_tpu(
         interpret=interpret,
         name="heads",
     )
-    return call(*operands)
+    q, k, v = call(*operands)
+    return q, k, v
 
 
 def _rows(i: Index) -> tuple[Index, int]:

@@ -28,9 +28,13 @@ def exact(q, k, v, scale, bias=None, causal=False):
 
 @settings(max_examples=10)  # each shape compiles
 @given(
-    queries=st.integers(1, 20), keys=st.integers(1, 20), heads=st.integers(1, 3), dim=st.sampled_from([1, 8, 17]),
-    seed=st.integers(0, 99), size=st.sampled_from([0.1, 1.0, 30.0]),
-)  # fmt: skip
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 8, 17]),
+    seed=st.integers(0, 99),
+    size=st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_attention_equals_float64(queries, keys, heads, dim, seed, size):
     q, k, v, _ = operands(queries, keys, heads, dim, seed, size)
     # Logits reach 1e4 here, where float32 resolves 1e-3: their exponentials differ by as much.
