@@ -35,7 +35,7 @@ def run_lora_extract(options: argparse.Namespace) -> None:
     kind = KINDS[options.only]
     destination = _check_new(options.destination)
     places = [interruptible(find_part, name, kind.folder) for name in (options.base, options.tuned)]
-    base, tuned = (open_source(place).part(kind).plan() for place in places)
+    base, tuned = (open_source(place).network(kind).plan() for place in places)
     lora = interruptible(extract_lora, base, tuned, kind.name, rank=options.rank, to=options.to)
     write_lora(destination, lora, to=options.to)
     print(destination)

@@ -10,7 +10,7 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from fluxjax.checkpoint.load import load, put_back, take_out
+from fluxjax.checkpoint.load import block_index, load_with_block_weights
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import DEVICE_MEMORY, HOST_MEMORY, move_arrays
 from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight
@@ -64,23 +64,10 @@ def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:
 
     **Arguments** and **Raises:** as for `fluxjax.checkpoint.load.load`.
     """
-    rest, matrices = take_out(plan)
-    network = load(rest, dtype=dtype)
-    weights = {}
-    for name, shape_and_dtype in matrices.items():
-        shape, target = shape_and_dtype(dtype)
-        weights[name] = _file_weight(plan, name, shape, target)
-    return put_back(network, weights)
 
+    def file_weight(name: str, shape: tuple[int, ...], target: np.dtype) -> FileWeight:
+        for block in range(shape[0]):
+            plan.leaf(name, shape, target, block_index(shape, block))
+        return FileWeight(jnp.arange(shape[0]), BlockReader(plan, name, shape, target))
 
-def _file_weight(
-    plan: Plan,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> FileWeight:
-    """Return a weight in files, after its values have been checked."""
-    others = tuple(slice(0, size) for size in shape[1:])
-    for block in range(shape[0]):
-        plan.leaf(name, shape, dtype, (slice(block, block + 1), *others))
-    return FileWeight(jnp.arange(shape[0]), BlockReader(plan, name, shape, dtype))
+    return load_with_block_weights(plan, file_weight, dtype=dtype)

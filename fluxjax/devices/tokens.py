@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
-from fluxjax.nets.flux import AttentionChoice, DegradedBlocks, Flux, Prepared
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_attention import AttentionChoice
+from fluxjax.nets.flux_state import Prepared
 from fluxjax.shapes import Array, Float, ScalarLike
 
 
@@ -26,8 +29,8 @@ class TokenParallelFlux(eqx.Module):
     tokens. It runs a part of the text's and a part of the image's tokens. Where the number of
     devices does not divide them, the last ones get padding, which no token attends to.
 
-    Where the devices divide the heads, the attention exchanges heads for tokens (`Ulysses`);
-    otherwise it is ring attention (`Ring`). Both can run inside of `Nag`.
+    Where the devices divide the heads, the attention exchanges heads for tokens (`UlyssesAttention`);
+    otherwise it is ring attention (`RingAttention`). Both can run inside of `Nag`.
     """
 
     flux: Flux
@@ -79,11 +82,11 @@ class TokenParallelFlux(eqx.Module):
         devices = jax.lax.axis_size("context")
         # "tensor" splits the heads before "context" exchanges them.
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
-        joint: Ulysses | Ring
+        joint: UlyssesAttention | RingAttention
         if heads % devices == 0:
-            joint = Ulysses("context", prepared.txt_tokens, len(x), implementation, nag)
+            joint = UlyssesAttention("context", prepared.txt_tokens, len(x), implementation, nag)
         elif implementation is None:
-            joint = Ring("context", prepared.txt_tokens, len(x), nag)
+            joint = RingAttention("context", prepared.txt_tokens, len(x), nag)
         else:
             raise ValueError(
                 f"{heads} heads are not divided by context={devices}, so ring attention is used, "

@@ -1,6 +1,7 @@
 """Adapters: reading every format, merging, attaching, extracting, writing."""
 
 from fluxjax.lora.attach import attach
+from fluxjax.lora.convert import adapter_notes, merge_while_converting
 from fluxjax.lora.init import init_lora, trainable
 from fluxjax.lora.merge import merge, unmerge
 from fluxjax.lora.read import Lora, describe_lora, read_lora
@@ -8,11 +9,13 @@ from fluxjax.lora.write import extract_lora, write_lora
 
 __all__ = [
     "Lora",
+    "adapter_notes",
     "attach",
     "describe_lora",
     "extract_lora",
     "init_lora",
     "merge",
+    "merge_while_converting",
     "read_lora",
     "trainable",
     "unmerge",

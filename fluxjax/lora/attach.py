@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.plan import slots_of
+from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora.merge import changes_of, merge_changes, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.scales import Scales, check_scales
@@ -36,7 +36,7 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
     """
     plain = _plain(model)
     wanted = changes_of(plain, loras, check_scales("attach", len(loras), scales))
-    names, slots, parts = leaf_names(plain), slots_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
+    names, slots, parts = leaf_names(plain), parameters_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
     vectors = {name: found for name, found in wanted.items() if len(slots[name].shape) < 2}
     model = merge_changes(
         _in_float32(model, {names[slots[name].leaf] for name in vectors}), vectors, donate=False

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.plan import slots_of
+from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora.merge import kind_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import LowRankTerm
@@ -45,7 +45,7 @@ def init_lora(
     kind, targets = kind_of("init_lora", model), [targets] if isinstance(targets, str) else targets
     matrices = {
         name.removesuffix(".weight"): slot.shape
-        for name, slot in slots_of(model).items()
+        for name, slot in parameters_of(model).items()
         if _is_matrix(name, slot.shape)
     }
     patterns = [_compiled(target) for target in targets]

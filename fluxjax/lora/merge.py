@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.detect import fused_parts
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.plan import Weights, abstract, cast, slots_of
+from fluxjax.checkpoint.weights import Weights, abstract, cast, parameters_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.rounding import check_fits, rounded, seed_of
 from fluxjax.lora.scales import (
@@ -143,7 +143,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     _check_one_sets(model, loras, found)
     keys = {key for scale in found if isinstance(scale, Mapping) for key in scale}
     idle = sorted(
-        key for key in keys if not any(begins_with(name, key) for name in slots_of(model))
+        key for key in keys if not any(begins_with(name, key) for name in parameters_of(model))
     )
     if idle:
         raise ValueError(
@@ -154,7 +154,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
 
 def _check_one_sets(model: eqx.Module, loras: Sequence[Lora], scales: Sequence[Any]) -> None:
     """**Raises:** `WeightsError` if two adapters set the same rows of a weight, both at scales other than 0."""
-    slots, parts = slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    slots, parts = parameters_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
     rows_set: dict[str, list[tuple[int, int, int]]] = {}
     for number, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
         for name, changes in _changes(model, lora).items():
@@ -195,7 +195,7 @@ def merge_changes(model: Network, wanted: Wanted, *, donate: bool) -> Network:
     **Raises:** `WeightsError` for a result that the weights' dtype can't hold, unless traced.
     """
     model = _widened(model, wanted)
-    parts, slots = fused_parts(model.config), slots_of(model)  # type: ignore[attr-defined]
+    parts, slots = fused_parts(model.config), parameters_of(model)  # type: ignore[attr-defined]
     leaves, structure = jax.tree.flatten(model)
     mine = [donate] * len(leaves)  # whether a leaf's memory may be reused
     largest: dict[str, Array] = {}
@@ -279,7 +279,7 @@ class MergedWeights(Weights):
     def __init__(self, base: Weights, wanted: Wanted):
         self.base, self.wanted = base, wanted
         self.network = eqx.filter_eval_shape(_widened, base.network, dict(wanted))
-        self.slots, self.parts = slots_of(self.network), fused_parts(self.network.config)  # type: ignore[attr-defined]
+        self.slots, self.parts = parameters_of(self.network), fused_parts(self.network.config)  # type: ignore[attr-defined]
 
     def dtype(self, slot: str) -> np.dtype:
         return self.base.dtype(slot)
@@ -324,7 +324,7 @@ def _widened(model: Network, wanted: Wanted) -> Network:
 def _check(model: eqx.Module, wanted: Wanted) -> None:
     """**Raises:** `WeightsError` that lists what does not fit the model."""
     problems = []
-    slots, parts = slots_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
+    slots, parts = parameters_of(model), fused_parts(model.config)  # type: ignore[attr-defined]
     for name, changes in wanted.items():
         if name not in slots:
             problems.append(f"{name} is not in it")

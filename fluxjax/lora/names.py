@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.names import Dialect, Row
+from fluxjax.checkpoint.dialect import Dialect, Row
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ _XLABS = Dialect(
 
 def _old_attention(row: Row) -> tuple[Row, ...]:
     """Return the names that a layer had when it belonged to a processor of diffusers' attention."""
-    if ".attn." not in row.theirs or ".norm_" in row.theirs:
+    if ".attn." not in row.key or ".norm_" in row.key:
         return ()
     return (
         Row(
-            row.theirs.replace(".attn.", ".attn.processor.").replace(".to_out.0.", ".to_out."),
-            row.ours,
+            row.key.replace(".attn.", ".attn.processor.").replace(".to_out.0.", ".to_out."),
+            row.name,
             row.part,
         ),
     )
@@ -133,7 +133,7 @@ def find_place(module: str) -> Place | None:
     for entry in _entries().get(_without_numbers(module), ()):
         if match := entry.pattern.match(module):
             fields, row = match.groupdict(), entry.row
-            weight = row.ours.format(**fields, p="weight")
+            weight = row.name.format(**fields, p="weight")
             bias = None if entry.bias is None else entry.bias.format(**fields, p="bias")
             inner = module.removeprefix(entry.names.prefix)
             return Place(
@@ -158,14 +158,14 @@ def _entries() -> Mapping[str, Sequence[_Entry]]:
     found: dict[str, list[_Entry]] = {}
     for names in _ALL:
         biases = {
-            _stem(row.theirs): row.ours
+            _stem(row.key): row.name
             for row in names.dialect.rows
-            if row.theirs.endswith((".bias", ".{p}"))
+            if row.key.endswith((".bias", ".{p}"))
         }
         for row in names.dialect.rows:
-            if row.theirs.endswith(".bias"):
+            if row.key.endswith(".bias"):
                 continue
-            stem = _stem(row.theirs)
+            stem = _stem(row.key)
             for prefix in {names.prefix, names.prefix + _spelled(names.dialect.prefix, names.flat)}:
                 spelled = prefix + _spelled(stem, names.flat)
                 key = _without_numbers(spelled.replace("{i}", "0").replace("{j}", "0"))

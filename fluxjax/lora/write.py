@@ -11,17 +11,17 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.detect import fused_rows
+from fluxjax.checkpoint.dialect import Dialect
+from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.load import check_written_dtype
-from fluxjax.checkpoint.names import Dialect
-from fluxjax.checkpoint.plan import InMemoryWeights, Weights, cast, slots_of
+from fluxjax.checkpoint.fused import fused_rows
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
+from fluxjax.checkpoint.weights import InMemoryWeights, Weights, cast, parameters_of
 from fluxjax.lora.attach import factors_of
 from fluxjax.lora.merge import check_plain, kind_of, rows_of
 from fluxjax.lora.read import Change, Lora
 from fluxjax.lora.terms import FullTerm, LowRankTerm
-from fluxjax.nets.flux import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig
 
 _KOHYA = {
     "flux": ("lora_unet_", tables.FLUX_BFL),
@@ -93,7 +93,10 @@ def write_lora(
     stored = {name: _stored(name, tensor, target) for name, tensor in tensors.items()}
     write_safetensors(
         Path(path),
-        {name: OutputTensor.from_array(np.ascontiguousarray(tensor)) for name, tensor in stored.items()},
+        {
+            name: OutputTensor.from_array(np.ascontiguousarray(tensor))
+            for name, tensor in stored.items()
+        },
         overwrite=overwrite,
     )
 
@@ -221,7 +224,7 @@ def extract_lora(
     if rank < 1:
         raise ValueError(f"`extract_lora` needs a rank of at least 1, got {rank}.")
     base, tuned = _weights(base, network), _weights(tuned, network)
-    slots, theirs = slots_of(base.network), slots_of(tuned.network)
+    slots, theirs = parameters_of(base.network), parameters_of(tuned.network)
     if {name: slot.shape for name, slot in slots.items()} != {
         name: slot.shape for name, slot in theirs.items()
     }:

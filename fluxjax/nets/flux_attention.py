@@ -7,7 +7,7 @@ import jax
 from einops import rearrange
 from jaxtyping import PyTree
 
-from fluxjax.kernels.attention import Attention, resolved
+from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux_blocks import Attended, BlockAttention
 from fluxjax.nets.flux_state import HiddenState
@@ -80,7 +80,7 @@ def _attend(
     shape = jax.ShapeDtypeStruct((tokens, width // head_dim, head_dim), dtype)
     # The fused kernel for q, k and v runs where flash_tpu does. Where XLA partitions the program
     # among devices itself, neither can.
-    fused = resolved(attention, shape, shape) == "flash_tpu"
+    fused = resolve_implementation(attention, shape, shape) == "flash_tpu"
     q, k, v = query_key_value(projections, rotation, width, fused=fused)
     run = attention if callable(attention) else Attention(attention)
     values = run(q, k, v, txt_tokens)

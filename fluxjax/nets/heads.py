@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from fluxjax.kernels.blocks import chip_of, default_device
+from fluxjax.kernels.chips import default_device, tpu_chip_name
 from fluxjax.nets.layers import RmsNorm, Rotation, rotate
 from fluxjax.shapes import Array, Float
 
@@ -47,9 +47,11 @@ def prepare_rotation(rotation: Rotation) -> PreparedRotation:
     """
     if default_device().platform != "tpu":
         return PreparedRotation(rotation, None)
-    from fluxjax.kernels.heads_tpu import factors_of  # Pallas takes a third of a second to import
+    from fluxjax.kernels.qkv_tpu import (
+        rotation_factors,  # Pallas takes a third of a second to import
+    )
 
-    return PreparedRotation(rotation, factors_of(*rotation))
+    return PreparedRotation(rotation, rotation_factors(*rotation))
 
 
 def query_key_value(
@@ -69,14 +71,14 @@ def query_key_value(
     computation.
     """
     if fused and rotation.kernel_rotation is not None:
-        from fluxjax.kernels.heads_tpu import suits
+        from fluxjax.kernels.qkv_tpu import fused_qkv_supported
 
-        chip = chip_of(default_device())
+        chip = tpu_chip_name(default_device())
         head_dim = len(projections[0].query_norm.scale)
         dtype = projections[0].projected.dtype
         counts = [len(projection.projected) for projection in projections]
         # Where the kernel does not take these shapes, nothing is lost but time.
-        if suits(counts, width, head_dim, dtype, chip):
+        if fused_qkv_supported(counts, width, head_dim, dtype, chip):
             return _fused((width, chip), tuple(projections), *rotation)
     return _unfused(projections, rotation.rotation, width)
 
@@ -118,7 +120,7 @@ def _fused(
 
     **Arguments:** `rotation`: unused here; the gradient goes to it.
     """
-    from fluxjax.kernels.heads_tpu import LANES, heads
+    from fluxjax.kernels.qkv_tpu import LANES, fused_qkv_tpu
 
     width, chip = width_and_chip
     operands = []
@@ -126,7 +128,7 @@ def _fused(
         scales = projection.query_norm.scale, projection.key_norm.scale
         operands.append((projection.projected, *scales))
     eps = projections[0].query_norm.eps
-    results = heads(operands, kernel_rotation, width=width, eps=eps, chip=chip)
+    results = fused_qkv_tpu(operands, kernel_rotation, width=width, eps=eps, chip=chip)
     q, k, v = (
         rearrange(x, "tokens (heads head_dim) -> tokens heads head_dim", head_dim=LANES)
         for x in results

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fluxjax.kernels.blocks import default_device
+from fluxjax.kernels.chips import default_device
 from fluxjax.nets.stack import Unrolled, block_at, depth_of
 from fluxjax.nets.weight import Weight
 from fluxjax.shapes import Array, Int

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.blocks import default_device
+from fluxjax.kernels.chips import default_device
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.shapes import Array, PRNGKeyArray, Scalar, ScalarLike
+from fluxjax.checkpoint.gguf_header import Scalar
+from fluxjax.shapes import Array, PRNGKeyArray, ScalarLike
 
 
 class TrainState(eqx.Module):

@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fluxjax.cli.console import Stopped, interruptible, stop_signals
 from fluxjax.cli import generate as draw
+from fluxjax.cli.console import Stopped, interruptible, stop_signals
 from fluxjax.cli.main import main as cli
 
 FIXED = ["--steps", "1", "--height", "32", "--width", "32"]

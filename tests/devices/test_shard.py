@@ -10,7 +10,7 @@ from meshes import flux_inputs, mesh_of, relative, velocities
 import fluxjax
 from fluxjax import Attention, BlockSizes, Nag, attention, make_mesh, shard
 from fluxjax.checkpoint.shipped import shipped_lora
-from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.flow import DDIM
 from fluxjax.generate import FirstBlock, WeakNetwork
@@ -103,8 +103,8 @@ COLLECTIVES = {
     GatheredWeight: "fsdp",
     SummedWeight: "tensor",
     ConcatenatedWeight: "tensor",
-    Ulysses: "context",
-    Ring: "context",
+    UlyssesAttention: "context",
+    RingAttention: "context",
 }
 
 
@@ -123,11 +123,11 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, rows, expected, monkeypatc
     def mix(self, q, k, v, txt_tokens):
         return attention(q, k, v)
 
-    if kind in (Ulysses, Ring):
+    if kind in (UlyssesAttention, RingAttention):
         monkeypatch.setattr(kind, "__call__", mix)
     else:
         monkeypatch.setattr(kind, "matmul", matmul)
-    mesh = mesh_of(**{COLLECTIVES[kind]: 4 if kind is Ring else 2})
+    mesh = mesh_of(**{COLLECTIVES[kind]: 4 if kind is RingAttention else 2})
     found = velocities(shard(tiny.flux, mesh), first(rows, 2), mesh)
     assert not relative(found, expected[:2]) <= 100 * BOUND
 

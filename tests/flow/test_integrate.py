@@ -27,7 +27,7 @@ from fluxjax.flow import (
     ancestral,
     sample,
 )
-from fluxjax.flow.exponential import _corrector_rows
+from fluxjax.flow.exponential import _corrector_right_sides
 from fluxjax.flow.sample import evaluation_times
 
 EXPONENTIAL = [
@@ -123,7 +123,7 @@ def test_the_corrector_keeps_float32s_digits_on_close_times(way):
         sum((-way) ** n / math.factorial(n + k) for n in range(40)) for k in (1, 2, 3)
     )
     np.testing.assert_allclose(
-        _corrector_rows(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6
+        _corrector_right_sides(jnp.float32(way)), [two / one, 2 * three / one], rtol=1e-6
     )
 
 
@@ -268,7 +268,7 @@ def exact_moments(step, times) -> tuple[float, float]:
         t, u, index = interval
         fresh = jnp.zeros(steps + 2).at[index + 2].set(1.0)
         if isinstance(step, Churn):
-            t, kept, deviation = step.raised(t)
+            t, kept, deviation = step.noisier_time(t)
             x, state, _ = inner(velocity, kept * x + deviation * fresh, t, u, state, key=None)
         else:
             x, deviation, state = inner.moments(velocity, x, t, u, state)
@@ -362,13 +362,13 @@ def test_steps_without_noise_are_the_deterministic_ones():
 def test_churn_keeps_the_marginal_and_is_confined_to_its_window():
     churn = Churn(Euler(), 0.3, 0.2, 0.8)
     for t in (0.25, 0.5, 0.79):
-        raised, kept, deviation = churn.raised(jnp.float64(t))
+        raised, kept, deviation = churn.noisier_time(jnp.float64(t))
         sigma = t / (1 - t)
         assert raised / (1 - raised) == pytest.approx(1.3 * sigma)
         assert kept * (1 - t) == pytest.approx(1 - raised)  # the image's share
         assert (kept * t) ** 2 + deviation**2 == pytest.approx(raised**2)  # the noise's
     for t in (0.1, 0.9):
-        assert [float(x) for x in churn.raised(jnp.float64(t))] == pytest.approx([t, 1, 0])
+        assert [float(x) for x in churn.noisier_time(jnp.float64(t))] == pytest.approx([t, 1, 0])
 
 
 def test_a_stochastic_step_without_a_key_says_what_to_pass():

@@ -40,10 +40,10 @@ from fluxjax import (
     write_lora,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.detect import fused_parts
-from fluxjax.checkpoint.plan import abstract, slots_of
+from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.weights import abstract, parameters_of
 from fluxjax.cli.main import main as cli
-from fluxjax.lora import trainable
+from fluxjax.lora import merge_while_converting, trainable
 from fluxjax.lora.merge import changes_of
 from fluxjax.lora.terms import HadamardTerm, KronTerm
 from fluxjax.lora.write import _nearest
@@ -727,7 +727,9 @@ def test_the_command_line_merges_into_a_checkpoint_as_merge_does(tmp_path, capsy
     assert eqx.tree_equal(load_t5(tmp_path / "out"), load_t5("tiny"))
     assert_close(load_flux(tmp_path / "out"), expected(flux, sample, 0.5), 2**-8)
     with pytest.raises(WeightsError, match="changes clip too, which is not converted"):
-        convert_weights("tiny", tmp_path / "x", only=["flux"], loras=[(lora, 1.0)])
+        convert_weights(
+            "tiny", tmp_path / "x", only=["flux"], transform=merge_while_converting([lora])
+        )
     cli.main(["lora", "inspect", f"{tmp_path}/style.safetensors"])
     out = capsys.readouterr().out
     assert "style.safetensors: kohya" in out
@@ -739,7 +741,13 @@ def test_a_control_adapter_widens_a_checkpoint_and_its_config(tmp_path):
     sample = Sample()
     pair(sample, Draw(9), "img_in", PEFT, (192, 128), 4)
     lora = read_lora(saved(sample, tmp_path / "control.safetensors"))
-    convert_weights("tiny", tmp_path / "out", to="diffusers", only=["flux"], loras=[(lora, 1.0)])
+    convert_weights(
+        "tiny",
+        tmp_path / "out",
+        to="diffusers",
+        only=["flux"],
+        transform=merge_while_converting([lora]),
+    )
     wide = load_flux(tmp_path / "out")
     assert wide.config.in_channels == 128
     assert eqx.tree_equal(wide, merge(load_flux("tiny"), [lora]))
@@ -792,7 +800,7 @@ def test_extraction_finds_the_adapter_that_was_merged_and_else_the_nearest(tmp_p
     pair(sample, Draw(31), "lora_unet_single_blocks_0_linear2", KOHYA, (192, 960), 5, 0.05)
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     convert_weights("tiny", "base", only=["flux"], dtype="float32")
-    convert_weights("base", "tuned", only=["flux"], loras=[(lora, 1.0)])
+    convert_weights("base", "tuned", only=["flux"], transform=merge_while_converting([lora]))
     cli.main(
         [
             "lora",
@@ -847,7 +855,7 @@ Shapes = dict[str, tuple[int, ...]]
 def modules_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[int, int]]:
     """Return the linear layers of dev with their shapes, in a dialect's names."""
     parts, modules = fused_parts(FluxConfig.dev()), {}
-    for name, slot in slots_of(abstract(Flux, FluxConfig.dev())).items():
+    for name, slot in parameters_of(abstract(Flux, FluxConfig.dev())).items():
         for key, row in dialect.keys(name) if len(slot.shape) == 2 else ():
             rows = (
                 slot.shape[0] if row.part is None else parts[row.part].stop - parts[row.part].start
@@ -958,7 +966,7 @@ def test_at_full_size_every_target_is_met_by_name_and_shape(tmp_path, name):
     )
     wanted = changes_of(dev, [lora], [1.0])  # raises if one does not fit
     assert wanted.keys() == {
-        name for name, slot in slots_of(dev).items() if meets(name, len(slot.shape))
+        name for name, slot in parameters_of(dev).items() if meets(name, len(slot.shape))
     }
     # On shapes alone, nothing is read and nothing allocated.
     merged = jax.eval_shape(lambda dev: merge(dev, [lora]), dev)

@@ -20,7 +20,7 @@ from fluxjax import (
     read_lora,
     write_lora,
 )
-from fluxjax.checkpoint.plan import InMemoryWeights
+from fluxjax.checkpoint.weights import InMemoryWeights
 from fluxjax.lora import extract_lora
 from fluxjax.lora.read import Change
 from fluxjax.lora.terms import FullTerm

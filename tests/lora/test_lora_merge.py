@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from layouts import export
-from layouts import write as write_file
+from layouts import export, write as write_file
 from small import CONFIG, small_flux
 
 from fluxjax import (
@@ -31,7 +30,8 @@ from fluxjax import (
     unmerge,
 )
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.plan import InMemoryWeights, slots_of
+from fluxjax.checkpoint.weights import InMemoryWeights, parameters_of
+from fluxjax.lora import merge_while_converting
 from fluxjax.lora.merge import MergedWeights, changes_of
 from fluxjax.lora.read import Change
 from fluxjax.lora.rounding import rounded, seed_of
@@ -179,7 +179,7 @@ def test_a_checkpoint_converted_to_fp8_with_adapters_keeps_them_and_without_is_r
     convert_weights(
         tmp_path / "flux.safetensors",
         tmp_path / "merged.safetensors",
-        loras=[(lora, 1.0)],
+        transform=merge_while_converting([lora], [1.0]),
         **options,
     )
     plain, merged = (load_flux(tmp_path / f"{name}.safetensors") for name in ("plain", "merged"))
@@ -241,7 +241,7 @@ def test_a_scaled_base_is_merged_at_its_decoded_values(flux, tmp_path):
         tmp_path / "out.safetensors",
         only=["flux"],
         dtype="float32",
-        loras=[(lora, 0.5)],
+        transform=merge_while_converting([lora], [0.5]),
     )
     wanted = eight.astype(np.float64) * float(scale)
     term = lora.changes["flux"]["double.0.img.out.weight"][0].term
@@ -256,7 +256,7 @@ def test_a_scaled_base_is_merged_at_its_decoded_values(flux, tmp_path):
 @pytest.mark.parametrize(
     "scale", [float("nan"), float("inf"), -np.inf, 1e39, np.float64(1e39), jnp.float32(jnp.nan)]
 )
-def test_a_scale_that_is_not_finite_in_float32_is_refused_by_every_call(flux, tmp_path, scale):
+def test_a_scale_that_is_not_finite_in_float32_is_refused_by_every_call(flux, scale):
     lora = adapter({"img_in.weight": low_rank(32, 8)})
     for call in (merge, unmerge, attach):
         for one in (scale, {"": 1.0, "double": scale}):
@@ -264,11 +264,8 @@ def test_a_scale_that_is_not_finite_in_float32_is_refused_by_every_call(flux, tm
                 ValueError, match=rf"`{call.__name__}` needs scales that are finite"
             ):
                 call(flux, [lora], [one])
-    with pytest.raises(
-        ValueError, match=r"`convert_weights\(loras\)` needs scales that are finite"
-    ):
-        convert_weights("tiny", tmp_path / "out", only=["flux"], loras=[(lora, scale)])
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"`merge_while_converting` needs scales that are finite"):
+        merge_while_converting([lora], [scale])
 
 
 def test_scales_may_be_any_kind_of_number(flux):
@@ -439,7 +436,7 @@ def effective(weight: Weight) -> np.ndarray:
 @pytest.mark.parametrize("network", ["flux", "clip", "t5"])
 def test_unmerge_undoes_merge_and_attach_is_merge(network, request):
     model = request.getfixturevalue(network)
-    shapes = {name: slot.shape for name, slot in slots_of(model).items()}
+    shapes = {name: slot.shape for name, slot in parameters_of(model).items()}
     names = [f"{name}.weight" for name in WEIGHTS[network]]
     terms = {name: subtractable(number, *shapes[name]) for number, name in enumerate(names)}
     terms |= {name: FullTerm(normal(*shapes[name])) for name in VECTORS[network]}

@@ -13,11 +13,12 @@ from bench_parts import pretended
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Nag
-from fluxjax.devices.context import Ring, Ulysses
-from fluxjax.kernels import flash_tpu, heads_tpu
-from fluxjax.kernels.attention import Attention, resolved
-from fluxjax.kernels.guiding import isolated_attention
-from fluxjax.nets.heads import Projection, heads_of, turn_of
+from fluxjax.devices.context import RingAttention, UlyssesAttention
+from fluxjax.kernels import flash_tpu, qkv_tpu
+from fluxjax.kernels.attention import Attention, resolve_implementation
+from fluxjax.kernels.chips import TPU_CHIPS
+from fluxjax.kernels.guided_attention import isolated_attention
+from fluxjax.nets.heads import Projection, prepare_rotation, query_key_value
 from fluxjax.nets.layers import RmsNorm, Rotation
 
 WIDTH = 256
@@ -29,8 +30,8 @@ def on_a_tpu():
     """Choose as on a TPU v4, and interpret its kernels."""
     tpu = mock.Mock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
     with ExitStack() as stack:
-        stack.enter_context(pretended(tpu))
-        for module, name in ((heads_tpu, "heads"), (flash_tpu, "flash")):
+        stack.enter_context(pretended(tpu, ("kernels.attention", "nets.heads")))
+        for module, name in ((qkv_tpu, "fused_qkv_tpu"), (flash_tpu, "flash_attention_tpu")):
             run = mock.Mock(side_effect=partial(getattr(module, name), interpret=True))
             stack.enter_context(mock.patch.object(module, name, run))
         yield
@@ -83,8 +84,8 @@ SHAPES = [
 def test_heads_equal_float64(counts, columns, dtype):
     parts, rotation = inputs(counts, columns, dtype)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
-        assert heads_tpu.heads.called
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
+        assert qkv_tpu.fused_qkv_tpu.called
     # Of bfloat16 the norm is rounded, and what is turned, of which each is of two.
     atol = 2e-6 if dtype == jnp.float32 else 3 * 2**-9
     for x, wanted in zip(found, exact(parts, rotation), strict=True):
@@ -101,13 +102,13 @@ def test_gradients_are_those_of_what_is_not_fused():
 
     def pulled(fused):
         def run(parts, rotation):
-            return heads_of(parts, turn_of(rotation), WIDTH, fused=fused)
+            return query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=fused)
 
         return jax.jit(lambda *given: jax.vjp(run, *given)[1](tuple(wanted)))(parts, rotation)
 
     with on_a_tpu():
         found = pulled(True)
-        assert heads_tpu.heads.called
+        assert qkv_tpu.fused_qkv_tpu.called
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, pulled(False))
 
@@ -122,14 +123,14 @@ def test_gradients_are_those_of_what_is_not_fused():
     ],
 )
 def test_what_does_not_suit_is_not_fused(counts, dim, dtype, why):
-    assert not heads_tpu.suits(counts, WIDTH, dim, dtype, "v4"), why
+    assert not qkv_tpu.fused_qkv_supported(counts, WIDTH, dim, dtype, "v4"), why
 
 
 def test_what_does_not_suit_is_made_all_the_same():
     parts, rotation = inputs([50, 70], 3 * WIDTH)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
-        assert not heads_tpu.heads.called
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
+        assert not qkv_tpu.fused_qkv_tpu.called
     for x, wanted in zip(found, exact(parts, rotation), strict=True):
         np.testing.assert_allclose(x, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 
@@ -137,9 +138,10 @@ def test_what_does_not_suit_is_made_all_the_same():
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("counts", [[4608], [512, 4096], [256, 4096], [4133]])
 def test_blocks_of_dev_fit_a_chips_memory(chip, counts):
-    size = heads_tpu.block(counts, 3072, jnp.bfloat16, chip)
+    size = qkv_tpu.qkv_block_tokens(counts, 3072, jnp.bfloat16, chip)
     assert size >= 128
-    assert heads_tpu.vmem_bytes(size, 3072, jnp.bfloat16, len(counts)) <= heads_tpu.CHIPS[chip].vmem
+    needed = qkv_tpu.qkv_vmem_bytes(size, 3072, jnp.bfloat16, len(counts))
+    assert needed <= TPU_CHIPS[chip].vmem_bytes
 
 
 def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
@@ -173,19 +175,24 @@ def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
     with on_a_tpu():
         found = run("flash_tpu")
         # The blocks of each kind are traced once, of two parts and of one.
-        assert [len(call.args[0]) for call in heads_tpu.heads.call_args_list] == [2, 1]
+        assert [len(call.args[0]) for call in qkv_tpu.fused_qkv_tpu.call_args_list] == [2, 1]
         wanted = run("xla")
-        assert len(heads_tpu.heads.call_args_list) == 2
+        assert len(qkv_tpu.fused_qkv_tpu.call_args_list) == 2
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_a_choice_of_attention_comes_to_an_implementation():
     long, short = (jax.ShapeDtypeStruct((tokens, 24, 128), jnp.bfloat16) for tokens in (4608, 77))
     with on_a_tpu():
-        for choice in (None, Attention(), Nag(), Ulysses("context", 512, 4096)):
-            assert resolved(choice, long, long) == "flash_tpu"
-            assert resolved(choice, short, short) == "xla"
-        assert resolved("xla", long, long) == "xla"
-        assert resolved(Ulysses("context", 512, 4096, "xla_chunked"), long, long) == "xla_chunked"
-        assert resolved(Ring("context", 512, 4096), long, long) is None
-        assert resolved(isolated_attention, long, long) is None
+        for choice in (None, Attention(), Nag(), UlyssesAttention("context", 512, 4096)):
+            assert resolve_implementation(choice, long, long) == "flash_tpu"
+            assert resolve_implementation(choice, short, short) == "xla"
+        assert resolve_implementation("xla", long, long) == "xla"
+        assert (
+            resolve_implementation(
+                UlyssesAttention("context", 512, 4096, "xla_chunked"), long, long
+            )
+            == "xla_chunked"
+        )
+        assert resolve_implementation(RingAttention("context", 512, 4096), long, long) is None
+        assert resolve_implementation(isolated_attention, long, long) is None
