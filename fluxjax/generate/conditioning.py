@@ -16,8 +16,8 @@ class ReferenceTokens(eqx.Module):
     network predicts for them is dropped.
     """
 
-    tokens: Float[Array, "*images reference_tokens channels"]
-    ids: Float[Array, "*images reference_tokens axes"]
+    tokens: Float[Array, "... reference_tokens channels"]
+    ids: Float[Array, "... reference_tokens axes"]
 
 
 class Conditioning(eqx.Module):
@@ -34,11 +34,11 @@ class Conditioning(eqx.Module):
     tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
     """
 
-    txt: Float[Array, "*images txt_tokens context"]
-    vec: Float[Array, "*images pooled"]
-    img_ids: Float[Array, "*images img_tokens axes"]
+    txt: Float[Array, "... txt_tokens context"]
+    vec: Float[Array, "... pooled"]
+    img_ids: Float[Array, "... img_tokens axes"]
     guidance: PerImage | None = None
-    concat: Float[Array, "*images img_tokens features"] | None = None
+    concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
 
 
@@ -75,8 +75,8 @@ class PreparedConditioning(eqx.Module):
     """
 
     prepared: Prepared | PreparedShard
-    concat: Float[Array, "*images img_tokens features"] | None = None
-    reference_tokens: Float[Array, "*images reference_tokens channels"] | None = None
+    concat: Float[Array, "... img_tokens features"] | None = None
+    reference_tokens: Float[Array, "... reference_tokens channels"] | None = None
 
 
 def prepare_conditioning(
