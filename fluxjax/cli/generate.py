@@ -136,8 +136,8 @@ def _draw_prompt(request: Request, line: Line) -> None:
 class _Work(NamedTuple):
     """What a process has to do for a file of prompts.
 
-    `lines`: to draw. `replaced`: the ids of those whose images are there and are replaced. `present`:
-    how many images are there already. `problems`: why some lines are not drawn.
+    `lines`: to draw. `replaced`: the ids of those whose images are there and are replaced.
+    `present`: how many images are there already. `problems`: why some lines are not drawn.
     """
 
     lines: list[Line]
@@ -225,7 +225,7 @@ def _write_lines(
     drawn: _Images,
     replaced: set[str],
 ) -> tuple[int, list[str]]:
-    """Write a batch of lines; return how many images were written, and what is wrong with others."""
+    """Write a batch of lines; return how many were written, and what is wrong with the others."""
     written, problems = 0, []
     # The last batch repeats its last line.
     for line, image, lost in zip(dict.fromkeys(lines), drawn.images, drawn.lost, strict=False):

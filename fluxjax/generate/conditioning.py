@@ -1,4 +1,4 @@
-"""What an image is conditioned on, as one value: all that the transformer is given but the noise."""
+"""What an image is conditioned on, as one value: all inputs of the transformer but the noise."""
 
 import equinox as eqx
 import jax
@@ -29,9 +29,9 @@ class Conditioning(eqx.Module):
 
     `txt`: hidden states of the prompt, [txt_tokens, context]. `vec`: its pooled state, [pooled].
     `img_ids`: positions of the image's tokens, from `image_ids`. `guidance`: the distilled guidance
-    scale, as 3.5; None for networks that take none. `concat`: features that are appended to those of
-    each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them. `reference`:
-    tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
+    scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
+    of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
+    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -70,8 +70,8 @@ def split_images(conditioning: Conditioning) -> tuple[Conditioning, Conditioning
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest as
-    in `Conditioning`.
+    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest
+    as in `Conditioning`.
     """
 
     prepared: Prepared | PreparedShard
@@ -105,7 +105,7 @@ def prepare_conditioning(
 def network_input(
     x: Float[Array, "img_tokens channels"], condition: PreparedConditioning
 ) -> Float[Array, "all_tokens in_channels"]:
-    """Return the tokens that the transformer is given: the noisy ones and those of the condition."""
+    """Return the transformer's input tokens: the noisy ones and those of the condition."""
     if condition.concat is not None:
         x = jnp.concatenate([x, condition.concat.astype(x.dtype)], axis=-1)
     if condition.reference_tokens is not None:

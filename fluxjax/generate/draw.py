@@ -41,9 +41,9 @@ Result = TypeVar("Result")
 class ImageBatch(eqx.Module):
     """The images of a batch: what differs from one to the next.
 
-    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on, a
-    batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one for
-    each image, for a step that draws noise.
+    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on,
+    a batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
+    for each image, for a step that draws noise.
     """
 
     noise: Float[Array, "images latent_channels rows columns"]
@@ -122,8 +122,8 @@ def draw_batch(
     """Denoise and decode a batch of images.
 
     With `hooks` the integration is cut into segments of one compiled program, whose number of steps
-    is an argument, so that progress is reported without callbacks from the device (JAX does not cache
-    programs that hold some). Without, it is one program.
+    is an argument, so that progress is reported without callbacks from the device (JAX does not
+    cache programs that hold some). Without, it is one program.
 
     **Arguments:** `dtype`: of the decoder's activations. `mesh`: of devices, from `make_mesh`; the
     networks are then from `shard`.

@@ -1,4 +1,6 @@
-"""Networks and whole models in memory to files that load again: what was fine-tuned, merged or trained."""
+"""Networks and whole models in memory to files that load again: what was fine-tuned, merged or
+trained.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,16 +46,18 @@ WHOLE_LAYOUTS = ("own", "diffusers")
 def save(
     network: eqx.Module, path: str | Path, *, to: str = "own", dtype: DTypeLike | None = None
 ) -> Path:
-    """Write a network as files that `load_flux`, `load_clip`, `load_t5` or `load_vae` read, whole or not at all.
+    """Write a network as files that `load_flux`, `load_clip`, `load_t5` or `load_vae` read, whole
+    or not at all.
 
-    **Arguments:** `network`: a `Flux`, `Clip`, `T5` or `Vae`, in the host's memory or on devices; attached adapters are merged
-    as by `merge`. `path`: a new file that ends in .safetensors, or a new folder. `to`: "own", "diffusers" (a folder),
-    "bfl" (the transformer or the VAE) or "comfy". `dtype`: of the weights; None keeps theirs; float8 is for the matrices of
-    linear layers.
+    **Arguments:** `network`: a `Flux`, `Clip`, `T5` or `Vae`, in the host's memory or on devices;
+    attached adapters are merged as by `merge`. `path`: a new file that ends in .safetensors, or a
+    new folder. `to`: "own", "diffusers" (a folder), "bfl" (the transformer or the VAE) or "comfy".
+    `dtype`: of the weights; None keeps theirs; float8 is for the matrices of linear layers.
     **Returns:** the path.
-    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout or dtype, or a path without
-    a name; `WeightsError` for weights that are 8-bit, streamed, unrolled or split over `tensor`, for values that the dtype
-    can't hold, for a network that the layout has no names for, and for a full disk.
+    **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout
+    or dtype, or a path without a name; `WeightsError` for weights that are 8-bit, streamed,
+    unrolled or split over `tensor`, for values that the dtype can't hold, for a network that the
+    layout has no names for, and for a full disk.
     """
     target, single = check_target("save(path)", path)
     _check(target, to, LAYOUTS)
@@ -69,11 +73,13 @@ def save(
 def save_models(
     models: Models, folder: str | Path, *, to: str = "own", dtype: DTypeLike | None = None
 ) -> Path:
-    """Write a whole model as a folder that `load_models` reads: networks, tokenizers and how it is meant to be sampled.
+    """Write a whole model as a folder that `load_models` reads: networks, tokenizers and how it is
+    meant to be sampled.
 
     The tokenizers' files are those that the model was loaded with; their source may be gone by now.
 
-    **Arguments:** `folder`: a new one. `to`: "own", or "diffusers", which diffusers loads too. `dtype`: as for `save`.
+    **Arguments:** `folder`: a new one. `to`: "own", or "diffusers", which diffusers loads too.
+    `dtype`: as for `save`.
     **Returns:** the folder.
     **Raises:** as `save`, and `WeightsError` for tokenizers that were not read from files.
     """
@@ -118,7 +124,10 @@ def _write_folder(
     write_rest: Callable[[Path], Any],
 ) -> None:
     files = output_files(given, layout, dtype=dtype)
-    with explain_full_disk(target, sum(sheet.nbytes for sheet in files)), new_folder(target) as temporary:
+    with (
+        explain_full_disk(target, sum(sheet.nbytes for sheet in files)),
+        new_folder(target) as temporary,
+    ):
         write_files(temporary, files)
         if layout == "diffusers":
             for one in given:
@@ -129,7 +138,10 @@ def _write_folder(
 
 
 def _given(call: str, network: Any) -> NetworkToWrite:
-    """Return a network as it can be written. **Raises:** `ValueError` or `WeightsError` for one that can't."""
+    """Return a network as it can be written.
+
+    **Raises:** `ValueError` or `WeightsError` for one that can't.
+    """
     kind = _kind(call, network)
     if any(isinstance(child, Unrolled) for child in vars(network).values()):
         raise WeightsError(
@@ -152,7 +164,9 @@ def _kind(call: str, network: Any) -> Kind:
 
 
 def _check_placed(call: str, leaf: Any) -> None:
-    """**Raises:** `WeightsError` for an array whose values, or whose order, are not those of the network."""
+    """**Raises:** `WeightsError` for an array whose values, or whose order, are not those of the
+    network.
+    """
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, jax.NamedSharding) and "tensor" in str(sharding.spec):
         raise WeightsError(
@@ -165,7 +179,9 @@ def _check_placed(call: str, leaf: Any) -> None:
 
 
 def _weights(call: str, network: Any, kind: Kind) -> Weights:
-    """Return a network's weights, with attached adapters added as they are read: rounded once, to the dtype written."""
+    """Return a network's weights, with attached adapters added as they are read: rounded once, to
+    the dtype written.
+    """
     changes: dict[str, list[Change]] = {}
 
     def plain(path: Any, node: Any) -> Any:
