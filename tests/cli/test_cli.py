@@ -116,10 +116,10 @@ def test_another_sampler_is_used_and_recorded(run, tmp_path):
         *("--cfg", "1.5", "--rule", "zero_star"),
     ]
     second_order = ["--integrator", "heun", "--timer", "karras"]
-    for extra in ([], sampler, [*sampler, *guided], attention_guided, second_order):
+    for extra in (sampler, [*sampler, *guided], attention_guided, second_order):
         finished = run("generate", PROMPT, *SMALL, *extra)
     assert "4/4 evaluations" in finished.progress  # Heun's method evaluates twice per step
-    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(5)]
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(4)]
     for number, image in enumerate(images):
         for other in images[:number]:
             assert abs(image - other).max() > 0.05
@@ -129,7 +129,7 @@ def test_another_sampler_is_used_and_recorded(run, tmp_path):
         "cfg": "2",
         "negative_prompt": "a blue ring",
     }
-    assert expected.items() <= read_text(tmp_path / "flux_2.png").items()
+    assert expected.items() <= read_text(tmp_path / "flux_1.png").items()
     expected = {
         "nag": "3",
         "cache": "teacache:9",
@@ -137,7 +137,7 @@ def test_another_sampler_is_used_and_recorded(run, tmp_path):
         "rule": "zero_star",
         "negative_prompt": "a blue ring",
     }
-    assert expected.items() <= read_text(tmp_path / "flux_3.png").items()
+    assert expected.items() <= read_text(tmp_path / "flux_2.png").items()
 
 
 def test_compare_writes_a_grid_and_a_table(run, tmp_path):
@@ -177,19 +177,14 @@ def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
 
 
 def test_a_mesh_draws_the_same_images(run, tmp_path):
-    for extra in (
-        [],
-        ["--mesh", "fsdp=2,tensor=-1,data=2"],
-        ["--lora", "tiny:kraft"],
-        ["--lora", "tiny:kraft", "--mesh", "data=4,tensor=2"],
-    ):
+    adapter = ["--lora", "tiny:kraft"]
+    for extra in ([], adapter, [*adapter, "--mesh", "fsdp=2,tensor=-1,data=2"]):
         finished = run("generate", PROMPT, *SMALL, "--images", "4", *extra)
         # Only one of eight devices reports its progress.
         counts = re.findall(r"(\d+)/2 evaluations", finished.progress)
         assert max(map(int, counts)) == 2
-    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(16)]
-    for one, many in ((0, 4), (8, 12)):
-        for number in range(4):
-            # One of 255 levels, where a value is between two of them.
-            assert abs(images[one + number] - images[many + number]).max() < 0.01
-    assert abs(images[0] - images[8]).max() > 0.05
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(12)]
+    for number in range(4):
+        # One of 255 levels, where a value is between two of them.
+        assert abs(images[4 + number] - images[8 + number]).max() < 0.01
+    assert abs(images[0] - images[4]).max() > 0.05
