@@ -1,8 +1,8 @@
 """The named models, as data: one `Family` record for each kind of model, a `Model` for each name.
 
-Nothing here loads or computes: `fluxjax.checkpoint.locate` finds a model's files, `fluxjax.generate`
-loads and samples it. This module imports no array library, so that a command line can list its names
-at once.
+Nothing here loads or computes: `fluxjax.checkpoint.locate` finds a model's files,
+`fluxjax.generate` loads and samples it. This module imports no array library, so that a command
+line can list its names at once.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ class Defaults:
     """How a model is meant to be sampled.
 
     `steps`: of the Euler method. `guidance`: the distilled guidance scale; None if the model takes
-    none. `height`, `width`: in pixels. `max_length`: T5 tokens for each prompt. `shift`: whether the
-    times are shifted by the number of image tokens, with log-shifts from `base_shift` to `max_shift`.
+    none. `height`, `width`: in pixels. `max_length`: T5 tokens for each prompt. `shift`: whether
+    the times are shifted by the number of image tokens, with log-shifts from `base_shift` to
+    `max_shift`.
     """
 
     steps: int = 28
@@ -59,11 +60,11 @@ class Family:
     """What the models of a family share.
 
     `networks`: each network's name and its folder in a diffusers checkpoint. `text_encoders`: the
-    names of those that encode a prompt. `tokenizers`: the folders of their tokenizers, in this order.
-    `scheduler`: the folder of the sampling settings. `latent`: how latents are packed into tokens.
-    `shift_rule`: how times are shifted for the
-    number of image tokens, a name in `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of
-    the family that takes one and names none. `models`: the named ones.
+    names of those that encode a prompt. `tokenizers`: the folders of their tokenizers, in this
+    order. `scheduler`: the folder of the sampling settings. `latent`: how latents are packed into
+    tokens. `shift_rule`: how times are shifted for the number of image tokens, a name in
+    `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of the
+    family that takes one and names none. `models`: the named ones.
     """
 
     name: str

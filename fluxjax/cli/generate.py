@@ -32,7 +32,7 @@ from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray
+from fluxjax.shapes import Array, Bool, Float
 from fluxjax.zoo import family_of
 
 
@@ -136,8 +136,8 @@ def _draw_prompt(request: Request, line: Line) -> None:
 class _Work(NamedTuple):
     """What a process has to do for a file of prompts.
 
-    `lines`: to draw. `replaced`: the ids of those whose images are there and are replaced. `present`:
-    how many images are there already. `problems`: why some lines are not drawn.
+    `lines`: to draw. `replaced`: the ids of those whose images are there and are replaced.
+    `present`: how many images are there already. `problems`: why some lines are not drawn.
     """
 
     lines: list[Line]
@@ -225,7 +225,7 @@ def _write_lines(
     drawn: _Images,
     replaced: set[str],
 ) -> tuple[int, list[str]]:
-    """Write a batch of lines; return how many images were written, and what is wrong with others."""
+    """Write a batch of lines; return how many were written, and what is wrong with the others."""
     written, problems = 0, []
     # The last batch repeats its last line.
     for line, image, lost in zip(dict.fromkeys(lines), drawn.images, drawn.lost, strict=False):
@@ -339,7 +339,7 @@ class _Stages(NamedTuple):
         return _Prompts(positive, encode(negatives, negatives))
 
     def draw(
-        self, networks: _Networks, prompts: _Prompts, noise: Array, keys: PRNGKeyArray | None
+        self, networks: _Networks, prompts: _Prompts, noise: Array, keys: Array | None
     ) -> _Images:
         """Denoise and decode a batch."""
         request = self.request

@@ -11,7 +11,8 @@ _EXCLUSIVE = (
     (
         "stream_blocks",
         "mesh",
-        "--stream-blocks passes the weights through one device. Leave out --mesh, which splits them.",
+        "--stream-blocks passes the weights through one device. "
+        "Leave out --mesh, which splits them.",
     ),
     (
         "stream_blocks",
@@ -69,8 +70,8 @@ def _check_file_options(options: argparse.Namespace) -> None:
     useless = [name for name, is_given in values.items() if is_given]
     if useless:
         raise ValueError(
-            f"{', '.join(useless)} does nothing with --prompts: the lines say it, and encoders stay. "
-            "Leave it out."
+            f"{', '.join(useless)} does nothing with --prompts: the lines say it, and encoders "
+            "stay. Leave it out."
         )
 
 
@@ -92,7 +93,7 @@ def join_job() -> None:
         where[name] = int(value)
     # JAX's service would take SIGTERM for itself, so that the command would run on.
     jax.config.update("jax_enable_preemption_service", False)
-    # A process that is killed ends the others within half a minute; one that is done waits for them.
+    # A process that is killed ends the others within half a minute; one that is done waits.
     interruptible(
         jax.distributed.initialize,
         **where,

@@ -1,4 +1,4 @@
-"""Progress of a drawing command: a bar over the network's evaluations, and seconds of each stage."""
+"""Progress of a drawing command: a bar over evaluations of the network, and seconds of stages."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -61,13 +61,13 @@ class Clock:
     def run(
         self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
     ) -> Result:
-        """Return function(*inputs, **options) of a jitted function, whose inputs always have the same
-        shapes. It is compiled the first time; compiling is timed apart."""
+        """Return function(*inputs, **options) of a jitted function, whose inputs always have the
+        same shapes. It is compiled the first time; compiling is timed apart.
+        """
         if function not in self.compiled:
             with self.measure("compile", stage):
-                self.compiled[function] = interruptible(
-                    lambda: function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
-                )
+                lower = function.lower  # type: ignore[attr-defined]
+                self.compiled[function] = interruptible(lambda: lower(*inputs, **options).compile())
         compiled = self.compiled[function]
         with self.measure(stage):
             return interruptible(lambda: jax.block_until_ready(compiled(*inputs, **options)))

@@ -24,7 +24,7 @@ from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
 from fluxjax.generate.text_to_image import as_arrays
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.version import __version__
 from fluxjax.zoo import FLUX1, Defaults
 
@@ -37,8 +37,8 @@ class Request:
 
     `model`: its name, folder or hub id. `defaults`: of the model. `line`: the prompt, unless
     `prompts` names a file of them. `negative_prompt`: of lines that have none of their own; None if
-    the option is not given. `images`, `batch`: how many, and how many at once. `height`, `width`: in
-    pixels. `max_length`: T5 tokens. `recipe`: how they are sampled. `distilled`: the distilled
+    the option is not given. `images`, `batch`: how many, and how many at once. `height`, `width`:
+    in pixels. `max_length`: T5 tokens. `recipe`: how they are sampled. `distilled`: the distilled
     guidance scale; None takes the model's. `load`: how networks are loaded. `dtype`: of the
     activations. `description`: what each image's metadata say of the options, in order.
     """

@@ -16,7 +16,9 @@ from fluxjax.generate.conditioning import (
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, Hidden, JointAttention
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
@@ -28,9 +30,9 @@ AttentionChoice = str | Attention | JointAttention | None
 class CacheMemory(NamedTuple):
     """What a cached network carries from one evaluation to the next.
 
-    `signal`: what the next evaluation is compared with. `distance`: accumulated since the blocks ran
-    last. `residual`: what the blocks last added to the image's tokens. `known`: whether they have run.
-    `reused`: how many evaluations skipped them.
+    `signal`: what the next evaluation is compared with. `distance`: accumulated since the blocks
+    ran last. `residual`: what the blocks last added to the image's tokens. `known`: whether they
+    have run. `reused`: how many evaluations skipped them.
     """
 
     signal: Float[Array, "all_tokens width"]
@@ -60,8 +62,8 @@ class StepCache(eqx.Module):
 
     @abstractmethod
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         """Run what is always run.
 
         **Returns:** the hidden state after it, the signal to compare, and the number of the first
@@ -85,8 +87,8 @@ class FirstBlock(StepCache):
     """
 
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
 
@@ -100,9 +102,9 @@ class FirstBlock(StepCache):
 class TeaCache(StepCache):
     """Compare the modulated input of the first block with that of the evaluation before.
 
-    A polynomial of the relative change is added up until it reaches the threshold.
-    `polynomial`: its coefficients, the highest power first; by default those of FLUX.1-dev, for which
-    thresholds of 0.25 to 0.8 are usual.
+    A polynomial of the relative change is added up until it reaches the threshold. `polynomial`:
+    its coefficients, the highest power first; by default those of FLUX.1-dev, for which thresholds
+    of 0.25 to 0.8 are usual.
     **Source:** Liu et al. 2024 (2411.19108).
     """
 
@@ -112,8 +114,8 @@ class TeaCache(StepCache):
     )
 
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 
@@ -142,8 +144,8 @@ class CachedFlux(StatefulVelocity):
     def __check_init__(self):
         if self.flux.config.double_depth < 1:
             raise ValueError(
-                "A step cache compares what the first double block does, and this network has none. "
-                "Leave the cache out."
+                "A step cache compares what the first double block does, and this network has "
+                "none. Leave the cache out."
             )
 
     def init(self, x: Float[Array, "img_tokens channels"]) -> CacheMemory:
@@ -204,7 +206,7 @@ class CachedFlux(StatefulVelocity):
 def condition_at(
     flux: Flux, condition: Conditioning | PreparedConditioning, t: Scalar
 ) -> PreparedConditioning:
-    """Return a condition that the network can be evaluated with at t, prepared here if it is not."""
+    """Return a condition that is prepared for t, here if it is not yet."""
     if isinstance(condition, PreparedConditioning):
         return condition
     return prepare_conditioning(flux, condition, jnp.asarray(t)[None])

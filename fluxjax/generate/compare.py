@@ -1,4 +1,4 @@
-"""Samplers side by side: the same noise and prompt through each, beside a reference of many steps."""
+"""Samplers side by side: the same noise and prompt through each, beside a fine reference."""
 
 import csv
 import io
@@ -78,8 +78,8 @@ def compare(
 ) -> tuple[list[Run], list[np.ndarray]]:
     """Draw one image of the prompt with each sampler, from the same noise.
 
-    A stochastic integrator draws another image, however many its steps are, so its distance is not an
-    error.
+    A stochastic integrator draws another image, however many its steps are, so its distance is not
+    an error.
 
     **Arguments:** `report`: called with each run when it is done.
     **Returns:** the runs; the reference's image, then theirs, in [-1, 1].
@@ -158,7 +158,8 @@ class _TimingHooks:
 
     def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
         if function not in self.compiled:
-            self.compiled[function] = function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
+            lowered = function.lower(*inputs, **options)  # type: ignore[attr-defined]
+            self.compiled[function] = lowered.compile()
         start = time.perf_counter()
         result = jax.block_until_ready(self.compiled[function](*inputs, **options))
         if stage == "denoise":
@@ -239,8 +240,8 @@ def comparison_grid(
     """Return the images as one labelled picture.
 
     There is a row for each timer and integrator and a column for each number of steps, with the
-    reference above. Beside each image is the part that differs most from the reference over all runs,
-    a quarter of each side, enlarged.
+    reference above. Beside each image is the part that differs most from the reference over all
+    runs, a quarter of each side, enlarged.
 
     **Arguments:** `scale`: pixels of the picture to one of an image; by default as many as make an
     image at least 256 wide.

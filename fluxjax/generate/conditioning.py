@@ -1,11 +1,12 @@
-"""What an image is conditioned on, as one value: all that the transformer is given but the noise."""
+"""What an image is conditioned on, as one value: all inputs of the transformer but the noise."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
-from fluxjax.nets.flux import Flux, Prepared
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import Prepared
 from fluxjax.shapes import Array, Float, PerImage
 
 
@@ -16,8 +17,8 @@ class ReferenceTokens(eqx.Module):
     network predicts for them is dropped.
     """
 
-    tokens: Float[Array, "*images reference_tokens channels"]
-    ids: Float[Array, "*images reference_tokens axes"]
+    tokens: Float[Array, "... reference_tokens channels"]
+    ids: Float[Array, "... reference_tokens axes"]
 
 
 class Conditioning(eqx.Module):
@@ -29,16 +30,16 @@ class Conditioning(eqx.Module):
 
     `txt`: hidden states of the prompt, [txt_tokens, context]. `vec`: its pooled state, [pooled].
     `img_ids`: positions of the image's tokens, from `image_ids`. `guidance`: the distilled guidance
-    scale, as 3.5; None for networks that take none. `concat`: features that are appended to those of
-    each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them. `reference`:
-    tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
+    scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
+    of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
+    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
     """
 
-    txt: Float[Array, "*images txt_tokens context"]
-    vec: Float[Array, "*images pooled"]
-    img_ids: Float[Array, "*images img_tokens axes"]
+    txt: Float[Array, "... txt_tokens context"]
+    vec: Float[Array, "... pooled"]
+    img_ids: Float[Array, "... img_tokens axes"]
     guidance: PerImage | None = None
-    concat: Float[Array, "*images img_tokens features"] | None = None
+    concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
 
 
@@ -70,13 +71,13 @@ def split_images(conditioning: Conditioning) -> tuple[Conditioning, Conditioning
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest as
-    in `Conditioning`.
+    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest
+    as in `Conditioning`.
     """
 
     prepared: Prepared | PreparedShard
-    concat: Float[Array, "*images img_tokens features"] | None = None
-    reference_tokens: Float[Array, "*images reference_tokens channels"] | None = None
+    concat: Float[Array, "... img_tokens features"] | None = None
+    reference_tokens: Float[Array, "... reference_tokens channels"] | None = None
 
 
 def prepare_conditioning(
@@ -105,7 +106,7 @@ def prepare_conditioning(
 def network_input(
     x: Float[Array, "img_tokens channels"], condition: PreparedConditioning
 ) -> Float[Array, "all_tokens in_channels"]:
-    """Return the tokens that the transformer is given: the noisy ones and those of the condition."""
+    """Return the transformer's input tokens: the noisy ones and those of the condition."""
     if condition.concat is not None:
         x = jnp.concatenate([x, condition.concat.astype(x.dtype)], axis=-1)
     if condition.reference_tokens is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
@@ -32,7 +32,7 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Times
+from fluxjax.shapes import Array, Float, Int, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
@@ -41,15 +41,15 @@ Result = TypeVar("Result")
 class ImageBatch(eqx.Module):
     """The images of a batch: what differs from one to the next.
 
-    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on, a
-    batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one for
-    each image, for a step that draws noise.
+    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on,
+    a batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
+    for each image, for a step that draws noise.
     """
 
     noise: Float[Array, "images latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None = None
-    keys: PRNGKeyArray | None = None
+    keys: Array | None = None
 
 
 class Recipe(eqx.Module):
@@ -122,8 +122,8 @@ def draw_batch(
     """Denoise and decode a batch of images.
 
     With `hooks` the integration is cut into segments of one compiled program, whose number of steps
-    is an argument, so that progress is reported without callbacks from the device (JAX does not cache
-    programs that hold some). Without, it is one program.
+    is an argument, so that progress is reported without callbacks from the device (JAX does not
+    cache programs that hold some). Without, it is one program.
 
     **Arguments:** `dtype`: of the decoder's activations. `mesh`: of devices, from `make_mesh`; the
     networks are then from `shard`.
@@ -222,11 +222,11 @@ def check_image_count(call: str, name: str, count: int, images: int) -> None:
 class _Rows(eqx.Module):
     """What each image of a batch has of its own: every array has a leading axis of images."""
 
-    noise: Float[Array, "*images latent_channels rows columns"]
+    noise: Float[Array, "... latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None
     guidance: Guidance
-    key: PRNGKeyArray | None
+    key: Array | None
 
 
 class _Shared(eqx.Module):
@@ -322,7 +322,7 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
     guidance = recipe.guidance
     if mesh is not None and guidance.nag is not None:
         # Its norms are over all heads of a token, which are split over this axis.
-        nag = replace(guidance.nag, over=("tensor",))
+        nag = replace(guidance.nag, head_axes=("tensor",))
         guidance = replace(guidance, nag=nag)
     guidance_rows, guidance = split_scales(guidance)
     rows = _Rows(batch.noise, positive_rows, negative_rows, guidance_rows, batch.keys)

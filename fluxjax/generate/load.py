@@ -15,19 +15,21 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.dtypes import check_dtype
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.load import check_dtype, load, load_quantized
+from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
 from fluxjax.devices.stream import load_streamed, stream_blocks
 from fluxjax.generate.tokens import Tokenizers
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
-from fluxjax.lora.read import Lora
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import Flux, FluxConfig
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
@@ -51,16 +53,16 @@ def load_flux(
     """Load the transformer.
 
     **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the
-    documentation's page on weights lists them), or a hub id. `config`: replaces what the source says,
-    for a file that does not say it. `dtype`: of the weights, a float of 8 to 64 bits; None keeps the
-    file's, and decodes quantized weights to bfloat16. `sharding`: a `jax.sharding.Sharding` for every
-    leaf, a pytree of them, or a function that makes one from the network of shapes; each process then
-    reads only the slices of its devices. `stream`: leave the matrices of the blocks in the files and
-    read each whenever it is used, the next one ahead: for a machine whose memory does not hold them.
-    `quantize`: "int8" or "fp8": round the matrices of the blocks as they are read, as
-    `fluxjax.quantize` does.
-    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no
-    such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
+    documentation's page on weights lists them), or a hub id. `config`: replaces what the source
+    says, for a file that does not say it. `dtype`: of the weights, a float of 8 to 64 bits; None
+    keeps the file's, and decodes quantized weights to bfloat16. `sharding`: a
+    `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one from the
+    network of shapes; each process then reads only the slices of its devices. `stream`: leave the
+    matrices of the blocks in the files and read each whenever it is used, the next one ahead: for a
+    machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the matrices of the
+    blocks as they are read, as `fluxjax.quantize` does.
+    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for
+    no such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
     `sharding`, `stream` and `quantize`.
     """
     return _load(FLUX, source, config, dtype, _Storage(sharding, stream, quantize))
@@ -119,7 +121,7 @@ def _load(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.folder)).part(kind).plan(config)
+    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
@@ -138,8 +140,8 @@ def load_tokenizers(source: str | Path) -> Tokenizers:
     root = find_source(source, list(folders))
     if not (root / folders[0]).is_dir():
         raise FileNotFoundError(
-            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` and "
-            "`tokenizer_2`, which are the same for all of FLUX.1."
+            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` "
+            "and `tokenizer_2`, which are the same for all of FLUX.1."
         )
     return Tokenizers.read(*(root / folder for folder in folders))
 
@@ -147,8 +149,8 @@ def load_tokenizers(source: str | Path) -> Tokenizers:
 class Models(NamedTuple):
     """All that text to image needs.
 
-    `defaults`: how the model is meant to be sampled. `mesh`: the devices that the networks lie on, if
-    they are sharded.
+    `defaults`: how the model is meant to be sampled. `mesh`: the devices that the networks lie on,
+    if they are sharded.
     """
 
     tokenizers: Tokenizers
@@ -178,9 +180,10 @@ def load_models(
 
     **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from
     `make_mesh`, each of which gets its part of the networks; `text_to_image` then runs on it.
-    `offload_encoders`: keep the text encoders in host memory, from which they are fetched while they
-    are used.
-    **Raises:** as `load_flux`; `ValueError` for a mesh that does not divide heads and hidden features.
+    `offload_encoders`: keep the text encoders in host memory, from which they are fetched while
+    they are used.
+    **Raises:** as `load_flux`; `ValueError` for a mesh that does not divide heads and hidden
+    features.
     """
     options = LoadOptions(dtype=dtype, mesh=mesh)
     family = family_of(str(source))
@@ -198,9 +201,9 @@ class LoadOptions:
     """How networks are loaded for drawing.
 
     `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
-    with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`: for
-    the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them in
-    host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
+    with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
+    for the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them
+    in host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
     rather than merged; compile each block by itself.
     """
 
@@ -235,8 +238,8 @@ def load_network(
 ) -> Any:
     """Load one network for drawing.
 
-    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part of
-    an adapter that has no effect.
+    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part
+    of an adapter that has no effect.
     """
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS

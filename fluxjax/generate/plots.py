@@ -41,8 +41,8 @@ def plot_times(timers: Mapping[str, Times]) -> "Figure":
 def plot_errors(runs: Sequence[Run]) -> "Figure":
     """Plot runs of `compare`: distance to the reference against evaluations of the network.
 
-    There is one line for each timer and integrator; a point is the geometric mean over the runs with
-    its number of evaluations.
+    There is one line for each timer and integrator; a point is the geometric mean over the runs
+    with its number of evaluations.
     **Returns:** a matplotlib figure.
     **Raises:** `ValueError` for no runs; `ImportError` without matplotlib.
     """

@@ -1,4 +1,6 @@
-"""Timers, integrators, guidance rules and step caches by name, for command lines and configurations."""
+"""Timers, integrators, guidance rules and step caches by name, for command lines and
+configurations.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -84,8 +86,8 @@ SHIFT_RULES: Mapping[str, Callable[[Defaults, int, int], float]] = {
 def integrator(name: str, *, eta: float | None = None) -> Step:
     """Return an integrator of `INTEGRATORS`.
 
-    **Arguments:** `eta`: how much noise is drawn, in [0, 1], by those that take it; by default 0 for
-    ddim and 1 for the others.
+    **Arguments:** `eta`: how much noise is drawn, in [0, 1], by those that take it; by default 0
+    for ddim and 1 for the others.
     **Raises:** `ValueError` for another name, an eta that is not taken, or one outside of [0, 1].
     """
     if name not in INTEGRATORS:
@@ -116,7 +118,8 @@ def step_cache(text: str) -> StepCache:
     if name not in CACHES or not 0 <= threshold <= _LARGEST:
         forms = " or ".join(CACHES)
         raise ValueError(
-            f"{text!r} is not a step cache. Write a threshold from 0 on, as 0.1, or {forms}:THRESHOLD."
+            f"{text!r} is not a step cache. Write a threshold from 0 on, as 0.1, or "
+            f"{forms}:THRESHOLD."
         )
     return CACHES[name](threshold)
 
@@ -145,10 +148,10 @@ def timer(
     """Return the times of a timer of `TIMERS` for an image of `height` x `width` pixels.
 
     "model": as the model is meant to be sampled. "flux_static": shifted by the factor `shift`, 3 by
-    default. "flux_dynamic": shifted by the resolution, with the log-shifts of the defaults. "karras",
-    "exponential", "beta": the model's times, respaced.
-    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number above
-    0, or no steps.
+    default. "flux_dynamic": shifted by the resolution, with the log-shifts of the defaults.
+    "karras", "exponential", "beta": the model's times, respaced.
+    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number
+    above 0, or no steps.
     """
     if name not in TIMERS:
         raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.offload import fetch
+from fluxjax.flow.checks import check_times
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.sample import check_times
 from fluxjax.flow.step import Step
 from fluxjax.generate.cache import AttentionChoice
 from fluxjax.generate.conditioning import Conditioning
@@ -78,15 +78,15 @@ def text_to_image(
 
     An image depends on the key, its prompt and its number, not on the batch that it is drawn in.
 
-    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, which
-    T5 reads in their place. `negative_prompt`: what `guidance` guides away from, one for all prompts
-    or one for each. `settings`: sizes, steps, integrator. `guidance`: classifier-free guidance, NAG,
-    degraded blocks, step cache. `hooks`: called as drawing proceeds.
+    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many,
+    which T5 reads in their place. `negative_prompt`: what `guidance` guides away from, one for all
+    prompts or one for each. `settings`: sizes, steps, integrator. `guidance`: classifier-free
+    guidance, NAG, degraded blocks, step cache. `hooks`: called as drawing proceeds.
     **Returns:** float32 in [-1, 1]; the images of each prompt one after another, prompt by prompt.
-    **Raises:** `ValueError` for sizes that are not multiples of 16; no steps, images or prompts; both
-    steps and times; numbers that are not finite or not as many as images; a guidance that the model
-    does not take; a negative prompt that no guidance uses; what `denoise` refuses; an image that is
-    not finite (unless it is traced).
+    **Raises:** `ValueError` for sizes that are not multiples of 16; no steps, images or prompts;
+    both steps and times; numbers that are not finite or not as many as images; a guidance that the
+    model does not take; a negative prompt that no guidance uses; what `denoise` refuses; an image
+    that is not finite (unless it is traced).
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = _negative_prompts(negative_prompt, len(prompts), guidance)
@@ -126,13 +126,13 @@ def prompt_batch(
     negative: TextStates | None,
     *,
     noise: Float[Array, "images latent_channels rows columns"],
-    keys: PRNGKeyArray | None,
+    keys: Array | None,
     distilled: PerImage | None,
 ) -> ImageBatch:
     """Return the batch of images of encoded prompts, one for each.
 
-    **Arguments:** `negative`: prompts to guide away from, if any. `distilled`: the distilled guidance
-    scale, for a network that takes one.
+    **Arguments:** `negative`: prompts to guide away from, if any. `distilled`: the distilled
+    guidance scale, for a network that takes one.
     """
     ids = image_ids(*image_size(noise))
     positive = Conditioning(states.txt, states.vec, ids, distilled)
@@ -164,8 +164,9 @@ def distilled_guidance(
 
 
 def as_arrays(tree: Tree) -> Tree:
-    """Return a pytree with its Python numbers as float32 arrays, so that other values do not compile
-    a new program."""
+    """Return a pytree with its Python numbers as float32 arrays, so that other values do not
+    compile a new program.
+    """
 
     def convert(leaf: object) -> object:
         if isinstance(leaf, bool) or not isinstance(leaf, int | float):

@@ -19,8 +19,9 @@ from fluxjax.generate.conditioning import (
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
-from fluxjax.nets.flux import DegradedBlocks, Flux
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
 
@@ -31,9 +32,9 @@ Transformer = Flux | TokenParallelFlux
 class WeakNetwork(eqx.Module):
     """The same network with degraded blocks, which the image is guided away from.
 
-    `blocks`: which blocks are skipped (skip-layer guidance) or attend otherwise (PAG). `strength`: how
-    far to guide away, in a batch one number or one for each image; 0 is none. `low`, `high`: the times
-    between which it is used.
+    `blocks`: which blocks are skipped (skip-layer guidance) or attend otherwise (PAG). `strength`:
+    how far to guide away, in a batch one number or one for each image; 0 is none. `low`, `high`:
+    the times between which it is used.
 
     **Raises:** `ValueError` for numbers that are not finite.
     """
@@ -50,11 +51,12 @@ class WeakNetwork(eqx.Module):
 class Guidance(eqx.Module):
     """How velocities of the transformer are combined into one. `Guidance()` is none.
 
-    `scale`: of true classifier-free guidance away from a negative conditioning, in a batch one number
-    or one for each image; 1 is none, any other takes two evaluations. `rule`: how both velocities are
-    combined. `nag`: normalized attention guidance, away from the negative text inside the attention.
-    `weak`: a degraded network to guide away from. `cache`: when blocks are skipped and their last
-    output is used again. `low`, `high`: the times between which `scale` is used.
+    `scale`: of true classifier-free guidance away from a negative conditioning, in a batch one
+    number or one for each image; 1 is none, any other takes two evaluations. `rule`: how both
+    velocities are combined. `nag`: normalized attention guidance, away from the negative text
+    inside the attention. `weak`: a degraded network to guide away from. `cache`: when blocks are
+    skipped and their last output is used again. `low`, `high`: the times between which `scale` is
+    used.
 
     **Raises:** `ValueError` for numbers that are not finite.
     """
@@ -109,11 +111,11 @@ def flux_velocity(
     [img_tokens, channels].
 
     **Arguments:** `positive`, `negative`: what the image is guided towards, and away from. `times`:
-    every time at which the velocity will be evaluated, as `evaluation_times(step, nodes)` gives them:
-    what does not depend on the image is then computed once for all, and the velocity is NaN at any
-    other time. None: it is computed in each evaluation, for any time. `attention`: as for `Flux`; NAG
-    computes its attention with it too. `image_axes`: names of the `vmap` or mesh axes that the images
-    of a batch lie along; with a cache all of them skip blocks together.
+    every time at which the velocity will be evaluated, as `evaluation_times(step, nodes)` gives
+    them: what does not depend on the image is then computed once for all, and the velocity is NaN
+    at any other time. None: it is computed in each evaluation, for any time. `attention`: as for
+    `Flux`; NAG computes its attention with it too. `image_axes`: names of the `vmap` or mesh axes
+    that the images of a batch lie along; with a cache all of them skip blocks together.
     **Raises:** `ValueError` for a scale or NAG without `negative`, for NAG beside another custom
     attention, and for a cache where tokens are split over devices.
     """
@@ -217,7 +219,8 @@ def check_guidance(
     custom = callable(attention) and not isinstance(attention, Attention)
     if nag is not None and custom:
         raise ValueError(
-            "`Guidance(nag)` is a custom attention itself. Pass attention= by name, or leave one out."
+            "`Guidance(nag)` is a custom attention itself. "
+            "Pass attention= by name, or leave one out."
         )
     if guidance.cache is not None and isinstance(flux, TokenParallelFlux):
         raise ValueError(
@@ -227,7 +230,7 @@ def check_guidance(
 
 
 def _with_negative_text(conditioning: Conditioning, negative: Conditioning) -> Conditioning:
-    """Return a conditioning whose text is the negative prompt's, then its own, as `Nag` takes it."""
+    """Return a conditioning with the negative text before its own, as `Nag` takes it."""
     text = jnp.concatenate([negative.txt, conditioning.txt])
     return eqx.tree_at(lambda one: one.txt, conditioning, text)
 
@@ -252,7 +255,7 @@ def split_scales(guidance: Guidance) -> tuple[Guidance, Guidance]:
 
 
 def select_scales(guidance: Guidance, numbers: Sequence[int]) -> Guidance:
-    """Return the guidance of the images of these numbers, where it has one number for each image."""
+    """Return the guidance of the images of these numbers: their own scales, and the rest."""
     rows, shared = split_scales(guidance)
     index = np.asarray(numbers)
     return eqx.combine(jax.tree.map(lambda scale: jnp.asarray(scale)[index], rows), shared)
