@@ -3,9 +3,9 @@
 The backward pass computes the logits again, from the log-sum-exp of the forward pass: once for the
 gradient of q, and once for those of k and v.
 
-Exponentials are to base 2, and `spec.scale` has a factor log2(e) for that: softmax is the same, and
-the hardware computes 2^x faster than e^x. Gradients of logits are taken to base e, so that those of
-q and k are multiplied by the scale without that factor.
+Exponentials are to base 2, and `spec.scale` has a factor log2(e) for that. The softmax is the same,
+and the multiplication by the scale is the only one: e^x would be computed as 2^(x log2(e)).
+The gradients of q and k are multiplied by the scale without that factor.
 **Source:** Dao et al. 2022 (2205.14135), algorithms 1 and 4; Dao 2023 (2307.08691).
 """
 

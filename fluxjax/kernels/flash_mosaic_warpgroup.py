@@ -35,23 +35,28 @@ class TileRing:
     def fill(self, step: Index, sources: Sequence[Ref]) -> None:
         """Start to copy the tiles of a step from global memory."""
         for source, buffer in zip(sources, self.buffers, strict=True):
-            slot, arrived = buffer.at[_slot(step)], self.arrived.at[_slot(step)]
-            plgpu.copy_gmem_to_smem(source, slot, arrived)
+            target = buffer.at[_slot(step)]
+            arrived = self.arrived.at[_slot(step)]
+            plgpu.copy_gmem_to_smem(source, target, arrived)
 
     def wait(self, step: Index) -> list[Ref]:
+        """Return the tiles of a step, once they have arrived."""
         plgpu.barrier_wait(self.arrived.at[_slot(step)])
         return [buffer.at[_slot(step)] for buffer in self.buffers]
 
     def free(self, step: Index) -> None:
+        """Let the slot of a step be filled again, when both warpgroups have called this."""
         if self.commit_reads:
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.freed.at[_slot(step)])
 
     def wait_until_free(self, step: Index) -> None:
+        """Wait until the slot that a step is to fill has been freed."""
         plgpu.barrier_wait(self.freed.at[_slot(step)])
 
 
 def _slot(step: Array) -> Array:
+    # In the dtype of the step, which is int64 where JAX has 64-bit numbers switched on.
     return lax.rem(step, jnp.asarray(SLOTS, step.dtype))
 
 
@@ -73,6 +78,8 @@ class InterpretedContext(KernelContext):
         self._meet()
         return values
 
+    # The second worker waits once more at the start, and the first once more at the end, so that
+    # they are half a step apart in between.
     def start_ping_pong(self) -> None:
         pl.when(self.worker == 1)(self._meet)
 
@@ -101,15 +108,21 @@ class WarpgroupContext(InterpretedContext):
         return plgpu.layout_cast(super().iota(shape, axis), plgpu.Layout.WGMMA)
 
     def matmul_transposed(
-        self, a: Tile, b: Tile, *, overlap: Callable[[], object] | None = None
+        self,
+        a: Tile,
+        b: Tile,
+        *,
+        overlap: Callable[[], object] | None = None,
     ) -> Array:
         def multiply(accumulator: Ref) -> Array:
             plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+            # Reading the accumulator waits for wgmma, so that this happens before.
             if overlap is not None:
                 overlap()
             return accumulator[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+        accumulator_type = plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32)
+        return pl.run_scoped(multiply, accumulator_type)
 
     def add_matmul(self, total: Array, a: Array, b: Tile) -> Array:
         a = a.astype(b.dtype)

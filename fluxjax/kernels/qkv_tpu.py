@@ -38,7 +38,8 @@ Matrix = Float[Array, "all_tokens width"]
 
 
 def rotation_factors(
-    cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]
+    cos: Float[Array, "all_tokens pairs"],
+    sin: Float[Array, "all_tokens pairs"],
 ) -> RotationFactors:
     """Return what the kernel multiplies features with to rotate them.
 
