@@ -141,6 +141,14 @@ AttentionChoice = str | Attention | Callable[..., Array] | None
 """An implementation's name, an `Attention`, any function of (q, k, v, txt_tokens), or None."""
 
 
+@runtime_checkable
+class HasImplementation(Protocol):
+    """A function that computes attention by an implementation that it names, such as `Nag`."""
+
+    @property
+    def implementation(self) -> str | Attention | None: ...
+
+
 def as_attention(choice: str | Attention | None) -> Attention:
     """Return an `Attention`, given as such or as the name of an implementation.
 
@@ -162,7 +170,7 @@ def resolve_implementation(choice: AttentionChoice, q: HasShape, k: HasShape) ->
     **Returns:** a name in `IMPLEMENTATIONS`; None for a function without that attribute.
     """
     if callable(choice) and not isinstance(choice, Attention):
-        if not hasattr(choice, "implementation"):
+        if not isinstance(choice, HasImplementation):
             return None
         choice = choice.implementation
     return as_attention(choice).implementation or select_attention(q, k)

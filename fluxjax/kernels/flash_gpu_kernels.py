@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fluxjax.kernels.flash_gpu_spec import GpuKernelSpec, KernelContext
-from fluxjax.kernels.pallas_types import Index
+from fluxjax.kernels.pallas_types import Step
 from fluxjax.shapes import Array, Float
 
 Matrix = Float[Array, "rows columns"]
@@ -37,7 +37,7 @@ def compute_forward(context: KernelContext) -> tuple[Matrix, Vector]:
     rows, dim = q.shape
     _, size = context.spec.forward
 
-    def add_block(masked: bool, step: Index, state: SoftmaxState) -> SoftmaxState:
+    def add_block(masked: bool, step: Step, state: SoftmaxState) -> SoftmaxState:
         mixed, largest, total = state
         (k,) = keys.wait(step)
         # The other warpgroup gets the tensor cores as soon as this product is under way.
@@ -82,7 +82,7 @@ def _weigh(
     context: KernelContext,
     logits: Matrix,
     largest: Vector,
-    step: Index,
+    step: Step,
     masked: bool,
 ) -> tuple[Vector, Matrix]:
     """Return the largest logit of the keys up to this step, and 2^logit relative to it."""
@@ -113,7 +113,7 @@ def compute_dq(context: KernelContext) -> tuple[Matrix]:
     log_sum = context.load_vector(log_sum_tile, 0)
     delta = context.load_vector(delta_tile, 0)
 
-    def add_block(masked: bool, step: Index, total: Matrix) -> Matrix:
+    def add_block(masked: bool, step: Step, total: Matrix) -> Matrix:
         (k,) = keys.wait(step)
         logits = context.matmul_transposed(q, k)
         weights = jnp.exp2(spec.scale * logits - _spread(log_sum, logits.shape))
@@ -149,7 +149,7 @@ def compute_dkv(context: KernelContext) -> tuple[Matrix, Matrix]:
     queries, grads = context.streams
     spec = context.spec
 
-    def add_block(step: Index, carry: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+    def add_block(step: Step, carry: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
         dk, dv = carry
         q, log_sum_tile = queries.wait(step)
         logits = context.matmul_transposed(k, q)

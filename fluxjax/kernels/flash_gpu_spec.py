@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fluxjax.kernels.block_sizes import Block, round_up
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, Ref, Step
 from fluxjax.shapes import Array, Float, Int
 
 Tensor = Float[Array, "..."]
@@ -89,10 +89,10 @@ class GpuKernelSpec:
 class TileStream(Protocol):
     """The streamed blocks of a group of arrays."""
 
-    def wait(self, step: Index) -> Sequence[Tile]:
+    def wait(self, step: Step) -> Sequence[Tile]:
         """Return the group's tiles of a step, once they have arrived."""
 
-    def free(self, step: Index) -> None:
+    def free(self, step: Step) -> None:
         """Allow the memory of a step's tiles to be overwritten."""
 
 
@@ -163,7 +163,7 @@ class KernelContext:
     def loop_over_keys(
         self,
         size: int,
-        body: Callable[[bool, Index, Carry], Carry],
+        body: Callable[[bool, Step, Carry], Carry],
         carry: Carry,
     ) -> Carry:
         """Call (masked, step, carry) -> carry for each block of `size` keys.

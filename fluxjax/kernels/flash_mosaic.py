@@ -32,7 +32,7 @@ from fluxjax.kernels.flash_mosaic_warpgroup import (
     TileRing,
     WarpgroupContext,
 )
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, MosaicRef, Step
 from fluxjax.shapes import Array
 
 _TMA_TOKENS = 8
@@ -173,10 +173,10 @@ class _Program:
 
     spec: GpuKernelSpec
     call: KernelCall
-    resident: Sequence[Ref]
-    streamed: Sequence[Sequence[Ref]]
-    length: Ref | None
-    results: Sequence[Ref]
+    resident: Sequence[MosaicRef]
+    streamed: Sequence[Sequence[MosaicRef]]
+    length: MosaicRef | None
+    results: Sequence[MosaicRef]
     scratch: _Scratch
 
     def run(self) -> None:
@@ -184,7 +184,7 @@ class _Program:
         head = lax.axis_index(_HEAD)
         block = lax.axis_index(_BLOCK)
         worker = lax.axis_index(_WORKER)
-        own_size, _ = self.spec.resident_and_streamed(self.call.name)
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
         key_end: Index = self.spec.keys
         if self.length is not None:
             key_end = self.length[0]
@@ -219,7 +219,7 @@ class _Program:
         rings: list[TileRing],
     ) -> None:
         """Load a worker's part of the block, compute, and store the results."""
-        own_size, _ = self.spec.resident_and_streamed(self.call.name)
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
         tokens = own_size // WORKERS
         first_token = block * own_size + worker * tokens
         tiles = [x.at[worker] for x in self.scratch.tiles]
@@ -253,14 +253,14 @@ class _Program:
 
     def _fetch(self, head: Index, steps: Index, rings: list[TileRing]) -> None:
         """Fill each ring's slots as they become free."""
-        _, streamed_size = self.spec.resident_and_streamed(self.call.name)
+        streamed_size = self.spec.resident_and_streamed(self.call.name)[1]
 
         # The last iterations only wait: a program must not end before all slots are free.
         @pl.loop(0, steps + SLOTS)
-        def _(step: Index) -> None:
+        def _(step: Step) -> None:
             for ring, group in zip(rings, self.streamed, strict=True):
 
-                def fill(ring: TileRing = ring, group: Sequence[Ref] = group) -> None:
+                def fill(ring: TileRing = ring, group: Sequence[MosaicRef] = group) -> None:
                     sources = []
                     for ref in group:
                         start = step * streamed_size
@@ -271,7 +271,7 @@ class _Program:
                 pl.when(step < steps)(fill)
 
 
-def _token_slice(ref: Ref, start: Index, tokens: int, head: Index) -> Ref:
+def _token_slice(ref: MosaicRef, start: Index, tokens: int, head: Index) -> MosaicRef:
     """Return a reference to some tokens of one head, of a matrix or of a row."""
     part = pl.ds(start, tokens)
     if len(ref.shape) == 3:

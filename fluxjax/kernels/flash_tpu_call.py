@@ -288,11 +288,11 @@ def _cost(spec: TpuKernelSpec, launch: _Launch) -> pl.CostEstimate:
     q, k = launch.operands[0].array, launch.operands[1].array
     heads = q.shape[1] // spec.head_dim
     logits = heads * len(q) * len(k)
-    arrays = [operand.array for operand in launch.operands]
-    results = [result.shape for result in launch.results]
     bytes_accessed = 0
-    for x in (*arrays, *results):
-        bytes_accessed += math.prod(x.shape) * x.dtype.itemsize
+    for operand in launch.operands:
+        bytes_accessed += operand.array.nbytes
+    for result in launch.results:
+        bytes_accessed += math.prod(result.shape.shape) * result.shape.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * launch.matmuls * logits * spec.head_dim,
         transcendentals=logits,

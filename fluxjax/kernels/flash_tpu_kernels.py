@@ -17,7 +17,7 @@ from fluxjax.kernels.flash_tpu_blocks import LANES
 from fluxjax.kernels.pallas_types import Index, Ref
 from fluxjax.shapes import Array, Bool, Float
 
-Condition = np.bool_ | Bool[Array, ""]
+Condition = bool | np.bool_ | Bool[Array, ""]
 """Whether something holds: known in Python, or decided inside of the kernel."""
 
 
@@ -198,8 +198,7 @@ def dkv_kernel(
             q = jnp.where(rows, q, jnp.zeros_like(q))
             grad = jnp.where(rows, grad, jnp.zeros_like(grad))
         dv[...] += _matmul(weights.astype(grad.dtype), grad, (1, 0))
-        logit_grads = weights * differences
-        dk[...] += _matmul(logit_grads.astype(q.dtype), q, (1, 0))
+        dk[...] += _matmul((weights * differences).astype(q.dtype), q, (1, 0))
 
     # A mask is needed in a block in which either the queries or the keys end.
     queries_end = _ends_in(ends.queries, step, q_ref.shape[0])
@@ -273,7 +272,7 @@ def _ends_in(end: Index | None, block: Index, size: int) -> Condition:
     return (block + 1) * size > end
 
 
-def _starts_before(end: Index | None, block: Index, size: int) -> bool | Bool[Array, ""]:
+def _starts_before(end: Index | None, block: Index, size: int) -> Condition:
     """Return whether a block of `size` tokens has any before the end."""
     if end is None:
         return True
@@ -295,7 +294,7 @@ def _for_key_block(
 def _run_block(
     add_block: Callable[[bool], None],
     masked: Condition,
-    has_keys: bool | Bool[Array, ""],
+    has_keys: Condition,
 ) -> None:
     """Add a block if it has keys, with a mask only where one is needed."""
     if isinstance(masked, np.bool_):

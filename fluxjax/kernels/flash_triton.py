@@ -22,7 +22,7 @@ from fluxjax.kernels.flash_gpu_spec import (
     token_axis,
     with_tokens,
 )
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, Ref, Step
 from fluxjax.shapes import Array
 
 _DEFAULT_SIZES = BlockSizes(q=128, kv=64, q_dkv=64, q_dq=64)
@@ -157,12 +157,12 @@ class _LoadedTiles:
     refs: Sequence[Ref]
     size: int
 
-    def wait(self, step: Index) -> list[Array]:
+    def wait(self, step: Step) -> list[Array]:
         tiles = []
         for ref in self.refs:
             tokens = pl.ds(step * self.size, self.size)
             tiles.append(ref[tokens])
         return tiles
 
-    def free(self, step: Index) -> None:
+    def free(self, step: Step) -> None:
         """Do nothing: what was loaded is in registers."""

@@ -89,7 +89,8 @@ class Nag(eqx.Module):
             joint = []
             for x in (q, k, v):
                 joint.append(jnp.concatenate([x[text], x[txt_tokens:]]))
-            mixed = attend(*joint)
+            queries, keys, values = joint
+            mixed = attend(queries, keys, values)
             return mixed[:half], mixed[half:]
 
         negative_text, negative = attend_with_image(slice(half))
