@@ -21,9 +21,9 @@ import numpy as np
 import fluxjax
 from fluxjax import FluxConfig
 from fluxjax.checkpoint.names import FLUX_BFL
-from fluxjax.checkpoint.weights import abstract, parameters_of
 from fluxjax.checkpoint.plan import their_shape
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
+from fluxjax.checkpoint.weights import abstract, parameters_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

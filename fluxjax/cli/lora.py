@@ -9,8 +9,9 @@ from fluxjax.checkpoint.locate import find_part
 from fluxjax.cli.adapters import adapter_file, read_adapter
 from fluxjax.cli.console import interruptible
 from fluxjax.generate.limits import check_devices
-from fluxjax.lora.read import describe_lora
-from fluxjax.lora.write import extract_lora, write_lora
+from fluxjax.lora.describe import describe_lora
+from fluxjax.lora.extract import extract_lora
+from fluxjax.lora.write import write_lora
 
 
 def run_lora_inspect(options: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ class UlyssesAttention(eqx.Module):
         return self._exchange(jnp.pad(x, ((0, padding), (0, 0))), 0)
 
     def _exchange(self, x: Array, split: int) -> Array:
-        """Split one axis of a matrix among the devices, and concatenate their parts on the other."""
+        """Split one axis of a matrix among the devices, and join their parts along the other."""
         return jax.lax.all_to_all(x, self.axis, split_axis=split, concat_axis=1 - split, tiled=True)
 
     def _attend(self, q: Heads, k: Heads, v: Heads) -> Heads:

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.step import Step, time_dtype
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array
+from fluxjax.shapes import Array, Scalar
 
 
 def check_times(

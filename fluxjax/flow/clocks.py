@@ -11,9 +11,8 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.step import X, scalar_like
-from fluxjax.shapes import Array
+from fluxjax.shapes import Array, Scalar
 
 Clock = Literal["log_snr", "log_time"]
 """The name of a clock."""

@@ -17,7 +17,6 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.clocks import (
     Clock,
     PreviousEstimate,
@@ -34,7 +33,7 @@ from fluxjax.flow.clocks import (
 )
 from fluxjax.flow.step import Step, StepState, X, scalar_like, start_time_only
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import Array, PRNGKeyArray
+from fluxjax.shapes import Array, PRNGKeyArray, Scalar
 
 
 class _ExponentialStep(Step):

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.step import X
 from fluxjax.flow.velocity import Condition, Memory, StatefulVelocity, initial_memory
 from fluxjax.numeric import check_finite, is_concrete_number
-from fluxjax.shapes import Array, ScalarLike
+from fluxjax.shapes import Array, Scalar, ScalarLike
 
 Conditional = Callable[[Array, Scalar, Condition], Array]
 """(x, t, condition) -> dx/dt, a pytree."""

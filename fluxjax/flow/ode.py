@@ -7,13 +7,12 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.checks import cast_value, check_times
 from fluxjax.flow.sample import Sample
 from fluxjax.flow.step import time_dtype
 from fluxjax.flow.velocity import Velocity, initial_memory
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, Scalar
 
 Solver = Any
 """A `diffrax.AbstractSolver`; diffrax is imported only when it is used."""

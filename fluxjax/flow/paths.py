@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, Scalar
 
 _BISECTIONS = 60
 

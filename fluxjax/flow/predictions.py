@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.paths import STRAIGHT, Path, Straight
-from fluxjax.shapes import Array, Float, ScalarLike
+from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 PREDICTIONS = ("velocity", "x0", "noise", "score", "v")
 """The kinds of predictions on a path x = alpha(t) x0 + sigma(t) noise.

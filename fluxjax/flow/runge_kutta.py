@@ -2,10 +2,9 @@
 
 from typing import ClassVar
 
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.step import Step, X, scalar_like, start_time_only
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import PRNGKeyArray
+from fluxjax.shapes import PRNGKeyArray, Scalar
 
 
 class _OneStep(Step):

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step, StepState
 from fluxjax.flow.velocity import Memory, Velocity, initial_memory
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 
 
 class Sample(NamedTuple):

@@ -11,10 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, PRNGKeyArray
+from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
 X = Float[Array, "*shape"]
 """The state that is integrated, of any shape."""

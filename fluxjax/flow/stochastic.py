@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.clocks import (
     PreviousEstimate,
     estimate_slope,
@@ -19,7 +18,7 @@ from fluxjax.flow.clocks import (
 from fluxjax.flow.step import Step, StepState, StochasticStep, X, start_time_only
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 
 @convert_arguments

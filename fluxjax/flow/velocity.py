@@ -6,8 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
-from fluxjax.checkpoint.gguf_header import Scalar
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, Scalar
 
 Velocity = Callable[[Array, Scalar], Array]
 """(x, t) -> dx/dt, a pytree."""

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.velocity import StatefulVelocity
 from fluxjax.generate.conditioning import (
     Conditioning,
@@ -22,7 +21,7 @@ from fluxjax.nets.flux_state import HiddenState
 from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
-from fluxjax.shapes import Array, Bool, Float, Int, ScalarLike
+from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
 Tokens = Float[Array, "all_tokens width"]
 AttentionChoice = str | Attention | JointAttention | None

@@ -24,9 +24,9 @@ from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
 from fluxjax.devices.stream import load_streamed, stream_blocks
 from fluxjax.generate.tokens import Tokenizers
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
-from fluxjax.lora.read import Lora
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig

@@ -21,8 +21,9 @@ from fluxjax.checkpoint.weights import InMemoryWeights, Weights, parameter_names
 from fluxjax.checkpoint.write import check_target, write_json, write_networks
 from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate.load import Models
-from fluxjax.lora.merge import MergedWeights, changes_of
-from fluxjax.lora.read import Change, Lora
+from fluxjax.lora.adapter import Change, Lora
+from fluxjax.lora.changes import changes_of
+from fluxjax.lora.merge import MergedWeights
 from fluxjax.lora.terms import LowRankTerm
 from fluxjax.nets.stack import Unrolled, path_name
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight

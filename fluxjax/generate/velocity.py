@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
 from fluxjax.generate.cache import AttentionChoice, CachedFlux, StepCache, condition_at
@@ -24,7 +23,7 @@ from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, PerImage, ScalarLike
+from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
 
 Condition = Conditioning | PreparedConditioning
 Transformer = Flux | TokenParallelFlux

@@ -296,17 +296,31 @@ def _flash_attention(
 def _cudnn_attention(
     q: Array, k: Array, v: Array, bias: Array | None, options: LogitOptions
 ) -> Heads:
-    """Compute attention by cuDNN, which takes a batch: here of one example."""
+    """Compute attention by cuDNN, which takes a batch: here of one example.
+
+    JAX refuses gradients of cuDNN's attention for odd numbers of tokens, and the forward pass can't
+    know whether it will be differentiated: odd numbers are padded by one, and the padding is masked.
+    """
+    queries, keys = len(q), len(k)
+    length = options.key_length
+    if keys % 2:
+        k, v = _with_padding_row(k), _with_padding_row(v)
+        length = jnp.int32(keys) if length is None else length
     if bias is not None:
-        bias = bias[None].astype(q.dtype)
-    lengths = None if options.key_length is None else options.key_length[None]
-    return jax.nn.dot_product_attention(
-        q[None],
+        rows = ((0, 0), (0, queries % 2), (0, keys % 2))
+        bias = jnp.pad(bias, rows)[None].astype(q.dtype)
+    mixed = jax.nn.dot_product_attention(
+        (_with_padding_row(q) if queries % 2 else q)[None],
         k[None],
         v[None],
         bias=bias,
         is_causal=options.causal,
         scale=options.scale,
-        key_value_seq_lengths=lengths,
+        key_value_seq_lengths=None if length is None else length[None],
         implementation="cudnn",
-    )[0]
+    )
+    return mixed[0, :queries]
+
+
+def _with_padding_row(x: Heads) -> Heads:
+    return jnp.pad(x, ((0, 1), (0, 0), (0, 0)))

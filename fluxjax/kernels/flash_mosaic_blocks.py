@@ -33,10 +33,8 @@ def mosaic_block_sizes(
     blocks = {}
     for kernel in KERNELS:
         requested = getattr(sizes, kernel)
-        if kernel == "dkv":
-            units = (_WARPGROUP_ROWS, shared)
-        else:
-            units = (shared, _WARPGROUP_ROWS)
+        # The program's own side is shared by two warpgroups: keys in dkv, queries elsewhere.
+        units = (_WARPGROUP_ROWS, shared) if kernel == "dkv" else (shared, _WARPGROUP_ROWS)
         if requested[0] % units[0] or requested[1] % units[1]:
             raise ValueError(
                 "`flash_gpu` needs blocks of queries and keys in multiples of "

@@ -1,4 +1,4 @@
-"""Attention that guides: away from a negative prompt, or with the image's self-attention removed."""
+"""Attention that guides: away from a negative prompt, or without the image's self-attention."""
 
 import equinox as eqx
 import jax
@@ -26,13 +26,19 @@ def isolated_attention(q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
     text, image = slice(None, txt_tokens), slice(txt_tokens, None)
     scale = q.shape[-1] ** -0.5
     wide = wide_dtype(q.dtype)
+
     # The token itself is one more column beside the text's, so that no image x image map is made.
-    own = jnp.einsum("qhd,qhd->hq", q[image], k[image], preferred_element_type=wide)[..., None]
-    others = jnp.einsum("qhd,khd->hqk", q[image], k[text], preferred_element_type=wide)
-    weights = jax.nn.softmax(scale * jnp.concatenate([others, own], axis=-1))
-    mixed = jnp.einsum("hqk,khd->qhd", weights[..., :-1], v[text].astype(wide))
-    mixed = mixed + weights[..., -1].T[..., None] * v[image].astype(wide)
-    return jnp.concatenate([attention(q[text], k, v), mixed.astype(q.dtype)])
+    to_itself = jnp.einsum("qhd,qhd->hq", q[image], k[image], preferred_element_type=wide)
+    own_column = to_itself[..., None]
+    to_text = jnp.einsum("qhd,khd->hqk", q[image], k[text], preferred_element_type=wide)
+    logits = scale * jnp.concatenate([to_text, own_column], axis=-1)
+    weights = jax.nn.softmax(logits)
+
+    from_text = jnp.einsum("hqk,khd->qhd", weights[..., :-1], v[text].astype(wide))
+    own_weight = weights[..., -1].T[..., None]
+    mixed = from_text + own_weight * v[image].astype(wide)
+    mixed_text = attention(q[text], k, v)
+    return jnp.concatenate([mixed_text, mixed.astype(q.dtype)])
 
 
 class Nag(eqx.Module):
@@ -92,18 +98,28 @@ class Nag(eqx.Module):
         **Returns:** values in the dtype of `positive`. Their norms are over all heads of a token.
         """
         dtype, wide = positive.dtype, wide_dtype(positive.dtype)
-        positive, negative = positive.astype(wide), negative.astype(wide)
+        positive = positive.astype(wide)
+        negative = negative.astype(wide)
         scale = jnp.asarray(self.scale, wide)
         tau = jnp.asarray(self.tau, wide)
         alpha = jnp.asarray(self.alpha, wide)
         guided = positive + (scale - 1) * (positive - negative)
-        norms = [jnp.sum(jnp.abs(x), (-2, -1), keepdims=True) for x in (guided, positive)]
+        guided_norm = _l1_norm(guided)
+        positive_norm = _l1_norm(positive)
         if self.head_axes:
-            norms = jax.lax.psum(norms, self.head_axes)
-        guided_norm, positive_norm = norms
+            # Each device has the sums over its own heads.
+            norms = [guided_norm, positive_norm]
+            guided_norm, positive_norm = jax.lax.psum(norms, self.head_axes)
+
         bound = tau * positive_norm
         exceeds = guided_norm > bound
         # A norm of 0 never exceeds its bound: 1 only avoids dividing by 0 where that is discarded.
         shrink = bound / jnp.where(guided_norm > 0, guided_norm, 1)
         guided = guided * jnp.where(exceeds, shrink, 1)
-        return (positive + alpha * (guided - positive)).astype(dtype)
+        blended = positive + alpha * (guided - positive)
+        return blended.astype(dtype)
+
+
+def _l1_norm(x: Heads) -> Float[Array, "tokens 1 1"]:
+    """Return the L1 norm of each token, over its heads and their features."""
+    return jnp.sum(jnp.abs(x), (-2, -1), keepdims=True)

@@ -33,6 +33,9 @@ Part = tuple[Float[Array, "_ columns"], Float[Array, " head_dim"], Float[Array, 
 RotationFactors = tuple[Float[Array, "all_tokens head_dim"], Float[Array, "all_tokens head_dim"]]
 """Factors of each feature, and of its neighbour in the pair, in float32."""
 
+Matrix = Float[Array, "all_tokens width"]
+"""q, k or v of all parts: heads are columns."""
+
 
 def rotation_factors(
     cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]
@@ -59,7 +62,7 @@ def fused_qkv_tpu(
     eps: float,
     chip: str,
     interpret: bool = False,
-) -> list[Float[Array, "all_tokens width"]]:
+) -> tuple[Matrix, Matrix, Matrix]:
     """Return q, k and v of one or two modalities, one after the other.
 
     q and k are normed (RMS) and rotated (RoPE). It has no derivatives.
@@ -77,22 +80,20 @@ def fused_qkv_tpu(
     **Returns:** [tokens, width] each, in the dtype of the projections.
     """
     counts = [len(projected) for projected, _, _ in parts]
-    tokens, dtype = sum(counts), parts[0][0].dtype
+    tokens = sum(counts)
+    dtype = parts[0][0].dtype
     size = qkv_block_tokens(counts, width, dtype, chip)
-    first_blocks = [0, counts[0] // size][: len(parts)]
+    # The blocks at which each part begins. The first of two parts fills whole blocks.
+    first_blocks = [0] if len(parts) == 1 else [0, counts[0] // size]
 
-    in_specs = [pl.BlockSpec((size, LANES), _rows), pl.BlockSpec((size, LANES), _rows)]
+    factor_spec = pl.BlockSpec((size, LANES), _rows)
+    in_specs = [factor_spec, factor_spec]
     operands = [*factors]
-    for count, first_block, (projected, q_scale, k_scale) in zip(
-        counts, first_blocks, parts, strict=True
-    ):
-        for column in range(3):
-            index_map = partial(_part_rows, first_block, ceil_div(count, size) - 1, column)
-            in_specs.append(pl.BlockSpec((size, width), index_map))
-            operands.append(projected)
-        for scale in (q_scale, k_scale):
-            in_specs.append(pl.BlockSpec((1, LANES), lambda i: (0, 0)))
-            operands.append(scale[None])
+    for count, first_block, part in zip(counts, first_blocks, parts, strict=True):
+        last_block = ceil_div(count, size) - 1
+        in_specs += _part_specs(size, width, first_block, last_block)
+        projected, q_scale, k_scale = part
+        operands += [projected, projected, projected, q_scale[None], k_scale[None]]
 
     call = pl.pallas_call(
         partial(_kernel, first_blocks, eps),
@@ -112,7 +113,23 @@ def fused_qkv_tpu(
         interpret=interpret,
         name="heads",
     )
-    return call(*operands)
+    q, k, v = call(*operands)
+    return q, k, v
+
+
+def _part_specs(
+    size: int,
+    width: int,
+    first_block: int,
+    last_block: int,
+) -> list[pl.BlockSpec]:
+    """Return the blocks of one part: q, k and v, cut out of its projection, and both scales."""
+    specs = []
+    for column in range(3):
+        index_map = partial(_part_rows, first_block, last_block, column)
+        specs.append(pl.BlockSpec((size, width), index_map))
+    scale_spec = pl.BlockSpec((1, LANES), lambda i: (0, 0))
+    return [*specs, scale_spec, scale_spec]
 
 
 def _rows(i: Index) -> tuple[Index, int]:
@@ -120,30 +137,50 @@ def _rows(i: Index) -> tuple[Index, int]:
     return i, 0
 
 
-def _part_rows(first_block: int, last: int, column: int, i: Index) -> tuple[Index, int]:
+def _part_rows(
+    first_block: int,
+    last_block: int,
+    column: int,
+    i: Index,
+) -> tuple[Index, int]:
     """Return the block that program `i` has of q, k or v (column 0 to 2) of one part.
 
     For programs before and after the part's own tokens the block does not change, so that nothing
     is fetched.
     """
-    return jnp.clip(i - first_block, 0, last), column
+    row = jnp.clip(i - first_block, 0, last_block)
+    return row, column
 
 
 def fused_qkv_supported(
-    counts: Sequence[int], width: int, head_dim: int, dtype: DTypeLike, chip: str
+    counts: Sequence[int],
+    width: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    chip: str,
 ) -> bool:
-    """Return whether `fused_qkv_tpu` supports parts of these numbers of tokens.
+    """Return whether `fused_qkv_tpu` supports these parts.
 
     It supports heads of 128 features, in bfloat16 or float32, and one or two parts. The first of
     two parts must have a multiple of 16 tokens.
+
+    **Arguments:** `counts`: tokens of each part. `width`: heads x head_dim. `dtype`: of the
+    projections. `chip`: a key of `TPU_CHIPS`.
     """
     if head_dim != LANES or dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    return 1 <= len(counts) <= 2 and qkv_block_tokens(counts, width, dtype, chip) > 0
+    if len(counts) not in (1, 2):
+        return False
+    return qkv_block_tokens(counts, width, dtype, chip) > 0
 
 
 def qkv_block_tokens(counts: Sequence[int], width: int, dtype: DTypeLike, chip: str) -> int:
-    """Return the tokens of one block, which the first of two parts is a multiple of; 0 for none."""
+    """Return the tokens of one block, or 0 if there is no suitable number.
+
+    The first of two parts fills whole blocks, so that no block has tokens of both.
+
+    **Arguments:** as of `fused_qkv_supported`.
+    """
     limit = TPU_CHIPS[chip].vmem_bytes
     fitting = []
     for size in range(_TILE_ROWS, _LARGEST_BLOCK + 1, _TILE_ROWS):
@@ -158,11 +195,19 @@ def qkv_block_tokens(counts: Sequence[int], width: int, dtype: DTypeLike, chip: 
 
 
 def qkv_vmem_bytes(size: int, width: int, dtype: DTypeLike, parts: int) -> int:
-    """Return an upper bound of the VMEM that a block of `size` tokens takes, in bytes."""
+    """Return an upper bound of the VMEM that the kernel takes.
+
+    **Arguments:** `size`: tokens of a block. `width`, `dtype`: as of `fused_qkv_supported`.
+    `parts`: how many there are, 1 or 2.
+    **Returns:** bytes.
+    """
+    matrix = size * width * jnp.dtype(dtype).itemsize
     # q, k and v of each part and of the result; twice, since the next are fetched meanwhile.
-    windows = 2 * 3 * (parts + 1) * size * width * jnp.dtype(dtype).itemsize
-    # Twelve float32 copies of one head, and what the compiler takes for itself.
-    return windows + 12 * 4 * size * LANES + 2**20
+    windows = 2 * 3 * (parts + 1) * matrix
+    # Room for twelve float32 values of each of a head's features.
+    temporaries = 12 * 4 * size * LANES
+    reserve = 2**20
+    return windows + temporaries + reserve
 
 
 def _kernel(first_blocks: list[int], eps: float, *refs: Ref) -> None:
@@ -182,25 +227,42 @@ def _kernel(first_blocks: list[int], eps: float, *refs: Ref) -> None:
     if len(first_blocks) == 1:
         writer(0)()
         return
+    # No block has tokens of both parts.
     second = first_blocks[1]
     pl.when(pl.program_id(0) < second)(writer(0))
     pl.when(pl.program_id(0) >= second)(writer(1))
 
 
 def _norm_and_rotate(
-    x_ref: Ref, scale_ref: Ref, cos: Ref, sin: Ref, out_ref: Ref, eps: float
+    x_ref: Ref,
+    scale_ref: Ref,
+    cos: Ref,
+    sin: Ref,
+    out_ref: Ref,
+    eps: float,
 ) -> None:
-    """Write x, [tokens, width], normed and rotated head by head."""
+    """Write x, [tokens, width], normed and rotated.
+
+    It goes head by head, so that what is computed takes little memory.
+    """
     scale = scale_ref[...].astype(jnp.float32)
 
     def one_head(head: Index, _: None) -> None:
         lanes = pl.ds(pl.multiple_of(head * LANES, LANES), LANES)
         x = x_ref[:, lanes].astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        inverse_rms = jax.lax.rsqrt(mean_square + eps)
         # Rounded as the norm's result is where this is not fused.
-        x = (x * inverse_rms * scale).astype(out_ref.dtype).astype(jnp.float32)
+        normed = (x * inverse_rms * scale).astype(out_ref.dtype)
+        x = normed.astype(jnp.float32)
+
+        # Each feature's neighbour in its pair: the next one of the first, the previous one of the
+        # second. Rolling by LANES - 1 is rolling by -1.
         is_first = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) % 2 == 0
-        neighbour = jnp.where(is_first, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
-        out_ref[:, lanes] = (x * cos[...] + neighbour * sin[...]).astype(out_ref.dtype)
+        following = pltpu.roll(x, LANES - 1, 1)
+        preceding = pltpu.roll(x, 1, 1)
+        neighbour = jnp.where(is_first, following, preceding)
+        rotated = x * cos[...] + neighbour * sin[...]
+        out_ref[:, lanes] = rotated.astype(out_ref.dtype)
 
     jax.lax.fori_loop(0, x_ref.shape[1] // LANES, one_head, None)

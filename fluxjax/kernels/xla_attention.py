@@ -53,16 +53,20 @@ def xla_attention(
         return _head_attention(q, k, v, bias, options)
 
     def batched() -> Heads:
-        return jax.vmap(one_head, in_axes=(1, 1, 1, 0), out_axes=1)(q, k, v, bias)
+        # The heads of q, k and v are axis 1, and those of the bias are axis 0.
+        over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0), out_axes=1)
+        return over_heads(q, k, v, bias)
 
     def sequential() -> Heads:
-        mixed = jax.lax.map(lambda head: one_head(*head), _heads_first(q, k, v, bias))
+        heads = _heads_first(q, k, v, bias)
+        mixed = jax.lax.map(lambda head: one_head(*head), heads)
         return jnp.swapaxes(mixed, 0, 1)
 
     queries, heads, _ = q.shape
     logit_bytes = 4 * heads * queries * len(k)
     if heads == 1 or logit_bytes < CPU_CACHE_BYTES:
         return batched()
+    # Which one runs is decided when the program is compiled for its platform.
     return jax.lax.platform_dependent(cpu=sequential, default=batched)
 
 
@@ -84,7 +88,8 @@ def chunked_attention(
     """
     queries, keys = len(q), len(k)
     if chunk is None:
-        size = balanced_block_size(queries, max(1, CHUNK_LOGIT_BYTES // (4 * keys)))
+        largest = max(1, CHUNK_LOGIT_BYTES // (4 * keys))
+        size = balanced_block_size(queries, largest)
     else:
         size = min(chunk, queries)
     starts = jnp.arange(0, queries, size)
@@ -103,24 +108,37 @@ def chunked_attention(
         if bias is not None:
             bias = _split_rows(bias, size)
         # The gradients of k and v are summed over the chunks in the dtype that enters the loop.
-        wide_k, wide_v = k.astype(wide_dtype(k.dtype)), v.astype(wide_dtype(v.dtype))
+        wide_k = k.astype(wide_dtype(k.dtype))
+        wide_v = v.astype(wide_dtype(v.dtype))
 
         def body(chunk: tuple[Array, Head, Array | None]) -> Head:
             start, q, bias = chunk
-            return one_chunk(start, q, wide_k.astype(k.dtype), wide_v.astype(v.dtype), bias)
+            narrow_k = wide_k.astype(k.dtype)
+            narrow_v = wide_v.astype(v.dtype)
+            return one_chunk(start, q, narrow_k, narrow_v, bias)
 
         mixed = jax.lax.map(body, (starts, q, bias))
-        return rearrange(mixed, "chunks q d -> (chunks q) d")[:queries]
+        joined = rearrange(mixed, "chunks q d -> (chunks q) d")
+        # Without the padding of the last chunk.
+        return joined[:queries]
 
     mixed = jax.lax.map(one_head, _heads_first(q, k, v, bias))
     return jnp.swapaxes(mixed, 0, 1)
 
 
 def _heads_first(
-    q: Heads, k: Heads, v: Heads, bias: Array | None
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    bias: Array | None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Return what `jax.lax.map` maps over heads; the heads of `bias` come first already."""
-    return jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1), bias
+    return (
+        jnp.swapaxes(q, 0, 1),
+        jnp.swapaxes(k, 0, 1),
+        jnp.swapaxes(v, 0, 1),
+        bias,
+    )
 
 
 def _split_rows(
@@ -148,7 +166,8 @@ def _head_attention(
     **Arguments:** `first_query`: index of the first of these queries, for the causal mask.
     """
     wide = wide_dtype(q.dtype)
-    logits = options.scale * jnp.einsum("qd,kd->qk", q, k, preferred_element_type=wide)
+    products = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=wide)
+    logits = options.scale * products
     if bias is not None:
         logits = logits + bias.astype(wide)
     keys = jnp.arange(k.shape[0])
@@ -157,6 +176,8 @@ def _head_attention(
         logits = jnp.where(queries >= keys, logits, -jnp.inf)
     if options.key_length is not None:
         # Not -inf: with a key_length of 0 softmax would give NaN. `attention` sets those to 0.
-        logits = jnp.where(keys < options.key_length, logits, jnp.finfo(wide).min)
+        lowest = jnp.finfo(wide).min
+        logits = jnp.where(keys < options.key_length, logits, lowest)
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=wide).astype(q.dtype)
+    mixed = jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=wide)
+    return mixed.astype(q.dtype)

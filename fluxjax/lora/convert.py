@@ -8,8 +8,9 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import FLUX
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.weights import Weights
-from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
-from fluxjax.lora.read import Lora
+from fluxjax.lora.adapter import Lora
+from fluxjax.lora.changes import changes_of
+from fluxjax.lora.merge import MergedWeights, notes_of
 from fluxjax.lora.scales import Scale, Scales, check_scales
 
 

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
 from fluxjax.flow.times import time_shift
-from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 
 @convert_arguments

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.gguf_header import Scalar
-from fluxjax.shapes import Array, PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, PRNGKeyArray, Scalar, ScalarLike
 
 
 class TrainState(eqx.Module):

@@ -10,6 +10,8 @@ from hypothesis import given, settings, strategies as st
 from implementations import operands
 
 from fluxjax import attention
+from fluxjax.kernels.attention import _cudnn_attention
+from fluxjax.kernels.xla_attention import LogitOptions
 
 # One program for each shape, rather than one for each operation.
 attend = jax.jit(attention)
@@ -28,9 +30,13 @@ def exact(q, k, v, scale, bias=None, causal=False):
 
 @settings(max_examples=10)  # each shape compiles
 @given(
-    queries=st.integers(1, 20), keys=st.integers(1, 20), heads=st.integers(1, 3), dim=st.sampled_from([1, 8, 17]),
-    seed=st.integers(0, 99), size=st.sampled_from([0.1, 1.0, 30.0]),
-)  # fmt: skip
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 8, 17]),
+    seed=st.integers(0, 99),
+    size=st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_attention_equals_float64(queries, keys, heads, dim, seed, size):
     q, k, v, _ = operands(queries, keys, heads, dim, seed, size)
     # Logits reach 1e4 here, where float32 resolves 1e-3: their exponentials differ by as much.
@@ -59,3 +65,22 @@ def test_gradients_equal_finite_differences_under_vmap():
     jax.test_util.check_grads(
         jax.jit(jax.vmap(attention)), batched, order=1, modes=("fwd", "rev"), rtol=1e-2
     )
+
+
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(monkeypatch):
+    """cuDNN's gradients exist for even numbers only; XLA computes here what cuDNN is given."""
+    by_xla, counts = jax.nn.dot_product_attention, []
+
+    def without_cudnn(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        counts.append((q.shape[1], k.shape[1]))
+        return by_xla(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
+    for queries, keys, length in ((5, 5, None), (4, 7, None), (5, 6, 5), (3, 7, 4)):
+        q, k, v, _ = operands(queries, keys, 2, 8, seed=0)
+        options = LogitOptions(1.0, False, None if length is None else jnp.int32(length))
+        found = _cudnn_attention(q, k, v, None, options)
+        expected = exact(q, k[:length], v[:length], 1.0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert counts == [(6, 6), (4, 8), (6, 6), (4, 8)]

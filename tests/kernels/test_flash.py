@@ -41,9 +41,13 @@ def check(found_all, expected_all, size=1.0):
 
 
 SHAPES = {
-    "queries": st.integers(1, 140), "keys": st.integers(1, 140), "heads": st.integers(1, 2),
-    "dim": st.sampled_from([8, 64]), "seed": st.integers(0, 99), "size": st.sampled_from([0.1, 1.0, 10.0]),
-}  # fmt: skip
+    "queries": st.integers(1, 140),
+    "keys": st.integers(1, 140),
+    "heads": st.integers(1, 2),
+    "dim": st.sampled_from([8, 64]),
+    "seed": st.integers(0, 99),
+    "size": st.sampled_from([0.1, 1.0, 10.0]),
+}
 
 
 @every

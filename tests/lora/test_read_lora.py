@@ -1,4 +1,4 @@
-"""Adapter files: names and endings of every format, what is refused and with which words, and damaged files."""
+"""Adapter files: names and endings of every format, errors, and damaged files."""
 
 import json
 import re
@@ -10,25 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters import KOHYA, PEFT, Draw, Sample, pair
+from adapters import (
+    KOHYA,
+    PEFT,
+    Draw,
+    Sample,
+    pair,
+    random_clip,
+    random_flux,
+    random_network,
+    same_leaves,
+)
 from layouts import write
 from safetensors.numpy import load, save
 
 from fluxjax import (
-    Clip,
-    ClipConfig,
     Flux,
-    FluxConfig,
     WeightsError,
     attach,
     load_flux,
     merge,
     read_lora,
 )
+from fluxjax.lora.describe import describe_lora
 from fluxjax.lora.merge import notes_of
 from fluxjax.lora.names import find_place
-from fluxjax.lora.read import describe_lora
-from fluxjax.lora.settings import Patterns
+from fluxjax.lora.peft_patterns import Patterns
 from fluxjax.lora.terms import FullTerm, LowRankTerm, MagnitudeTerm, ReplacementTerm
 
 KOHYA_PROJ, PEFT_OUT = (
@@ -176,9 +183,7 @@ def test_differences_and_values_of_weights_biases_and_norms_are_read(tmp_path):
     np.testing.assert_array_equal(
         delta_of(lora, "norm.bias", np.zeros(32), "clip"), tensors[list(tensors)[-2]]
     )
-    clip = Clip(
-        ClipConfig(vocabulary=30, width=32, heads=2, depth=1, mlp_width=64), key=jax.random.key(0)
-    )
+    clip = random_clip()
     merged = merge(clip, [lora])
     np.testing.assert_allclose(
         merged.norm.bias - clip.norm.bias, tensors[list(tensors)[-2]], rtol=1e-5, atol=1e-6
@@ -228,28 +233,22 @@ def test_what_has_no_effect_on_flux_is_left_out_with_a_line_each(tmp_path):
     assert set(lora.changes) == {"flux"}
     assert lora.notes == (
         "Its 1 bundled embeddings (textual inversion) are left out: gloss\\x1b[2J.",
-        "lora_te1_text_projection is left out: FLUX does not use CLIP's projection, so it has no effect.",
+        "lora_te1_text_projection is left out: FLUX does not use CLIP's projection, "
+        "so it has no effect.",
     )
     assert all(note in describe_lora(tmp_path / "x.safetensors") for note in lora.notes)
 
 
 def test_the_guidance_of_a_dev_adapter_has_no_effect_on_schnell(tmp_path):
-    config = FluxConfig(
-        width=32, heads=2, double_depth=1, single_depth=1, mlp_width=128, context=24, pooled=8, rope_axes=(4, 6, 6),
-        time_width=16,
-    )  # fmt: skip
     tensors = low_rank(KOHYA_PROJ) | low_rank("lora_unet_guidance_in_out_layer")
     lora, without = read(tmp_path, tensors), read(tmp_path, low_rank(KOHYA_PROJ))
-    dev, schnell = (
-        Flux(replace(config, guidance_embed=embed), key=jax.random.key(0))
-        for embed in (True, False)
-    )
+    dev = random_flux()
+    schnell = random_network(Flux, replace(dev.config, guidance_embed=False))
     assert notes_of(dev, lora) == ()
     (note,) = notes_of(schnell, lora)
     assert note.startswith("Its guidance_in is left out")
     for combine in (merge, attach):
-        ours, wanted = (jax.tree.leaves(combine(schnell, [one])) for one in (lora, without))
-        assert all(np.array_equal(x, y) for x, y in zip(ours, wanted, strict=True))
+        assert same_leaves(combine(schnell, [lora]), combine(schnell, [without]))
 
 
 def test_without_strict_a_module_that_is_not_wholly_known_is_left_out_whole(tmp_path):
@@ -278,7 +277,8 @@ ODD = {
     "a fused weight and its part": (
         low_rank("lora_unet_double_blocks_0_img_attn_qkv", shape=(96, 32))
         | low_rank("transformer.transformer_blocks.0.attn.to_q", PEFT),
-        r"changes double\.0\.img\.qkv\.weight twice, under two names: lora_unet.* and transformer\.",
+        r"changes double\.0\.img\.qkv\.weight twice, under two names: "
+        r"lora_unet.* and transformer\.",
     ),
     "rank 0": (
         {
@@ -363,8 +363,8 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_what_can_not_be_read_exactly_is_refused_by_name(tmp_path, name):
-    tensors, told = ODD[name]
-    with pytest.raises(WeightsError, match=told) as error:
+    tensors, message = ODD[name]
+    with pytest.raises(WeightsError, match=message) as error:
         read(tmp_path, tensors)
     assert "\n" not in str(error.value)
 
@@ -399,9 +399,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_that_are_damaged_are_refused_at_once(tmp_path, name):
-    text, told = SETTINGS[name]
+    text, message = SETTINGS[name]
     begun = time.monotonic()
-    with pytest.raises(WeightsError, match=told) as error:
+    with pytest.raises(WeightsError, match=message) as error:
         read(tmp_path, low_rank(PEFT_OUT, PEFT), {"lora_adapter_metadata": text})
     assert "\n" not in str(error.value)
     assert time.monotonic() - begun < 5
@@ -413,11 +413,24 @@ def test_patterns_of_null_are_none(tmp_path):
     assert float(lora.changes["flux"][OUT][0].term.factor) == 0.5
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["to_q", "attn.to_q", "0.attn.to_q", "o_q", "^attn.to_q", "^transformer_blocks.0.attn.to_q", r".*attn\.to_[qk]",
-     r"blocks\.[0-9]+\.attn.*", "(to_q|to_k)", "transformer_blocks.0", "", "attn.to_q$", r"(?:single_)?transformer.*"],
-)  # fmt: skip
+PATTERNS = (
+    "to_q",
+    "attn.to_q",
+    "0.attn.to_q",
+    "o_q",
+    "^attn.to_q",
+    "^transformer_blocks.0.attn.to_q",
+    r".*attn\.to_[qk]",
+    r"blocks\.[0-9]+\.attn.*",
+    "(to_q|to_k)",
+    "transformer_blocks.0",
+    "",
+    "attn.to_q$",
+    r"(?:single_)?transformer.*",
+)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_match_as_pefts_do(pattern):
     for name in (
         "transformer_blocks.0.attn.to_q",
@@ -614,15 +627,15 @@ def test_300_damaged_files_are_read_right_or_refused_in_one_line(tmp_path):
     assert whole.keys() - {OUT} == STEMS.keys()
     for _ in range(300):
         path.write_bytes(mutate(rng))
-        begun, told = time.monotonic(), None
+        begun, message = time.monotonic(), None
         try:
             lora = read_lora(path)
         except WeightsError as error:
-            told = str(error)
-        outcomes["read" if told is None else "refused"] += 1
+            message = str(error)
+        outcomes["read" if message is None else "refused"] += 1
         assert time.monotonic() - begun < 5
-        if told is not None:
-            assert told.isprintable()
+        if message is not None:
+            assert message.isprintable()
             continue
         assert all(
             np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(lora)
