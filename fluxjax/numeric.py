@@ -1,41 +1,46 @@
-"""Numbers: checks of those that a user gives, and the dtype in which they are accumulated."""
+"""Numbers: checks of those that users pass, and the dtype in which values are accumulated."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
-def wide_dtype(dtype: Any) -> jnp.dtype:
-    """Return the dtype in which values of `dtype` are accumulated: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Return the dtype in which values of `dtype` are accumulated: float32, or float64."""
+    if dtype == jnp.float64:
+        return jnp.dtype(jnp.float64)
+    return jnp.dtype(jnp.float32)
 
 
-def is_concrete_number(value: Any) -> bool:
-    """Whether a value is a Python, NumPy or JAX number or array whose value is known, which a traced one's is not."""
-    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(
-        value, jax.core.Tracer
-    )
+def is_concrete_number(value: object) -> bool:
+    """Return whether a value is a number or an array whose value is known, that is, not traced."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
 
 
-def check_finite(call: str, **values: Any) -> None:
-    """Check that numbers are finite, each named by its keyword; None, traced values and what is not a number pass.
+def check_finite(call: str, **values: object) -> None:
+    """Check that numbers are finite.
 
-    **Arguments:** `call`: what the number is given to, for the message, such as "sample". `values`: Python, NumPy or JAX
-    scalars or arrays.
+    None, traced values and values that are not numbers pass.
+
+    **Arguments:** `call`: the function or class that the numbers are passed to, for the message.
+    `values`: Python, NumPy or JAX scalars, arrays or lists, by argument name.
     **Raises:** `ValueError` for NaN and infinity, and for Python integers beyond float64.
     """
     for name, value in values.items():
-        if (is_concrete_number(value) or isinstance(value, list | tuple)) and not _is_finite(value):
+        checkable = is_concrete_number(value) or isinstance(value, list | tuple)
+        if checkable and not _is_finite(value):
             shown = value if np.ndim(value) == 0 else "NaN or infinity in it"
             raise ValueError(
                 f"`{call}({name})` needs finite numbers, got {shown}. Choose a finite number."
             )
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     if isinstance(value, int | float):
         try:
             return math.isfinite(value)

@@ -1,36 +1,60 @@
-"""The array shapes that the public functions share, each with its meaning, and the checker of all annotations."""
+"""The array types that public functions share, and the checker of the package's annotations."""
 
-from beartype import BeartypeConf, beartype
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike
 
-CHECKS = BeartypeConf(is_pep484_tower=True)
-"""Beartype takes an int where a float is annotated, as type checkers do."""
-checked = beartype(conf=CHECKS)
-"""The type checker of every call in the package."""
+if TYPE_CHECKING:
+    from beartype import BeartypeConf
+
+Checked = TypeVar("Checked", bound=Callable[..., Any])
+"""A function or a class whose annotations are checked."""
+
+
+@functools.cache
+def beartype_conf() -> "BeartypeConf":
+    """Return the settings of all checks: an int fits where a float is annotated (PEP 484)."""
+    # beartype takes a tenth of a second to import, and `import fluxjax` needs no check.
+    from beartype import BeartypeConf
+
+    return BeartypeConf(is_pep484_tower=True)
+
+
+def checked(target: Checked) -> Checked:
+    """Decorate a function or class so that every call checks its annotations.
+
+    It is the type checker for jaxtyping's import hook:
+    `install_import_hook("fluxjax", "fluxjax.shapes.checked")`.
+    """
+    from beartype import beartype
+
+    return beartype(conf=beartype_conf())(target)
+
 
 Image = Float[Array, "height width 3"]
 """An image, channels last, in [-1, 1]; sizes in pixels."""
 
 Latent = Float[Array, "latent_channels rows columns"]
-"""The VAE's latent, scaled and shifted to unit variance; rows and columns are cells of 8x8 pixels."""
+"""A latent of the VAE, scaled and shifted to about unit variance; one cell is 8x8 pixels."""
 
 Packed = Float[Array, "img_tokens channels"]
-"""A latent as tokens: each folds 2x2 cells, so it covers 16x16 pixels."""
+"""A latent as tokens: each holds 2x2 cells, so it covers 16x16 pixels."""
 
 Ids = Float[Array, "tokens axes"]
 """A token's position on each RoPE axis: (sequence, row, column) in FLUX."""
 
 Times = Float[Array, " nodes"]
-"""Sampling times: strictly falling from 1 (noise) to 0 (image)."""
+"""Sampling times: strictly falling, usually from 1 (noise) to 0 (image)."""
 
 Tokens = Int[Array, " tokens"]
 """Token ids of one prompt."""
 
 PerImage = ScalarLike | Float[Array, " images"]
-"""One number for all images of a batch, or one for each."""
+"""One number for all images of a batch, or one per image."""
 
 __all__ = [
-    "CHECKS",
     "Array",
     "Bool",
     "Float",
@@ -45,5 +69,6 @@ __all__ = [
     "ScalarLike",
     "Times",
     "Tokens",
+    "beartype_conf",
     "checked",
 ]

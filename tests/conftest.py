@@ -1,5 +1,7 @@
 from jaxtyping import install_import_hook
 
+import fluxjax.shapes  # holds the hook's type checker, so it is imported before the hook
+
 # Users' programs check the public functions; the tests check every function's shapes and types.
 install_import_hook("fluxjax", "fluxjax.shapes.checked")
 

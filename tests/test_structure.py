@@ -15,6 +15,7 @@ LAYERS = {
     "shapes": 0,
     "numeric": 0,
     "printable": 0,
+    "annotations": 0,
     "arguments": 1,
     "flow": 2,
     "kernels": 2,
@@ -103,4 +104,4 @@ def test_a_program_that_uses_only_flow_imports_no_network():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folders = {name.split(".")[1] for name in done.stdout.split()}
-    assert folders == {"flow", "shapes", "arguments", "numeric", "version"}
+    assert folders == {"flow", "shapes", "annotations", "arguments", "numeric", "version"}

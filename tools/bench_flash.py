@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from fluxjax.kernels import heads_tpu
-from fluxjax.kernels.blocks import PRESETS
-from fluxjax.kernels.flash_tpu import blocks, flash, vmem_bytes
+from fluxjax.kernels import qkv_tpu
+from fluxjax.kernels.block_sizes import PRESETS
+from fluxjax.kernels.flash_tpu import flash_attention_tpu
+from fluxjax.kernels.flash_tpu_blocks import flash_vmem_bytes, tpu_block_sizes
 
 TOPOLOGIES = {
     "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
@@ -69,11 +70,11 @@ def compiled_row(
         "blocks": preset or "default",
     }
     try:
-        sizes = blocks(tokens, tokens, 128, jnp.bfloat16, chip, wanted)
+        sizes = tpu_block_sizes(tokens, tokens, 128, jnp.bfloat16, chip, wanted)
     except ValueError as error:  # blocks that do not fit are a result
         return row | {"error": str(error)}
     computed = {
-        kernel: vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]
+        kernel: flash_vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]
     }
     row["sizes"] = {kernel: sizes[kernel] for kernel in KERNELS[kind]}
     row["VMEM MiB by shapes"] = {
@@ -84,7 +85,7 @@ def compiled_row(
     # A batch has a key length an example, so that the masked form is compiled too.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     start = time.perf_counter()
-    run = run_of(flash, kind, chip=chip, block_sizes=wanted)
+    run = run_of(flash_attention_tpu, kind, chip=chip, block_sizes=wanted)
     program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
     used = used_vmem(program.as_text())
     return row | {
@@ -103,10 +104,10 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
 
     def run(projected: list[jax.Array], scale: jax.Array, factor: jax.Array) -> list[jax.Array]:
         parts = [(x, scale, scale) for x in projected]
-        return heads_tpu.heads(parts, (factor, factor), width=width, eps=1e-6, chip=chip)
+        return qkv_tpu.fused_qkv_tpu(parts, (factor, factor), width=width, eps=1e-6, chip=chip)
 
     projected = [struct(*rows, count, columns) for count in counts]
-    start, size = time.perf_counter(), heads_tpu.block(counts, width, jnp.bfloat16, chip)
+    start, size = time.perf_counter(), qkv_tpu.qkv_block_tokens(counts, width, jnp.bfloat16, chip)
     mapped = jax.vmap(run, in_axes=(0, None, None)) if batch else run
     given = projected, struct(128), struct(sum(counts), 128, dtype=jnp.float32)
     used = used_vmem(jax.jit(mapped).lower(*given).compile().as_text())
@@ -118,7 +119,7 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
         "pass": "heads",
         "sizes": {"heads": size},
         "VMEM MiB by shapes": {
-            "heads": round(heads_tpu.vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)
+            "heads": round(qkv_tpu.qkv_vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)
         },
         "VMEM MiB by compiler": {kernel: round(size / 2**20, 1) for kernel, size in used.items()},
         "compile s": round(time.perf_counter() - start, 1),

@@ -17,8 +17,8 @@ from scaling import forward_flop
 
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
-from fluxjax.kernels import select_attention
 from fluxjax.generate import TextStates, decode, denoise
+from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too

@@ -28,7 +28,7 @@ from jax.sharding import SingleDeviceSharding
 from fluxjax import Flux, FluxConfig, unroll
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import Text
-from fluxjax.kernels.flash_gpu import flash
+from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.nets.quantized import EIGHT_BITS
 
 # Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
@@ -107,7 +107,7 @@ def flash_row(
 ) -> dict[str, Any]:
     """Compile a pass of flash_gpu for 24 heads of 128."""
     from fluxjax.kernels import (  # the first needs absl, which the other benches do not
-        flash_mosaic,
+        flash_mosaic_blocks,
         flash_triton,
     )
 
@@ -116,8 +116,11 @@ def flash_row(
     # A batch has a key length an example, so that the masked form is compiled too.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     hopper = GPUS[kind]["major"] == 9
-    run = run_of(flash, wanted, hopper=hopper)
-    sizes = (flash_mosaic if hopper else flash_triton).blocks(tokens, tokens, 128)
+    run = run_of(flash_attention_gpu, wanted, hopper=hopper)
+    if hopper:
+        sizes = flash_mosaic_blocks.mosaic_block_sizes(tokens, tokens, 128)
+    else:
+        sizes = flash_triton.triton_block_sizes(tokens, tokens, 128)
     sizes = {kernel: sizes[kernel] for kernel in KERNELS[wanted]}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -141,7 +144,8 @@ def flash_row(
     if not hopper:
         return row
     computed = {
-        kernel: flash_mosaic.smem_bytes(kernel, block, 128) for kernel, block in sizes.items()
+        kernel: flash_mosaic_blocks.smem_bytes(kernel, block, 128)
+        for kernel, block in sizes.items()
     }
     return row | {"shared memory by shapes": computed, "kernels": kernels}
 

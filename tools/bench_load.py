@@ -21,15 +21,16 @@ import numpy as np
 import fluxjax
 from fluxjax import FluxConfig
 from fluxjax.checkpoint.names import FLUX_BFL
-from fluxjax.checkpoint.plan import abstract, slots_of, their_shape
+from fluxjax.checkpoint.plan import their_shape
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
+from fluxjax.checkpoint.weights import abstract, parameters_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def bfl_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a BFL file of this config."""
-    slots = slots_of(abstract(fluxjax.Flux, config))
+    slots = parameters_of(abstract(fluxjax.Flux, config))
     return {
         key: their_shape(slot.shape, row)
         for name, slot in slots.items()

@@ -12,7 +12,7 @@ from bench_parts import random_flux
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Lora
-from fluxjax.checkpoint.plan import slots_of
+from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.nets.stack import leaf_names
 
 
@@ -60,7 +60,7 @@ def bench_merge(options: argparse.Namespace) -> list[dict]:
         replace(FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1])
     )
     lora = random_lora(flux, options.rank)
-    slots = slots_of(flux)
+    slots = parameters_of(flux)
     changed = [slots[name] for name in lora.changes["flux"]]
     listed = leaf_names(flux)
     names = {listed[slot.leaf] for slot in changed}

@@ -65,7 +65,7 @@ def told(spent: list[float]) -> dict[str, float]:
 
 @contextmanager
 def pretended(
-    device: Any, modules: Sequence[str] = ("kernels.attention", "nets.layers", "nets.heads")
+    device: Any, modules: Sequence[str] = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads")
 ) -> Iterator[None]:
     """Trace for another device than this machine's, of which `platform` and what tells its kind are asked by these modules."""
     with ExitStack() as stack:

@@ -22,9 +22,9 @@ from scaling import AXES, Work
 
 from fluxjax import Flux, FluxConfig
 from fluxjax.devices.mesh import make_mesh
-from fluxjax.devices.shard import ROWS
+from fluxjax.devices.run import ROWS
 from fluxjax.devices.specs import specs
-from fluxjax.devices.weights import HostWeight
+from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import Text
 from fluxjax.kernels.attention import IMPLEMENTATIONS

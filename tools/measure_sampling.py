@@ -18,7 +18,8 @@ from fluxjax import Nag, text_to_image
 from fluxjax.flow import Projected, ZeroStar
 from fluxjax.generate import FirstBlock, TeaCache
 from fluxjax.generate.compare import Run
-from fluxjax.generate.draw import denoise, guidance_scale, noise_batch
+from fluxjax.generate.draw import denoise, guidance_scale
+from fluxjax.generate.latents import noise_batch
 from fluxjax.generate.plots import plot_errors
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
 from fluxjax.generate.text import Text, encode_text, prompt_ids

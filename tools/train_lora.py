@@ -36,9 +36,9 @@ from fluxjax.generate.load import (
     load_vae,
 )
 from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import BLOCKS, init_lora, trainable
-from fluxjax.lora.read import Lora
 from fluxjax.lora.write import FORMATS, write_lora
 from fluxjax.nets.flux import Flux
 from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times

@@ -32,14 +32,15 @@ from scenes import (
 )
 from tiny_tokenizers import T5_LENGTH
 
-from fluxjax.checkpoint.plan import abstract
+from fluxjax.checkpoint.weights import abstract
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.latents import image_ids, pack_latents
 from fluxjax.generate.load import Models, load_models
 from fluxjax.generate.save import save_models
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import Flux, FluxConfig
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.layers import Linear
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig

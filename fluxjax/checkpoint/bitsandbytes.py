@@ -1,4 +1,15 @@
-"""Weights that bitsandbytes stores in 4 or 8 bits."""
+"""Weights that bitsandbytes stores in 4 or 8 bits.
+
+A 4-bit weight `w` of a layer is stored as these tensors:
+
+- `w`: bytes, of two 4-bit codes each;
+- `w.quant_map`: the value of each of the 16 codes;
+- `w.absmax`: the largest magnitude of each block of values;
+- `w.nested_absmax` and `w.nested_quant_map`: the same for `w.absmax`, if that is quantized too;
+- `w.quant_state.bitsandbytes__nf4` (or `__fp4`): bytes of JSON with the shape and the block sizes.
+
+An 8-bit weight has the largest magnitude of each row beside it, under the layer's name and `SCB`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,10 +92,11 @@ def _combine_four_bits(tensors: dict[str, Tensor], state_name: str) -> None:
     """
     name, _, format = state_name.partition(_STATE_INFIX)
     description = tensors.pop(state_name)
+    stored: dict[str, Tensor | None] = {"weight": tensors.get(name)}
+    for role in _STATISTICS:
+        stored[role] = tensors.pop(f"{name}.{role}", None)
     parts: dict[str, StoredTensor] = {}
-    for role in ("weight", *_STATISTICS):
-        # The weight itself stays, to be replaced in its place of the order.
-        tensor = tensors.get(name) if role == "weight" else tensors.pop(f"{name}.{role}", None)
+    for role, tensor in stored.items():
         if isinstance(tensor, StoredTensor):
             parts[role] = tensor
     where = f"{printable_path(description.file)}: {quote_name(name)}"
@@ -106,8 +118,10 @@ def _combine_four_bits(tensors: dict[str, Tensor], state_name: str) -> None:
 
 def _quant_state(fields: Mapping[str, object]) -> QuantState | None:
     """Return the state that a description gives, None if a value of it can't be right."""
-    shape, block = fields.get("shape"), fields.get("blocksize")
-    nested_block, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
+    shape = fields.get("shape")
+    block = fields.get("blocksize")
+    nested_block = fields.get("nested_blocksize")
+    offset = fields.get("nested_offset", 0.0)
     if not isinstance(shape, list) or not _is_size(block):
         return None
     if not all(_is_size(size) for size in shape):
@@ -129,8 +143,9 @@ def _fits(parts: Parts, state: QuantState) -> bool:
         return False
     size = prod(state.shape)
     blocks = -(-size // state.block)
-    weight, absmax, codes = parts["weight"], parts["absmax"], parts["quant_map"]
-    if weight.nbytes != -(-size // 2) or absmax.size != blocks or codes.size != 16:
+    if parts["weight"].nbytes != -(-size // 2):
+        return False
+    if parts["absmax"].size != blocks or parts["quant_map"].size != 16:
         return False
     if not _nested_fits(parts, state.nested_block, blocks):
         return False
@@ -144,7 +159,8 @@ def _fits(parts: Parts, state: QuantState) -> bool:
 
 def _nested_fits(parts: Parts, nested_block: int | None, blocks: int) -> bool:
     """Return whether quantized scales have their own scales, and others have none."""
-    nested_absmax, nested_codes = parts.get("nested_absmax"), parts.get("nested_quant_map")
+    nested_absmax = parts.get("nested_absmax")
+    nested_codes = parts.get("nested_quant_map")
     if nested_block is None:
         return nested_absmax is None
     if nested_absmax is None or nested_codes is None:

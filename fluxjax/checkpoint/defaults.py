@@ -95,7 +95,7 @@ def load_defaults(source: str | Path) -> Defaults:
     if own.is_file():
         return Defaults(**read_settings_file(own, DEFAULTS_FIELDS, closed=True))
     folder = find_source(source, [SCHEDULER_FOLDER])
-    config = open_source(find_part(source, FLUX.folder)).part(FLUX).config
+    config = open_source(find_part(source, FLUX.folder)).network(FLUX).config
     base = known["dev" if config.guidance_embed else "schnell"]
     scheduler = folder / SCHEDULER_FOLDER / SCHEDULER_FILE
     if scheduler.is_file():

@@ -21,17 +21,18 @@ def all_finite(values: np.ndarray) -> bool:
         return _below_infinity(values)
     flat = values.reshape(-1)
     step = max(1, _CHUNK_BYTES // values.dtype.itemsize)
-    starts = range(0, len(flat), step)
-    return all(_below_infinity(flat[start : start + step]) for start in starts)
+    chunks = (flat[start : start + step] for start in range(0, len(flat), step))
+    return all(_below_infinity(chunk) for chunk in chunks)
 
 
 def _below_infinity(values: np.ndarray) -> bool:
     """Return whether all bit patterns lie below that of the infinity of their sign."""
     size = values.dtype.itemsize
+    signed, unsigned = f"i{size}", f"u{size}"
     with np.errstate(invalid="ignore"):  # types without infinity have NaN in its place
-        infinity = int(np.array(np.inf, values.dtype).view(f"i{size}"))
-    negative_infinity = infinity + 2 ** (8 * size - 1)
-    positive_is_finite = values.view(f"i{size}").max() < infinity
-    if not positive_is_finite:
+        infinity = np.array(np.inf, values.dtype)
+    positive_pattern = int(infinity.view(signed))
+    sign_bit = 2 ** (8 * size - 1)
+    if values.view(signed).max() >= positive_pattern:
         return False
-    return bool(values.view(f"u{size}").max() < negative_infinity)
+    return bool(values.view(unsigned).max() < positive_pattern + sign_bit)

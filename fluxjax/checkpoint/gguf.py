@@ -55,7 +55,8 @@ class GgufTensor(Tensor):
         """Return the values, decoded to float32."""
         gguf = _import_gguf()
         block_format = gguf.GGMLQuantizationType[self.format]
-        rows, columns = prod(self.shape[:-1]), self.shape[-1]
+        rows = prod(self.shape[:-1])
+        columns = self.shape[-1]
         if not rows:
             return np.empty(self.shape, np.float32)
         packed = np.memmap(self.file, np.uint8, "r", self.offset, (rows, self.row_bytes))

@@ -9,8 +9,7 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.printable import printable
 
 # Here, `Any` stands for httpx's `Client`, `Request` and `Response`. Neither httpx nor
-# huggingface_hub is imported before something is downloaded: that takes as long as the rest of the
-# package.
+# huggingface_hub is imported before something is downloaded, because their imports are slow.
 
 # The client makes names of files and folders in the cache of these headers.
 _HEADERS_USED_AS_NAMES = ("etag", "x-linked-etag", "x-repo-commit", "x-xet-hash")

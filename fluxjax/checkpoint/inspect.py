@@ -1,25 +1,34 @@
-"""What a file or a folder holds, told from its headers."""
+"""What a file or a folder holds, reported from the headers of its files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from fluxjax.checkpoint.detect import FoundNetwork, open_source, variant
+import jax
+
+from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.identify import AnyFoundNetwork
+from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import find_source
-from fluxjax.checkpoint.plan import Problems
-from fluxjax.checkpoint.write import parameters
+from fluxjax.checkpoint.match import Problems
 from fluxjax.printable import printable
+
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a file or folder holds of one network.
 
-    `names`: whose key names it has. `variant`: which of FLUX.1's transformers. `parameters`: None if its config is not known.
-    `nbytes`: in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype of most weights when loaded.
-    `problems`: keys that are missing, unexpected, misshapen or repeated. `error`: why its config is not known.
+    `kind`: "flux", "t5", "clip" or "vae". `title`: of the network, for people. `names`: whose key
+    names it has. `variant`: which of FLUX.1's transformers it is; None for other networks.
+    `files`: their names. `parameters`: how many numbers; None if its config is not known.
+    `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
+    of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
+    repeated. `error`: why its config is not known.
     """
 
     kind: str
@@ -36,95 +45,114 @@ class Summary:
 
     @property
     def whole(self) -> bool:
+        """Whether the network loads."""
         return self.error is None and not any(self.problems.values())
 
     def __str__(self) -> str:
+        title = self.title if self.variant is None else f"{self.title} ({self.variant})"
         size = "unknown size" if self.parameters is None else f"{self.parameters:,} parameters"
-        stored = ", ".join(
-            f"{name} {nbytes / 1e6:,.1f} MB"
-            for name, nbytes in sorted(self.storage.items(), key=lambda i: -i[1])
-        )
-        what = self.title + ("" if self.variant is None else f" ({self.variant})")
         lines = [
-            f"{self.kind}: {what}, {size}, {self.nbytes / 1e6:,.1f} MB",
-            f"  in {_listed(self.files)}; {self.names} names; stored as {stored}",
+            f"{self.kind}: {title}, {size}, {self.nbytes / 1e6:,.1f} MB",
+            f"  in {list_names(self.files)}; {self.names} names; stored as {self._storage_line()}",
         ]
         for problem, keys in self.problems.items():
             if keys:
-                lines.append(f"  {len(keys)} {problem}: {_listed(keys)}")
-        verdict = (
-            f"  whole: loads with load_{self.kind} as {self.loads_as}"
-            if self.whole
-            else "  does not load"
-        )
-        return "\n".join(
-            [*lines, verdict if self.error is None else f"  does not load: {self.error}"]
-        )
+                lines.append(f"  {len(keys)} {problem}: {list_names(keys)}")
+        if self.error is not None:
+            lines.append(f"  does not load: {self.error}")
+        elif self.whole:
+            lines.append(f"  whole: loads with load_{self.kind} as {self.loads_as}")
+        else:
+            lines.append("  does not load")
+        return "\n".join(lines)
+
+    def _storage_line(self) -> str:
+        """Return how many MB are stored in which way, the most first."""
+        by_size = sorted(self.storage.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in by_size)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a file or folder holds. `strangers`: files that hold no network of FLUX, and why; `left`: tensors of none."""
+    """What a file or folder holds.
+
+    `networks`: one summary each. `unknown_files`: files without any network of FLUX.1, by name,
+    and what they are. `unknown_tensors`: tensors beside the networks' that belong to none.
+    """
 
     networks: tuple[Summary, ...]
-    strangers: dict[str, str]
-    left: tuple[str, ...]
+    unknown_files: Mapping[str, str]
+    unknown_tensors: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether there is a network, and all that there is loads."""
+        """Whether there is a network, and every network that there is loads."""
         return bool(self.networks) and all(network.whole for network in self.networks)
 
     def __str__(self) -> str:
-        lines = [str(network) for network in self.networks] + list(self.strangers.values())
-        if self.left:
-            lines.append(f"{len(self.left)} tensors of no known network: {_listed(self.left)}")
+        lines = [str(network) for network in self.networks]
+        lines += self.unknown_files.values()
+        if self.unknown_tensors:
+            count, names = len(self.unknown_tensors), list_names(self.unknown_tensors)
+            lines.append(f"{count} tensors of no known network: {names}")
         return "\n".join(lines or ["no weights"])
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names of a list on one line, with what could fake another line escaped."""
-    return ", ".join(printable(name) for name in names[:8]) + (" …" if len(names) > 8 else "")
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of a list on one line, with characters that do not print escaped.
+
+    A file's names could otherwise imitate further lines of a report.
+    """
+    line = ", ".join(printable(name) for name in names[:_MOST_LISTED])
+    return f"{line} …" if len(names) > _MOST_LISTED else line
 
 
 def inspect_weights(source: str | Path) -> Report:
-    """Tell what a file or folder holds, from its headers alone: kind, variant, size, dtypes, what is missing or extra.
+    """Report what a file or folder holds: kind, variant, size, dtypes, what is missing or extra.
 
-    **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's cache.
-    **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such source.
+    Only the headers of the files are read.
+
+    **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's
+    cache.
+    **Returns:** the report; `str` of it is for people, and `report.whole` is whether all loads.
+    **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such
+    source.
     """
     found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
-    networks = tuple(_summary(part) for part in found.parts.values())
-    return Report(
-        networks,
-        {path.name: problem for path, problem in found.strangers.items()},
-        tuple(found.left),
-    )
+    networks = tuple(_summarize(network) for network in found.networks.values())
+    unknown_files = {path.name: problem for path, problem in found.unknown_files.items()}
+    return Report(networks, unknown_files, tuple(found.unknown_tensors))
 
 
-def _summary(part: FoundNetwork) -> Summary:
+def _summarize(network: AnyFoundNetwork) -> Summary:
     problems: Problems = {}
-    count = kind = error = None
+    count = variant = error = None
     try:
-        plan, problems = part.check()
-        count, kind = parameters(plan.network), variant(part.config)
+        plan, problems = network.check()
+        count, variant = parameter_count(plan.network), flux_variant(network.config)
     except WeightsError as problem:
         error = str(problem)
-    storage: dict[str, int] = {}
-    loaded: dict[str, int] = {}
-    for tensor in part.tensors.values():
-        storage[tensor.storage] = storage.get(tensor.storage, 0) + tensor.nbytes
-        loaded[str(tensor.dtype)] = loaded.get(str(tensor.dtype), 0) + tensor.size
+    bytes_by_storage: dict[str, int] = {}
+    values_by_dtype: dict[str, int] = {}
+    for tensor in network.tensors.values():
+        storage, dtype = tensor.storage, str(tensor.dtype)
+        bytes_by_storage[storage] = bytes_by_storage.get(storage, 0) + tensor.nbytes
+        values_by_dtype[dtype] = values_by_dtype.get(dtype, 0) + tensor.size
     return Summary(
-        kind=part.kind.name,
-        title=part.kind.title,
-        names=part.dialect.name,
-        variant=kind,
-        files=tuple(file.name for file in part.files),
+        kind=network.kind.name,
+        title=network.kind.title,
+        names=network.dialect.name,
+        variant=variant,
+        files=tuple(file.name for file in network.files),
         parameters=count,
-        nbytes=sum(tensor.nbytes for tensor in part.tensors.values()),
-        storage=storage,
-        loads_as=max(loaded, key=loaded.__getitem__, default="nothing"),
+        nbytes=sum(tensor.nbytes for tensor in network.tensors.values()),
+        storage=bytes_by_storage,
+        loads_as=max(values_by_dtype, key=values_by_dtype.__getitem__, default="nothing"),
         problems=problems,
         error=error,
     )
+
+
+def parameter_count(network: Network) -> int:
+    """Return how many numbers a network holds."""
+    return sum(prod(leaf.shape) for leaf in jax.tree.leaves(network))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -55,12 +56,14 @@ def read_header(path: Path) -> TensorFile:
     file.
     **Source:** the safetensors format, https://github.com/huggingface/safetensors#format.
     """
-    size, where = check_regular_file(path), printable_path(path)
+    size = check_regular_file(path)
     length, text = _read_header_text(path, size)
     header = _parse_header(path, text)
     metadata = header.pop(METADATA_KEY, {})
     if not _is_metadata(metadata):
-        raise WeightsError(f"{where}: the header's metadata is damaged. Download the file again.")
+        raise WeightsError(
+            f"{printable_path(path)}: the header's metadata is damaged. Download the file again."
+        )
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         tensors[name] = _tensor(path, name, entry, LENGTH_BYTES + length, size)
@@ -73,7 +76,8 @@ def _read_header_text(path: Path, size: int) -> tuple[int, bytes]:
     where = printable_path(path)
     with open(path, "rb") as file:
         start = file.read(LENGTH_BYTES)
-        length, brace = int.from_bytes(start, "little"), file.read(1)
+        length = int.from_bytes(start, "little")
+        brace = file.read(1)
         # Pickles and zip files begin with these bytes. The length of a header may as well, but
         # then the brace of its JSON follows.
         if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
@@ -111,15 +115,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     if text.count(b'"data_offsets"') > MOST_TENSORS:
         raise _too_many_tensors(path)
 
-    def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            name = quote_name(first_repeated_name(pairs))
-            raise WeightsError(f"{where}: the header names {name} twice. Download the file again.")
-        return table
-
     try:
-        header = json.loads(text, object_pairs_hook=refuse_repeated_names)
+        header = json.loads(text, object_pairs_hook=partial(_make_table, path))
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
@@ -134,6 +131,17 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     if len(header) > MOST_TENSORS + 1:
         raise _too_many_tensors(path)
     return header
+
+
+def _make_table(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of the header's JSON, whose names must differ."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        name = quote_name(first_repeated_name(pairs))
+        raise WeightsError(
+            f"{printable_path(path)}: the header names {name} twice. Download the file again."
+        )
+    return table
 
 
 def _too_many_tensors(path: Path) -> WeightsError:
@@ -153,7 +161,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     **Arguments:** `start`: where the data begins in the file. `size`: of the file, in bytes.
     """
     try:
-        code, shape = entry["dtype"], tuple(entry["shape"])
+        code = entry["dtype"]
+        shape = tuple(entry["shape"])
         first, last = entry["data_offsets"]
         is_known = code in DTYPES
     except (KeyError, TypeError, ValueError) as error:

@@ -103,5 +103,7 @@ def _header(
         }
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, order
+    padding = -(LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT
+    text += b" " * padding
+    length = len(text).to_bytes(LENGTH_BYTES, "little")
+    return length + text, order

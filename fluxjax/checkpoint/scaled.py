@@ -1,4 +1,10 @@
-"""Weights that ComfyUI and NVIDIA's ModelOpt store with scales: which tensors belong together."""
+"""Weights that ComfyUI and NVIDIA's ModelOpt store with scales: which tensors belong together.
+
+Beside the `weight` of a layer, a file may have its `weight_scale` (in ComfyUI's older files,
+`scale_weight`), and for 4-bit formats `weight_scale_2`, the scale of the scales. ComfyUI describes
+the format of a layer in JSON, either in a tensor of bytes `comfy_quant` or in the file's metadata.
+ModelOpt describes nothing, so its format is recognized from the dtypes.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +26,7 @@ _ACTIVATION_SCALES = ("scale_input", "input_scale")  # nothing here uses them
 _MARKER = "scaled_fp8"  # marks a file of ComfyUI's as a whole
 _DROPPED = {*_WEIGHT_PARTS, *_ACTIVATION_SCALES, _MARKER}
 _METADATA_KEY = "_quantization_metadata"
+_PLAIN_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # formats whose scale may be missing
 
 Descriptions = Mapping[str, Mapping[str, Any]]
 """What a file says of the format of its quantized weights, by the name of the layer."""
@@ -35,14 +42,13 @@ def combine_scaled(tensors: Mapping[str, Tensor], files: Sequence[TensorFile]) -
     a format that can't be decoded.
     """
     combined: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name != _MARKER and _last_part(name) not in _DROPPED:
-            combined[name] = tensor
     descriptions = dict(_descriptions_in_metadata(files))
-    suffix = f".{_DESCRIPTION}"
-    for name in [name for name in combined if name.endswith(suffix)]:
-        description = read_description(combined.pop(name), name, "format")
-        descriptions[name.removesuffix(suffix)] = description
+    for name, tensor in tensors.items():
+        if _last_part(name) == _DESCRIPTION:
+            layer = name.rpartition(".")[0]
+            descriptions[layer] = read_description(tensor, name, "format")
+        elif name != _MARKER and _last_part(name) not in _DROPPED:
+            combined[name] = tensor
     for layer in _quantized_layers(tensors) | dict.fromkeys(descriptions):
         parts = _parts_of(layer, tensors)
         weight = combined.get(f"{layer}.weight")
@@ -107,14 +113,15 @@ def _combine(
     **Arguments:** `parts`: at least one, if there is no weight. `description`: what the file says
     of the format, if anything.
     """
-    any_tensor = weight or next(iter(parts.values()))
-    where = f"{printable_path(any_tensor.file)}: {quote_name(f'{layer}.weight')}"
+    file = (weight or next(iter(parts.values()))).file
+    where = f"{printable_path(file)}: {quote_name(f'{layer}.weight')}"
     if _SMOOTHING_SCALE in parts:
         raise WeightsError(
             f"{where} has a {_SMOOTHING_SCALE} beside it, which fluxjax does not read. "
             f"{USE_ANOTHER_FILE}"
         )
     scales = [parts[name] for name in _SCALES if name in parts]
+    scale = scales[0] if scales else None
     if not isinstance(weight, StoredTensor) or len(scales) > 1:
         raise WeightsError(
             f"{where} has scales, and is missing or scaled twice. Download the file again."
@@ -123,12 +130,12 @@ def _combine(
         format = _guess_format(weight, parts)
     else:
         format = description["format"]
-        if format in ("float8_e4m3fn", "float8_e5m2") and not scales:
+        if format in _PLAIN_FLOAT8 and scale is None:
             return weight
     _check_format(where, format, description)
     stored: dict[str, StoredTensor] = {"weight": weight}
-    if scales and isinstance(scales[0], StoredTensor):
-        stored["scale"] = scales[0]
+    if isinstance(scale, StoredTensor):
+        stored["scale"] = scale
     global_scale = parts.get(_GLOBAL_SCALE)
     if isinstance(global_scale, StoredTensor):
         stored["global_scale"] = global_scale

@@ -26,9 +26,11 @@ E5M2 = np.dtype(ml_dtypes.float8_e5m2)
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _MXFP8_BLOCK = 32  # values that share a scale
 _NVFP4_BLOCK = 16
+_NVFP4_BLOCK_BYTES = _NVFP4_BLOCK // 2
 _TILE_ROWS, _TILE_BLOCKS = 128, 4
-# The values of e2m1, a float of 4 bits, by their code.
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+# The values of e2m1, a float of 4 bits, by its code. The highest bit of the code is the sign.
+_E2M1_POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_E2M1 = np.concatenate([_E2M1_POSITIVE, -_E2M1_POSITIVE])
 
 MODELOPT_NVFP4 = "ModelOpt's nvfp4"
 """The name here of ModelOpt's nvfp4, whose files do not describe their format."""
@@ -42,36 +44,51 @@ class PartsError(ValueError):
 
 
 def _scaled(name: str, dtype: np.dtype, parts: Parts) -> PackedTensor:
-    weight, scale = parts["weight"], parts.get("scale")
+    """Combine a weight with one scale, or one for each row.
+
+    **Arguments:** `name`: of the format, for messages. `dtype`: that the weight must have.
+    """
     error = PartsError(f"{name} needs one float scale, or one for each row")
+    weight = parts["weight"]
+    scale = parts.get("scale")
     if scale is None or weight.dtype != dtype or "global_scale" in parts:
         raise error
-    if scale.dtype not in SCALE_DTYPES or scale.size not in (1, *weight.shape[:1]):
+    sizes = (1, *weight.shape[:1])
+    if scale.dtype not in SCALE_DTYPES or scale.size not in sizes:
         raise error
-    return packed_tensor(name, weight.shape, {"weight": weight, "scale": scale}, times_scale)
+    stored = {"weight": weight, "scale": scale}
+    return packed_tensor(name, weight.shape, stored, times_scale)
 
 
 def times_scale(arrays: Arrays) -> np.ndarray:
     """Return weight * scale in float32, with one scale or one for each row."""
-    weight = arrays["weight"]
+    weight = arrays["weight"].astype(np.float32)
+    scale = arrays["scale"].astype(np.float32)
     column = (-1,) + (1,) * (weight.ndim - 1)
-    return weight.astype(np.float32) * arrays["scale"].astype(np.float32).reshape(column)
+    return weight * scale.reshape(column)
 
 
 # mxfp8.
 
 
 def _mxfp8(parts: Parts) -> PackedTensor:
-    weight, scale = parts["weight"], parts.get("scale")
-    shape = weight.shape
-    is_matrix = len(shape) == 2 and weight.dtype == E4M3 and shape[1] % _MXFP8_BLOCK == 0
-    if not is_matrix or scale is None or scale.dtype not in (BYTES, _E8M0):
-        raise PartsError(
-            "mxfp8 needs a float8_e4m3fn matrix, and an 8-bit exponent for each 32 of its columns"
-        )
-    if scale.size != _tiled_size(shape[0], shape[1] // _MXFP8_BLOCK):
+    """Combine an mxfp8 matrix with its block scales."""
+    error = PartsError(
+        "mxfp8 needs a float8_e4m3fn matrix, and an 8-bit exponent for each 32 of its columns"
+    )
+    weight = parts["weight"]
+    scale = parts.get("scale")
+    if scale is None or scale.dtype not in (BYTES, _E8M0):
+        raise error
+    if len(weight.shape) != 2 or weight.dtype != E4M3:
+        raise error
+    rows, columns = weight.shape
+    if columns % _MXFP8_BLOCK:
+        raise error
+    if scale.size != _tiled_size(rows, columns // _MXFP8_BLOCK):
         raise PartsError("mxfp8 needs scales in tiles of 128 rows and 4 blocks")
-    return packed_tensor("mxfp8", shape, {"weight": weight, "scale": scale}, decode_mxfp8)
+    stored = {"weight": weight, "scale": scale}
+    return packed_tensor("mxfp8", weight.shape, stored, decode_mxfp8)
 
 
 def decode_mxfp8(arrays: Arrays) -> np.ndarray:
@@ -82,7 +99,8 @@ def decode_mxfp8(arrays: Arrays) -> np.ndarray:
     """
     weight = arrays["weight"]
     rows, columns = weight.shape
-    scale = untile(arrays["scale"].view(_E8M0), rows, columns // _MXFP8_BLOCK).astype(np.float32)
+    exponents = arrays["scale"].view(_E8M0)
+    scale = untile(exponents, rows, columns // _MXFP8_BLOCK).astype(np.float32)
     blocks = weight.astype(np.float32).reshape(rows, -1, _MXFP8_BLOCK)
     return blocks * scale[..., None]
 
@@ -91,18 +109,27 @@ def decode_mxfp8(arrays: Arrays) -> np.ndarray:
 
 
 def _nvfp4(name: str, tiled: bool, parts: Parts) -> PackedTensor:
-    weight, scale, global_scale = parts["weight"], parts.get("scale"), parts.get("global_scale")
-    bytes_per_block = _NVFP4_BLOCK // 2
-    is_matrix = len(weight.shape) == 2 and weight.dtype == BYTES
-    if not is_matrix or weight.shape[1] % bytes_per_block or scale is None or global_scale is None:
-        raise PartsError(
-            f"{name} needs a matrix of bytes, two values each, with a weight_scale and a "
-            "weight_scale_2"
-        )
+    """Combine an nvfp4 matrix with its block scales and its global scale.
+
+    **Arguments:** `name`: of the format, for messages. `tiled`: see `decode_nvfp4`.
+    """
+    error = PartsError(
+        f"{name} needs a matrix of bytes, two values each, with a weight_scale and a weight_scale_2"
+    )
+    weight = parts["weight"]
+    scale = parts.get("scale")
+    global_scale = parts.get("global_scale")
+    if scale is None or global_scale is None:
+        raise error
+    if len(weight.shape) != 2 or weight.dtype != BYTES:
+        raise error
+    rows, row_bytes = weight.shape
+    if row_bytes % _NVFP4_BLOCK_BYTES:
+        raise error
     is_number = global_scale.size == 1 and global_scale.dtype in SCALE_DTYPES
     if scale.dtype not in (BYTES, E4M3) or not is_number:
         raise PartsError(f"{name} needs a float8_e4m3fn weight_scale and one float weight_scale_2")
-    rows, blocks = weight.shape[0], weight.shape[1] // bytes_per_block
+    blocks = row_bytes // _NVFP4_BLOCK_BYTES
     if tiled and scale.size != _tiled_size(rows, blocks):
         raise PartsError(
             f"{name} needs a scale for each 16 columns, in tiles of 128 rows and 4 blocks"
@@ -110,8 +137,9 @@ def _nvfp4(name: str, tiled: bool, parts: Parts) -> PackedTensor:
     if not tiled and scale.size != rows * blocks:
         raise PartsError(f"{name} needs a scale for each 16 columns")
     stored = {"weight": weight, "scale": scale, "global_scale": global_scale}
-    shape = (rows, 2 * weight.shape[1])
-    return packed_tensor("nvfp4", shape, stored, partial(decode_nvfp4, tiled=tiled))
+    shape = (rows, 2 * row_bytes)
+    decode = partial(decode_nvfp4, tiled=tiled)
+    return packed_tensor("nvfp4", shape, stored, decode)
 
 
 def decode_nvfp4(arrays: Arrays, *, tiled: bool) -> np.ndarray:
@@ -125,12 +153,14 @@ def decode_nvfp4(arrays: Arrays, *, tiled: bool) -> np.ndarray:
     and the scales row by row.
     """
     rows, row_bytes = arrays["weight"].shape
-    blocks = 2 * row_bytes // _NVFP4_BLOCK
+    blocks = row_bytes // _NVFP4_BLOCK_BYTES
     scale = arrays["scale"].view(E4M3)
     scale = untile(scale, rows, blocks) if tiled else scale.reshape(rows, blocks)
     global_scale = arrays["global_scale"].astype(np.float32).reshape(())
     factor = global_scale * scale.astype(np.float32)
-    values = nibble_pairs(_E2M1, high_first=tiled)[arrays["weight"]]
+    # Indexing the table of 256 pairs decodes two values of each byte at once.
+    pairs = nibble_pairs(_E2M1, high_first=tiled)
+    values = pairs[arrays["weight"]]
     return values.reshape(rows, -1, _NVFP4_BLOCK) * factor[..., None]
 
 
@@ -154,7 +184,9 @@ def untile(scales: np.ndarray, rows: int, blocks: int) -> np.ndarray:
     **Returns:** an array [rows, blocks].
     **Source:** cuBLAS documentation, 1D block scaling factors layout.
     """
-    row_tiles, block_tiles = -(-rows // _TILE_ROWS), -(-blocks // _TILE_BLOCKS)
+    row_tiles = -(-rows // _TILE_ROWS)
+    block_tiles = -(-blocks // _TILE_BLOCKS)
+    # Row r of a tile is at [r mod 32, r div 32].
     tiles = scales.reshape(row_tiles, block_tiles, 32, 4, _TILE_BLOCKS)
     ordered = tiles.transpose(0, 3, 2, 1, 4).reshape(row_tiles * _TILE_ROWS, -1)
     return ordered[:rows, :blocks]

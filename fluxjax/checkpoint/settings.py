@@ -46,14 +46,18 @@ class Field:
         if value is None:
             return self.optional
         if self.kind == "integers":
-            return isinstance(value, list) and all(self._allows_integer(item) for item in value)
+            if not isinstance(value, list):
+                return False
+            return all(self._allows_integer(item) for item in value)
         if self.kind == "integer":
             return self._allows_integer(value)
         if self.kind == "number":
             return self._allows_number(value)
         if self.kind == "boolean":
             return isinstance(value, bool)
-        return isinstance(value, str) and (self.choices is None or value in self.choices)
+        if not isinstance(value, str):
+            return False
+        return self.choices is None or value in self.choices
 
     def _allows_number(self, value: object) -> bool:
         # Booleans are instances of `int`, so `isinstance` would let them pass.
@@ -62,9 +66,9 @@ class Field:
         return self.least <= value <= self.most  # false for NaN
 
     def _allows_integer(self, value: object) -> bool:
-        if type(value) is not int:
+        if type(value) is not int or value % self.multiple != 0:
             return False
-        return self.least <= value <= self.most and value % self.multiple == 0
+        return self.least <= value <= self.most
 
     def describe(self) -> str:
         """Return the rule as the end of a sentence, such as "an integer from 1 to 100"."""

@@ -6,7 +6,8 @@ from fluxjax.checkpoint.locate import download_file
 from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.cli.options import Adapter
-from fluxjax.lora.read import Lora, read_lora
+from fluxjax.lora.adapter import Lora
+from fluxjax.lora.read import read_lora
 
 
 def read_adapter(adapter: Adapter) -> Lora:

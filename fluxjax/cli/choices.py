@@ -38,7 +38,7 @@ class LazyChoices(Collection[str]):
 
 
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
-BLOCK_PRESETS = LazyChoices("fluxjax.kernels.blocks:PRESETS")
+BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
 LAYOUTS = LazyChoices("fluxjax.checkpoint.write:LAYOUTS")
 LORA_FORMATS = LazyChoices("fluxjax.lora.write:FORMATS")

@@ -32,7 +32,7 @@ from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Bool, Float, PRNGKeyArray
+from fluxjax.shapes import Array, Bool, Float
 from fluxjax.zoo import family_of
 
 
@@ -339,7 +339,7 @@ class _Stages(NamedTuple):
         return _Prompts(positive, encode(negatives, negatives))
 
     def draw(
-        self, networks: _Networks, prompts: _Prompts, noise: Array, keys: PRNGKeyArray | None
+        self, networks: _Networks, prompts: _Prompts, noise: Array, keys: Array | None
     ) -> _Images:
         """Denoise and decode a batch."""
         request = self.request

@@ -9,8 +9,9 @@ from fluxjax.checkpoint.locate import find_part
 from fluxjax.cli.adapters import adapter_file, read_adapter
 from fluxjax.cli.console import interruptible
 from fluxjax.generate.limits import check_devices
-from fluxjax.lora.read import describe_lora
-from fluxjax.lora.write import extract_lora, write_lora
+from fluxjax.lora.describe import describe_lora
+from fluxjax.lora.extract import extract_lora
+from fluxjax.lora.write import write_lora
 
 
 def run_lora_inspect(options: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def run_lora_extract(options: argparse.Namespace) -> None:
     kind = KINDS[options.only]
     destination = _check_new(options.destination)
     places = [interruptible(find_part, name, kind.folder) for name in (options.base, options.tuned)]
-    base, tuned = (open_source(place).part(kind).plan() for place in places)
+    base, tuned = (open_source(place).network(kind).plan() for place in places)
     lora = interruptible(extract_lora, base, tuned, kind.name, rank=options.rank, to=options.to)
     write_lora(destination, lora, to=options.to)
     print(destination)

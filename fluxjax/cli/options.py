@@ -172,16 +172,18 @@ class BlockSizesReader:
         return ", ".join(BLOCK_PRESETS)
 
     def __call__(self, text: str) -> object:
-        """Return a `fluxjax.kernels.blocks.BlockSizes`, whose module is imported only here."""
+        """Return a `fluxjax.kernels.block_sizes.BlockSizes`, whose module is imported only here."""
         try:
             sizes = [token_count(part) for part in text.split(",")]
         except argparse.ArgumentTypeError:
             sizes = []
         if len(sizes) in (1, 2):
-            block_sizes = interruptible(pkgutil.resolve_name, "fluxjax.kernels.blocks:BlockSizes")
+            block_sizes = interruptible(
+                pkgutil.resolve_name, "fluxjax.kernels.block_sizes:BlockSizes"
+            )
             return block_sizes(q=sizes[0], kv=sizes[1] if len(sizes) == 2 else None)
         if text in BLOCK_PRESETS:
-            presets = interruptible(pkgutil.resolve_name, "fluxjax.kernels.blocks:PRESETS")
+            presets = interruptible(pkgutil.resolve_name, "fluxjax.kernels.block_sizes:PRESETS")
             return presets[text]
         needed = f"1536, or 1536,512 (each from 1 to {MAX_TOKENS}), or one of {self}"
         raise _wrong_value(text, needed)

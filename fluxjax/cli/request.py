@@ -24,7 +24,7 @@ from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
 from fluxjax.generate.text_to_image import as_arrays
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.version import __version__
 from fluxjax.zoo import FLUX1, Defaults
 

@@ -4,7 +4,21 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
+
+
+@runtime_checkable
+class _TextStream(Protocol):
+    """What is needed of a text stream that the user or a test may have replaced."""
+
+    @property
+    def encoding(self) -> str | None: ...
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def fileno(self) -> int: ...
 
 
 class _TolerantStream:
@@ -14,7 +28,7 @@ class _TolerantStream:
     as a full disk, are raised.
     """
 
-    def __init__(self, stream: TextIO, *, required: bool):
+    def __init__(self, stream: _TextStream, *, required: bool):
         self._stream = stream
         self._required = required
 
@@ -63,8 +77,11 @@ def tolerant_streams() -> Iterator[None]:
     """
     _fill_closed_descriptors()
     original_output, original_error = sys.stdout, sys.stderr
-    sys.stdout = _make_tolerant(original_output, required=True)
-    sys.stderr = _make_tolerant(original_error, required=False)
+    # Python sets a stream to None if its descriptor was closed as the process began.
+    output = _open_null_device() if original_output is None else original_output
+    error = _open_null_device() if original_error is None else original_error
+    sys.stdout = cast(TextIO, _TolerantStream(output, required=True))
+    sys.stderr = cast(TextIO, _TolerantStream(error, required=False))
     try:
         yield
     finally:
@@ -74,13 +91,7 @@ def tolerant_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = original_output, original_error
 
 
-def _make_tolerant(stream: TextIO | None, *, required: bool) -> TextIO:
-    if stream is None:  # Python sets sys.stdout to None where descriptor 1 is closed at the start
-        stream = _open_null_device()
-    return cast(TextIO, _TolerantStream(stream, required=required))
-
-
-def _open_null_device() -> TextIO:
+def _open_null_device() -> _TextStream:
     return open(os.devnull, "w")
 
 

@@ -6,7 +6,7 @@ from types import TracebackType
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fluxjax.checkpoint.convert import adapter_notes, convert_weights
+from fluxjax.checkpoint.convert import convert_weights
 from fluxjax.checkpoint.folders import MODEL_FOLDERS
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
@@ -14,12 +14,17 @@ from fluxjax.checkpoint.locate import download
 from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.generate.limits import check_devices
+from fluxjax.lora.convert import adapter_notes, merge_while_converting
 
 
 def run_convert(options: argparse.Namespace) -> None:
     """Write a checkpoint in another layout, with adapters merged into it if there are any."""
     check_devices()
-    loras = [(read_adapter(adapter), adapter.scale) for adapter in options.lora]
+    loras = [read_adapter(adapter) for adapter in options.lora]
+    transform = None
+    if loras:
+        scales = [adapter.scale for adapter in options.lora]
+        transform = merge_while_converting(loras, scales)
     with _ByteBar() as bar:
         destination = convert_weights(
             options.source,
@@ -28,12 +33,11 @@ def run_convert(options: argparse.Namespace) -> None:
             dtype=_file_dtype(options.dtype),
             only=options.only,
             shard_size=options.shard_size,
-            loras=loras,
-            start=bar.start,
-            report=bar.advance,
+            transform=transform,
+            progress=bar.show,
         )
     if loras:
-        for note in adapter_notes(options.source, [lora for lora, _ in loras]):
+        for note in adapter_notes(options.source, loras):
             complain(f"an adapter: {note}")
     print(destination)
 
@@ -66,12 +70,11 @@ class _ByteBar:
         if self._bar is not None:
             self._bar.close()
 
-    def start(self, total: int) -> None:
-        self._bar = tqdm(total=total, unit="B", unit_scale=True)
-
-    def advance(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
+    def show(self, written: int, total: int) -> None:
+        """Show how many of all bytes are written."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="B", unit_scale=True)
+        self._bar.update(written - self._bar.n)
 
 
 def run_inspect(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Velocity fields: schedules of times, integrators, guidance, sampling.
 
-Nothing here knows a network: a velocity is any pytree that is called as velocity(x, t) and returns
-dx/dt. Time t falls from 1 (noise) to 0 (data).
+Nothing here knows a network. A velocity is any pytree that is called as velocity(x, t) and returns
+dx/dt, with t falling from 1 (noise) to 0 (data).
 """
 
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
@@ -13,23 +13,20 @@ from fluxjax.flow.paths import (
     Discrete,
     VarianceExploding,
     VariancePreserving,
-    as_velocity,
-    convert_prediction,
-    estimates,
 )
+from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
 from fluxjax.flow.sample import (
-    Progress,
     Sample,
     SampleState,
     advance_sample,
     begin_sample,
     evaluation_times,
     sample,
-    stream,
 )
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
+from fluxjax.flow.stream import Progress, stream
 from fluxjax.flow.times import (
     beta_times,
     custom_times,

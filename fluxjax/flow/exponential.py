@@ -1,153 +1,68 @@
-"""Exponential integrators: exact where x0's estimate is constant, so that any of them ends on it.
+"""Exponential integrators: exact where the x0 estimate is constant, so that each ends on it.
 
-D(t) = x - t v is the estimate of x0. From t to u, x / t changes by the integral of D over e^c, where c is a clock:
-log((1 - t) / t), half of the log-SNR, or -log t. Steps take D as a polynomial in c, and where c is infinite at an end of
-the step, as a constant. With D constant a step is Euler's, x + (u - t) v; only what D changes by is added to that, which
-keeps float32's digits and is finite at t = 0 too, where steps to rising times begin.
+The estimate of x0 is D(t) = x - t v. From t to u, x / t changes by the integral of D over e^c,
+where c is a clock (see `clocks`). A step takes D as a polynomial in c, or as a constant if c is
+infinite at one of its ends.
 
-All that a step adds to x is summed first: over close times what D changes by is less than half of x's last digit, and added
-by itself it would be rounded away at every step.
+With a constant D every step is Euler's, x + (u - t) v. The steps here therefore add to Euler's
+only what a change of D contributes. That keeps the digits of float32, and it is finite at t = 0,
+where steps to rising times begin. All that a step adds to x is summed first: between close times
+the contribution of D is less than half of the last digit of x, and would be rounded away at every
+step if it were added alone.
 """
 
-import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 
-from fluxjax.flow.step import Step, at_start, scalar_like
+from fluxjax.arguments import convert_arguments
+from fluxjax.flow.clocks import (
+    Clock,
+    PreviousEstimate,
+    clock_difference,
+    constant_weight,
+    estimate_slope,
+    half_difference,
+    middle_time,
+    no_previous_estimate,
+    phi2,
+    phi3,
+    safe_inverse,
+    slope_weight,
+)
+from fluxjax.flow.step import Step, StepState, X, scalar_like, start_time_only
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
-
-X = Float[Array, "*shape"]
-Clock = Literal["log_snr", "log_time"]
-_TERMS = 18
+from fluxjax.shapes import Array, PRNGKeyArray, Scalar
 
 
-def read_clock(clock: Clock, t: Scalar) -> Scalar:
-    """Return c at t: infinite at 0, and -infinite at 1 where the clock is the log-SNR's."""
-    return jnp.log((1 - t) / t) if clock == "log_snr" else -jnp.log(t)
-
-
-def clock_way(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
-    """Return c(u) - c(t), to float32's relative precision however close t and u are; infinite where either clock is, and NaN
-    where both are."""
-    falling, rising = (1 - t, 1 - u) if clock == "log_snr" else (1.0, 1.0)
-    # The ratio of the two odds, less 1, as seen from the end with more of the image.
-    return jnp.where(u < t, jnp.log1p((t - u) / (u * falling)), -jnp.log1p((u - t) / (t * rising)))
-
-
-def phi2(z: Scalar) -> Scalar:
-    """Return (e^z - 1 - z) / z^2, by its series near 0, where the difference would lose its digits."""
-    return _phi(z, 2, lambda z: (jnp.expm1(z) - z) / z**2)
-
-
-def phi3(z: Scalar) -> Scalar:
-    """Return (e^z - 1 - z - z^2 / 2) / z^3, as `phi2`."""
-    return _phi(z, 3, lambda z: ((jnp.expm1(z) - z) / z**2 - 0.5) / z)
-
-
-def _phi(z: Scalar, order: int, direct: Any) -> Scalar:
-    near = jnp.abs(z) < 1
-    small = jnp.where(near, z, 0)
-    series = jnp.zeros_like(z)
-    for power in reversed(range(_TERMS)):
-        series = series * small + 1 / math.factorial(power + order)
-    return jnp.where(near, series, direct(jnp.where(near, 1, z)))
-
-
-def halfway(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
-    """Return the time at which the clock has gone half of its way from t to u; 0 for u = 0, 1 for t = 1 by the log-SNR."""
-    noise = jnp.sqrt(t * u)
-    if clock == "log_time":
-        return noise
-    # In shares of image and noise nothing is infinite.
-    whole = noise + jnp.sqrt((1 - t) * (1 - u))
-    return jnp.where(whole > 0, noise / jnp.where(whole > 0, whole, 1), 0)
-
-
-def line_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
-    """Return u times the integral of e^c (c - c_t) dc from t to u: what a slope of D adds. 0 where a clock is infinite."""
-    way = clock_way(clock, t, u)
-    finite = jnp.isfinite(way)
-    way = jnp.where(finite, way, 0)
-    end = 1 - u if clock == "log_snr" else jnp.ones_like(u)  # u e^c(u)
-    return jnp.where(finite, end * way**2 * phi2(-way), 0)
-
-
-def estimate_weight(t: Scalar, u: Scalar) -> Scalar:
-    """Return 1 - u / t, what a change of the estimate adds to x at u; 0 at t = 0, where the estimate is x itself."""
-    return jnp.where(t > 0, (t - u) / jnp.where(t > 0, t, 1), 0)
-
-
-class Past(NamedTuple):
-    """The estimate at the node before, and its time: NaN before the first, so that slopes are 0."""
-
-    estimate: Array
-    t: Scalar
-
-
-def no_past(x: X) -> Past:
-    return Past(x * 0, scalar_like(x, float("nan")))
-
-
-def inverse(way: Scalar) -> Scalar:
-    """Return 1 / way, or 0 where a clock is infinite or there is no past."""
-    usable = jnp.isfinite(way) & (way != 0)
-    return jnp.where(usable, 1 / jnp.where(usable, way, 1), 0)
-
-
-def slope(clock: Clock, past: Past, estimate: X, t: Scalar) -> X:
-    """Return how fast the estimate has moved since the node before, per unit of the clock; 0 where that clock is infinite."""
-    return (estimate - past.estimate) * inverse(clock_way(clock, past.t, t))
-
-
-class _Exponential(Step):
-    """A step by a clock, which has a meaning from 0 to 1 alone."""
+class _ExponentialStep(Step):
+    """A step whose clock is defined only from t = 0 to 1."""
 
     span: ClassVar[tuple[float, float]] = (0.0, 1.0)
     clock: Clock = eqx.field(static=True, default="log_snr")
 
 
-class _OneStep(_Exponential):
+class _OneStep(_ExponentialStep):
     def init(self, x: X) -> None:
         return None
 
     def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
-        return t, halfway(self.clock, t, u)
+        return t, middle_time(self.clock, t, u)
 
 
-class _Multistep(_Exponential):
-    evaluation_times = at_start
+class _Multistep(_ExponentialStep):
+    evaluation_times = start_time_only
 
-    def init(self, x: X) -> Any:
-        return no_past(x)
+    def init(self, x: X) -> StepState:
+        return no_previous_estimate(x)
 
 
+@convert_arguments
 class DPMpp2S(_OneStep):
-    """DPM-Solver++ 2S: the estimate halfway by the clock, for the whole step. Source: Lu et al. 2022b, algorithm 1, r = 1/2."""
+    """DPM-Solver++ 2S: the estimate at the middle of the clock, for the whole step.
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 2
-
-    def __call__(
-        self,
-        velocity: Velocity,
-        x: X,
-        t: Scalar,
-        u: Scalar,
-        state: None,
-        *,
-        key: PRNGKeyArray | None,
-    ):
-        v, moved = _moved_halfway(self.clock, velocity, x, t, u)
-        return x + ((u - t) * v + estimate_weight(t, u) * moved), None, None
-
-
-class RES2S(_OneStep):
-    """The refined exponential solver: the estimate as a line through its values at t and halfway, integrated exactly.
-
-    **Source:** Zhang et al. 2023, algorithm 1 with c2 = 1/2; Hochbruck & Ostermann 2010, example 2.18.
+    **Source:** Lu et al. 2022b, algorithm 1, r = 1/2.
     """
 
     order: ClassVar[int] = 2
@@ -162,21 +77,54 @@ class RES2S(_OneStep):
         state: None,
         *,
         key: PRNGKeyArray | None,
-    ):
-        v, moved = _moved_halfway(self.clock, velocity, x, t, u)
-        share = line_weight(self.clock, t, u) * 2 * inverse(clock_way(self.clock, t, u))
-        return x + ((u - t) * v + share * moved), None, None
+    ) -> tuple[X, None, None]:
+        v, change = _change_at_middle(self.clock, velocity, x, t, u)
+        return x + ((u - t) * v + constant_weight(t, u) * change), None, None
 
 
-def _moved_halfway(clock: Clock, velocity: Velocity, x: X, t: Scalar, u: Scalar) -> tuple[X, X]:
-    """Return the velocity at t, and by how much the estimate differs halfway."""
-    middle, v = halfway(clock, t, u), velocity(x, t)
-    there = x + (middle - t) * v
-    return v, there - middle * velocity(there, middle) - (x - t * v)
+@convert_arguments
+class RES2S(_OneStep):
+    """Refined exponential solver, one-step: the estimate as a line, integrated exactly.
+
+    The line goes through the estimates at t and at the middle of the clock.
+
+    **Source:** Zhang et al. 2023, algorithm 1 with c2 = 1/2; Hochbruck & Ostermann 2010, example
+    2.18.
+    """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 2
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        x: X,
+        t: Scalar,
+        u: Scalar,
+        state: None,
+        *,
+        key: PRNGKeyArray | None,
+    ) -> tuple[X, None, None]:
+        v, change = _change_at_middle(self.clock, velocity, x, t, u)
+        difference = clock_difference(self.clock, t, u)
+        weight = slope_weight(self.clock, t, u) * 2 * safe_inverse(difference)
+        return x + ((u - t) * v + weight * change), None, None
 
 
+def _change_at_middle(clock: Clock, velocity: Velocity, x: X, t: Scalar, u: Scalar) -> tuple[X, X]:
+    """Return the velocity at t, and the change of the x0 estimate from t to the middle time."""
+    middle = middle_time(clock, t, u)
+    v = velocity(x, t)
+    x_middle = x + (middle - t) * v
+    return v, x_middle - middle * velocity(x_middle, middle) - (x - t * v)
+
+
+@convert_arguments
 class DPMpp2M(_Multistep):
-    """DPM-Solver++ 2M: the estimate extrapolated half a step. Source: Lu et al. 2022b, algorithm 2."""
+    """DPM-Solver++ 2M: the estimate, extrapolated by half a step, for the whole step.
+
+    **Source:** Lu et al. 2022b, algorithm 2.
+    """
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 1
@@ -187,24 +135,26 @@ class DPMpp2M(_Multistep):
         x: X,
         t: Scalar,
         u: Scalar,
-        state: Past,
+        state: PreviousEstimate,
         *,
         key: PRNGKeyArray | None,
-    ):
+    ) -> tuple[X, PreviousEstimate, None]:
         v = velocity(x, t)
         estimate = x - t * v
-        moved = half_way(self.clock, t, u) * slope(self.clock, state, estimate, t)
-        return x + ((u - t) * v + estimate_weight(t, u) * moved), Past(estimate, t), None
+        slope = estimate_slope(self.clock, state, estimate, t)
+        change = half_difference(self.clock, t, u) * slope
+        end = x + ((u - t) * v + constant_weight(t, u) * change)
+        return end, PreviousEstimate(estimate, t), None
 
 
-def half_way(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
-    """Return half of the clock's way from t to u; 0 where it is infinite, so that nothing is extrapolated there."""
-    half = clock_way(clock, t, u) / 2
-    return jnp.where(jnp.isfinite(half), half, 0)
-
-
+@convert_arguments
 class RES2M(_Multistep):
-    """The estimate as the line through the last two nodes, integrated exactly. Source: Zhang et al. 2023, section 3.3."""
+    """Refined exponential solver, multistep: the estimate as a line, integrated exactly.
+
+    The line goes through the estimates at the last two nodes.
+
+    **Source:** Zhang et al. 2023, section 3.3.
+    """
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 1
@@ -215,18 +165,21 @@ class RES2M(_Multistep):
         x: X,
         t: Scalar,
         u: Scalar,
-        state: Past,
+        state: PreviousEstimate,
         *,
         key: PRNGKeyArray | None,
-    ):
+    ) -> tuple[X, PreviousEstimate, None]:
         v = velocity(x, t)
         estimate = x - t * v
-        line = line_weight(self.clock, t, u) * slope(self.clock, state, estimate, t)
-        return x + ((u - t) * v + line), Past(estimate, t), None
+        slope = estimate_slope(self.clock, state, estimate, t)
+        end = x + ((u - t) * v + slope_weight(self.clock, t, u) * slope)
+        return end, PreviousEstimate(estimate, t), None
 
 
 class DEIS2(Step):
-    """The noise's estimate as the line in t through the last two nodes, integrated exactly (tAB-DEIS).
+    """tAB-DEIS of order 2: the noise estimate as a line in t, integrated exactly.
+
+    The line goes through the estimates at the last two nodes.
 
     **Source:** Zhang & Chen 2022, eq. 15, on the straight path.
     """
@@ -235,9 +188,10 @@ class DEIS2(Step):
     evaluations: ClassVar[int] = 1
     span: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> tuple[X, Scalar]:
+        # A previous node at infinity makes the first slope 0.
         return x * 0, scalar_like(x, float("inf"))
 
     def __call__(
@@ -249,46 +203,58 @@ class DEIS2(Step):
         state: tuple[X, Scalar],
         *,
         key: PRNGKeyArray | None,
-    ):
-        before, last = state
+    ) -> tuple[X, tuple[X, Scalar], None]:
+        previous_noise, previous_t = state
         v = velocity(x, t)
         noise = x + (1 - t) * v
-        return (
-            x + ((u - t) * v + _noise_line(t, u) / (t - last) * (noise - before)),
-            (noise, t),
-            None,
-        )
+        weight = _noise_slope_weight(t, u) / (t - previous_t)
+        end = x + ((u - t) * v + weight * (noise - previous_noise))
+        return end, (noise, t), None
 
 
-def _noise_line(t: Scalar, u: Scalar) -> Scalar:
-    """Return (1 - u) times the integral of (s - t) / (1 - s)^2 ds from t to u; 0 from t = 1 and, to end on the estimate, to
-    u = 0."""
+def _noise_slope_weight(t: Scalar, u: Scalar) -> Scalar:
+    """Return (1 - u) times the integral of (s - t) / (1 - s)^2 ds from t to u.
+
+    It is set to 0 from t = 1, and to u = 0 so that the step ends on the x0 estimate.
+    """
     inside = (t < 1) & (u > 0)
     end = jnp.where(inside & (u < 1), 1 - u, 1)
-    # The logarithm of (1 - t) / (1 - u).
-    way = jnp.log1p(jnp.where(inside & (u < 1), (u - t) / end, 0))
-    return jnp.where(inside, jnp.where(u < 1, end * way**2 * phi2(way), 1 - t), 0)
+    # log((1 - t) / (1 - u)), by log1p for close times.
+    log_ratio = jnp.log1p(jnp.where(inside & (u < 1), (u - t) / end, 0))
+    to_inside = end * log_ratio**2 * phi2(log_ratio)
+    return jnp.where(inside, jnp.where(u < 1, to_inside, 1 - t), 0)
 
 
-class Corrected(NamedTuple):
-    """The start of the last step, the velocity there, the estimates at its start and before it, and the steps so far."""
+class UniPCState(NamedTuple):
+    """The state of `UniPC2`.
+
+    `x`, `velocity`: at the start of the last step. `last`, `earlier`: the x0 estimates at the
+    start of the last step and of the one before it. `steps`: the number of steps taken.
+    """
 
     x: Array
     velocity: Array
-    last: Past
-    earlier: Past
-    seen: Array
+    last: PreviousEstimate
+    earlier: PreviousEstimate
+    steps: Array
 
 
+@convert_arguments
 class UniPC2(_Multistep):
-    """DPM-Solver++ 2M's predictor, and a corrector that takes each step again with the estimate found at its end, which costs
-    no evaluation and raises the order by one. Source: Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1 (bh2), for p = 2."""
+    """UniPC of order 2: the predictor of DPM-Solver++ 2M, and a corrector.
+
+    The corrector repeats each step with the estimate that was found at its end. It costs no
+    evaluation and raises the order by one.
+
+    **Source:** Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1 (bh2), for p = 2.
+    """
 
     order: ClassVar[int] = 3
     evaluations: ClassVar[int] = 1
 
-    def init(self, x: X) -> Corrected:
-        return Corrected(x, x * 0, no_past(x), no_past(x), jnp.int32(0))
+    def init(self, x: X) -> UniPCState:
+        nothing = no_previous_estimate(x)
+        return UniPCState(x, x * 0, nothing, nothing, jnp.int32(0))
 
     def __call__(
         self,
@@ -296,40 +262,51 @@ class UniPC2(_Multistep):
         x: X,
         t: Scalar,
         u: Scalar,
-        state: Corrected,
+        state: UniPCState,
         *,
         key: PRNGKeyArray | None,
-    ):
+    ) -> tuple[X, UniPCState, None]:
         v = velocity(x, t)
         estimate = x - t * v
-        x = jnp.where(state.seen > 0, self._corrected(state, t, estimate), x)
-        # The estimate was found where the predictor led, and the velocity is what it stands for at the corrected x.
+        x = jnp.where(state.steps > 0, self._corrected(state, t, estimate), x)
+        # The estimate was evaluated at the predicted x. Keep it, and use the velocity that
+        # belongs to it at the corrected x.
         v = jnp.where(t > 0, (x - estimate) / jnp.where(t > 0, t, 1), v)
-        moved = half_way(self.clock, t, u) * slope(self.clock, state.last, estimate, t)
-        end = x + ((u - t) * v + estimate_weight(t, u) * moved)
-        return end, Corrected(x, v, Past(estimate, t), state.last, state.seen + 1), None
+        slope = estimate_slope(self.clock, state.last, estimate, t)
+        change = half_difference(self.clock, t, u) * slope
+        end = x + ((u - t) * v + constant_weight(t, u) * change)
+        last = PreviousEstimate(estimate, t)
+        return end, UniPCState(x, v, last, state.last, state.steps + 1), None
 
-    def _corrected(self, state: Corrected, t: Scalar, estimate: X) -> X:
-        """Return x at t, from the start of the step before and the estimate that was found at t."""
+    def _corrected(self, state: UniPCState, t: Scalar, estimate: X) -> X:
+        """Return the last step taken again, to t, with the estimate that was found at t."""
         start = state.last.t
-        way = clock_way(self.clock, start, t)
-        first, second = _corrector_rows(way)
-        back = -clock_way(self.clock, state.earlier.t, start) * inverse(way)
-        two = (state.seen > 1) & jnp.isfinite(back) & (back != 0)
-        back = jnp.where(two, back, -1)
-        older = jnp.where(two, (first - second) / (1 - back), 0)
-        newer = jnp.where(state.seen > 1, first - older, 0.5)
-        moved = newer * (estimate - state.last.estimate) + older / back * (
+        difference = clock_difference(self.clock, start, t)
+        first, second = _corrector_right_sides(difference)
+        # The clock of the earlier node, in units of the last step; negative.
+        earlier_clock = clock_difference(self.clock, state.earlier.t, start)
+        ratio = -earlier_clock * safe_inverse(difference)
+        usable = (state.steps > 1) & jnp.isfinite(ratio) & (ratio != 0)
+        ratio = jnp.where(usable, ratio, -1)
+        older = jnp.where(usable, (first - second) / (1 - ratio), 0)
+        # With only one earlier node the corrector is of order 1, with the weight 1/2.
+        newer = jnp.where(state.steps > 1, first - older, 0.5)
+        change = newer * (estimate - state.last.estimate) + older / ratio * (
             state.earlier.estimate - state.last.estimate
         )
-        return state.x + ((t - start) * state.velocity + estimate_weight(start, t) * moved)
+        return state.x + ((t - start) * state.velocity + constant_weight(start, t) * change)
 
 
-def _corrector_rows(way: Scalar) -> tuple[Scalar, Scalar]:
-    """Return the right-hand sides of UniPC's conditions: phi_2 and 2 phi_3 over phi_1, of -way, and their limits where it is
-    infinite."""
-    finite = jnp.isfinite(way) & (way != 0)
-    z = jnp.where(finite, -way, 1)
-    one = jnp.expm1(z) / z
-    limit = jnp.where(way > 0, 1, 0)
-    return jnp.where(finite, phi2(z) / one, limit), jnp.where(finite, 2 * phi3(z) / one, limit)
+def _corrector_right_sides(difference: Scalar) -> tuple[Scalar, Scalar]:
+    """Return the right-hand sides of UniPC's order conditions for a step of this clock difference.
+
+    They are phi_2(z) / phi_1(z) and 2 phi_3(z) / phi_1(z) for z = -difference, or the limits of
+    these where the difference is infinite.
+    """
+    finite = jnp.isfinite(difference) & (difference != 0)
+    z = jnp.where(finite, -difference, 1)
+    phi1 = jnp.expm1(z) / z
+    limit = jnp.where(difference > 0, 1, 0)
+    first = jnp.where(finite, phi2(z) / phi1, limit)
+    second = jnp.where(finite, 2 * phi3(z) / phi1, limit)
+    return first, second

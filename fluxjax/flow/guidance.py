@@ -1,52 +1,64 @@
-"""Guidance: velocities with and without what is asked for, or of a spoilt network, combined into one."""
+"""Guidance: several velocities combined into one that follows the condition more strongly.
+
+The velocity of the positive condition is guided away from the velocity of a negative condition
+(classifier-free guidance and its variants), from the velocity of a degraded model, or from both.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.flow.velocity import StatefulVelocity, initial_memory
+from fluxjax.arguments import convert_arguments
+from fluxjax.flow.step import X
+from fluxjax.flow.velocity import Condition, Memory, StatefulVelocity, initial_memory
 from fluxjax.numeric import check_finite, is_concrete_number
-from fluxjax.shapes import Array, Float, Scalar, ScalarLike
+from fluxjax.shapes import Array, Scalar, ScalarLike
 
-Conditional = Callable[[Array, Scalar, Any], Array]
+Conditional = Callable[[Array, Scalar, Condition], Array]
 """(x, t, condition) -> dx/dt, a pytree."""
-X = Float[Array, "*shape"]
 
 
 class Rule(eqx.Module):
-    """How the two velocities of a guided one are combined."""
+    """How the velocities of the positive and of the negative condition are combined."""
 
     @abstractmethod
     def __call__(self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar) -> X:
-        """Return the velocity at x and t. `scale` 1 gives the positive one."""
+        """Return the combined velocity at x and t; with `scale` 1, the positive one."""
 
-    def init(self, x: X) -> Any:
-        """Return what the rule remembers before the first evaluation, by default nothing."""
+    def init(self, x: X) -> Memory:
+        """Return the memory of the rule before the first evaluation; by default it has none."""
         return None
 
     def with_memory(
-        self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar, memory: Any
-    ) -> tuple[X, Any]:
-        """Return the velocity and the new memory."""
+        self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar, memory: Memory
+    ) -> tuple[X, Memory]:
+        """Return the combined velocity and the new memory."""
         return self(x, t, positive, negative, scale), memory
 
 
 class ClassifierFree(Rule):
-    """negative + scale (positive - negative). Source: Ho & Salimans 2022, eq. 6, with scale = w + 1."""
+    """Classifier-free guidance: negative + scale (positive - negative).
+
+    **Source:** Ho & Salimans 2022, eq. 6, with scale = w + 1.
+    """
 
     def __call__(self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar) -> X:
         return negative + scale * (positive - negative)
 
 
+@convert_arguments
 class ZeroStar(Rule):
-    """CFG-Zero*: the negative velocity is first scaled to be as near as it gets to the positive one.
+    """CFG-Zero*: classifier-free guidance whose negative velocity is first optimally scaled.
 
-    `zero_from`: at this time and above it the velocity is 0, as the paper has it for the first steps; above 1 for none.
+    The factor minimizes the distance from the scaled negative velocity to the positive one.
+
+    **Arguments:** `zero_from`: the velocity is 0 at this time and above, as in the paper's first
+    steps. The default is above 1, which means never.
     **Source:** Fan et al. 2025, eq. 7 and section 4.2.
     """
 
@@ -54,22 +66,27 @@ class ZeroStar(Rule):
 
     def __call__(self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar) -> X:
         square = jnp.vdot(negative, negative)
-        near = (
-            jnp.where(
-                square > 0, jnp.vdot(positive, negative) / jnp.where(square > 0, square, 1), 0
-            )
-            * negative
-        )
-        return jnp.where(t >= self.zero_from, 0, near + scale * (positive - near))
+        nonzero = square > 0
+        factor = jnp.vdot(positive, negative) / jnp.where(nonzero, square, 1)
+        scaled = jnp.where(nonzero, factor, 0) * negative
+        return jnp.where(t >= self.zero_from, 0, scaled + scale * (positive - scaled))
 
 
+@convert_arguments
 class Projected(Rule):
-    """Adaptive projected guidance: of the difference of the estimates of x0, the part along the positive one, which saturates
-    colours, is damped, and the rest is bounded.
+    """Adaptive projected guidance, which avoids the saturated colours of high scales.
 
-    `parallel`: how much of that part is kept; 1, with no bound and no momentum, is classifier-free guidance. `bound`: of the
-    difference's norm, in the units of x. `momentum`: this times the difference before is added to each; the paper's are
-    negative, -0.5 and -0.75.
+    The difference of both x0 estimates is bounded, and its part parallel to the positive estimate,
+    which saturates colours, is scaled down.
+
+    **Arguments:**
+
+    - `parallel`: the factor of the parallel part. 1 with no bound and no momentum is
+      classifier-free guidance.
+    - `bound`: of the norm of the difference, in the units of x; infinity means no bound.
+    - `momentum`: the factor with which the previous differences are added to each. The paper uses
+      negative ones, -0.5 and -0.75. None means no memory.
+
     **Source:** Sadat et al. 2024, algorithm 1.
     """
 
@@ -81,43 +98,56 @@ class Projected(Rule):
         check_finite("Projected", parallel=self.parallel, momentum=self.momentum)
         if is_concrete_number(self.bound) and not np.all(np.asarray(self.bound) > 0):
             raise ValueError(
-                f"`Projected(bound)` needs a positive number, or infinity for none, got {self.bound}."
+                f"`Projected(bound)` needs a positive number, or infinity for none, got "
+                f"{self.bound}."
             )
 
     def __call__(self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar) -> X:
         return self._guide(x, t, positive, positive - negative, scale)
 
     def init(self, x: X) -> X | None:
-        return None if self.momentum is None else jnp.zeros_like(x)
+        if self.momentum is None:
+            return None
+        return jnp.zeros_like(x)
 
     def with_memory(
         self, x: X, t: Scalar, positive: X, negative: X, scale: Scalar, memory: X | None
     ) -> tuple[X, X | None]:
         if memory is None:
             return self(x, t, positive, negative, scale), None
-        # In the units of x0, of which the velocity's are 1 / t; at t = 0 guidance changes no estimate.
-        carried = jnp.asarray(self.momentum, x.dtype) * memory
-        difference = positive - negative + jnp.where(t > 0, carried / jnp.where(t > 0, t, 1), 0)
-        return self._guide(x, t, positive, difference, scale), t * (positive - negative) + carried
+        # The memory is a difference of x0 estimates, which is t times one of velocities. At t = 0
+        # guidance changes no estimate.
+        momentum = jnp.asarray(self.momentum, x.dtype) * memory
+        velocity_momentum = jnp.where(t > 0, momentum / jnp.where(t > 0, t, 1), 0)
+        difference = positive - negative + velocity_momentum
+        guided = self._guide(x, t, positive, difference, scale)
+        return guided, t * (positive - negative) + momentum
 
     def _guide(self, x: X, t: Scalar, positive: X, difference: X, scale: Scalar) -> X:
-        # The estimates differ by -t times the difference, so that nothing is divided by t.
         estimate = x - t * positive
+        # The difference of the estimates is -t times that of the velocities: no division by t.
         length = t * jnp.linalg.norm(difference)
-        difference = difference * jnp.where(
-            length > self.bound, self.bound / jnp.where(length > 0, length, 1), 1
-        )
+        shrunk = self.bound / jnp.where(length > 0, length, 1)
+        difference = difference * jnp.where(length > self.bound, shrunk, 1)
         square = jnp.vdot(estimate, estimate)
-        along = jnp.vdot(difference, estimate) / jnp.where(square > 0, square, 1) * estimate
+        share = jnp.vdot(difference, estimate) / jnp.where(square > 0, square, 1)
+        along = share * estimate
         return positive + (scale - 1) * (difference - along + self.parallel * along)
 
 
+@convert_arguments
 class WeakModel(eqx.Module):
-    """A weaker model, to be led away from.
+    """A degraded model, which the velocity is guided away from.
 
-    `velocity`: (x, t, condition) -> dx/dt: the same network with blocks skipped (skip-layer guidance) or their attention
-    spoilt (PAG), as `fluxjax.Weaken` makes it, or another one (Karras et al. 2024, autoguidance). `strength`: 0 is none, and
-    costs nothing. `low`, `high`: times within which it is used.
+    **Arguments:**
+
+    - `velocity`: (x, t, condition) -> dx/dt. The same network with blocks skipped (skip-layer
+      guidance) or with their attention replaced (perturbed-attention guidance), as
+      `fluxjax.nets.Weaken` makes it; or another, weaker model (autoguidance).
+    - `strength`: the factor of positive - weak. At 0 the degraded model is not evaluated.
+    - `low`, `high`: it is used only at times from `low` to `high`.
+
+    **Source:** Karras et al. 2024 (autoguidance).
     """
 
     velocity: Conditional
@@ -129,31 +159,44 @@ class WeakModel(eqx.Module):
         check_finite("WeakModel", strength=self.strength, low=self.low, high=self.high)
 
 
-class Memories(NamedTuple):
-    """What a guided velocity remembers: the rule's memory, and the velocity's of either condition."""
+class GuidedMemory(NamedTuple):
+    """The memory of a guided velocity: that of its rule, and of the velocity of each condition."""
 
-    rule: Any
-    positive: Any
-    negative: Any
+    rule: Memory
+    positive: Memory
+    negative: Memory
 
 
+@convert_arguments
 class Guided(StatefulVelocity):
-    """A `Velocity` guided towards one condition, away from another, and away from a weaker model: the rule's velocity of both
-    conditions, plus strength (positive - weak).
+    """A `Velocity` guided to a positive condition, away from a negative one and a degraded model.
 
-    Both conditions are evaluated as one batch (one after the other if the velocity is `Remembering`, each with a memory of its
-    own); only the first where the scale is 1 or the time is outside of `low` to `high`, if neither is batched by
-    `jax.vmap`, which turns the choice into both.
+    It is the rule's combination of the velocities of both conditions, plus
+    strength (positive - weak).
 
-    `velocity`: (x, t, condition) -> dx/dt, of one condition. `positive`, `negative`: conditions, pytrees of the same shapes;
-    without the second, the first is bound and nothing is led away from it. `scale`: 1 is no guidance. `rule`: how they are
-    combined. `low`, `high`: times (Kynkäänniemi et al. 2024). `weak`: a weaker model.
-    **Raises:** `ValueError` for a scale without `negative`, or numbers that are not finite.
+    Both conditions are evaluated as one batch. If the velocity is a `StatefulVelocity`, they are
+    evaluated one after the other, each with its own memory. Where the scale is 1, or the time is
+    outside of `low` to `high`, only the positive condition is evaluated; but under `jax.vmap` over
+    the scale or the time, both always are, since a batched `jax.lax.cond` evaluates both branches.
+
+    **Arguments:**
+
+    - `velocity`: (x, t, condition) -> dx/dt, for one condition.
+    - `positive`, `negative`: the conditions, pytrees of the same shapes. Without `negative`, the
+      velocity is that of `positive`.
+    - `scale`: the guidance scale; 1 is no guidance.
+    - `rule`: how both velocities are combined.
+    - `low`, `high`: guidance is used only at times from `low` to `high`.
+    - `weak`: a degraded model, used in addition.
+
+    **Raises:** `ValueError` for a scale other than 1 without `negative`, and for numbers that are
+    not finite.
+    **Source:** Ho & Salimans 2022; Kynkäänniemi et al. 2024 (`low`, `high`).
     """
 
     velocity: Conditional
-    positive: Any
-    negative: Any = None
+    positive: Condition
+    negative: Condition = None
     scale: ScalarLike = 1.0
     rule: Rule = ClassifierFree()
     low: ScalarLike = 0.0
@@ -162,61 +205,69 @@ class Guided(StatefulVelocity):
 
     def __check_init__(self):
         check_finite("Guided", scale=self.scale, low=self.low, high=self.high)
-        if (
-            self.negative is None
-            and is_concrete_number(self.scale)
-            and np.any(np.asarray(self.scale) != 1)
-        ):
+        known = is_concrete_number(self.scale)
+        if self.negative is None and known and np.any(np.asarray(self.scale) != 1):
             raise ValueError(
-                f"`Guided(scale={self.scale})` needs the condition to lead away from. Pass negative=."
+                f"`Guided(scale={self.scale})` needs the condition to guide away from. "
+                "Pass negative=."
             )
 
-    def init(self, x: X) -> Any:
-        one, state = initial_memory(self.velocity, x), self.rule.init(x)
-        return None if one is None and state is None else Memories(state, one, one)
+    def init(self, x: X) -> GuidedMemory | None:
+        memory = initial_memory(self.velocity, x)
+        rule_memory = self.rule.init(x)
+        if memory is None and rule_memory is None:
+            return None
+        return GuidedMemory(rule_memory, memory, memory)
 
-    def __call__(self, x: X, t: Scalar, *condition: Any, memory: Any = None) -> Any:
+    def __call__(
+        self, x: X, t: Scalar, *condition: Condition, memory: GuidedMemory | None = None
+    ) -> X | tuple[X, GuidedMemory]:
         scale, t = jnp.asarray(self.scale, x.dtype), jnp.asarray(t, x.dtype)
-        before = self.init(x) if memory is None else memory
-        before = Memories(None, None, None) if before is None else before
-        state, first, second = before
-
-        def one() -> tuple[X, X, Memories]:
-            positive, now = self._ask(x, t, self.positive, first)
-            return positive, positive, Memories(state, now, second)
-
-        def both() -> tuple[X, X, Memories]:
-            if first is None:
-                pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.positive, self.negative)
-                positive, negative = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
-                now, then = None, None
-            else:
-                (positive, now), (negative, then) = (
-                    self._ask(x, t, self.positive, first),
-                    self._ask(x, t, self.negative, second),
-                )
-            guided, after = self.rule.with_memory(x, t, positive, negative, scale, state)
-            return guided, positive, Memories(after, now, then)
-
+        before = memory
+        if before is None:
+            before = self.init(x) or GuidedMemory(None, None, None)
         if self.negative is None:
-            guided, positive, after = one()
+            guided, positive, after = self._positive_only(x, t, before)
         else:
             guided, positive, after = jax.lax.cond(
-                (scale != 1) & (self.low <= t) & (t <= self.high), both, one
+                (scale != 1) & (self.low <= t) & (t <= self.high),
+                lambda: self._both(x, t, scale, before),
+                lambda: self._positive_only(x, t, before),
             )
-        guided = guided if self.weak is None else self._from_weak(self.weak, x, t, guided, positive)
-        return guided if memory is None else (guided, after)
+        if self.weak is not None:
+            guided = self._away_from_weak(self.weak, x, t, guided, positive)
+        if memory is None:
+            return guided
+        return guided, after
 
-    def _ask(self, x: X, t: Scalar, condition: Any, memory: Any) -> tuple[X, Any]:
+    def _positive_only(self, x: X, t: Scalar, memory: GuidedMemory) -> tuple[X, X, GuidedMemory]:
+        positive, after = self._evaluate(x, t, self.positive, memory.positive)
+        return positive, positive, memory._replace(positive=after)
+
+    def _both(
+        self, x: X, t: Scalar, scale: Scalar, memory: GuidedMemory
+    ) -> tuple[X, X, GuidedMemory]:
+        """Return the guided velocity, the positive one, and the new memory."""
+        if memory.positive is None:
+            pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.positive, self.negative)
+            positive, negative = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
+            after_positive, after_negative = None, None
+        else:
+            # A memory may decide which parts are evaluated, so that a batch would evaluate all.
+            positive, after_positive = self._evaluate(x, t, self.positive, memory.positive)
+            negative, after_negative = self._evaluate(x, t, self.negative, memory.negative)
+        guided, after_rule = self.rule.with_memory(x, t, positive, negative, scale, memory.rule)
+        return guided, positive, GuidedMemory(after_rule, after_positive, after_negative)
+
+    def _evaluate(self, x: X, t: Scalar, condition: Condition, memory: Memory) -> tuple[X, Memory]:
         if memory is None:
             return self.velocity(x, t, condition), None
         return self.velocity(x, t, condition, memory=memory)  # type: ignore[call-arg, return-value]
 
-    def _from_weak(self, weak: WeakModel, x: X, t: Scalar, guided: X, positive: X) -> X:
+    def _away_from_weak(self, weak: WeakModel, x: X, t: Scalar, guided: X, positive: X) -> X:
         strength = jnp.asarray(weak.strength, x.dtype)
-        used = (strength != 0) & (weak.low <= t) & (t <= weak.high)
         return jax.lax.cond(
-            used,
+            (strength != 0) & (weak.low <= t) & (t <= weak.high),
             lambda: guided + strength * (positive - weak.velocity(x, t, self.positive)),
             lambda: guided,
         )

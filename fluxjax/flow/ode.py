@@ -1,16 +1,24 @@
-"""Sampling by diffrax's solvers of ordinary differential equations. Needs the extra `ode`."""
+"""Sampling by the ODE solvers of diffrax, which is in the optional dependencies `fluxjax[ode]`."""
 
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.sample import Sample, check_times, fitting_velocity
+from fluxjax.flow.checks import cast_value, check_times
+from fluxjax.flow.sample import Sample
 from fluxjax.flow.step import time_dtype
 from fluxjax.flow.velocity import Velocity, initial_memory
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, Scalar
+
+Solver = Any
+"""A `diffrax.AbstractSolver`; diffrax is imported only when it is used."""
+
+if TYPE_CHECKING:
+    from diffrax import AbstractStepSizeController
 
 
 @convert_arguments
@@ -19,41 +27,48 @@ def sample_ode(
     x: Float[Array, "*shape"],
     times: Float[Array, " nodes"],
     *,
-    solver: Any,
+    solver: Solver,
     rtol: float | None = None,
     atol: float | None = None,
     max_steps: int = 4096,
     history: bool = False,
 ) -> Sample:
-    """Integrate dx/dt = velocity(x, t) from the first time to the last by a solver of diffrax's.
+    """Integrate dx/dt = velocity(x, t) from the first time to the last by a solver of diffrax.
 
-    **Arguments:** as for `sample`. `solver`: as `diffrax.Dopri5()`. `rtol`, `atol`: tolerances of steps that adapt; without,
-    the steps are from node to node. `max_steps`: of those that adapt; more are an error as it runs.
-    **Returns:** as `sample`; `evaluations` is an array, a Runge-Kutta solver's stages times its steps, rejected ones too.
-    **Raises:** `ValueError` for fewer than two times, one tolerance without the other, or a velocity that remembers;
-    `ImportError` without diffrax.
+    **Arguments:**
+
+    - `velocity`, `x`, `times`, `history`: as for `sample`.
+    - `solver`: such as `diffrax.Dopri5()`.
+    - `rtol`, `atol`: tolerances of adaptive steps. Without them there is one step per interval.
+    - `max_steps`: limit of adaptive steps; a run that needs more is an error at run time.
+
+    **Returns:** as `sample`. `evaluations` is an array: the stages of a Runge-Kutta solver times
+    its steps, including rejected ones.
+    **Raises:** `ValueError` for fewer than two times, one tolerance without the other, or a
+    velocity with a memory. `ImportError` without diffrax.
     """
-    diffrax = _diffrax()
+    diffrax = _import_diffrax()
     check_times("sample_ode", times)
-    check_finite("sample_ode", rtol=rtol, atol=atol)
-    if (rtol is None) != (atol is None):
-        raise ValueError(
-            "`sample_ode` adapts its steps to both `rtol` and `atol`. Pass both, or neither."
-        )
+    _check_tolerances(rtol, atol)
     if initial_memory(velocity, x) is not None:
         raise ValueError(
-            "`sample_ode` may take steps back, and this velocity remembers. Use `sample`, or one without memory."
+            "`sample_ode(velocity)` got a velocity with a memory, and a solver may repeat or "
+            "reject steps. Use `sample`, or a velocity without memory."
         )
     times, dtype = times.astype(time_dtype(x)), x.dtype
     x = x.astype(times.dtype)
-    fixed = rtol is None
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
-    def field(t: Scalar, x: Array, arrays: Any) -> Array:
-        return fitting_velocity(
-            "sample_ode", eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype)), x
-        )
+    def field(t: Scalar, x: Array, arrays: Velocity) -> Array:
+        # diffrax wants the arrays as arguments: it does not differentiate what is closed over.
+        value = eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype))
+        return cast_value("sample_ode", value, x)
 
+    controller: AbstractStepSizeController
+    if rtol is None:
+        controller, max_steps = diffrax.StepTo(ts=times), len(times)
+    else:
+        controller = diffrax.PIDController(rtol=rtol, atol=atol)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
@@ -63,25 +78,35 @@ def sample_ode(
         y0=x,
         args=arrays,
         saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.StepTo(ts=times)
-        if fixed
-        else diffrax.PIDController(rtol=rtol, atol=atol),
-        max_steps=len(times) if fixed else max_steps,
+        stepsize_controller=controller,
+        max_steps=max_steps,
     )
-    steps = solution.stats["num_steps"]
+    evaluations = _stages(solver) * solution.stats["num_steps"]
     path = solution.ys.astype(dtype)
-    return Sample(path[-1], path if history else None, _stages(solver) * steps, None)
+    return Sample(path[-1], path if history else None, evaluations, None)
 
 
-def _stages(solver: Any) -> int:
-    """Return a solver's evaluations a step; one of each that is the next step's first counts once."""
+def _check_tolerances(rtol: float | None, atol: float | None) -> None:
+    check_finite("sample_ode", rtol=rtol, atol=atol)
+    if (rtol is None) != (atol is None):
+        raise ValueError(
+            "`sample_ode(rtol, atol)` adapts its steps to both tolerances, and got only one. "
+            "Pass both, or neither."
+        )
+
+
+def _stages(solver: Solver) -> int:
+    """Return the evaluations of a solver per step.
+
+    If the last stage of a step is the first of the next one, it counts once.
+    """
     tableau = getattr(solver, "tableau", None)
     if tableau is None:
         return 1
     return tableau.num_stages - int(tableau.fsal)
 
 
-def _diffrax() -> Any:
+def _import_diffrax() -> ModuleType:
     try:
         import diffrax
     except ImportError as error:

@@ -1,18 +1,16 @@
-"""Sampling: a velocity integrated over an array of times, as one scan."""
+"""Sampling: a velocity integrated over an array of times, in one loop or in segments of one."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.step import Step, time_dtype
-from fluxjax.flow.velocity import Velocity, initial_memory
-from fluxjax.numeric import check_finite
+from fluxjax.flow.step import Step, StepState
+from fluxjax.flow.velocity import Memory, Velocity, initial_memory
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 
 
@@ -29,18 +27,18 @@ class Sample(NamedTuple):
     history: Array | None
     evaluations: int
     log_prob: Array | None
-    memory: Any = None
+    memory: Memory = None
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
     """What one step passes to the next."""
 
     x: Array
-    step_state: Any
-    memory: Any
+    step_state: StepState
+    memory: Memory
 
 
-class _Interval(NamedTuple):
+class Interval(NamedTuple):
     """The times `t` and `u` at both ends of a step, and the step's `index` from 0."""
 
     t: Scalar
@@ -77,16 +75,16 @@ def sample(
     monotonic, times that the step does not support (traced times are not checked), and for a
     velocity that returns another shape or a wider dtype.
     """
-    times = _checked_times("sample", step, times, x)
+    times = checked_times("sample", step, times, x)
     wide = x.astype(times.dtype)
-    field = _checked_velocity("sample", velocity)
+    field = checked_velocity("sample", velocity)
 
-    def body(carry: _Carry, interval: _Interval) -> tuple[_Carry, tuple[Any, Any]]:
-        carry, log_prob = _take_step(step, field, carry, interval, key)
+    def body(carry: Carry, interval: Interval) -> tuple[Carry, tuple[Array | None, Array | None]]:
+        carry, log_prob = take_step(step, field, carry, interval, key)
         return carry, (carry.x if history else None, log_prob)
 
-    intervals = _Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
-    end, (path, log_prob) = jax.lax.scan(body, _first_carry(step, velocity, wide), intervals)
+    intervals = Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
+    end, (path, log_prob) = jax.lax.scan(body, first_carry(step, velocity, wide), intervals)
     nodes = None
     if path is not None:
         nodes = jnp.concatenate([x[None], path.astype(x.dtype)])
@@ -105,8 +103,8 @@ class SampleState(eqx.Module):
     """
 
     x: Array
-    step_state: Any
-    memory: Any
+    step_state: StepState
+    memory: Memory
     estimate: Array
     finite_steps: Int[Array, ""]
 
@@ -123,8 +121,8 @@ def begin_sample(
 
     Arguments and errors are those of `sample`.
     """
-    times = _checked_times("begin_sample", step, times, x)
-    carry = _first_carry(step, velocity, x.astype(times.dtype))
+    times = checked_times("begin_sample", step, times, x)
+    carry = first_carry(step, velocity, x.astype(times.dtype))
     return SampleState(carry.x, carry.step_state, carry.memory, carry.x, jnp.int32(0))
 
 
@@ -151,21 +149,21 @@ def advance_sample(
     **Raises:** as `sample`, and `ValueError` unless 0 <= start <= stop <= steps (traced integers
     are not checked).
     """
-    times = _checked_times("advance_sample", step, times, state.x)
+    times = checked_times("advance_sample", step, times, state.x)
     _check_segment(start, stop, len(times) - 1)
-    field = _checked_velocity("advance_sample", velocity)
+    field = checked_velocity("advance_sample", velocity)
 
     def body(index: Scalar, state: SampleState) -> SampleState:
-        before = _Carry(state.x, state.step_state, state.memory)
-        interval = _Interval(times[index], times[index + 1], index)
-        after, _ = _take_step(step, field, before, interval, key)
+        before = Carry(state.x, state.step_state, state.memory)
+        interval = Interval(times[index], times[index + 1], index)
+        after, _ = take_step(step, field, before, interval, key)
         all_before = state.finite_steps == jnp.asarray(index, jnp.int32)
         finite = all_before & jnp.all(jnp.isfinite(after.x))
         return SampleState(
             after.x,
             after.step_state,
             after.memory,
-            _straight_estimate(before.x, after.x, interval),
+            straight_estimate(before.x, after.x, interval),
             state.finite_steps + finite.astype(jnp.int32),
         )
 
@@ -182,93 +180,13 @@ def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
         )
 
 
-def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " asked"] | None:
-    """Return all times at which a step asks the velocity from the first node to the last, or None if they are not known."""
-    asked = jax.vmap(step.evaluation_times)(times[:-1], times[1:])
-    return None if asked is None else jnp.concatenate(asked)
+def first_carry(step: Step, velocity: Velocity, x: Array) -> Carry:
+    return Carry(x, step.init(x), initial_memory(velocity, x))
 
 
-def check_times(
-    call: str,
-    times: Array,
-    *,
-    step: str = "",
-    rising: bool = True,
-    span: tuple[float, float] = (-np.inf, np.inf),
-) -> None:
-    """Check times of integration; of traced ones, only their count. `step`: the name of the step that takes them.
-
-    **Raises:** `ValueError` for fewer than two, NaN or infinity, times outside of `span`, or that do not all fall, or rise
-    where `rising` allows it.
-    """
-    if len(times) < 2:
-        raise ValueError(
-            f"`{call}(times)` needs at least 2 nodes, got {len(times)}. Make them with `flow_times(steps)`."
-        )
-    if isinstance(times, jax.core.Tracer):
-        return
-    check_finite(call, times=times)
-    nodes = np.asarray(times, np.float64)
-    ways = np.diff(nodes)
-    if not (np.all(ways < 0) or np.all(ways > 0)):
-        number = int(np.argmax(ways * np.sign(nodes[-1] - nodes[0]) <= 0))
-        raise ValueError(
-            f"`{call}(times)` needs times that fall, or rise, at every node, got {nodes[number]:g} and then "
-            f"{nodes[number + 1]:g}. Make them with `flow_times(steps)`."
-        )
-    if nodes.min() < span[0] or nodes.max() > span[1]:
-        raise ValueError(
-            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got {nodes.min():g} to {nodes.max():g}. "
-            "1 is noise, 0 the image."
-        )
-    if ways[0] > 0 and not rising:
-        raise ValueError(
-            f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass falling times, or invert with "
-            "a step that draws no noise, as `Euler()`, which is DDIM with eta 0."
-        )
-
-
-def _checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
-    """Return times in the dtype that they have beside x."""
-    times = times.astype(time_dtype(x))
-    check_times(call, times, step=type(step).__name__, rising=step.rising, span=step.span)
-    return times
-
-
-def _checked_velocity(call: str, velocity: Velocity) -> Velocity:
-    """Return the velocity with a check of its values' shape, and a cast to the dtype of x."""
-
-    def field(x: Array, t: Scalar, **memory: Any) -> Any:
-        result = velocity(x, t, **memory)
-        if not memory:
-            return fitting_velocity(call, result, x)
-        value, new_memory = result
-        return fitting_velocity(call, value, x), new_memory
-
-    return field
-
-
-def fitting_velocity(call: str, value: Any, x: Array) -> Array:
-    """Return a velocity's value in the dtype of x. **Raises:** `ValueError` for another shape or a wider dtype."""
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    narrower = (
-        jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= jnp.finfo(x.dtype).bits
-    )
-    if shape != x.shape or not narrower:
-        raise ValueError(
-            f"`{call}(velocity)` needs a velocity that returns the shape of x and at most its precision, {x.dtype}"
-            f"{list(x.shape)}, got {dtype}{list(shape)}. Reshape or cast what it returns."
-        )
-    return jnp.asarray(value, x.dtype)
-
-
-def _first_carry(step: Step, velocity: Velocity, x: Array) -> _Carry:
-    return _Carry(x, step.init(x), initial_memory(velocity, x))
-
-
-def _take_step(
-    step: Step, velocity: Velocity, carry: _Carry, interval: _Interval, key: PRNGKeyArray | None
-) -> tuple[_Carry, Array | None]:
+def take_step(
+    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: PRNGKeyArray | None
+) -> tuple[Carry, Array | None]:
     """Take one step. Return its result, and the log-density of what it drew.
 
     The key of a step depends only on the step's index. A memory passes through all evaluations of
@@ -286,56 +204,23 @@ def _take_step(
 
     field = velocity if memory is None else with_memory
     x, step_state, log_prob = step(field, carry.x, t, u, carry.step_state, key=key)
-    return _Carry(x, step_state, memory), log_prob
+    return Carry(x, step_state, memory), log_prob
 
 
-def _straight_estimate(x: Array, end: Array, interval: _Interval) -> Array:
+def straight_estimate(x: Array, end: Array, interval: Interval) -> Array:
     """Return the x0 where the straight line through both ends of a step meets t = 0."""
     t, u, _ = interval
     return end - u * (end - x) / (u - t)
 
 
-class Progress(NamedTuple):
-    """A step taken: its `number` from 0, the time `t` that it reached, `x` there, and `x0`, the image that it pointed to."""
+def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " times"] | None:
+    """Return all times at which an integrator evaluates the velocity, from first node to last.
 
-    number: int
-    t: Array
-    x: Array
-    x0: Array
-
-
-@convert_arguments
-def stream(
-    velocity: Velocity,
-    x: Float[Array, "*shape"],
-    times: Float[Array, " nodes"],
-    *,
-    step: Step = Euler(),
-    key: PRNGKeyArray | None = None,
-) -> Iterator[Progress]:
-    """Integrate as `sample` does, a step at a time: for progress, previews, and to stop early.
-
-    The step is compiled once for all. `x0` is where the straight line through both ends of the step meets t = 0, which for
-    Euler's is the model's own estimate; it costs no evaluation. Arguments and errors as for `sample`.
+    **Arguments:** `times`: the nodes.
+    **Returns:** the times, repeated if they are evaluated repeatedly, in no particular order; None
+    if `step.evaluation_times` does not know them.
     """
-    return _steps(velocity, x, _checked_times("stream", step, times, x), step, key)
-
-
-def _steps(
-    velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None
-) -> Iterator[Progress]:
-    dtype = x.dtype
-    carry = _first_carry(step, velocity, x.astype(times.dtype))
-    for index in range(len(times) - 1):
-        interval = _Interval(times[index], times[index + 1], jnp.asarray(index))
-        carry, x0 = _compiled_step(step, velocity, carry, interval, key)
-        yield Progress(index, interval.u, carry.x.astype(dtype), x0.astype(dtype))
-
-
-@eqx.filter_jit
-def _compiled_step(
-    step: Step, velocity: Velocity, carry: _Carry, interval: _Interval, key: PRNGKeyArray | None
-) -> tuple[_Carry, Array]:
-    field = _checked_velocity("stream", velocity)
-    after, _ = _take_step(step, field, carry, interval, key)
-    return after, _straight_estimate(carry.x, after.x, interval)
+    by_stage = jax.vmap(step.evaluation_times)(times[:-1], times[1:])
+    if by_stage is None:
+        return None
+    return jnp.concatenate(by_stage)

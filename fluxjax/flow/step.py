@@ -1,4 +1,7 @@
-"""What an integrator is: one step of dx/dt = velocity(x, t), from t to u, on the straight path x = (1 - t) x0 + t noise."""
+"""What an integrator is: one step of dx/dt = velocity(x, t), from the time t to the time u.
+
+Steps assume the straight path x = (1 - t) x0 + t noise.
+"""
 
 import math
 from abc import abstractmethod
@@ -12,10 +15,21 @@ from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 
+X = Float[Array, "*shape"]
+"""The state that is integrated, of any shape."""
+
+StepState = Any
+"""What an integrator carries from one step to the next: a pytree of arrays, or None."""
+
 
 class Step(eqx.Module):
-    """An integrator. `order`: of its global error; `evaluations`: of the velocity, per step. `rising`: whether times may also
-    rise, from image to noise, as an inversion takes them. `span`: the times between which the step has a meaning."""
+    """An integrator.
+
+    - `order`: of the global error.
+    - `evaluations`: of the velocity, per step.
+    - `rising`: whether times may also rise, from image to noise, as in an inversion.
+    - `span`: the least and the greatest time at which the step is defined.
+    """
 
     order: ClassVar[int]
     evaluations: ClassVar[int]
@@ -23,56 +37,69 @@ class Step(eqx.Module):
     span: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     @abstractmethod
-    def init(self, x: Float[Array, "*shape"]) -> Any:
+    def init(self, x: X) -> StepState:
         """Return the state before the first step."""
 
     @abstractmethod
     def __call__(
         self,
         velocity: Velocity,
-        x: Float[Array, "*shape"],
+        x: X,
         t: Scalar,
         u: Scalar,
-        state: Any,
+        state: StepState,
         *,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "*shape"], Any, Any]:
-        """Go from t to u; return the new x, the new state, and the log-probability of what was drawn, or None."""
+    ) -> tuple[X, StepState, Scalar | None]:
+        """Take one step from t to u.
+
+        **Returns:** the new x, the new state, and the log-density of what was drawn (None for a
+        step that draws nothing).
+        """
 
     def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
-        """Return the times at which the velocity is asked from t to u, so that what depends on them alone is computed once for
-        all steps; None, by default, if that is not known."""
+        """Return the times at which the step from t to u evaluates the velocity.
+
+        What depends only on these times can then be computed once for all steps. None, the
+        default, means that they are not known in advance.
+        """
         return None
 
 
-def at_start(step: Step, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
-    """`Step.evaluation_times` of a step that asks at t alone."""
+def start_time_only(step: Step, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    """Return (t,): the `Step.evaluation_times` of a step that evaluates only at its start."""
     return (t,)
 
 
 class StochasticStep(Step):
-    """A step to a draw from a normal distribution. `order`: of its mean and its variance on a Gaussian."""
+    """A step whose result is drawn from a normal distribution.
+
+    `order`: of the mean and the variance of x, for Gaussian data.
+    """
 
     rising: ClassVar[bool] = False
     span: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     @abstractmethod
     def moments(
-        self, velocity: Velocity, x: Float[Array, "*shape"], t: Scalar, u: Scalar, state: Any
-    ) -> tuple[Float[Array, "*shape"], Scalar, Any]:
-        """Return the mean and the deviation of x at u, and the new state."""
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: StepState
+    ) -> tuple[X, Scalar, StepState]:
+        """Return the mean and the standard deviation of x at u, and the new state."""
 
     def __call__(
         self,
         velocity: Velocity,
-        x: Float[Array, "*shape"],
+        x: X,
         t: Scalar,
         u: Scalar,
-        state: Any,
+        state: StepState,
         *,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "*shape"], Any, Scalar]:
-        """As `Step`; the log-probability is a density over all of x, and 0 for a step without noise."""
+    ) -> tuple[X, StepState, Scalar]:
+        """Take one step, as `Step`.
+
+        The log-density is that of all of x at once; it is 0 for a step whose deviation is 0.
+        """
         if key is None:
             raise ValueError(
                 f"{type(self).__name__} draws noise. Pass key=jax.random.key(…) to `sample`."
@@ -82,6 +109,7 @@ class StochasticStep(Step):
         noisy = deviation > 0
         log_density = (
             -0.5 * jnp.square(noise)
+            # The inner `where` keeps log(0) out of the gradient.
             - jnp.log(jnp.where(noisy, deviation, 1))
             - 0.5 * math.log(2 * math.pi)
         )
@@ -90,10 +118,10 @@ class StochasticStep(Step):
 
 
 def time_dtype(x: Array) -> jnp.dtype:
-    """Return the dtype that times have beside x: float32, or its own float64."""
+    """Return the dtype of times that are used with x: float32, or float64 for a float64 x."""
     return wide_dtype(x.dtype)
 
 
 def scalar_like(x: Array, value: float) -> Scalar:
-    """Return a number as times are beside x."""
+    """Return a number as a scalar of the dtype that times have when they are used with x."""
     return jnp.asarray(value, time_dtype(x))

@@ -1,26 +1,35 @@
-"""Steps that draw noise. Each has the same marginals as the flow, in the limit of many steps."""
+"""Integrators that draw noise. In the limit of many steps, each has the marginals of the flow."""
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from fluxjax.flow.exponential import Past, half_way, inverse, no_past, slope
-from fluxjax.flow.step import Step, StochasticStep, at_start
+from fluxjax.arguments import convert_arguments
+from fluxjax.flow.clocks import (
+    PreviousEstimate,
+    estimate_slope,
+    half_difference,
+    no_previous_estimate,
+    safe_inverse,
+)
+from fluxjax.flow.step import Step, StepState, StochasticStep, X, start_time_only
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
-X = Float[Array, "*shape"]
 
-
+@convert_arguments
 class ReverseSDE(StochasticStep):
-    """Euler-Maruyama's step of the reverse diffusion with noise rate g: x + h (v + g^2 noise / (2 t)) + g sqrt|h| z.
+    """Euler-Maruyama's step of the reverse SDE: x + h (v + g^2 noise / (2 t)) + g sqrt|h| z.
 
-    `squared`: g^2 as a function of t, by default 2 eta t; the forward diffusion's own, 2 t / (1 - t), is singular at 1.
-    **Source:** Song et al. 2021, eq. 6 and 13; Albergo et al. 2023, eq. 2.34.
+    Here h = u - t, `noise` is the estimate x + (1 - t) v, and z is drawn from N(0, 1).
+
+    **Arguments:** `eta`: scales the default diffusion, g^2 = 2 eta t. `squared`: g^2 as another
+    function of t; that of the forward diffusion, 2 t / (1 - t), is singular at t = 1.
+    **Source:** Song et al. 2021 (score SDE), eq. 6 and 13; Albergo et al. 2023, eq. 2.34.
     """
 
     order: ClassVar[int] = 1
@@ -31,7 +40,7 @@ class ReverseSDE(StochasticStep):
     def __check_init__(self):
         check_finite("ReverseSDE", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -40,15 +49,21 @@ class ReverseSDE(StochasticStep):
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
         v = velocity(x, t)
-        squared = jnp.asarray(2 * self.eta * t if self.squared is None else self.squared(t))
+        if self.squared is None:
+            squared = jnp.asarray(2 * self.eta * t)
+        else:
+            squared = jnp.asarray(self.squared(t))
         drift = v + squared / (2 * t) * (x + (1 - t) * v)
         return x + (u - t) * drift, jnp.sqrt(squared * jnp.abs(u - t)), None
 
 
+@convert_arguments
 class DDIM(StochasticStep):
-    """The estimate of x0, the noise that is left, and fresh noise. eta 0 is Euler; eta 1 is DDPM's posterior, `ancestral`.
+    """DDIM: the x0 estimate, plus the rest of the estimated noise, plus fresh noise.
 
-    **Source:** Song et al. 2021, eq. 12 and 16.
+    **Arguments:** `eta`: 0 adds no fresh noise and equals Euler; 1 is DDPM's posterior, see
+    `ancestral`.
+    **Source:** Song et al. 2021 (DDIM), eq. 12 and 16.
     """
 
     order: ClassVar[int] = 1
@@ -58,7 +73,7 @@ class DDIM(StochasticStep):
     def __check_init__(self):
         check_finite("DDIM", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -67,30 +82,35 @@ class DDIM(StochasticStep):
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
         v = velocity(x, t)
-        image, noise = x - t * v, x + (1 - t) * v
-        # What one step of the forward process would add, by its share of the noise.
-        fresh = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
-        deviation = self.eta * u / t * jnp.sqrt(jnp.maximum(fresh, 0))
-        kept = jnp.sqrt(jnp.maximum(jnp.square(u) - jnp.square(deviation), 0))
-        return (1 - u) * image + kept * noise, jnp.asarray(deviation), None
+        x0, noise = x - t * v, x + (1 - t) * v
+        # The variance that one step of the forward process, from u to t, would add.
+        forward_variance = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
+        deviation = self.eta * u / t * jnp.sqrt(jnp.maximum(forward_variance, 0))
+        noise_share = jnp.sqrt(jnp.maximum(jnp.square(u) - jnp.square(deviation), 0))
+        return (1 - u) * x0 + noise_share * noise, jnp.asarray(deviation), None
 
 
 def ancestral() -> DDIM:
-    """Return DDPM's posterior step. **Source:** Ho et al. 2020, eq. 7."""
+    """Return DDPM's posterior step, `DDIM(1.0)`.
+
+    **Source:** Ho et al. 2020, eq. 7.
+    """
     return DDIM(1.0)
 
 
 class Renoise(StochasticStep):
-    """The estimate of x0 with all noise drawn anew. It does not converge with more steps: for models of a few steps alone.
+    """The x0 estimate with all noise drawn anew.
 
-    **Source:** Song et al. 2023, consistency models, algorithm 1.
+    It does not converge with more steps (`order` 0), and is meant for models of a few steps.
+
+    **Source:** Song et al. 2023 (consistency models), algorithm 1.
     """
 
     order: ClassVar[int] = 0
     evaluations: ClassVar[int] = 1
     rising: ClassVar[bool] = True
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
     def init(self, x: X) -> None:
         return None
@@ -101,10 +121,12 @@ class Renoise(StochasticStep):
         return (1 - u) * (x - t * velocity(x, t)), u, None
 
 
+@convert_arguments
 class DPMpp2MSDE(StochasticStep):
-    """DPM-Solver++ 2M of the reverse diffusion, whose linear part and noise are exact. Source: Lu et al. 2022b, eq. 19 (eta 1).
+    """DPM-Solver++ 2M of the reverse SDE; the linear part and the noise are exact.
 
-    `eta`: 0 is DPM-Solver++ 2M.
+    **Arguments:** `eta`: 0 is `DPMpp2M`, without noise.
+    **Source:** Lu et al. 2022b, eq. 19 (eta 1).
     """
 
     order: ClassVar[int] = 1
@@ -114,74 +136,90 @@ class DPMpp2MSDE(StochasticStep):
     def __check_init__(self):
         check_finite("DPMpp2MSDE", eta=self.eta)
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
-    def init(self, x: X) -> Past:
-        return no_past(x)
+    def init(self, x: X) -> PreviousEstimate:
+        return no_previous_estimate(x)
 
     def moments(
-        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past
-    ) -> tuple[X, Scalar, Past]:
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
+    ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
-        ratio = u * (1 - t) / (t * (1 - u))  # e^-h
-        extrapolated = estimate + half_way("log_snr", t, u) * slope("log_snr", state, estimate, t)
-        mean = u / t * ratio**self.eta * x + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
-        # The ratio of close times may be rounded to more than 1.
-        return mean, u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0)), Past(estimate, t)
+        ratio = u * (1 - t) / (t * (1 - u))  # e^-h, h being the clock difference
+        slope = estimate_slope("log_snr", state, estimate, t)
+        extrapolated = estimate + half_difference("log_snr", t, u) * slope
+        x_part = u / t * ratio**self.eta * x
+        mean = x_part + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
+        # Between close times the ratio may be rounded to more than 1.
+        deviation = u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0))
+        return mean, deviation, PreviousEstimate(estimate, t)
 
 
-_POINTS = 64
+_QUADRATURE_POINTS = 64
 
 
 class ERSDE2(StochasticStep):
-    """The extended reverse SDE, with noise by phi(sigma) = sigma (e^(sigma^0.3) + 10), and the estimate as a line.
+    """The extended reverse-time SDE solver of order 2.
 
-    **Source:** Cui et al. 2023, algorithm 3 and ER SDE 5; sigma is t / (1 - t), and the integral of 1 / phi is taken by the
-    midpoint rule.
+    The noise scale is phi(sigma) = sigma (e^(sigma^0.3) + 10) with sigma = t / (1 - t), and the
+    x0 estimate is a line in sigma. The integral of 1 / phi is taken by the midpoint rule.
+
+    **Source:** Cui et al. 2023, algorithm 3 and ER SDE 5.
     """
 
     order: ClassVar[int] = 1
     evaluations: ClassVar[int] = 1
 
-    evaluation_times = at_start
+    evaluation_times = start_time_only
 
-    def init(self, x: X) -> Past:
-        return no_past(x)
+    def init(self, x: X) -> PreviousEstimate:
+        return no_previous_estimate(x)
 
     def moments(
-        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: Past
-    ) -> tuple[X, Scalar, Past]:
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
+    ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
         start, end = t / (1 - t), u / (1 - u)
         ratio = _noise_scale(end) / _noise_scale(start)
-        # (1 - u) / (1 - t) times the ratio, finite at t = 1.
-        kept = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
-        mean = kept * x + (1 - u) * (1 - ratio) * estimate
-        # The clock of the line is sigma itself, here falling.
-        moved = (estimate - state.estimate) * inverse(start - state.t / (1 - state.t))
-        line = jnp.where(jnp.isfinite(start) & (u > 0), self._line(start, end), 0)
-        left = jnp.square(end) - jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
-        deviation = (1 - u) * jnp.sqrt(jnp.maximum(left, 0))
-        return mean + (1 - u) * line * moved, deviation, Past(estimate, t)
+        # (1 - u) / (1 - t) times the ratio, in a form that is finite at t = 1.
+        x_share = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
+        mean = x_share * x + (1 - u) * (1 - ratio) * estimate
+        # The slope is per unit of sigma, which falls.
+        previous_sigma = state.t / (1 - state.t)
+        slope = (estimate - state.estimate) * safe_inverse(start - previous_sigma)
+        weight = jnp.where(jnp.isfinite(start) & (u > 0), self._slope_weight(start, end), 0)
+        old_noise = jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
+        variance = jnp.square(end) - old_noise
+        deviation = (1 - u) * jnp.sqrt(jnp.maximum(variance, 0))
+        return mean + (1 - u) * weight * slope, deviation, PreviousEstimate(estimate, t)
 
-    def _line(self, start: Scalar, end: Scalar) -> Scalar:
-        """Return what a slope of the estimate in sigma adds: phi(end) times the integral of 1 / phi, less the way."""
-        finite = jnp.where(jnp.isfinite(start), start, 1.0)
-        width = (finite - end) / _POINTS
-        points = end + (jnp.arange(_POINTS, dtype=finite.dtype) + 0.5) * width
-        return (end - finite) + _noise_scale(end) * jnp.sum(width / _noise_scale(points))
+    def _slope_weight(self, start: Scalar, end: Scalar) -> Scalar:
+        """Return phi(end) times the integral of 1 / phi from end to start, less start - end."""
+        # At t = 1 sigma is infinite. The caller ignores the result, which still has to be finite
+        # so that gradients are.
+        start = jnp.where(jnp.isfinite(start), start, 1.0)
+        width = (start - end) / _QUADRATURE_POINTS
+        points = end + (jnp.arange(_QUADRATURE_POINTS, dtype=start.dtype) + 0.5) * width
+        return (end - start) + _noise_scale(end) * jnp.sum(width / _noise_scale(points))
 
 
 def _noise_scale(sigma: Float[Array, "*points"]) -> Float[Array, "*points"]:
     return sigma * (jnp.exp(sigma**0.3) + 10)
 
 
+@convert_arguments
 class Churn(Step):
-    """A deterministic step from a time that is raised first, with the noise that this takes.
+    """A deterministic step that first adds noise, and so starts from a time with more noise.
 
-    `step`: the integrator. `rate`: by how much sigma = t / (1 - t) grows, at most sqrt(2) - 1. `low`, `high`: the times within
-    which it does. `inflation`: of the noise, 1 keeps the marginal.
-    **Source:** Karras et al. 2022, algorithm 2: rate is min(S_churn / N, sqrt(2) - 1), inflation S_noise.
+    **Arguments:**
+
+    - `step`: the deterministic integrator.
+    - `rate`: by which sigma = t / (1 - t) grows, at most sqrt(2) - 1.
+    - `low`, `high`: noise is added only at times from `low` to `high`.
+    - `inflation`: scales the noise that is added; 1 keeps the marginal.
+
+    **Source:** Karras et al. 2022, algorithm 2: `rate` is min(S_churn / N, sqrt(2) - 1), and
+    `inflation` is S_noise.
     """
 
     rising: ClassVar[bool] = False
@@ -205,18 +243,18 @@ class Churn(Step):
     def evaluations(self) -> int:  # type: ignore[override]
         return self.step.evaluations
 
-    def init(self, x: X) -> Any:
+    def init(self, x: X) -> StepState:
         return self.step.init(x)
 
-    def raised(self, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
-        """Return the raised time, the factor of x that leads there, and the deviation of the noise that is added."""
+    def noisier_time(self, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """Return the time with more noise, and how x is brought there.
+
+        **Returns:** the new time, the factor of x, and the standard deviation of the added noise.
+        """
         rate = jnp.where((self.low <= t) & (t <= self.high), self.rate, 0).astype(t.dtype)
         whole = 1 + rate * t
-        return (
-            (1 + rate) * t / whole,
-            1 / whole,
-            jnp.asarray(self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole),
-        )
+        deviation = jnp.asarray(self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole)
+        return (1 + rate) * t / whole, 1 / whole, deviation
 
     def __call__(
         self,
@@ -224,16 +262,17 @@ class Churn(Step):
         x: X,
         t: Scalar,
         u: Scalar,
-        state: Any,
+        state: StepState,
         *,
         key: PRNGKeyArray | None,
-    ):
+    ) -> tuple[X, StepState, Scalar | None]:
         if key is None:
             raise ValueError("Churn draws noise. Pass key=jax.random.key(…) to `sample`.")
-        mine, inner = jax.random.split(key)
-        higher, kept, deviation = self.raised(t)
-        x = (kept * x + deviation * jax.random.normal(mine, x.shape, x.dtype)).astype(x.dtype)
-        return self.step(velocity, x, higher, u, state, key=inner)
+        noise_key, step_key = jax.random.split(key)
+        noisier, factor, deviation = self.noisier_time(t)
+        noise = jax.random.normal(noise_key, x.shape, x.dtype)
+        x = (factor * x + deviation * noise).astype(x.dtype)
+        return self.step(velocity, x, noisier, u, state, key=step_key)
 
     def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
-        return self.step.evaluation_times(self.raised(t)[0], u)
+        return self.step.evaluation_times(self.noisier_time(t)[0], u)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.vae_rows import split_vae_rows
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Image, Latent
 
 Rows = TypeVar("Rows")
 
@@ -46,7 +46,7 @@ def encode(
     images: Float[Array, "images height width 3"],
     *,
     dtype: DTypeLike,
-    keys: PRNGKeyArray | None = None,
+    keys: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Encode images, one after another.
@@ -57,7 +57,7 @@ def encode(
     **Raises:** `ValueError` for sizes that are not multiples of 8.
     """
 
-    def encode_one(vae: Vae, row: tuple[Image, PRNGKeyArray | None]) -> Latent:
+    def encode_one(vae: Vae, row: tuple[Image, Array | None]) -> Latent:
         image, key = row
         return vae.encode(image.astype(dtype), key=key).astype(jnp.float32)
 

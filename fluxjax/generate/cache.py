@@ -16,7 +16,9 @@ from fluxjax.generate.conditioning import (
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, Hidden, JointAttention
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
@@ -60,8 +62,8 @@ class StepCache(eqx.Module):
 
     @abstractmethod
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         """Run what is always run.
 
         **Returns:** the hidden state after it, the signal to compare, and the number of the first
@@ -85,8 +87,8 @@ class FirstBlock(StepCache):
     """
 
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
 
@@ -112,8 +114,8 @@ class TeaCache(StepCache):
     )
 
     def signal(
-        self, flux: Flux, hidden: Hidden, attention: AttentionChoice
-    ) -> tuple[Hidden, Tokens, int]:
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
-from fluxjax.nets.flux import Flux, Prepared
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import Prepared
 from fluxjax.shapes import Array, Float, PerImage
 
 

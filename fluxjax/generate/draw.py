@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
@@ -32,7 +32,7 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Times
+from fluxjax.shapes import Array, Float, Int, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class ImageBatch(eqx.Module):
     noise: Float[Array, "images latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None = None
-    keys: PRNGKeyArray | None = None
+    keys: Array | None = None
 
 
 class Recipe(eqx.Module):
@@ -222,11 +222,11 @@ def check_image_count(call: str, name: str, count: int, images: int) -> None:
 class _Rows(eqx.Module):
     """What each image of a batch has of its own: every array has a leading axis of images."""
 
-    noise: Float[Array, "*images latent_channels rows columns"]
+    noise: Float[Array, "... latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None
     guidance: Guidance
-    key: PRNGKeyArray | None
+    key: Array | None
 
 
 class _Shared(eqx.Module):
@@ -322,7 +322,7 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
     guidance = recipe.guidance
     if mesh is not None and guidance.nag is not None:
         # Its norms are over all heads of a token, which are split over this axis.
-        nag = replace(guidance.nag, over=("tensor",))
+        nag = replace(guidance.nag, head_axes=("tensor",))
         guidance = replace(guidance, nag=nag)
     guidance_rows, guidance = split_scales(guidance)
     rows = _Rows(batch.noise, positive_rows, negative_rows, guidance_rows, batch.keys)

@@ -74,7 +74,7 @@ def noise_batch(
     return jnp.stack(noise)
 
 
-def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> PRNGKeyArray | None:
+def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
     """Return one key for each image of these numbers, for what a stochastic step draws.
 
     They differ from the keys of the initial noise.

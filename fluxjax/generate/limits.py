@@ -14,7 +14,7 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.locate import find_part
 from fluxjax.generate.latents import image_tokens
-from fluxjax.nets.flux import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.zoo import ZOO
@@ -56,7 +56,7 @@ def read_configs(source: str | Path) -> Configs:
         return Configs(T5Config(), FluxConfig(), VaeConfig())
 
     def config(kind: Kind) -> Any:
-        return open_source(find_part(source, kind.folder)).part(kind).config
+        return open_source(find_part(source, kind.folder)).network(kind).config
 
     config(CLIP)  # raises if it is missing
     return Configs(config(T5_XXL), config(FLUX), config(VAE))

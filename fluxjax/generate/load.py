@@ -15,19 +15,21 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.dtypes import check_dtype
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.load import check_dtype, load, load_quantized
+from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
 from fluxjax.devices.stream import load_streamed, stream_blocks
 from fluxjax.generate.tokens import Tokenizers
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
-from fluxjax.lora.read import Lora
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import Flux, FluxConfig
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
@@ -119,7 +121,7 @@ def _load(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.folder)).part(kind).plan(config)
+    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:

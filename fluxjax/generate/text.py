@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.t5 import T5

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.offload import fetch
+from fluxjax.flow.checks import check_times
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.sample import check_times
 from fluxjax.flow.step import Step
 from fluxjax.generate.cache import AttentionChoice
 from fluxjax.generate.conditioning import Conditioning
@@ -126,7 +126,7 @@ def prompt_batch(
     negative: TextStates | None,
     *,
     noise: Float[Array, "images latent_channels rows columns"],
-    keys: PRNGKeyArray | None,
+    keys: Array | None,
     distilled: PerImage | None,
 ) -> ImageBatch:
     """Return the batch of images of encoded prompts, one for each.

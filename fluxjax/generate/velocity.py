@@ -19,8 +19,9 @@ from fluxjax.generate.conditioning import (
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
-from fluxjax.nets.flux import DegradedBlocks, Flux
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
 

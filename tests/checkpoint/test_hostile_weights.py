@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from layouts import export, write
+from layouts import export, random_network, write
 from test_convert import write_gguf
 
 from fluxjax import (
@@ -32,13 +32,6 @@ from fluxjax.checkpoint.finite import all_finite
 
 CONFIG = T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8)
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-
-
-def random_network(make, config):
-    """Return a network with random NumPy weights; no initialization is compiled."""
-    rng = np.random.default_rng(0)
-    shapes = eqx.filter_eval_shape(make, config, key=jax.random.key(0))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 @pytest.fixture(scope="module")

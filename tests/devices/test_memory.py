@@ -9,7 +9,7 @@ from test_shard import drawn, mesh_of
 import fluxjax
 from fluxjax import fetch, offload, shard, stream_blocks
 from fluxjax.devices import residency
-from fluxjax.devices.weights import FileWeight, HostWeight
+from fluxjax.devices.streamed import FileWeight, HostWeight
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.text import encode_text, prompt_ids
 

@@ -19,7 +19,7 @@ from fluxjax.flow import (
     sample,
     uniform_times,
 )
-from fluxjax.flow.paths import PREDICTIONS
+from fluxjax.flow.predictions import PREDICTIONS
 
 PATHS = {
     "straight": STRAIGHT,

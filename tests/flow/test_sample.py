@@ -149,7 +149,7 @@ def test_each_of_many_particles_is_its_own_single_run(step):
     ("times", "told"),
     [
         ([1.0, np.nan, 0.0], "needs finite numbers"),
-        ([1.0, 0.5, 0.5, 0.0], "fall, or rise, at every node, got 0.5 and then 0.5"),
+        ([1.0, 0.5, 0.5, 0.0], "all fall, or all rise, got 0.5 and then 0.5"),
         ([1.0, 0.2, 0.5, 0.0], "got 0.2 and then 0.5"),
         ([1.5, 0.5, 0.0], "from 0 to 1 for UniPC2, got 0 to 1.5"),
     ],

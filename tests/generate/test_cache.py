@@ -29,9 +29,7 @@ def flux():
 
 @eqx.filter_jit
 def sampled(flux, reuse, noise, step, options):
-    return sample(
-        Guided(CachedFlux(flux, reuse, **options), PROMPT), noise, TIMES, step=step
-    )
+    return sample(Guided(CachedFlux(flux, reuse, **options), PROMPT), noise, TIMES, step=step)
 
 
 def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
@@ -238,7 +236,10 @@ def test_a_network_without_double_blocks_is_refused():
 
 def test_caches_are_named_with_their_thresholds():
     assert (type(step_cache("0.1")), step_cache("0.1").threshold) == (FirstBlock, 0.1)
-    assert (type(step_cache("teacache:0.4")), step_cache("teacache:0.4").threshold) == (TeaCache, 0.4)
+    assert (type(step_cache("teacache:0.4")), step_cache("teacache:0.4").threshold) == (
+        TeaCache,
+        0.4,
+    )
     for wrong in ("teacache", "second_block:0.1", "-1", "nan", ""):
         with pytest.raises(ValueError, match="Write a threshold"):
             step_cache(wrong)

@@ -74,7 +74,7 @@ def test_programs_of_drawing_hold_no_callbacks(tiny):
     listener = Listener()
     drawn(tiny, batch, recipe, listener)
     for compiled in listener.compiled.values():
-        assert "callback" not in compiled.compiled.as_text()
+        assert "python_cpu_callback" not in compiled.compiled.as_text()
 
 
 def test_a_batch_is_split_into_what_images_have_and_what_they_share(tiny):

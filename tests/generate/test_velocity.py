@@ -81,9 +81,7 @@ def test_degraded_blocks_are_guided_away_from(flux):
 
 def test_nag_attends_to_the_negative_text_and_then_the_positive(flux):
     velocity = flux_velocity(flux, POSITIVE, NEGATIVE, guidance=Guidance(nag=Nag(3.0)))
-    both = eqx.tree_at(
-        lambda c: c.txt, POSITIVE, jnp.concatenate([NEGATIVE.txt, POSITIVE.txt])
-    )
+    both = eqx.tree_at(lambda c: c.txt, POSITIVE, jnp.concatenate([NEGATIVE.txt, POSITIVE.txt]))
     expected = by_hand(flux, both, attention=Nag(3.0))
     np.testing.assert_allclose(velocity(NOISE, T), expected, atol=BOUND)
 
@@ -105,9 +103,7 @@ def test_features_are_joined_to_every_token():
 def test_reference_tokens_follow_the_image_and_their_prediction_is_dropped(flux, cache):
     """As FLUX.1 Kontext."""
     reference = ReferenceTokens(draw(4, 8, seed=21), IDS[:4].at[:, 0].set(1.0))
-    condition = eqx.tree_at(
-        lambda c: c.reference, POSITIVE, reference, is_leaf=lambda x: x is None
-    )
+    condition = eqx.tree_at(lambda c: c.reference, POSITIVE, reference, is_leaf=lambda x: x is None)
     found = flux_velocity(flux, condition, guidance=Guidance(cache=cache))(NOISE, T)
     whole = eqx.tree_at(lambda c: c.img_ids, POSITIVE, jnp.concatenate([IDS, reference.ids]))
     expected = by_hand(flux, whole, jnp.concatenate([NOISE, reference.tokens]))

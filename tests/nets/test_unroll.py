@@ -27,8 +27,8 @@ def flux():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"remat": True}, {"weaken": DegradedBlocks(CONFIG, double=[1], single=[0])}],
-    ids=["plain", "remat", "weakened"],
+    [{}, {"remat": True}, {"degraded": DegradedBlocks(CONFIG, double=[1], single=[0])}],
+    ids=["plain", "remat", "degraded"],
 )
 def test_values_and_gradients_are_those_of_stacked_blocks(flux, options):
     @eqx.filter_jit

@@ -72,7 +72,7 @@ def test_projected_guidance_of_estimates_equals_the_reference(momentum, bound):
     memory = rule.init(jnp.zeros((5, 4)))
     for seed, t in enumerate((1.0, 0.7, 0.4)):
         x, positive, negative = normal(3, 5, 4, seed=seed)
-        guided, memory = rule.remembering(
+        guided, memory = rule.with_memory(
             *map(jnp.asarray, (x, np.float32(t), positive, negative, np.float32(4.0))), memory
         )
         # Theirs adds the scale to the positive prediction; ours, as classifier-free guidance, counts from 1.

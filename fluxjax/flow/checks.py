@@ -1,0 +1,98 @@
+"""Checks of what a sampling run is given: its times, and the values of its velocity."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.flow.step import Step, time_dtype
+from fluxjax.flow.velocity import Velocity
+from fluxjax.numeric import check_finite
+from fluxjax.shapes import Array, Scalar
+
+
+def check_times(
+    call: str,
+    times: Array,
+    *,
+    step: str = "",
+    rising: bool = True,
+    span: tuple[float, float] = (-np.inf, np.inf),
+) -> None:
+    """Check the times of an integration; of traced times, only their number.
+
+    **Arguments:** `call`, `step`: the names of the function and of the integrator, for the
+    messages. `rising`: whether the integrator takes rising times. `span`: the least and the
+    greatest time that it takes.
+    **Raises:** `ValueError` for fewer than two times, NaN or infinity, times that neither all fall
+    nor all rise, rising times where `rising` is False, and times outside of `span`.
+    """
+    if len(times) < 2:
+        raise ValueError(
+            f"`{call}(times)` needs at least 2 nodes, got {len(times)}. "
+            "Make them with `flow_times(steps)`."
+        )
+    if isinstance(times, jax.core.Tracer):
+        return
+    check_finite(call, times=times)
+    nodes = np.asarray(times, np.float64)
+    changes = np.diff(nodes)
+    if not (np.all(changes < 0) or np.all(changes > 0)):
+        # The first change against the direction from the first node to the last.
+        wrong = int(np.argmax(changes * np.sign(nodes[-1] - nodes[0]) <= 0))
+        raise ValueError(
+            f"`{call}(times)` needs times that all fall, or all rise, got {nodes[wrong]:g} and "
+            f"then {nodes[wrong + 1]:g}. Make them with `flow_times(steps)`."
+        )
+    if nodes.min() < span[0] or nodes.max() > span[1]:
+        raise ValueError(
+            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got "
+            f"{nodes.min():g} to {nodes.max():g}. 1 is noise, 0 the image."
+        )
+    if changes[0] > 0 and not rising:
+        raise ValueError(
+            f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass "
+            "falling times, or invert with a step that draws no noise, such as `Euler()`, which is "
+            "DDIM with eta 0."
+        )
+
+
+def checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
+    """Return times in the dtype that they have when they are used with x.
+
+    **Raises:** as `check_times`.
+    """
+    times = times.astype(time_dtype(x))
+    check_times(call, times, step=type(step).__name__, rising=step.rising, span=step.span)
+    return times
+
+
+def checked_velocity(call: str, velocity: Velocity) -> Velocity:
+    """Return a velocity whose values are cast to the dtype of x; see `cast_value`."""
+
+    def field(x: Array, t: Scalar, **memory: Any) -> Any:
+        result = velocity(x, t, **memory)
+        if not memory:
+            return cast_value(call, result, x)
+        value, new_memory = result
+        return cast_value(call, value, x), new_memory
+
+    return field
+
+
+def cast_value(call: str, value: Any, x: Array) -> Array:
+    """Return a value of the velocity in the dtype of x.
+
+    **Raises:** `ValueError` for another shape than that of x, and for a dtype that is wider or not
+    floating-point.
+    """
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    fits = shape == x.shape and jnp.issubdtype(dtype, jnp.floating)
+    if not fits or jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
+        raise ValueError(
+            f"`{call}(velocity)` needs a velocity that returns the shape of x and at most its "
+            f"precision, {x.dtype}{list(x.shape)}, got {dtype}{list(shape)}. Reshape or cast what "
+            "it returns."
+        )
+    return jnp.asarray(value, x.dtype)

@@ -1,0 +1,70 @@
+"""Sampling one step at a time."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from fluxjax.arguments import convert_arguments
+from fluxjax.flow.checks import checked_times, checked_velocity
+from fluxjax.flow.runge_kutta import Euler
+from fluxjax.flow.sample import Carry, Interval, first_carry, straight_estimate, take_step
+from fluxjax.flow.step import Step
+from fluxjax.flow.velocity import Velocity
+from fluxjax.shapes import Array, Float, PRNGKeyArray
+
+
+class Progress(NamedTuple):
+    """One step of a sampling run.
+
+    `number`: of the step, from 0. `t`: the time that it reached. `x`: the state there. `x0`: the
+    image that it pointed to, where the straight line through both ends of the step meets t = 0.
+    """
+
+    number: int
+    t: Array
+    x: Array
+    x0: Array
+
+
+@convert_arguments
+def stream(
+    velocity: Velocity,
+    x: Float[Array, "*shape"],
+    times: Float[Array, " nodes"],
+    *,
+    step: Step = Euler(),
+    key: PRNGKeyArray | None = None,
+) -> Iterator[Progress]:
+    """Integrate as `sample` does, one step at a time: for progress, previews, and to stop early.
+
+    The step is compiled once for all steps, and `x0` needs no further evaluation; for Euler's
+    steps it is the model's own estimate.
+
+    **Arguments:** as `sample`.
+    **Returns:** an iterator over the steps, which takes each step when it is asked for it.
+    **Raises:** as `sample`; what concerns the times, before the first step.
+    """
+    times = checked_times("stream", step, times, x)
+    return _steps(velocity, x, times, step, key)
+
+
+def _steps(
+    velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None
+) -> Iterator[Progress]:
+    dtype = x.dtype
+    carry = first_carry(step, velocity, x.astype(times.dtype))
+    for index in range(len(times) - 1):
+        interval = Interval(times[index], times[index + 1], jnp.asarray(index))
+        carry, x0 = _compiled_step(step, velocity, carry, interval, key)
+        yield Progress(index, interval.u, carry.x.astype(dtype), x0.astype(dtype))
+
+
+@eqx.filter_jit
+def _compiled_step(
+    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: PRNGKeyArray | None
+) -> tuple[Carry, Array]:
+    field = checked_velocity("stream", velocity)
+    after, _ = take_step(step, field, carry, interval, key)
+    return after, straight_estimate(carry.x, after.x, interval)
