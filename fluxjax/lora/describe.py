@@ -14,7 +14,10 @@ def describe_lora(path: str | Path) -> str:
     These are its format, networks, blocks, kinds of terms, ranks, factors (alpha / rank), unknown
     keys, and what has no effect.
 
-    **Arguments:** `path`: as for `read_lora`.
+    **Arguments:**
+
+    - `path`: as for `read_lora`.
+
     **Raises:** as `read_lora`, except for unknown keys.
     """
     lora, unused = read_lora(path, strict=False)
@@ -28,12 +31,15 @@ def describe_lora(path: str | Path) -> str:
 
 
 def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -> list[str]:
+    """Return one line about what is changed, and one about ranks if there are any."""
     terms: list[Term] = []
+    kinds: set[str] = set()
     for of_weight in changes.values():
-        terms += [change.term for change in of_weight]
-    kinds = sorted({type(term).__name__ for term in terms})
+        for change in of_weight:
+            terms.append(change.term)
+            kinds.add(type(change.term).__name__)
     blocks = _describe_blocks(changes)
-    lines = [f"  {network}: {len(changes)} weights in {blocks}; {', '.join(kinds)}"]
+    lines = [f"  {network}: {len(changes)} weights in {blocks}; {', '.join(sorted(kinds))}"]
     ranks: set[float] = set()
     factors: set[float] = set()
     for term in terms:
@@ -66,6 +72,7 @@ def _describe_blocks(names: Iterable[str]) -> str:
 
 
 def _describe_range(values: set[float]) -> str:
+    """Return the smallest and the largest number, or the only one."""
     low, high = min(values), max(values)
     if low == high:
         return f"{low:g}"

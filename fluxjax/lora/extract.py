@@ -1,4 +1,7 @@
-"""Adapters extracted from the difference of two networks."""
+"""Adapters extracted from the difference of two networks.
+
+Networks are read one weight at a time, so two checkpoints in files need memory for one weight.
+"""
 
 from collections.abc import Mapping
 
@@ -101,7 +104,12 @@ def _weights(model: Weights | eqx.Module, network: str) -> Weights:
     return weights
 
 
-def _difference(base: Weights, tuned: Weights, name: str, slot: Slot) -> np.ndarray:
+def _difference(
+    base: Weights,
+    tuned: Weights,
+    name: str,
+    slot: Slot,
+) -> np.ndarray:
     """Return the difference of one weight in float32. **Raises:** `WeightsError` if not finite."""
     rows, float32 = slice(0, slot.shape[0]), np.dtype(np.float32)
     difference = tuned.read(name, rows, float32) - base.read(name, rows, float32)
@@ -118,7 +126,13 @@ def nearest_low_rank(matrix: np.ndarray, rank: int) -> LowRankTerm:
 
     The square roots of the singular values go into each of the two factors.
 
-    **Arguments:** `matrix`: [rows, columns], float32.
+    Large matrices are projected before, on a basis of nearly the same range.
+
+    **Arguments:**
+
+    - `matrix`: [rows, columns], float32.
+    - `rank`: at least 1.
+
     **Returns:** a term of this rank, or of a lower one if the matrix has that.
     """
     shorter_side = min(matrix.shape)
@@ -128,6 +142,7 @@ def nearest_low_rank(matrix: np.ndarray, rank: int) -> LowRankTerm:
         left = basis @ left
     else:
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    # A singular value of 0 adds nothing, but a term has at least rank 1.
     positive = int((values > 0).sum())
     count = max(1, min(rank, positive))
     root = np.sqrt(values[:count])
@@ -142,6 +157,13 @@ def _range_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
     """Return an orthonormal basis of nearly the span of the first left singular vectors.
 
     It is the range of a random projection, which power iterations sharpen.
+
+    **Arguments:**
+
+    - `matrix`: [rows, columns].
+    - `rank`: the number of singular vectors that matter.
+
+    **Returns:** [rows, rank + oversampling].
 
     **Source:** Halko et al. 2011, algorithm 4.4.
     """

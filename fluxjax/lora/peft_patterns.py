@@ -22,12 +22,17 @@ class Patterns:
     Regular expressions come from a file, so they are run only if all of them together take a
     bounded number of steps.
 
+    **Arguments:**
+
+    - `numbers`: ranks or alphas by pattern, in the order of the file.
+
     **Raises:** `WeightsError` for expressions that may take too long, or that are not valid.
     """
 
     def __init__(self, numbers: Mapping[str, float]):
         expressions = [text for text in numbers if not _is_plain_name(text)]
         _check_steps(expressions)
+        # Both keep the position in the table, because the first match counts.
         self.names: dict[str, tuple[int, float]] = {}
         self.expressions: list[tuple[re.Pattern, tuple[int, float]]] = []
         for position, (text, number) in enumerate(numbers.items()):
@@ -38,6 +43,7 @@ class Patterns:
 
     def find(self, module: str, default: float) -> float:
         """Return the number of the first pattern that matches a module's name."""
+        # A pattern may begin with any field of the name: that is PEFT's `(.*\\.)?`.
         starts = [0]
         starts += [dot.end() for dot in re.finditer(r"\.", module)]
         # Plain names are looked up, not compared one by one: a file may hold 100,000 of them.
