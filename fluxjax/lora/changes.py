@@ -37,7 +37,13 @@ _MOST_LISTED_PROBLEMS = 10
 
 
 def effective_changes(model: eqx.Module, lora: Lora) -> dict[str, tuple[Change, ...]]:
-    """Return an adapter's changes of a network, without those that have no effect on it."""
+    """Return an adapter's changes of a network, without those that have no effect on it.
+
+    **Arguments:**
+
+    - `model`: the network, or its shapes.
+    - `lora`: the adapter.
+    """
     changes = lora.changes.get(network_kind("merge", model), {})
     effective = {}
     for name, of_weight in changes.items():
@@ -166,7 +172,12 @@ def _replacements(
     lora: Lora,
     scale: CheckedScale,
 ) -> Iterator[tuple[str, Change]]:
-    """Yield the changes of an adapter that set a weight, with the weight's name."""
+    """Yield the changes of an adapter that set a weight, with the weight's name.
+
+    **Arguments:**
+
+    - `scale`: of the adapter; where it is 0, the adapter sets nothing.
+    """
     for name, changes in effective_changes(model, lora).items():
         # At scale 0 the weight keeps its own value.
         if is_known_zero(weight_scale(scale, name)):

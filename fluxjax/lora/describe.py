@@ -47,6 +47,7 @@ def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -
         inner = term.inner if isinstance(term, MagnitudeTerm) else term
         if isinstance(inner, LowRankTerm):
             ranks.add(len(inner.down))
+            # Rounded, because float32's 0.1 would be printed as 0.10000000149.
             factors.add(round(float(inner.factor), 6))
     if ranks:
         lines.append(f"    rank {_describe_range(ranks)}, alpha / rank {_describe_range(factors)}")
@@ -54,7 +55,14 @@ def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -
 
 
 def _describe_blocks(names: Iterable[str]) -> str:
-    """Return the fields of the network that weights belong to, with the number of their blocks."""
+    """Return the fields of the network that weights belong to, with the number of their blocks.
+
+    **Arguments:**
+
+    - `names`: of the weights, as in "double.0.img.qkv.weight".
+
+    **Returns:** for example "double (19 blocks), img_in".
+    """
     blocks: dict[str, set[str]] = {}
     for name in names:
         field, second, *_ = name.split(".")

@@ -38,6 +38,11 @@ def extract_lora(
     norm scales it is the full difference. At a rank that the differences have, base and adapter
     give the tuned network up to float32's rounding.
 
+    For example:
+
+        difference = extract_lora(flux, tuned_flux, "flux", rank=32, to="kohya")
+        write_lora("difference.safetensors", difference, to="kohya")
+
     **Arguments:**
 
     - `base`, `tuned`: networks of the same shapes, or their weights in files.
@@ -88,11 +93,20 @@ def extract_lora(
 
 
 def _shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a network by name."""
     return {name: slot.shape for name, slot in slots.items()}
 
 
 def _weights(model: Weights | eqx.Module, network: str) -> Weights:
-    """Return a network's weights. **Raises:** `ValueError` if it is not the named network."""
+    """Return a network's weights, checked.
+
+    **Arguments:**
+
+    - `model`: a network in memory, or its weights in files.
+    - `network`: the name that the caller passed.
+
+    **Raises:** `ValueError` for another network; `WeightsError` for weights that are not plain.
+    """
     weights = model if isinstance(model, Weights) else InMemoryWeights(model)
     kind = network_kind("extract_lora", weights.network)
     if kind != network:
@@ -110,7 +124,15 @@ def _difference(
     name: str,
     slot: Slot,
 ) -> np.ndarray:
-    """Return the difference of one weight in float32. **Raises:** `WeightsError` if not finite."""
+    """Return the difference of one weight, in float32.
+
+    **Arguments:**
+
+    - `base`, `tuned`: the weights of both networks.
+    - `name`, `slot`: of the weight.
+
+    **Raises:** `WeightsError` for NaN or infinity in one of them.
+    """
     rows, float32 = slice(0, slot.shape[0]), np.dtype(np.float32)
     difference = tuned.read(name, rows, float32) - base.read(name, rows, float32)
     if not np.isfinite(difference).all():

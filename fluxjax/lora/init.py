@@ -73,6 +73,7 @@ def init_lora(
         )
     # Alpha is the rank by default, so the factor is 1.
     factor = jnp.float32((rank if alpha is None else alpha) / rank)
+    # One key for each matrix, so that no two downs are equal.
     subkeys = jax.random.split(key, len(chosen))
     changes: dict[str, tuple[Change, ...]] = {}
     for subkey, (name, (rows, columns)) in zip(subkeys, chosen.items(), strict=True):

@@ -91,7 +91,8 @@ def unmerge(
 ) -> Network:
     """Return the network that these adapters were merged into, up to rounding.
 
-    An input that an adapter widened stays wide; its added columns become zeros.
+    An input that an adapter widened stays wide; its added columns become zeros. In bfloat16 the
+    rounding of both steps remains, so keep the base where that matters.
 
     **Arguments:**
 
@@ -113,6 +114,11 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     """Return one line for each thing in an adapter that has no effect on this network.
 
     What has no effect on any network of FLUX is in `Lora.notes` instead.
+
+    **Arguments:**
+
+    - `model`: the network, or its shapes.
+    - `lora`: the adapter.
     """
     changes = lora.changes.get(network_kind("merge", model), {})
     if len(effective_changes(model, lora)) == len(changes):

@@ -179,6 +179,14 @@ def _place(
     candidate: _NamePattern,
     indices: Mapping[str, str],
 ) -> Place:
+    """Return the place of a module that a pattern matches.
+
+    **Arguments:**
+
+    - `module`: the whole name.
+    - `candidate`: the pattern.
+    - `indices`: the numbers in the name, by the name of the index.
+    """
     row, bias = candidate.row, None
     if candidate.bias is not None:
         bias = candidate.bias.format(**indices, p="bias")

@@ -42,7 +42,13 @@ class Patterns:
                 self.expressions.append((_compile_expression(text), (position, number)))
 
     def find(self, module: str, default: float) -> float:
-        """Return the number of the first pattern that matches a module's name."""
+        """Return the number of the first pattern that matches a module's name.
+
+        **Arguments:**
+
+        - `module`: its name inside the network.
+        - `default`: the number if no pattern matches.
+        """
         # A pattern may begin with any field of the name: that is PEFT's `(.*\\.)?`.
         starts = [0]
         starts += [dot.end() for dot in re.finditer(r"\.", module)]
@@ -100,6 +106,7 @@ def _most_steps(pattern: str) -> float:
 
 
 def _compile_expression(pattern: str) -> re.Pattern:
+    """Return an expression that matches up to the end of a name."""
     try:
         return re.compile(f"(?:{pattern})\\Z")
     except (re.error, OverflowError, RecursionError) as error:

@@ -92,6 +92,8 @@ def _adapter_file(path: Path) -> Path:
     """Return the adapter's file in a folder: the one that PEFT or diffusers names, or the only one.
 
     A path that is not a folder is returned as it is.
+
+    **Raises:** `WeightsError` for a folder without an adapter, or with several.
     """
     if not path.is_dir():
         return path
@@ -221,6 +223,11 @@ class _ModuleFinder:
 
 def _remove_incomplete(modules: dict[str, Module], unused: Iterable[str]) -> list[str]:
     """Remove the modules that an unused key belongs to, because the rest would mean another change.
+
+    **Arguments:**
+
+    - `modules`: by name, from which they are removed.
+    - `unused`: the keys.
 
     **Returns:** the keys of the removed modules.
     """

@@ -61,7 +61,13 @@ def peft_cayley(
 
 
 def _project(skew: np.ndarray, radius: float) -> np.ndarray:
-    """Scale down each block whose Frobenius norm is larger than the radius."""
+    """Scale down each block whose Frobenius norm is larger than the radius.
+
+    **Arguments:**
+
+    - `skew`: [blocks, size, size].
+    - `radius`: the largest norm that a block keeps.
+    """
     norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
     # The smallest normal number only keeps a zero block from a division by 0.
     factor = radius / np.maximum(norm, np.finfo(np.float64).tiny)
@@ -69,7 +75,13 @@ def _project(skew: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _neumann_series(skew: np.ndarray, terms: int) -> np.ndarray:
-    """Return I + 2 Q + 2 Q^2 + … + Q^last; as in PEFT, the last power counts once."""
+    """Return I + 2 Q + 2 Q^2 + … + Q^last; as in PEFT, the last power counts once.
+
+    **Arguments:**
+
+    - `skew`: Q of each block, [blocks, size, size].
+    - `terms`: their number, as PEFT's settings have it.
+    """
     total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
     if terms > 1:
         total += 2 * skew

@@ -113,7 +113,15 @@ def is_known_zero(scale: CheckedNumber) -> bool:
 
 
 def weight_scale(scale: CheckedScale, name: str) -> CheckedNumber:
-    """Return the scale of the weight of this name; 0 where a mapping has no prefix that fits."""
+    """Return the scale of one weight.
+
+    **Arguments:**
+
+    - `scale`: of the whole adapter.
+    - `name`: of the weight.
+
+    **Returns:** 0 where a mapping has no prefix that fits.
+    """
     if not isinstance(scale, Mapping):
         return scale
     fitting = [prefix for prefix in scale if has_name_prefix(name, prefix)]

@@ -25,8 +25,8 @@ Matrix = Float[Array, "rows columns"]
 class Term(eqx.Module):
     """A change of one weight [rows, columns], or of a vector [rows].
 
-    `additive`: whether the difference is the same for every base weight, so that subtracting it
-    restores the base.
+    - `additive`: whether the difference is the same for every base weight, so that subtracting it
+      restores the base.
     """
 
     additive: ClassVar[bool] = True
@@ -64,6 +64,10 @@ class Term(eqx.Module):
         """Return the shape of the difference for a base of this shape.
 
         The term fits the base if and only if the two shapes are equal.
+
+        **Arguments:**
+
+        - `base`: the shape of the weight, or of the part of it that is changed.
         """
         rows, columns = self.rows, self.columns
         changed = list(base)
@@ -204,6 +208,7 @@ class HadamardTerm(Term):
         down1 = _float32(self.down1)
         up2 = _float32(self.up2)
         down2 = _float32(self.down2)
+        # Rank r of the first and s of the second product are joined to one axis of r s.
         up = (up1[:, :, None] * up2[:, None]).reshape(len(up1), -1)
         scaled_up = _float32(self.factor) * up
         down = (down1[:, None] * down2[None]).reshape(-1, down1.shape[1])

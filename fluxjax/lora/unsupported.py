@@ -73,6 +73,10 @@ def _has_mark(key: str, mark: str) -> bool:
 def split_ignored_keys(keys: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Separate the keys that may have an effect on FLUX from those that certainly have none.
 
+    **Arguments:**
+
+    - `keys`: all keys of an adapter file.
+
     **Returns:** the keys that may have an effect; and one line for each kind of the others, which
     are bundled textual-inversion embeddings and CLIP's projection.
     """
@@ -101,6 +105,7 @@ def split_ignored_keys(keys: Iterable[str]) -> tuple[list[str], tuple[str, ...]]
 
 
 def _embeddings_note(embeddings: Sequence[str]) -> str:
+    """Return the line for the user about bundled embeddings, by their names."""
     names = ", ".join(printable(name, 60) for name in embeddings[:_MOST_NAMES])
     if len(embeddings) > _MOST_NAMES:
         names += " …"

@@ -57,6 +57,10 @@ def write_lora(
     parts, or those of the parts are put together as a block-diagonal product. Alpha / rank is
     multiplied into the up matrix.
 
+    For example, to convert a file to kohya's names:
+
+        write_lora("kohya.safetensors", read_lora("style.safetensors"), to="kohya")
+
     **Arguments:**
 
     - `path`: of the file, which ends in .safetensors.
@@ -96,6 +100,7 @@ def write_lora(
                 f"{key} holds NaN or infinity, so the adapter is not written. "
                 "Its training diverged: train it again with a lower learning rate."
             )
+    # Cast after all checks, so that an error leaves nothing behind.
     outputs = {}
     for key, tensor in tensors.items():
         stored = _cast_factor(key, tensor, target)
@@ -207,7 +212,13 @@ class _WrittenWeight:
 
 
 def _weight_tensors(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarray]:
-    """Return the tensors of a file that hold the changes of a weight, by key."""
+    """Return the tensors of a file that hold the changes of a weight, by key.
+
+    **Arguments:**
+
+    - `weight`: with its changes.
+    - `names`: of the format to be written.
+    """
     if any(isinstance(change.term, FullTerm) for change in weight.changes):
         return _full_difference(weight, names)
     tensors = {}
@@ -247,7 +258,13 @@ def _full_difference(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndar
 def _module_factors(
     weight: _WrittenWeight, dialect: Dialect
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield the modules that hold the changes of a weight, each with its up and its down."""
+    """Yield the modules that hold the changes of a weight, each with its up and its down.
+
+    **Arguments:**
+
+    - `weight`: all of whose changes are of low rank.
+    - `dialect`: the key table, read backwards.
+    """
     rows = weight.rows
     columns = max(change.term.columns or 0 for change in weight.changes)
     unscaled = [(change, 1.0) for change in weight.changes]
@@ -270,7 +287,13 @@ def _cast_factor(
     tensor: np.ndarray,
     dtype: np.dtype | None,
 ) -> np.ndarray:
-    """Return a tensor in the dtype of the factors; alphas stay float32."""
+    """Return a tensor in the dtype of the factors; alphas stay float32.
+
+    **Arguments:**
+
+    - `key`: of the tensor.
+    - `dtype`: None for the one that it has.
+    """
     if dtype is None or key.endswith(".alpha"):
         return tensor
     return cast(np.asarray(tensor), dtype, key)
