@@ -1,3 +1,5 @@
+"""The programs and commands that the README and the documentation show."""
+
 import math
 import re
 from pathlib import Path
@@ -6,14 +8,21 @@ import jax.numpy as jnp
 import pytest
 
 from fluxjax import read_image
+from fluxjax.cli.main import build_parser
 from fluxjax.flow import sample, uniform_times
 
 README = Path(__file__).parent.parent / "README.md"
-PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+DOCS = README.parent / "docs"
+
+
+def programs_of(page):
+    """Return the Python programs of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    ("program", "image"), list(zip(PROGRAMS[:2], ["heart.png", "star.png"], strict=True))
+    ("program", "image"),
+    list(zip(programs_of(README)[:2], ["heart.png", "star.png"], strict=True)),
 )
 def test_the_readmes_programs_draw_their_images(program, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -24,25 +33,29 @@ def test_the_readmes_programs_draw_their_images(program, image, tmp_path, monkey
 def test_the_weights_pages_programs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for program in re.findall(
-        r"```python\n(.*?)```", (README.parent / "docs" / "weights.md").read_text(), re.DOTALL
-    ):
+    for program in programs_of(DOCS / "weights.md"):
         exec(program, names)
     for written in ("tiny-own/flux.safetensors", "flux.safetensors", "my-model/fluxjax.json"):
         assert (tmp_path / written).is_file()
 
 
 def test_the_sampling_pages_own_integrator_has_its_order():
-    program = re.findall(
-        r"```python\n(.*?)```", (README.parent / "docs" / "sampling.md").read_text(), re.DOTALL
-    )[0]
+    program = programs_of(DOCS / "sampling.md")[0]
     assert program.count("\n") < 20
     names: dict = {}
     exec(program, names)
     # dx/dt = -x over [1, 0] multiplies by e.
-    ends = [
-        float(sample(lambda x, t: -x, jnp.ones(()), uniform_times(n), step=names["Ralston"]()).x)
-        for n in (8, 16)
-    ]
-    first, second = (abs(end - math.e) for end in ends)
-    assert math.log2(first / second) == pytest.approx(2, abs=0.25)
+    errors = []
+    for steps in (8, 16):
+        end = sample(lambda x, t: -x, jnp.ones(()), uniform_times(steps), step=names["Ralston"]()).x
+        errors.append(abs(float(end) - math.e))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
+
+
+def test_the_readme_lists_every_option_of_generate():
+    text = README.read_text()
+    section = text[text.index("## Options of `fluxjax generate`") :]
+    listed = re.findall(r"--[a-z0-9-]+", section[: section.index(";")])
+    options = vars(build_parser().parse_args(["generate", "a star"]))
+    names = {f"--{name.replace('_', '-')}" for name in options.keys() - {"prompt", "function"}}
+    assert sorted(listed) == sorted(names)
