@@ -359,7 +359,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", ENDED, "full", str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.count("exit code 2") == 2, done.stderr
-    assert done.stderr.count("No room for") == 2
+    assert done.stderr.count("There is not enough disk space for") == 2
     assert done.stderr.count("Free some, or write elsewhere") == 2
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
