@@ -30,6 +30,7 @@ def flux_from_json(config: JsonObject) -> FluxConfig:
     width = values["num_attention_heads"] * values["attention_head_dim"]
     return FluxConfig(
         in_channels=values["in_channels"],
+        # null stands for as many as come in.
         out_channels=values.get("out_channels") or values["in_channels"],
         width=width,
         heads=values["num_attention_heads"],
@@ -134,13 +135,14 @@ def clip_from_json(config: JsonObject) -> ClipConfig:
 
     **Raises:** `WeightsError` for an activation that fluxjax does not have.
     """
+    # A `CLIPModel` has the vision encoder too, and the text encoder's config under this name.
     values = read_fields(config.get("text_config", config), CLIP_FIELDS)
     eos = values.get("eos_token_id", 49407)
     activation = values.get("hidden_act", "quick_gelu")
     if activation not in _CLIP_ACTIVATIONS:
         raise WeightsError(
-            f"CLIP's hidden_act {quote_name(activation)} is not one of {', '.join(_CLIP_ACTIVATIONS)}. "
-            "Pass FLUX.1's text_encoder."
+            f"CLIP's hidden_act {quote_name(activation)} is not one of "
+            f"{', '.join(_CLIP_ACTIVATIONS)}. Pass FLUX.1's text_encoder."
         )
     return ClipConfig(
         vocabulary=values["vocab_size"],
@@ -183,6 +185,7 @@ def t5_from_json(config: JsonObject) -> T5Config:
     **Raises:** `WeightsError` for another version of T5 than 1.1.
     """
     values = read_fields(config, T5_FIELDS)
+    # transformers takes "relu", that of version 1.0, where the config does not have the field.
     if values.get("feed_forward_proj", "relu") != "gated-gelu":
         raise WeightsError(
             "This T5 is not of version 1.1 (feed_forward_proj is not gated-gelu). "

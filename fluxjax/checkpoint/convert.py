@@ -99,13 +99,14 @@ def convert_weights(
 
 
 def _check_options(layout: str, shard_size: int | None, *, single_file: bool) -> None:
+    """**Raises:** `ValueError` for another layout, or shards of a layout that has none."""
     check_layout("convert_weights(to)", layout)
     if shard_size is None:
         return
     if single_file or layout not in FOLDER_LAYOUTS or shard_size < 1:
         raise ValueError(
             "Shards need a folder of the own or the diffusers layout as destination, and a size of "
-            "1 byte or more."
+            f"1 byte or more, got {shard_size}. Choose such a destination, or leave out shard_size."
         )
 
 
@@ -116,6 +117,7 @@ def _chosen_kinds(only: str | Sequence[str] | None) -> list[str] | None:
     """
     if only is None:
         return None
+    # The letters of a single name would else be taken for names.
     names = {only} if isinstance(only, str) else set(only)
     unknown = sorted(names - KINDS.keys())
     if unknown:
@@ -131,6 +133,7 @@ def _chosen_networks(source: Source, names: Sequence[str] | None) -> list[AnyFou
     """
     if names is not None:
         return [source.network(KINDS[name]) for name in names]
+    # Nothing is left out silently: what is not converted has to be chosen so.
     for problem in source.unknown_files.values():
         raise WeightsError(f"{problem} To convert the rest, choose it with `only`.")
     if source.unknown_tensors:
@@ -153,7 +156,8 @@ def _check_transform(
     """**Raises:** `WeightsError` for a transform of a network that is not converted."""
     if transform is None:
         return
-    unused = sorted(transform.networks - {network.kind.name for network in networks})
+    converted = {network.kind.name for network in networks}
+    unused = sorted(transform.networks - converted)
     if unused:
         raise WeightsError(
             f"`convert_weights(transform)` changes {', '.join(unused)} too, which is not "
@@ -194,6 +198,7 @@ def _write_rest(
                 copied.append(name)
     if defaults is None:
         return
+    # diffusers reads its index only together with all of the folders that it names.
     is_complete = len(kinds) == len(KINDS) and len(copied) == len(TOKENIZER_FOLDERS)
     if layout == "diffusers" and is_complete:
         write_pipeline(folder, defaults)

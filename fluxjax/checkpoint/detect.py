@@ -41,7 +41,8 @@ class Source:
             return self.networks[kind.name]
         if self.unknown_files and not self.networks:
             raise WeightsError(next(iter(self.unknown_files.values())))
-        others = ", ".join(f"a {network.kind.title}" for network in self.networks.values())
+        titles = [f"a {network.kind.title}" for network in self.networks.values()]
+        others = ", ".join(titles)
         raise WeightsError(
             f"{printable_path(self.path)} holds no {kind.title}, but {others or 'no weights'}. "
             f"Pass the {kind.title}'s own file or folder."
@@ -50,7 +51,10 @@ class Source:
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Files that hold one set of tensors, such as shards, and the config.json beside them."""
+    """Files that hold one set of tensors, such as shards, and the config.json beside them.
+
+    `settings`: what the config.json holds; None if there is none.
+    """
 
     paths: Sequence[Path]
     settings: JsonObject | None = None
@@ -68,7 +72,7 @@ def open_source(path: Path) -> Source:
         paths = read_index(path) if path.name.endswith(".index.json") else [path]
         return _collect(path, [FileGroup(paths)])
     if not path.is_dir():
-        if path.exists():
+        if path.exists():  # a pipe or a device, of which the error says so
             check_regular_file(path)
         raise FileNotFoundError(
             f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder."
@@ -80,9 +84,11 @@ def open_source(path: Path) -> Source:
     source = _collect(path, groups)
     if source.networks.keys() == KINDS.keys():
         return source
+    # Files in the folder itself, such as BFL's or ComfyUI's, add what is missing.
     beside = _collect(path, _file_groups(path))
     return Source(
         path,
+        # A network in its own folder is preferred to the same one beside.
         {**beside.networks, **source.networks},
         {**source.unknown_files, **beside.unknown_files},
         [*source.unknown_tensors, *beside.unknown_tensors],
@@ -101,11 +107,12 @@ def _file_groups(folder: Path) -> list[FileGroup]:
     for file in _files_ending_in(folder, ("*.safetensors", "*.gguf", "*.sft")):
         if file not in sharded:
             groups.append(FileGroup([file], settings))
+    # A config.json is of one network, so with several it would not be known whose it is.
     if settings is not None and len(groups) > 1:
         names = printable(", ".join(group.paths[0].name for group in groups))
         raise WeightsError(
-            f"{printable_path(folder)} should hold one network, or its shards and their index; it holds "
-            f"{names}. Remove one."
+            f"{printable_path(folder)} should hold one network, or its shards and their index; it "
+            f"holds {names}. Remove one."
         )
     if not groups:
         pickles = _files_ending_in(folder, ("*.bin", "*.ckpt", "*.pt"))
@@ -115,6 +122,7 @@ def _file_groups(folder: Path) -> list[FileGroup]:
 
 
 def _files_ending_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files of a folder that fit one of the patterns, sorted by name."""
     files: list[Path] = []
     for pattern in patterns:
         files += folder.glob(pattern)
@@ -122,15 +130,21 @@ def _files_ending_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _read_settings(path: Path) -> JsonObject | None:
+    """Return a config.json; None if there is none."""
     if not path.exists():
         return None
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise WeightsError(f"{printable_path(path)} is not a config. Download it anew.")
+        raise WeightsError(f"{printable_path(path)} is not a config. Download it again.")
     return settings
 
 
 def _collect(path: Path, groups: Iterable[FileGroup]) -> Source:
+    """Return what groups of files hold together.
+
+    **Arguments:** `path`: the folder or the file that was passed, for messages.
+    **Raises:** `WeightsError` for two of one network.
+    """
     networks: dict[str, AnyFoundNetwork] = {}
     unknown_files: dict[Path, str] = {}
     unknown_tensors: list[str] = []
@@ -140,11 +154,12 @@ def _collect(path: Path, groups: Iterable[FileGroup]) -> Source:
         for network in found:
             other = networks.setdefault(network.kind.name, network)
             if other is not network:
-                names = [printable(one.files[0].name) for one in (other, network)]
+                one, two = printable(other.files[0].name), printable(network.files[0].name)
                 raise WeightsError(
-                    f"{printable_path(path)} holds two {network.kind.title}s, in {' and '.join(names)}. "
+                    f"{printable_path(path)} holds two {network.kind.title}s, in {one} and {two}. "
                     "Pass one of the files."
                 )
+        # What is beside networks in a file is reported tensor by tensor, any other file as one.
         if found:
             unknown_tensors += unknown
         else:
@@ -158,6 +173,7 @@ def read_file(path: Path) -> TensorFile:
     **Raises:** `WeightsError` for any other file, or a damaged one.
     """
     check_regular_file(path)
+    # By the content, since downloads are often renamed.
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic == GGUF_MAGIC:

@@ -31,10 +31,12 @@ class Row:
 
     @cached_property
     def key_pattern(self) -> re.Pattern[str]:
+        """The regular expression of the key, with a group for each placeholder."""
         return _compile(self.key)
 
     @cached_property
     def name_pattern(self) -> re.Pattern[str]:
+        """The regular expression of the name, with a group for each placeholder."""
         return _compile(self.name)
 
 
@@ -45,7 +47,9 @@ def _compile(text: str) -> re.Pattern[str]:
     """Return the regular expression of a pattern, with a group for each placeholder."""
     expression = re.escape(text)
     for name, choices in _PLACEHOLDERS.items():
-        expression = expression.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{choices})", 1)
+        placeholder = re.escape(f"{{{name}}}")
+        # Once only, since a group of one name can't come twice in an expression.
+        expression = expression.replace(placeholder, f"(?P<{name}>{choices})", 1)
     return re.compile(expression + r"\Z")
 
 
@@ -53,7 +57,7 @@ def _without_indices(key: str) -> str:
     """Return a key with "#" in place of each index."""
     fields = key.split(".")
     for position, field in enumerate(fields):
-        if field.isascii() and field.isdigit():
+        if field.isascii() and field.isdigit():  # other digits, as of Arabic, are no indices
             fields[position] = "#"
     return ".".join(fields)
 
@@ -79,7 +83,8 @@ class Dialect:
     def find(self, key: str) -> tuple[str, Row] | None:
         """Return the name of the parameter that a key belongs to, and the key's row."""
         stripped = self.without_prefix(key)
-        for row in self._rows_by_form.get(_without_indices(stripped), self._general_rows):
+        rows = self._rows_by_form.get(_without_indices(stripped), self._general_rows)
+        for row in rows:
             match = row.key_pattern.match(stripped)
             if match:
                 return row.name.format(**match.groupdict()), row
@@ -108,6 +113,7 @@ class Dialect:
         table: dict[str, list[Row]] = {}
         for row in self.rows:
             kinds = ("weight", "bias") if "{p}" in row.key else ("",)
+            # One form per kind of tensor; any index stands for all of them.
             for kind in kinds:
                 form = _without_indices(row.key.format(i=0, j=0, p=kind, leaf=""))
                 table.setdefault(form, []).append(row)

@@ -22,6 +22,7 @@ def check_dtype(call: str, dtype: DTypeLike | None) -> np.dtype | None:
     except TypeError as error:
         remedy = _describe_dtypes(str(dtype))
         raise ValueError(f"`{call}(dtype)` got {printable(repr(dtype))}. {remedy}") from error
+    # JAX would silently make float32 of it.
     if checked == np.float64:
         if jax.config.read("jax_enable_x64"):
             return checked
@@ -39,6 +40,7 @@ def _describe_dtypes(name: str) -> str:
     known = f"Weights are loaded as {', '.join(LOADED_DTYPES)}, or float64 in JAX's 64-bit mode."
     if "8" not in name:
         return known
+    # Whoever asks for int8 or fp8 here most likely wants less memory.
     format = "fp8" if "f" in name else "int8"
     return (
         f"{known} To round the blocks' matrices to 8 bits, `load_flux` and `load_t5` take "

@@ -124,9 +124,11 @@ def identify_networks(
     tensors = _all_tensors(files)
     paths = tuple(file.path for file in files)
     metadata = _own_metadata(files)
+    # The own layout's names are those of the leaves, which need no searching.
     if metadata is not None and metadata.get("layout") == tables.OWN.name:
         return [_own_network(metadata, tensors, paths)], []
     _check_quantization(settings, paths)
+    # Before keys are compared: scales beside a weight would be unknown tensors.
     tensors = combine_packed(tensors, files)
     own: JsonObject = {} if metadata is None else metadata["parts"]
     networks: list[AnyFoundNetwork] = []
@@ -143,14 +145,15 @@ def identify_networks(
 
 
 def _all_tensors(files: Sequence[TensorFile]) -> dict[str, Tensor]:
+    """Return the tensors of all files. **Raises:** `WeightsError` if two files hold the same."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         repeated = sorted(tensors.keys() & file.tensors.keys())
         if repeated:
             other = printable_path(tensors[repeated[0]].file)
             raise WeightsError(
-                f"{printable_path(file.path)} holds {quote_name(repeated[0])}, which {other} holds too. "
-                "Remove one of the files."
+                f"{printable_path(file.path)} holds {quote_name(repeated[0])}, which {other} "
+                "holds too. Remove one of the files."
             )
         tensors |= file.tensors
     return tensors
@@ -158,20 +161,22 @@ def _all_tensors(files: Sequence[TensorFile]) -> dict[str, Tensor]:
 
 def _own_metadata(files: Sequence[TensorFile]) -> JsonObject | None:
     """Return what fluxjax wrote in the metadata of the first file that has it, else None."""
+    texts = []
     for file in files:
         if OWN_METADATA in file.metadata:
-            break
-    else:
+            texts.append(file.metadata[OWN_METADATA])
+    if not texts:
         return None
     try:
-        metadata = json.loads(file.metadata[OWN_METADATA])
+        # All shards of a network have the same metadata.
+        metadata = json.loads(texts[0])
     except (ValueError, RecursionError):
         metadata = None
     parts = metadata.get("parts") if isinstance(metadata, dict) else None
     if not isinstance(parts, dict) or not parts or not parts.keys() <= KINDS.keys():
         raise WeightsError(
             f"{printable_path(files[0].path)}: fluxjax's metadata is damaged. "
-            "Download or convert the file anew."
+            "Download or convert the file again."
         )
     return metadata
 
@@ -183,8 +188,8 @@ def _own_network(
     parts = metadata["parts"]
     if len(parts) != 1:
         raise WeightsError(
-            f"{printable_path(paths[0])}: fluxjax's metadata names {len(parts)} networks, and the own "
-            "layout has one in a file. Convert the file anew."
+            f"{printable_path(paths[0])}: fluxjax's metadata names {len(parts)} networks, and the "
+            "own layout has one in a file. Convert the file again."
         )
     ((name, config),) = parts.items()
     return FoundNetwork(KINDS[name], tables.OWN, _unstack(tensors), config, None, paths)
@@ -198,6 +203,7 @@ def _unstack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     unstacked: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        # A tensor without values could have any number of blocks.
         has_blocks = is_stacked(name) and len(tensor.shape) > 0 and tensor.size > 0
         if (
             has_blocks
@@ -213,12 +219,17 @@ def _unstack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_quantization(settings: JsonObject | None, paths: Sequence[Path]) -> None:
     """**Raises:** `WeightsError` if config.json names a quantization that can't be decoded."""
-    described = None if settings is None else settings.get("quantization_config")
-    method = described.get("quant_method") if isinstance(described, dict) else None
+    described = None
+    if settings is not None:
+        described = settings.get("quantization_config")
+    if not isinstance(described, dict):
+        return
+    method = described.get("quant_method")
     if method is not None and method not in _DECODED_METHODS:
         raise WeightsError(
-            f"{printable_path(paths[0])} is quantized by {printable(str(method), 40)} (its config.json), "
-            "which fluxjax can't decode. Use the model's bfloat16, bitsandbytes or GGUF weights."
+            f"{printable_path(paths[0])} is quantized by {printable(str(method), 40)} (its "
+            "config.json), which fluxjax can't decode. Use the model's bfloat16, bitsandbytes or "
+            "GGUF weights."
         )
 
 
@@ -235,6 +246,7 @@ def _find_dialect(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Di
                 return prefix, dialect
     for prefix in kind.prefixes:
         keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+        # The prefix "" is the last one, so that a file of several networks is not taken for one.
         for dialect in kind.dialects:
             if _has_most_of(dialect, keys):
                 return prefix, dialect

@@ -1,5 +1,6 @@
 """What a file or a folder holds, reported from the headers of its files."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -49,15 +50,21 @@ class Summary:
         return self.error is None and not any(self.problems.values())
 
     def __str__(self) -> str:
-        title = self.title if self.variant is None else f"{self.title} ({self.variant})"
-        size = "unknown size" if self.parameters is None else f"{self.parameters:,} parameters"
+        title = self.title
+        if self.variant is not None:
+            title += f" ({self.variant})"
+        size = "unknown size"
+        if self.parameters is not None:
+            size = f"{self.parameters:,} parameters"
+        files = list_names(self.files)
         lines = [
-            f"{self.kind}: {title}, {size}, {self.nbytes / 1e6:,.1f} MB",
-            f"  in {list_names(self.files)}; {self.names} names; stored as {self._storage_line()}",
+            f"{self.kind}: {title}, {size}, {_megabytes(self.nbytes)}",
+            f"  in {files}; {self.names} names; stored as {self._storage_line()}",
         ]
         for problem, keys in self.problems.items():
             if keys:
                 lines.append(f"  {len(keys)} {problem}: {list_names(keys)}")
+        # The last line says whether it loads, and with which function.
         if self.error is not None:
             lines.append(f"  does not load: {self.error}")
         elif self.whole:
@@ -68,8 +75,15 @@ class Summary:
 
     def _storage_line(self) -> str:
         """Return how many MB are stored in which way, the most first."""
-        by_size = sorted(self.storage.items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in by_size)
+        by_size = sorted(self.storage, key=lambda name: -self.storage[name])
+        entries = []
+        for name in by_size:
+            entries.append(f"{name} {_megabytes(self.storage[name])}")
+        return ", ".join(entries)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -119,25 +133,30 @@ def inspect_weights(source: str | Path) -> Report:
     source.
     """
     found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
-    networks = tuple(_summarize(network) for network in found.networks.values())
-    unknown_files = {path.name: problem for path, problem in found.unknown_files.items()}
-    return Report(networks, unknown_files, tuple(found.unknown_tensors))
+    networks = []
+    for network in found.networks.values():
+        networks.append(_summarize(network))
+    unknown_files = {}
+    for path, problem in found.unknown_files.items():
+        unknown_files[path.name] = problem
+    return Report(tuple(networks), unknown_files, tuple(found.unknown_tensors))
 
 
 def _summarize(network: AnyFoundNetwork) -> Summary:
+    """Return the summary of one network; an unknown config is part of it and no error."""
     problems: Problems = {}
     count = variant = error = None
     try:
+        # Matching reads no values, so this is fast for files of any size.
         plan, problems = network.check()
         count, variant = parameter_count(plan.network), flux_variant(network.config)
     except WeightsError as problem:
         error = str(problem)
-    bytes_by_storage: dict[str, int] = {}
-    values_by_dtype: dict[str, int] = {}
+    bytes_by_storage: Counter[str] = Counter()
+    values_by_dtype: Counter[str] = Counter()
     for tensor in network.tensors.values():
-        storage, dtype = tensor.storage, str(tensor.dtype)
-        bytes_by_storage[storage] = bytes_by_storage.get(storage, 0) + tensor.nbytes
-        values_by_dtype[dtype] = values_by_dtype.get(dtype, 0) + tensor.size
+        bytes_by_storage[tensor.storage] += tensor.nbytes
+        values_by_dtype[str(tensor.dtype)] += tensor.size
     return Summary(
         kind=network.kind.name,
         title=network.kind.title,
@@ -145,8 +164,9 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
         variant=variant,
         files=tuple(file.name for file in network.files),
         parameters=count,
-        nbytes=sum(tensor.nbytes for tensor in network.tensors.values()),
-        storage=bytes_by_storage,
+        nbytes=bytes_by_storage.total(),
+        storage=dict(bytes_by_storage),
+        # Most values, not most tensors: a few large matrices outweigh many biases.
         loads_as=max(values_by_dtype, key=values_by_dtype.__getitem__, default="nothing"),
         problems=problems,
         error=error,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from fluxjax.checkpoint import configs, names as tables, shape_configs
+from fluxjax.checkpoint import configs, folders, names as tables, shape_configs
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.own_configs import Config, NetworkConfig
@@ -51,11 +51,12 @@ class Kind(Generic[Config]):
 FLUX = Kind(
     name="flux",
     title="FLUX transformer",
-    folder="transformer",
+    folder=folders.TRANSFORMER_FOLDER,
     stem="diffusion_pytorch_model",
     network=Flux,
     config=FluxConfig,
     dialects=(tables.FLUX_BFL, tables.FLUX_DIFFUSERS),
+    # ComfyUI's and Stable Diffusion's, then those of other programs; most files have none.
     prefixes=("model.diffusion_model.", "diffusion_model.", "transformer.", ""),
     from_json=configs.flux_from_json,
     to_json=configs.flux_to_json,
@@ -64,7 +65,7 @@ FLUX = Kind(
 T5_XXL = Kind(
     name="t5",
     title="T5 encoder",
-    folder="text_encoder_2",
+    folder=folders.T5_FOLDER,
     stem="model",
     network=T5,
     config=T5Config,
@@ -77,7 +78,7 @@ T5_XXL = Kind(
 CLIP = Kind(
     name="clip",
     title="CLIP text encoder",
-    folder="text_encoder",
+    folder=folders.CLIP_FOLDER,
     stem="model",
     network=Clip,
     config=ClipConfig,
@@ -90,10 +91,11 @@ CLIP = Kind(
 VAE = Kind(
     name="vae",
     title="VAE",
-    folder="vae",
+    folder=folders.VAE_FOLDER,
     stem="diffusion_pytorch_model",
     network=Vae,
     config=VaeConfig,
+    # Whatever the number of levels here, `dialect_for` makes BFL's table for that of the config.
     dialects=(tables.vae_bfl(4), tables.VAE_DIFFUSERS),
     prefixes=("vae.", "first_stage_model.", ""),
     from_json=configs.vae_from_json,
@@ -134,12 +136,15 @@ def flux_variant(config: NetworkConfig) -> str | None:
     """
     if not isinstance(config, FluxConfig):
         return None
+    # Fill and Canny/Depth append the features of their condition to those of the image's tokens.
     if config.in_channels == FluxConfig().in_channels:
         name = "dev" if config.guidance_embed else "schnell"
     else:
         unknown = f"{config.in_channels} input features"
         name = _VARIANTS_BY_CHANNELS.get(config.in_channels, unknown)
     full_size = replace(
-        FluxConfig(), in_channels=config.in_channels, guidance_embed=config.guidance_embed
+        FluxConfig(),
+        in_channels=config.in_channels,
+        guidance_embed=config.guidance_embed,
     )
     return name if config == full_size else f"{name}, of another size"

@@ -37,6 +37,7 @@ class NetworkToWrite:
 
     @property
     def config(self) -> NetworkConfig:
+        """The network's config; a transform may have changed that of its source."""
         return self.weights.config
 
 
@@ -50,6 +51,7 @@ class OutputFile:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensors, without the header."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -82,7 +84,8 @@ def output_files(
     if name is None:
         files = []
         for network in networks:
-            files.append(_output_file([network], layout, dtype, _file_name(network, layout, dtype)))
+            path = _file_name(network, layout, dtype)
+            files.append(_output_file([network], layout, dtype, path))
         return files
     if layout == "diffusers":
         raise WeightsError(
@@ -100,6 +103,7 @@ def output_files(
 def _output_file(
     networks: Sequence[NetworkToWrite], layout: str, dtype: np.dtype | None, path: str
 ) -> OutputFile:
+    """Return one file with these networks, and with what the metadata says of them."""
     tensors: dict[str, OutputTensor] = {}
     for network in networks:
         # Keys of several networks in a file are told apart by ComfyUI's prefixes.
@@ -110,16 +114,21 @@ def _output_file(
             of_network = dialect_tensors(network, _dialect_of(network, layout), dtype)
         for key, tensor in of_network.items():
             tensors[prefix + key] = tensor
+    configs, origins = {}, {}
+    for network in networks:
+        configs[network.kind.name] = own_configs.to_dict(network.config)
+        origins[network.kind.name] = network.origin
     metadata = {
         "layout": layout,
-        "parts": {network.kind.name: own_configs.to_dict(network.config) for network in networks},
-        "origin": {network.kind.name: network.origin for network in networks},
+        "parts": configs,
+        "origin": origins,
         "version": _version(),
     }
     return OutputFile(path, tensors, {OWN_METADATA: json.dumps(metadata)})
 
 
 def _version() -> str:
+    """Return which fluxjax writes the file."""
     try:
         return f"fluxjax {version('fluxjax')}"
     except PackageNotFoundError:  # used from a source tree that is not installed
@@ -189,16 +198,22 @@ def dialect_tensors(
             )
         target = _written_dtype(network, name, parameter.shape, dtype)
         for key, row in keys:
-            rows = slice(0, parameter.shape[0]) if row.part is None else fused[row.part]
-            shape = (rows.stop - rows.start, *parameter.shape[1:])
+            rows = slice(0, parameter.shape[0])
+            if row.part is not None:
+                rows = fused[row.part]
+            count = rows.stop - rows.start
+            shape = shape_in_file((count, *parameter.shape[1:]), row.layout)
             chunks = _ParameterRows(network.weights, name, rows, row, target)
-            tensors[key] = OutputTensor(target, shape_in_file(shape, row.layout), chunks)
+            tensors[key] = OutputTensor(target, shape, chunks)
     return tensors
 
 
 @dataclass(frozen=True)
 class _ParameterRows:
-    """Reads rows of a parameter when called, as a row of a key table lays them out."""
+    """Reads rows of a parameter when called, as a row of a key table lays them out.
+
+    `name`: of the parameter. `rows`: those that the tensor holds. `dtype`: to write them in.
+    """
 
     weights: Weights
     name: str
@@ -219,6 +234,7 @@ def stacked_tensors(network: NetworkToWrite, dtype: np.dtype | None) -> dict[str
     for leaf_name, leaf in zip(leaf_names(weights.network), leaves, strict=True):
         shape = leaf.shape[1:] if is_stacked(leaf_name) else leaf.shape
         names = parameter_names(leaf_name, leaf.shape)
+        # The blocks of a leaf lie in one tensor, which has one dtype.
         target = widest(_written_dtype(network, name, shape, dtype) for name in names)
         chunks = _ParameterStack(weights, names, shape, target)
         tensors[leaf_name] = OutputTensor(target, leaf.shape, chunks)
@@ -227,7 +243,10 @@ def stacked_tensors(network: NetworkToWrite, dtype: np.dtype | None) -> dict[str
 
 @dataclass(frozen=True)
 class _ParameterStack:
-    """Reads the blocks of a leaf one by one when called."""
+    """Reads the blocks of a leaf one by one when called.
+
+    `names`: of the blocks' parameters. `shape`: of each. `dtype`: to write them in.
+    """
 
     weights: Weights
     names: Iterable[str]
@@ -246,7 +265,8 @@ def _written_dtype(
     stored = network.weights.dtype(name)
     if dtype is None:
         return stored
-    is_linear = len(shape) == 2 and name not in _TABLES and network.kind is not VAE
-    if dtype.itemsize == 1 and not is_linear:
+    is_matrix = len(shape) == 2 and name not in _TABLES
+    # 8 bits are too few for norms, biases and tables, and for the few weights of the VAE.
+    if dtype.itemsize == 1 and (not is_matrix or network.kind is VAE):
         return stored
     return dtype

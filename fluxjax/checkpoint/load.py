@@ -1,6 +1,6 @@
 """A plan's leaves into memory, onto devices, or rounded to 8 bits as they are read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -46,6 +46,7 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Shardings = No
 
 
 def _one_per_leaf(sharding: Shardings, network: Network, count: int) -> Sequence[Sharding | None]:
+    """Return one sharding per leaf, in the order of the leaves."""
     # A pytree of shardings has the structure of a network, and networks can be called.
     if callable(sharding) and not isinstance(sharding, eqx.Module):
         sharding = sharding(network)
@@ -63,7 +64,11 @@ def _one_per_leaf(sharding: Shardings, network: Network, count: int) -> Sequence
 def _place(
     plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """Return a leaf as an array on the devices of its sharding."""
+    """Return a leaf as an array on the devices of its sharding.
+
+    **Arguments:** `name`, `shape`: of the leaf. `dtype`: to load it in. `sharding`: None for the
+    default device.
+    """
     if sharding is None or (sharding.is_fully_replicated and sharding.is_fully_addressable):
         values = plan.leaf(name, shape, dtype, (slice(None),) * len(shape))
         return jax.device_put(values, sharding, may_alias=True)
@@ -88,25 +93,33 @@ def load_with_block_weights(
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def remove(path: KeyPath, node: Any) -> Any:
+    def remove(path: KeyPath, node: object) -> object:
         name = path_name(path)
         if not isinstance(node, Dense) or not is_stacked(name):
             return node
         shapes[name] = node.shape
         return None
 
-    def insert(path: KeyPath, node: Any) -> Any:
-        return weights.get(path_name(path), node)
-
+    # `None` is a pytree without leaves, so `load` skips what is removed.
     rest = jax.tree_util.tree_map_with_path(
-        remove, plan.network, is_leaf=lambda node: isinstance(node, Dense)
+        remove,
+        plan.network,
+        is_leaf=lambda node: isinstance(node, Dense),
     )
     loaded = load(Plan(rest, plan.sources, plan.parameters), dtype=dtype)
-    weights: Mapping[str, Weight] = {
-        name: make_weight(name, shape, loaded_dtype(plan, name, shape, dtype))
-        for name, shape in shapes.items()
-    }
-    return jax.tree_util.tree_map_with_path(insert, loaded, is_leaf=lambda node: node is None)
+    weights: dict[str, Weight] = {}
+    for name, shape in shapes.items():
+        target = loaded_dtype(plan, name, shape, dtype)
+        weights[name] = make_weight(name, shape, target)
+
+    def insert(path: KeyPath, node: object) -> object:
+        return weights.get(path_name(path), node)
+
+    return jax.tree_util.tree_map_with_path(
+        insert,
+        loaded,
+        is_leaf=lambda node: node is None,
+    )
 
 
 def load_quantized(plan: Plan, format: str, *, dtype: DTypeLike | None = None) -> Network:

@@ -8,10 +8,12 @@ from fluxjax.checkpoint.dialect import Dialect, Layout, Row
 
 
 def _rows(*pairs: tuple[str, str], layout: Layout | None = None) -> tuple[Row, ...]:
+    """Return rows of pairs of a key and a name."""
     return tuple(Row(key, name, layout=layout) for key, name in pairs)
 
 
 def _mlp_embedder(key: str, name: str, first: str, second: str) -> tuple[Row, ...]:
+    """Return the rows of an embedder: two layers with an activation between."""
     return _rows(
         (f"{key}.{first}.{{p}}", f"{name}.up.{{p}}"),
         (f"{key}.{second}.{{p}}", f"{name}.down.{{p}}"),
@@ -188,10 +190,12 @@ T5_LLAMA = Dialect(
 
 
 def _norm(key: str, name: str) -> tuple[Row, ...]:
+    # PyTorch calls a norm's scale its weight.
     return _rows((f"{key}.weight", f"{name}.scale"), (f"{key}.bias", f"{name}.bias"))
 
 
 def _resnet(key: str, name: str, shortcut: str) -> tuple[Row, ...]:
+    """Return the rows of a residual block; `shortcut`: the key of its 1x1 convolution."""
     return (
         *_norm(f"{key}.norm1", f"{name}.norm1"),
         *_rows((f"{key}.conv1.{{p}}", f"{name}.conv1.{{p}}")),
@@ -215,6 +219,7 @@ def _vae_ends(side: str, norm_out: str) -> tuple[Row, ...]:
 
 
 def _bfl_side(side: str) -> tuple[Row, ...]:
+    """Return the rows of the encoder or the decoder, without those of its levels."""
     key, name = f"{side}.mid.attn_1", f"{side}.middle.attention"
     return (
         *_vae_ends(side, "norm_out"),
@@ -233,6 +238,7 @@ def _bfl_side(side: str) -> tuple[Row, ...]:
 
 
 def _bfl_level(key: str, name: str, resample: str) -> tuple[Row, ...]:
+    """Return the rows of one resolution; `resample`: the key of its change to the next one."""
     return (
         *_resnet(f"{key}.block.{{j}}", f"{name}.resnets.{{j}}", "nin_shortcut"),
         *_rows((f"{key}.{resample}.conv.{{p}}", f"{name}.resample.{{p}}")),

@@ -159,7 +159,8 @@ def _check_format(where: str, format: str, description: Mapping[str, Any] | None
     is_rotated = False
     if description is not None:
         # The network would have to rotate its activations in the same way.
-        is_rotated = "convrot" in str(description.get("params")) or description.get("convrot")
+        params = str(description.get("params"))
+        is_rotated = bool(description.get("convrot")) or "convrot" in params
     if format in FORMATS and not is_rotated:
         return
     name = printable(format, 100)

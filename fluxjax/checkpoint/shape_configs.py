@@ -36,6 +36,7 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
         out_channels=_shape(shapes, "final.linear.weight")[0],
         width=width,
         heads=width // head_dim,
+        # Indices are counted; if one is missing, the plan lists what it should hold.
         double_depth=_count_indices(shapes, "double."),
         single_depth=_count_indices(shapes, "single."),
         mlp_width=_shape(shapes, "double.0.img.mlp.up.weight")[0],

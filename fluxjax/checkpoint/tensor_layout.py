@@ -9,11 +9,15 @@ from fluxjax.checkpoint.dialect import Layout
 
 
 def shape_in_file(shape: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
-    """Return the shape that a file has for a tensor of this shape in memory."""
+    """Return the shape that a file has for a tensor of this shape in memory.
+
+    **Arguments:** `layout`: of the tensor's row in the key table.
+    """
     if layout == "own":
         return shape
     if len(shape) == 4:
-        return (shape[3], shape[2], shape[0], shape[1])
+        rows, columns, inputs, outputs = shape
+        return (outputs, inputs, rows, columns)
     if layout == "1x1" and len(shape) == 2:
         return (*shape, 1, 1)
     return shape
@@ -26,13 +30,17 @@ def from_file(values: np.ndarray, layout: Layout | None) -> np.ndarray:
     """
     if values.ndim != 4 or layout == "own":
         return values
+    # Both views share the file's memory; nothing is copied here.
     if layout == "1x1":
         return values[:, :, 0, 0]
     return values.transpose(2, 3, 1, 0)
 
 
 def to_file(values: np.ndarray, layout: Layout | None) -> np.ndarray:
-    """Return a tensor in memory as a file has it, with the halves of a "swap" exchanged."""
+    """Return a tensor in memory as a file has it, with the halves of a "swap" exchanged.
+
+    **Arguments:** `layout`: of the tensor's row in the key table.
+    """
     if layout == "own":
         return values
     if values.ndim == 4:

@@ -39,19 +39,24 @@ def parameter_names(leaf: str, shape: Sequence[int]) -> list[str]:
     """Return the names of the parameters in a leaf: one per block where it is stacked."""
     if not is_stacked(leaf):
         return [leaf]
-    return [block_name(leaf, block) for block in range(shape[0])]
+    names = []
+    for block in range(shape[0]):
+        names.append(block_name(leaf, block))
+    return names
 
 
 def parameters_of(network: eqx.Module) -> dict[str, Parameter]:
     """Return every parameter of a network by its name, the blocks of one leaf in a row."""
     parameters: dict[str, Parameter] = {}
+    names = leaf_names(network)
     leaves = jax.tree.leaves(network)
-    for number, (name, leaf) in enumerate(zip(leaf_names(network), leaves, strict=True)):
+    for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if not is_stacked(name):
             parameters[name] = Parameter(number, None, leaf.shape)
             continue
-        for block in range(leaf.shape[0]):
-            parameters[block_name(name, block)] = Parameter(number, block, leaf.shape[1:])
+        depth, *shape = leaf.shape
+        for block in range(depth):
+            parameters[block_name(name, block)] = Parameter(number, block, tuple(shape))
     return parameters
 
 
@@ -70,11 +75,18 @@ class Weights(ABC):
 
     @abstractmethod
     def dtype(self, name: str) -> np.dtype:
-        """Return the dtype of a parameter's values before any cast."""
+        """Return the dtype of a parameter's values before any cast.
+
+        **Arguments:** `name`: of the parameter, as in `parameters_of`.
+        """
 
     @abstractmethod
     def read(self, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
-        """Return rows of a parameter, cast to a dtype; the array may share its memory."""
+        """Return rows of a parameter, cast to a dtype; the array may share its memory.
+
+        **Arguments:** `name`: of the parameter. `rows`: of its first axis. `dtype`: of the result.
+        **Raises:** `WeightsError` for a value that does not fit in the dtype.
+        """
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,11 @@ class InMemoryWeights(Weights):
         return jax.tree.leaves(self.network)
 
     def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of the leaf that a parameter is in."""
         return np.dtype(self._leaves[self._parameters[name].leaf].dtype)
 
     def read(self, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+        """Return rows of a parameter, copied from its device if it is not the host."""
         parameter = self._parameters[name]
         values = self._leaves[parameter.leaf]
         if parameter.block is not None:
@@ -110,7 +124,11 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     different = set(dtypes)
     if len(different) == 1:
         return different.pop()
-    promotable = [jnp.bfloat16 if dtype.itemsize == 1 else dtype for dtype in different]
+    promotable = []
+    for dtype in different:
+        # JAX promotes 8-bit floats to nothing, so that they would be an error.
+        promotable.append(jnp.bfloat16 if dtype.itemsize == 1 else dtype)
+    # Programs and tests may run with strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         return np.dtype(reduce(jnp.promote_types, promotable))
 
@@ -134,6 +152,7 @@ def cast_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         out[...] = values
+    # Looking for infinity takes as long as the cast, so it is done only where one can arise.
     most = float(jnp.finfo(out.dtype).max)
     narrower = most < float(jnp.finfo(values.dtype).max)
     if narrower and not np.isfinite(out).all() and np.isfinite(values).all():

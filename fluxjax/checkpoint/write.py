@@ -21,12 +21,16 @@ _OTHER_ENDINGS = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".ms
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint is written to: a new folder, or one new .safetensors file."""
+    """Where a checkpoint is written to: a new folder, or one new .safetensors file.
+
+    `path`: of the folder or the file, whose ending tells which it is.
+    """
 
     path: Path
 
     @property
     def is_file(self) -> bool:
+        """Whether the checkpoint is one file."""
         return self.path.suffix.lower() == ".safetensors"
 
 
@@ -38,6 +42,7 @@ def check_target(call: str, destination: str | Path) -> Target:
     does not write.
     """
     path = Path(destination)
+    # "a/.." and "" have no name of their own, to which a temporary folder could be renamed.
     if path.name in ("", "..") or path.name.lower() == ".safetensors":
         shown = printable(repr(str(destination)))
         raise ValueError(
@@ -76,6 +81,7 @@ def write_networks(
         return
     files = output_files(networks, layout, dtype=dtype)
     total = sum(file.nbytes for file in files)
+    # The folder has a temporary name until all of it is written, as a single file has.
     with explain_full_disk(path, total), new_folder(path) as temporary:
         _write_all(temporary, files, shard_size, progress)
         if layout == "diffusers":
@@ -89,9 +95,11 @@ def write_networks(
 def _write_all(
     folder: Path, files: Sequence[OutputFile], shard_size: int | None, progress: Progress | None
 ) -> None:
+    """Write files under a folder, and report the sum of the bytes written."""
     report = None
     if progress is not None:
-        report = _ByteCounter(sum(file.nbytes for file in files), progress)
+        total = sum(file.nbytes for file in files)
+        report = _ByteCounter(total, progress)
     write_files(folder, files, shard_size=shard_size, report=report)
 
 
@@ -99,7 +107,9 @@ class _ByteCounter:
     """Adds up the bytes of the pieces that are written, and reports the sum with the total."""
 
     def __init__(self, total: int, progress: Progress):
-        self.written, self.total, self.progress = 0, total, progress
+        self.written = 0
+        self.total = total
+        self.progress = progress
 
     def __call__(self, count: int) -> None:
         self.written += count
@@ -119,7 +129,9 @@ def write_files(
     index; None for no limit. `report`: is called with the bytes of each piece that is written.
     """
     for file in files:
-        shards = [file] if shard_size is None else split_into_shards(file, shard_size)
+        shards = [file]
+        if shard_size is not None:
+            shards = split_into_shards(file, shard_size)
         for shard in shards:
             write_safetensors(folder / shard.path, shard.tensors, shard.metadata, report=report)
         if len(shards) > 1:
@@ -128,18 +140,21 @@ def write_files(
 
 def split_into_shards(file: OutputFile, most: int) -> list[OutputFile]:
     """Split a file so that none holds more than `most` bytes, unless one tensor alone does."""
-    groups: list[dict[str, OutputTensor]] = [{}]
+    group: dict[str, OutputTensor] = {}
+    groups = [group]
     size = 0
     for key, tensor in file.tensors.items():
-        if groups[-1] and size + tensor.nbytes > most:
-            groups.append({})
+        if group and size + tensor.nbytes > most:
+            group = {}
+            groups.append(group)
             size = 0
-        groups[-1][key] = tensor
+        group[key] = tensor
         size += tensor.nbytes
     if len(groups) == 1:
         return [file]
     stem = file.path.removesuffix(".safetensors")
     shards = []
+    # Named and numbered as diffusers and transformers do.
     for number, group in enumerate(groups, start=1):
         path = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
         shards.append(OutputFile(path, group, file.metadata))

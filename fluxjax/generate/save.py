@@ -148,6 +148,7 @@ def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
         if not isinstance(node, Weight):
             return node
         name = path_name(path)
+        # Adapters that were attached one after the other are nested.
         while isinstance(node, AdaptedWeight):
             _add_changes(changes, parameter_names(name, node.shape), node)
             node = node.base
@@ -173,6 +174,7 @@ def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
 
 def _add_changes(changes: dict[str, list[Change]], names: list[str], weight: AdaptedWeight) -> None:
     """Add the low-rank change of an adapted weight to those of each of its parameters."""
+    # `attach` has put the scales into `up`, so that the factor is 1 here.
     is_stack = weight.up.ndim == 3
     for number, name in enumerate(names):
         up, down = weight.up, weight.down

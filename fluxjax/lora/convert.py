@@ -23,10 +23,15 @@ class AdapterMerge:
 
     @property
     def networks(self) -> frozenset[str]:
-        return frozenset(network for lora in self.loras for network in lora.changes)
+        """The names of the networks that the adapters change."""
+        names: set[str] = set()
+        for lora in self.loras:
+            names.update(lora.changes)
+        return frozenset(names)
 
     def __call__(self, network: str, weights: Weights) -> Weights:
         loras, scales = [], []
+        # An adapter may be for other networks too, whose changes do not concern this one.
         for lora, scale in zip(self.loras, self.scales, strict=True):
             if network in lora.changes:
                 loras.append(lora)
@@ -34,8 +39,12 @@ class AdapterMerge:
         return MergedWeights(weights, changes_of(weights.network, loras, scales))
 
     def metadata(self, network: str) -> Mapping[str, int]:
-        """Return the number of adapters that change a network."""
-        return {"adapters": sum(network in lora.changes for lora in self.loras)}
+        """Return the number of adapters that change a network, for the file's metadata."""
+        count = 0
+        for lora in self.loras:
+            if network in lora.changes:
+                count += 1
+        return {"adapters": count}
 
 
 def merge_while_converting(loras: Sequence[Lora], scales: Scales | None = None) -> AdapterMerge:
