@@ -1,4 +1,9 @@
-"""The named models, as data."""
+"""The named models, as data: one `Family` record for each kind of model, a `Model` for each name.
+
+Nothing here loads or computes: `fluxjax.checkpoint.locate` finds a model's files,
+`fluxjax.generate` loads and samples it. This module imports no array library, so that a command
+line can list its names at once.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """How a model is meant to be sampled. `guidance`: None if it takes none. `height`, `width`: in pixels. `max_length`: T5
-    tokens. `shift`: whether the times are shifted by resolution, from `base_shift` to `max_shift`."""
+    """How a model is meant to be sampled.
+
+    `steps`: of the Euler method. `guidance`: the distilled guidance scale; None if the model takes
+    none. `height`, `width`: in pixels. `max_length`: T5 tokens for each prompt. `shift`: whether
+    the times are shifted by the number of image tokens, with log-shifts from `base_shift` to
+    `max_shift`.
+    """
 
     steps: int = 28
     guidance: float | None = 3.5
@@ -20,21 +30,103 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Model:
     """A named model: its hub id, or None for the one that ships with the package."""
 
     repository: str | None
     defaults: Defaults
 
 
-# Its latents are so redundant that the layout is decided at high noise, so it is shifted more than dev.
-_TINY = Defaults(steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65)
-ZOO: Mapping[str, Entry] = {
-    "tiny": Entry(repository=None, defaults=_TINY),
-    "dev": Entry(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
-    "schnell": Entry(
-        repository="black-forest-labs/FLUX.1-schnell",
-        defaults=Defaults(steps=4, guidance=None, max_length=256, shift=False),
-    ),
-    "krea": Entry(repository="black-forest-labs/FLUX.1-Krea-dev", defaults=Defaults(guidance=4.5)),
+@dataclass(frozen=True, kw_only=True)
+class LatentLayout:
+    """The geometry of a latent and of the image tokens that it is packed into.
+
+    `channels`: of the latent. `cell`: pixels along a side of a latent cell (the VAE's factor).
+    `patch`: cells along a side of an image token.
+    """
+
+    channels: int
+    cell: int
+    patch: int
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along a side of an image token; image sizes are multiples of it."""
+        return self.cell * self.patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the models of a family share.
+
+    `networks`: each network's name and its folder in a diffusers checkpoint. `text_encoders`: the
+    names of those that encode a prompt. `tokenizers`: the folders of their tokenizers, in this
+    order. `scheduler`: the folder of the sampling settings. `latent`: how latents are packed into
+    tokens. `shift_rule`: how times are shifted for the number of image tokens, a name in
+    `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of the
+    family that takes one and names none. `models`: the named ones.
+    """
+
+    name: str
+    networks: Mapping[str, str]
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    scheduler: str
+    latent: LatentLayout
+    shift_rule: str
+    guidance: float
+    models: Mapping[str, Model]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of a diffusers checkpoint that fluxjax reads."""
+        return (*self.networks.values(), *self.tokenizers, self.scheduler)
+
+
+FLUX1 = Family(
+    name="FLUX.1",
+    networks={
+        "flux": "transformer",
+        "clip": "text_encoder",
+        "t5": "text_encoder_2",
+        "vae": "vae",
+    },
+    text_encoders=("clip", "t5"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    scheduler="scheduler",
+    latent=LatentLayout(channels=16, cell=8, patch=2),
+    shift_rule="resolution",
+    guidance=3.5,
+    models={
+        # Latents of the tiny model are so redundant that the layout of a scene is decided at high
+        # noise, so its times are shifted more than dev's.
+        "tiny": Model(
+            repository=None,
+            defaults=Defaults(
+                steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65
+            ),
+        ),
+        "dev": Model(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
+        "schnell": Model(
+            repository="black-forest-labs/FLUX.1-schnell",
+            defaults=Defaults(steps=4, guidance=None, max_length=256, shift=False),
+        ),
+        "krea": Model(
+            repository="black-forest-labs/FLUX.1-Krea-dev", defaults=Defaults(guidance=4.5)
+        ),
+    },
+)
+FAMILIES: tuple[Family, ...] = (FLUX1,)
+ZOO: Mapping[str, Model] = {
+    name: model for family in FAMILIES for name, model in family.models.items()
 }
+"""Every named model."""
+
+
+def family_of(source: str) -> Family:
+    """Return the family of a named model or of its hub id; FLUX.1 for any other source."""
+    for family in FAMILIES:
+        for name, model in family.models.items():
+            if source in (name, model.repository):
+                return family
+    return FLUX1

@@ -1,4 +1,4 @@
-"""Jobs of several processes."""
+"""Commands in other processes, and jobs of several of them."""
 
 import os
 import socket
@@ -7,15 +7,9 @@ import sys
 
 
 def start(arguments, **environment):
-    """Start the command line in a process of its own."""
-    program = [
-        sys.executable,
-        "-c",
-        "from fluxjax.cli.main import main; main()",
-        *map(str, arguments),
-    ]
+    """Start the command line in another process, with additional environment variables."""
     return subprocess.Popen(
-        program,
+        [sys.executable, "-m", "fluxjax.cli", *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -23,8 +17,8 @@ def start(arguments, **environment):
     )
 
 
-def start_job(arguments, count, *, devices=1):
-    """Start the processes of one job, of so many devices each."""
+def start_job(arguments, count, *, devices=1, **environment):
+    """Start the processes of one job. `devices`: of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -34,6 +28,6 @@ def start_job(arguments, count, *, devices=1):
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     return [
-        start([*arguments, "--distributed"], **shared, JAX_PROCESS_ID=str(number))
+        start([*arguments, "--distributed"], **environment, **shared, JAX_PROCESS_ID=str(number))
         for number in range(count)
     ]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax.checkpoint.printable import printable
 from fluxjax.numeric import check_finite
+from fluxjax.printable import printable
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ LAYERS = {
     "version": 0,
     "shapes": 0,
     "numeric": 0,
+    "printable": 0,
     "annotations": 0,
     "arguments": 1,
     "flow": 2,

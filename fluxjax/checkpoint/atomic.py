@@ -1,4 +1,7 @@
-"""New files and folders: written under a temporary name, then given their own name, so that they appear whole or not at all."""
+"""New files and folders that appear complete or not at all.
+
+They are written under a temporary name and renamed when they are complete.
+"""
 
 import errno
 import os
@@ -12,12 +15,12 @@ from typing import BinaryIO, TypeVar
 
 try:
     import fcntl
-except (
-    ImportError
-):  # Windows has no advisory locks of this kind: what a killed process leaves there stays
+except ImportError:
+    # Windows has no advisory locks of this kind, so what a killed process leaves there stays.
     fcntl = None  # type: ignore[assignment]
 
-_NO_LINKS = {
+# What `os.link` fails with on file systems that have no hard links.
+_NO_HARD_LINKS = {
     errno.EPERM,
     errno.EOPNOTSUPP,
     errno.ENOTSUP,
@@ -26,19 +29,23 @@ _NO_LINKS = {
     errno.EMLINK,
     errno.EACCES,
 }
-_LONGEST_STEM = 100  # bytes of the final name in a temporary one, so that this is not too long for the file system
+# What `os.rename` of a folder fails with where something other than an empty folder is.
+_NOT_AN_EMPTY_FOLDER = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+# Bytes of the final name that a temporary name repeats; file systems allow 255 in all.
+_LONGEST_STEM = 100
 
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when the block ends, and leaves nothing behind if an error ends it.
+    """Open a file for writing that is renamed to `path` when the block ends without an error.
 
-    The temporary file lies beside `path`, has a random name, is created exclusively (so never through a link), and has the
-    mode that the process's umask gives. It is locked while it is written: a later call for the same `path` removes the
-    temporary files of processes that were killed, and only those.
+    An error in the block leaves nothing behind. The temporary file lies beside `path`, has a random
+    name, is created exclusively (so never through a symbolic link), and gets the mode that the
+    process's umask gives. It is locked while it is written: a later call for the same `path`
+    removes the temporary files of processes that were killed, and only those.
 
-    **Arguments:** `overwrite`: whether the file takes the place of an existing one.
-    **Raises:** `FileExistsError` if there is something at `path`, also if it has appeared since the block began.
+    **Arguments:** `overwrite`: whether an existing file is replaced.
+    **Raises:** `FileExistsError` if `path` exists, also if it was created since the block began.
     """
     if not overwrite:
         check_free(path)
@@ -52,17 +59,19 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
             if overwrite:
                 os.replace(temporary, path)
             else:
-                _move_to_free_name(temporary, path)
+                _rename_to_free_path(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a temporary folder that gets its name when the block ends, and is removed if an error ends it. An empty folder at
-    `path` gives way.
+    """Make a temporary folder that is renamed to `path` when the block ends without an error.
 
-    **Raises:** `FileExistsError` if there is something else at `path`, also if it has appeared since the block began.
+    An error in the block removes the folder. An empty folder at `path` is replaced.
+
+    **Raises:** `FileExistsError` if anything else is at `path`, also if it was created since the
+    block began.
     """
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +82,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             os.rename(temporary, path)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+            if error.errno not in _NOT_AN_EMPTY_FOLDER:
                 raise
-            raise _taken(path) from error
+            raise _exists_error(path) from error
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -83,31 +92,36 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_free(path: Path) -> None:
-    """**Raises:** `FileExistsError` if there is something at a path; a link that leads nowhere is something, an empty folder is
-    not."""
-    if (
-        path.is_symlink()
-        or path.is_file()
-        or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
-    ):
-        raise _taken(path)
+    """Check that nothing is at a path; an empty folder counts as nothing.
+
+    **Raises:** `FileExistsError` for a file, a folder that is not empty, or a symbolic link, also
+    one that leads nowhere.
+    """
+    if path.is_symlink() or path.is_file():
+        raise _exists_error(path)
+    if path.exists() and not _is_empty_folder(path):
+        raise _exists_error(path)
 
 
-def _taken(path: Path) -> FileExistsError:
-    return FileExistsError(
-        f"There is something at {path} already. Remove it, or choose another destination."
-    )
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _exists_error(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} already exists. Remove it, or choose another destination.")
 
 
 def _stem(path: Path) -> str:
+    """Return the part of the final name that temporary names repeat."""
     return os.fsdecode(os.fsencode(path.name)[:_LONGEST_STEM])
 
 
 Descriptor = TypeVar("Descriptor", bound=int | None)
+"""An open file descriptor, or None where a folder can't be opened."""
 
 
 def _make_temporary(path: Path, create: Callable[[Path], Descriptor]) -> tuple[Path, Descriptor]:
-    """Create a file or folder beside `path` and lock it; return it with its open descriptor."""
+    """Create a file or folder beside `path`, lock it, and return it with its open descriptor."""
     while True:
         temporary = path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.part")
         descriptor = create(temporary)
@@ -115,7 +129,7 @@ def _make_temporary(path: Path, create: Callable[[Path], Descriptor]) -> tuple[P
             return temporary, descriptor
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Before it was locked, another process may have taken it for abandoned.
+        # Before it was locked, another process may have removed it as abandoned.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
                 return temporary, descriptor
@@ -123,19 +137,18 @@ def _make_temporary(path: Path, create: Callable[[Path], Descriptor]) -> tuple[P
 
 
 def _create_file(path: Path) -> int:
-    flags = (
-        os.O_RDWR
-        | os.O_CREAT
-        | os.O_EXCL
-        | getattr(os, "O_NOFOLLOW", 0)
-        | getattr(os, "O_BINARY", 0)
-    )
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    # Neither flag exists on every platform.
+    flags |= getattr(os, "O_NOFOLLOW", 0)
+    flags |= getattr(os, "O_BINARY", 0)
     return os.open(path, flags, 0o666)
 
 
 def _create_folder(path: Path) -> int | None:
     path.mkdir()
-    return None if fcntl is None else os.open(path, os.O_RDONLY)  # Windows opens no folders
+    if fcntl is None:
+        return None  # Windows opens no folders
+    return os.open(path, os.O_RDONLY)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -144,16 +157,17 @@ def _remove_abandoned(path: Path) -> None:
         return
     pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.part")
     with suppress(OSError):
-        for found in path.parent.iterdir():
-            if pattern.fullmatch(found.name) and not found.is_symlink():
+        for temporary in path.parent.iterdir():
+            if pattern.fullmatch(temporary.name) and not temporary.is_symlink():
                 with suppress(OSError):
-                    _remove_if_unlocked(found)
+                    _remove_if_unlocked(temporary)
 
 
 def _remove_if_unlocked(path: Path) -> None:
+    # Not blocking: something under this name could be a pipe, and opening it would wait.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer lives
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -162,21 +176,24 @@ def _remove_if_unlocked(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_to_free_name(temporary: Path, path: Path) -> None:
-    """Give a file its name, which nothing may have. A hard link does that in one step; where the file system has none, the name
-    is first taken by an empty file that only this process can have made."""
+def _rename_to_free_path(temporary: Path, path: Path) -> None:
+    """Rename a file, and fail if the new path exists; `os.rename` would replace what is there.
+
+    A hard link does that in one step. Where the file system has none, the path is first claimed by
+    an empty file, which is created exclusively, and that file is then replaced.
+    """
     try:
         os.link(temporary, path, follow_symlinks=False)
         return
     except FileExistsError as error:
-        raise _taken(path) from error
+        raise _exists_error(path) from error
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _NO_HARD_LINKS:
             raise
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError as error:
-        raise _taken(path) from error
+        raise _exists_error(path) from error
     try:
         os.replace(temporary, path)
     except BaseException:

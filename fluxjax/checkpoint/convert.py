@@ -1,36 +1,45 @@
-"""Weights from any layout to any other, and what a file or a folder holds."""
+"""Weights from any layout to any other, tensor by tensor."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
 
-from fluxjax.checkpoint.atomic import check_free, new_folder
-from fluxjax.checkpoint.defaults import DEFAULTS_FILE, load_defaults, write_pipeline
-from fluxjax.checkpoint.detect import FoundNetwork, Source, open_source
-from fluxjax.checkpoint.inspect import _listed
-from fluxjax.checkpoint.kinds import FLUX, KINDS
-from fluxjax.checkpoint.load import check_written_dtype
-from fluxjax.checkpoint.locate import WHOLE, find
-from fluxjax.checkpoint.plan import Weights
-from fluxjax.checkpoint.safetensors import WeightsError, disk_errors
-from fluxjax.checkpoint.write import (
-    LAYOUTS,
-    NetworkToWrite,
-    check_target,
-    output_files,
-    write_files,
-    write_json,
-)
-from fluxjax.lora.merge import MergedWeights, changes_of, notes_of
-from fluxjax.lora.read import Lora
-from fluxjax.lora.scales import Scale, check_scales
+from fluxjax.checkpoint.atomic import check_free
+from fluxjax.checkpoint.config_fields import JsonObject
+from fluxjax.checkpoint.defaults import load_defaults, write_pipeline
+from fluxjax.checkpoint.detect import Source, open_source
+from fluxjax.checkpoint.dtypes import check_written_dtype
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import DEFAULTS_FILE, MODEL_FOLDERS, TOKENIZER_FOLDERS
+from fluxjax.checkpoint.identify import AnyFoundNetwork
+from fluxjax.checkpoint.inspect import list_names
+from fluxjax.checkpoint.kinds import CLIP, FLUX, KINDS, T5_XXL
+from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, NetworkToWrite, check_layout
+from fluxjax.checkpoint.locate import find_source
+from fluxjax.checkpoint.weights import Weights
+from fluxjax.checkpoint.write import Progress, check_target, write_json, write_networks
 from fluxjax.zoo import Defaults
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+@runtime_checkable
+class WeightsTransform(Protocol):
+    """A change of weights while they are converted, such as merging adapters.
+
+    `networks`: the names of the networks that it changes, out of "flux", "t5", "clip" and "vae".
+    """
+
+    @property
+    def networks(self) -> frozenset[str]: ...
+
+    def __call__(self, network: str, weights: Weights) -> Weights:
+        """Return the changed weights of one network, which may be computed when they are read."""
+
+    def metadata(self, network: str) -> Mapping[str, object]:
+        """Return what the written file's metadata says of the change, as JSON's types."""
 
 
 def convert_weights(
@@ -41,147 +50,169 @@ def convert_weights(
     dtype: DTypeLike | None = None,
     only: str | Sequence[str] | None = None,
     shard_size: int | None = None,
-    loras: Sequence[tuple[Lora, Scale]] = (),
-    start: Callable[[int], Any] | None = None,
-    report: Callable[[int], Any] | None = None,
+    transform: WeightsTransform | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write a checkpoint in another layout, tensor by tensor; nothing is at the destination until all of it is.
+    """Write a checkpoint in another layout, tensor by tensor.
 
-    **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id. `destination`: a new folder, or a new
-    file that ends in .safetensors; it may lie anywhere. `to`: "own" (leaves stacked as in memory), "diffusers" (a folder),
-    "bfl" or "comfy".
-    `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for
-    the matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux", "t5", "clip", "vae".
-    `shard_size`: the most bytes of a file, for a folder of the own or the diffusers layout. `loras`: adapters to
-    merge on the way, and their scales. `start`, `report`: hear of the bytes to be written, and of each piece's.
+    Nothing is at the destination until all of it is written.
+
+    **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id.
+    `destination`: a new folder, or a new file that ends in .safetensors. `to`: "own" (leaves
+    stacked as in memory), "diffusers" (a folder), "bfl" or "comfy". `dtype`: of the weights; None
+    keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for the
+    matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux",
+    "t5", "clip", "vae". `shard_size`: the most bytes of a file, for a folder of the own or the
+    diffusers layout. `transform`: changes the weights on the way, such as
+    `merge_while_converting(loras)`. `progress`: is called with the bytes written so far and their
+    total.
     **Returns:** the destination.
-    **Raises:** `WeightsError` for weights that are not whole or that the layout can't hold, a full disk, or tensors of none of
-    the networks; `FileExistsError` if there is something at the destination, also if it has appeared meanwhile; `ValueError`
-    for a destination that has no name, and for a dtype that is not written.
+    **Raises:** `WeightsError` for weights that are incomplete or that the layout can't hold, a full
+    disk, or tensors of none of the networks; `FileExistsError` if there is something at the
+    destination, also if it has appeared meanwhile; `ValueError` for a destination that has no
+    name, and for a dtype that is not written.
     """
-    target, single = check_target("convert_weights(destination)", destination)
-    only = [only] if isinstance(only, str) else only
-    if to not in LAYOUTS:
-        raise ValueError(f"There is no layout {to!r}. Choose one of {', '.join(LAYOUTS)}.")
-    if shard_size is not None and (single or to not in ("own", "diffusers") or shard_size < 1):
-        raise ValueError(
-            "Shards need a folder of the own or the diffusers layout as destination, and a size of 1 byte or more."
-        )
-    check_free(target)
+    target = check_target("convert_weights(destination)", destination)
+    _check_options(to, shard_size, single_file=target.is_file)
+    check_free(target.path)
     stored = check_written_dtype("convert_weights", dtype)
-    folder = find(
-        source, WHOLE if only is None else [KINDS[name].folder for name in KINDS if name in only]
+    chosen = _chosen_kinds(only)
+    folders = MODEL_FOLDERS if chosen is None else [KINDS[name].folder for name in chosen]
+    path = find_source(source, folders)
+    networks = _chosen_networks(open_source(path), chosen)
+    _check_transform(transform, networks)
+    to_write = [_to_write(network, transform) for network in networks]
+    defaults = None
+    if not target.is_file and to in FOLDER_LAYOUTS and FLUX in [one.kind for one in networks]:
+        # Read before hours of writing, since it may be damaged.
+        defaults = load_defaults(source)
+    write_networks(
+        target,
+        to_write,
+        to,
+        dtype=stored,
+        shard_size=shard_size,
+        progress=progress,
+        write_rest=lambda folder: _write_rest(path, folder, networks, to, defaults),
     )
-    parts = _chosen(open_source(folder), only)
-    given = [_given(part, loras) for part in parts]
-    _check_used(loras, parts)
-    files = output_files(given, to, dtype=stored, name=target.name if single else None)
-    # Read before hours of writing, since it may be damaged.
-    defaults = (
-        None
-        if single or to not in ("own", "diffusers") or not _holds_flux(given)
-        else load_defaults(source)
-    )
-    total = sum(sheet.nbytes for sheet in files)
-    if start is not None:
-        start(total)
-    if single:
-        write_files(target.parent, files, report=report)
-        return target
-    with disk_errors(target, total), new_folder(target) as temporary:
-        write_files(temporary, files, shard_size=shard_size, report=report)
-        _write_rest(folder, temporary, given, to, defaults)
-    return target
+    return target.path
 
 
-def _holds_flux(given: Sequence[NetworkToWrite]) -> bool:
-    return any(one.kind.name == "flux" for one in given)
+def _check_options(layout: str, shard_size: int | None, *, single_file: bool) -> None:
+    """**Raises:** `ValueError` for another layout, or shards of a layout that has none."""
+    check_layout("convert_weights(to)", layout)
+    if shard_size is None:
+        return
+    if single_file or layout not in FOLDER_LAYOUTS or shard_size < 1:
+        raise ValueError(
+            "Shards need a folder of the own or the diffusers layout as destination, and a size of "
+            f"1 byte or more, got {shard_size}. Choose such a destination, or leave out shard_size."
+        )
 
 
-def _chosen(source: Source, only: Iterable[str] | None) -> list[FoundNetwork]:
-    """Return the parts to convert. **Raises:** `WeightsError` if one is missing, or the source holds more than is converted."""
-    if only is not None:
-        unknown = sorted(set(only) - KINDS.keys())
-        if unknown:
-            raise ValueError(
-                f"There is no network {unknown[0]!r}. Choose some of {', '.join(KINDS)}."
-            )
-        return [source.part(KINDS[name]) for name in KINDS if name in set(only)]
-    for problem in source.strangers.values():
+def _chosen_kinds(only: str | Sequence[str] | None) -> list[str] | None:
+    """Return the names of the chosen networks in the order of `KINDS`; None for all there are.
+
+    **Raises:** `ValueError` for a name that no network has.
+    """
+    if only is None:
+        return None
+    # The letters of a single name would else be taken for names.
+    names = {only} if isinstance(only, str) else set(only)
+    unknown = sorted(names - KINDS.keys())
+    if unknown:
+        raise ValueError(f"There is no network {unknown[0]!r}. Choose some of {', '.join(KINDS)}.")
+    return [name for name in KINDS if name in names]
+
+
+def _chosen_networks(source: Source, names: Sequence[str] | None) -> list[AnyFoundNetwork]:
+    """Return the networks to convert.
+
+    **Raises:** `WeightsError` if one is missing, or if the source holds what is not converted and
+    none was chosen.
+    """
+    if names is not None:
+        return [source.network(KINDS[name]) for name in names]
+    # Nothing is left out silently: what is not converted has to be chosen so.
+    for problem in source.unknown_files.values():
         raise WeightsError(f"{problem} To convert the rest, choose it with `only`.")
-    if source.left:
+    if source.unknown_tensors:
         raise WeightsError(
-            f"{source.path} holds {len(source.left)} tensors of no known network ({_listed(source.left[:3])} …). "
-            "To convert the rest, choose it with `only`."
+            f"{source.path} holds {len(source.unknown_tensors)} tensors of no known network "
+            f"({list_names(source.unknown_tensors[:3])} …). To convert the rest, choose it with "
+            "`only`."
         )
-    if not source.parts:
+    if not source.networks:
         raise WeightsError(
-            f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's folder."
+            f"{source.path} holds no weights. Pass a .safetensors or .gguf file, or a model's "
+            "folder."
         )
-    return list(source.parts.values())
+    return list(source.networks.values())
 
 
-def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
-    """Return one line for each thing in adapters that has no effect on a checkpoint's transformer, from its headers."""
-    part = open_source(find(source, [FLUX.folder])).parts.get(FLUX.name)
-    if part is None:
-        return []
-    network = part.plan().network
-    return [note for lora in loras if FLUX.name in lora.changes for note in notes_of(network, lora)]
+def _check_transform(
+    transform: WeightsTransform | None, networks: Sequence[AnyFoundNetwork]
+) -> None:
+    """**Raises:** `WeightsError` for a transform of a network that is not converted."""
+    if transform is None:
+        return
+    converted = {network.kind.name for network in networks}
+    unused = sorted(transform.networks - converted)
+    if unused:
+        raise WeightsError(
+            f"`convert_weights(transform)` changes {', '.join(unused)} too, which is not "
+            "converted. Convert it as well, or leave out the adapters that change it."
+        )
 
 
-def _given(part: FoundNetwork, loras: Sequence[tuple[Lora, Scale]]) -> NetworkToWrite:
-    origin: dict[str, Any] = {
-        "files": [file.name for file in part.files],
-        "names": part.dialect.name,
+def _to_write(network: AnyFoundNetwork, transform: WeightsTransform | None) -> NetworkToWrite:
+    """Return a network of the source as it is to be written, with its origin."""
+    name = network.kind.name
+    weights: Weights = network.plan()
+    origin: JsonObject = {
+        "files": [file.name for file in network.files],
+        "names": network.dialect.name,
     }
-    weights: Weights = part.plan()
-    mine = [(lora, scale) for lora, scale in loras if part.kind.name in lora.changes]
-    if not mine:
-        return NetworkToWrite(part.kind, part.config, weights, origin)
-    scales = check_scales("convert_weights(loras)", len(mine), [scale for _, scale in mine])
-    merged = MergedWeights(weights, changes_of(weights.network, [lora for lora, _ in mine], scales))
-    config = merged.network.config  # type: ignore[attr-defined]
-    return NetworkToWrite(part.kind, config, merged, origin | {"adapters": len(mine)})
-
-
-def _check_used(loras: Sequence[tuple[Lora, Scale]], parts: Sequence[FoundNetwork]) -> None:
-    """**Raises:** `WeightsError` for an adapter of a network that is not converted."""
-    left = {network for lora, _ in loras for network in lora.changes} - {
-        part.kind.name for part in parts
-    }
-    if left:
-        raise WeightsError(
-            f"An adapter changes {', '.join(sorted(left))} too, which is not converted. Convert it as well."
-        )
+    if transform is not None and name in transform.networks:
+        weights = transform(name, weights)
+        origin |= transform.metadata(name)
+    return NetworkToWrite(network.kind, weights, origin)
 
 
 def _write_rest(
+    source: Path,
     folder: Path,
-    target: Path,
-    given: Sequence[NetworkToWrite],
+    networks: Sequence[AnyFoundNetwork],
     layout: str,
     defaults: Defaults | None,
 ) -> None:
-    """Write what a folder holds beside the weights: configs, tokenizers, and how the model is sampled."""
-    kinds = {one.kind.name for one in given}
-    if layout == "diffusers":
-        for one in given:
-            write_json(target / one.kind.folder / "config.json", one.kind.to_json(one.config))
-    if layout in ("own", "diffusers"):
-        found = [name for name in TOKENIZERS if kinds & {"clip", "t5"} and (folder / name).is_dir()]
-        for name in found:
-            _copy_files(folder / name, target / name)
-        if defaults is not None:
-            if layout == "diffusers" and len(kinds) == len(KINDS) and len(found) == len(TOKENIZERS):
-                write_pipeline(target, defaults)
-            else:
-                write_json(target / DEFAULTS_FILE, asdict(defaults))
+    """Write what a folder of a whole model holds beside the weights: tokenizers and defaults."""
+    if layout not in FOLDER_LAYOUTS:
+        return
+    kinds = [network.kind for network in networks]
+    copied = []
+    if CLIP in kinds or T5_XXL in kinds:
+        for name in TOKENIZER_FOLDERS:
+            if (source / name).is_dir():
+                _copy_files(source / name, folder / name)
+                copied.append(name)
+    if defaults is None:
+        return
+    # diffusers reads its index only together with all of the folders that it names.
+    is_complete = len(kinds) == len(KINDS) and len(copied) == len(TOKENIZER_FOLDERS)
+    if layout == "diffusers" and is_complete:
+        write_pipeline(folder, defaults)
+    else:
+        write_json(folder / DEFAULTS_FILE, asdict(defaults))
 
 
-def _copy_files(folder: Path, target: Path) -> None:
-    """Copy the files of a folder, without what lies deeper; a pipe would wait for its writer, a folder may hold itself."""
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the regular files of a folder.
+
+    Its folders are left out, since one may be a link to the folder itself, and pipes, since
+    reading one would wait for its writer.
+    """
     target.mkdir()
-    for path in folder.iterdir():
+    for path in source.iterdir():
         if path.is_file():
             shutil.copyfile(path, target / path.name)

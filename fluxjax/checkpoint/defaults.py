@@ -1,4 +1,7 @@
-"""How a model is meant to be sampled, as its folder says: `fluxjax.json`, diffusers' scheduler."""
+"""How a model is meant to be sampled: read from and written to the folder of a checkpoint.
+
+fluxjax's own file is `fluxjax.json`; diffusers describes it in the config of the scheduler.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -6,14 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import (
+    CLIP_FOLDER,
+    CLIP_TOKENIZER_FOLDER,
+    DEFAULTS_FILE,
+    MODEL_INDEX_FILE,
+    SCHEDULER_FILE,
+    SCHEDULER_FOLDER,
+    T5_FOLDER,
+    T5_TOKENIZER_FOLDER,
+    TRANSFORMER_FOLDER,
+    VAE_FOLDER,
+)
+from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.kinds import FLUX
-from fluxjax.checkpoint.locate import find, locate
-from fluxjax.checkpoint.safetensors import WeightsError
-from fluxjax.checkpoint.settings import Field, check_settings, describe, read_json, read_settings
+from fluxjax.checkpoint.locate import find_part, find_source
+from fluxjax.checkpoint.settings import Field, check_settings, describe, read_settings_file
 from fluxjax.checkpoint.write import write_json
 from fluxjax.zoo import ZOO, Defaults
 
-DEFAULTS_FILE = "fluxjax.json"
 _SHIFT = Field(kind="number", least=-50, most=50)  # the logarithm of a factor of the times
 DEFAULTS_FIELDS: Mapping[str, Field] = {
     "steps": Field(kind="integer", least=1, most=100_000),
@@ -25,20 +40,22 @@ DEFAULTS_FIELDS: Mapping[str, Field] = {
     "base_shift": _SHIFT,
     "max_shift": _SHIFT,
 }
-"""What `fluxjax.json` may hold: fields of `Defaults`, each of which may be left out."""
+"""What `fluxjax.json` may hold: fields of `Defaults`, each of which may be missing."""
 _SCHEDULER_FIELDS: Mapping[str, Field] = {
     "use_dynamic_shifting": Field(kind="boolean", optional=True),
     "shift": Field(kind="number", least=1e-6, most=1e6, optional=True),
     "base_shift": replace(_SHIFT, optional=True),
     "max_shift": replace(_SHIFT, optional=True),
 }
-
-
-# Settings of diffusers' scheduler that change the times, with the value under which they are FLUX.1's.
-_ONLY = {
+# Settings of diffusers' scheduler that change the times too, each with FLUX.1's value: fluxjax
+# supports no other.
+_WRITTEN_CONSTANTS = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
     "num_train_timesteps": 1000,
+}
+_CONSTANTS: Mapping[str, Any] = {
+    **_WRITTEN_CONSTANTS,
     "shift_terminal": None,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -47,86 +64,94 @@ _ONLY = {
     "stochastic_sampling": False,
     "time_shift_type": "exponential",
 }
-
-
-def load_defaults(source: str | Path) -> Defaults:
-    """Return how a model is meant to be sampled: a zoo entry's defaults, or those in the folder's `fluxjax.json`, or dev's or
-    schnell's, as its transformer takes guidance or not, with the shift that its scheduler's config says, if it has one.
-
-    **Raises:** `WeightsError` for a scheduler with a static shift, or a file with a value that it can't have;
-    `FileNotFoundError` for no such source.
-    """
-    named = {name: entry.defaults for name, entry in ZOO.items()}
-    named |= {
-        entry.repository: entry.defaults for entry in ZOO.values() if entry.repository is not None
-    }
-    if str(source) in named:
-        return named[str(source)]
-    own = Path(source) / DEFAULTS_FILE
-    if own.is_file():
-        return Defaults(**read_settings(own, DEFAULTS_FIELDS, closed=True))
-    folder = find(source, ["scheduler"])
-    flux = open_source(locate(source, FLUX.folder)).part(FLUX).config
-    base = named["dev" if flux.guidance_embed else "schnell"]
-    described = folder / "scheduler" / "scheduler_config.json"
-    return _scheduled(base, described) if described.is_file() else base
-
-
-def _scheduled(base: Defaults, path: Path) -> Defaults:
-    """Return defaults with the shift that a scheduler's config says; diffusers takes null there as no value."""
-    settings = read_json(path)
-    checked = check_settings(str(path), settings, _SCHEDULER_FIELDS)
-    other = [
-        name for name, value in _ONLY.items() if settings.get(name, value) not in (value, None)
-    ]
-    if other:
-        raise WeightsError(
-            f"{path}: fluxjax follows {other[0]!r} only where it is {describe(_ONLY[other[0]])}, got "
-            f"{describe(settings[other[0]])}. Set it so, and pass times of your own to the sampler."
-        )
-    scheduler = {name: value for name, value in checked.items() if value is not None}
-    dynamic, static = scheduler.pop("use_dynamic_shifting", False), scheduler.pop("shift", 1.0)
-    if not dynamic and static != 1:
-        raise WeightsError(
-            f"{path} has a static shift of {static}. Sample it with times of flow_times(steps, mu=log({static}))."
-        )
-    return replace(base, shift=dynamic, **scheduler)
-
-
-def write_pipeline(folder: Path, defaults: Defaults) -> None:
-    """Write what a diffusers folder says of the whole: its index, its scheduler, and fluxjax's defaults."""
-    for name, content in _pipeline(defaults).items():
-        write_json(folder / name, content)
-
-
-def _pipeline(defaults: Defaults) -> dict[str, Any]:
-    return {
-        "scheduler/scheduler_config.json": _scheduler(defaults),
-        "model_index.json": _MODEL_INDEX,
-        DEFAULTS_FILE: asdict(defaults),
-    }
-
-
+_SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 _MODEL_INDEX = {
     "_class_name": "FluxPipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
+    SCHEDULER_FOLDER: ["diffusers", _SCHEDULER_CLASS],
+    CLIP_FOLDER: ["transformers", "CLIPTextModel"],
+    T5_FOLDER: ["transformers", "T5EncoderModel"],
+    CLIP_TOKENIZER_FOLDER: ["transformers", "CLIPTokenizer"],
+    T5_TOKENIZER_FOLDER: ["transformers", "T5TokenizerFast"],
+    TRANSFORMER_FOLDER: ["diffusers", "FluxTransformer2DModel"],
+    VAE_FOLDER: ["diffusers", "AutoencoderKL"],
 }
 
 
-def _scheduler(defaults: Defaults) -> dict[str, Any]:
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "base_image_seq_len": 256,
+def load_defaults(source: str | Path) -> Defaults:
+    """Return how a model is meant to be sampled.
+
+    For a model of the zoo, these are its defaults there. For a folder, they are read from its
+    `fluxjax.json`. Without that file, they are those of dev or schnell, as the transformer takes
+    guidance or not, with the time shift of the scheduler's config, if there is one.
+
+    **Arguments:** `source`: a name of the zoo, a hub id, or a path.
+    **Raises:** `WeightsError` for a scheduler that fluxjax has no times for, or a file with a value
+    that is not allowed; `FileNotFoundError` if there is no such source.
+    """
+    known = _known_defaults()
+    if str(source) in known:
+        return known[str(source)]
+    own = Path(source) / DEFAULTS_FILE
+    if own.is_file():
+        return Defaults(**read_settings_file(own, DEFAULTS_FIELDS, closed=True))
+    folder = find_source(source, [SCHEDULER_FOLDER])
+    config = open_source(find_part(source, FLUX.folder)).network(FLUX).config
+    base = known["dev" if config.guidance_embed else "schnell"]
+    scheduler = folder / SCHEDULER_FOLDER / SCHEDULER_FILE
+    if scheduler.is_file():
+        return _with_shift_of(base, scheduler)
+    return base
+
+
+def _known_defaults() -> dict[str, Defaults]:
+    """Return the defaults of the zoo's models, by their names and by their hub ids."""
+    known = {name: entry.defaults for name, entry in ZOO.items()}
+    for entry in ZOO.values():
+        if entry.repository is not None:
+            known[entry.repository] = entry.defaults
+    return known
+
+
+def _with_shift_of(base: Defaults, path: Path) -> Defaults:
+    """Return defaults with the time shift of a scheduler's config."""
+    settings = read_json(path)
+    checked = check_settings(str(path), settings, _SCHEDULER_FIELDS)
+    for name, value in _CONSTANTS.items():
+        # For diffusers, null is the same as no value.
+        if settings.get(name, value) not in (value, None):
+            raise WeightsError(
+                f"{path}: fluxjax supports {name!r} only as {describe(value)}, got "
+                f"{describe(settings[name])}. Change it to that, and pass your own times to the "
+                "sampler."
+            )
+    shifts = {name: value for name, value in checked.items() if value is not None}
+    is_dynamic = shifts.pop("use_dynamic_shifting", False)
+    static_shift = shifts.pop("shift", 1.0)
+    if not is_dynamic and static_shift != 1:
+        raise WeightsError(
+            f"{path} has a static shift of {static_shift}. Sample the model with times of "
+            f"flow_times(steps, mu=log({static_shift}))."
+        )
+    return replace(base, shift=is_dynamic, **shifts)
+
+
+def write_pipeline(folder: Path, defaults: Defaults) -> None:
+    """Write the files of a diffusers folder that describe the whole model.
+
+    These are its index, the scheduler's config, and fluxjax's defaults.
+    """
+    write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, _scheduler_config(defaults))
+    write_json(folder / MODEL_INDEX_FILE, _MODEL_INDEX)
+    write_json(folder / DEFAULTS_FILE, asdict(defaults))
+
+
+def _scheduler_config(defaults: Defaults) -> dict[str, Any]:
+    config = {
+        "_class_name": _SCHEDULER_CLASS,
         "base_shift": defaults.base_shift,
-        "max_image_seq_len": 4096,
         "max_shift": defaults.max_shift,
-        "num_train_timesteps": 1000,
         "shift": 1.0,
         "use_dynamic_shifting": defaults.shift,
+        **_WRITTEN_CONSTANTS,
     }
+    return dict(sorted(config.items()))

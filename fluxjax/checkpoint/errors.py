@@ -2,4 +2,7 @@
 
 
 class WeightsError(ValueError):
-    """A model's file that can't be read or written, or does not fit the network. The message says what to do."""
+    """A file of a model can't be read or written, or does not fit the network.
+
+    The message names the file, the rule that it breaks, what it holds instead, and the remedy.
+    """

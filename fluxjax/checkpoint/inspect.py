@@ -1,24 +1,35 @@
-"""What a file or a folder holds, told from its headers."""
+"""What a file or a folder holds, reported from the headers of its files."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from fluxjax.checkpoint.detect import FoundNetwork, open_source, variant
-from fluxjax.checkpoint.locate import WHOLE, find
-from fluxjax.checkpoint.plan import Problems
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.safetensors import WeightsError
-from fluxjax.checkpoint.write import parameters
+import jax
+
+from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.identify import AnyFoundNetwork
+from fluxjax.checkpoint.kinds import Network, flux_variant
+from fluxjax.checkpoint.locate import find_source
+from fluxjax.checkpoint.match import Problems
+from fluxjax.printable import printable
+
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a file or folder holds of one network.
 
-    `names`: whose key names it has. `variant`: which of FLUX.1's transformers. `parameters`: None if its config is not known.
-    `nbytes`: in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype of most weights when loaded.
-    `problems`: keys that are missing, unexpected, misshapen or repeated. `error`: why its config is not known.
+    `kind`: "flux", "t5", "clip" or "vae". `title`: of the network, for people. `names`: whose key
+    names it has. `variant`: which of FLUX.1's transformers it is; None for other networks.
+    `files`: their names. `parameters`: how many numbers; None if its config is not known.
+    `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
+    of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
+    repeated. `error`: why its config is not known.
     """
 
     kind: str
@@ -35,95 +46,133 @@ class Summary:
 
     @property
     def whole(self) -> bool:
+        """Whether the network loads."""
         return self.error is None and not any(self.problems.values())
 
     def __str__(self) -> str:
-        size = "unknown size" if self.parameters is None else f"{self.parameters:,} parameters"
-        stored = ", ".join(
-            f"{name} {nbytes / 1e6:,.1f} MB"
-            for name, nbytes in sorted(self.storage.items(), key=lambda i: -i[1])
-        )
-        what = self.title + ("" if self.variant is None else f" ({self.variant})")
+        title = self.title
+        if self.variant is not None:
+            title += f" ({self.variant})"
+        size = "unknown size"
+        if self.parameters is not None:
+            size = f"{self.parameters:,} parameters"
+        files = list_names(self.files)
         lines = [
-            f"{self.kind}: {what}, {size}, {self.nbytes / 1e6:,.1f} MB",
-            f"  in {_listed(self.files)}; {self.names} names; stored as {stored}",
+            f"{self.kind}: {title}, {size}, {_megabytes(self.nbytes)}",
+            f"  in {files}; {self.names} names; stored as {self._storage_line()}",
         ]
         for problem, keys in self.problems.items():
             if keys:
-                lines.append(f"  {len(keys)} {problem}: {_listed(keys)}")
-        verdict = (
-            f"  whole: loads with load_{self.kind} as {self.loads_as}"
-            if self.whole
-            else "  does not load"
-        )
-        return "\n".join(
-            [*lines, verdict if self.error is None else f"  does not load: {self.error}"]
-        )
+                lines.append(f"  {len(keys)} {problem}: {list_names(keys)}")
+        # The last line says whether it loads, and with which function.
+        if self.error is not None:
+            lines.append(f"  does not load: {self.error}")
+        elif self.whole:
+            lines.append(f"  whole: loads with load_{self.kind} as {self.loads_as}")
+        else:
+            lines.append("  does not load")
+        return "\n".join(lines)
+
+    def _storage_line(self) -> str:
+        """Return how many MB are stored in which way, the most first."""
+        by_size = sorted(self.storage, key=lambda name: -self.storage[name])
+        entries = []
+        for name in by_size:
+            entries.append(f"{name} {_megabytes(self.storage[name])}")
+        return ", ".join(entries)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a file or folder holds. `strangers`: files that hold no network of FLUX, and why; `left`: tensors of none."""
+    """What a file or folder holds.
+
+    `networks`: one summary each. `unknown_files`: files without any network of FLUX.1, by name,
+    and what they are. `unknown_tensors`: tensors beside the networks' that belong to none.
+    """
 
     networks: tuple[Summary, ...]
-    strangers: dict[str, str]
-    left: tuple[str, ...]
+    unknown_files: Mapping[str, str]
+    unknown_tensors: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether there is a network, and all that there is loads."""
+        """Whether there is a network, and every network that there is loads."""
         return bool(self.networks) and all(network.whole for network in self.networks)
 
     def __str__(self) -> str:
-        lines = [str(network) for network in self.networks] + list(self.strangers.values())
-        if self.left:
-            lines.append(f"{len(self.left)} tensors of no known network: {_listed(self.left)}")
+        lines = [str(network) for network in self.networks]
+        lines += self.unknown_files.values()
+        if self.unknown_tensors:
+            count, names = len(self.unknown_tensors), list_names(self.unknown_tensors)
+            lines.append(f"{count} tensors of no known network: {names}")
         return "\n".join(lines or ["no weights"])
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names of a list on one line, with what could fake another line escaped."""
-    return ", ".join(printable(name) for name in names[:8]) + (" …" if len(names) > 8 else "")
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of a list on one line, with characters that do not print escaped.
+
+    A file's names could otherwise imitate further lines of a report.
+    """
+    line = ", ".join(printable(name) for name in names[:_MOST_LISTED])
+    return f"{line} …" if len(names) > _MOST_LISTED else line
 
 
 def inspect_weights(source: str | Path) -> Report:
-    """Tell what a file or folder holds, from its headers alone: kind, variant, size, dtypes, what is missing or extra.
+    """Report what a file or folder holds: kind, variant, size, dtypes, what is missing or extra.
 
-    **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's cache.
-    **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such source.
+    Only the headers of the files are read.
+
+    **Arguments:** `source`: as for `convert_weights`, but a name's files have to be in the hub's
+    cache.
+    **Returns:** the report; `str` of it is for people, and `report.whole` is whether all loads.
+    **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such
+    source.
     """
-    found = open_source(find(source, WHOLE, cached=True))
-    networks = tuple(_summary(part) for part in found.parts.values())
-    return Report(
-        networks,
-        {path.name: problem for path, problem in found.strangers.items()},
-        tuple(found.left),
-    )
+    found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
+    networks = []
+    for network in found.networks.values():
+        networks.append(_summarize(network))
+    unknown_files = {}
+    for path, problem in found.unknown_files.items():
+        unknown_files[path.name] = problem
+    return Report(tuple(networks), unknown_files, tuple(found.unknown_tensors))
 
 
-def _summary(part: FoundNetwork) -> Summary:
+def _summarize(network: AnyFoundNetwork) -> Summary:
+    """Return the summary of one network; an unknown config is part of it and no error."""
     problems: Problems = {}
-    count = kind = error = None
+    count = variant = error = None
     try:
-        plan, problems = part.check()
-        count, kind = parameters(plan.network), variant(part.config)
+        # Matching reads no values, so this is fast for files of any size.
+        plan, problems = network.check()
+        count, variant = parameter_count(plan.network), flux_variant(network.config)
     except WeightsError as problem:
         error = str(problem)
-    storage: dict[str, int] = {}
-    loaded: dict[str, int] = {}
-    for tensor in part.tensors.values():
-        storage[tensor.storage] = storage.get(tensor.storage, 0) + tensor.nbytes
-        loaded[str(tensor.dtype)] = loaded.get(str(tensor.dtype), 0) + tensor.size
+    bytes_by_storage: Counter[str] = Counter()
+    values_by_dtype: Counter[str] = Counter()
+    for tensor in network.tensors.values():
+        bytes_by_storage[tensor.storage] += tensor.nbytes
+        values_by_dtype[str(tensor.dtype)] += tensor.size
     return Summary(
-        kind=part.kind.name,
-        title=part.kind.title,
-        names=part.dialect.name,
-        variant=kind,
-        files=tuple(file.name for file in part.files),
+        kind=network.kind.name,
+        title=network.kind.title,
+        names=network.dialect.name,
+        variant=variant,
+        files=tuple(file.name for file in network.files),
         parameters=count,
-        nbytes=sum(tensor.nbytes for tensor in part.tensors.values()),
-        storage=storage,
-        loads_as=max(loaded, key=loaded.__getitem__, default="nothing"),
+        nbytes=bytes_by_storage.total(),
+        storage=dict(bytes_by_storage),
+        # Most values, not most tensors: a few large matrices outweigh many biases.
+        loads_as=max(values_by_dtype, key=values_by_dtype.__getitem__, default="nothing"),
         problems=problems,
         error=error,
     )
+
+
+def parameter_count(network: Network) -> int:
+    """Return how many numbers a network holds."""
+    return sum(prod(leaf.shape) for leaf in jax.tree.leaves(network))

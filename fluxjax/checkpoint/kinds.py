@@ -1,61 +1,71 @@
 """The four networks as files hold them: folders, key tables, configs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic
 
-import equinox as eqx
-
-from fluxjax.checkpoint import configs
-from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.names import Dialect
+from fluxjax.checkpoint import configs, folders, names as tables, shape_configs
+from fluxjax.checkpoint.config_fields import JsonObject
+from fluxjax.checkpoint.dialect import Dialect
+from fluxjax.checkpoint.own_configs import Config, NetworkConfig
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import Flux, FluxConfig
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 
 OWN_METADATA = "fluxjax"
-"""The key of a safetensors file's metadata under which fluxjax writes the layout, the networks' configs and their origin."""
+"""The key in a safetensors file's metadata under which fluxjax writes what the file holds.
+
+It is the layout, the networks' configs, and the files that they come from.
+"""
+
+Network = Flux | T5 | Clip | Vae
+"""One of the four networks, with arrays or with shapes as leaves."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Generic[Config]):
     """One of the four networks, and how files hold it.
 
-    `folder`, `stem`: its folder in a diffusers checkpoint, and the name of the file there. `prefixes`: what its keys may
-    begin with in a file. `from_json`, `to_json`: its config.json. `from_shapes`: its config, for a file without one.
+    `title`: what messages call it. `folder`, `stem`: its folder in a diffusers checkpoint, and the
+    name of the file there. `dialects`: how its keys may be named; of the transformer's and the
+    VAE's, BFL's is first and diffusers' second. `prefixes`: what its keys may begin with in a file
+    of several networks; ComfyUI's is first. `from_json`, `to_json`: read and write its config.json.
+    `from_shapes`: makes its config for a file without one.
     """
 
     name: str
     title: str
     folder: str
     stem: str
-    network: type[eqx.Module]
-    config: type
+    network: type[Network]
+    config: type[Config]
     dialects: tuple[Dialect, ...]
     prefixes: tuple[str, ...]
-    from_json: Callable[[Mapping[str, Any]], Any]
-    to_json: Callable[[Any], dict[str, Any]]
-    from_shapes: Callable[[configs.Shapes], Any]
+    from_json: Callable[[JsonObject], Config]
+    to_json: Callable[[Config], JsonObject]
+    from_shapes: Callable[[shape_configs.Shapes], Config]
 
 
 FLUX = Kind(
     name="flux",
     title="FLUX transformer",
-    folder="transformer",
+    folder=folders.TRANSFORMER_FOLDER,
     stem="diffusion_pytorch_model",
     network=Flux,
     config=FluxConfig,
     dialects=(tables.FLUX_BFL, tables.FLUX_DIFFUSERS),
+    # ComfyUI's and Stable Diffusion's, then those of other programs; most files have none.
     prefixes=("model.diffusion_model.", "diffusion_model.", "transformer.", ""),
     from_json=configs.flux_from_json,
     to_json=configs.flux_to_json,
-    from_shapes=configs.flux_from_shapes,
+    from_shapes=shape_configs.flux_from_shapes,
 )
 T5_XXL = Kind(
     name="t5",
     title="T5 encoder",
-    folder="text_encoder_2",
+    folder=folders.T5_FOLDER,
     stem="model",
     network=T5,
     config=T5Config,
@@ -63,12 +73,12 @@ T5_XXL = Kind(
     prefixes=("text_encoders.t5xxl.transformer.", ""),
     from_json=configs.t5_from_json,
     to_json=configs.t5_to_json,
-    from_shapes=configs.t5_from_shapes,
+    from_shapes=shape_configs.t5_from_shapes,
 )
 CLIP = Kind(
     name="clip",
     title="CLIP text encoder",
-    folder="text_encoder",
+    folder=folders.CLIP_FOLDER,
     stem="model",
     network=Clip,
     config=ClipConfig,
@@ -76,19 +86,65 @@ CLIP = Kind(
     prefixes=("text_encoders.clip_l.transformer.", ""),
     from_json=configs.clip_from_json,
     to_json=configs.clip_to_json,
-    from_shapes=configs.clip_from_shapes,
+    from_shapes=shape_configs.clip_from_shapes,
 )
 VAE = Kind(
     name="vae",
     title="VAE",
-    folder="vae",
+    folder=folders.VAE_FOLDER,
     stem="diffusion_pytorch_model",
     network=Vae,
     config=VaeConfig,
+    # Whatever the number of levels here, `dialect_for` makes BFL's table for that of the config.
     dialects=(tables.vae_bfl(4), tables.VAE_DIFFUSERS),
     prefixes=("vae.", "first_stage_model.", ""),
     from_json=configs.vae_from_json,
     to_json=configs.vae_to_json,
-    from_shapes=configs.vae_from_shapes,
+    from_shapes=shape_configs.vae_from_shapes,
 )
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
+AnyKind = Kind[Any]
+"""A kind of network, whichever it is."""
+KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
+
+
+def kind_of_network(network: Network) -> AnyKind:
+    """Return the kind of a network."""
+    for kind in KINDS.values():
+        if isinstance(network, kind.network):
+            return kind
+    raise TypeError(f"{type(network).__name__} is not a Flux, T5, Clip or Vae.")
+
+
+def dialect_for(dialect: Dialect, config: NetworkConfig) -> Dialect:
+    """Return a dialect for a network of this config.
+
+    Only BFL's names of a VAE depend on it: they number the decoder's levels from the other end.
+    """
+    if dialect.name == "bfl" and isinstance(config, VaeConfig):
+        return tables.vae_bfl(len(config.channels))
+    return dialect
+
+
+_VARIANTS_BY_CHANNELS = {384: "Fill", 128: "Canny/Depth"}
+
+
+def flux_variant(config: NetworkConfig) -> str | None:
+    """Return which of FLUX.1's transformers a config is of; None for another network.
+
+    It is "dev" (which Krea and Kontext share), "schnell", "Fill" or "Canny/Depth", followed by
+    ", of another size" for other widths or depths.
+    """
+    if not isinstance(config, FluxConfig):
+        return None
+    # Fill and Canny/Depth append the features of their condition to those of the image's tokens.
+    if config.in_channels == FluxConfig().in_channels:
+        name = "dev" if config.guidance_embed else "schnell"
+    else:
+        unknown = f"{config.in_channels} input features"
+        name = _VARIANTS_BY_CHANNELS.get(config.in_channels, unknown)
+    full_size = replace(
+        FluxConfig(),
+        in_channels=config.in_channels,
+        guidance_embed=config.guidance_embed,
+    )
+    return name if config == full_size else f"{name}, of another size"

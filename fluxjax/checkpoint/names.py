@@ -1,127 +1,39 @@
-"""How each dialect names the weights: one row a kind of tensor, read forwards to load and backwards to export.
+"""The key tables: how BFL, diffusers, transformers and llama.cpp name each network's weights.
 
-`{i}` and `{j}` stand for indices, `{p}` for weight or bias, `{leaf}` for anything. A row's right side names one of our
-leaves; a stacked leaf carries its block's index after its first field.
+The file's key is on the left, the parameter's name in fluxjax on the right; `Row` in `dialect.py`
+explains the patterns.
 """
 
-import re
-from dataclasses import dataclass
-from functools import cached_property
+from fluxjax.checkpoint.dialect import Dialect, Layout, Row
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kind of tensor. `part`: the rows of a fused weight it holds, by name. `layout`: "1x1" for a linear layer stored as
-    a 1x1 convolution, "swap" for one whose halves are in the other order, "ours" for a tensor as it is in memory."""
-
-    theirs: str
-    ours: str
-    part: str | None = None
-    layout: str | None = None
-
-    @cached_property
-    def reader(self) -> re.Pattern:
-        return _pattern(self.theirs)
-
-    @cached_property
-    def writer(self) -> re.Pattern:
-        return _pattern(self.ours)
+def _rows(*pairs: tuple[str, str], layout: Layout | None = None) -> tuple[Row, ...]:
+    """Return rows of pairs of a key and a name."""
+    return tuple(Row(key, name, layout=layout) for key, name in pairs)
 
 
-def _form(key: str) -> str:
-    """Return a key with a sign in place of each index."""
-    return ".".join("#" if part.isascii() and part.isdigit() else part for part in key.split("."))
-
-
-def _pattern(text: str) -> re.Pattern:
-    escaped = re.escape(text)
-    for name, expression in (
-        ("i", "[0-9]+"),
-        ("j", "[0-9]+"),
-        ("p", "weight|bias"),
-        ("leaf", ".+"),
-    ):
-        escaped = escaped.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})", 1)
-    return re.compile(escaped + r"\Z")
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """A naming of a network's weights. `prefix`: what its keys may begin with, and do on export. `unneeded`: keys, and
-    beginnings of keys that end in a dot, that are known and not used. `mark`: a key that tells this dialect from the
-    network's others."""
-
-    name: str
-    mark: str
-    rows: tuple[Row, ...]
-    prefix: str = ""
-    unneeded: tuple[str, ...] = ()
-
-    def strip(self, key: str) -> str:
-        return key.removeprefix(self.prefix)
-
-    def find(self, key: str) -> tuple[str, Row] | None:
-        """Return the name of the leaf that a key fills, and its row."""
-        stripped = self.strip(key)
-        for row in self._rows_by_form.get(_form(stripped), self._general_rows):
-            if match := row.reader.match(stripped):
-                return row.ours.format(**match.groupdict()), row
-        return None
-
-    def ignores(self, key: str) -> bool:
-        """Return whether a key is known and not used; an entry of `unneeded` that ends in a dot is a prefix."""
-        stripped = self.strip(key)
-        return any(
-            stripped == known or (known.endswith(".") and stripped.startswith(known))
-            for known in self.unneeded
-        )
-
-    @cached_property
-    def _rows_by_form(self) -> dict[str, list[Row]]:
-        """Rows by the form of their keys, so that a key is compared with one or two of them and not with all."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            for last in ("weight", "bias") if "{p}" in row.theirs else ("",):
-                found.setdefault(_form(row.theirs.format(i=0, j=0, p=last, leaf="")), []).append(
-                    row
-                )
-        return found
-
-    @cached_property
-    def _general_rows(self) -> list[Row]:
-        return [row for row in self.rows if "{leaf}" in row.theirs]
-
-    def keys(self, leaf: str) -> list[tuple[str, Row]]:
-        """Return the keys that a leaf is exported to, in the order of its parts."""
-        found = [(row, row.writer.match(leaf)) for row in self.rows]
-        return [
-            (self.prefix + row.theirs.format(**match.groupdict()), row)
-            for row, match in found
-            if match
-        ]
-
-
-def _rows(*pairs: tuple[str, str], layout: str | None = None) -> tuple[Row, ...]:
-    return tuple(Row(theirs, ours, layout=layout) for theirs, ours in pairs)
-
-
-def _mlp_embedder(theirs: str, ours: str, first: str, second: str) -> tuple[Row, ...]:
+def _mlp_embedder(key: str, name: str, first: str, second: str) -> tuple[Row, ...]:
+    """Return the rows of an embedder: two layers with an activation between."""
     return _rows(
-        (f"{theirs}.{first}.{{p}}", f"{ours}.up.{{p}}"),
-        (f"{theirs}.{second}.{{p}}", f"{ours}.down.{{p}}"),
+        (f"{key}.{first}.{{p}}", f"{name}.up.{{p}}"),
+        (f"{key}.{second}.{{p}}", f"{name}.down.{{p}}"),
     )
 
 
-def _bfl_stream(short: str) -> tuple[Row, ...]:
-    theirs, ours = f"double_blocks.{{i}}.{short}", f"double.{{i}}.{short}"
+# The transformer.
+
+
+def _bfl_stream(stream: str) -> tuple[Row, ...]:
+    """Return the rows of the image's or the text's half of a double block."""
+    key, name = f"double_blocks.{{i}}.{stream}", f"double.{{i}}.{stream}"
     return _rows(
-        (f"{theirs}_mod.lin.{{p}}", f"{ours}.modulation.{{p}}"),
-        (f"{theirs}_attn.qkv.{{p}}", f"{ours}.qkv.{{p}}"),
-        (f"{theirs}_attn.norm.query_norm.scale", f"{ours}.query_norm.scale"),
-        (f"{theirs}_attn.norm.key_norm.scale", f"{ours}.key_norm.scale"),
-        (f"{theirs}_attn.proj.{{p}}", f"{ours}.out.{{p}}"),
-        (f"{theirs}_mlp.0.{{p}}", f"{ours}.mlp.up.{{p}}"),
-        (f"{theirs}_mlp.2.{{p}}", f"{ours}.mlp.down.{{p}}"),
+        (f"{key}_mod.lin.{{p}}", f"{name}.modulation.{{p}}"),
+        (f"{key}_attn.qkv.{{p}}", f"{name}.qkv.{{p}}"),
+        (f"{key}_attn.norm.query_norm.scale", f"{name}.query_norm.scale"),
+        (f"{key}_attn.norm.key_norm.scale", f"{name}.key_norm.scale"),
+        (f"{key}_attn.proj.{{p}}", f"{name}.out.{{p}}"),
+        (f"{key}_mlp.0.{{p}}", f"{name}.mlp.up.{{p}}"),
+        (f"{key}_mlp.2.{{p}}", f"{name}.mlp.down.{{p}}"),
     )
 
 
@@ -147,25 +59,41 @@ FLUX_BFL = Dialect(
     ),
 )
 
-
-def _diffusers_stream(
-    short: str, qkv: tuple[str, str, str], norms: tuple[str, str], out: str, norm1: str, ff: str
-):
-    theirs, ours = "transformer_blocks.{i}", f"double.{{i}}.{short}"
-    return (
-        Row(f"{theirs}.{norm1}.linear.{{p}}", f"{ours}.modulation.{{p}}"),
-        *(
-            Row(f"{theirs}.attn.{name}.{{p}}", f"{ours}.qkv.{{p}}", part)
-            for name, part in zip(qkv, "qkv", strict=True)
-        ),
-        Row(f"{theirs}.attn.{norms[0]}.weight", f"{ours}.query_norm.scale"),
-        Row(f"{theirs}.attn.{norms[1]}.weight", f"{ours}.key_norm.scale"),
-        Row(f"{theirs}.attn.{out}.{{p}}", f"{ours}.out.{{p}}"),
-        Row(f"{theirs}.{ff}.net.0.proj.{{p}}", f"{ours}.mlp.up.{{p}}"),
-        Row(f"{theirs}.{ff}.net.2.{{p}}", f"{ours}.mlp.down.{{p}}"),
-    )
-
-
+_DOUBLE = "transformer_blocks.{i}"
+_SINGLE = "single_transformer_blocks.{i}"
+# diffusers stores q, k and v of the image and the text as six layers; here they are two.
+_DIFFUSERS_IMAGE_STREAM = (
+    Row(f"{_DOUBLE}.norm1.linear.{{p}}", "double.{i}.img.modulation.{p}"),
+    Row(f"{_DOUBLE}.attn.to_q.{{p}}", "double.{i}.img.qkv.{p}", "q"),
+    Row(f"{_DOUBLE}.attn.to_k.{{p}}", "double.{i}.img.qkv.{p}", "k"),
+    Row(f"{_DOUBLE}.attn.to_v.{{p}}", "double.{i}.img.qkv.{p}", "v"),
+    Row(f"{_DOUBLE}.attn.norm_q.weight", "double.{i}.img.query_norm.scale"),
+    Row(f"{_DOUBLE}.attn.norm_k.weight", "double.{i}.img.key_norm.scale"),
+    Row(f"{_DOUBLE}.attn.to_out.0.{{p}}", "double.{i}.img.out.{p}"),
+    Row(f"{_DOUBLE}.ff.net.0.proj.{{p}}", "double.{i}.img.mlp.up.{p}"),
+    Row(f"{_DOUBLE}.ff.net.2.{{p}}", "double.{i}.img.mlp.down.{p}"),
+)
+_DIFFUSERS_TEXT_STREAM = (
+    Row(f"{_DOUBLE}.norm1_context.linear.{{p}}", "double.{i}.txt.modulation.{p}"),
+    Row(f"{_DOUBLE}.attn.add_q_proj.{{p}}", "double.{i}.txt.qkv.{p}", "q"),
+    Row(f"{_DOUBLE}.attn.add_k_proj.{{p}}", "double.{i}.txt.qkv.{p}", "k"),
+    Row(f"{_DOUBLE}.attn.add_v_proj.{{p}}", "double.{i}.txt.qkv.{p}", "v"),
+    Row(f"{_DOUBLE}.attn.norm_added_q.weight", "double.{i}.txt.query_norm.scale"),
+    Row(f"{_DOUBLE}.attn.norm_added_k.weight", "double.{i}.txt.key_norm.scale"),
+    Row(f"{_DOUBLE}.attn.to_add_out.{{p}}", "double.{i}.txt.out.{p}"),
+    Row(f"{_DOUBLE}.ff_context.net.0.proj.{{p}}", "double.{i}.txt.mlp.up.{p}"),
+    Row(f"{_DOUBLE}.ff_context.net.2.{{p}}", "double.{i}.txt.mlp.down.{p}"),
+)
+_DIFFUSERS_SINGLE = (
+    Row(f"{_SINGLE}.norm.linear.{{p}}", "single.{i}.modulation.{p}"),
+    Row(f"{_SINGLE}.attn.to_q.{{p}}", "single.{i}.linear1.{p}", "q"),
+    Row(f"{_SINGLE}.attn.to_k.{{p}}", "single.{i}.linear1.{p}", "k"),
+    Row(f"{_SINGLE}.attn.to_v.{{p}}", "single.{i}.linear1.{p}", "v"),
+    Row(f"{_SINGLE}.proj_mlp.{{p}}", "single.{i}.linear1.{p}", "mlp"),
+    Row(f"{_SINGLE}.attn.norm_q.weight", "single.{i}.query_norm.scale"),
+    Row(f"{_SINGLE}.attn.norm_k.weight", "single.{i}.key_norm.scale"),
+    Row(f"{_SINGLE}.proj_out.{{p}}", "single.{i}.linear2.{p}"),
+)
 FLUX_DIFFUSERS = Dialect(
     "diffusers",
     "x_embedder.weight",
@@ -174,30 +102,16 @@ FLUX_DIFFUSERS = Dialect(
         *_mlp_embedder("time_text_embed.timestep_embedder", "time_in", "linear_1", "linear_2"),
         *_mlp_embedder("time_text_embed.text_embedder", "vector_in", "linear_1", "linear_2"),
         *_mlp_embedder("time_text_embed.guidance_embedder", "guidance_in", "linear_1", "linear_2"),
-        *_diffusers_stream(
-            "img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "norm1", "ff"
-        ),
-        *_diffusers_stream(
-            "txt",
-            ("add_q_proj", "add_k_proj", "add_v_proj"),
-            ("norm_added_q", "norm_added_k"),
-            "to_add_out",
-            "norm1_context",
-            "ff_context",
-        ),
-        Row("single_transformer_blocks.{i}.norm.linear.{p}", "single.{i}.modulation.{p}"),
-        Row("single_transformer_blocks.{i}.attn.to_q.{p}", "single.{i}.linear1.{p}", "q"),
-        Row("single_transformer_blocks.{i}.attn.to_k.{p}", "single.{i}.linear1.{p}", "k"),
-        Row("single_transformer_blocks.{i}.attn.to_v.{p}", "single.{i}.linear1.{p}", "v"),
-        Row("single_transformer_blocks.{i}.proj_mlp.{p}", "single.{i}.linear1.{p}", "mlp"),
-        Row("single_transformer_blocks.{i}.attn.norm_q.weight", "single.{i}.query_norm.scale"),
-        Row("single_transformer_blocks.{i}.attn.norm_k.weight", "single.{i}.key_norm.scale"),
-        Row("single_transformer_blocks.{i}.proj_out.{p}", "single.{i}.linear2.{p}"),
-        # diffusers' last modulation is (scale, shift); BFL's and ours is (shift, scale).
+        *_DIFFUSERS_IMAGE_STREAM,
+        *_DIFFUSERS_TEXT_STREAM,
+        *_DIFFUSERS_SINGLE,
+        # diffusers' last modulation is (scale, shift); BFL's and fluxjax's is (shift, scale).
         Row("norm_out.linear.{p}", "final.modulation.{p}", layout="swap"),
         Row("proj_out.{p}", "final.linear.{p}"),
     ),
 )
+
+# The text encoders.
 
 CLIP_TRANSFORMERS = Dialect(
     "transformers",
@@ -219,8 +133,8 @@ CLIP_TRANSFORMERS = Dialect(
         ("final_layer_norm.bias", "norm.bias"),
     ),
     prefix="text_model.",
-    # Whole CLIP checkpoints hold the vision tower too.
-    unneeded=(
+    # Checkpoints of the whole CLIP hold the vision encoder and the projections too.
+    ignored=(
         "embeddings.position_ids",
         "logit_scale",
         "text_projection.weight",
@@ -228,9 +142,6 @@ CLIP_TRANSFORMERS = Dialect(
         "vision_model.",
     ),
 )
-
-OWN = Dialect("own", "", (Row("{leaf}", "{leaf}", layout="ours"),))
-"""fluxjax's own names: the leaves'."""
 
 T5_TRANSFORMERS = Dialect(
     "transformers",
@@ -252,10 +163,9 @@ T5_TRANSFORMERS = Dialect(
         ("encoder.block.{i}.layer.1.DenseReluDense.wo.weight", "blocks.{i}.down.weight"),
         ("encoder.final_layer_norm.weight", "norm.scale"),
     ),
-    # The same tensor as shared.weight, written twice by some.
-    unneeded=("encoder.embed_tokens.weight",),
+    # The same tensor as shared.weight, which some programs write a second time.
+    ignored=("encoder.embed_tokens.weight",),
 )
-
 
 T5_LLAMA = Dialect(
     "llama.cpp",
@@ -276,24 +186,29 @@ T5_LLAMA = Dialect(
     ),
 )
 
-
-def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
-    return _rows((f"{theirs}.weight", f"{ours}.scale"), (f"{theirs}.bias", f"{ours}.bias"))
+# The VAE.
 
 
-def _resnet(theirs: str, ours: str, shortcut: str) -> tuple[Row, ...]:
+def _norm(key: str, name: str) -> tuple[Row, ...]:
+    # PyTorch calls a norm's scale its weight.
+    return _rows((f"{key}.weight", f"{name}.scale"), (f"{key}.bias", f"{name}.bias"))
+
+
+def _resnet(key: str, name: str, shortcut: str) -> tuple[Row, ...]:
+    """Return the rows of a residual block; `shortcut`: the key of its 1x1 convolution."""
     return (
-        *_norm(f"{theirs}.norm1", f"{ours}.norm1"),
-        *_rows((f"{theirs}.conv1.{{p}}", f"{ours}.conv1.{{p}}")),
-        *_norm(f"{theirs}.norm2", f"{ours}.norm2"),
+        *_norm(f"{key}.norm1", f"{name}.norm1"),
+        *_rows((f"{key}.conv1.{{p}}", f"{name}.conv1.{{p}}")),
+        *_norm(f"{key}.norm2", f"{name}.norm2"),
         *_rows(
-            (f"{theirs}.conv2.{{p}}", f"{ours}.conv2.{{p}}"),
-            (f"{theirs}.{shortcut}.{{p}}", f"{ours}.shortcut.{{p}}"),
+            (f"{key}.conv2.{{p}}", f"{name}.conv2.{{p}}"),
+            (f"{key}.{shortcut}.{{p}}", f"{name}.shortcut.{{p}}"),
         ),
     )
 
 
 def _vae_ends(side: str, norm_out: str) -> tuple[Row, ...]:
+    """Return the rows of the first and last convolution of the encoder or the decoder."""
     return (
         *_rows(
             (f"{side}.conv_in.{{p}}", f"{side}.conv_in.{{p}}"),
@@ -304,38 +219,42 @@ def _vae_ends(side: str, norm_out: str) -> tuple[Row, ...]:
 
 
 def _bfl_side(side: str) -> tuple[Row, ...]:
-    attention, ours = f"{side}.mid.attn_1", f"{side}.middle.attention"
+    """Return the rows of the encoder or the decoder, without those of its levels."""
+    key, name = f"{side}.mid.attn_1", f"{side}.middle.attention"
     return (
         *_vae_ends(side, "norm_out"),
         *_resnet(f"{side}.mid.block_1", f"{side}.middle.resnet1", "nin_shortcut"),
-        *_norm(f"{attention}.norm", f"{ours}.norm"),
+        *_norm(f"{key}.norm", f"{name}.norm"),
+        # BFL's attention of the VAE is made of 1x1 convolutions.
         *_rows(
-            *(
-                (f"{attention}.{theirs}.{{p}}", f"{ours}.{name}.{{p}}")
-                for theirs, name in _BFL_ATTENTION
-            ),
+            (f"{key}.q.{{p}}", f"{name}.q.{{p}}"),
+            (f"{key}.k.{{p}}", f"{name}.k.{{p}}"),
+            (f"{key}.v.{{p}}", f"{name}.v.{{p}}"),
+            (f"{key}.proj_out.{{p}}", f"{name}.out.{{p}}"),
             layout="1x1",
         ),
         *_resnet(f"{side}.mid.block_2", f"{side}.middle.resnet2", "nin_shortcut"),
     )
 
 
-def _bfl_level(theirs: str, ours: str, resample: str) -> tuple[Row, ...]:
+def _bfl_level(key: str, name: str, resample: str) -> tuple[Row, ...]:
+    """Return the rows of one resolution; `resample`: the key of its change to the next one."""
     return (
-        *_resnet(f"{theirs}.block.{{j}}", f"{ours}.resnets.{{j}}", "nin_shortcut"),
-        *_rows((f"{theirs}.{resample}.conv.{{p}}", f"{ours}.resample.{{p}}")),
+        *_resnet(f"{key}.block.{{j}}", f"{name}.resnets.{{j}}", "nin_shortcut"),
+        *_rows((f"{key}.{resample}.conv.{{p}}", f"{name}.resample.{{p}}")),
     )
 
 
-_BFL_ATTENTION = (("q", "q"), ("k", "k"), ("v", "v"), ("proj_out", "out"))
-
-
 def vae_bfl(levels: int) -> Dialect:
-    """Return BFL's names of a VAE of so many sizes: its decoder's levels are numbered finest first, ours as they run."""
-    ups = [
-        _bfl_level(f"decoder.up.{levels - 1 - i}", f"decoder.up.{i}", "upsample")
-        for i in range(levels)
-    ]
+    """Return BFL's names of a VAE with this many resolutions.
+
+    BFL numbers the decoder's levels from the finest to the coarsest, fluxjax in the order in which
+    they run, from the coarsest to the finest.
+    """
+    decoder_levels: list[Row] = []
+    for level in range(levels):
+        key = f"decoder.up.{levels - 1 - level}"
+        decoder_levels += _bfl_level(key, f"decoder.up.{level}", "upsample")
     return Dialect(
         "bfl",
         "decoder.mid.block_1.conv1.weight",
@@ -343,31 +262,28 @@ def vae_bfl(levels: int) -> Dialect:
             *_bfl_side("encoder"),
             *_bfl_level("encoder.down.{i}", "encoder.down.{i}", "downsample"),
             *_bfl_side("decoder"),
-            *(row for up in ups for row in up),
+            *decoder_levels,
         ),
     )
 
 
-def _diffusers_side(side: str, levels: str) -> tuple[Row, ...]:
-    attention, ours = f"{side}.mid_block.attentions.0", f"{side}.middle.attention"
-    blocks = f"{side}.{levels}_blocks.{{i}}"
+def _diffusers_side(side: str, direction: str) -> tuple[Row, ...]:
+    """Return the rows of the encoder (`direction` "down") or the decoder ("up")."""
+    key, name = f"{side}.mid_block.attentions.0", f"{side}.middle.attention"
+    level_key, level_name = f"{side}.{direction}_blocks.{{i}}", f"{side}.{direction}.{{i}}"
     return (
         *_vae_ends(side, "conv_norm_out"),
         *_resnet(f"{side}.mid_block.resnets.0", f"{side}.middle.resnet1", "conv_shortcut"),
-        *_norm(f"{attention}.group_norm", f"{ours}.norm"),
+        *_norm(f"{key}.group_norm", f"{name}.norm"),
         *_rows(
-            (f"{attention}.to_q.{{p}}", f"{ours}.q.{{p}}"),
-            (f"{attention}.to_k.{{p}}", f"{ours}.k.{{p}}"),
-            (f"{attention}.to_v.{{p}}", f"{ours}.v.{{p}}"),
-            (f"{attention}.to_out.0.{{p}}", f"{ours}.out.{{p}}"),
+            (f"{key}.to_q.{{p}}", f"{name}.q.{{p}}"),
+            (f"{key}.to_k.{{p}}", f"{name}.k.{{p}}"),
+            (f"{key}.to_v.{{p}}", f"{name}.v.{{p}}"),
+            (f"{key}.to_out.0.{{p}}", f"{name}.out.{{p}}"),
         ),
         *_resnet(f"{side}.mid_block.resnets.1", f"{side}.middle.resnet2", "conv_shortcut"),
-        *_resnet(
-            f"{blocks}.resnets.{{j}}", f"{side}.{levels}.{{i}}.resnets.{{j}}", "conv_shortcut"
-        ),
-        *_rows(
-            (f"{blocks}.{levels}samplers.0.conv.{{p}}", f"{side}.{levels}.{{i}}.resample.{{p}}")
-        ),
+        *_resnet(f"{level_key}.resnets.{{j}}", f"{level_name}.resnets.{{j}}", "conv_shortcut"),
+        *_rows((f"{level_key}.{direction}samplers.0.conv.{{p}}", f"{level_name}.resample.{{p}}")),
     )
 
 
@@ -376,3 +292,8 @@ VAE_DIFFUSERS = Dialect(
     "decoder.mid_block.resnets.0.conv1.weight",
     (*_diffusers_side("encoder", "down"), *_diffusers_side("decoder", "up")),
 )
+
+# fluxjax's own files.
+
+OWN = Dialect("own", "", (Row("{leaf}", "{leaf}", layout="own"),))
+"""fluxjax's own names: those of the leaves in memory."""

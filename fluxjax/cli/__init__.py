@@ -1,1 +1,1 @@
-"""The command line `fluxjax`: a file for each command. It is not an API."""
+"""The command line `fluxjax`: the options and the function of each command. It is not an API."""

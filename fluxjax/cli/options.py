@@ -1,31 +1,37 @@
-"""Readers of the command line's values: each returns what a text says, or raises one line that says what is wrong with it."""
+"""Readers of the values of options: each converts a text, or says in one line what is wrong."""
 
 import argparse
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
-import numpy as np
+from fluxjax.cli.choices import BLOCK_PRESETS, MESH_AXES
+from fluxjax.cli.console import complain, interruptible
+from fluxjax.printable import printable
 
-from fluxjax.checkpoint.printable import printable
-from fluxjax.cli.console import complain
-from fluxjax.devices.mesh import AXES
-from fluxjax.generate.latents import SEEDS
-from fluxjax.kernels.blocks import PRESETS, BlockSizes
+Value = TypeVar("Value")
+OptionGroup = argparse._ActionsContainer
+"""A parser, or a group of options in one; argparse has no public name for both."""
 
-LARGEST = float(np.finfo(np.float32).max)
-"""The largest number that the networks can be given."""
-MOST_STEPS = 10_000
-MOST_PIXELS = 2**16
+MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
+"""The largest finite float32: networks can be given no larger number."""
+MIN_NORMAL_FLOAT32 = 2.0**-126
+"""The smallest positive float32 of full precision."""
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 10_000
+MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
-MOST_IMAGES = 1_000_000
-MOST_TOKENS = 2**16
+MAX_IMAGES = 1_000_000
+MAX_TOKENS = 2**16
 """Tokens of a prompt, and in a block of attention."""
-MOST_DEVICES = 2**20
-MOST_RANK = 2**16
+MAX_DEVICES = 2**20
+MAX_RANK = 2**16
+_SHOWN = 60
+"""Characters of a wrong value that an error message repeats."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,36 +42,40 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _wrong(text: str, needed: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"needs {needed}, got {printable(text, 60)!r}")
+def _wrong_value(text: str, needed: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"needs {needed}, got {printable(text, _SHOWN)!r}")
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return a reader of a whole number from `least` to `most`."""
+    """Return a reader of a whole number from `least` to `most`, both included."""
 
     def read(text: str) -> int:
-        if (
-            re.fullmatch(r"[+-]?[0-9]{1,30}", text.strip()) is None
-            or not least <= int(text) <= most
-        ):
-            raise _wrong(text, f"a whole number from {least} to {most}")
+        # At most 30 digits: Python takes quadratic time for long numbers, and refuses very long
+        # ones with an error of its own.
+        is_number = re.fullmatch(r"[+-]?[0-9]{1,30}", text.strip()) is not None
+        if not is_number or not least <= int(text) <= most:
+            raise _wrong_value(text, f"a whole number from {least} to {most}")
         return int(text)
 
     return read
 
 
-def finite_number(least: float = -LARGEST, most: float = LARGEST) -> Callable[[str], float]:
-    """Return a reader of a number from `least` to `most`, which float32 can hold."""
-    bounds = "a finite number" if most == LARGEST else f"a number from {least:g} to {most:g}"
-    bounds = bounds if least == -LARGEST or most < LARGEST else f"{bounds} from {least:g} on"
+def finite_number(least: float = -MAX_FLOAT32, most: float = MAX_FLOAT32) -> Callable[[str], float]:
+    """Return a reader of a number from `least` to `most`, both included, that float32 can hold."""
+    if most < MAX_FLOAT32:
+        needed = f"a number from {least:g} to {most:g}"
+    elif least > -MAX_FLOAT32:
+        needed = f"a finite number from {least:g} on"
+    else:
+        needed = "a finite number"
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise _wrong(text, bounds) from None
-        if not least <= value <= most:  # NaN is in no interval
-            raise _wrong(text, bounds)
+            raise _wrong_value(text, needed) from None
+        if not least <= value <= most:  # also true of NaN, which compares as False
+            raise _wrong_value(text, needed)
         return value
 
     return read
@@ -74,120 +84,158 @@ def finite_number(least: float = -LARGEST, most: float = LARGEST) -> Callable[[s
 def positive_number(text: str) -> float:
     """Read a finite number above 0 that float32 can hold."""
     value = finite_number()(text)
-    if value < float(np.finfo(np.float32).tiny):
-        raise _wrong(text, "a finite number above 0")
+    # XLA flushes smaller numbers to 0 on some devices.
+    if value < MIN_NORMAL_FLOAT32:
+        raise _wrong_value(text, "a finite number above 0")
     return value
 
 
-seed = whole_number(0, SEEDS - 1)
-rank = whole_number(1, MOST_RANK)
-pixels = whole_number(1, MOST_PIXELS)
-images = whole_number(1, MOST_IMAGES)
+seed = whole_number(0, MAX_SEED)
+step_count = whole_number(1, MAX_STEPS)
+pixel_count = whole_number(1, MAX_PIXELS)
+image_count = whole_number(1, MAX_IMAGES)
+token_count = whole_number(1, MAX_TOKENS)
+lora_rank = whole_number(1, MAX_RANK)
 
 
-def any_text(text: str) -> str:
-    """Read a text that can be encoded. Where the locale's encoding lacks them, the bytes of a command line come as surrogates;
-    they are read as UTF-8."""
+def unicode_text(text: str) -> str:
+    """Read a text that can be encoded as UTF-8.
+
+    Python decodes the command line by the locale's encoding, and represents bytes which that
+    encoding lacks as surrogates. Such bytes are read as UTF-8 here.
+    """
     try:
         text.encode()
-        return text
     except UnicodeEncodeError:
         pass
+    else:
+        return text
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
-        raise argparse.ArgumentTypeError(f"is not valid UTF-8: {printable(text, 60)}") from None
+        raise argparse.ArgumentTypeError(f"is not valid UTF-8: {printable(text, _SHOWN)}") from None
 
 
-def path(text: str) -> Path:
-    """Read a path."""
+def file_path(text: str) -> Path:
+    """Read the path of a file or folder."""
     if "\0" in text:
-        raise _wrong(text, "a path, which holds no NUL character")
+        raise _wrong_value(text, "a path without NUL characters")
     return Path(text)
 
 
-def names(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a reader of different names with commas between, each one of those known."""
+class NameList:
+    """A reader of different names that are separated by commas.
 
-    def read(text: str) -> list[str]:
-        found = text.split(",")
-        unknown = [name for name in found if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"there is no {printable(unknown[0], 60)!r}; choose of {', '.join(known)}"
-            )
-        return _different(found)
+    argparse fills the attributes of an option into its help text; `%(type)s` there becomes the
+    names, which are then looked up only if the help is printed.
 
-    return read
+    **Arguments:** `known`: the names that are accepted.
+    """
+
+    def __init__(self, known: Iterable[str]):
+        self.known = known
+
+    def __str__(self) -> str:
+        return ", ".join(self.known)
+
+    def __call__(self, text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in self.known:
+                raise argparse.ArgumentTypeError(
+                    f"there is no {printable(name, _SHOWN)!r}; choose from {self}"
+                )
+        return _without_repetition(names)
 
 
-def _different(found: Sequence[Any]) -> list[Any]:
-    twice = [one for one in found if found.count(one) > 1]
-    if twice:
-        raise argparse.ArgumentTypeError(f"{twice[0]} is given twice; leave one out")
-    return list(found)
+def _without_repetition(values: Sequence[Value]) -> list[Value]:
+    """Return the values as a list. **Raises:** `argparse.ArgumentTypeError` if two are equal."""
+    for value in values:
+        if values.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"{value} is given twice; leave one out")
+    return list(values)
 
 
 def step_counts(text: str) -> list[int]:
-    """Read different numbers of steps with commas between."""
-    read = whole_number(1, MOST_STEPS)
-    return _different([read(part) for part in text.split(",")])
+    """Read different numbers of steps that are separated by commas."""
+    counts = [step_count(part) for part in text.split(",")]
+    return _without_repetition(counts)
 
 
-def block_sizes(text: str) -> BlockSizes:
-    """Read block sizes: tokens of queries, and of keys if they differ, or a preset's name."""
-    if text in PRESETS:
-        return PRESETS[text]
-    parts = text.split(",")
-    try:
-        sizes = [whole_number(1, MOST_TOKENS)(part) for part in parts]
-    except argparse.ArgumentTypeError:
-        sizes = []
-    if len(sizes) not in (1, 2):
-        raise _wrong(
-            text,
-            f"1536, or 1536,512 (each from 1 to {MOST_TOKENS}), or one of {', '.join(PRESETS)}",
-        )
-    return BlockSizes(q=sizes[0], kv=sizes[1] if len(sizes) == 2 else None)
+class BlockSizesReader:
+    """A reader of block sizes: tokens of queries and, if they differ, of keys; or a preset's name.
+
+    As for `NameList`, `%(type)s` in an option's help text becomes the names of the presets.
+    """
+
+    def __str__(self) -> str:
+        return ", ".join(BLOCK_PRESETS)
+
+    def __call__(self, text: str) -> object:
+        """Return a `fluxjax.kernels.block_sizes.BlockSizes`, whose module is imported only here."""
+        try:
+            sizes = [token_count(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            sizes = []
+        if len(sizes) in (1, 2):
+            block_sizes = interruptible(
+                pkgutil.resolve_name, "fluxjax.kernels.block_sizes:BlockSizes"
+            )
+            return block_sizes(q=sizes[0], kv=sizes[1] if len(sizes) == 2 else None)
+        if text in BLOCK_PRESETS:
+            presets = interruptible(pkgutil.resolve_name, "fluxjax.kernels.block_sizes:PRESETS")
+            return presets[text]
+        needed = f"1536, or 1536,512 (each from 1 to {MAX_TOKENS}), or one of {self}"
+        raise _wrong_value(text, needed)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """Read a mesh: axes and their sizes, with commas between."""
+    """Read the sizes of a mesh's axes, as in "data=2,fsdp=4"; one of them may be -1."""
+    needed = "axes and their sizes, as data=2,fsdp=4, one of which may be -1"
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if re.fullmatch(r"-?[0-9]{1,9}", size) is None or not (
-            int(size) == -1 or 1 <= int(size) <= MOST_DEVICES
-        ):
-            raise _wrong(text, "axes and their sizes, as data=2,fsdp=4, one of which may be -1")
-        if axis not in AXES:
+        if not _is_axis_size(size):
+            raise _wrong_value(text, needed)
+        if axis not in MESH_AXES:
             raise argparse.ArgumentTypeError(
-                f"there is no axis {printable(axis, 60)!r}; choose of {', '.join(AXES)}"
+                f"there is no axis {printable(axis, _SHOWN)!r}; choose from {', '.join(MESH_AXES)}"
             )
         if axis in sizes:
             raise argparse.ArgumentTypeError(f"{axis} is given twice; leave one out")
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:
-        raise _wrong(text, "axes and their sizes, as data=2,fsdp=4, one of which may be -1")
+        raise _wrong_value(text, needed)
     return sizes
+
+
+def _is_axis_size(text: str) -> bool:
+    if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
+        return False
+    return int(text) == -1 or 1 <= int(text) <= MAX_DEVICES
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}
 
 
 def byte_count(text: str) -> int:
-    """Read a size: a number, and kB, MB, GB, TB or nothing after it."""
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *([KMGT]?B?)", text.strip().upper())
-    size = (
-        int(float(found[1]) * _UNITS[found[2]]) if found is not None and found[2] in _UNITS else 0
-    )
+    """Read a size in bytes: a number, which kB, MB, GB or TB may follow."""
+    pattern = r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *([KMGT]?B?)"
+    match = re.fullmatch(pattern, text.strip().upper())
+    size = 0
+    if match is not None and match[2] in _UNITS:
+        size = int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
-        raise _wrong(text, "a size, as 5GB or 500MB")
+        raise _wrong_value(text, "a size, as 5GB or 500MB")
     return size
 
 
 class Adapter(NamedTuple):
-    """An adapter as the command line names it: a path, hub:OWNER/REPO/FILE, or tiny:STYLE."""
+    """An adapter as an option names it.
+
+    `name`: what messages and metadata call it. `place`: a path, "hub:OWNER/REPO/FILE", or
+    "tiny:STYLE". `scale`: the factor of its changes.
+    """
 
     name: str
     place: str
@@ -195,25 +243,33 @@ class Adapter(NamedTuple):
 
 
 def adapter(text: str) -> Adapter:
-    """Read [NAME=]FILE[:SCALE]; the file may also be hub:OWNER/REPO/FILE, or tiny:STYLE for one that ships."""
+    """Read an adapter, [NAME=]FILE[:SCALE].
+
+    FILE may also be "hub:OWNER/REPO/FILE", or "tiny:STYLE" for one that ships with fluxjax.
+    """
     name, equals, place = text.partition("=")
-    if not equals or "/" in name:
+    if not equals or "/" in name:  # the equals sign, if there is one, belongs to the path
         name, place = "", text
     head, colon, last = place.rpartition(":")
     scale = 1.0
-    if colon and _is_number(last):  # else it is a colon of the path
+    if colon and _is_number(last):  # otherwise the colon belongs to the path
         place, scale = head, float(last)
-    if not math.isfinite(scale) or abs(scale) > LARGEST:
-        raise _wrong(text, "a finite scale after the colon")
+    if not math.isfinite(scale) or abs(scale) > MAX_FLOAT32:
+        raise _wrong_value(text, "a finite scale after the colon")
+    if not _is_adapter_place(place):
+        raise _wrong_value(text, "an adapter, as FILE:SCALE or hub:OWNER/REPO/FILE:SCALE")
+    if not name:
+        name = Path(place).stem.removeprefix("tiny:")
+    return Adapter(name, place, scale)
+
+
+def _is_adapter_place(place: str) -> bool:
+    if place in ("", "tiny:") or "\0" in place:
+        return False
+    if not place.startswith("hub:"):
+        return True
     parts = place.removeprefix("hub:").split("/", 2)
-    if (
-        not place
-        or place == "tiny:"
-        or "\0" in place
-        or (place.startswith("hub:") and (len(parts) < 3 or not all(parts)))
-    ):
-        raise _wrong(text, "an adapter, as FILE:SCALE or hub:OWNER/REPO/FILE:SCALE")
-    return Adapter(name or Path(place).stem.removeprefix("tiny:"), place, scale)
+    return len(parts) == 3 and all(parts)
 
 
 def _is_number(text: str) -> bool:

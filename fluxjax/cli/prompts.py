@@ -1,30 +1,35 @@
-"""Files of prompts: a JSON object a line, shared among processes, each line's image in a file of its own."""
+"""Files of prompts: one JSON object per line, each of which describes one image."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-from fluxjax.checkpoint.printable import printable
 from fluxjax.generate.latents import SEEDS
+from fluxjax.printable import printable
 
-_FIELDS: dict[str, type] = {
-    "prompt": str,
-    "prompt_2": str,
-    "negative_prompt": str,
-    "id": str,
-    "seed": int,
-}
+_TEXT_FIELDS = ("prompt", "prompt_2", "negative_prompt", "id")
+_FIELDS = (*_TEXT_FIELDS, "seed")
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_LONGEST_ID = 251
-"""Characters of an id: file systems have names of up to 255 bytes, four of which are the ending."""
-_LONGEST_LINE = 10_000_000
+_MAX_ID = 251
+"""Characters of an id: file names have at most 255 bytes, and ".png" takes four."""
+_MAX_LINE = 10_000_000
 """Bytes of a line."""
+_MAX_DIGITS = 1000
+"""Digits of a number. Python refuses more than 4300 of them with an error of its own."""
+_SHOWN = 60
+"""Characters of a text from the file that a message repeats."""
 
 
 class Line(NamedTuple):
-    """A line of a file: what to draw, by which seed, the name of its image without the ending, and its number from 1."""
+    """A line of a file of prompts.
+
+    `prompt`: for both text encoders. `prompt_2`: for T5 instead, if there is one.
+    `negative_prompt`: what the image is guided away from; None for that of the command line.
+    `id`: the file name of the image, without its ending. `seed`: of the noise. `number`: of the
+    line in the file, from 1.
+    """
 
     prompt: str
     prompt_2: str | None
@@ -34,153 +39,197 @@ class Line(NamedTuple):
     number: int = 0
 
     def image(self, folder: Path) -> Path:
-        """Return where its image belongs."""
+        """Return the path of the line's image in a folder."""
         return folder / f"{self.id}.png"
 
     def texts(self) -> dict[str, str]:
-        """Return what is encoded, by the name of the field."""
-        given = {
-            "prompt": self.prompt,
-            "prompt_2": self.prompt_2,
-            "negative_prompt": self.negative_prompt,
-        }
-        return {name: text for name, text in given.items() if text is not None}
+        """Return the texts that are encoded, by field."""
+        texts = {"prompt": self.prompt}
+        if self.prompt_2 is not None:
+            texts["prompt_2"] = self.prompt_2
+        if self.negative_prompt is not None:
+            texts["negative_prompt"] = self.negative_prompt
+        return texts
+
+
+class _Fields(NamedTuple):
+    """The values of a line's JSON object, whose types have been checked."""
+
+    texts: dict[str, str]
+    seed: int | None
 
 
 def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], list[str]]:
-    """Read a file of prompts, in UTF-8, with or without a byte-order mark.
+    """Read a file of prompts in UTF-8, with or without a byte-order mark.
 
-    A line is a JSON object with `prompt`, and, if wanted, `prompt_2`, `negative_prompt`, `id` (by default the line's number
-    from 0) and `seed` (the same). Empty lines are passed over. `guided`: whether a negative prompt does anything; else it is
-    refused.
-    **Returns:** the lines, and what is wrong with the others, each with its number from 1.
-    **Raises:** `OSError` if the file can't be read, `ValueError` for one in UTF-16 or UTF-32.
+    A line is a JSON object with `prompt` and, optionally, `prompt_2`, `negative_prompt`, `id` and
+    `seed`. The last two are by default the number of the line, counted from 0. Empty lines are
+    skipped.
+
+    **Arguments:** `path`: the file. `guided`: whether negative prompts are used. If not, a line
+    with one is an error.
+    **Returns:** the valid lines, and a message about each of the others.
+    **Raises:** `OSError` if the file can't be read, `ValueError` if it is in UTF-16 or UTF-32.
     """
-    lines, problems = [], []
-    taken: dict[str, int] = {}
-    for number, data in enumerate(_content(Path(path)).split(b"\n"), 1):
+    lines: list[Line] = []
+    problems: list[str] = []
+    # Some file systems do not distinguish capital letters, so two ids must differ without them.
+    numbers_by_id: dict[str, int] = {}
+    for number, data in enumerate(_read_content(Path(path)).split(b"\n"), 1):
         if not data.strip():
             continue
         try:
-            line = _line(data, number)
+            line = _read_line(data, number)
             if line.negative_prompt is not None and not guided:
                 raise ValueError("its negative_prompt does nothing at --cfg 1 without --nag")
-            if line.id.lower() in taken:
-                raise ValueError(f"its id {line.id!r} is that of line {taken[line.id.lower()]}")
+            earlier = numbers_by_id.get(line.id.lower())
+            if earlier is not None:
+                raise ValueError(f"its id {line.id!r} is also that of line {earlier}")
         except ValueError as error:
             problems.append(f"line {number}: {error}")
         else:
-            taken[line.id.lower()] = number
+            numbers_by_id[line.id.lower()] = number
             lines.append(line)
     return lines, problems
 
 
-def _content(path: Path) -> bytes:
+def _read_content(path: Path) -> bytes:
+    """Return the bytes of a file, without a byte-order mark."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"--prompts needs a file, and {path} is none. Write the lines to a file.")
+        raise ValueError(
+            f"--prompts needs a file, and {path} is not one. Write the lines to a file."
+        )
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         raise ValueError(f"{path} is in UTF-16 or UTF-32. Save it as UTF-8.")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def _line(data: bytes, number: int) -> Line:
-    given = _parsed(data)
-    if not isinstance(given, dict) or "prompt" not in given:
-        raise ValueError('it is no object with a prompt; write {"prompt": "a red star"}')
-    for name, value in given.items():
-        _check_field(name, value)
-    name = given.get("id", str(number - 1))
-    if not _ID.fullmatch(name):
-        raise ValueError(
-            f"its id '{printable(name, 60)}' is no file name of letters, digits, '_', '-' and '.', which it may not begin with"
-        )
-    if len(name) > _LONGEST_ID:
-        raise ValueError(f"its id has {len(name)} characters; file names take {_LONGEST_ID}")
-    seed = given.get("seed", number - 1)
+def _read_line(data: bytes, number: int) -> Line:
+    """Return a line. **Raises:** `ValueError` that says what is wrong with it."""
+    fields = _read_fields(data)
+    texts = fields.texts
+    name = texts.get("id", str(number - 1))
+    _check_id(name)
+    seed = number - 1 if fields.seed is None else fields.seed
     if not 0 <= seed < SEEDS:
-        raise ValueError(
-            f"its seed is not in [0, 2^63), got {seed if abs(seed) < 10**30 else 'a number of many digits'}"
-        )
+        shown = str(seed) if abs(seed) < 10**30 else "a number of many digits"
+        raise ValueError(f"its seed is not in [0, 2^63), got {shown}")
     return Line(
-        given["prompt"], given.get("prompt_2"), given.get("negative_prompt"), name, seed, number
+        texts["prompt"], texts.get("prompt_2"), texts.get("negative_prompt"), name, seed, number
     )
 
 
-def _parsed(data: bytes) -> Any:
-    """Return the JSON of a line. **Raises:** `ValueError` that says what is wrong with it."""
-    if len(data) > _LONGEST_LINE:
-        raise ValueError(f"it has {len(data)} bytes; a line has at most {_LONGEST_LINE}")
+def _check_id(name: str) -> None:
+    if not _ID.fullmatch(name):
+        raise ValueError(
+            f"its id '{printable(name, _SHOWN)}' is not a file name of letters, digits, '_', '-' "
+            "and '.' that begins with a letter, digit or '_'"
+        )
+    if len(name) > _MAX_ID:
+        raise ValueError(f"its id has {len(name)} characters; a file name has at most {_MAX_ID}")
+
+
+def _read_fields(data: bytes) -> _Fields:
+    """Return the fields of a line's JSON object, after checking their names and types."""
+    parsed = _parse_json(data)
+    if not isinstance(parsed, dict) or "prompt" not in parsed:
+        raise ValueError('it is not an object with a prompt; write {"prompt": "a red star"}')
+    texts: dict[str, str] = {}
+    seed = None
+    for name, value in parsed.items():
+        if name in _TEXT_FIELDS:
+            texts[name] = _check_text(name, value)
+        elif name == "seed":
+            seed = _check_seed(value)
+        else:
+            shown = printable(name, _SHOWN)
+            raise ValueError(f"it has an unknown field '{shown}'; there are {', '.join(_FIELDS)}")
+    return _Fields(texts, seed)
+
+
+def _check_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"its {name} is not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can escape one half of a surrogate pair, which is no character.
+        shown = printable(value, _SHOWN)
+        raise ValueError(f"its {name} contains half a surrogate pair ({shown})") from None
+    return value
+
+
+def _check_seed(value: object) -> int:
+    # In Python True is also an int.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("its seed is not a whole number")
+    return value
+
+
+def _parse_json(data: bytes) -> object:
+    """Return the JSON value of a line. **Raises:** `ValueError` that says what is wrong with it."""
+    if len(data) > _MAX_LINE:
+        raise ValueError(f"it has {len(data)} bytes; a line has at most {_MAX_LINE}")
     try:
         return json.loads(
-            data.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_int=_whole
+            data.decode(),
+            object_pairs_hook=_object_without_repetition,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not valid UTF-8 (at byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"it is not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _object_without_repetition(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object. Python's parser would take the last of two fields of one name."""
+    fields: dict[str, object] = {}
     for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has the field '{printable(name, 60)}' twice")
-        found[name] = value
-    return found
+        if name in fields:
+            raise ValueError(f"it has the field '{printable(name, _SHOWN)}' twice")
+        fields[name] = value
+    return fields
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"it has {text}, which is no number of JSON's")
+def _refuse_constant(text: str) -> NoReturn:
+    # Python's parser accepts NaN and Infinity, which are not JSON.
+    raise ValueError(f"it has {text}, which is not a number in JSON")
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > 1000:  # Python refuses more than 4300
+def _parse_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)
 
 
-def _check_field(name: str, value: Any) -> None:
-    if name not in _FIELDS:
-        raise ValueError(
-            f"it has an unknown field '{printable(name, 60)}'; there are {', '.join(_FIELDS)}"
-        )
-    if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
-        raise ValueError(f"its {name} is no {'whole number' if _FIELDS[name] is int else 'text'}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"its {name} holds half a surrogate pair ({printable(str(value), 60)}), which is no text"
-        ) from None
-
-
 def share(lines: Sequence[Line], process: int = 0, processes: int = 1) -> list[Line]:
-    """Return the lines of a process, one in `processes`."""
+    """Return the lines that a process draws: each `processes`-th, beginning with its own number."""
     return list(lines[process::processes])
 
 
-def difference(found: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """Return in what an image's metadata differs from what a line would draw, or None if it is the same image.
+def difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
+    """Return how an existing image differs from what a line would draw.
 
-    The version that wrote it is not compared.
+    **Arguments:** `found`: metadata of the image. `wanted`: metadata that the line would write.
+    **Returns:** a message, or None if the metadata are equal except for the version of fluxjax.
     """
     if "prompt" not in found:
         return "there is another file of its name"
-    names = [
-        name
-        for name in {**wanted, **found}
-        if name != "version" and found.get(name) != wanted.get(name)
-    ]
-    if not names:
+    changes = []
+    for name in {**wanted, **found}:
+        if name != "version" and found.get(name) != wanted.get(name):
+            changes.append(f"{name} {_shown(found, name)} instead of {_shown(wanted, name)}")
+    if not changes:
         return None
-    shown = ", ".join(
-        f"{name} {_shown(found, name)} in place of {_shown(wanted, name)}" for name in names[:3]
-    )
-    return f"its image is there with {shown}"
+    return f"its image exists with {', '.join(changes[:3])}"
 
 
-def _shown(metadata: dict[str, str], name: str) -> str:
-    return f"'{printable(metadata[name], 60)}'" if name in metadata else "none"
+def _shown(metadata: Mapping[str, str], name: str) -> str:
+    if name not in metadata:
+        return "none"
+    return f"'{printable(metadata[name], _SHOWN)}'"

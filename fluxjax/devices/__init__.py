@@ -1,8 +1,10 @@
 """Networks on several devices, or on one that is too small: meshes, sharding, streaming."""
 
+from fluxjax.devices.local import local
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.offload import fetch, offload, residency
-from fluxjax.devices.shard import local, on_mesh, shard
+from fluxjax.devices.run import on_mesh
+from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings, specs
 from fluxjax.devices.stream import stream_blocks
 from fluxjax.devices.tokens import TokenParallelFlux

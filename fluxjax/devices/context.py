@@ -1,7 +1,8 @@
-"""Attention over tokens that are split among devices: Ulysses' exchange of heads for tokens, and a ring of keys and values."""
+"""Attention over tokens that are split among devices: Ulysses and ring attention."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,20 +10,33 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.kernels.attention import Attention, as_attention
-from fluxjax.kernels.guiding import Nag
+from fluxjax.kernels.guided_attention import Nag
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, ScalarLike
+from fluxjax.shapes import Array, Bool, Float, Int, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
+"""A device's part of the text tokens, then its part of the image tokens."""
+
+TokenRange = tuple[int, int]
+"""Indices of text tokens: from the first one, up to the second one, which is not included."""
 
 
-class Ulysses(eqx.Module):
-    """Joint attention in a `jax.shard_map` in which each device has a part of the text's tokens and of the image's, as many
-    each: every device mixes all tokens of its share of the heads.
+class UlyssesAttention(eqx.Module):
+    """Joint attention in a `jax.shard_map` that splits tokens: devices exchange tokens for heads.
 
-    `axis`: of the mesh. `txt_tokens`, `img_tokens`: in all; what the parts hold beyond them is padding, which no token sees.
-    `implementation`: of `fluxjax.attention`. `nag`: guides inside of it; the text then holds both prompts. Heads must be
-    divisible among the devices. Moves 4 / n of q, k and v.
+    Each device holds a part of the text tokens and a part of the image tokens, all of one size.
+    For the attention it receives all tokens of its share of the heads. Each device sends
+    4 / devices of the size of q, k and v.
+
+    **Arguments:**
+
+    - `axis`: of the mesh, over which the tokens are split.
+    - `txt_tokens`, `img_tokens`: of all devices. What the parts hold beyond them is padding, which
+      no token attends to.
+    - `implementation`: of `fluxjax.attention`.
+    - `nag`: guides the attention; the text then holds both prompts.
+
+    **Raises:** `ValueError`, when called, if the devices do not divide the heads.
     **Source:** Jacobs et al. 2023 (2309.14509).
     """
 
@@ -33,53 +47,94 @@ class Ulysses(eqx.Module):
     nag: Nag | None = None
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+        """Return the mixed values of this device's tokens.
+
+        **Arguments:** `q`, `k`, `v`: of this device's tokens. `txt_part`: how many of them are of
+        the text, padding included.
+        """
         devices = jax.lax.axis_size(self.axis)
-        if q.shape[1] % devices:
+        tokens, heads, dim = q.shape
+        if heads % devices:
             raise ValueError(
-                f"`Ulysses` splits {q.shape[1]} heads among {devices} devices, which must divide them. Use `Ring`."
+                f"`UlyssesAttention` needs a number of devices that divides the heads, got "
+                f"{devices} devices and {heads} heads. Use `RingAttention`."
             )
-
-        def exchange(x: Array, split: int) -> Array:
-            return jax.lax.all_to_all(
-                x, self.axis, split_axis=split, concat_axis=1 - split, tiled=True
-            )
-
-        def collect(x: Array) -> tuple[Array, Array]:
-            # Heads are columns here, as the projection and flash_tpu have them: TPUs would lay out an axis of heads anew.
-            columns = rearrange(x, "tokens heads dim -> tokens (heads dim)")
-            return exchange(columns[:txt_part], 1), exchange(columns[txt_part:], 1)
-
-        def real(x: Array) -> Array:
-            text, image = collect(x)
-            joint = jnp.concatenate([text[: self.txt_tokens], image[: self.img_tokens]])
-            return rearrange(joint, "tokens (heads dim) -> tokens heads dim", dim=q.shape[-1])
-
-        def give_back(x: Array, part: int) -> Array:
-            return exchange(jnp.pad(x, ((0, devices * part - len(x)), (0, 0))), 0)
-
-        mixed = rearrange(
-            self._mixed(real(q), real(k), real(v)), "tokens heads dim -> tokens (heads dim)"
-        )
+        all_q, all_k, all_v = (self._gather_tokens(x, txt_part) for x in (q, k, v))
+        mixed = self._attend(all_q, all_k, all_v)
+        mixed = rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
         text, image = mixed[: self.txt_tokens], mixed[self.txt_tokens :]
-        mixed = jnp.concatenate([give_back(text, txt_part), give_back(image, len(q) - txt_part)])
-        return rearrange(mixed, "tokens (heads dim) -> tokens heads dim", dim=q.shape[-1])
+        text_part = self._scatter_tokens(text, txt_part)
+        image_part = self._scatter_tokens(image, tokens - txt_part)
+        columns = jnp.concatenate([text_part, image_part])
+        return rearrange(columns, "tokens (heads dim) -> tokens heads dim", dim=dim)
 
-    def _mixed(self, q: Heads, k: Heads, v: Heads) -> Heads:
+    def _gather_tokens(
+        self,
+        x: Heads,
+        txt_part: int,
+    ) -> Float[Array, "joint_tokens device_heads head_dim"]:
+        """Return all tokens, without padding, of this device's share of the heads."""
+        # Heads are columns here, as the projection and flash_tpu have them: with an axis of heads
+        # TPUs would change the layout in memory.
+        columns = rearrange(x, "tokens heads dim -> tokens (heads dim)")
+        # All tokens, of which each device has its own columns from here on.
+        text = self._exchange(columns[:txt_part], 1)
+        image = self._exchange(columns[txt_part:], 1)
+        real_text, real_image = text[: self.txt_tokens], image[: self.img_tokens]
+        joint = jnp.concatenate([real_text, real_image])
+        return rearrange(joint, "tokens (heads dim) -> tokens heads dim", dim=x.shape[-1])
+
+    def _scatter_tokens(
+        self,
+        x: Float[Array, "all_tokens device_columns"],
+        part: int,
+    ) -> Float[Array, "part columns"]:
+        """Return this device's part of the tokens, padded, with all heads."""
+        padding = jax.lax.axis_size(self.axis) * part - len(x)
+        padded = jnp.pad(x, ((0, padding), (0, 0)))
+        return self._exchange(padded, 0)
+
+    def _exchange(self, x: Array, split: int) -> Array:
+        """Split one axis of a matrix among the devices, and join their parts along the other."""
+        return jax.lax.all_to_all(
+            x,
+            self.axis,
+            split_axis=split,
+            concat_axis=1 - split,
+            tiled=True,
+        )
+
+    def _attend(self, q: Heads, k: Heads, v: Heads) -> Heads:
         if self.nag is None:
             return as_attention(self.implementation)(q, k, v)
-        # Its norms are over all heads of a token, which are split over this axis too.
-        nag = replace(
-            self.nag, implementation=self.implementation, over=(*self.nag.over, self.axis)
-        )
+        # The norms of Nag are over all heads of a token, which are split over this axis too.
+        axes = (*self.nag.head_axes, self.axis)
+        nag = replace(self.nag, implementation=self.implementation, head_axes=axes)
         return nag(q, k, v, self.txt_tokens)
 
 
-class Ring(eqx.Module):
-    """As `Ulysses`, for any number of heads: keys and values go round the devices, a part at a time, and each device adds up
-    what its own queries take from them.
+class OnlineSoftmax(NamedTuple):
+    """What a softmax over the keys so far has come to, of which more keys can be added.
 
-    `nag`: guides inside of it; the text then holds both prompts, and each is attended to by itself. Moves k and v (n - 1) / n
-    times. Sums and maxima are float32 at least.
+    `largest`: largest logit. `total`: sum of the exponentials. `values`: sum of the values,
+    weighted by the exponentials. Exponentials are relative to the largest logit.
+    """
+
+    largest: Float[Array, "heads queries"]
+    total: Float[Array, "heads queries"]
+    values: Float[Array, "queries heads head_dim"]
+
+
+class RingAttention(eqx.Module):
+    """Joint attention in a `jax.shard_map` that splits tokens, by ring attention.
+
+    It is for what `UlyssesAttention` is for, with any number of heads. Each device keeps its
+    queries; the parts of the keys and values travel around a ring of the devices, and each device
+    accumulates an online softmax over them. Each device sends its k and v (devices - 1) times.
+    Sums and maxima are at least float32.
+
+    **Arguments:** `axis`, `txt_tokens`, `img_tokens`: as of `UlyssesAttention`. `nag`: guides the
+    attention; the text then holds both prompts, each of which attends by itself.
     **Source:** Liu et al. 2023 (2310.01889).
     """
 
@@ -89,61 +144,109 @@ class Ring(eqx.Module):
     nag: Nag | None = None
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+        """Return the mixed values of this device's tokens; arguments as of `UlyssesAttention`."""
         if self.nag is None:
-            return self._mixed(q, k, v, txt_part, [(0, self.txt_tokens)])[0]
+            all_text = (0, self.txt_tokens)
+            (mixed,) = self._attend(q, k, v, txt_part, [all_text])
+            return mixed
         half = self.txt_tokens // 2
-        away, toward = self._mixed(q, k, v, txt_part, [(0, half), (half, self.txt_tokens)])
-        numbers = jax.lax.axis_index(self.axis) * txt_part + jnp.arange(txt_part)
-        text = jnp.where((numbers < half)[:, None, None], away[:txt_part], toward[:txt_part])
-        return jnp.concatenate([text, self.nag.combine(toward[txt_part:], away[txt_part:])])
+        negative_prompt, positive_prompt = (0, half), (half, self.txt_tokens)
+        prompts = [negative_prompt, positive_prompt]
+        negative, positive = self._attend(q, k, v, txt_part, prompts)
+        # Each text token takes the values of the prompt that it belongs to.
+        first_index = jax.lax.axis_index(self.axis) * txt_part
+        indices = first_index + jnp.arange(txt_part)
+        is_negative = (indices < half)[:, None, None]
+        text = jnp.where(is_negative, negative[:txt_part], positive[:txt_part])
+        guided = self.nag.combine(positive[txt_part:], negative[txt_part:])
+        return jnp.concatenate([text, guided])
 
-    def _mixed(
-        self, q: Heads, k: Heads, v: Heads, txt_part: int, texts: Sequence[tuple[int, int]]
+    def _attend(
+        self,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        txt_part: int,
+        prompts: Sequence[TokenRange],
     ) -> list[Heads]:
-        """Return what the queries take from the image and the text's tokens from start to stop, for each of some of these."""
-        devices, index = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
-        img_part, wide = len(k) - txt_part, wide_dtype(q.dtype)
-        queries = q.astype(wide) * q.shape[-1] ** -0.5
-        onward = [(i, (i + 1) % devices) for i in range(devices)]
+        """Return the mixed values over the image and one prompt, for each of the prompts."""
+        devices = jax.lax.axis_size(self.axis)
+        index = jax.lax.axis_index(self.axis)
+        img_part = len(k) - txt_part
+        wide = wide_dtype(q.dtype)
+        scale = q.shape[-1] ** -0.5
+        queries = q.astype(wide) * scale
+        ring = [(i, (i + 1) % devices) for i in range(devices)]
 
-        def seen(taken: tuple, number: ScalarLike, k: Array, v: Array) -> tuple:
-            owner = (index - number) % devices
-            text = owner * txt_part + jnp.arange(txt_part)
-            image = owner * img_part + jnp.arange(img_part) < self.img_tokens
-            masks = [
-                jnp.concatenate([(start <= text) & (text < stop), image]) for start, stop in texts
-            ]
-            return tuple(
-                _take(queries, k, v, mask, before)
-                for mask, before in zip(masks, taken, strict=True)
-            )
+        def add_part(
+            states: tuple[OnlineSoftmax, ...],
+            step: ScalarLike,
+            k: Array,
+            v: Array,
+        ) -> tuple[OnlineSoftmax, ...]:
+            """Add the keys and values that are here at this step."""
+            # They have come one device further at each step.
+            owner = (index - step) % devices
+            masks = self._masks(owner, txt_part, img_part, prompts)
+            updated = []
+            for mask, state in zip(masks, states, strict=True):
+                updated.append(_add_keys(state, queries, k, v, mask))
+            return tuple(updated)
 
-        def turn(number: Array, carry: tuple) -> tuple:
-            taken, k, v = carry
-            # Sent before it is used, so that the transfer and the sums can overlap.
-            sent = [jax.lax.ppermute(x, self.axis, onward) for x in (k, v)]
-            return seen(taken, number, k, v), *sent
+        def body(step: Array, carry: tuple) -> tuple:
+            states, k, v = carry
+            # Sent before they are used, so that the transfer overlaps with the computation.
+            next_k = jax.lax.ppermute(k, self.axis, ring)
+            next_v = jax.lax.ppermute(v, self.axis, ring)
+            return add_part(states, step, k, v), next_k, next_v
 
-        none = jnp.full((q.shape[1], len(q)), -jnp.inf, wide)
-        start = ((none, jnp.zeros_like(none), jnp.zeros_like(queries)),) * len(texts)
-        taken, k, v = jax.lax.fori_loop(0, devices - 1, turn, (start, k, v))
-        return [
-            (values / weights.T[..., None]).astype(q.dtype)
-            for _, weights, values in seen(taken, devices - 1, k, v)
-        ]
+        lowest = jnp.full((q.shape[1], len(q)), -jnp.inf, wide)
+        empty = OnlineSoftmax(lowest, jnp.zeros_like(lowest), jnp.zeros_like(queries))
+        states = (empty,) * len(prompts)
+        states, k, v = jax.lax.fori_loop(0, devices - 1, body, (states, k, v))
+        # Outside of the loop, since the last part needs not be sent on.
+        states = add_part(states, devices - 1, k, v)
+        mixed = []
+        for state in states:
+            divisor = state.total.T[..., None]
+            mixed.append((state.values / divisor).astype(q.dtype))
+        return mixed
+
+    def _masks(
+        self,
+        owner: Int[Array, ""],
+        txt_part: int,
+        img_part: int,
+        prompts: Sequence[TokenRange],
+    ) -> list[Bool[Array, " keys"]]:
+        """Return, for each prompt, which keys of a device's part are attended to."""
+        text_indices = owner * txt_part + jnp.arange(txt_part)
+        image_indices = owner * img_part + jnp.arange(img_part)
+        image = image_indices < self.img_tokens
+        masks = []
+        for start, stop in prompts:
+            text = (start <= text_indices) & (text_indices < stop)
+            masks.append(jnp.concatenate([text, image]))
+        return masks
 
 
-def _take(
-    queries: Array, k: Array, v: Array, real: Array, before: tuple
-) -> tuple[Array, Array, Array]:
-    """Return (largest logit, sum of weights, sum of weighted values) over the keys seen before and these."""
-    logits = jnp.where(real, jnp.einsum("qhd,khd->hqk", queries, k.astype(queries.dtype)), -jnp.inf)
-    largest = jnp.maximum(before[0], jnp.max(logits, axis=-1, initial=-jnp.inf))
-    # Where nothing has been seen yet there is nothing to rescale either.
+def _add_keys(
+    state: OnlineSoftmax,
+    queries: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "keys heads head_dim"],
+    v: Float[Array, "keys heads head_dim"],
+    mask: Bool[Array, " keys"],
+) -> OnlineSoftmax:
+    """Return the online softmax with more keys added, of which `mask` says which count."""
+    products = jnp.einsum("qhd,khd->hqk", queries, k.astype(queries.dtype))
+    logits = jnp.where(mask, products, -jnp.inf)
+    largest_here = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    largest = jnp.maximum(state.largest, largest_here)
+    # While no key has counted, the largest logit is -inf, and -inf - -inf would be NaN.
     shift = jnp.where(jnp.isfinite(largest), largest, 0)
-    kept, exponent = jnp.exp(before[0] - shift), jnp.exp(logits - shift[..., None])
-    weights = before[1] * kept + exponent.sum(-1)
-    values = before[2] * kept.T[..., None] + jnp.einsum(
-        "hqk,khd->qhd", exponent, v.astype(queries.dtype)
-    )
-    return largest, weights, values
+    rescale = jnp.exp(state.largest - shift)
+    weights = jnp.exp(logits - shift[..., None])
+    total = state.total * rescale + weights.sum(-1)
+    rescaled = state.values * rescale.T[..., None]
+    values = rescaled + jnp.einsum("hqk,khd->qhd", weights, v.astype(queries.dtype))
+    return OnlineSoftmax(largest, total, values)

@@ -1,7 +1,7 @@
-"""Meshes of devices."""
+"""Meshes of devices, and the names of their axes."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from fluxjax.arguments import convert_arguments
 
 AXES = ("data", "fsdp", "tensor", "context")
+"""The axes of every mesh, in the order in which its devices are laid out."""
 
 
 @convert_arguments
@@ -19,25 +20,31 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     context: int = 1,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[object] | None = None,
 ) -> Mesh:
-    """Return a mesh of devices, by default all.
+    """Return a mesh of devices.
 
-    **Arguments:** `data`: parts of a batch. `fsdp`: parts of a batch and of every weight, which is gathered as it is used.
-    `tensor`: parts of the heads and hidden features. `context`: parts of the tokens. One of them may be -1, for the
-    devices that the others leave.
-    **Raises:** `ValueError` if their product is not the number of devices.
+    **Arguments:** `data`: parts of a batch. `fsdp`: parts of a batch and of every weight, which is
+    gathered when it is used. `tensor`: parts of the heads and of the hidden features. `context`:
+    parts of the tokens. One of the four may be -1, for all devices that the others leave.
+    `devices`: by default all; those of a topology, for compiling ahead of time, work too.
+    **Raises:** `ValueError` if the product of the sizes is not the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
-    free = [axis for axis, size in sizes.items() if size == -1]
-    taken = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) == 1 and taken > 0 and len(devices) % taken == 0:
-        sizes[free[0]] = len(devices) // taken
-    if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != len(devices):
-        told = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    available = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    automatic = [axis for axis, size in sizes.items() if size == -1]
+    if len(automatic) == 1:
+        fixed = -math.prod(sizes.values())
+        # If nothing fits, the size stays -1, and the error below tells it as it was given.
+        if fixed > 0 and len(available) % fixed == 0:
+            sizes[automatic[0]] = len(available) // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(available):
+        requested = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"`make_mesh({told})` does not use {len(devices)} devices. Choose sizes of that product, one of them -1 for what "
-            "is left, or pass devices=."
+            f"`make_mesh({requested})` does not use {len(available)} devices. Choose sizes whose "
+            "product is that, one of them -1 for all that the others leave, or pass devices=."
         )
-    return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES)
+    # The last axes vary fastest: devices of "tensor" and "context", which exchange the most, are
+    # next to each other.
+    shape = tuple(sizes[axis] for axis in AXES)
+    return Mesh(np.array(available).reshape(shape), AXES)

@@ -1,58 +1,85 @@
-"""Networks kept in the host's memory until they are used; what lies where."""
+"""Networks moved between the host's memory and the devices', and a report of where they are."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
+from jaxtyping import PyTree
 
-from fluxjax.devices.weights import FileWeight, HostWeight
+from fluxjax.devices.streamed import FileWeight, HostWeight
 
 Network = TypeVar("Network", bound=eqx.Module)
-_HOST, _DEVICE = "pinned_host", "device"
+Tree = TypeVar("Tree", bound=PyTree)
+HOST_MEMORY = "pinned_host"
+DEVICE_MEMORY = "device"
+"""Names of JAX's kinds of memory."""
 
 
 def offload(network: Network) -> Network:
-    """Return a network with its arrays in the host's memory, on the same devices' side. `fetch` brings it back; nothing runs
-    on it there."""
-    return _moved(network, _HOST)
+    """Return a network with its arrays in the host's memory; `fetch` moves them back.
+
+    The arrays keep their sharding. The network can't be run until it is fetched.
+    """
+    return move_arrays(network, HOST_MEMORY)
 
 
 def fetch(network: Network) -> Network:
-    """Return a network with its arrays on their devices; those that are there are not copied, and what is streamed stays."""
-    return _moved(network, _DEVICE)
+    """Return a network with its arrays on their devices.
+
+    Arrays that are on them are not copied, and streamed weights stay where they are.
+    """
+    return move_arrays(network, DEVICE_MEMORY)
 
 
-def _moved(network: Any, kind: str) -> Any:
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.sharding.memory_kind == kind:
+def move_arrays(tree: Tree, memory: str) -> Tree:
+    """Return a pytree with its arrays in a kind of memory, except for streamed weights.
+
+    **Arguments:** `memory`: `HOST_MEMORY` or `DEVICE_MEMORY`.
+    """
+
+    def move(leaf: PyTree) -> PyTree:
+        if not isinstance(leaf, jax.Array) or leaf.sharding.memory_kind == memory:
             return leaf
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind(memory))
 
-    return jax.tree.map(move, network, is_leaf=lambda node: isinstance(node, HostWeight))
-
-
-def residency(networks: Mapping[str, Any]) -> str:
-    """Return where the bytes of networks lie, a line each: on the devices, in the host's memory, in files. None: nowhere."""
-    return "\n".join(f"{name}: {_told(network)}" for name, network in networks.items())
+    return jax.tree.map(move, tree, is_leaf=lambda node: isinstance(node, HostWeight))
 
 
-def _told(network: Any) -> str:
-    found: dict[str, int] = {}
+def residency(networks: Mapping[str, PyTree]) -> str:
+    """Return where the bytes of networks are: on devices, in the host's memory, or in files.
 
-    def add(place: str, size: int) -> None:
-        found[place] = found.get(place, 0) + size
+    **Arguments:** `networks`: by name; None for one that is not in memory.
+    **Returns:** one line for each network.
+    """
+    return "\n".join(f"{name}: {_places(network)}" for name, network in networks.items())
 
+
+def _places(network: PyTree) -> str:
+    """Return how many bytes of a network are at each place."""
+    bytes_at: dict[str, int] = {}
     for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, FileWeight)):
         if isinstance(node, FileWeight):
-            add("in files", math.prod(node.shape) * node.reader.dtype.itemsize)
+            place = "in files"
+            size = math.prod(node.shape) * node.reader.dtype.itemsize
         elif isinstance(node, jax.Array):
-            devices = len(node.sharding.device_set)
-            share = math.prod(node.sharding.shard_shape(node.shape)) * node.dtype.itemsize
-            place = "in host memory" if node.sharding.memory_kind == _HOST else "in device memory"
-            add(place if devices == 1 else f"{place} for each of {devices} devices", share)
-    return (
-        ", ".join(f"{size / 1e9:.3f} GB {place}" for place, size in found.items())
-        or "not in memory"
-    )
+            place = _place(node)
+            # Of a sharded array, the part of one device.
+            size = math.prod(node.sharding.shard_shape(node.shape)) * node.dtype.itemsize
+        else:
+            continue
+        bytes_at[place] = bytes_at.get(place, 0) + size
+    if not bytes_at:
+        return "not in memory"
+    return ", ".join(f"{size / 1e9:.3f} GB {place}" for place, size in bytes_at.items())
+
+
+def _place(array: jax.Array) -> str:
+    """Return where an array is, in words."""
+    in_host = array.sharding.memory_kind == HOST_MEMORY
+    place = "in host memory" if in_host else "in device memory"
+    devices = len(array.sharding.device_set)
+    if devices > 1:
+        return f"{place} for each of {devices} devices"
+    return place

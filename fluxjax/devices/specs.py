@@ -1,93 +1,152 @@
-"""Where each array of a network lies on a mesh."""
+"""How each array of a network is split over a mesh."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from fluxjax.nets.clip import Clip
+from fluxjax.nets.stack import is_stacked, path_name
 
 Network = TypeVar("Network", bound=eqx.Module)
+TensorSplit = Literal["out", "in", "out_gathered"]
+"""How a layer is split over the axis "tensor".
 
-
-# How the layers of blocks are split over the axis "tensor": by the features that come out (heads, hidden features), by those
-# that go in, whose products are then summed, or by those that come out and are joined at once.
-_TENSOR: Mapping[str, str] = {
-    **dict.fromkeys(("qkv", "linear1", "up", "gate", "q", "k", "v"), "out"),
-    **dict.fromkeys(("out", "down", "linear2"), "in"),
-    "modulation": "joined",
+- "out": by its outputs (heads, hidden features); Megatron-LM's column-parallel layer.
+- "in": by its inputs; the products are all-reduced. Megatron-LM's row-parallel layer.
+- "out_gathered": by its outputs, which are gathered at once, since all devices need them all.
+"""
+TENSOR_SPLITS: Mapping[str, TensorSplit] = {
+    "qkv": "out",
+    "linear1": "out",
+    "up": "out",
+    "gate": "out",
+    "q": "out",
+    "k": "out",
+    "v": "out",
+    "out": "in",
+    "down": "in",
+    "linear2": "in",
+    "modulation": "out_gathered",
 }
-_BLOCKS = ("double", "single", "blocks")
+"""How the layers of blocks are split, by name. A test holds that these are all of them."""
+_TENSOR_AXES: Mapping[tuple[TensorSplit, str], int] = {
+    ("out", "value"): -2,
+    ("out", "up"): -2,
+    ("out", "bias"): -1,
+    ("out", "scale"): -1,
+    ("in", "value"): -1,
+    ("in", "down"): -1,
+    ("out_gathered", "value"): -2,
+    ("out_gathered", "up"): -2,
+    ("out_gathered", "scale"): -1,
+}
+"""The axis of a layer's array that is split, by the layer's split and the array's field.
+
+Arrays that are not here are whole on every device: such as a low-rank `down` where the outputs are
+split, and a bias that is added to what was reduced or gathered.
+"""
 
 
-class _Leaf(NamedTuple):
-    """A leaf of a network: the layer it belongs to and what it is of it; whether it is one of stacked blocks."""
+class ArrayRole(NamedTuple):
+    """What an array is in its network.
+
+    `layer`: the name of its layer. `field`: what it is of the layer or of the layer's weight, such
+    as "value", "bias" or "up". `in_blocks`: whether the layer belongs to stacked blocks.
+    """
 
     layer: str
-    role: str
-    stacked: bool
+    field: str
+    in_blocks: bool
 
 
-def _leaf(path: Any) -> _Leaf:
-    names = [str(entry.name if hasattr(entry, "name") else entry.idx) for entry in path]
-    stacked = names[0] in _BLOCKS
-    if "weight" in names[:-1]:
-        return _Leaf(names[names.index("weight") - 1], names[-1], stacked)
-    return _Leaf(names[-2] if len(names) > 1 else "", names[-1], stacked)
+def array_role(path: KeyPath) -> ArrayRole:
+    """Return what the array at a path of a network is."""
+    name = path_name(path)
+    *parents, field = name.split(".")
+    if "weight" in parents:
+        # A weight's storage may be nested ("qkv.weight.base.value"): all of it is of the layer.
+        parents = parents[: parents.index("weight")]
+    return ArrayRole(parents[-1] if parents else "", field, is_stacked(name))
+
+
+def tensor_split(layer: str, stacked: bool) -> TensorSplit | None:
+    """Return how a layer is split over "tensor"; None for one that is not."""
+    return TENSOR_SPLITS.get(layer) if stacked else None
+
+
+def tensor_axis(role: ArrayRole) -> int | None:
+    """Return the axis of an array that is split over "tensor"; None if it is not."""
+    if role.layer == "position_bias":
+        return -1  # a bias of the attention's scores, one for each head
+    split = tensor_split(role.layer, role.in_blocks)
+    return None if split is None else _TENSOR_AXES.get((split, role.field))
 
 
 def specs(network: Network, mesh: Mesh) -> Network:
-    """Return where each array of a network lies on a mesh, as a pytree of `PartitionSpec`.
+    """Return how each array of a network is split over a mesh.
 
-    Matrices and convolutions are split over "fsdp", matrices of blocks (but CLIP's) over "tensor" too, and biases as what they
-    are added to; the rest is on every device, as is a matrix whose size the axis does not divide.
+    Matrices and kernels are split over "fsdp", and matrices of blocks (except CLIP's) over "tensor"
+    too, with the biases that belong to their outputs. Everything else is on every device, as is a
+    matrix whose size "fsdp" does not divide.
+
+    **Returns:** the network with a `PartitionSpec` in place of each array.
+    **Raises:** `ValueError` if "tensor" does not divide the heads or the hidden features.
     """
+    tensor = _tensor_parts(network, mesh)
+    fsdp = mesh.shape["fsdp"]
 
-    def place(path: Any, leaf: Any) -> PartitionSpec:
-        layer, role, stacked = _leaf(path)
-        how = _TENSOR.get(layer) if stacked and parts > 1 else None
-        dims: list[str | None] = [None] * leaf.ndim
-        if leaf.ndim == 4 and mesh.shape["fsdp"] > 1 and leaf.shape[-1] % mesh.shape["fsdp"] == 0:
-            dims[-1] = "fsdp"  # a convolution's outputs
-        if role == "value":
-            if how is not None:
-                dims[-1 if how == "in" else -2] = "tensor"
-            free = -1 if dims[-2] else -2
-            if mesh.shape["fsdp"] > 1 and leaf.shape[free] % mesh.shape["fsdp"] == 0:
-                dims[free] = "fsdp"
-        elif (role in ("bias", "scale") and how == "out") or (role, how) in (
-            ("down", "in"),
-            ("scale", "joined"),
-        ):
-            dims[-1] = "tensor"
-        elif role == "up" and how in ("out", "joined"):
-            dims[-2] = "tensor"
-        elif layer == "position_bias" and parts > 1:
-            dims[-1] = "tensor"
-        return PartitionSpec(*dims)
+    def place(path: KeyPath, leaf: PyTree) -> PartitionSpec:
+        return _spec(array_role(path), leaf.shape, fsdp, tensor)
 
-    parts = _tensor_parts(network, mesh)
-    return jax.tree_util.tree_map_with_path(
-        place, eqx.filter(network, lambda leaf: hasattr(leaf, "shape"))
-    )
+    arrays = eqx.filter(network, lambda leaf: hasattr(leaf, "shape"))
+    return jax.tree_util.tree_map_with_path(place, arrays)
+
+
+def _spec(
+    role: ArrayRole,
+    shape: tuple[int, ...],
+    fsdp: int,
+    tensor: int,
+) -> PartitionSpec:
+    axes: list[str | None] = [None] * len(shape)
+    axis = tensor_axis(role)
+    if tensor > 1 and axis is not None:
+        axes[axis] = "tensor"
+    if fsdp > 1 and role.field == "value":
+        # A kernel's outputs are its last axis. Of a matrix, the axis that is not split yet.
+        is_kernel = len(shape) == 4
+        axis = -1 if is_kernel or axes[-2] is not None else -2
+        if shape[axis] % fsdp == 0:
+            axes[axis] = "fsdp"
+    return PartitionSpec(*axes)
 
 
 def shardings(network: Network, mesh: Mesh) -> Network:
-    """Return `specs` as shardings: with `load_flux(sharding=lambda network: shardings(network, mesh))` and its siblings, a
-    process reads its devices' slices alone."""
+    """Return `specs` as shardings on the mesh.
+
+    With `load_flux(source, sharding=lambda network: shardings(network, mesh))`, and the same for
+    the other networks, a process reads the slices of its own devices only.
+    """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(network, mesh))
 
 
 def _tensor_parts(network: eqx.Module, mesh: Mesh) -> int:
-    """Return how many parts "tensor" makes of a network's heads and hidden features."""
+    """Return into how many parts "tensor" splits the heads and hidden features of a network."""
     if isinstance(network, Clip):
-        return 1  # a hundredth of the transformer, and its 12 heads are not divided by 8
-    config, parts = getattr(network, "config", None), mesh.shape["tensor"]
+        # A hundredth of the transformer, whose 12 heads 8 devices would not divide.
+        return 1
+    parts = mesh.shape["tensor"]
+    config = getattr(network, "config", None)
     for name in ("heads", "mlp_width"):
-        if (size := getattr(config, name, None)) is not None and size % parts:
+        size = getattr(config, name, None)
+        if size is not None and size % parts:
             raise ValueError(
-                f"tensor={parts} does not divide the {size} {name} of {type(network).__name__}. Choose one that does."
+                f"tensor={parts} does not divide the {size} {name} of {type(network).__name__}. "
+                "Choose one that does."
             )
     return parts

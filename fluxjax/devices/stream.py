@@ -1,65 +1,73 @@
-"""Networks passed through the device block by block, from the host's memory or from files."""
+"""Networks whose blocks pass through the device one by one, from host memory or from files."""
 
-from typing import Any
+from typing import TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
-from fluxjax.checkpoint.load import load, put_back, take_out
+from fluxjax.checkpoint.load import block_index, load_with_block_weights
 from fluxjax.checkpoint.plan import Plan
-from fluxjax.devices.offload import _DEVICE, _HOST, Network, _moved
-from fluxjax.devices.weights import FileWeight, HostWeight, _Reader
+from fluxjax.devices.offload import DEVICE_MEMORY, HOST_MEMORY, move_arrays
+from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.stack import is_stacked
+from fluxjax.nets.stack import is_stacked, path_name
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.weight import Dense
 
+Network = TypeVar("Network", bound=eqx.Module)
+
 
 def stream_blocks(network: Network) -> Network:
-    """Return a network whose blocks' matrices stay in the host's memory, from which each is fetched while the block before it
-    runs: two blocks are on the device at once. The rest is on the device.
+    """Return a network whose blocks' matrices stay in the host's memory.
 
-    `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, which saves it from ever being there whole. Adapters
-    are merged before, or attached. **Raises:** `ValueError` for another network, or quantized weights.
+    Each block's are copied to the device while the block before it runs, so that it holds two
+    blocks at once. Everything else is on the device.
+
+    **Arguments:** `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, with which
+    it is never on the device as a whole. Merge adapters before, or attach them.
+    **Raises:** `ValueError` for another network, or for quantized weights.
     """
     if not isinstance(network, Flux | T5 | Clip):
         raise ValueError(
-            f"`stream_blocks(network)` takes a Flux, T5 or Clip, whose blocks are stacked, got a {type(network).__name__}. "
-            "Keep others on the device."
+            "`stream_blocks(network)` takes a Flux, T5 or Clip, whose blocks are stacked, got a "
+            f"{type(network).__name__}. Keep others on the device."
         )
 
-    def place(path: Any, node: Any) -> Any:
+    def place(path: KeyPath, node: PyTree) -> PyTree:
         if isinstance(node, QuantizedWeight):
             raise ValueError(
-                "Quantized weights have no streamed form. Stream the plain ones, or keep these on the device."
+                "Quantized weights have no streamed form. Stream the plain ones, or keep these on "
+                "the device."
             )
-        if isinstance(node, Dense) and is_stacked(str(path[0].name)):
-            return HostWeight(_moved(node, _HOST).value)
-        return _moved(node, _DEVICE)
+        if isinstance(node, Dense) and is_stacked(path_name(path)):
+            return HostWeight(move_arrays(node, HOST_MEMORY).value)
+        return move_arrays(node, DEVICE_MEMORY)
 
-    return jax.tree_util.tree_map_with_path(
-        place, network, is_leaf=lambda node: isinstance(node, Dense | QuantizedWeight)
-    )
+    def is_placed(node: PyTree) -> bool:
+        return isinstance(node, Dense | QuantizedWeight)
+
+    return jax.tree_util.tree_map_with_path(place, network, is_leaf=is_placed)
 
 
-def load_streamed(plan: Plan, *, dtype: Any = None) -> Any:
-    """As `fluxjax.convert.load.load`, with the blocks' matrices left in the files. Each is read once here, block by block, so
-    that NaN, infinity, and values that the dtype can't hold are told now, and not in the middle of an image."""
-    rest, taken = take_out(plan)
+def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:
+    """Load a checkpoint, except for its blocks' matrices, which stay in the files.
 
-    def filed(name: str, shape: tuple[int, ...], target: np.dtype) -> FileWeight:
+    Each of these is read once now, block by block, so that NaN, infinity and values that the dtype
+    can't hold are reported here and not in the middle of an image.
+
+    **Arguments** and **Raises:** as for `fluxjax.checkpoint.load.load`.
+    """
+
+    def file_weight(name: str, shape: tuple[int, ...], target: np.dtype) -> FileWeight:
         for block in range(shape[0]):
-            plan.leaf(
-                name,
-                shape,
-                target,
-                (slice(block, block + 1), *(slice(0, size) for size in shape[1:])),
-            )
-        return FileWeight(jnp.arange(shape[0]), _Reader(plan, name, shape, target))
+            plan.leaf(name, shape, target, block_index(shape, block))
+        return FileWeight(jnp.arange(shape[0]), BlockReader(plan, name, shape, target))
 
-    return put_back(
-        load(rest, dtype=dtype), {name: filed(name, *leaf(dtype)) for name, leaf in taken.items()}
-    )
+    return load_with_block_weights(plan, file_weight, dtype=dtype)

@@ -1,82 +1,108 @@
-"""A transformer of which each device runs a part of the tokens."""
-
-from typing import Any
+"""A transformer on several devices, each of which runs a part of the tokens."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from fluxjax.devices.context import Ring, Ulysses
+from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
-from fluxjax.nets.flux import Flux, Prepared
-from fluxjax.shapes import Array, Float
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_attention import AttentionChoice
+from fluxjax.nets.flux_state import Prepared
+from fluxjax.shapes import Array, Float, ScalarLike
 
 
 class PreparedShard(eqx.Module):
-    """What is prepared for this device's part of the tokens, and how many tokens the whole text has."""
+    """What `Flux.prepare` returns for this device's tokens, and the number of all text tokens."""
 
     prepared: Prepared
     txt_tokens: int = eqx.field(static=True)
 
 
 class TokenParallelFlux(eqx.Module):
-    """A `Flux` of which each device along "context" runs a part of the text's and of the image's tokens; `prepare` and
-    `velocity` are as the network's.
+    """A `Flux` inside of `jax.shard_map`, whose tokens are split over the mesh's axis "context".
 
-    Tokens that the devices do not divide are padded, and no token sees the padding. Heads are exchanged for tokens
-    (`Ulysses`) where the devices divide them, else keys and values go round (`Ring`). Both know `Nag`.
-    **Raises:** `ValueError` for a custom attention, which would see a part of the tokens, or one that is named where keys and
-    values go round.
+    Its `prepare` and `velocity` are called as the network's: each device gets and returns all
+    tokens. It runs a part of the text's and a part of the image's tokens. Where the number of
+    devices does not divide them, the last ones get padding, which no token attends to.
+
+    Where the devices divide the heads, the attention exchanges heads for tokens (`UlyssesAttention`);
+    otherwise it is ring attention (`RingAttention`). Both can run inside of `Nag`.
     """
 
     flux: Flux
 
     def prepare(
-        self, times: Any, *, txt: Array, img_ids: Array, txt_ids: Array | None = None, **inputs: Any
+        self,
+        times: Float[Array, " times"],
+        *,
+        txt: Float[Array, "txt_tokens context"],
+        vec: Float[Array, " pooled"],
+        img_ids: Float[Array, "img_tokens axes"],
+        txt_ids: Float[Array, "txt_tokens axes"] | None = None,
+        guidance: ScalarLike | None = None,
+        dtype: DTypeLike | None = None,
     ) -> PreparedShard:
-        ids = None if txt_ids is None else _mine(txt_ids)
-        return PreparedShard(
-            self.flux.prepare(times, txt=_mine(txt), img_ids=_mine(img_ids), txt_ids=ids, **inputs),
-            len(txt),
+        """Compute what `velocity` needs at any of several times; as `Flux.prepare`."""
+        prepared = self.flux.prepare(
+            times,
+            txt=_local_tokens(txt),
+            vec=vec,
+            img_ids=_local_tokens(img_ids),
+            txt_ids=None if txt_ids is None else _local_tokens(txt_ids),
+            guidance=guidance,
+            dtype=dtype,
         )
+        return PreparedShard(prepared, len(txt))
 
     def velocity(
         self,
         x: Float[Array, "img_tokens channels"],
-        t: Any,
-        part: PreparedShard,
+        t: ScalarLike,
+        prepared: PreparedShard,
         *,
-        attention: Any = None,
-        weaken: Any = None,
+        attention: AttentionChoice | Nag = None,
+        degraded: DegradedBlocks | None = None,
     ) -> Float[Array, "img_tokens out_channels"]:
+        """Return the velocity at one of the times that were prepared; as `Flux.velocity`.
+
+        **Raises:** `ValueError` for a custom attention, which would see only a part of the tokens,
+        or for a named one where ring attention is used.
+        """
         nag = attention if isinstance(attention, Nag) else None
-        named = attention if nag is None else nag.implementation
-        custom = callable(named) and not isinstance(named, Attention)
-        if custom or (weaken is not None and weaken.attention is not None):
+        implementation = attention if nag is None else nag.implementation
+        custom = callable(implementation) and not isinstance(implementation, Attention)
+        if custom or (degraded is not None and degraded.attention is not None):
             raise ValueError(
                 "A custom attention would see a part of the tokens. Use context=1 with it."
             )
         devices = jax.lax.axis_size("context")
+        # "tensor" splits the heads before "context" exchanges them.
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
-        if heads % devices and named is not None:
+        joint: UlyssesAttention | RingAttention
+        if heads % devices == 0:
+            joint = UlyssesAttention("context", prepared.txt_tokens, len(x), implementation, nag)
+        elif implementation is None:
+            joint = RingAttention("context", prepared.txt_tokens, len(x), nag)
+        else:
             raise ValueError(
-                f"{heads} heads are not divided by context={devices}, so keys and values go round, by an attention of that "
-                "ring's own. Leave out attention=, or choose a context that divides them."
+                f"{heads} heads are not divided by context={devices}, so ring attention is used, "
+                "which has only one implementation. Leave out attention=, or choose a context that "
+                "divides them."
             )
-        counts = (part.txt_tokens, len(x))
-        joint = (
-            Ring("context", *counts, nag)
-            if heads % devices
-            else Ulysses("context", *counts, named, nag)
+        part = self.flux.velocity(
+            _local_tokens(x), t, prepared.prepared, attention=joint, degraded=degraded
         )
-        out = self.flux.velocity(_mine(x), t, part.prepared, attention=joint, weaken=weaken)
-        return jax.lax.all_gather(out, "context", tiled=True)[: len(x)]
+        return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
 
 
-def _mine(rows: Float[Array, "tokens features"]) -> Float[Array, "part features"]:
-    """Return this device's part of the tokens along "context", padded to be as many as the others'."""
-    devices, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
-    part = -(-len(rows) // devices)
-    rows = jnp.pad(rows, ((0, part * devices - len(rows)), (0, 0)))
-    return jax.lax.dynamic_slice_in_dim(rows, index * part, part)
+def _local_tokens(x: Float[Array, "tokens features"]) -> Float[Array, "part features"]:
+    """Return this device's part of the tokens, padded with zeros to the size of the others'."""
+    devices = jax.lax.axis_size("context")
+    size = -(-len(x) // devices)  # rounded up
+    padded = jnp.pad(x, ((0, size * devices - len(x)), (0, 0)))
+    start = jax.lax.axis_index("context") * size
+    return jax.lax.dynamic_slice_in_dim(padded, start, size)

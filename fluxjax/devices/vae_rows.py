@@ -1,137 +1,118 @@
-"""A VAE over several devices, each of which runs a part of the image's rows: halos are exchanged, norms summed over all."""
+"""A VAE on several devices, each of which runs a part of the image's rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.attention import attention
-from fluxjax.nets.vae import CellAttention, Cells, Conv, GroupNorm, Padding, Vae
+from fluxjax.nets.rows import AllCellHeads, CellHeads, Cells, ChannelMeans, Pad, PaddedCells, Rows
+from fluxjax.nets.vae import Decoder, Encoder, Vae
 from fluxjax.shapes import Array, Bool, Float
 
 
 def split_vae_rows(vae: Vae, axes: Sequence[str] = ("tensor", "context")) -> Vae:
-    """Return a VAE that encodes and decodes in strips, for use inside of `jax.shard_map`.
+    """Return a VAE whose rows are split among devices, for use inside of `jax.shard_map`.
 
-    Each device along `axes` (of a mesh) runs as many of the latent's rows; where they do not divide, the last ones are padding,
-    which no cell sees. Convolutions are sent the rows beside theirs, the norms' means and variances are sums over all devices,
-    and the attention's keys and values are gathered: the result is the whole VAE's, but for the order of the norms' sums.
-    Every device takes, and returns, the whole image and latent.
+    Every device gets and returns the whole image and latent, and runs a strip of its rows. All
+    strips have one height: where the devices do not divide the rows, the last rows are padding,
+    which is masked.
+
+    Convolutions exchange the rows at the strips' borders with the devices above and below, the
+    norms' means are summed over all devices, and the keys and values of the attention are gathered.
+    The result is that of the whole VAE, except for the order of the norms' sums.
+
+    **Arguments:** `axes`: of the mesh, over which the rows are split.
     """
-    axes = tuple(axes)
-    parts = (_OnRows(vae.encoder, vae.config.factor, axes), _OnRows(vae.decoder, 1, axes))
-    return eqx.tree_at(lambda whole: (whole.encoder, whole.decoder), vae, parts)
+    encoder = _SplitRows(vae.encoder, vae.config.factor, tuple(axes))
+    decoder = _SplitRows(vae.decoder, 1, tuple(axes))
+    return eqx.tree_at(lambda vae: (vae.encoder, vae.decoder), vae, (encoder, decoder))
 
 
-@dataclass(frozen=True)
-class _Strip:
-    """A device's part of the rows: `part` of the latent's `count`, as many along `axes` each, the last filled up."""
+class _SplitRows(eqx.Module):
+    """An encoder or a decoder on a strip of rows; called as the network.
 
-    axes: tuple[str, ...]
-    count: int
-    part: int
+    `unit`: rows of the input for each row of the latent. Strips are multiples of it, so that no
+    cell of a coarser level belongs to two devices.
+    """
 
-    def real(self, x: Cells) -> Bool[Array, "rows 1 1"]:
-        """Return which of a level's rows are of the image."""
-        rows = jax.lax.axis_index(self.axes) * len(x) + jnp.arange(len(x))
-        return (rows < self.whole(x))[:, None, None]
-
-    def whole(self, x: Cells) -> int:
-        """Return how many rows the image has at a level."""
-        return self.count * len(x) // self.part
-
-    def halo(self, x: Cells, above: int, below: int) -> Float[Array, "more_rows columns channels"]:
-        """Return rows with those of the devices above and below around them, and zeros beyond the image."""
-        x, last = jnp.where(self.real(x), x, 0), jax.lax.axis_size(self.axes) - 1
-        parts = [x]
-        if above:
-            parts.insert(
-                0, jax.lax.ppermute(x[-above:], self.axes, [(i, i + 1) for i in range(last)])
-            )
-        if below:
-            parts.append(jax.lax.ppermute(x[:below], self.axes, [(i + 1, i) for i in range(last)]))
-        return jnp.concatenate(parts)
-
-
-class _OnRows(eqx.Module):
-    """An encoder or decoder over strips of `unit` rows and multiples of it; its call is the network's."""
-
-    network: Any
+    network: Encoder | Decoder
     unit: int = eqx.field(static=True)
     axes: tuple[str, ...] = eqx.field(static=True)
 
     def __call__(self, x: Cells) -> Float[Array, "new_rows new_columns out"]:
-        devices, count = jax.lax.axis_size(self.axes), len(x) // self.unit
-        part = -(-count // devices)
-        padded = jnp.pad(x, ((0, (part * devices - count) * self.unit), (0, 0), (0, 0)))
-        rows = part * self.unit
-        mine = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(self.axes) * rows, rows)
-        strip = _Strip(self.axes, count, part)
-        out = jax.tree.map(lambda layer: _split(layer, strip), self.network, is_leaf=_is_split)(
-            mine
-        )
-        return jax.lax.all_gather(out, self.axes, tiled=True)[: strip.whole(out)]
+        """Return the network's output for the whole input, on every device."""
+        devices = jax.lax.axis_size(self.axes)
+        latent_rows = len(x) // self.unit
+        strip_rows = -(-latent_rows // devices)  # rounded up
+        missing = strip_rows * devices - latent_rows
+        padded = jnp.pad(x, ((0, missing * self.unit), (0, 0), (0, 0)))
+        size = strip_rows * self.unit
+        start = jax.lax.axis_index(self.axes) * size
+        strip = jax.lax.dynamic_slice_in_dim(padded, start, size)
+        rows = RowStrip(self.axes, latent_rows, strip_rows)
+        out = self.network(strip, rows)
+        gathered = jax.lax.all_gather(out, self.axes, tiled=True)
+        return gathered[: rows.image_rows(out)]
 
 
-class _SplitConv(Conv):
-    """A convolution whose rows' padding comes from the devices above and below."""
+class RowStrip(Rows):
+    """The rows of an image, split into strips of one height among the devices along `axes`.
 
-    base: Conv
-    strip: _Strip = eqx.field(static=True)
+    `latent_rows`: of the whole latent. `strip_rows`: of the latent, on each device. Layers run at
+    several resolutions, so the sizes of what they get are multiples of these.
+    """
 
-    def __init__(self, base: Conv, strip: _Strip):
-        self.weight, self.bias, self.base, self.strip = base.weight, base.bias, base, strip
+    axes: tuple[str, ...] = eqx.field(static=True)
+    latent_rows: int = eqx.field(static=True)
+    strip_rows: int = eqx.field(static=True)
 
-    def kernel(self) -> Float[Array, "side side channels out"]:
-        return self.base.kernel()
+    def pad(self, x: Cells, pad: Pad) -> tuple[PaddedCells, Pad]:
+        above, below = pad
+        return self.with_halo(x, above, below), (0, 0)
 
-    def apply(
-        self, x: Cells, kernel: Array, stride: int, padding: Padding
-    ) -> Float[Array, "new_rows new_columns out"]:
-        return self.base.apply(
-            self.strip.halo(x, *padding[0]), kernel, stride, ((0, 0), padding[1])
-        )
+    def with_halo(
+        self,
+        x: Cells,
+        above: int,
+        below: int,
+    ) -> PaddedCells:
+        """Return rows between those of the devices above and below; zeros beyond the image.
 
+        **Arguments:** `above`, `below`: how many rows of each neighbour.
+        """
+        # Padding rows are not zeros after a convolution: they must not be read as the border.
+        x = jnp.where(self.is_real(x), x, 0)
+        last = jax.lax.axis_size(self.axes) - 1
+        parts = [x]
+        # The first and the last device receive nothing, for which `ppermute` gives zeros.
+        if above:
+            downward = [(i, i + 1) for i in range(last)]
+            parts.insert(0, jax.lax.ppermute(x[-above:], self.axes, downward))
+        if below:
+            upward = [(i + 1, i) for i in range(last)]
+            parts.append(jax.lax.ppermute(x[:below], self.axes, upward))
+        return jnp.concatenate(parts)
 
-class _SplitNorm(GroupNorm):
-    """A group norm whose means are over all devices' cells."""
+    def channel_means(self, x: Cells) -> ChannelMeans:
+        total = jnp.sum(jnp.where(self.is_real(x), x, 0), axis=(0, 1))
+        cells = self.image_rows(x) * x.shape[1]
+        return jax.lax.psum(total, self.axes) / cells
 
-    strip: _Strip = eqx.field(static=True)
+    def all_cells(self, x: CellHeads) -> AllCellHeads:
+        # Cells are in order, one row after another, so padding is at the end.
+        gathered = jax.lax.all_gather(x, self.axes, tiled=True)
+        return gathered[: self.image_rows(x)]
 
-    def __init__(self, base: GroupNorm, strip: _Strip):
-        self.scale, self.bias, self.groups, self.strip = base.scale, base.bias, base.groups, strip
+    def is_real(self, x: Cells) -> Bool[Array, "rows 1 1"]:
+        """Return which rows belong to the image; the others are padding."""
+        first = jax.lax.axis_index(self.axes) * len(x)
+        rows = first + jnp.arange(len(x))
+        return (rows < self.image_rows(x))[:, None, None]
 
-    def means(self, x: Cells) -> Float[Array, " channels"]:
-        mine = jnp.sum(jnp.where(self.strip.real(x), x, 0), axis=(0, 1))
-        return jax.lax.psum(mine, self.strip.axes) / (self.strip.whole(x) * x.shape[1])
+    def image_rows(self, x: Array) -> int:
+        """Return how many of such rows the whole image has.
 
-
-class _SplitAttention(CellAttention):
-    """An attention of a device's cells over all devices'."""
-
-    strip: _Strip = eqx.field(static=True)
-
-    def __init__(self, base: CellAttention, strip: _Strip):
-        self.norm = _SplitNorm(base.norm, strip)
-        self.q, self.k, self.v, self.out, self.strip = base.q, base.k, base.v, base.out, strip
-
-    def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "cells 1 channels"]:
-        cells = self.strip.whole(q)
-        k, v = (jax.lax.all_gather(x, self.strip.axes, tiled=True)[:cells] for x in (k, v))
-        return attention(q, k, v)
-
-
-def _is_split(node: Any) -> bool:
-    return isinstance(node, Conv | GroupNorm | CellAttention)
-
-
-def _split(layer: Any, strip: _Strip) -> Any:
-    """Return a layer in its form over strips."""
-    if isinstance(layer, Conv):
-        return _SplitConv(layer, strip)
-    if isinstance(layer, GroupNorm):
-        return _SplitNorm(layer, strip)
-    return _SplitAttention(layer, strip) if isinstance(layer, CellAttention) else layer
+        **Arguments:** `x`: rows of this device; or cells, of which it returns how many in all.
+        """
+        return self.latent_rows * len(x) // self.strip_rows

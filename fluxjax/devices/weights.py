@@ -1,34 +1,31 @@
-"""Weights that are not at hand whole: split over a mesh, in the host's memory, or in a file."""
-
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+"""Weights and kernels of which each device of a mesh has a part, inside of `jax.shard_map`."""
 
 import equinox as eqx
 import jax
-import numpy as np
 
-from fluxjax.checkpoint.plan import Plan
+from fluxjax.nets.conv import Kernel
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.vae import Conv
-from fluxjax.nets.weight import Dense, Weight
+from fluxjax.nets.weight import Dense, FetchedWeight, Weight, WrappedWeight
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, Int
+from fluxjax.shapes import Array, Float
 
 
-class GatheredWeight(Weight):
-    """A weight of which each device holds a part, put together as it is used. `axis`: of the matrix, -2 (out) or -1 (in)."""
+class GatheredWeight(FetchedWeight):
+    """A weight that is split over "fsdp", and gathered when it is used.
+
+    `part`: of this device. `axis`: the split axis of the matrix, -2 (out) or -1 (in). `parts`: the
+    number of devices that it is split among.
+    """
 
     part: Dense | QuantizedWeight
     axis: int = eqx.field(static=True)
+    parts: int = eqx.field(static=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        whole = list(self.part.shape)
-        whole[self.axis] *= jax.lax.axis_size("fsdp")
-        return tuple(whole)
-
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.fetch().matmul(x)
+        sizes = list(self.part.shape)
+        sizes[self.axis] *= self.parts
+        return tuple(sizes)
 
     @property
     def is_remote(self) -> bool:
@@ -40,118 +37,40 @@ class GatheredWeight(Weight):
         return eqx.tree_at(lambda part: part.value, self.part, whole)
 
 
-class GatheredConv(Conv):
-    """A convolution of which each device holds the kernels of some outputs, put together as it is used."""
+class GatheredKernel(Kernel):
+    """A convolution's kernel whose outputs are split over "fsdp", gathered when it is used."""
 
-    def __init__(self, part: Conv):
-        self.weight, self.bias = part.weight, part.bias
+    part: Float[Array, "side side channels part_of_out"]
 
-    def kernel(self) -> Float[Array, "side side channels all"]:
-        return jax.lax.all_gather(self.weight, "fsdp", axis=3, tiled=True)
+    @property
+    def side(self) -> int:
+        return self.part.shape[0]
+
+    def array(self) -> Float[Array, "side side channels out"]:
+        return jax.lax.all_gather(self.part, "fsdp", axis=3, tiled=True)
 
 
-class SummedWeight(Weight):
-    """A weight of which each device holds the columns of its features; the products are summed."""
+class SummedWeight(WrappedWeight):
+    """A weight whose inputs are split over "tensor": the partial products are all-reduced.
+
+    `base`: the columns of the matrix that belong to this device's features.
+    """
 
     base: Weight
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        # Summed before the product is rounded to the dtype of x.
         return jax.lax.psum(self.base.matmul(x).astype(wide_dtype(x.dtype)), "tensor")
 
-    @property
-    def is_remote(self) -> bool:
-        return self.base.is_remote
 
-    def fetch(self) -> Weight:
-        return SummedWeight(self.base.fetch())
+class ConcatenatedWeight(WrappedWeight):
+    """A weight whose outputs are split over "tensor", and gathered after the product.
 
-
-class ConcatenatedWeight(Weight):
-    """A weight of which each device holds some rows; what comes out is joined."""
+    `base`: the rows of the matrix that are on this device.
+    """
 
     base: Weight
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch all_out"]:
         part = self.base.matmul(x)
         return jax.lax.all_gather(part, "tensor", axis=part.ndim - 1, tiled=True)
-
-    @property
-    def is_remote(self) -> bool:
-        return self.base.is_remote
-
-    def fetch(self) -> Weight:
-        return ConcatenatedWeight(self.base.fetch())
-
-
-class HostWeight(Weight):
-    """A weight in the host's memory, copied to the device as it is used; blocks' are fetched while the block before runs."""
-
-    value: Float[Array, "*depth out features"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.fetch().matmul(x)
-
-    @property
-    def is_remote(self) -> bool:
-        return True
-
-    def fetch(self) -> Weight:
-        return Dense(jax.device_put(self.value, jax.memory.Space.Device))
-
-
-class _Reader:
-    """Reads the blocks of a stacked leaf, each next one in the background while the one before is used."""
-
-    # One for all leaves: the blocks' matrices are read in the order in which they are used.
-    pool = ThreadPoolExecutor(1, "fluxjax-reader")
-
-    def __init__(self, plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype):
-        self.plan, self.name, self.shape, self.dtype = plan, name, shape, dtype
-        self.ahead: tuple[int, Future] | None = None
-
-    def read(self, number: int) -> np.ndarray:
-        # Copied, so that a mapped file is read here and not where it is waited for.
-        whole = tuple(slice(0, size) for size in self.shape[1:])
-        return np.array(
-            self.plan.region(
-                self.name, self.shape, self.dtype, (slice(number, number + 1), *whole)
-            )[0]
-        )
-
-    def __call__(self, number: Any) -> np.ndarray:
-        wanted = int(number)
-        ahead, self.ahead = self.ahead, None
-        found = ahead[1].result() if ahead is not None and ahead[0] == wanted else self.read(wanted)
-        after = (wanted + 1) % self.shape[0]
-        self.ahead = (after, self.pool.submit(self.read, after))
-        return found
-
-
-class FileWeight(Weight):
-    """A weight that stays in its file, from which a block's is read by a callback as it is used. `number`: of the block."""
-
-    number: Int[Array, "*depth"]
-    reader: _Reader = eqx.field(static=True)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.number.shape, *self.reader.shape[1:])
-
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.fetch().matmul(x)
-
-    def fetch(self) -> Weight:
-        found = jax.ShapeDtypeStruct(self.reader.shape[1:], self.reader.dtype)
-        return Dense(jax.pure_callback(self.reader, found, self.number))

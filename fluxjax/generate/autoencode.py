@@ -1,7 +1,7 @@
 """Images to latents and back, a batch at once."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.vae_rows import split_vae_rows
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, Image, Latent
+
+Rows = TypeVar("Rows")
 
 
 @eqx.filter_jit
@@ -23,20 +25,19 @@ def decode(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images height width 3"]:
-    """Decode latents one after another, in activations of `dtype`; images are float32 in [-1, 1], clipped, and NaN where the
-    network gives infinity. `mesh`: of devices; the VAE is then from `shard`, images are shared over "data" and "fsdp", and the
-    rows of each over the other axes."""
+    """Decode latents, one after another.
 
-    def run(vae: Vae, latents: Array, rest: None) -> Array:
-        return jax.lax.map(
-            lambda one: _clipped(vae.decode(one.astype(dtype)).astype(jnp.float32)), latents
-        )
+    **Arguments:** `latents`: scaled and shifted, as `denoise` returns them. `dtype`: of the
+    activations. `mesh`: of devices; the VAE is then from `shard`, images are split over its axes
+    "data" and "fsdp", and the rows of each image over the other axes.
+    **Returns:** float32 in [-1, 1], clipped; NaN where the network gives infinity.
+    """
 
-    return _autoencoded(run, vae, latents, mesh)
+    def decode_one(vae: Vae, latent: Latent) -> Image:
+        image = vae.decode(latent.astype(dtype)).astype(jnp.float32)
+        return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
 
-
-def _clipped(image: Array) -> Array:
-    return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
+    return _one_by_one(decode_one, vae, latents, mesh)
 
 
 @eqx.filter_jit
@@ -48,27 +49,36 @@ def encode(
     keys: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "images latent_channels rows columns"]:
-    """Encode images of [-1, 1] one after another, in activations of `dtype`, to float32. `keys`: one an image, to sample the
-    posterior, whose mean is given without. `mesh`: as for `decode`. **Raises:** `ValueError` for sizes that are not multiples
-    of 8."""
+    """Encode images, one after another.
 
-    def run(vae: Vae, rows: tuple[Array, Array | None], rest: None) -> Array:
-        return jax.lax.map(
-            lambda row: vae.encode(row[0].astype(dtype), key=row[1]).astype(jnp.float32), rows
-        )
+    **Arguments:** `images`: in [-1, 1]. `dtype`: of the activations. `keys`: one for each image, to
+    sample the posterior; None takes its mean. `mesh`: as for `decode`.
+    **Returns:** latents, scaled and shifted, float32.
+    **Raises:** `ValueError` for sizes that are not multiples of 8.
+    """
 
-    return _autoencoded(run, vae, (images, keys), mesh)
+    def encode_one(vae: Vae, row: tuple[Image, Array | None]) -> Latent:
+        image, key = row
+        return vae.encode(image.astype(dtype), key=key).astype(jnp.float32)
+
+    return _one_by_one(encode_one, vae, (images, keys), mesh)
 
 
-def _autoencoded(
-    run: Callable[[Any, Any, Any], Array], vae: Vae, rows: Any, mesh: Mesh | None
+def _one_by_one(
+    function: Callable[[Vae, Rows], Array], vae: Vae, rows: Rows, mesh: Mesh | None
 ) -> Array:
+    """Return function(vae, row) of each row; one at a time, since a row fills the device alone."""
+
+    def map_rows(vae: Vae, rows: Rows, shared: None) -> Array:
+        return jax.lax.map(lambda row: function(vae, row), rows)
+
     if mesh is None:
-        return run(vae, rows, None)
-    shared = [axis for axis in ("tensor", "context") if mesh.shape[axis] > 1]
-    return on_mesh(
-        lambda vae, rows, rest: run(split_vae_rows(vae, shared) if shared else vae, rows, rest),
-        mesh,
-        vae,
-        rows,
-    )
+        return map_rows(vae, rows, None)
+    split_axes = [axis for axis in ("tensor", "context") if mesh.shape[axis] > 1]
+
+    def map_rows_in_strips(vae: Vae, rows: Rows, shared: None) -> Array:
+        if split_axes:
+            vae = split_vae_rows(vae, split_axes)
+        return map_rows(vae, rows, None)
+
+    return on_mesh(map_rows_in_strips, mesh, vae, rows)

@@ -1,7 +1,7 @@
-"""Step caching: a FLUX transformer that runs its blocks only when what they would say has changed enough."""
+"""Step caching: a transformer that runs its blocks only when their output would change enough."""
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,81 +9,103 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.flow.velocity import StatefulVelocity
+from fluxjax.generate.conditioning import (
+    Conditioning,
+    PreparedConditioning,
+    network_input,
+    prepare_conditioning,
+)
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux, Hidden, JointAttention, Prepared
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
-Tokens = Float[Array, "img_tokens width"]
+Tokens = Float[Array, "all_tokens width"]
+AttentionChoice = str | Attention | JointAttention | None
 
 
 class CacheMemory(NamedTuple):
-    """What a cached network remembers: the `signal` that it compares and the `distance` gathered so far; what the blocks last
-    added to the image's tokens, `residual`; whether there is one; and how often it was `reused`."""
+    """What a cached network carries from one evaluation to the next.
 
-    signal: Float[Array, "img_tokens width"]
+    `signal`: what the next evaluation is compared with. `distance`: accumulated since the blocks
+    ran last. `residual`: what the blocks last added to the image's tokens. `known`: whether they
+    have run. `reused`: how many evaluations skipped them.
+    """
+
+    signal: Float[Array, "all_tokens width"]
     distance: Scalar
-    residual: Float[Array, "img_tokens width"]
+    residual: Float[Array, "all_tokens width"]
     known: Bool[Array, ""]
     reused: Int[Array, ""]
 
 
 class StepCache(eqx.Module):
-    """When the blocks are not run: while a distance is below `threshold`, at times from `low` to `high`. 0 never reuses."""
+    """When the blocks are skipped and their last output is used again.
+
+    `threshold`: they are skipped while a distance stays below it; 0 never skips. `low`, `high`: the
+    times between which they may be skipped.
+    """
 
     threshold: ScalarLike
     low: ScalarLike = 0.0
     high: ScalarLike = 1.0
 
     def __check_init__(self):
-        # An infinite threshold always reuses.
+        # An infinite threshold is allowed: it skips whenever it may.
         if is_concrete_number(self.threshold) and bool(np.isnan(np.asarray(self.threshold))):
-            raise ValueError(
-                f"`{type(self).__name__}(threshold)` is NaN. Pass a number; 0 never reuses."
-            )
+            name = type(self).__name__
+            raise ValueError(f"`{name}(threshold)` is NaN. Pass a number; 0 never skips a block.")
         check_finite(type(self).__name__, low=self.low, high=self.high)
 
     @abstractmethod
-    def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
-        """Return the hidden state after what is always run, the signal, and the first double block left."""
+    def signal(
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
+        """Run what is always run.
+
+        **Returns:** the hidden state after it, the signal to compare, and the number of the first
+        double block that is still to be run.
+        """
 
     @abstractmethod
-    def gather(self, before: Scalar, change: Scalar) -> Scalar:
-        """Return the distance, from that before this evaluation and the signal's relative change."""
+    def accumulate(self, distance: Scalar, change: Scalar) -> Scalar:
+        """Return the new distance, from the one before and the signal's relative change."""
 
     @abstractmethod
-    def remember(self, old: Tokens, new: Tokens, reuse: Bool[Array, ""]) -> Tokens:
-        """Return the signal that the next one is compared with."""
+    def next_signal(self, old: Tokens, new: Tokens, skip: Bool[Array, ""]) -> Tokens:
+        """Return the signal that the next evaluation is compared with."""
 
 
 class FirstBlock(StepCache):
-    """Compares what the first block adds to the image's tokens with what it added when the others were last run.
+    """Compare what the first double block adds to the image's tokens.
 
-    Source: first-block cache of ParaAttention (Cheng 2024), as in diffusers.
+    It is compared with what it added when the other blocks ran last.
+    **Source:** first-block cache of ParaAttention (Cheng 2024), as in diffusers.
     """
 
-    def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
+    def signal(
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
 
-    def gather(self, before: Scalar, change: Scalar) -> Scalar:
+    def accumulate(self, distance: Scalar, change: Scalar) -> Scalar:
         return change
 
-    def remember(self, old: Tokens, new: Tokens, reuse: Bool[Array, ""]) -> Tokens:
-        return jnp.where(reuse, old, new)
+    def next_signal(self, old: Tokens, new: Tokens, skip: Bool[Array, ""]) -> Tokens:
+        return jnp.where(skip, old, new)
 
 
 class TeaCache(StepCache):
-    """Compares the first block's modulated input with that of the evaluation before, and adds up a polynomial of the change
-    until it reaches the threshold.
+    """Compare the modulated input of the first block with that of the evaluation before.
 
-    `polynomial`: its coefficients, the highest power first; FLUX.1-dev's by default, of which thresholds are 0.25 to 0.8.
-    Source: Liu et al. 2024 (2411.19108).
+    A polynomial of the relative change is added up until it reaches the threshold. `polynomial`:
+    its coefficients, the highest power first; by default those of FLUX.1-dev, for which thresholds
+    of 0.25 to 0.8 are usual.
+    **Source:** Liu et al. 2024 (2411.19108).
     """
 
     polynomial: tuple[float, ...] = eqx.field(
@@ -91,98 +113,106 @@ class TeaCache(StepCache):
         default=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
     )
 
-    def look(
-        self, flux: Flux, hidden: Hidden, attention: str | Attention | JointAttention | None
-    ) -> tuple[Hidden, Tokens, int]:
+    def signal(
+        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+    ) -> tuple[HiddenState, Tokens, int]:
         shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
 
-    def gather(self, before: Scalar, change: Scalar) -> Scalar:
-        return before + jnp.polyval(jnp.float32(self.polynomial), change)
+    def accumulate(self, distance: Scalar, change: Scalar) -> Scalar:
+        return distance + jnp.polyval(jnp.float32(self.polynomial), change)
 
-    def remember(self, old: Tokens, new: Tokens, reuse: Bool[Array, ""]) -> Tokens:
+    def next_signal(self, old: Tokens, new: Tokens, skip: Bool[Array, ""]) -> Tokens:
         return new
 
 
 class CachedFlux(StatefulVelocity):
-    """A FLUX transformer that remembers, (x, t, (txt, vec)) -> dx/dt; `Guided(cached, (txt, vec))` makes a `Velocity` of it.
-    In place of (txt, vec) it takes what `Flux.prepare` makes of them.
+    """A transformer with a step cache, called as (x, t, condition) -> dx/dt.
 
-    `flux`, `guidance`, `img_ids`, `attention`: as for the network's call. `reuse`: `FirstBlock` or `TeaCache`. `over`: the
-    names of axes, of `jax.vmap` or `jax.shard_map`, over which all reuse together or none does: a choice of each row of a batch
-    would compute both ways.
+    `flux`: the network. `cache`: `FirstBlock` or `TeaCache`. `attention`: as for the network.
+    `image_axes`: names of the axes, of `jax.vmap` or `jax.shard_map`, over which all images skip
+    blocks together; a decision for each image of a batch would compute both branches.
+    `reference_tokens`: how many tokens the condition adds to the noisy ones.
     """
 
     flux: Flux
-    reuse: StepCache
-    img_ids: Float[Array, "img_tokens axes"]
-    guidance: ScalarLike | None = None
-    attention: str | Attention | JointAttention | None = None
-    over: tuple[str, ...] = eqx.field(static=True, default=())
+    cache: StepCache
+    attention: AttentionChoice = None
+    image_axes: tuple[str, ...] = eqx.field(static=True, default=())
+    reference_tokens: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
         if self.flux.config.double_depth < 1:
             raise ValueError(
-                "`Cached` compares what the first double block does, and this network has none. Leave caching out."
+                "A step cache compares what the first double block does, and this network has "
+                "none. Leave the cache out."
             )
 
-    def init(self, x: Float[Array, "img_tokens in_channels"]) -> CacheMemory:
-        zeros, none = jnp.zeros((len(x), self.flux.config.width)), jnp.zeros(())
-        return CacheMemory(zeros, none, zeros, jnp.asarray(False), jnp.zeros((), jnp.int32))
+    def init(self, x: Float[Array, "img_tokens channels"]) -> CacheMemory:
+        tokens = len(x) + self.reference_tokens
+        zeros = jnp.zeros((tokens, self.flux.config.width))
+        never = jnp.asarray(False)
+        return CacheMemory(zeros, jnp.zeros(()), zeros, never, jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
-        x: Float[Array, "img_tokens in_channels"],
+        x: Float[Array, "img_tokens channels"],
         t: Scalar,
-        *condition: Any,
-        memory: Any = None,
-    ) -> Any:
+        *condition: Conditioning | PreparedConditioning,
+        memory: CacheMemory | None = None,
+    ) -> (
+        Float[Array, "img_tokens out_channels"]
+        | tuple[Float[Array, "img_tokens out_channels"], CacheMemory]
+    ):
         old = self.init(x) if memory is None else memory
-        whole = self.flux.embed(x, t, self._prepared(t, condition[0]))
-        hidden, signal, start = self.reuse.look(self.flux, whole, self.attention)
-        distance = self.reuse.gather(old.distance, _change(signal.astype(jnp.float32), old.signal))
-        # Of all the rows of a batch the one that has changed most decides.
-        distance = jax.lax.pmax(distance, self.over) if self.over else distance
-        timely = (self.reuse.low <= t) & (t <= self.reuse.high)
-        # A polynomial may be negative, and 0 is still never.
-        reuse = (
-            old.known
-            & timely
-            & (distance < self.reuse.threshold)
-            & (jnp.asarray(self.reuse.threshold) > 0)
-        )
+        prepared = condition_at(self.flux, condition[0], t)
+        embedded = self.flux.embed(network_input(x, prepared), t, prepared.prepared)
+        hidden, signal, start = self.cache.signal(self.flux, embedded, self.attention)
+        signal = signal.astype(jnp.float32)
+        distance = self.cache.accumulate(old.distance, _relative_change(signal, old.signal))
+        if self.image_axes:
+            # The image of the batch that has changed most decides for all.
+            distance = jax.lax.pmax(distance, self.image_axes)
+        skip = self._skips(t, distance, old)
 
-        def recall() -> tuple[Tokens, Tokens]:
+        def add_last() -> tuple[Tokens, Tokens]:
             return hidden.img + old.residual.astype(hidden.img.dtype), old.residual
 
-        def run() -> tuple[Tokens, Tokens]:
+        def run_blocks() -> tuple[Tokens, Tokens]:
             img = self.flux.blocks(hidden, attention=self.attention, start=start)
             return img, (img - hidden.img).astype(jnp.float32)
 
-        img, residual = jax.lax.cond(reuse, recall, run)
-        value = self.flux.final(img, hidden.modulation.final).astype(x.dtype)
+        img, residual = jax.lax.cond(skip, add_last, run_blocks)
+        value = self.flux.final(img, hidden.modulation.final).astype(x.dtype)[: len(x)]
         if memory is None:
             return value
-        kept = self.reuse.remember(old.signal, signal.astype(jnp.float32), reuse)
-        return value, CacheMemory(
-            kept,
-            jnp.where(reuse, distance, 0),
-            residual,
-            jnp.asarray(True),
-            old.reused + reuse.astype(old.reused.dtype),
+        new = CacheMemory(
+            signal=self.cache.next_signal(old.signal, signal, skip),
+            distance=jnp.where(skip, distance, 0),
+            residual=residual,
+            known=jnp.asarray(True),
+            reused=old.reused + skip.astype(old.reused.dtype),
         )
+        return value, new
 
-    def _prepared(self, t: Scalar, given: Any) -> Prepared:
-        if isinstance(given, Prepared):
-            return given
-        txt, vec = given
-        times = jnp.asarray(t, jnp.float32)[None]
-        return self.flux.prepare(
-            times, txt=txt, vec=vec, img_ids=self.img_ids, guidance=self.guidance
-        )
+    def _skips(self, t: Scalar, distance: Scalar, old: CacheMemory) -> Bool[Array, ""]:
+        cache = self.cache
+        allowed = (cache.low <= t) & (t <= cache.high)
+        # A polynomial may be negative; a threshold of 0 still never skips.
+        positive = jnp.asarray(cache.threshold) > 0
+        return old.known & allowed & (distance < cache.threshold) & positive
 
 
-def _change(new: Tokens, old: Tokens) -> Scalar:
-    """Return the mean change over the mean size."""
+def condition_at(
+    flux: Flux, condition: Conditioning | PreparedConditioning, t: Scalar
+) -> PreparedConditioning:
+    """Return a condition that is prepared for t, here if it is not yet."""
+    if isinstance(condition, PreparedConditioning):
+        return condition
+    return prepare_conditioning(flux, condition, jnp.asarray(t)[None])
+
+
+def _relative_change(new: Tokens, old: Tokens) -> Scalar:
+    """Return the mean absolute change over the mean absolute size of the old signal."""
     size = jnp.mean(jnp.abs(old))
     return jnp.mean(jnp.abs(new - old)) / jnp.where(size > 0, size, 1)

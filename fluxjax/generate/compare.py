@@ -1,4 +1,4 @@
-"""Samplers side by side: the same noise and prompt through each, beside a reference of many steps."""
+"""Samplers side by side: the same noise and prompt through each, beside a fine reference."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,28 @@ from PIL import ImageDraw, ImageFont
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.flow.step import Step
-from fluxjax.generate.autoencode import decode
-from fluxjax.generate.draw import denoise, guidance_scale, noise_batch, step_keys
+from fluxjax.generate.draw import DrawProgress, ImageBatch, Recipe, draw_batch
 from fluxjax.generate.image import next_number, to_bytes, write_png
+from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.samplers import integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.generate.text_to_image import distilled_guidance, prompt_batch
 from fluxjax.shapes import Array, Image, PRNGKeyArray, Times
 
+Result = TypeVar("Result")
 REFERENCE = ("heun", "model")
+"""The integrator and the timer of the reference."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A sampler's run. `seconds`: of the network's steps, compiled before. `distance`: of its latent from the reference's,
-    relative to its norm. `psnr`: of its image to the reference's, in dB."""
+    """A sampler's run.
+
+    `seconds`: of the integration, with its program compiled before. `distance`: of its latent from
+    the reference's, relative to the reference's norm. `psnr`: of its image against the reference's,
+    in dB.
+    """
 
     timer: str
     integrator: str
@@ -42,85 +50,154 @@ class Run:
     psnr: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Which samplers are compared: every timer with every integrator and number of steps.
+
+    `reference_steps`: of Heun's method at the model's own times. `guidance`: distilled scale.
+    `height`, `width`: in pixels. `dtype`: of the activations. None takes the model's default.
+    """
+
+    integrators: Sequence[str]
+    timers: Sequence[str]
+    steps: Sequence[int]
+    reference_steps: int = 200
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    dtype: DTypeLike | None = None
+
+
 def compare(
     models: Models,
     prompt: str,
+    comparison: Comparison,
     *,
-    integrators: Sequence[str],
-    timers: Sequence[str],
-    steps: Sequence[int],
     key: PRNGKeyArray,
-    reference_steps: int = 200,
-    guidance: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    dtype: DTypeLike | None = None,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[list[Run], list[np.ndarray]]:
-    """Draw one image of the prompt with each timer, integrator and number of steps, from the same noise.
+    """Draw one image of the prompt with each sampler, from the same noise.
 
-    The reference takes `reference_steps` of Heun's at the model's own times. What a stochastic integrator draws is another
-    image, however many its steps are, so its distance is no error.
-    **Returns:** the runs, and their images after the reference's, in [-1, 1].
-    **Raises:** `ValueError` for names that are not in `fluxjax.generate.samplers`, no steps, a size that is not a multiple of 16, or
-    an image that is not finite.
+    A stochastic integrator draws another image, however many its steps are, so its distance is not
+    an error.
+
+    **Arguments:** `report`: called with each run when it is done.
+    **Returns:** the runs; the reference's image, then theirs, in [-1, 1].
+    **Raises:** `ValueError` for names that are not in `fluxjax.generate.samplers`, no steps, a size
+    that is not a multiple of 16, or an image that is not finite.
     """
-    defaults = models.defaults
-    height = defaults.height if height is None else height
-    width = defaults.width if width is None else width
-    dtype = activation_dtype() if dtype is None else dtype
-    plans = [
-        (name, kind, count, timer(name, count, defaults, height, width), integrator(kind))
-        for name, kind, count in product(timers, integrators, steps)
-    ]
-    ids = prompt_ids(models.tokenizers, [prompt], max_length=defaults.max_length)
-    text = encode_text(models.clip, models.t5, ids, dtype=dtype)
-    scale = guidance_scale(models.flux, defaults, guidance)
-    noise = noise_batch(key, [0], height, width, channels=models.vae.config.latent_channels)
-
-    def draw(times: Times, step: Step) -> tuple[Array, float]:
-        arguments = (models.flux, text, noise, times, scale)
-        options = {"step": step, "keys": step_keys(key, [0], step)}
-        compiled = denoise.lower(*arguments, **options).compile()  # type: ignore[attr-defined]
-        jax.block_until_ready(compiled(*arguments, **options))
-        start = time.perf_counter()
-        latent = jax.block_until_ready(compiled(*arguments, **options))
-        return latent, time.perf_counter() - start
-
+    bench = _Bench.of(models, prompt, comparison, key)
+    samplers = []
+    for name, kind, count in product(comparison.timers, comparison.integrators, comparison.steps):
+        samplers.append((name, kind, count, bench.times(name, count), integrator(kind)))
     kind, name = REFERENCE
-    truth, _ = draw(timer(name, reference_steps, defaults, height, width), integrator(kind))
-    runs, images = [], [np.asarray(decode(models.vae, truth, dtype=dtype)[0])]
-    for name, kind, count, times, step in plans:
-        latent, seconds = draw(times, step)
-        images.append(np.asarray(decode(models.vae, latent, dtype=dtype)[0]))
+    times = bench.times(name, comparison.reference_steps)
+    truth, reference, _ = bench.draw(times, integrator(kind))
+    runs, images = [], [reference]
+    for name, kind, count, times, step in samplers:
+        latent, image, seconds = bench.draw(times, step)
+        images.append(image)
         distance = float(jnp.linalg.norm(latent - truth) / jnp.linalg.norm(truth))
-        error = float(np.mean(np.square((images[-1] - images[0]) / 2)))
-        psnr = float("inf") if error == 0 else -10 * float(np.log10(error))
-        runs.append(Run(name, kind, count, step.evaluations * count, seconds, distance, psnr))
+        evaluations = step.evaluations * count
+        psnr = _psnr(image, reference)
+        runs.append(Run(name, kind, count, evaluations, seconds, distance, psnr))
         if report is not None:
             report(runs[-1])
     _check_finite(runs, images)
     return runs, images
 
 
+class _Bench(NamedTuple):
+    """What all samplers share: the networks, the conditioned noise, and the size of the image."""
+
+    models: Models
+    batch: ImageBatch
+    key: PRNGKeyArray
+    size: tuple[int, int]
+    dtype: DTypeLike
+
+    @classmethod
+    def of(cls, models: Models, prompt: str, comparison: Comparison, key: PRNGKeyArray) -> "_Bench":
+        defaults = models.defaults
+        height = defaults.height if comparison.height is None else comparison.height
+        width = defaults.width if comparison.width is None else comparison.width
+        dtype = activation_dtype() if comparison.dtype is None else comparison.dtype
+        ids = prompt_ids(models.tokenizers, [prompt], max_length=defaults.max_length)
+        states = encode_text(models.clip, models.t5, ids, dtype=dtype)
+        channels = models.vae.config.latent_channels
+        noise = noise_batch(key, [0], height, width, channels=channels)
+        scale = distilled_guidance(models.flux, defaults, comparison.guidance)
+        batch = prompt_batch(states, None, noise=noise, keys=None, distilled=scale)
+        return cls(models, batch, key, (height, width), dtype)
+
+    def times(self, name: str, steps: int) -> Times:
+        return timer(name, steps, self.models.defaults, *self.size)
+
+    def draw(self, times: Times, step: Step) -> tuple[Array, np.ndarray, float]:
+        """Return a sampler's latent, its image, and the seconds of its integration."""
+        keys = step_keys(self.key, [0], step)
+        batch = ImageBatch(self.batch.noise, self.batch.positive, None, keys)
+        hooks = _TimingHooks()
+        drawn = draw_batch(
+            self.models.flux,
+            self.models.vae,
+            batch,
+            Recipe(times, step),
+            dtype=self.dtype,
+            hooks=hooks,
+        )
+        return drawn.latents, np.asarray(drawn.images[0]), hooks.seconds
+
+
+class _TimingHooks:
+    """Hooks that compile each stage before it is run, and add up the seconds of denoising."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.compiled: dict[Callable, Callable] = {}
+
+    def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
+        if function not in self.compiled:
+            lowered = function.lower(*inputs, **options)  # type: ignore[attr-defined]
+            self.compiled[function] = lowered.compile()
+        start = time.perf_counter()
+        result = jax.block_until_ready(self.compiled[function](*inputs, **options))
+        if stage == "denoise":
+            self.seconds += time.perf_counter() - start
+        return result
+
+    def progress(self, progress: DrawProgress) -> None:
+        pass
+
+
+def _psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of an image in [-1, 1], in dB."""
+    error = float(np.mean(np.square((image - reference) / 2)))
+    return float("inf") if error == 0 else -10 * float(np.log10(error))
+
+
 def _check_finite(runs: Sequence[Run], images: Sequence[np.ndarray]) -> None:
     """**Raises:** `ValueError` that names the runs whose images are not finite."""
-    names = [
-        "the reference",
-        *(f"{run.timer}, {run.integrator}, {run.steps} steps" for run in runs),
-    ]
-    lost = [name for name, image in zip(names, images, strict=True) if not np.isfinite(image).all()]
-    if lost:
+    names = ["the reference"]
+    names += [f"{run.timer}, {run.integrator}, {run.steps} steps" for run in runs]
+    broken = []
+    for name, image in zip(names, images, strict=True):
+        if not np.isfinite(image).all():
+            broken.append(name)
+    if broken:
         raise ValueError(
-            f"`compare` has NaN or infinity in the image of {lost[0]} ({len(lost)} of {len(names)}). Pass dtype=float32, or "
-            "leave that sampler out."
+            f"`compare` has NaN or infinity in the image of {broken[0]} ({len(broken)} of "
+            f"{len(names)}). Pass dtype=float32, or leave that sampler out."
         )
 
 
 def write_comparison(
     folder: Path, picture: Image | np.ndarray, rows: str, metadata: Mapping[str, str]
 ) -> tuple[Path, Path]:
-    """Write `compare_N.png` and `compare_N.csv` with the number after the highest of either there; return their paths."""
+    """Write `compare_N.png` and `compare_N.csv`, with the number after the highest of either there.
+
+    **Returns:** their paths.
+    """
     number = next_number(folder, "compare", (".png", ".csv"))
     while True:
         image = folder / f"compare_{number}.png"
@@ -128,96 +205,102 @@ def write_comparison(
             with new_file(image.with_suffix(".csv")) as file:
                 file.write(rows.encode())
                 write_png(picture, image, metadata)
-        except FileExistsError:  # written by someone else since
+        except FileExistsError:  # another process has written it since
             number += 1
         else:
             return image, image.with_suffix(".csv")
 
 
-def table(runs: Sequence[Run]) -> str:
+def comparison_csv(runs: Sequence[Run]) -> str:
     """Return the runs as CSV, with a header."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Run)], lineterminator="\n")
+    names = [field.name for field in fields(Run)]
+    writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        row = {
-            name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in asdict(run).items()
-        }
+        row = asdict(run)
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = f"{value:.6g}"
         writer.writerow(row)
     return out.getvalue()
 
 
-_MARGIN, _TEXT, _CROP = 6, 13, 4
+_MARGIN = 6
+"""Pixels between the images of a grid."""
+_TEXT = 13
+"""Pixels of a line of text."""
+_CROP = 4
+"""The enlarged part of an image has this fraction of its sides."""
 
 
-def grid(
+def comparison_grid(
     runs: Sequence[Run], images: Sequence[np.ndarray], *, scale: int | None = None
 ) -> PIL.Image.Image:
-    """Return the images as one labelled picture: a row a timer and integrator, a column a number of steps, the reference above;
-    beside each image the part of it that differs most from the reference over all runs, a quarter of the side, enlarged.
+    """Return the images as one labelled picture.
 
-    `scale`: pixels of the picture to one of an image, by default as many as make an image at least 256 wide.
+    There is a row for each timer and integrator and a column for each number of steps, with the
+    reference above. Beside each image is the part that differs most from the reference over all
+    runs, a quarter of each side, enlarged.
+
+    **Arguments:** `scale`: pixels of the picture to one of an image; by default as many as make an
+    image at least 256 wide.
     """
     height, width = images[0].shape[:2]
-    scale = -(-256 // width) if scale is None else scale
+    if scale is None:
+        scale = -(-256 // width)
     rows = list(dict.fromkeys((run.timer, run.integrator) for run in runs))
     columns = list(dict.fromkeys(run.steps for run in runs))
-    cell = (2 * width * scale + _MARGIN, height * scale + 2 * _TEXT)
-    size = (
-        len(columns) * (cell[0] + _MARGIN) + _MARGIN,
-        (len(rows) + 1) * (cell[1] + _MARGIN) + _MARGIN,
-    )
+    cell_width = 2 * width * scale + 2 * _MARGIN
+    cell_height = height * scale + 2 * _TEXT + _MARGIN
+    size = (len(columns) * cell_width + _MARGIN, (len(rows) + 1) * cell_height + _MARGIN)
     picture = PIL.Image.new("RGB", size, "white")
+    font = ImageFont.load_default(_TEXT - 2)
     corner = _most_different(images, height // _CROP, width // _CROP)
 
     def place(row: int, column: int, image: np.ndarray, label: str) -> None:
-        x, y = _MARGIN + column * (cell[0] + _MARGIN), _MARGIN + row * (cell[1] + _MARGIN)
-        whole, part = _views(image, corner, scale)
+        x, y = _MARGIN + column * cell_width, _MARGIN + row * cell_height
+        whole, part = _framed_and_part(image, corner, scale)
         picture.paste(whole, (x, y))
         picture.paste(part, (x + whole.width + _MARGIN, y))
-        ImageDraw.Draw(picture).text(
-            (x, y + whole.height), label, fill="black", font=ImageFont.load_default(_TEXT - 2)
-        )
+        position = (x, y + whole.height)
+        ImageDraw.Draw(picture).text(position, label, fill="black", font=font)
 
     place(0, 0, images[0], "reference")
     for run, image in zip(runs, images[1:], strict=True):
-        label = f"{run.timer}, {run.integrator}, {run.steps} steps\n{run.evaluations} evaluations, distance {run.distance:.3g}"
-        place(1 + rows.index((run.timer, run.integrator)), columns.index(run.steps), image, label)
+        label = (
+            f"{run.timer}, {run.integrator}, {run.steps} steps\n"
+            f"{run.evaluations} evaluations, distance {run.distance:.3g}"
+        )
+        row = 1 + rows.index((run.timer, run.integrator))
+        place(row, columns.index(run.steps), image, label)
     return picture
 
 
-def _views(
+def _framed_and_part(
     image: np.ndarray, corner: tuple[int, int], scale: int
 ) -> tuple[PIL.Image.Image, PIL.Image.Image]:
     """Return an image enlarged, with the part framed, and the part at the same size."""
     height, width = image.shape[:2]
-    whole = PIL.Image.fromarray(to_bytes(image)).resize(
-        (width * scale, height * scale), PIL.Image.Resampling.NEAREST
-    )
+    nearest = PIL.Image.Resampling.NEAREST
+    whole = PIL.Image.fromarray(to_bytes(image)).resize((width * scale, height * scale), nearest)
     top, left = corner
-    box = (
-        left * scale,
-        top * scale,
-        (left + width // _CROP) * scale - 1,
-        (top + height // _CROP) * scale - 1,
-    )
-    part = whole.crop((*box[:2], box[2] + 1, box[3] + 1)).resize(
-        whole.size, PIL.Image.Resampling.NEAREST
-    )
-    ImageDraw.Draw(whole).rectangle(box, outline="red")
+    bottom, right = top + height // _CROP, left + width // _CROP
+    box = (left * scale, top * scale, right * scale, bottom * scale)
+    part = whole.crop(box).resize(whole.size, nearest)
+    frame = (box[0], box[1], box[2] - 1, box[3] - 1)
+    ImageDraw.Draw(whole).rectangle(frame, outline="red")
     return whole, part
 
 
 def _most_different(images: Sequence[np.ndarray], height: int, width: int) -> tuple[int, int]:
     """Return the top left corner of the window in which images differ most from the first."""
-    error = sum(np.square(image - images[0]).sum(-1) for image in images[1:])
-    sums = np.pad(np.asarray(error, np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    windows = (
-        sums[height:, width:]
-        - sums[:-height, width:]
-        - sums[height:, :-width]
-        + sums[:-height, :-width]
-    )
+    error = np.zeros(images[0].shape[:2], np.float64)
+    for image in images[1:]:
+        error += np.square(image - images[0]).sum(-1)
+    # A window's sum is a difference of four sums from the top left corner of the image.
+    sums = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    windows = sums[height:, width:] - sums[:-height, width:]
+    windows = windows - sums[height:, :-width] + sums[:-height, :-width]
     top, left = np.unravel_index(np.argmax(windows), windows.shape)
     return int(top), int(left)

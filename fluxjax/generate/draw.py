@@ -1,531 +1,359 @@
-"""Text to image: the public parts composed, each stage a jitted function of its networks and inputs."""
+"""Drawing: from noise and conditioning to images, a batch at once. The one loop of the package."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.arguments import convert_arguments
-from fluxjax.devices.offload import fetch
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
-from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.checks import check_times
-from fluxjax.flow.sample import evaluation_times, sample
-from fluxjax.flow.step import Step, StochasticStep
-from fluxjax.flow.stochastic import Churn
-from fluxjax.flow.times import flow_times
-from fluxjax.flow.velocity import StatefulVelocity, initial_memory
+from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
+from fluxjax.flow.step import Step
 from fluxjax.generate.autoencode import decode
-from fluxjax.generate.cache import CachedFlux, CacheMemory, StepCache
-from fluxjax.generate.latents import (
-    CELL,
-    PATCH,
-    image_ids,
-    initial_noise,
-    pack_latents,
-    unpack_latents,
+from fluxjax.generate.cache import AttentionChoice, CacheMemory
+from fluxjax.generate.conditioning import Conditioning, split_images
+from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
+from fluxjax.generate.velocity import (
+    Conditions,
+    Guidance,
+    Transformer,
+    check_guidance,
+    guided_velocity,
+    prepare_conditions,
+    prepare_joined,
+    split_scales,
 )
-from fluxjax.generate.load import (
-    Models,
-    activation_dtype,
-)
-from fluxjax.generate.text import Text, encode_text, prompt_ids
-from fluxjax.kernels.attention import Attention
-from fluxjax.kernels.guiding import Nag
-from fluxjax.nets.flux import DegradedBlocks, Flux, JointAttention
-from fluxjax.nets.layers import check_ids
-from fluxjax.numeric import check_finite, wide_dtype
-from fluxjax.shapes import Array, Bool, Float, PerImage, PRNGKeyArray, Scalar, Times
-from fluxjax.zoo import Defaults
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.vae import Vae
+from fluxjax.shapes import Array, Float, Int, Times
 
-Tree = TypeVar("Tree")
-Encoded = TypeVar("Encoded")
-"""A `Text`, or None where there is none."""
-Network = TypeVar("Network", bound=eqx.Module)
+IntLike = int | Int[Array, ""]
+Result = TypeVar("Result")
 
 
-@eqx.filter_jit
-def denoise(
+class ImageBatch(eqx.Module):
+    """The images of a batch: what differs from one to the next.
+
+    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on,
+    a batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
+    for each image, for a step that draws noise.
+    """
+
+    noise: Float[Array, "images latent_channels rows columns"]
+    positive: Conditioning
+    negative: Conditioning | None = None
+    keys: Array | None = None
+
+
+class Recipe(eqx.Module):
+    """How a batch is sampled: what is the same for all of its images.
+
+    `times`: nodes from `flow_times` or another timer, falling from 1 to 0. `step`: the integrator.
+    `guidance`: how velocities are combined. `attention`: as for `Flux`.
+    """
+
+    times: Times
+    step: Step = Euler()
+    guidance: Guidance = Guidance()
+    attention: AttentionChoice = None
+
+
+class DrawProgress(NamedTuple):
+    """How far a batch is: `done` of `steps` steps, the image that each latent points to.
+
+    `estimate`: the images at t = 0 that the last step points to, as packed latents,
+    [images, img_tokens, channels], float32.
+    """
+
+    done: int
+    steps: int
+    estimate: Float[Array, "images img_tokens channels"]
+
+
+@runtime_checkable
+class DrawHooks(Protocol):
+    """What the drawing loop calls as it goes: for progress, timing, previews, and to stay
+    interruptible."""
+
+    def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
+        """Return function(*inputs, **options), a jitted function. `stage`: "denoise", "decode"."""
+
+    def progress(self, progress: DrawProgress) -> None:
+        """Called between segments of the integration, at least a few times a second."""
+
+
+class DrawnBatch(NamedTuple):
+    """A drawn batch.
+
+    `images`: float32 in [-1, 1]. `latents`: what they were decoded from. `finite_steps`: for each
+    image the number of leading steps after which all its numbers were finite. `reused`: how many
+    evaluations of the network a step cache skipped.
+    """
+
+    images: Float[Array, "images height width 3"]
+    latents: Float[Array, "images latent_channels rows columns"]
+    finite_steps: Int[Array, " images"]
+    reused: Int[Array, ""]
+
+
+_SEGMENT_SECONDS = 0.25
+"""How long a segment of the integration is to take: so often is progress reported."""
+_SEGMENTS = 20
+"""Segments where several processes draw together: all must cut the integration alike."""
+
+
+def draw_batch(
     flux: Flux,
-    text: Text,
-    noise: Float[Array, "images latent_channels rows columns"],
-    times: Times,
-    guidance: PerImage | None,
+    vae: Vae,
+    batch: ImageBatch,
+    recipe: Recipe,
     *,
-    step: Step = Euler(),
-    keys: Array | None = None,
-    negative: Text | None = None,
-    cfg: PerImage = 1.0,
-    rule: Rule = ClassifierFree(),
-    nag: Nag | None = None,
-    weaken: DegradedBlocks | None = None,
-    strength: PerImage = 0.0,
-    reuse: StepCache | None = None,
-    attention: str | Attention | JointAttention | None = None,
-    report: Callable[[Array], None] | None = None,
-    watch: Callable[[float, bool, int], None] | None = None,
+    dtype: DTypeLike,
     mesh: Mesh | None = None,
+    hooks: DrawHooks | None = None,
+) -> DrawnBatch:
+    """Denoise and decode a batch of images.
+
+    With `hooks` the integration is cut into segments of one compiled program, whose number of steps
+    is an argument, so that progress is reported without callbacks from the device (JAX does not
+    cache programs that hold some). Without, it is one program.
+
+    **Arguments:** `dtype`: of the decoder's activations. `mesh`: of devices, from `make_mesh`; the
+    networks are then from `shard`.
+    **Raises:** `ValueError` as `denoise`.
+    """
+    if hooks is None:
+        drawing = _denoise(flux, batch, recipe, mesh)
+        images = decode(vae, drawing.latents, dtype=dtype, mesh=mesh)
+    else:
+        drawing = _denoise_in_segments(flux, batch, recipe, mesh, hooks)
+        images = hooks.run("decode", decode, vae, drawing.latents, dtype=dtype, mesh=mesh)
+    return DrawnBatch(images, drawing.latents, drawing.finite_steps, drawing.reused)
+
+
+class _Denoised(NamedTuple):
+    """Latents, and what is known of their integration, as in `DrawnBatch`."""
+
+    latents: Float[Array, "images latent_channels rows columns"]
+    finite_steps: Int[Array, " images"]
+    reused: Int[Array, ""]
+
+
+def denoise(
+    flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Integrate the transformer's velocity from noise to latents, a batch at once.
 
-    **Arguments:** `noise`: from `initial_noise`, float32. `times`: from `flow_times` or another timer. `guidance`: distilled
-    scale, or None for a network without it. `step`: the integrator. `keys`: of a step that draws noise, one an image.
-    `negative`: what true classifier-free guidance guides away from, by the scale `cfg`, combined by `rule`, and `nag`, if
-    given, inside of the attention. `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`:
-    of what the blocks computed before, decided for the batch. `attention`: as of `Flux`; of `nag` too. `report`: called with t
-    at every evaluation, on the host. `watch`: called after it with t, whether every image's velocity is finite, and how many of
-    the networks' evaluations reused what their blocks computed (with `reuse`). `mesh`: of devices, from `make_mesh`; `flux` is
-    then from `shard`. `guidance`, `cfg` and `strength` are one number for all images, or one for each.
-    **Raises:** `ValueError` for nag without `negative`, or with another attention of one's own; as `on_mesh` and `OnTokens`.
+    **Arguments:** `mesh`: of devices, from `make_mesh`; `flux` is then from `shard`.
+    **Returns:** latents, in the dtype of the noise.
+    **Raises:** `ValueError` as `flux_velocity` and `sample`; for a number of scales or keys that is
+    not that of the images; for a batch that leaves devices of the mesh idle.
     """
-    _check_guidance(negative, nag, weaken, attention)
-    if reuse is not None and mesh is not None and mesh.shape["context"] > 1:
-        raise ValueError(
-            "`denoise(reuse)` compares all tokens of an image. Use a mesh of context=1 with it."
-        )
-    height, width = CELL * noise.shape[-2], CELL * noise.shape[-1]
-    everywhere = ("images",) if mesh is None else ("images", "data", "fsdp")
-    if nag is not None:
-        named: Any = nag.implementation if attention is None else attention
-        nag = Nag(nag.scale, nag.tau, nag.alpha, named, over=() if mesh is None else ("tensor",))
-
-    def run(flux: Flux, rows: Any, rest: Any) -> Array:
-        times, shared, step, rule, nag, weaken, reuse = rest
-        ids, mix, asked = (
-            image_ids(height, width),
-            attention if nag is None else nag,
-            evaluation_times(step, times),
-        )
-        call: Any = flux if mesh is None or mesh.shape["context"] == 1 else TokenParallelFlux(flux)
-
-        def one(
-            noise: Array,
-            text: Text,
-            negative: Text | None,
-            key: PRNGKeyArray | None,
-            own: Mapping[str, Array],
-        ) -> Array:
-            scales = {**shared, **own}
-            guidance = scales["guidance"]
-
-            def prepare(text: Text, times: Array) -> Any:
-                return call.prepare(
-                    times, txt=text.txt, vec=text.vec, img_ids=ids, guidance=guidance
-                )
-
-            def network(
-                x: Array, t: Scalar, given: Any, weaken: DegradedBlocks | None = None
-            ) -> Array:
-                prepared = prepare(given, t[None]) if isinstance(given, Text) else given
-                return call.velocity(x, t, prepared, attention=mix, weaken=weaken)
-
-            def spoilt(x: Array, t: Scalar, given: Any) -> Array:
-                return network(x, t, given, weaken)
-
-            velocity = (
-                network
-                if reuse is None
-                else CachedFlux(flux, reuse, ids, guidance, mix, over=everywhere)
-            )
-            weak = None if weaken is None else WeakModel(spoilt, scales["strength"])
-            if nag is not None and negative is not None:
-                text, negative = (
-                    Text(jnp.concatenate([negative.txt, one.txt]), one.vec)
-                    for one in (text, negative)
-                )
-            positive, away = text, negative
-            if asked is not None:
-                positive, away = (
-                    prepare(text, asked),
-                    None if negative is None else prepare(negative, asked),
-                )
-            guided = Guided(velocity, positive, away, scales["cfg"], rule, weak=weak)
-            axes = () if mesh is None else mesh.axis_names
-            told = (
-                guided
-                if report is None and watch is None
-                else _Told(guided, report, watch, axes, everywhere)
-            )
-            return unpack_latents(
-                sample(told, pack_latents(noise), times, step=step, key=key).x, height, width
-            )
-
-        return jax.vmap(one, axis_name="images")(*rows)
-
-    shared, own = _split_scales(len(noise), guidance=guidance, cfg=cfg, strength=strength)
-    rows, rest = (noise, text, negative, keys, own), (times, shared, step, rule, nag, weaken, reuse)
-    return run(flux, rows, rest) if mesh is None else on_mesh(run, mesh, flux, rows, rest)
+    return _denoise(flux, batch, recipe, mesh).latents
 
 
-def _split_scales(
-    images: int, **scales: PerImage | None
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return the scales that all images share, and those with one number for each image."""
-    own = {
-        name: jnp.asarray(scale)
-        for name, scale in scales.items()
-        if scale is not None and jnp.ndim(scale) == 1
-    }
-    for name, scale in own.items():
-        _check_count("denoise", name, len(scale), images)
-    return {name: scale for name, scale in scales.items() if name not in own}, own
+@eqx.filter_jit
+def _denoise(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> _Denoised:
+    check_batch(flux, batch, recipe, mesh)
+    drawing = _begin(flux, batch, recipe, mesh)
+    # The bounds are Python integers, so that the loop is a scan and has a gradient.
+    drawing = _advance(flux, batch, recipe, drawing, (0, len(recipe.times) - 1), mesh)
+    return _finish(batch, drawing)
 
 
-def _check_count(call: str, name: str, given: int, images: int) -> None:
-    if given != images:
-        raise ValueError(
-            f"`{call}({name})` takes one number, or one for each of the {images} images, got {given}."
-        )
+def _denoise_in_segments(
+    flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None, hooks: DrawHooks
+) -> _Denoised:
+    """Integrate segment by segment, so that the host hears of progress between them."""
+    check_batch(flux, batch, recipe, mesh)
+    drawing = hooks.run("denoise", _begin_jit, flux, batch, recipe, mesh)
+    steps = len(recipe.times) - 1
+    done, count = 0, 1
+    while done < steps:
+        start = time.monotonic()
+        stop = min(done + count, steps)
+        bounds = jnp.int32(done), jnp.int32(stop)
+        drawing = hooks.run("denoise", _advance_jit, flux, batch, recipe, drawing, bounds, mesh)
+        jax.block_until_ready(drawing.state.x)
+        seconds_per_step = (time.monotonic() - start) / (stop - done)
+        done = stop
+        hooks.progress(DrawProgress(done, steps, drawing.state.estimate))
+        if jax.process_count() > 1:
+            count = -(-steps // _SEGMENTS)
+        else:
+            count = max(1, int(_SEGMENT_SECONDS / max(seconds_per_step, 1e-6)))
+    return _finish_jit(batch, drawing)
 
 
-class _Told(StatefulVelocity):
-    """A velocity whose evaluations are reported, by one device of those along `axes`. `rows`: the axes along which the images
-    lie."""
+def check_batch(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> None:
+    """Check what can be known of a batch before it is drawn.
 
-    velocity: Guided
-    report: Callable[[Array], None] | None = eqx.field(static=True)
-    watch: Callable[[float, bool, int], None] | None = eqx.field(static=True)
-    axes: tuple[str, ...] = eqx.field(static=True)
-    rows: tuple[str, ...] = eqx.field(static=True)
-
-    def init(self, x: Array) -> Any:
-        return initial_memory(self.velocity, x)
-
-    def __call__(self, x: Array, t: Scalar, *condition: Any, memory: Any = None) -> Any:
-        number = jax.lax.axis_index(self.axes) if self.axes else 0
-        report = self.report
-        if report is not None:
-            jax.debug.callback(lambda t, number: report(t) if number == 0 else None, t, number)
-        result = self.velocity(x, t, memory=memory)
-        if self.watch is not None:
-            value, after = (result, None) if memory is None else result
-            _watched(self.watch, self.rows, t, number, value, _reused(after) - _reused(memory))
-        return result
-
-
-def _watched(
-    watch: Callable[[float, bool, int], None],
-    rows: tuple[str, ...],
-    t: Scalar,
-    number: Any,
-    value: Array,
-    reused: Any,
-):
-    """Call `watch` on the host for all images at once. `number`: of the device, of which the first calls."""
-    wrong = jax.lax.pmax((~jnp.isfinite(value).all()).astype(jnp.int32), rows)
-    reused = jax.lax.pmax(jnp.asarray(reused, jnp.int32), rows)
-
-    def call(t: Any, number: Any, wrong: Any, reused: Any) -> None:
-        if number == 0:
-            watch(float(t), not wrong, int(reused))
-
-    jax.debug.callback(call, t, number, wrong, reused)
-
-
-def _reused(memory: Any) -> Any:
-    """Return how often the caches in a velocity's memory have reused what their blocks said."""
-    found = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, CacheMemory))
-    return sum(node.reused for node in found if isinstance(node, CacheMemory))
-
-
-def _check_guidance(
-    negative: Text | None, nag: Nag | None, weaken: DegradedBlocks | None, attention: Any
-) -> None:
-    if nag is not None and negative is None:
-        raise ValueError("`denoise(nag)` needs the text to lead away from. Pass negative=.")
-    if nag is not None and weaken is not None and weaken.attention is not None:
-        raise ValueError(
-            "`denoise` takes one attention of its own: nag, or that of weaken. Leave one out."
-        )
-    if nag is not None and callable(attention) and not isinstance(attention, Attention):
-        raise ValueError(
-            "`denoise(nag)` has an attention of its own. Pass attention= by name, or leave one out."
-        )
-
-
-def noise_batch(
-    key: PRNGKeyArray, numbers: Sequence[int], height: int, width: int, *, channels: int
-) -> Float[Array, "images channels rows columns"]:
-    """Draw the noise of the images of these numbers; an image's noise depends on the key and its number alone."""
-    return jnp.stack(
-        [
-            initial_noise(jax.random.fold_in(key, n), height, width, channels=channels)
-            for n in numbers
-        ]
-    )
-
-
-_STEPS = 2**32 - 1
-
-
-def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
-    """Return a key for each image of these numbers, apart from that of its first noise, or None for a step that draws none."""
-    if not isinstance(step, StochasticStep | Churn):
-        return None
-    root = jax.random.fold_in(key, _STEPS)
-    return jnp.stack([jax.random.fold_in(root, n) for n in numbers])
-
-
-def model_times(defaults: Defaults, steps: int, height: int, width: int) -> Times:
-    """Return the model's schedule for an image of `height` x `width` pixels."""
-    side = CELL * PATCH
-    tokens = (height // side) * (width // side) if defaults.shift else None
-    return flow_times(
-        steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift
-    )
-
-
-@convert_arguments
-def text_to_image(
-    models: Models,
-    prompt: str | Sequence[str],
-    *,
-    key: PRNGKeyArray,
-    prompt_2: str | Sequence[str] | None = None,
-    negative_prompt: str | Sequence[str] = "",
-    cfg: PerImage = 1.0,
-    rule: Rule = ClassifierFree(),
-    nag: Nag | None = None,
-    weaken: DegradedBlocks | None = None,
-    strength: PerImage = 0.0,
-    reuse: StepCache | None = None,
-    attention: str | Attention | JointAttention | None = None,
-    images: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int | None = None,
-    times: Times | None = None,
-    step: Step = Euler(),
-    guidance: PerImage | None = None,
-    max_length: int | None = None,
-    batch: int | None = None,
-    dtype: DTypeLike | None = None,
-) -> Float[Array, "images height width 3"]:
-    """Draw images of prompts.
-
-    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many, for T5 alone.
-    `negative_prompt`: one for all prompts, or one for each; `cfg`, `rule`: true classifier-free guidance away from it, its
-    scale (1 is none, and another takes twice the work) and its rule; `nag` guides away from it inside of the attention.
-    `weaken`, `strength`: blocks to degrade, and by how much to guide away from that. `reuse`: of what the blocks computed a
-    step before. `attention`: as of `Flux`. `images`: of each prompt. `height`, `width`: in pixels, multiples of 16. `steps`: of
-    the model's timer, or `times`: nodes of another. `step`: the integrator. `guidance`: distilled scale. `max_length`: T5
-    tokens. `batch`: images a forward pass, by default all. `dtype`: of the activations. None takes the model's default, for
-    `dtype` that of `activation_dtype`. `cfg`, `strength` and `guidance` are one number, or one for each image.
-    **Returns:** float32 in [-1, 1]; prompt by prompt, the images of each one after another.
-    **Raises:** `ValueError` for sizes that are not multiples of 16, no steps, no images, steps and times, numbers that are not
-    finite or not as many as images, a guidance that the model does not take, a negative prompt that cfg = 1 without nag would
-    leave unused, a strength without weaken, what `denoise` refuses, or an image that is not finite (where it is not traced).
+    **Raises:** `ValueError` for what does not go together.
     """
-    prompts, seconds, away = _texts(prompt, prompt_2, negative_prompt, cfg, nag)
-    defaults, count = models.defaults, images * len(prompts)
-    batch = count if batch is None else min(batch, count)
-    if count < 1 or batch < 1:
+    images, guidance = len(batch.noise), recipe.guidance
+    splits_tokens = mesh is not None and mesh.shape["context"] > 1
+    network = TokenParallelFlux(flux) if splits_tokens else flux
+    has_negative = batch.negative is not None
+    check_guidance(network, guidance, recipe.attention, has_negative=has_negative)
+    scales = {"guidance": batch.positive.guidance, "scale": guidance.scale}
+    if guidance.weak is not None:
+        scales["strength"] = guidance.weak.strength
+    for name, scale in scales.items():
+        if scale is not None and jnp.ndim(scale) == 1:
+            check_image_count("denoise", name, len(scale), images)
+
+
+def check_image_count(call: str, name: str, count: int, images: int) -> None:
+    """**Raises:** `ValueError` for a number of values that is not that of the images."""
+    if count != images:
         raise ValueError(
-            f"`text_to_image` needs at least one prompt, image and batch, got {len(prompts)}, {images}, {batch}."
+            f"`{call}({name})` takes one number, or one for each of the {images} images, "
+            f"got {count}."
         )
-    _check_numbers(count, cfg=cfg, strength=strength, guidance=guidance)
-    if weaken is None and not _is_all(strength, 0):
-        raise ValueError(
-            f"`text_to_image(strength={strength})` does nothing without blocks to weaken. Pass weaken=."
+
+
+class _Rows(eqx.Module):
+    """What each image of a batch has of its own: every array has a leading axis of images."""
+
+    noise: Float[Array, "... latent_channels rows columns"]
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance: Guidance
+    key: Array | None
+
+
+class _Shared(eqx.Module):
+    """What all images of a batch share."""
+
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance: Guidance
+    recipe: Recipe
+
+
+class _Drawing(NamedTuple):
+    """A batch under way: both conditions of each image, and the state of its integration."""
+
+    conditions: Conditions
+    state: SampleState
+
+
+def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> _Drawing:
+    """Prepare the conditions of a batch, and the state before the first step."""
+    # Tokens that are split over devices are prepared where they are used, in every segment.
+    prepares = mesh is None or mesh.shape["context"] == 1
+
+    def begin(flux: Transformer, row: _Rows, shared: _Shared) -> _Drawing:
+        positive, negative = _conditionings(row, shared)
+        guidance = eqx.combine(row.guidance, shared.guidance)
+        times, step = shared.recipe.times, shared.recipe.step
+        evaluations = evaluation_times(step, times) if prepares else None
+        conditions = prepare_conditions(
+            flux, positive, negative, guidance=guidance, times=evaluations
         )
-    height = defaults.height if height is None else height
-    width = defaults.width if width is None else width
-    times = _times(defaults, steps, times, height, width)
-    dtype = activation_dtype() if dtype is None else dtype
-    text, negative = _encoded(
-        models,
-        prompts,
-        seconds,
-        away,
-        defaults.max_length if max_length is None else max_length,
-        dtype,
-    )
-    scale = guidance_scale(models.flux, defaults, guidance)
-    drawn = []
-    checks = {
-        "the text encoders": [all_finite(text), all_finite(negative)],
-        "denoising": [],
-        "decoding": [],
-    }
-    for numbers in batches(count, batch):
-        rows = np.array(numbers) // images
-        noise = noise_batch(key, numbers, height, width, channels=models.vae.config.latent_channels)
-        latents = denoise(
-            *(
-                models.flux,
-                _rows(text, rows),
-                noise.astype(wide_dtype(jnp.dtype(dtype))),
-                times,
-                _of_images(scale, numbers),
-            ),
-            step=step,
-            keys=step_keys(key, numbers, step),
-            negative=_rows(negative, rows),
-            cfg=_of_images(jnp.asarray(cfg, jnp.float32), numbers),
-            rule=traced(rule),
-            nag=traced(nag),
-            weaken=weaken,
-            strength=_of_images(jnp.asarray(strength, jnp.float32), numbers),
-            reuse=traced(reuse),
-            attention=attention,
-            mesh=models.mesh,
+        velocity = guided_velocity(flux, conditions, guidance, shared.recipe.attention)
+        x = pack_latents(row.noise)
+        return _Drawing(conditions, begin_sample(velocity, x, times, step=step))
+
+    rows, shared = _split(batch, recipe, mesh)
+    return _for_each_image(begin, flux, (rows,), shared, mesh)
+
+
+def _advance(
+    flux: Flux,
+    batch: ImageBatch,
+    recipe: Recipe,
+    drawing: _Drawing,
+    bounds: tuple[IntLike, IntLike],
+    mesh: Mesh | None,
+) -> _Drawing:
+    """Take the steps from bounds[0] to bounds[1] - 1."""
+    image_axes = ("images",) if mesh is None else ("images", "data", "fsdp")
+
+    def advance(
+        flux: Transformer, row: _Rows, drawing: _Drawing, inputs: tuple[_Shared, tuple]
+    ) -> SampleState:
+        shared, (start, stop) = inputs
+        guidance = eqx.combine(row.guidance, shared.guidance)
+        recipe = shared.recipe
+        conditions = drawing.conditions
+        if isinstance(flux, TokenParallelFlux):
+            evaluations = evaluation_times(recipe.step, recipe.times)
+            conditions = prepare_joined(flux, conditions, evaluations)
+        velocity = guided_velocity(flux, conditions, guidance, recipe.attention, image_axes)
+        return advance_sample(
+            velocity, drawing.state, recipe.times, start, stop, step=recipe.step, key=row.key
         )
-        drawn.append(decode(models.vae, latents, dtype=dtype, mesh=models.mesh))
-        checks["denoising"].append(all_finite(latents))
-        checks["decoding"].append(all_finite(drawn[-1]))
-    _check_stages(checks)
-    return jnp.concatenate(drawn)[:count]
+
+    rows, shared = _split(batch, recipe, mesh)
+    state = _for_each_image(advance, flux, (rows, drawing), (shared, bounds), mesh)
+    return _Drawing(drawing.conditions, state)
 
 
-@jax.jit
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Return whether no number in a pytree of arrays is NaN or infinite."""
-    return jnp.all(
-        jnp.stack(
-            [jnp.asarray(True), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]
-        )
-    )
+def _for_each_image(
+    function: Callable[..., Result], flux: Flux, rows: tuple, shared: object, mesh: Mesh | None
+) -> Result:
+    """Return function(flux, *row, shared) for each image of a batch, on a mesh if there is one."""
+
+    def batched(flux: Transformer, rows: tuple, shared: object) -> Result:
+        if mesh is not None and mesh.shape["context"] > 1:
+            flux = TokenParallelFlux(flux)
+        by_row = jax.vmap(lambda *row: function(flux, *row, shared), axis_name="images")
+        return by_row(*rows)
+
+    if mesh is None:
+        return batched(flux, rows, shared)
+    return on_mesh(batched, mesh, flux, rows, shared)
 
 
-def _check_stages(checks: Mapping[str, Sequence[Array]]) -> None:
-    """**Raises:** `ValueError` that names the first stage whose result is not finite; not under a transformation of JAX's."""
-    for stage, flags in checks.items():
-        if any(not isinstance(flag, jax.core.Tracer) and not flag for flag in flags):
-            raise ValueError(
-                f"`text_to_image` has NaN or infinity after {stage}. Pass dtype=jnp.float32 if it is float16 that overflows; "
-                "else look at the weights and adapters."
-            )
+def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows, _Shared]:
+    """Split a batch into what each image has of its own, and what all share."""
+    positive_rows, positive = split_images(batch.positive)
+    negative_rows = negative = None
+    if batch.negative is not None:
+        negative_rows, negative = split_images(batch.negative)
+    guidance = recipe.guidance
+    if mesh is not None and guidance.nag is not None:
+        # Its norms are over all heads of a token, which are split over this axis.
+        nag = replace(guidance.nag, head_axes=("tensor",))
+        guidance = replace(guidance, nag=nag)
+    guidance_rows, guidance = split_scales(guidance)
+    rows = _Rows(batch.noise, positive_rows, negative_rows, guidance_rows, batch.keys)
+    return rows, _Shared(positive, negative, guidance, recipe)
 
 
-def _texts(
-    prompt: str | Sequence[str],
-    prompt_2: str | Sequence[str] | None,
-    negative_prompt: str | Sequence[str],
-    cfg: PerImage,
-    nag: Nag | None,
-) -> tuple[list[str], Sequence[str] | None, list[str] | None]:
-    """Return the prompts, those for T5, and the negative ones, one a prompt, or None if nothing is guided by them."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    one = isinstance(negative_prompt, str)
-    negatives = (
-        [negative_prompt] * len(prompts)
-        if isinstance(negative_prompt, str)
-        else list(negative_prompt)
-    )
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"`text_to_image(negative_prompt)` takes one text, or one for each of {len(prompts)} prompts, got {len(negatives)}."
-        )
-    # An array's number is a variable of a program, whose value may well be 1 at times.
-    plain = nag is None and not isinstance(cfg, jax.Array) and _is_all(cfg, 1)
-    if plain and (not one or negative_prompt):
-        raise ValueError(
-            "`text_to_image(negative_prompt)` does nothing at cfg = 1. Pass cfg=, as 3.0, or nag=."
-        )
-    return (
-        prompts,
-        [prompt_2] if isinstance(prompt_2, str) else prompt_2,
-        None if plain else negatives,
-    )
+def _conditionings(row: _Rows, shared: _Shared) -> tuple[Conditioning, Conditioning | None]:
+    positive = eqx.combine(row.positive, shared.positive)
+    if row.negative is None:
+        return positive, None
+    return positive, eqx.combine(row.negative, shared.negative)
 
 
-def _times(
-    defaults: Defaults, steps: int | None, times: Times | None, height: int, width: int
-) -> Times:
-    if times is None:
-        return model_times(defaults, defaults.steps if steps is None else steps, height, width)
-    if steps is not None:
-        raise ValueError(
-            "`text_to_image` takes `steps` of the model's timer, or `times` of your own, not both."
-        )
-    check_times("text_to_image", times, rising=False, step="drawing")
-    return times
+def _finish(batch: ImageBatch, drawing: _Drawing) -> _Denoised:
+    """Return the latents of a batch whose integration is at its end."""
+    height, width = image_size(batch.noise)
+    packed = drawing.state.x.astype(batch.noise.dtype)
+    latents = jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
+    return _Denoised(latents, drawing.state.finite_steps, _reused(drawing.state.memory))
 
 
-def _check_numbers(images: int, **numbers: PerImage | None) -> None:
-    check_finite("text_to_image", **numbers)
-    for name, number in numbers.items():
-        if number is not None and jnp.ndim(number) == 1:
-            _check_count("text_to_image", name, jnp.size(number), images)
+_begin_jit = eqx.filter_jit(_begin)
+_advance_jit = eqx.filter_jit(_advance)
+_finish_jit = eqx.filter_jit(_finish)
 
 
-def _is_all(number: PerImage, value: float) -> bool:
-    """Whether a number, or each of some, is known and equals a value."""
-    return not isinstance(number, jax.core.Tracer) and bool(np.all(np.asarray(number) == value))
-
-
-def _of_images(scale: Any, numbers: Sequence[int]) -> Any:
-    """Return the scale of the images of these numbers: the one of all, or their own."""
-    return scale if scale is None or scale.ndim == 0 else scale[np.array(numbers)]
-
-
-def _rows(text: Encoded, rows: np.ndarray) -> Encoded:
-    return jax.tree.map(lambda x: x[rows], text)
-
-
-def _encoded(
-    models: Models,
-    prompts: Sequence[str],
-    seconds: Sequence[str] | None,
-    negative_prompts: Sequence[str] | None,
-    max_length: int,
-    dtype: DTypeLike,
-) -> tuple[Text, Text | None]:
-    """Encode prompts, and negative ones if there are some, by encoders that are fetched for it."""
-    encoders = fetch(models.clip), fetch(models.t5)
-
-    def run(prompts: Sequence[str], seconds: Sequence[str] | None) -> Text:
-        ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
-        check_ids("Clip", ids.clip, models.clip.config.vocabulary)
-        check_ids("T5", ids.t5, models.t5.config.vocabulary)
-        return encode_text(*encoders, ids, dtype=dtype, mesh=models.mesh)
-
-    if negative_prompts is None:
-        return run(prompts, seconds), None
-    different = list(dict.fromkeys(negative_prompts))
-    away = run(different, None)
-    return run(prompts, seconds), _rows(
-        away, np.array([different.index(text) for text in negative_prompts])
-    )
-
-
-def traced(tree: Tree) -> Tree:
-    """Return a pytree with its Python numbers as float32 arrays, so that others compile nothing."""
-    return jax.tree.map(
-        lambda leaf: jnp.float32(leaf) if isinstance(leaf, int | float) else leaf, tree
-    )
-
-
-def repeated(text: Text, count: int) -> Text:
-    """Return one encoded prompt as a batch of them."""
-    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), text)
-
-
-def guidance_scale(
-    flux: Flux, defaults: Defaults, guidance: PerImage | None
-) -> Float[Array, "*images"] | None:
-    """Return the scale, or one for each image, as an array, by default the model's.
-
-    **Raises:** `ValueError` if the model takes none.
-    """
-    if flux.config.guidance_embed:
-        scale = defaults.guidance if guidance is None else guidance
-        return jnp.asarray(3.5 if scale is None else scale, jnp.float32)
-    if guidance is not None:
-        raise ValueError(
-            f"This model has no guidance embedder (as schnell), so guidance={guidance} would do nothing. Leave it out."
-        )
-    return None
-
-
-def batches(count: int, size: int) -> list[list[int]]:
-    """Split range(count) into lists of one size, the last filled up with its last number, so that one shape serves all."""
-    starts = range(0, count, size)
-    return [[min(n, count - 1) for n in range(start, start + size)] for start in starts]
+def _reused(memory: object) -> Int[Array, ""]:
+    """Return how many evaluations the step caches in a velocity's memory have skipped."""
+    nodes = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, CacheMemory))
+    counts = [node.reused for node in nodes if isinstance(node, CacheMemory)]
+    if not counts:
+        return jnp.int32(0)
+    # All images of a batch skip together.
+    return jnp.sum(jnp.stack([jnp.max(count) for count in counts]))

@@ -11,7 +11,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fluxjax.checkpoint.atomic import check_free, new_file
-from fluxjax.checkpoint.printable import printable
+from fluxjax.printable import printable
 from fluxjax.shapes import Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
@@ -23,23 +23,25 @@ _LONGEST_KEY = 79
 
 def to_bytes(image: Image | np.ndarray) -> np.ndarray:
     """Return an image of [-1, 1] as bytes, [height, width, 3]; values outside are clipped."""
-    return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+    clipped = np.clip(np.asarray(image, np.float32), -1, 1)
+    return np.round((clipped + 1) * 127.5).astype(np.uint8)
 
 
 def read_image(path: Path | str) -> np.ndarray:
     """Read an image file: PNG, JPEG, WebP, AVIF, GIF (its first frame), BMP, TIFF or PPM.
 
-    It is turned as its EXIF orientation says, what is transparent is laid over white, gray of 16 bits keeps its levels, and
-    other color models become RGB.
+    It is rotated as its EXIF orientation says, transparent pixels are blended with white, 16-bit
+    gray keeps its levels, and other color models become RGB.
 
     **Returns:** float32 in [-1, 1], [height, width, 3].
-    **Raises:** `ValueError` for a file that is no such image, is damaged, or has more than 2^27 pixels; `OSError` for one that
-    can't be opened.
+    **Raises:** `ValueError` for a file that is not such an image, is damaged, or has more than 2^27
+    pixels; `OSError` for one that can't be opened.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(
-            f"`read_image(path)` needs a file, and {printable(str(path))} is none. Pass an image file."
+            f"`read_image(path)` needs a file, and {printable(str(path))} is not one. "
+            "Pass an image file."
         )
     try:
         with warnings.catch_warnings():
@@ -62,7 +64,8 @@ class _TooLargeError(Exception):
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = printable(str(error) or type(error).__name__)
     return ValueError(
-        f"`read_image` can't read {printable(str(path))}: {reason}. Pass a whole image file, as PNG or JPEG."
+        f"`read_image` can't read {printable(str(path))}: {reason}. "
+        "Pass a whole image file, as PNG or JPEG."
     )
 
 
@@ -72,7 +75,8 @@ def _read(path: Path) -> np.ndarray:
     with PIL.Image.open(path, formats=formats) as file:
         if file.width * file.height > MOST_PIXELS:
             raise _TooLargeError(
-                f"`read_image` reads at most {MOST_PIXELS} pixels, and {printable(str(path))} has {file.width}x{file.height}. "
+                f"`read_image` reads at most {MOST_PIXELS} pixels, and {printable(str(path))} has "
+                f"{file.width}x{file.height}. "
                 "Make it smaller."
             )
         file.load()
@@ -105,17 +109,22 @@ def write_png(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write an image of [-1, 1] as a PNG that carries `metadata` as text. The file appears whole or not at all.
+    """Write an image of [-1, 1] as a PNG that carries `metadata` as text.
 
-    **Arguments:** `image`: floats, [height, width, 3]; values outside of [-1, 1] are clipped. `path`: ends in .png.
-    `metadata`: text by its name. `overwrite`: whether the file takes the place of an existing one.
-    **Raises:** `FileExistsError` if there is a file, before anything else is done; `ValueError` for another ending, another
-    shape or dtype, values that are not finite, and metadata that is not text.
+    The file appears whole or not at all.
+
+    **Arguments:** `image`: floats, [height, width, 3]; values outside of [-1, 1] are clipped.
+    `path`: ends in .png. `metadata`: text by its name. `overwrite`: whether the file takes the
+    place of an existing one.
+    **Raises:** `FileExistsError` if there is a file, before anything else is done; `ValueError` for
+    another ending, another shape or dtype, values that are not finite, and metadata that is not
+    text.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(
-            f"`write_png(path)` needs a name that ends in .png, got {printable(path.name)!r}. Choose one."
+            f"`write_png(path)` needs a name that ends in .png, got {printable(path.name)!r}. "
+            "Choose one."
         )
     if not overwrite:
         check_free(path)
@@ -129,22 +138,28 @@ def write_png(
 
 
 def _checked(image: Any) -> np.ndarray:
-    """Return an image as an array. **Raises:** `ValueError` if it is none of [height, width, 3] with finite floats."""
+    """Return an image as an array.
+
+    **Raises:** `ValueError` if it is none of [height, width, 3] with finite floats.
+    """
     values = np.asarray(image)
     if values.ndim != 3 or values.shape[-1] != 3 or 0 in values.shape:
         hint = " Write the images of a batch one by one." if values.ndim == 4 else ""
         hint = " Move the channels last." if values.ndim == 3 and values.shape[0] == 3 else hint
         raise ValueError(
-            f"`write_png(image)` needs one image, [height, width, 3], got {list(values.shape)}.{hint}"
+            f"`write_png(image)` needs one image, [height, width, 3], got "
+            f"{list(values.shape)}.{hint}"
         )
     if values.dtype.kind not in "fV":  # V: bfloat16 and its like
         raise ValueError(
-            f"`write_png(image)` needs floats in [-1, 1], got {values.dtype}. Pass bytes / 127.5 - 1."
+            f"`write_png(image)` needs floats in [-1, 1], got {values.dtype}. "
+            "Pass bytes / 127.5 - 1."
         )
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(
-            "`write_png(image)` needs finite numbers, got NaN or infinity in it. Look where they come from."
+            "`write_png(image)` needs finite numbers, got NaN or infinity in it. "
+            "Look where they come from."
         )
     return values
 
@@ -158,13 +173,15 @@ def _text_chunks(metadata: Mapping[Any, Any]) -> PngInfo:
             )
         if not (1 <= len(name) <= _LONGEST_KEY and name.isascii() and name.isprintable()):
             raise ValueError(
-                f"`write_png(metadata)` needs names of 1 to {_LONGEST_KEY} printable ASCII characters, got {printable(name)!r}."
+                f"`write_png(metadata)` needs names of 1 to {_LONGEST_KEY} printable ASCII "
+                f"characters, got {printable(name)!r}."
             )
         try:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"`write_png(metadata)` needs text that UTF-8 can encode, got {printable(value)!r} as {name}. "
+                "`write_png(metadata)` needs text that UTF-8 can encode, got "
+                f"{printable(value)!r} as {name}. "
                 "Remove its lone surrogates."
             ) from None
         info.add_itxt(name, value)
@@ -178,7 +195,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             warnings.simplefilter("ignore")
             with PIL.Image.open(path, formats=["PNG"]) as file:
                 file.load()  # type: ignore[no-untyped-call]
-                return {str(name): str(value) for name, value in file.text.items()}  # type: ignore[attr-defined]
+                text = file.text  # type: ignore[attr-defined]
+                return {str(name): str(value) for name, value in text.items()}
     except Exception:  # damaged files raise of many kinds
         return {}
 

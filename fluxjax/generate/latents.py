@@ -1,28 +1,31 @@
 """Latents as tokens: seeds, noise, packing, positions."""
 
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.flow.step import Step, StochasticStep
+from fluxjax.flow.stochastic import Churn
 from fluxjax.shapes import Array, Float, PRNGKeyArray
+from fluxjax.zoo import FLUX1
 
-CELL = 8
-"""Pixels along a side of a latent cell."""
-PATCH = 2
-"""Cells along a side of an image token."""
 SEEDS = 2**63
 """How many seeds there are, from 0 on."""
+_LAYOUT = FLUX1.latent
+_STEP_KEYS = 2**32 - 1
+"""The number that is folded into a key for what the steps draw; no image has it."""
 
 
-def seed_key(seed: Any) -> PRNGKeyArray:
-    """Return the key that `jax.random.key(seed)` gives with 64-bit integers enabled, whether they are or not.
+def seed_key(seed: SupportsIndex) -> PRNGKeyArray:
+    """Return the key that `jax.random.key(seed)` gives with 64-bit integers enabled.
 
-    Without them JAX keeps the seed's lowest 32 bits, so that seeds 2^32 apart would give the same noise. Below 2^32 both
-    keys are the same.
+    Without them JAX keeps the seed's lowest 32 bits, so that seeds 2^32 apart would give the same
+    noise. Below 2^32 both keys are the same.
 
     **Arguments:** `seed`: a Python or NumPy whole number from 0 to 2^63 - 1.
     **Returns:** a key of the default PRNG implementation.
@@ -34,7 +37,8 @@ def seed_key(seed: Any) -> PRNGKeyArray:
         number = -1
     if not 0 <= number < SEEDS:
         raise ValueError(
-            f"`seed_key(seed)` needs a whole number from 0 to 2^63 - 1, got {seed!r}. Choose another seed."
+            f"`seed_key(seed)` needs a whole number from 0 to 2^63 - 1, got {seed!r}. "
+            "Choose another seed."
         )
     with jax.enable_x64(True):
         return jax.random.key(number)
@@ -42,15 +46,44 @@ def seed_key(seed: Any) -> PRNGKeyArray:
 
 @convert_arguments
 def initial_noise(
-    key: PRNGKeyArray, height: int, width: int, *, channels: int = 16
+    key: PRNGKeyArray, height: int, width: int, *, channels: int = _LAYOUT.channels
 ) -> Float[Array, "channels rows columns"]:
     """Draw the latent at t = 1: standard normal, float32.
 
-    **Arguments:** `height`, `width`: of the image, in pixels, multiples of 16. `channels`: of the latent.
+    **Arguments:** `height`, `width`: of the image, in pixels, multiples of 16. `channels`: of the
+    latent.
+    **Returns:** [channels, height / 8, width / 8].
     **Raises:** `ValueError` for other sizes.
     """
-    rows, columns = _grid("initial_noise", height, width)
-    return jax.random.normal(key, (channels, PATCH * rows, PATCH * columns), jnp.float32)
+    rows, columns = _token_grid("initial_noise", height, width)
+    shape = (channels, _LAYOUT.patch * rows, _LAYOUT.patch * columns)
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+def noise_batch(
+    key: PRNGKeyArray, numbers: Sequence[int], height: int, width: int, *, channels: int
+) -> Float[Array, "images channels rows columns"]:
+    """Draw the initial noise of the images of these numbers.
+
+    The noise of an image depends only on the key and on its number, not on the batch.
+    """
+    noise = []
+    for number in numbers:
+        image_key = jax.random.fold_in(key, number)
+        noise.append(initial_noise(image_key, height, width, channels=channels))
+    return jnp.stack(noise)
+
+
+def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
+    """Return one key for each image of these numbers, for what a stochastic step draws.
+
+    They differ from the keys of the initial noise.
+    **Returns:** keys [images], or None for a step that draws nothing.
+    """
+    if not isinstance(step, StochasticStep | Churn):
+        return None
+    root = jax.random.fold_in(key, _STEP_KEYS)
+    return jnp.stack([jax.random.fold_in(root, number) for number in numbers])
 
 
 @convert_arguments
@@ -63,52 +96,74 @@ def pack_latents(
     **Raises:** `ValueError` if rows or columns are odd.
     """
     _, rows, columns = latent.shape
-    if rows % PATCH or columns % PATCH:
+    patch = _LAYOUT.patch
+    if rows % patch or columns % patch:
         raise ValueError(
             f"`pack_latents(latent)` needs even rows and columns, got {rows}x{columns}. "
             "Choose an image size that is a multiple of 16 pixels."
         )
-    return rearrange(latent, "c (y py) (x px) -> (y x) (c py px)", py=PATCH, px=PATCH)
+    return rearrange(latent, "c (y py) (x px) -> (y x) (c py px)", py=patch, px=patch)
 
 
 @convert_arguments
 def unpack_latents(
     packed: Float[Array, "img_tokens features"], height: int, width: int
 ) -> Float[Array, "channels rows columns"]:
-    """Invert `pack_latents`; `height` and `width` are the image's, in pixels.
+    """Invert `pack_latents`.
 
+    **Arguments:** `height`, `width`: of the image, in pixels.
     **Raises:** `ValueError` if they are not multiples of 16 or do not fit the number of tokens.
     """
-    rows, columns = _grid("unpack_latents", height, width)
+    rows, columns = _token_grid("unpack_latents", height, width)
     if rows * columns != len(packed):
         raise ValueError(
-            f"`unpack_latents(packed, {height}, {width})` needs {rows * columns} tokens, got {len(packed)}. "
-            "Pass the height and width that the noise was made for."
+            f"`unpack_latents(packed, {height}, {width})` needs {rows * columns} tokens, "
+            f"got {len(packed)}. Pass the height and width that the noise was made for."
         )
-    return rearrange(packed, "(y x) (c py px) -> c (y py) (x px)", y=rows, py=PATCH, px=PATCH)
+    patch = _LAYOUT.patch
+    return rearrange(packed, "(y x) (c py px) -> c (y py) (x px)", y=rows, py=patch, px=patch)
 
 
 @convert_arguments
 def image_ids(height: int, width: int) -> Float[Array, "img_tokens 3"]:
-    """Return each image token's position, (0, row, column), for an image of `height` x `width` pixels."""
-    rows, columns = _grid("image_ids", height, width)
+    """Return the position of each image token, (0, row, column).
+
+    **Arguments:** `height`, `width`: of the image, in pixels, multiples of 16.
+    """
+    rows, columns = _token_grid("image_ids", height, width)
     row, column = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
     ids = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
     return ids.reshape(-1, 3).astype(jnp.float32)
 
 
-def _grid(call: str, height: int, width: int) -> tuple[int, int]:
-    """Return the rows and columns of tokens."""
-    check_size(f"`{call}`", height, width)
-    side = CELL * PATCH
-    return height // side, width // side
+def image_tokens(height: int, width: int) -> int:
+    """Return how many tokens an image of `height` x `width` pixels has."""
+    side = _LAYOUT.token_side
+    return (height // side) * (width // side)
+
+
+def image_size(noise: Float[Array, "*images channels rows columns"]) -> tuple[int, int]:
+    """Return the height and width in pixels of the image that a latent or its noise is of."""
+    return _LAYOUT.cell * noise.shape[-2], _LAYOUT.cell * noise.shape[-1]
 
 
 def check_size(call: str, height: int, width: int) -> None:
-    """**Raises:** `ValueError`, which begins with `call`, for a size in pixels that is not a multiple of 16."""
-    side = CELL * PATCH
+    """Check an image size in pixels.
+
+    **Arguments:** `call`: what the size is given to; the message begins with it.
+    **Raises:** `ValueError` for a size that is not a positive multiple of 16.
+    """
+    side = _LAYOUT.token_side
     if height < side or width < side or height % side or width % side:
+        nearest_height = max(1, round(height / side)) * side
+        nearest_width = max(1, round(width / side)) * side
         raise ValueError(
-            f"{call} needs height and width that are positive multiples of {side} pixels, got {height}x{width}. "
-            f"The nearest such size is {max(1, round(height / side)) * side}x{max(1, round(width / side)) * side}."
+            f"{call} needs height and width that are positive multiples of {side} pixels, "
+            f"got {height}x{width}. The nearest such size is {nearest_height}x{nearest_width}."
         )
+
+
+def _token_grid(call: str, height: int, width: int) -> tuple[int, int]:
+    """Return the rows and columns of tokens of an image."""
+    check_size(f"`{call}`", height, width)
+    return height // _LAYOUT.token_side, width // _LAYOUT.token_side

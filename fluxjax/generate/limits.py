@@ -1,4 +1,4 @@
-"""Memory that drawing needs at least, beside what the machine has: what cannot fit is refused before it is begun."""
+"""The least memory that drawing needs, beside what the machine has; what can't fit is refused."""
 
 import os
 from contextlib import suppress
@@ -12,16 +12,20 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.locate import locate
-from fluxjax.generate.latents import CELL, PATCH
-from fluxjax.nets.flux import FluxConfig
+from fluxjax.checkpoint.locate import find_part
+from fluxjax.generate.latents import image_tokens
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.zoo import ZOO
 
 
 class Demand(NamedTuple):
-    """What is drawn at once. `rows`: images in a forward pass; `tokens`: T5's of a prompt; `dtype`: of the activations."""
+    """What is drawn at once.
+
+    `rows`: images in a forward pass. `height`, `width`: in pixels. `tokens`: of a prompt, for T5.
+    `dtype`: of the activations.
+    """
 
     rows: int
     height: int
@@ -32,7 +36,7 @@ class Demand(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The numbers of the networks that need the memory."""
+    """The configs of the networks that need the most memory."""
 
     t5: T5Config
     flux: FluxConfig
@@ -40,40 +44,46 @@ class Configs(NamedTuple):
 
 
 def read_configs(source: str | Path) -> Configs:
-    """Return the configs of a model on this machine, or FLUX.1's for one on the hub: nothing is downloaded.
+    """Return the configs of a model on this machine, or FLUX.1's for one on the hub.
 
-    **Raises:** as `fluxjax.zoo.load_flux` for a local source.
+    Nothing is downloaded.
+
+    **Raises:** as `load_flux` for a local source.
     """
-    entry = ZOO.get(str(source))
-    local = Path(source).exists() if entry is None else entry.repository is None
-    if not local:
+    model = ZOO.get(str(source))
+    is_local = Path(source).exists() if model is None else model.repository is None
+    if not is_local:
         return Configs(T5Config(), FluxConfig(), VaeConfig())
 
     def config(kind: Kind) -> Any:
-        return open_source(locate(source, kind.folder)).part(kind).config
+        return open_source(find_part(source, kind.folder)).network(kind).config
 
     config(CLIP)  # raises if it is missing
     return Configs(config(T5_XXL), config(FLUX), config(VAE))
 
 
 def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
-    """Return the bytes that each stage needs at least on one device, beside the weights.
+    """Return the least bytes that each stage needs on one device, beside the weights.
 
-    They are lower bounds: the arrays that must exist together, with nothing for what a compiler adds.
-    - encoding: T5's position bias, [heads, tokens, tokens] in float32, and two hidden layers of its MLP.
-    - denoising: each block's fused projection, [tokens, 3 width + MLP], and the modulations of all steps.
-    - decoding: an input and an output of a convolution at the image's full size; the images in float32.
+    They are lower bounds: the arrays that must exist together, without what a compiler adds.
+
+    - encoding: T5's position bias, [heads, tokens, tokens] in float32, and two hidden layers of its
+      MLP.
+    - denoising: each block's fused projection, [tokens, 3 width + MLP], and the modulations of all
+      steps.
+    - decoding: an input and an output of a convolution at the image's full size; the images in
+      float32.
     """
     t5, flux, vae = configs
     size = np.dtype(demand.dtype).itemsize
-    side = CELL * PATCH
     pixels = demand.height * demand.width
-    every = demand.tokens + pixels // side**2
+    tokens = demand.tokens + image_tokens(demand.height, demand.width)
     bias = 4 * t5.heads * demand.tokens**2
     modulations = demand.steps * flux.width * (12 * flux.double_depth + 3 * flux.single_depth + 2)
     return {
         "encoding": bias + 2 * size * demand.rows * demand.tokens * t5.mlp_width,
-        "denoising": size * (demand.rows * every * (3 * flux.width + flux.mlp_width) + modulations),
+        "denoising": size
+        * (demand.rows * tokens * (3 * flux.width + flux.mlp_width) + modulations),
         "decoding": 2 * size * pixels * vae.channels[0] + 4 * demand.rows * pixels * 3,
     }
 
@@ -91,8 +101,9 @@ def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:
     stage, most = max(needed_bytes(demand, configs).items(), key=lambda item: item[1])
     if most // shared > present:
         raise ValueError(
-            f"{demand.rows} images of {demand.height}x{demand.width} at once, with {demand.tokens} tokens and {demand.steps} "
-            f"steps, need at least {_gigabytes(most // shared)} for {stage}, and this device has {_gigabytes(present)}. "
+            f"{demand.rows} images of {demand.height}x{demand.width} at once, with {demand.tokens} "
+            f"tokens and {demand.steps} steps, need at least {_gigabytes(most // shared)} for "
+            f"{stage}, and this device has {_gigabytes(present)}. "
             "Lower --batch, --height and --width, --max-sequence-length, or --steps."
         )
 
@@ -102,7 +113,9 @@ def _gigabytes(count: int) -> str:
 
 
 def memory_bytes(device: jax.Device) -> int | None:
-    """Return the memory of a device, which for a CPU is the machine's or the container's; None if that is not known."""
+    """Return the memory of a device, which for a CPU is the machine's or the container's; None if
+    that is not known.
+    """
     if device.platform != "cpu":
         with suppress(Exception):  # not every backend tells
             return (device.memory_stats() or {}).get("bytes_limit")
@@ -135,16 +148,21 @@ def check_devices() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # JAX raises either
-        named = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
+        configured = jax.config.jax_platforms  # type: ignore[attr-defined]
+        named = os.environ.get("JAX_PLATFORMS") or configured
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={named!r} ({str(error) or 'none starts'}). Unset it, or install JAX for "
+            f"JAX finds no device of JAX_PLATFORMS={named!r} ({str(error) or 'none starts'}). "
+            "Unset it, or install JAX for "
             "that device."
         ) from error
 
 
 def check_finite_times(times: Any) -> None:
-    """**Raises:** `ValueError` for sampling times that are NaN: a shift by resolution overflows for huge images."""
+    """**Raises:** `ValueError` for sampling times that are NaN: a shift by resolution overflows for
+    huge images.
+    """
     if not bool(jnp.isfinite(times).all()):
         raise ValueError(
-            "The sampling times overflow at this image size or shift. Choose a smaller one, or --timer uniform."
+            "The sampling times overflow at this image size or shift. "
+            "Choose a smaller one, or --timer uniform."
         )

@@ -1,33 +1,44 @@
 """Networks and whole models from a name, a folder, a file or a hub id."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.dtypes import check_dtype
 from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
-from fluxjax.checkpoint.load import check_dtype, load, load_quantized
-from fluxjax.checkpoint.locate import find, locate
+from fluxjax.checkpoint.load import load, load_quantized
+from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
-from fluxjax.devices.stream import load_streamed
+from fluxjax.devices.stream import load_streamed, stream_blocks
 from fluxjax.generate.tokens import Tokenizers
+from fluxjax.lora.adapter import Lora
+from fluxjax.lora.attach import attach
+from fluxjax.lora.merge import merge, notes_of
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import Flux, FluxConfig
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.quantized import quantize
+from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import FLUX1, Defaults, family_of
 
 Network = TypeVar("Network", bound=eqx.Module)
+ShardingChoice = Sharding | eqx.Module | Callable[[eqx.Module], eqx.Module] | None
+"""A sharding for every leaf, a pytree of shardings, or a function that makes one of the network."""
 
 
 def load_flux(
@@ -35,23 +46,26 @@ def load_flux(
     *,
     config: FluxConfig | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: ShardingChoice = None,
     stream: bool = False,
     quantize: str | None = None,
 ) -> Flux:
     """Load the transformer.
 
-    **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the documentation's page on
-    weights lists them), or a hub id. `config`: in place of what the source says, for a file that does not tell. `dtype`: of
-    the weights, a float of 8 to 64 bits; None keeps the file's, and decodes quantized weights to bfloat16. `sharding`: a
-    `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one of the network of shapes; a process
-    reads its devices' slices alone. `stream`: leave the blocks' matrices in the files, from which each is read whenever it is
-    used, the next one ahead: for a machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the blocks'
-    matrices as they are read, as `fluxjax.quantize` does.
-    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for no such source,
-    `ValueError` for a dtype that weights are not loaded as, or more than one of `sharding`, `stream` and `quantize`.
+    **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the
+    documentation's page on weights lists them), or a hub id. `config`: replaces what the source
+    says, for a file that does not say it. `dtype`: of the weights, a float of 8 to 64 bits; None
+    keeps the file's, and decodes quantized weights to bfloat16. `sharding`: a
+    `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one from the
+    network of shapes; each process then reads only the slices of its devices. `stream`: leave the
+    matrices of the blocks in the files and read each whenever it is used, the next one ahead: for a
+    machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the matrices of the
+    blocks as they are read, as `fluxjax.quantize` does.
+    **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for
+    no such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
+    `sharding`, `stream` and `quantize`.
     """
-    return _load(FLUX, source, config, dtype, sharding, stream, quantize)
+    return _load(FLUX, source, config, dtype, _Storage(sharding, stream, quantize))
 
 
 def load_clip(
@@ -59,10 +73,10 @@ def load_clip(
     *,
     config: ClipConfig | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: ShardingChoice = None,
 ) -> Clip:
     """Load CLIP's text encoder. Arguments and errors as for `load_flux`."""
-    return _load(CLIP, source, config, dtype, sharding)
+    return _load(CLIP, source, config, dtype, _Storage(sharding))
 
 
 def load_t5(
@@ -70,12 +84,12 @@ def load_t5(
     *,
     config: T5Config | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: ShardingChoice = None,
     stream: bool = False,
     quantize: str | None = None,
 ) -> T5:
     """Load T5's encoder. Arguments and errors as for `load_flux`."""
-    return _load(T5_XXL, source, config, dtype, sharding, stream, quantize)
+    return _load(T5_XXL, source, config, dtype, _Storage(sharding, stream, quantize))
 
 
 def load_vae(
@@ -83,50 +97,61 @@ def load_vae(
     *,
     config: VaeConfig | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: ShardingChoice = None,
 ) -> Vae:
     """Load the VAE. Arguments and errors as for `load_flux`."""
-    return _load(VAE, source, config, dtype, sharding)
+    return _load(VAE, source, config, dtype, _Storage(sharding))
+
+
+class _Storage(NamedTuple):
+    """Where and how the weights are kept; at most one of the three. As for `load_flux`."""
+
+    sharding: ShardingChoice = None
+    stream: bool = False
+    quantize: str | None = None
 
 
 def _load(
-    kind: Kind,
-    source: str | Path,
-    config: Any,
-    dtype: DTypeLike | None,
-    sharding: Any,
-    stream: bool = False,
-    quantize: str | None = None,
+    kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, storage: _Storage
 ) -> Any:
     dtype = check_dtype(f"load_{kind.name}", dtype)
-    if (sharding is not None) + stream + (quantize is not None) > 1:
+    sharding, stream, eight_bits = storage
+    if (sharding is not None) + stream + (eight_bits is not None) > 1:
         raise ValueError(
-            "What is streamed or quantized is read by one device. Pass one of sharding=, stream= and quantize=."
+            "Streamed and quantized weights are read by one device. "
+            "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(locate(source, kind.folder)).part(kind).plan(config)
-    if quantize is not None:
-        return load_quantized(plan, quantize, dtype=dtype)
-    return (
-        load_streamed(plan, dtype=dtype) if stream else load(plan, dtype=dtype, sharding=sharding)
-    )
+    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
+    if eight_bits is not None:
+        return load_quantized(plan, eight_bits, dtype=dtype)
+    if stream:
+        return load_streamed(plan, dtype=dtype)
+    return load(plan, dtype=dtype, sharding=sharding)
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
-    """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a model's folder, a zoo name, or a hub id.
+    """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a model's folder.
 
-    **Raises:** `FileNotFoundError` for a source without them, as files of weights are; `ValueError` for damaged ones.
+    **Arguments:** `source`: a folder, a zoo name, or a hub id.
+    **Raises:** `FileNotFoundError` for a source without them, as files of weights are; `ValueError`
+    for damaged ones.
     """
-    folder = find(source, ["tokenizer", "tokenizer_2"])
-    if not (folder / "tokenizer").is_dir():
+    folders = family_of(str(source)).tokenizers
+    root = find_source(source, list(folders))
+    if not (root / folders[0]).is_dir():
         raise FileNotFoundError(
-            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` and `tokenizer_2`, which are "
-            "the same for all of FLUX.1."
+            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` "
+            "and `tokenizer_2`, which are the same for all of FLUX.1."
         )
-    return Tokenizers.read(folder / "tokenizer", folder / "tokenizer_2")
+    return Tokenizers.read(*(root / folder for folder in folders))
 
 
 class Models(NamedTuple):
-    """All that text to image needs, with the defaults it was made for, and the mesh that the networks lie on, if any."""
+    """All that text to image needs.
+
+    `defaults`: how the model is meant to be sampled. `mesh`: the devices that the networks lie on,
+    if they are sharded.
+    """
 
     tokenizers: Tokenizers
     clip: Clip
@@ -135,6 +160,12 @@ class Models(NamedTuple):
     vae: Vae
     defaults: Defaults
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"Models({self.defaults}, mesh={self.mesh})"]
+        for name in FLUX1.networks:
+            lines.append(f"{name}: {getattr(self, name)!r}")
+        return "\n".join(lines)
 
 
 @convert_arguments
@@ -147,24 +178,118 @@ def load_models(
 ) -> Models:
     """Load every part of a model, from a zoo name, a diffusers folder or a hub id.
 
-    **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from `make_mesh`, each of which is given
-    its part of the networks; then `text_to_image` runs on it. `offload_encoders`: keep the text encoders in host memory, from
-    which they are fetched while they are used.
-    **Raises:** as `fluxjax.zoo.load_flux`; `ValueError` for a mesh that does not divide heads and hidden features.
+    **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from
+    `make_mesh`, each of which gets its part of the networks; `text_to_image` then runs on it.
+    `offload_encoders`: keep the text encoders in host memory, from which they are fetched while
+    they are used.
+    **Raises:** as `load_flux`; `ValueError` for a mesh that does not divide heads and hidden
+    features.
+    """
+    options = LoadOptions(dtype=dtype, mesh=mesh)
+    family = family_of(str(source))
+    networks = {}
+    for name in family.networks:
+        network = load_network(name, source, options)
+        if offload_encoders and name in family.text_encoders:
+            network = offload(network)
+        networks[name] = network
+    return Models(load_tokenizers(source), **networks, defaults=load_defaults(source), mesh=mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How networks are loaded for drawing.
+
+    `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
+    with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
+    for the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them
+    in host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
+    rather than merged; compile each block by itself.
     """
 
-    def load(loader: Callable[..., Network]) -> Network:
-        if mesh is None:
-            return loader(source, dtype=dtype)
-        return shard(
-            loader(source, dtype=dtype, sharding=lambda network: shardings(network, mesh)), mesh
-        )
+    dtype: DTypeLike | None = None
+    mesh: Mesh | None = None
+    adapters: tuple[tuple[Lora, float], ...] = ()
+    quantize: str | None = None
+    stream: bool = False
+    unroll: bool = False
 
-    def encoder(loader: Callable[..., Network]) -> Network:
-        return offload(load(loader)) if offload_encoders else load(loader)
+    def adapters_of(self, name: str) -> tuple[tuple[Lora, float], ...]:
+        """Return the adapters that change a network."""
+        return tuple((lora, scale) for lora, scale in self.adapters if name in lora.changes)
 
-    networks = encoder(load_clip), encoder(load_t5), load(load_flux), load(load_vae)
-    return Models(load_tokenizers(source), *networks, load_defaults(source), mesh)
+
+_LOADERS: Mapping[str, Callable[..., Any]] = {
+    "flux": load_flux,
+    "clip": load_clip,
+    "t5": load_t5,
+    "vae": load_vae,
+}
+_WITH_LARGE_BLOCKS = ("flux", "t5")
+"""The networks whose blocks are worth rounding, streaming and unrolling."""
+
+
+def load_network(
+    name: str,
+    source: str | Path,
+    options: LoadOptions,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """Load one network for drawing.
+
+    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part
+    of an adapter that has no effect.
+    """
+    load_one = partial(_LOADERS[name], source, dtype=options.dtype)
+    has_blocks = name in _WITH_LARGE_BLOCKS
+    if has_blocks and options.stream:
+        return _load_with_streamed_blocks(name, load_one, options, note)
+    adapters = options.adapters_of(name)
+    eight_bits = options.quantize if has_blocks else None
+    mesh = options.mesh
+    if eight_bits is not None and mesh is None and not adapters:
+        network = load_one(quantize=eight_bits)  # so that it is never whole in memory
+    else:
+        if mesh is not None:
+            load_one = partial(load_one, sharding=lambda network: shardings(network, mesh))
+        network = load_one()
+        if adapters:
+            _note_adapters(network, adapters, note)
+            loras, scales = zip(*adapters, strict=True)
+            network = merge(network, loras, scales, donate=True)
+        if eight_bits is not None:
+            network = quantize(network, eight_bits, donate=True)
+    if has_blocks and options.unroll:
+        network = unroll(network, donate=True)
+    return network if mesh is None else shard(network, mesh)
+
+
+def _load_with_streamed_blocks(
+    name: str, load_one: Callable[..., Any], options: LoadOptions, note: Callable[[str], None]
+) -> Any:
+    """Load a network whose blocks stay in host memory, or in their files where that is the device's
+    own memory."""
+    if jax.default_backend() == "cpu":
+        network = load_one(stream=True)
+    else:
+        device = jax.local_devices()[0]
+        host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        network = stream_blocks(load_one(sharding=host))
+    adapters = options.adapters_of(name)
+    if not adapters:
+        return network
+    _note_adapters(network, adapters, note)
+    loras, scales = zip(*adapters, strict=True)
+    return attach(network, loras, scales)
+
+
+def _note_adapters(
+    network: eqx.Module, adapters: tuple[tuple[Lora, float], ...], note: Callable[[str], None]
+) -> None:
+    for lora, _ in adapters:
+        for text in notes_of(network, lora):
+            note(f"an adapter ({lora.format}): {text}")
 
 
 def activation_dtype() -> DTypeLike:

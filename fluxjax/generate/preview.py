@@ -1,4 +1,4 @@
-"""Previews: a latent as a small image by one matrix, fitted to what the VAE's decoder makes of some."""
+"""Previews: a latent as a small image by one matrix, fitted to the VAE's decoder."""
 
 import equinox as eqx
 import jax
@@ -6,46 +6,51 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.generate.latents import CELL
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, Latent
 
+_RIDGE = 1e-2
+"""Weight of the ridge regression's penalty, relative to the number of cells."""
+
 
 class Preview(eqx.Module):
-    """The colour of a latent's cell as an affine function of its channels: an image of an eighth of the size, at next to no
-    cost beside the decoder.
+    """The colour of a latent cell as an affine function of its channels.
 
-    `matrix`: from 1 and the channels to red, green, blue.
+    The image has an eighth of the full size, and costs next to nothing beside the decoder.
+    `matrix`: from (1, channels) to (red, green, blue).
     """
 
     matrix: Float[Array, "channels_and_1 3"] = eqx.field(converter=jnp.asarray)
 
     @convert_arguments
     def __call__(self, latent: Latent) -> Image:
-        """Return a pixel a cell, in [-1, 1], clipped."""
-        return jnp.clip(_with_one(latent) @ self.matrix, -1, 1)
+        """Return one pixel for each cell, in [-1, 1], clipped."""
+        return jnp.clip(_affine_features(latent) @ self.matrix, -1, 1)
 
 
 @convert_arguments
 def fit_preview(vae: Vae, latents: Float[Array, "images latent_channels rows columns"]) -> Preview:
-    """Return the preview whose pixels are nearest, in squares, to the mean colours of cells in the decoded images.
+    """Fit a preview to the mean colours of cells in decoded images, by least squares.
 
-    `latents`: of images of many colours, the more the better: `vae.encode` of some, or what `sample` ended in.
+    **Arguments:** `latents`: of images of many colours, as `vae.encode` or `denoise` give them.
     """
+    # Pixels along a side of a cell.
+    side = 2 ** (len(vae.config.channels) - 1)
 
-    def cells(latent: Latent) -> Image:
+    def mean_colours(latent: Latent) -> Image:
         decoded = jnp.clip(vae.decode(latent).astype(jnp.float32), -1, 1)
-        return reduce(
-            decoded, "(rows a) (columns b) rgb -> rows columns rgb", "mean", a=CELL, b=CELL
-        )
+        pattern = "(rows a) (columns b) rgb -> rows columns rgb"
+        return reduce(decoded, pattern, "mean", a=side, b=side)
 
-    wanted = jax.lax.map(cells, latents).reshape(-1, 3)
-    given = jax.vmap(_with_one)(latents).reshape(len(wanted), -1)
-    # Latents have unit variance. The ridge holds the answer down where the images have fewer colours than there are channels.
-    ridge = 1e-2 * len(wanted) * jnp.eye(given.shape[1])
-    return Preview(jnp.linalg.solve(given.T @ given + ridge, given.T @ wanted))
+    colours = jax.lax.map(mean_colours, latents).reshape(-1, 3)
+    features = jax.vmap(_affine_features)(latents).reshape(len(colours), -1)
+    # Latents have unit variance. The ridge keeps the solution small where the images have fewer
+    # colours than there are channels.
+    ridge = _RIDGE * len(colours) * jnp.eye(features.shape[1])
+    matrix = jnp.linalg.solve(features.T @ features + ridge, features.T @ colours)
+    return Preview(matrix)
 
 
-def _with_one(latent: Latent) -> Float[Array, "rows columns channels_and_1"]:
+def _affine_features(latent: Latent) -> Float[Array, "rows columns channels_and_1"]:
     cells = rearrange(latent.astype(jnp.float32), "channels rows columns -> rows columns channels")
     return jnp.concatenate([jnp.ones((*cells.shape[:2], 1)), cells], axis=-1)

@@ -1,4 +1,6 @@
-"""Timers, integrators, rules of guidance and caches by name, for a command line or a configuration."""
+"""Timers, integrators, guidance rules and step caches by name, for command lines and
+configurations.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -15,13 +17,14 @@ from fluxjax.flow.times import (
     flow_times,
     karras_times,
     linear_quadratic_times,
+    resolution_mu,
     static_times,
     uniform_times,
 )
 from fluxjax.generate.cache import FirstBlock, StepCache, TeaCache
-from fluxjax.generate.latents import CELL, PATCH
+from fluxjax.generate.latents import image_tokens
 from fluxjax.shapes import Times
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import FLUX1, Defaults, Family
 
 INTEGRATORS: Mapping[str, Callable[[], Step]] = {
     "euler": Euler,
@@ -56,7 +59,6 @@ CACHES: Mapping[str, Callable[[float], StepCache]] = {
     "first_block": FirstBlock,
     "teacache": TeaCache,
 }
-_LARGEST = float(np.finfo(np.float32).max)
 TIMERS = (
     "model",
     "uniform",
@@ -67,44 +69,71 @@ TIMERS = (
     "beta",
     "linear_quadratic",
 )
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _resolution_shift(defaults: Defaults, tokens: int, steps: int) -> float:
+    """Return FLUX.1's log-shift: linear in the number of image tokens."""
+    return resolution_mu(tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
+
+
+SHIFT_RULES: Mapping[str, Callable[[Defaults, int, int], float]] = {
+    "resolution": _resolution_shift,
+}
+"""The log-shift of a family's times, from the defaults, the number of image tokens and of steps."""
 
 
 def integrator(name: str, *, eta: float | None = None) -> Step:
-    """Return an integrator of `INTEGRATORS`. `eta`: the noise of those that take it, by default 0 for ddim and 1 for the rest.
+    """Return an integrator of `INTEGRATORS`.
 
+    **Arguments:** `eta`: how much noise is drawn, in [0, 1], by those that take it; by default 0
+    for ddim and 1 for the others.
     **Raises:** `ValueError` for another name, an eta that is not taken, or one outside of [0, 1].
     """
     if name not in INTEGRATORS:
-        raise ValueError(
-            f"There is no integrator {name!r}. Choose one of {', '.join(INTEGRATORS)}."
-        )
+        known = ", ".join(INTEGRATORS)
+        raise ValueError(f"There is no integrator {name!r}. Choose one of {known}.")
     if eta is None:
         return INTEGRATORS[name]()
     if name not in _WITH_ETA:
-        raise ValueError(
-            f"{name} takes no eta. Leave it out, or choose one of {', '.join(_WITH_ETA)}."
-        )
+        known = ", ".join(_WITH_ETA)
+        raise ValueError(f"{name} takes no eta. Leave it out, or choose one of {known}.")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is in [0, 1], got {eta}.")
     return _WITH_ETA[name](eta)
 
 
-def cache(text: str) -> StepCache:
-    """Return a cache of `CACHES` from NAME:THRESHOLD, or the first block's from THRESHOLD alone.
+def step_cache(text: str) -> StepCache:
+    """Return a cache of `CACHES` from NAME:THRESHOLD, or the first block's from only THRESHOLD.
 
-    **Raises:** `ValueError` for another name, or a threshold that is no finite number from 0 on.
+    **Raises:** `ValueError` for another name, or a threshold that is not a finite number from 0 on.
     """
     name, colon, number = text.rpartition(":")
-    name = name if colon else "first_block"
+    if not colon:
+        name = "first_block"
     try:
         threshold = float(number)
     except ValueError:
         threshold = -1.0
     if name not in CACHES or not 0 <= threshold <= _LARGEST:
+        forms = " or ".join(CACHES)
         raise ValueError(
-            f"{text!r} is no cache. Write a threshold from 0 on, as 0.1, or {' or '.join(CACHES)}:THRESHOLD."
+            f"{text!r} is not a step cache. Write a threshold from 0 on, as 0.1, or "
+            f"{forms}:THRESHOLD."
         )
     return CACHES[name](threshold)
+
+
+def model_times(
+    defaults: Defaults, steps: int, height: int, width: int, *, family: Family = FLUX1
+) -> Times:
+    """Return the model's own schedule for an image of `height` x `width` pixels.
+
+    **Returns:** [steps + 1], falling from 1 to 0.
+    """
+    if not defaults.shift:
+        return flow_times(steps)
+    return _shifted_times(defaults, steps, height, width, family)
 
 
 def timer(
@@ -118,9 +147,11 @@ def timer(
 ) -> Times:
     """Return the times of a timer of `TIMERS` for an image of `height` x `width` pixels.
 
-    "model": as the model is meant to be sampled. "flux_static": shifted by the factor `shift`, 3 by default. "flux_dynamic": by
-    the resolution, from `defaults.base_shift` to `defaults.max_shift`. "karras", "exponential", "beta": the model's, respaced.
-    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number above 0, or no steps.
+    "model": as the model is meant to be sampled. "flux_static": shifted by the factor `shift`, 3 by
+    default. "flux_dynamic": shifted by the resolution, with the log-shifts of the defaults.
+    "karras", "exponential", "beta": the model's times, respaced.
+    **Raises:** `ValueError` for another name, a shift that is not taken or not a finite number
+    above 0, or no steps.
     """
     if name not in TIMERS:
         raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")
@@ -130,21 +161,23 @@ def timer(
         raise ValueError(
             f"`timer(shift)` needs a finite factor above 0, got {shift}. Choose one, as 3."
         )
-    side = CELL * PATCH
-    tokens = (height // side) * (width // side)
-    dynamic = flow_times(
-        steps, tokens=tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift
-    )
-    own = dynamic if defaults.shift else flow_times(steps)
     if name == "flux_static":
         return static_times(steps, shift=3.0 if shift is None else shift)
-    others: Mapping[str, Callable[[], Times]] = {
-        "model": lambda: own,
-        "uniform": lambda: uniform_times(steps),
-        "flux_dynamic": lambda: dynamic,
-        "karras": lambda: karras_times(own),
-        "exponential": lambda: exponential_times(own),
-        "beta": lambda: beta_times(own),
-        "linear_quadratic": lambda: linear_quadratic_times(steps),
-    }
-    return others[name]()
+    if name == "uniform":
+        return uniform_times(steps)
+    if name == "linear_quadratic":
+        return linear_quadratic_times(steps)
+    if name == "flux_dynamic":
+        return _shifted_times(defaults, steps, height, width, FLUX1)
+    times = model_times(defaults, steps, height, width)
+    if name == "model":
+        return times
+    respaced = {"karras": karras_times, "exponential": exponential_times, "beta": beta_times}
+    return respaced[name](times)
+
+
+def _shifted_times(
+    defaults: Defaults, steps: int, height: int, width: int, family: Family
+) -> Times:
+    tokens = image_tokens(height, width)
+    return flow_times(steps, mu=SHIFT_RULES[family.shift_rule](defaults, tokens, steps))

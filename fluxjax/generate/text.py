@@ -1,4 +1,4 @@
-"""Prompts to what the transformer is given of them."""
+"""Prompts to the hidden states that the transformer is conditioned on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,25 +10,30 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fluxjax.devices.shard import on_mesh
+from fluxjax.devices.run import on_mesh
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.t5 import T5
 from fluxjax.shapes import Array, Float, Int
 
 
-class Ids(NamedTuple):
-    """The token ids of a batch of prompts."""
+class PromptIds(NamedTuple):
+    """The token ids of a batch of prompts, for CLIP and for T5."""
 
-    clip: Int[Array, "images clip_tokens"]
-    t5: Int[Array, "images txt_tokens"]
+    clip: Int[Array, "prompts clip_tokens"]
+    t5: Int[Array, "prompts txt_tokens"]
 
 
-class Text(NamedTuple):
-    """A batch of encoded prompts: T5's states and CLIP's pooled states."""
+class TextStates(NamedTuple):
+    """A batch of encoded prompts: T5's hidden states and CLIP's pooled states."""
 
-    txt: Float[Array, "images txt_tokens context"]
-    vec: Float[Array, "images pooled"]
+    txt: Float[Array, "prompts txt_tokens context"]
+    vec: Float[Array, "prompts pooled"]
+
+    def rows(self, numbers: Sequence[int]) -> "TextStates":
+        """Return the prompts of these numbers."""
+        index = np.asarray(numbers)
+        return TextStates(self.txt[index], self.vec[index])
 
 
 def prompt_ids(
@@ -37,40 +42,45 @@ def prompt_ids(
     prompts_2: Sequence[str] | None = None,
     *,
     max_length: int,
-) -> Ids:
-    """Tokenize a batch of prompts; `prompts_2`, one a prompt, feeds T5 in their place.
+) -> PromptIds:
+    """Tokenize a batch of prompts.
 
+    **Arguments:** `prompts_2`: texts that T5 reads in place of `prompts`, one for each of them.
+    `max_length`: T5 tokens for each prompt.
     **Raises:** `ValueError` if there are not as many of both.
     """
-    seconds = [None] * len(prompts) if prompts_2 is None else prompts_2
-    if len(seconds) != len(prompts):
+    t5_prompts: Sequence[str | None] = [None] * len(prompts) if prompts_2 is None else prompts_2
+    if len(t5_prompts) != len(prompts):
         raise ValueError(
-            f"`prompt_ids` got {len(prompts)} prompts and {len(seconds)} second prompts. Pass one second prompt a prompt."
+            f"`prompt_ids` got {len(prompts)} prompts and {len(t5_prompts)} second prompts. "
+            "Pass one second prompt for each prompt."
         )
-    ids = [
-        tokenize(tokenizers, *pair, max_length=max_length)
-        for pair in zip(prompts, seconds, strict=True)
-    ]
-    return Ids(
-        jnp.asarray(np.stack([one.clip for one in ids])),
-        jnp.asarray(np.stack([one.t5 for one in ids])),
-    )
+    clip_rows, t5_rows = [], []
+    for prompt, prompt_2 in zip(prompts, t5_prompts, strict=True):
+        ids = tokenize(tokenizers, prompt, prompt_2, max_length=max_length)
+        clip_rows.append(ids.clip)
+        t5_rows.append(ids.t5)
+    return PromptIds(jnp.asarray(np.stack(clip_rows)), jnp.asarray(np.stack(t5_rows)))
 
 
 @eqx.filter_jit
 def encode_text(
-    clip: Clip, t5: T5, ids: Ids, *, dtype: DTypeLike, mesh: Mesh | None = None
-) -> Text:
-    """Encode a batch of prompts, in activations of `dtype`. `mesh`: of devices; the encoders are then from `shard`."""
+    clip: Clip, t5: T5, ids: PromptIds, *, dtype: DTypeLike, mesh: Mesh | None = None
+) -> TextStates:
+    """Encode a batch of prompts.
 
-    def run(networks: tuple[Clip, T5], ids: Ids, rest: None) -> Text:
+    **Arguments:** `ids`: from `prompt_ids`. `dtype`: of the activations. `mesh`: of devices; the
+    encoders are then from `shard`.
+    **Returns:** T5's hidden states [prompts, txt_tokens, context], CLIP's pooled [prompts, pooled].
+    """
+
+    def encode_rows(networks: tuple[Clip, T5], ids: PromptIds, shared: None) -> TextStates:
         clip, t5 = networks
-        vec = jax.vmap(lambda one: clip(one, dtype=dtype))(ids.clip)
-        return Text(jax.vmap(lambda one: t5(one, dtype=dtype))(ids.t5), vec)
+        vec = jax.vmap(lambda row: clip(row, dtype=dtype))(ids.clip)
+        txt = jax.vmap(lambda row: t5(row, dtype=dtype))(ids.t5)
+        return TextStates(txt, vec)
 
-    # A prompt is encoded once: rows that only fill are no loss worth an error.
-    return (
-        run((clip, t5), ids, None)
-        if mesh is None
-        else on_mesh(run, mesh, (clip, t5), ids, fill=True)
-    )
+    if mesh is None:
+        return encode_rows((clip, t5), ids, None)
+    # A prompt is encoded once, so that devices which get only padding rows lose little.
+    return on_mesh(encode_rows, mesh, (clip, t5), ids, fill=True)

@@ -1,4 +1,4 @@
-"""Prompts to token ids, on the host."""
+"""Prompts to token ids, on the host: the tokenizers of CLIP and T5."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,24 +12,28 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.printable import printable
-from fluxjax.checkpoint.settings import Field, check_settings, describe, read_json
+from fluxjax.checkpoint.json_file import read_json
+from fluxjax.checkpoint.settings import Field, check_settings, describe
+from fluxjax.printable import printable
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Contractions, words, single digits, and runs of other signs: the split of OpenAI's CLIP.
+# How OpenAI's CLIP splits a text: contractions, words, single digits, runs of other characters.
 _CLIP_SPLIT = Regex(
     rf"{START}|{END}|".replace("|>", r"\|>").replace("<|", r"<\|")
     + r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
 
 _CLIP_LENGTH = 77
+"""Tokens of a prompt for CLIP, if a checkpoint does not say."""
 _NO_LIMIT = 1e18
+"""Lengths from here on mean no limit: transformers writes 1e30."""
 _CLIP_FIELDS = {"model_max_length": Field(kind="integer", least=2, most=4096, optional=True)}
 _MOST_BYTES = 64_000_000
+"""Bytes of a tokenizer's file; the real ones have at most 2.5 million."""
 
 
 class TokenIds(NamedTuple):
-    """One prompt's ids, int32."""
+    """The token ids of one prompt, for CLIP and for T5, int32."""
 
     clip: np.ndarray
     t5: np.ndarray
@@ -37,8 +41,11 @@ class TokenIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The two tokenizers of a FLUX checkpoint. `clip_length`: ids a prompt gets for CLIP. `files`: the content of the files
-    that they were read from, by folder and name, with which they are saved."""
+    """The two tokenizers of a FLUX.1 checkpoint.
+
+    `clip_length`: ids of a prompt for CLIP. `files`: the content of the files that they were read
+    from, by folder and name, so that they can be saved with a model.
+    """
 
     clip: tokenizers.Tokenizer
     t5: sentencepiece.SentencePieceProcessor
@@ -47,16 +54,15 @@ class Tokenizers:
 
     @classmethod
     def read(cls, clip_folder: str | Path, t5_folder: str | Path) -> "Tokenizers":
-        """Read `vocab.json` and `merges.txt` of one folder and `spiece.model` of the other, and CLIP's length from
-        `tokenizer_config.json` if that is there.
+        """Read both tokenizers from their folders.
 
+        **Arguments:** `clip_folder`: with `vocab.json`, `merges.txt` and, for the number of ids of
+        a prompt, `tokenizer_config.json`. `t5_folder`: with `spiece.model`.
         **Raises:** `FileNotFoundError` if one is missing, `ValueError` if one is not of its format.
         """
         clip_folder = Path(clip_folder)
-        vocabulary, merges = (
-            _existing(clip_folder / "vocab.json"),
-            _existing(clip_folder / "merges.txt"),
-        )
+        vocabulary = _existing(clip_folder / "vocab.json")
+        merges = _existing(clip_folder / "merges.txt")
         pieces = _existing(Path(t5_folder) / "spiece.model")
         length = _clip_length(clip_folder / "tokenizer_config.json")
         try:
@@ -69,7 +75,7 @@ class Tokenizers:
         return cls(clip, _read_pieces(pieces), length, files)
 
     def write(self, folder: Path) -> None:
-        """Write the files that they were read from below a folder, in `tokenizer` and `tokenizer_2`."""
+        """Write their files, in `tokenizer` and `tokenizer_2` of a folder."""
         for name, content in self.files.items():
             with new_file(folder / name) as file:
                 file.write(content)
@@ -87,10 +93,12 @@ _FILES = (
 
 
 def _files(folder: Path, name: str) -> dict[str, bytes]:
-    """Return the content of a tokenizer's files, those that other programs read too."""
-    return {
-        f"{name}/{file}": _content(folder / file) for file in _FILES if (folder / file).is_file()
-    }
+    """Return the content of a tokenizer's files, with those that only other programs read."""
+    files = {}
+    for file in _FILES:
+        if (folder / file).is_file():
+            files[f"{name}/{file}"] = _content(folder / file)
+    return files
 
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:
@@ -102,12 +110,12 @@ def _unreadable(path: Path, error: Exception) -> WeightsError:
 def tokenize(
     tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None, *, max_length: int = 512
 ) -> TokenIds:
-    """Turn a prompt into the ids of both encoders.
+    """Turn a prompt into the token ids of both encoders.
 
-    **Arguments:** `prompt`: any text. `prompt_2`: a text for T5 alone, in place of `prompt`. `max_length`: ids for T5,
-    at least 1; dev takes 512, schnell 256.
-    **Returns:** ids of `clip_length` for CLIP, padded with its end token, and of `max_length` for T5, padded with 0. A
-    longer text is cut so that its end token stays.
+    **Arguments:** `prompt`: any text. `prompt_2`: a text that T5 reads in place of `prompt`.
+    `max_length`: ids for T5, at least 1; dev takes 512, schnell 256.
+    **Returns:** `clip_length` ids for CLIP, padded with its end token, and `max_length` for T5,
+    padded with 0. A longer text is cut so that its end token stays.
     **Raises:** `ValueError` if `max_length` is not positive.
     """
     if max_length < 1:
@@ -124,15 +132,17 @@ def tokenize(
 def token_counts(
     tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None
 ) -> tuple[int, int]:
-    """Return how many tokens CLIP and T5 have for a prompt before it is cut, with those that begin and end it."""
+    """Return how many tokens CLIP and T5 have for an uncut prompt, with the special ones."""
     words = tokenizers.clip.encode(prompt, add_special_tokens=False).ids
     return len(words) + 2, len(tokenizers.t5.encode(prompt if prompt_2 is None else prompt_2)) + 1
 
 
 def _fit(ids: Sequence[int], end: int, length: int, *, pad: int) -> np.ndarray:
-    """Cut to `length` with the end token last, or pad."""
+    """Cut ids to a length, with the end token last, or pad them to it."""
+    row = np.full(length, pad, np.int32)
     kept = [*ids[: length - 1], end]
-    return np.array(kept + [pad] * (length - len(kept)), np.int32)
+    row[: len(kept)] = kept
+    return row
 
 
 def _clip_tokenizer(
@@ -162,7 +172,7 @@ def _clip_tokenizer(
 
 
 def _clip_length(path: Path) -> int:
-    """Return how many ids a prompt gets for CLIP. transformers writes no limit as 1e30, as an integer."""
+    """Return how many ids a prompt has for CLIP."""
     if not path.is_file():
         return _CLIP_LENGTH
     settings = read_json(path)
@@ -174,13 +184,17 @@ def _clip_length(path: Path) -> int:
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    """Return tokens and their ids: each integer below their number once, as rows of an embedding."""
+    """Return tokens and their ids.
+
+    The ids are rows of an embedding: each integer below the number of tokens, once.
+    """
     table = read_json(path, most_bytes=_MOST_BYTES)
     if not isinstance(table, dict) or not all(type(number) is int for number in table.values()):
         raise WeightsError(f"{path} should be a table of tokens and their ids. Download it anew.")
     if set(table.values()) != set(range(len(table))):
         raise WeightsError(
-            f"{path} should give its {len(table)} tokens the ids from 0 on, each once. Download it anew."
+            f"{path} should give its {len(table)} tokens the ids from 0 on, each once. "
+            "Download it anew."
         )
     absent = [token for token in (START, END) if token not in table]
     if absent:
@@ -202,7 +216,8 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise WeightsError(
-                f"{path}, line {number}: should be two tokens, got {describe(line)}. Download it anew."
+                f"{path}, line {number}: should be two tokens, got {describe(line)}. "
+                "Download it anew."
             )
         pairs.append((left, right))
     return pairs
@@ -227,7 +242,8 @@ def _content(path: Path) -> bytes:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise WeightsError(
-            f"{path} is larger than {_MOST_BYTES:,} bytes, so it is no tokenizer's. Download it anew."
+            f"{path} is larger than {_MOST_BYTES:,} bytes, so it is not a tokenizer's. "
+            "Download it anew."
         )
     return content
 

@@ -1,11 +1,11 @@
-"""Attention: one function in front of several implementations, a file each.
+"""Attention: one function in front of several implementations, one file each.
 
 The Pallas kernels are imported when they are first used.
 """
 
 from fluxjax.kernels.attention import Attention, attention, select_attention
-from fluxjax.kernels.blocks import PRESETS, BlockSizes
-from fluxjax.kernels.guiding import Nag, isolated_attention
+from fluxjax.kernels.block_sizes import PRESETS, BlockSizes
+from fluxjax.kernels.guided_attention import Nag, isolated_attention
 
 __all__ = [
     "PRESETS",

@@ -1,293 +1,279 @@
-"""The kernels of flash_gpu in Mosaic GPU, for Hopper: of a program's three warpgroups, one fetches and two multiply.
+"""The kernels of flash_gpu in Mosaic GPU, for Hopper: one warpgroup fetches and two compute.
 
-Each of the two owns a block, and takes the other side's blocks as they come, by TMA, into a ring of buffers. In the forward
-pass they take turns at the tensor cores: one's softmax is computed under the other's matmuls.
+Each of the two that compute owns half of a block, and takes the blocks of the other side from a
+ring of buffers in shared memory, which the third one fills by TMA. In the forward pass the two
+take turns at the tensor cores (ping-pong): one computes its softmax during the other's matmuls.
 **Source:** Shah et al. 2024 (2407.08608), algorithm 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fluxjax.kernels.blocks import BlockSizes, round_up
-from fluxjax.kernels.flash_work import Call, Worker, cut, padded
+from fluxjax.kernels.block_sizes import round_up
+from fluxjax.kernels.flash_gpu_spec import (
+    GpuKernelSpec,
+    KernelCall,
+    KeyLength,
+    Tensor,
+    first_tokens,
+    pad_tokens,
+    with_tokens,
+)
+from fluxjax.kernels.flash_mosaic_blocks import SLOTS, WORKERS
+from fluxjax.kernels.flash_mosaic_warpgroup import (
+    InterpretedContext,
+    TileRing,
+    WarpgroupContext,
+)
+from fluxjax.kernels.pallas_types import Index, MosaicRef, Step
 from fluxjax.shapes import Array
 
-SMEM = 227 * 2**10
-"""Bytes of shared memory that a program has."""
-_ROWS = 64  # that a warpgroup multiplies at once
-_WORKERS = 2
-_SLOTS = 2
-_TOKENS = 8  # that TMA cuts a matrix by
-_DEFAULT = BlockSizes(q=128, q_dkv=64)
+_TMA_TOKENS = 8
+"""TMA copies matrices in tiles of so many tokens."""
+
 _HEAD, _BLOCK, _WORKER = "flash_head", "flash_block", "flash_worker"
+"""Names of the grid's axes, and of the warpgroups."""
+
+_COMPUTE_REGISTERS, _FETCH_REGISTERS = 232, 40
+"""Registers of each thread of a warpgroup: those that compute take over the fetching one's."""
+
+SharedMemory = Any
+"""The type of a buffer or barrier in shared memory, which Pallas has no one class for."""
 
 
-def blocks(
-    queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None
-) -> dict[str, tuple[int, int]]:
-    """Return the (queries, keys) of a block of each kernel, forward, dq and dkv: as given, but no larger than the tokens.
+class _RingMemory(NamedTuple):
+    """A `TileRing`'s buffers and barriers."""
 
-    **Raises:** `ValueError` for sizes that are no multiples of 64, or of 128 where two warpgroups share a block (`q`, `q_dq`,
-    `kv_dkv`), or that take more than the shared memory.
+    buffers: list[SharedMemory]
+    arrived: SharedMemory
+    freed: SharedMemory
+
+
+class _Scratch(NamedTuple):
+    """A program's shared memory.
+
+    `tiles`: of each worker, for its own block and then for its results. `rings`: one for each group
+    of streamed arrays. `loaded`: barriers, one for each worker, that its own block has arrived.
+    `turns`: the barrier of `InterpretedContext`.
     """
-    sizes, found = block_sizes or _DEFAULT, {}
-    for kernel in ("forward", "dq", "dkv"):
-        given, shared = getattr(sizes, kernel), _ROWS * _WORKERS
-        units = (_ROWS, shared) if kernel == "dkv" else (shared, _ROWS)
-        if any(size % unit for size, unit in zip(given, units, strict=True)):
-            raise ValueError(
-                "`flash_gpu` needs blocks of queries and keys in multiples of "
-                f"{units[0]} and {units[1]} for {kernel}, got {given}."
-            )
-        q, kv = (
-            min(size, round_up(n, unit))
-            for size, n, unit in zip(given, (queries, keys), units, strict=True)
-        )
-        needed = smem_bytes(kernel, (q, kv), head_dim)
-        if needed > SMEM:
-            raise ValueError(
-                f"`flash_gpu` with blocks of {q} queries and {kv} keys takes {needed:,} bytes of shared memory ({kernel}), "
-                f"of {SMEM:,} that Hopper has. Choose smaller block sizes."
-            )
-        found[kernel] = q, kv
-    return found
+
+    tiles: list[SharedMemory]
+    rings: list[_RingMemory]
+    loaded: SharedMemory
+    turns: SharedMemory
 
 
-def smem_bytes(kernel: str, block: tuple[int, int], head_dim: int) -> int:
-    """Return the bytes of shared memory that a kernel (forward, dq or dkv) takes at a block of (queries, keys), at most.
-
-    What the two warpgroups own, a ring of what is streamed, float32 a row of log-sum-exp (and of the backward pass's other
-    sums), and 3 KiB for barriers, reductions and alignment.
-    """
-    own, streamed = reversed(block) if kernel == "dkv" else block
-    matrices = (
-        2
-        * round_up(head_dim, 64)
-        * (own * (1 if kernel == "forward" else 2) + 2 * _SLOTS * streamed)
-    )
-    rows = 4 * {"forward": own, "dq": 2 * own, "dkv": 2 * _SLOTS * streamed}[kernel]
-    return matrices + rows + 3 * 2**10
+_SCRATCH_FIELDS = len(_Scratch._fields)
 
 
-def run(
-    call: Call,
-    name: str,
-    work: Callable[[Worker], tuple[Array, ...]],
-    own: list[Array],
-    streams: list[list[Array]],
-    length: Array | None,
-    results: list[Any],
+def launch_mosaic(
+    spec: GpuKernelSpec,
+    call: KernelCall,
+    key_length: KeyLength | None,
 ) -> tuple[Array, ...]:
-    """Run the named kernel, a program for each head and block of what is owned; vmap makes a further axis of programs.
+    """Run a kernel over a grid of (heads, blocks); vmap adds an axis to the grid.
 
-    Arrays are matrices, [tokens, heads, head_dim], or rows, [heads, tokens]. Of each of `own` a worker has a block to itself;
-    streams come by groups, whose arrays arrive together. Results have the shapes of `results`.
+    **Arguments:** `spec`: of the whole attention. `call`: the kernel and its arrays. `key_length`:
+    keys from this index on are padding; None for no padding.
+    **Returns:** arrays of the shapes of `call.results`.
     """
-    (tokens, heads, _), (mine, _) = own[0].shape, call.sides(name)
-    own, streams = jax.tree.map(lambda x: padded(x, _TOKENS), (own, streams))
-    operands, tree = jax.tree.flatten((own, streams, length))
-    # Of the last block TMA would store the tokens that there are, the interpreter none.
-    whole = round_up(tokens, mine)
-    shapes = [(whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole) for x in results]
+    tokens, heads, _ = call.resident[0].shape
+    own_size, _ = spec.resident_and_streamed(call.name)
+    resident, streamed = jax.tree.map(
+        lambda x: pad_tokens(x, _TMA_TOKENS),
+        (call.resident, call.streamed),
+    )
+    operands, tree = jax.tree.flatten((resident, streamed, key_length))
+    # Results have whole blocks: TMA could store a part of the last one, but the interpreter can't.
+    own_tokens = round_up(tokens, own_size)
 
-    def program(*refs: Any) -> None:
-        own, streams, length = jax.tree.unflatten(tree, refs[: len(operands)])
-        written, scratch = refs[len(operands) : -4], refs[-4:]
-        _program(call, name, work, own, streams, length, written, *scratch)
+    # References to the operands and to the results, then the four trees of the scratch memory.
+    def body(*arguments: Any) -> None:
+        count = len(operands)
+        refs, scratch = arguments[:-_SCRATCH_FIELDS], arguments[-_SCRATCH_FIELDS:]
+        own_refs, stream_refs, length_ref = jax.tree.unflatten(tree, refs[:count])
+        result_refs = refs[count:]
+        program = _Program(
+            spec=spec,
+            call=call,
+            resident=own_refs,
+            streamed=stream_refs,
+            length=length_ref,
+            results=result_refs,
+            scratch=_Scratch(*scratch),
+        )
+        program.run()
 
-    found = plgpu.kernel(
-        program,
-        out_type=[
-            jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, results, strict=True)
-        ],
-        scratch_types=_scratch(call, name, own, streams, results),
-        grid=(heads, whole // mine),
+    results = plgpu.kernel(
+        body,
+        out_type=[with_tokens(x, own_tokens) for x in call.results],
+        scratch_types=_scratch_types(spec, call, resident, streamed),
+        grid=(heads, own_tokens // own_size),
         grid_names=(_HEAD, _BLOCK),
-        num_threads=_WORKERS + 1,
+        num_threads=WORKERS + 1,
         thread_name=_WORKER,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=call.interpret,
-        kernel_name=f"flash_{name}",
+        interpret=spec.interpret,
+        kernel_name=f"flash_{call.name}",
     )(*operands)
-    return tuple(cut(x, tokens) for x in found)
+    return tuple(first_tokens(x, tokens) for x in results)
 
 
-def _scratch(
-    call: Call, name: str, own: list[Array], streams: list[list[Array]], results: list[Any]
-) -> list:
-    """Return what a program has in shared memory, as `_program` takes it."""
-    mine, theirs = call.sides(name)
+def _scratch_types(
+    spec: GpuKernelSpec,
+    call: KernelCall,
+    resident: list[Tensor],
+    streamed: list[list[Tensor]],
+) -> _Scratch:
+    """Return the types of a program's shared memory."""
+    own_size, streamed_size = spec.resident_and_streamed(call.name)
 
-    def buffer(copies: int, tokens: int, x: Any) -> Any:
-        if x.ndim == 2:
-            return plgpu.SMEM((copies, tokens), x.dtype)
-        # As wgmma reads matrices: in rows of 128 bytes, eight by eight.
-        transforms = (
-            plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
-            plgpu.SwizzleTransform(128),
-        )
-        return plgpu.SMEM((copies, tokens, x.shape[-1]), x.dtype, transforms=transforms)
-
-    def ring(group: list[Array]) -> tuple:
-        arrived = plgpu.Barrier(num_arrivals=len(group), num_barriers=_SLOTS)
-        freed = plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_SLOTS)
-        return [buffer(_SLOTS, theirs, x) for x in group], arrived, freed
-
-    return [
-        # Results leave by the buffers of what was owned, and those that are more by their own.
-        [buffer(_WORKERS, mine // _WORKERS, x) for x in (*own, *results[len(own) :])],
-        [ring(group) for group in streams],
-        plgpu.Barrier(num_arrivals=len(own), num_barriers=_WORKERS),
-        plgpu.Barrier(num_arrivals=_WORKERS),
-    ]
-
-
-def _program(
-    call, name, work, own, streams, length, results, buffers, rings, loaded, turns
-) -> None:
-    head, index, worker = (lax.axis_index(axis) for axis in (_HEAD, _BLOCK, _WORKER))
-    mine, theirs = call.sides(name)
-    seen = call.keys if length is None else length[0]
-    steps = call.steps(name, streams[0][0].shape[0], seen, index * mine)
-    rings = [
-        _Ring(x, arrived, freed, bool(call.interpret) or len(x) > 1) for x, arrived, freed in rings
-    ]
-
-    def part(ref: Any, start: Any, tokens: int) -> Any:
-        return (
-            ref.at[pl.ds(start, tokens), head]
-            if len(ref.shape) == 3
-            else ref.at[head, pl.ds(start, tokens)]
+    def ring(group: list[Tensor]) -> _RingMemory:
+        return _RingMemory(
+            buffers=[_buffer(SLOTS, streamed_size, x) for x in group],
+            arrived=plgpu.Barrier(num_arrivals=len(group), num_barriers=SLOTS),
+            freed=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
         )
 
-    @pl.when(worker < _WORKERS)
-    def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        rows = mine // _WORKERS
-        first = index * mine + worker * rows
-        blocks = [x.at[worker] for x in buffers]
-        for ref, x in zip(own, blocks, strict=False):
-            plgpu.copy_gmem_to_smem(part(ref, first, rows), x, loaded.at[worker])
-        plgpu.barrier_wait(loaded.at[worker])
-        kind = _Interpreted if call.interpret else _Warpgroup
-        at = kind(
-            call=call,
-            own=blocks,
-            streams=rings,
-            first=first,
-            seen=seen,
-            steps=steps,
-            index=worker,
-            turns=turns,
-        )
-        for x, result in zip(blocks, work(at), strict=False):
-            x[...] = result.astype(x.dtype)
-        plgpu.commit_smem()
-        for x, ref in zip(blocks, results, strict=False):
-            plgpu.copy_smem_to_gmem(x, part(ref, first, rows))
-        plgpu.wait_smem_to_gmem(0)
+    # Results are stored from the tiles of the worker's own block, which it has read by then, and
+    # only if there are more results than resident arrays, from further tiles.
+    further_results = call.results[len(resident) :]
+    tiles = []
+    for x in (*resident, *further_results):
+        tiles.append(_buffer(WORKERS, own_size // WORKERS, x))
+    return _Scratch(
+        tiles=tiles,
+        rings=[ring(group) for group in streamed],
+        loaded=plgpu.Barrier(num_arrivals=len(resident), num_barriers=WORKERS),
+        turns=plgpu.Barrier(num_arrivals=WORKERS),
+    )
 
-    @pl.when(worker == _WORKERS)
-    def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
 
-        # A slot is filled as soon as it is free, and none is left before all are.
-        @pl.loop(0, steps + _SLOTS)
-        def _(step: Any) -> None:
-            for ring, group in zip(rings, streams, strict=True):
-                pl.when(step >= _SLOTS)(partial(ring.await_free, step))
-                pl.when(step < steps)(
-                    lambda: ring.fill(step, [part(ref, step * theirs, theirs) for ref in group])
-                )  # noqa: B023
+def _buffer(copies: int, tokens: int, x: Tensor | jax.ShapeDtypeStruct) -> SharedMemory:
+    """Return the type of a buffer for tiles of an array."""
+    if x.ndim == 2:
+        return plgpu.SMEM((copies, tokens), x.dtype)
+    # The layout in which wgmma reads matrices: rows of 128 bytes, eight of them a tile.
+    columns = 128 // x.dtype.itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    shape = (copies, tokens, x.shape[-1])
+    return plgpu.SMEM(shape, x.dtype, transforms=transforms)
 
 
 @dataclass(frozen=True)
-class _Ring:
-    """Buffers of what arrives together, each with slots for the next steps, and barriers: a slot has arrived, or is free.
+class _Program:
+    """One program of the grid, with references to its arrays in global and in shared memory."""
 
-    `read`: not by wgmma alone, as rows are, so that TMA must be kept from writing before.
-    """
+    spec: GpuKernelSpec
+    call: KernelCall
+    resident: Sequence[MosaicRef]
+    streamed: Sequence[Sequence[MosaicRef]]
+    length: MosaicRef | None
+    results: Sequence[MosaicRef]
+    scratch: _Scratch
 
-    buffers: list
-    arrived: Any
-    freed: Any
-    read: bool
+    def run(self) -> None:
+        """Let each warpgroup compute or fetch."""
+        head = lax.axis_index(_HEAD)
+        block = lax.axis_index(_BLOCK)
+        worker = lax.axis_index(_WORKER)
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
+        key_end: Index = self.spec.keys
+        if self.length is not None:
+            key_end = self.length[0]
+        streamed_tokens = self.streamed[0][0].shape[0]
+        block_start = block * own_size
+        steps = self.spec.steps(self.call.name, streamed_tokens, key_end, block_start)
+        rings = []
+        for memory in self.scratch.rings:
+            # Groups of more than a matrix have a vector. The interpreter has no wgmma, so that
+            # other operations read its matrices too.
+            has_vector = len(memory.buffers) > 1
+            commit_reads = bool(self.spec.interpret) or has_vector
+            rings.append(TileRing(*memory, commit_reads))
 
-    def fill(self, step: Any, parts: list) -> None:
-        for part, x in zip(parts, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(part, x.at[_slot(step)], self.arrived.at[_slot(step)])
+        @pl.when(worker < WORKERS)
+        def _() -> None:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            self._compute(head, block, worker, key_end, steps, rings)
 
-    def wait(self, step: Any) -> list:
-        plgpu.barrier_wait(self.arrived.at[_slot(step)])
-        return [x.at[_slot(step)] for x in self.buffers]
+        @pl.when(worker == WORKERS)
+        def _() -> None:
+            plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+            self._fetch(head, steps, rings)
 
-    def free(self, step: Any) -> None:
-        if self.read:
-            plgpu.commit_smem()
-        plgpu.barrier_arrive(self.freed.at[_slot(step)])
+    def _compute(
+        self,
+        head: Index,
+        block: Index,
+        worker: Index,
+        key_end: Index,
+        steps: Index,
+        rings: list[TileRing],
+    ) -> None:
+        """Load a worker's part of the block, compute, and store the results."""
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
+        tokens = own_size // WORKERS
+        first_token = block * own_size + worker * tokens
+        tiles = [x.at[worker] for x in self.scratch.tiles]
+        loaded = self.scratch.loaded
+        # There may be more tiles than resident arrays, for further results.
+        for ref, tile in zip(self.resident, tiles, strict=False):
+            source = _token_slice(ref, first_token, tokens, head)
+            plgpu.copy_gmem_to_smem(source, tile, loaded.at[worker])
+        plgpu.barrier_wait(loaded.at[worker])
 
-    def await_free(self, step: Any) -> None:
-        plgpu.barrier_wait(self.freed.at[_slot(step)])
+        context_type = InterpretedContext if self.spec.interpret else WarpgroupContext
+        context = context_type(
+            spec=self.spec,
+            resident=tiles,
+            streams=rings,
+            first_token=first_token,
+            key_end=key_end,
+            steps=steps,
+            worker=worker,
+            turns=self.scratch.turns,
+        )
+        # There may be more computed than there are results: the log-sum-exp without a gradient.
+        for tile, computed in zip(tiles, self.call.compute(context), strict=False):
+            tile[...] = computed.astype(tile.dtype)
+        # TMA must see what was stored.
+        plgpu.commit_smem()
+        for tile, ref in zip(tiles, self.results, strict=False):
+            target = _token_slice(ref, first_token, tokens, head)
+            plgpu.copy_smem_to_gmem(tile, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _fetch(self, head: Index, steps: Index, rings: list[TileRing]) -> None:
+        """Fill each ring's slots as they become free."""
+        streamed_size = self.spec.resident_and_streamed(self.call.name)[1]
+
+        # The last iterations only wait: a program must not end before all slots are free.
+        @pl.loop(0, steps + SLOTS)
+        def _(step: Step) -> None:
+            for ring, group in zip(rings, self.streamed, strict=True):
+
+                def fill(ring: TileRing = ring, group: Sequence[MosaicRef] = group) -> None:
+                    sources = []
+                    for ref in group:
+                        start = step * streamed_size
+                        sources.append(_token_slice(ref, start, streamed_size, head))
+                    ring.fill(step, sources)
+
+                pl.when(step >= SLOTS)(partial(ring.wait_until_free, step))
+                pl.when(step < steps)(fill)
 
 
-def _slot(step: Any) -> Any:
-    return lax.rem(step, jnp.asarray(_SLOTS, step.dtype))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Interpreted(Worker):
-    """A warpgroup without registers and tensor cores: the interpreter multiplies neither registers nor what is transposed."""
-
-    index: Any
-    turns: Any
-
-    def turn(self, *done: Array) -> tuple[Array, ...]:
-        if done:
-            done = tuple(lax.optimization_barrier(done))
-        self._meet()
-        return done
-
-    def begin(self) -> None:  # the second worker half a step after the first
-        pl.when(self.index == 1)(self._meet)
-
-    def end(self) -> None:
-        pl.when(self.index == 0)(self._meet)
-
-    def _meet(self) -> None:
-        plgpu.barrier_arrive(self.turns)
-        plgpu.barrier_wait(self.turns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Warpgroup(_Interpreted):
-    """A warpgroup, whose matrices lie in registers as wgmma leaves them."""
-
-    def zeros(self, *shape: int) -> Array:
-        layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-        return plgpu.layout_cast(super().zeros(*shape), layout)
-
-    def row(self, x: Any, axis: int) -> Array:
-        return plgpu.load(x, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
-
-    def numbered(self, shape: tuple[int, ...], axis: int) -> Array:
-        return plgpu.layout_cast(super().numbered(shape, axis), plgpu.Layout.WGMMA)
-
-    def product(self, a: Any, b: Any, *, meanwhile: Callable[[], Any] = lambda: None) -> Array:
-        def multiply(total: Any) -> Array:
-            plgpu.wgmma(total, a, b.transpose((1, 0)))
-            meanwhile()
-            return total[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
-
-    def added(self, total: Array, a: Array, b: Any) -> Array:
-        a = a.astype(b.dtype)
-        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.ACC.init(total))
+def _token_slice(ref: MosaicRef, start: Index, tokens: int, head: Index) -> MosaicRef:
+    """Return a reference to some tokens of one head, of a matrix or of a row."""
+    part = pl.ds(start, tokens)
+    if len(ref.shape) == 3:
+        return ref.at[part, head]
+    return ref.at[head, part]

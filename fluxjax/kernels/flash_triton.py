@@ -1,104 +1,168 @@
-"""The kernels of flash_gpu in Triton, for NVIDIA GPUs other than Hopper: a program has a block, and loads others in turn."""
+"""The kernels of flash_gpu in Triton, for NVIDIA GPUs other than Hopper.
 
-from collections.abc import Callable
+A program loads its own block once, and the blocks of the other side one after another.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from fluxjax.kernels.blocks import BlockSizes
-from fluxjax.kernels.flash_work import Call, Worker, cut, padded
+from fluxjax.kernels.block_sizes import KERNELS, BlockSizes, KernelBlocks
+from fluxjax.kernels.flash_gpu_spec import (
+    GpuKernelSpec,
+    KernelCall,
+    KernelContext,
+    KeyLength,
+    Tensor,
+    first_tokens,
+    pad_tokens,
+    token_axis,
+    with_tokens,
+)
+from fluxjax.kernels.pallas_types import Index, Ref, Step
 from fluxjax.shapes import Array
 
-_DEFAULT = BlockSizes(q=128, kv=64, q_dkv=64, q_dq=64)
+_DEFAULT_SIZES = BlockSizes(q=128, kv=64, q_dkv=64, q_dq=64)
 
 
-def blocks(
-    queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None
-) -> dict[str, tuple[int, int]]:
-    """Return the (queries, keys) of a block of each kernel, forward, dq and dkv.
+def triton_block_sizes(
+    queries: int,
+    keys: int,
+    head_dim: int,
+    block_sizes: BlockSizes | None = None,
+) -> KernelBlocks:
+    """Return the block of each kernel, as `mosaic_block_sizes` does.
 
-    **Raises:** `ValueError` for sizes that are no powers of two from 16 on.
+    **Arguments:** `block_sizes`: sizes to use, or None for the default ones. They do not depend on
+    the others, which are those of `mosaic_block_sizes`.
+    **Returns:** (queries, keys) for "forward", "dq" and "dkv".
+    **Raises:** `ValueError` for sizes that are not powers of two, or below 16.
     """
-    found = {
-        kernel: getattr(block_sizes or _DEFAULT, kernel) for kernel in ("forward", "dq", "dkv")
-    }
-    for kernel, block in found.items():
-        if any(size < 16 or size & (size - 1) for size in block):
-            raise ValueError(
-                f"`flash_gpu` needs blocks in powers of two on this GPU, 16 at least, got {block} for {kernel}."
-            )
-    return found
+    sizes = block_sizes or _DEFAULT_SIZES
+    blocks = {}
+    for kernel in KERNELS:
+        block = getattr(sizes, kernel)
+        for size in block:
+            # A power of two has a single bit, which it does not share with the number before.
+            is_power_of_two = size & (size - 1) == 0
+            if size < 16 or not is_power_of_two:
+                raise ValueError(
+                    "`flash_gpu` needs blocks in powers of two on this GPU, at least 16, got "
+                    f"{block} for {kernel}. Choose other block sizes."
+                )
+        blocks[kernel] = block
+    return blocks
 
 
-def run(
-    call: Call,
-    name: str,
-    work: Callable[[Worker], tuple[Array, ...]],
-    own: list[Array],
-    streams: list[list[Array]],
-    length: Array | None,
-    results: list[Any],
+def launch_triton(
+    spec: GpuKernelSpec,
+    call: KernelCall,
+    key_length: KeyLength | None,
 ) -> tuple[Array, ...]:
-    """Run the named kernel, as `fluxjax.kernels.flash_mosaic.run` does; tokens are padded to whole blocks."""
-    (tokens, heads, _), (mine, theirs) = own[0].shape, call.sides(name)
-    own, streams = (
-        [padded(x, mine) for x in own],
-        jax.tree.map(lambda x: padded(x, theirs), streams),
-    )
-    operands, tree = jax.tree.flatten((own, streams, length))
-    whole, others = len(own[0]), len(streams[0][0])
+    """Run a kernel over a grid of (blocks, heads); tokens are padded to whole blocks.
 
-    def spec(x: Any, size: int, index: Callable[[Any], Any] = lambda i: i) -> pl.BlockSpec:
-        if x.ndim == 3:
-            return pl.BlockSpec((size, None, x.shape[-1]), lambda i, head: (index(i), head, 0))
-        return pl.BlockSpec((None, size), lambda i, head: (head, index(i)))
+    **Arguments:** as of `launch_mosaic`.
+    **Returns:** arrays of the shapes of `call.results`.
+    """
+    tokens, heads, _ = call.resident[0].shape
+    own_size, streamed_size = spec.resident_and_streamed(call.name)
+    # Triton loads and stores whole blocks only.
+    resident = [pad_tokens(x, own_size) for x in call.resident]
+    streamed = jax.tree.map(lambda x: pad_tokens(x, streamed_size), call.streamed)
+    operands, tree = jax.tree.flatten((resident, streamed, key_length))
+    own_tokens = len(resident[0])
+    streamed_tokens = len(streamed[0][0])
 
-    def program(*refs: Any) -> None:
-        mine_refs, stream_refs, length = jax.tree.unflatten(tree, refs[: len(operands)])
-        first, seen = pl.program_id(0) * mine, call.keys if length is None else length[0]
-        at = Worker(
-            call=call,
-            own=[x[...] for x in mine_refs],
-            streams=[_Stream(group, theirs) for group in stream_refs],
-            first=first,
-            seen=seen,
-            steps=call.steps(name, others, seen, first),
+    def program(*refs: Ref) -> None:
+        operand_refs = refs[: len(operands)]
+        result_refs = refs[len(operands) :]
+        own_refs, stream_refs, length_ref = jax.tree.unflatten(tree, operand_refs)
+        first_token = pl.program_id(0) * own_size
+        key_end: Index = spec.keys
+        if length_ref is not None:
+            key_end = length_ref[0]
+        context = KernelContext(
+            spec=spec,
+            resident=[ref[...] for ref in own_refs],
+            streams=[_LoadedTiles(group, streamed_size) for group in stream_refs],
+            first_token=first_token,
+            key_end=key_end,
+            steps=spec.steps(call.name, streamed_tokens, key_end, first_token),
         )
-        for x, result in zip(refs[len(operands) :], work(at), strict=False):
-            x[...] = result.astype(x.dtype)
+        # The forward pass without a gradient has no use for the second tile, the log-sum-exp.
+        for ref, tile in zip(result_refs, call.compute(context), strict=False):
+            ref[...] = tile.astype(ref.dtype)
 
-    found = pl.pallas_call(
+    # For blocks of 64 and 128 tokens a warp has 16 of them.
+    num_warps = 4 if own_size == 64 else 8
+    results = pl.pallas_call(
         program,
-        grid=(whole // mine, heads),
-        in_specs=[
-            *(spec(x, mine) for x in own),
-            *(spec(x, others, lambda i: 0) for group in streams for x in group),
-            *([] if length is None else [pl.BlockSpec((1,), lambda i, head: (0,))]),
-        ],
-        out_specs=[spec(x, mine) for x in results],
-        out_shape=[
-            jax.ShapeDtypeStruct((whole, *x.shape[1:]) if x.ndim == 3 else (heads, whole), x.dtype)
-            for x in results
-        ],
-        compiler_params=pltriton.CompilerParams(num_warps=4 if mine == 64 else 8, num_stages=2),
-        interpret=bool(call.interpret),
-        name=f"flash_{name}",
+        grid=(own_tokens // own_size, heads),
+        in_specs=_operand_blocks(resident, streamed, key_length, own_size),
+        out_specs=[_own_block(x, own_size) for x in call.results],
+        out_shape=[with_tokens(x, own_tokens) for x in call.results],
+        compiler_params=pltriton.CompilerParams(
+            num_warps=num_warps,
+            num_stages=2,  # the next block is loaded while this one is multiplied
+        ),
+        interpret=bool(spec.interpret),
+        name=f"flash_{call.name}",
     )(*operands)
-    return tuple(cut(x, tokens) for x in found)
+    return tuple(first_tokens(x, tokens) for x in results)
+
+
+def _operand_blocks(
+    resident: list[Tensor],
+    streamed: list[list[Tensor]],
+    key_length: KeyLength | None,
+    own_size: int,
+) -> list[pl.BlockSpec]:
+    """Return what each program gets of the operands, in their order."""
+    blocks = [_own_block(x, own_size) for x in resident]
+    for group in streamed:
+        for x in group:
+            blocks.append(_all_tokens(x))
+    if key_length is not None:
+        blocks.append(pl.BlockSpec((1,), lambda i, head: (0,)))
+    return blocks
+
+
+def _own_block(x: Tensor | jax.ShapeDtypeStruct, size: int) -> pl.BlockSpec:
+    """Return the block of a program's own tokens, of one head of a matrix or of a row."""
+    if x.ndim == 3:
+        shape = (size, None, x.shape[-1])
+        return pl.BlockSpec(shape, lambda i, head: (i, head, 0))
+    return pl.BlockSpec((None, size), lambda i, head: (head, i))
+
+
+def _all_tokens(x: Tensor) -> pl.BlockSpec:
+    """Return all tokens of one head, of a matrix or of a row.
+
+    It is only a reference: `_LoadedTiles` loads the blocks.
+    """
+    tokens = x.shape[token_axis(x)]
+    if x.ndim == 3:
+        shape = (tokens, None, x.shape[-1])
+        return pl.BlockSpec(shape, lambda i, head: (0, head, 0))
+    return pl.BlockSpec((None, tokens), lambda i, head: (head, 0))
 
 
 @dataclass(frozen=True)
-class _Stream:
-    """What is loaded together, a block a step."""
+class _LoadedTiles:
+    """A `TileStream` of references to all tokens, from which one block is loaded at each step."""
 
-    arrays: list
+    refs: Sequence[Ref]
     size: int
 
-    def wait(self, step: Any) -> list[Array]:
-        return [x[pl.ds(step * self.size, self.size)] for x in self.arrays]
+    def wait(self, step: Step) -> list[Array]:
+        tiles = []
+        for ref in self.refs:
+            tokens = pl.ds(step * self.size, self.size)
+            tiles.append(ref[tokens])
+        return tiles
 
-    def free(self, step: Any) -> None:
-        """There is nothing to free."""
+    def free(self, step: Step) -> None:
+        """Do nothing: what was loaded is in registers."""

@@ -1,18 +1,24 @@
 """Adapters: reading every format, merging, attaching, extracting, writing."""
 
+from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
+from fluxjax.lora.convert import adapter_notes, merge_while_converting
+from fluxjax.lora.describe import describe_lora
+from fluxjax.lora.extract import extract_lora
 from fluxjax.lora.init import init_lora, trainable
 from fluxjax.lora.merge import merge, unmerge
-from fluxjax.lora.read import Lora, describe_lora, read_lora
-from fluxjax.lora.write import extract_lora, write_lora
+from fluxjax.lora.read import read_lora
+from fluxjax.lora.write import write_lora
 
 __all__ = [
     "Lora",
+    "adapter_notes",
     "attach",
     "describe_lora",
     "extract_lora",
     "init_lora",
     "merge",
+    "merge_while_converting",
     "read_lora",
     "trainable",
     "unmerge",

@@ -1,143 +1,184 @@
-"""Adapters beside the weights: low-rank leaves, so that adapters and scales are arguments of a compiled function."""
+"""Adapters attached beside the weights as low-rank factors, as a function of arrays.
+
+The product W x + up (down x) is computed as it is written, so nothing is merged or rounded, and
+the weights may be quantized. `nets/weight.py` has the type of such a weight, `AdaptedWeight`.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.detect import fused_parts
-from fluxjax.checkpoint.plan import slots_of
-from fluxjax.checkpoint.safetensors import WeightsError
-from fluxjax.lora.merge import changes_of, merge_changes, rows_of
-from fluxjax.lora.read import Change, Lora
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.fused import FusedRows, fused_parts
+from fluxjax.checkpoint.weights import Parameter, parameters_of
+from fluxjax.lora.adapter import Lora
+from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
+from fluxjax.lora.factors import Factor, combined_factors
+from fluxjax.lora.merge import merge_changes
+from fluxjax.lora.networks import is_weight
 from fluxjax.lora.scales import Scales, check_scales
 from fluxjax.nets.stack import is_stacked, leaf_names
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
+Leaf = Array | jax.ShapeDtypeStruct
+"""An array, or the shape of one."""
+BlockChanges = Mapping[int | None, Sequence[ScaledChange]]
+"""The changes of one leaf by block; None for a leaf that is not stacked."""
 
 
 @convert_arguments
-def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) -> Network:
-    """Return a network whose adapted weights carry the adapters as low-rank leaves; the weights themselves are shared, not
-    copied. Biases and norm scales, which are small, are changed as by `merge`, but kept in float32: nothing is rounded.
+def attach(
+    model: Network,
+    loras: Sequence[Lora],
+    scales: Scales | None = None,
+) -> Network:
+    """Return a network whose adapted weights have the adapters beside them as low-rank factors.
 
-    It costs next to nothing and is a pure function of arrays, so call it inside what is jitted: with adapters and scales as
-    arguments, another scale, or another adapter of the same modules and ranks, compiles nothing; under `jax.vmap` each image
-    has its own.
+    The weights are shared with the model, not copied, and may be stored in any way. Biases and
+    norm scales, which are small, are changed as by `merge`, but kept in float32: nothing is
+    rounded.
 
-    **Arguments:** as for `merge`; scales may be traced.
-    **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, a LoKr of whole factors, full
-    differences, a widened input): merge it instead.
+    It is a cheap function of arrays, so call it inside the jitted function. With adapters and
+    scales as arguments, another scale, or another adapter of the same modules and ranks, compiles
+    nothing; under `jax.vmap`, each image has its own.
+
+    For example, as part of a jitted velocity:
+
+        @eqx.filter_jit
+        def velocity(flux, loras, scales, x, t, **inputs):
+            return fluxjax.attach(flux, loras, scales)(x, t, **inputs)
+
+    **Arguments:**
+
+    - `model`: a `Flux`, `Clip` or `T5`, of weights in any storage.
+    - `loras`: any number of adapters.
+    - `scales`: as for `merge`; they may be traced.
+
+    **Returns:** a network of the same kind, whose adapted matrices are `AdaptedWeight`.
+    **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, OFT,
+    a LoKr whose second factor is whole, full differences, a widened input): merge it instead.
     """
-    plain = _plain(model)
-    wanted = changes_of(plain, loras, check_scales("attach", len(loras), scales))
-    names, slots, parts = leaf_names(plain), slots_of(plain), fused_parts(model.config)  # type: ignore[attr-defined]
-    vectors = {name: found for name, found in wanted.items() if len(slots[name].shape) < 2}
-    model = merge_changes(
-        _in_float32(model, {names[slots[name].leaf] for name in vectors}), vectors, donate=False
-    )
-    matrices: dict[str, dict[int | None, Sequence[tuple[Change, Any]]]] = {}
-    for name, found in wanted.items():
-        if name not in vectors:
-            slot = slots[name]
-            matrices.setdefault(names[slot.leaf], {})[slot.block] = found
+    shapes = _as_dense_shapes(model)
+    changes = changes_of(shapes, loras, check_scales("attach", len(loras), scales))
+    slots = parameters_of(shapes)
+    names = leaf_names(shapes)
+    # Vectors are changed as they are; matrices get factors beside them, by leaf and block.
+    vectors: dict[str, Sequence[ScaledChange]] = {}
+    matrices: dict[str, dict[int | None, Sequence[ScaledChange]]] = {}
+    for name, of_weight in changes.items():
+        slot = slots[name]
+        if len(slot.shape) < 2:
+            vectors[name] = of_weight
+        else:
+            matrices.setdefault(names[slot.leaf], {})[slot.block] = of_weight
+    model = _change_vectors(model, vectors, slots, names)
+    parts = fused_parts(shapes.config)  # type: ignore[attr-defined]
 
-    def adapted(path: Any, weight: Any) -> Any:
-        name = ".".join(str(entry.name) for entry in path)
+    def adapt(path: jax.tree_util.KeyPath, node: Weight | Leaf) -> Weight | Leaf:
+        name = ".".join(str(key.name) for key in path)
         if name not in matrices:
-            return weight
-        if not isinstance(weight, Weight):
-            raise WeightsError(
-                f"{name} is a table, which no low-rank leaf can stand beside. Merge the adapter instead."
-            )
-        return _beside(name, weight, matrices.pop(name), parts)
-
-    return jax.tree_util.tree_map_with_path(
-        adapted, model, is_leaf=lambda node: isinstance(node, Weight)
-    )
-
-
-def _in_float32(model: Network, names: set[str]) -> Network:
-    """Return a network with these leaves in float32."""
-    leaves, structure = jax.tree.flatten(model)
-    found = zip(leaf_names(model), leaves, strict=True)
-    return jax.tree.unflatten(
-        structure, [leaf.astype(jnp.float32) if name in names else leaf for name, leaf in found]
-    )
-
-
-def _plain(model: Network) -> Network:
-    """Return the shapes of a network as if its matrices were stored as themselves."""
-
-    def shape(node: Any) -> Any:
-        if not isinstance(node, Weight) and not eqx.is_array(node):
             return node
+        if not isinstance(node, Weight):
+            raise WeightsError(
+                f"{name} is a lookup table, beside which no low-rank factors can be attached. "
+                "Merge the adapter instead."
+            )
+        return _adapt_weight(name, node, matrices[name], parts)
+
+    return jax.tree_util.tree_map_with_path(adapt, model, is_leaf=is_weight)
+
+
+def _change_vectors(
+    model: Network,
+    changes: WeightChanges,
+    slots: Mapping[str, Parameter],
+    names: Sequence[str],
+) -> Network:
+    """Return a network whose biases and norm scales are changed, in float32 where they are.
+
+    **Arguments:**
+
+    - `model`: of weights in any storage.
+    - `changes`: of vectors only.
+    - `slots`, `names`: the slots and the names of the leaves of the dense network.
+    """
+    changed = {names[slots[name].leaf] for name in changes}
+    leaves, structure = jax.tree.flatten(model)
+    exact = []
+    for name, leaf in zip(leaf_names(model), leaves, strict=True):
+        exact.append(leaf.astype(jnp.float32) if name in changed else leaf)
+    return merge_changes(jax.tree.unflatten(structure, exact), changes, donate=False)
+
+
+def _as_dense_shapes(model: Network) -> Network:
+    """Return the shapes of a network as if all of its weights were dense.
+
+    The slots of dense weights have the names that adapters use, in whatever way weights are
+    stored.
+    """
+
+    def shape(node: Weight | Leaf) -> Dense | jax.ShapeDtypeStruct:
         plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
-        return (
-            eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain)
-            if isinstance(node, Weight)
-            else plain
-        )
+        if not isinstance(node, Weight):
+            return plain
+        # The field is replaced afterwards, because its type allows arrays only.
+        return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain)
 
-    return jax.tree.map(shape, model, is_leaf=lambda node: isinstance(node, Weight))
+    return jax.tree.map(shape, model, is_leaf=is_weight)
 
 
-def _beside(
+def _adapt_weight(
     name: str,
     base: Weight,
-    found: Mapping[int | None, Sequence[tuple[Change, Any]]],
-    parts: Mapping[str, slice],
+    changes: BlockChanges,
+    parts: FusedRows,
 ) -> AdaptedWeight:
-    """Return a weight with the factors of its blocks beside it, padded with zeros to the largest rank."""
-    shape = base.shape[1:] if is_stacked(name) else base.shape
-    factors = {block: factors_of(name, changes, shape, parts) for block, changes in found.items()}
+    """Return a weight with the factors of its changes beside it.
+
+    The factors of all blocks of a stack have the largest rank among them, padded with zeros.
+
+    **Arguments:**
+
+    - `name`: of the leaf.
+    - `base`: the weight, in any storage; it is shared, not copied.
+    - `changes`: of its blocks.
+    - `parts`: the rows of the parts of fused weights.
+    """
     if not is_stacked(name):
-        return AdaptedWeight(base, *factors[None])
+        down, up = combined_factors(name, changes[None], base.shape, parts)
+        return AdaptedWeight(base, jnp.asarray(down), jnp.asarray(up))
+    shape = base.shape[1:]
+    factors = {}
+    for block, of_block in changes.items():
+        factors[block] = combined_factors(name, of_block, shape, parts)
     rank = max(down.shape[0] for down, _ in factors.values())
-    none = (jnp.zeros((rank, shape[1])), jnp.zeros((shape[0], rank)))
-    blocks = [
-        _padded(*factors[block], rank) if block in factors else none
-        for block in range(base.shape[0])
-    ]
-    return AdaptedWeight(
-        base, jnp.stack([down for down, _ in blocks]), jnp.stack([up for _, up in blocks])
-    )
-
-
-def _padded(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
-    extra = rank - down.shape[0]
-    return jnp.pad(down, ((0, extra), (0, 0))), jnp.pad(up, ((0, 0), (0, extra)))
-
-
-def factors_of(
-    name: str,
-    changes: Sequence[tuple[Change, Any]],
-    shape: tuple[int, ...],
-    parts: Mapping[str, slice],
-) -> tuple[Array, Array]:
-    """Return all of a weight's changes as one low-rank product: downs stacked, ups placed in their rows, scales in the ups."""
+    # Blocks that no adapter changes get a product of zeros: a stack has one shape for all.
+    no_change = (jnp.zeros((rank, shape[1])), jnp.zeros((shape[0], rank)))
     downs, ups = [], []
-    for change, scale in changes:
-        factors = change.term.factors()
-        if factors is None:
-            raise WeightsError(
-                f"What an adapter does to {name} ({type(change.term).__name__}) has no low-rank form. Merge it instead."
-            )
-        extra = shape[1] - factors[1].shape[1]
-        if extra < 0:
-            raise WeightsError(
-                f"An adapter widens {name}, which no low-rank leaf can. Merge it instead."
-            )
-        start, stop = rows_of(change, shape, parts)
-        up = jnp.float32(scale) * factors[0]
-        up = jnp.roll(up, (stop - start) // 2, axis=0) if change.swap else up
-        downs.append(
-            jnp.pad(factors[1], ((0, 0), (0, extra)))
-        )  # of the input, of which it may adapt the first columns only
-        ups.append(jnp.zeros((shape[0], up.shape[1])).at[start:stop].set(up))
-    return jnp.concatenate(downs), jnp.concatenate(ups, axis=1)
+    for block in range(base.shape[0]):
+        if block in factors:
+            block_down, block_up = factors[block]
+            down, up = _pad_rank(block_down, block_up, rank)
+        else:
+            down, up = no_change
+        downs.append(down)
+        ups.append(up)
+    return AdaptedWeight(base, jnp.stack(downs), jnp.stack(ups))
+
+
+def _pad_rank(
+    down: Factor,
+    up: Factor,
+    rank: int,
+) -> tuple[Array, Array]:
+    """Return factors of a larger rank with the same product, padded with zeros."""
+    missing = rank - down.shape[0]
+    padded_down = jnp.pad(down, ((0, missing), (0, 0)))
+    padded_up = jnp.pad(up, ((0, 0), (0, missing)))
+    return padded_down, padded_up

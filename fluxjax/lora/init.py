@@ -1,21 +1,27 @@
-"""A new adapter, to be trained."""
+"""A new adapter, to be trained.
+
+`init_lora` makes it and `trainable` says which of its leaves are trained. The training loss
+applies it by `attach`, and `write_lora` writes the result.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.plan import slots_of
-from fluxjax.lora.merge import kind_of
-from fluxjax.lora.read import Change, Lora
+from fluxjax.checkpoint.weights import parameters_of
+from fluxjax.lora.adapter import Change, Lora
+from fluxjax.lora.networks import LOOKUP_TABLES, network_kind
 from fluxjax.lora.terms import LowRankTerm
 from fluxjax.shapes import PRNGKeyArray
 
 BLOCKS = (r"(double|single|blocks)\..*\.(qkv|out|up|down|gate|linear1|linear2|q|k|v)",)
-"""The attention and the MLP of every block."""
+"""The attention and the MLP of every block, as `targets` of `init_lora`."""
+
+_LARGEST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 
 
 @convert_arguments
@@ -27,77 +33,114 @@ def init_lora(
     alpha: float | None = None,
     key: PRNGKeyArray,
 ) -> Lora:
-    """Return an adapter that changes nothing yet: downs are drawn with standard deviation 1 / sqrt(columns), ups are zeros.
+    """Return a LoRA that changes nothing yet.
 
-    **Arguments:** `model`: a `Flux`, `Clip` or `T5`, or its shapes. `rank`: at least 1. `targets`: regular expressions
-    that the whole name of a weight has to match, as "double.0.img.qkv" (without ".weight"), or one of them. `alpha`: the
-    factor is alpha / rank; the rank by default.
-    **Raises:** `ValueError` for a rank below 1 or larger than every chosen matrix, an alpha that is not finite, or a pattern
-    that is not valid or matches no matrix.
+    Its downs are drawn with standard deviation 1 / sqrt(columns); its ups are zeros.
+
+    For example, for the attention of the double blocks:
+
+        init_lora(flux, 16, [r"double\\..*\\.(qkv|out)"], key=jax.random.key(0))
+
+    **Arguments:**
+
+    - `model`: a `Flux`, `Clip` or `T5`, or its shapes.
+    - `rank`: at least 1, and at most that of the largest chosen matrix.
+    - `targets`: regular expressions, or one of them. A weight is chosen if one matches its whole
+      name without ".weight", as in "double.0.img.qkv".
+    - `alpha`: the factor of the product is alpha / rank; the rank by default.
+    - `key`: for the draws.
+
+    **Raises:** `ValueError` for a rank below 1 or larger than every chosen matrix, an alpha that
+    is not finite, or a pattern that is not valid or matches no matrix.
+
     **Source:** Hu et al. 2021, section 4.1.
     """
     if rank < 1:
         raise ValueError(f"`init_lora` needs a rank of at least 1, got {rank}.")
-    if alpha is not None and not abs(alpha) <= float(jnp.finfo(jnp.float32).max):
+    if alpha is not None and not abs(alpha) <= _LARGEST_FLOAT32:
         raise ValueError(
-            f"`init_lora(alpha)` needs a number that is finite in float32, got {alpha}. Pass the rank, or less."
+            f"`init_lora(alpha)` needs a number that is finite in float32, got {alpha}. "
+            "Pass the rank, or less."
         )
-    kind, targets = kind_of("init_lora", model), [targets] if isinstance(targets, str) else targets
-    matrices = {
-        name.removesuffix(".weight"): slot.shape
-        for name, slot in slots_of(model).items()
-        if _is_matrix(name, slot.shape)
-    }
-    patterns = [_compiled(target) for target in targets]
-    idle = [pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, matrices))]
-    if idle or not targets:
-        some = ", ".join(list(matrices)[:3])
-        raise ValueError(
-            f"`init_lora(targets)`: {idle or 'no patterns'} match no matrix of this network. Its names are as {some}."
-        )
-    chosen = {
-        name: shape
-        for name, shape in matrices.items()
-        if any(pattern.fullmatch(name) for pattern in patterns)
-    }
+    network = network_kind("init_lora", model)
+    patterns = [targets] if isinstance(targets, str) else targets
+    chosen = _choose(_matrices(model), patterns)
     largest = max(min(shape) for shape in chosen.values())
     if rank > largest:
         raise ValueError(
-            f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, got {rank}."
+            f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, "
+            f"got {rank}."
         )
+    # Alpha is the rank by default, so the factor is 1.
     factor = jnp.float32((rank if alpha is None else alpha) / rank)
+    # One key for each matrix, so that no two downs are equal.
+    subkeys = jax.random.split(key, len(chosen))
     changes: dict[str, tuple[Change, ...]] = {}
-    for subkey, (name, (rows, columns)) in zip(
-        jax.random.split(key, len(chosen)), chosen.items(), strict=True
-    ):
+    for subkey, (name, (rows, columns)) in zip(subkeys, chosen.items(), strict=True):
         down = jax.random.normal(subkey, (rank, columns)) / columns**0.5
-        changes[f"{name}.weight"] = (
-            Change(LowRankTerm(jnp.zeros((rows, rank)), down, factor), None, False),
+        term = LowRankTerm(jnp.zeros((rows, rank)), down, factor)
+        changes[f"{name}.weight"] = (Change(term, None, False),)
+    return Lora({network: changes}, "new")
+
+
+def _matrices(model: eqx.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices of a network, by name without ".weight"."""
+    matrices: dict[str, tuple[int, ...]] = {}
+    for name, slot in parameters_of(model).items():
+        if len(slot.shape) == 2 and name not in LOOKUP_TABLES:
+            matrices[name.removesuffix(".weight")] = slot.shape
+    return matrices
+
+
+def _choose(
+    matrices: Mapping[str, tuple[int, ...]], targets: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the matrices whose names match one of the patterns.
+
+    **Arguments:**
+
+    - `matrices`: shapes by name.
+    - `targets`: regular expressions of whole names.
+
+    **Raises:** `ValueError` for a pattern that matches none.
+    """
+    patterns = [_compile_target(target) for target in targets]
+    unmatched = []
+    for pattern in patterns:
+        if not any(pattern.fullmatch(name) for name in matrices):
+            unmatched.append(pattern.pattern)
+    if unmatched or not targets:
+        examples = ", ".join(list(matrices)[:3])
+        raise ValueError(
+            f"`init_lora(targets)`: {unmatched or 'no patterns'} match no matrix of this network. "
+            f"Its names are as {examples}."
         )
-    return Lora({kind: changes}, "new")
+    chosen = {}
+    for name, shape in matrices.items():
+        if any(pattern.fullmatch(name) for pattern in patterns):
+            chosen[name] = shape
+    return chosen
 
 
-def _compiled(target: str) -> re.Pattern:
+def _compile_target(target: str) -> re.Pattern:
+    """**Raises:** `ValueError` for a pattern that is not a valid regular expression."""
     try:
         return re.compile(target)
     except re.error as error:
         raise ValueError(
-            f"`init_lora(targets)`: {target!r} is not a valid regular expression: {error}."
+            f"`init_lora(targets)`: {target!r} is not a valid regular expression: {error}. "
+            "Escape the characters that are meant as they are."
         ) from error
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name not in (
-        "tokens.weight",
-        "positions.weight",
-        "position_bias.weight",
-    )
-
-
 def trainable(lora: Lora) -> Lora:
-    """Return which leaves of an adapter are trained, as a tree of booleans: its factors, but not alpha / rank."""
+    """Return which leaves of an adapter are trained: its factors, but not alpha / rank.
 
-    def is_trained(path, leaf) -> bool:
+    **Returns:** the same tree with a bool for each leaf, as optax and `eqx.partition` take it.
+    """
+
+    def is_trained(path: tuple[jax.tree_util.KeyEntry, ...], leaf: object) -> bool:
+        # Weight decay would shrink alpha / rank, which is a constant of the method.
         return eqx.is_inexact_array(leaf) and getattr(path[-1], "name", "") != "factor"
 
     return jax.tree_util.tree_map_with_path(is_trained, lora)

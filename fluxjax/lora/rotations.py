@@ -1,18 +1,30 @@
-"""The orthogonal blocks of OFT and BOFT, from the parameters that LyCORIS and PEFT store."""
+"""The orthogonal blocks of OFT and BOFT, from the parameters that LyCORIS and PEFT store.
+
+An orthogonal block is the Cayley transform of a skew-symmetric one. It is computed in float64, in
+NumPy, once as a file is read, so that a merge only multiplies by the result.
+"""
 
 import numpy as np
 
-from fluxjax.lora.settings import Settings
+from fluxjax.lora.peft_settings import PeftSettings
 
 
 def cayley(blocks: np.ndarray, limit: float) -> np.ndarray:
-    """Return (I + Q) (I - Q)^-1 of each block's skew part Q = block - block^T, in float32.
+    """Return the Cayley transform (I + Q) (I - Q)^-1 of each block, where Q = block - block^T.
 
-    **Arguments:** `blocks`: [..., size, size]. `limit`: the largest Frobenius norm of all Q together; 0 for none.
+    **Arguments:**
+
+    - `blocks`: [..., size, size].
+    - `limit`: the largest Frobenius norm of all Q together, to which larger ones are scaled down;
+      0 for no limit.
+
+    **Returns:** orthogonal blocks of the same shape, in float32.
+
     **Source:** LyCORIS, `lycoris.functional.diag_oft.get_r`; Qiu et al. 2023, section 4.
     """
     blocks = blocks.astype(np.float64)
     skew = blocks - np.swapaxes(blocks, -1, -2)
+    # LyCORIS adds this constant too, so that the scaled blocks are the same.
     norm = float(np.linalg.norm(skew)) + 1e-8
     if 0 < limit < norm:
         skew *= limit / norm
@@ -20,60 +32,122 @@ def cayley(blocks: np.ndarray, limit: float) -> np.ndarray:
     return ((identity + skew) @ np.linalg.inv(identity - skew)).astype(np.float32)
 
 
-def peft_cayley(vectors: np.ndarray, size: int, settings: Settings) -> np.ndarray:
-    """Return the blocks of PEFT's OFT: (I - Q) (I + Q)^-1, or PEFT's series, of the skew Q whose upper triangle is stored.
+def peft_cayley(
+    vectors: np.ndarray,
+    size: int,
+    settings: PeftSettings,
+) -> np.ndarray:
+    """Return the blocks of PEFT's OFT: the Cayley transform (I - Q) (I + Q)^-1, or its series.
 
-    **Arguments:** `vectors`: [blocks, size (size - 1) / 2]. `settings`: the options of the series, and of constrained OFT.
+    **Arguments:**
+
+    - `vectors`: [blocks, size (size - 1) / 2], the upper triangles of the skew-symmetric Q.
+    - `size`: of a block.
+    - `settings`: say whether it is the series, and whether OFT is constrained.
+
+    **Returns:** blocks [blocks, size, size] in float32, orthogonal up to the error of the series.
+
     **Source:** peft, `OFTRotationModule`.
     """
     upper = np.zeros((len(vectors), size, size))
     upper[:, *np.triu_indices(size, 1)] = vectors
     skew = upper - np.swapaxes(upper, 1, 2)
     if settings.constrained:
-        most = settings.epsilon / np.sqrt(len(vectors))
-        norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
-        skew = skew * np.where(
-            norm <= most, 1.0, most / np.maximum(norm, np.finfo(np.float64).tiny)
-        )
+        skew = _project(skew, settings.epsilon / np.sqrt(len(vectors)))
+    if settings.neumann:
+        return _neumann_series(skew, settings.terms).astype(np.float32)
     identity = np.eye(size)
-    if not settings.neumann:
-        return ((identity - skew) @ np.linalg.inv(identity + skew)).astype(np.float32)
-    return _series(skew, settings.terms).astype(np.float32)
+    return ((identity - skew) @ np.linalg.inv(identity + skew)).astype(np.float32)
 
 
-def _series(skew: np.ndarray, terms: int) -> np.ndarray:
-    """Return I + 2 Q + 2 Q^2 + … + Q^last, as PEFT ends it: the last power counts once."""
+def _project(skew: np.ndarray, radius: float) -> np.ndarray:
+    """Scale down each block whose Frobenius norm is larger than the radius.
+
+    **Arguments:**
+
+    - `skew`: [blocks, size, size].
+    - `radius`: the largest norm that a block keeps.
+    """
+    norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
+    # The smallest normal number only keeps a zero block from a division by 0.
+    factor = radius / np.maximum(norm, np.finfo(np.float64).tiny)
+    return skew * np.where(norm <= radius, 1.0, factor)
+
+
+def _neumann_series(skew: np.ndarray, terms: int) -> np.ndarray:
+    """Return I + 2 Q + 2 Q^2 + … + Q^last; as in PEFT, the last power counts once.
+
+    **Arguments:**
+
+    - `skew`: Q of each block, [blocks, size, size].
+    - `terms`: their number, as PEFT's settings have it.
+    """
     total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
     if terms > 1:
         total += 2 * skew
-    if terms > 2:
-        power, last = skew, max(3, terms - 1)
-        for order in range(2, last + 1):
-            power = power @ skew
-            total += power if order == last else 2 * power
+    if terms <= 2:
+        return total
+    last = max(3, terms - 1)
+    power = skew
+    for exponent in range(2, last + 1):
+        power = power @ skew
+        if exponent == last:
+            total += power
+        else:
+            total += 2 * power
     return total
 
 
-def butterfly_order(stages: int, number: int, size: int) -> np.ndarray | None:
-    """Return the order of the rows in each stage of LyCORIS's BOFT, or None for blocks that make no butterfly."""
-    if size % 2 or stages > 32 or number % 2 ** (stages - 1):
-        return None
-    rows = np.arange(number * size, dtype=np.int32)
-    widths = [2**stage * size // 2 for stage in range(stages)]
-    return np.stack([rows.reshape(-1, 2, width).swapaxes(1, 2).reshape(-1) for width in widths])
+def butterfly_order(
+    stages: int,
+    number: int,
+    size: int,
+) -> np.ndarray | None:
+    """Return the permutation of the rows in each stage of LyCORIS's BOFT.
 
+    **Arguments:**
 
-def peft_butterfly_order(stages: int, number: int, size: int) -> np.ndarray | None:
-    """Return the order of the inputs in each stage of PEFT's BOFT, or None for blocks that make no butterfly.
+    - `stages`: the number of factors of the rotation.
+    - `number`, `size`: of the blocks of a stage.
 
-    **Source:** peft, `BOFTLayer.block_butterfly_perm`: in each block of 2^(stage + 1) half blocks, the even ones come first.
+    **Returns:** [stages, number * size]; None for blocks that can't make a butterfly.
     """
-    rows = np.arange(number * size, dtype=np.int32)
-    if stages == 1:
-        return rows[None]
     if size % 2 or stages > 32 or number % 2 ** (stages - 1):
         return None
-    halves = [rows.reshape(-1, 2**stage, 2, size // 2) for stage in range(stages)]
-    return np.stack(
-        [np.argsort(half.swapaxes(1, 2).reshape(-1)).astype(np.int32) for half in halves]
-    )
+    rows = np.arange(number * size, dtype=np.int32)
+    orders = []
+    for stage in range(stages):
+        width = 2**stage * size // 2
+        orders.append(rows.reshape(-1, 2, width).swapaxes(1, 2).reshape(-1))
+    return np.stack(orders)
+
+
+def peft_butterfly_order(
+    stages: int,
+    number: int,
+    size: int,
+) -> np.ndarray | None:
+    """Return the permutation of the inputs in each stage of PEFT's BOFT.
+
+    In each group of 2^(stage + 1) half blocks, the even ones come first.
+
+    **Arguments:**
+
+    - `stages`: the number of factors of the rotation.
+    - `number`, `size`: of the blocks of a stage.
+
+    **Returns:** [stages, number * size]; None for blocks that can't make a butterfly.
+
+    **Source:** peft, `BOFTLayer.block_butterfly_perm`.
+    """
+    inputs = np.arange(number * size, dtype=np.int32)
+    # A single stage has no permutation, and so no condition on its blocks.
+    if stages == 1:
+        return inputs[None]
+    if size % 2 or stages > 32 or number % 2 ** (stages - 1):
+        return None
+    orders = []
+    for stage in range(stages):
+        halves = inputs.reshape(-1, 2**stage, 2, size // 2)
+        orders.append(np.argsort(halves.swapaxes(1, 2).reshape(-1)).astype(np.int32))
+    return np.stack(orders)

@@ -1,11 +1,15 @@
 """The four networks as immutable Equinox modules, and the layers that they are made of.
 
-A network takes one example; `jax.vmap` makes a batch. Blocks of one kind are stacked along a
-leading axis.
+A network takes one example. `eqx.filter_vmap(network)` takes a batch, and
+`eqx.filter_jit(eqx.filter_vmap(network))` compiles it with the weights as arguments. (`jax.vmap` of
+a network is for code that is traced already: jitted by itself it would close over the weights.)
+Blocks of one kind are stacked along a leading axis.
 """
 
 from fluxjax.nets.clip import Clip, ClipConfig
-from fluxjax.nets.flux import DegradedBlocks, Flux, FluxConfig, Prepared
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux, Prepared
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import QuantizedWeight, quantize
 from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config

@@ -1,5 +1,6 @@
 """CLIP's text encoder: token ids to a pooled vector."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -11,18 +12,39 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Embedding, LayerNorm, Linear, check_ids, gelu
-from fluxjax.nets.stack import scan_blocks, stack
+from fluxjax.nets.scan import scan_blocks
+from fluxjax.nets.stack import stack
+from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
+"""One hidden state per token."""
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _exact_gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "quick_gelu": _quick_gelu,
+    "gelu": _exact_gelu,
+    "gelu_tanh": gelu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """The numbers of a CLIP text encoder; the defaults are CLIP-L's.
+    """The sizes of a CLIP text encoder; the defaults are those of CLIP-L.
 
-    `positions`: the most tokens it takes. `eos_token`: the id that ends a text, where the pooled state is read; None
-    for the largest id present, the rule of CLIP's older configs. `activation`: "quick_gelu" (x sigmoid(1.702 x)) or "gelu".
+    `vocabulary`: number of token ids. `positions`: the most tokens that it takes. `width`: features
+    of a token. `mlp_width`: hidden features of the MLPs. `eos_token`: the id that ends a text,
+    where the pooled state is read; None for the largest id present, the rule of CLIP's older
+    configs. `activation`: "quick_gelu" (x sigmoid(1.702 x)), "gelu" or "gelu_tanh". `eps`: of the
+    norms.
     """
 
     vocabulary: int = 49408
@@ -42,24 +64,21 @@ class ClipConfig:
             )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(
-                f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of {', '.join(_ACTIVATIONS)}."
+                f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of "
+                f"{', '.join(_ACTIVATIONS)}."
             )
 
     @classmethod
     def large(cls) -> "ClipConfig":
-        """CLIP ViT-L/14's text encoder."""
+        """The text encoder of CLIP ViT-L/14, the one of FLUX.1."""
         return cls()
 
 
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": gelu,
-}
-
-
 class ClipBlock(eqx.Module):
-    """Causal attention and an MLP, each after a LayerNorm and with a skip."""
+    """Causal attention and an MLP, each after a LayerNorm and with a residual connection.
+
+    `q`, `k`, `v`, `out`: of the attention. `up`, `down`: of the MLP.
+    """
 
     norm1: LayerNorm
     q: Linear
@@ -74,30 +93,47 @@ class ClipBlock(eqx.Module):
 
     def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
         width, hidden = config.width, config.mlp_width
-        *projections, up, down = jax.random.split(key, 6)
-        self.head_dim, self.activation = config.width // config.heads, config.activation
-        self.norm1, self.norm2 = LayerNorm(width, eps=config.eps), LayerNorm(width, eps=config.eps)
-        self.q, self.k, self.v, self.out = (Linear(width, width, key=k) for k in projections)
-        self.up, self.down = Linear(width, hidden, key=up), Linear(hidden, width, key=down)
+        q, k, v, out, up, down = jax.random.split(key, 6)
+        self.head_dim = width // config.heads
+        self.activation = config.activation
+        self.norm1 = LayerNorm(width, eps=config.eps)
+        self.norm2 = LayerNorm(width, eps=config.eps)
+        self.q = Linear(width, width, key=q)
+        self.k = Linear(width, width, key=k)
+        self.v = Linear(width, width, key=v)
+        self.out = Linear(width, width, key=out)
+        self.up = Linear(width, hidden, key=up)
+        self.down = Linear(hidden, width, key=down)
 
     def __call__(self, x: States) -> States:
-        y = self.norm1(x)
+        """Return the hidden states after this block."""
+        x = x + self._attend(self.norm1(x))
+        activation = _ACTIVATIONS[self.activation]
+        hidden = activation(self.up(self.norm2(x)))
+        return x + self.down(hidden)
+
+    def _attend(self, x: States) -> States:
         q, k, v = (
-            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
+            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
             for layer in (self.q, self.k, self.v)
         )
-        mixed = attention(q, k, v, causal=True, implementation="xla")
-        x = x + self.out(rearrange(mixed, "t h d -> t (h d)"))
-        return x + self.down(_ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+        # Of at most 77 tokens: a fused implementation would gain nothing.
+        attended = attention(q, k, v, causal=True, implementation="xla")
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
 
 
 class Clip(eqx.Module):
-    """The encoder, blocks stacked. Source: Radford et al. 2021, section 2.4."""
+    """The encoder, blocks stacked.
+
+    It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(clip))` encodes a batch of them.
+
+    **Source:** Radford et al. 2021, section 2.4.
+    """
 
     config: ClipConfig = eqx.field(static=True)
     tokens: Embedding
     positions: Embedding
-    blocks: ClipBlock
+    blocks: ClipBlock  # stacked
     norm: LayerNorm
 
     def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
@@ -108,26 +144,40 @@ class Clip(eqx.Module):
         self.blocks = stack(lambda key: ClipBlock(config, key=key), config.depth, key=blocks)
         self.norm = LayerNorm(config.width, eps=config.eps)
 
+    def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
+        return describe_network(self)
+
     @convert_arguments
     def hidden_states(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
-        """Return the state of every token after the final norm; arguments as for a call."""
+        """Return the hidden state of every token after the final norm.
+
+        **Arguments:** and **Raises:** as for a call of the network.
+        """
         check_ids("Clip", ids, self.config.vocabulary)
         if len(ids) > self.config.positions:
             raise ValueError(
                 f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. "
                 "Truncate the text, keeping its end token."
             )
-        x = self.tokens(ids, dtype) + self.positions(jnp.arange(len(ids)), dtype)
-        return self.norm(scan_blocks(self.blocks, x, lambda block, x: block(x)))
+        positions = self.positions(jnp.arange(len(ids)), dtype)
+        x = self.tokens(ids, dtype) + positions
+        x = scan_blocks(self.blocks, x, lambda block, x: block(x))
+        return self.norm(x)
 
     @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> Float[Array, " width"]:
-        """Return the pooled state: that of the first end-of-text token.
+        """Return the pooled state: the hidden state of the first end-of-text token.
 
-        **Arguments:** `ids`: token ids, at most `positions`. `dtype`: of the activations, by default the weights'.
-        **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids outside of it give NaN.
+        **Arguments:** `ids`: token ids, at most `positions` of them. `dtype`: of the activations,
+        by default that of the weights.
+        **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids
+        outside of it give NaN.
         """
         check_ids("Clip", ids, self.config.vocabulary)
-        eos = self.config.eos_token
-        end = jnp.argmax(ids if eos is None else (ids == eos).astype(jnp.int32))
+        # argmax returns the first of equal values.
+        if self.config.eos_token is None:
+            end = jnp.argmax(ids)
+        else:
+            end = jnp.argmax((ids == self.config.eos_token).astype(jnp.int32))
         return self.hidden_states(ids, dtype=dtype)[end]

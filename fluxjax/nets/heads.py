@@ -1,104 +1,165 @@
-"""Queries, keys and values of the joint attention, from each modality's projection: cut, joined, normed and rotated."""
+"""Queries, keys and values of the joint attention, of the projections of text and image tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from fluxjax.kernels.blocks import chip_of, default_device
+from fluxjax.kernels.chips import default_device, tpu_chip_name
 from fluxjax.nets.layers import RmsNorm, Rotation, rotate
 from fluxjax.shapes import Array, Float
 
 Heads = Float[Array, "tokens heads head_dim"]
+"""The features of tokens, as those of each head."""
+QueryKeyValue = tuple[Heads, Heads, Heads]
+JointAttention = Callable[[Heads, Heads, Heads, int], Heads]
+"""(q, k, v, txt_tokens) -> values: an attention over the text's tokens, then the image's."""
+KernelRotation = tuple[Array, Array]
+"""A rotation as the fused kernel takes it: one factor for a feature, one for its neighbour."""
 
 
 class Projection(NamedTuple):
-    """What a modality's tokens give to the joint attention: a projection, whose first columns are q, k and v, and norms."""
+    """The projected tokens of one modality, and the norms of its queries and keys.
+
+    `projected`: its first columns are q, k and v of all heads; more columns may follow.
+    `query_norm`, `key_norm`: over the features of a head.
+    """
 
     projected: Float[Array, "tokens columns"]
     query_norm: RmsNorm
     key_norm: RmsNorm
 
 
-class Turn(NamedTuple):
-    """The tokens' rotation, and what the kernel takes of it, on a TPU."""
+class PreparedRotation(NamedTuple):
+    """RoPE's rotation of all tokens, also in the form that the fused kernel takes (TPUs only)."""
 
     rotation: Rotation
-    factors: tuple[Array, Array] | None
+    kernel_rotation: KernelRotation | None
 
 
-def turn_of(rotation: Rotation) -> Turn:
-    """Return what `heads_of` takes of a rotation; called outside of the blocks' loop, so that it is made once."""
-    if default_device().platform != "tpu":
-        return Turn(rotation, None)
-    from fluxjax.kernels.heads_tpu import factors_of  # Pallas takes a third of a second to import
+def prepare_rotation(rotation: Rotation) -> PreparedRotation:
+    """Return a rotation for `query_key_value`.
 
-    return Turn(rotation, factors_of(*rotation))
-
-
-def heads_of(
-    parts: Sequence[Projection], turn: Turn, width: int, *, fused: bool = False
-) -> tuple[Heads, Heads, Heads]:
-    """Return q, k and v of the parts' tokens, a part after the other; q and k are normed and rotated.
-
-    **Arguments:** `width`: columns of each of q, k and v. `fused`: as one kernel, on a TPU, where that suits the shapes; it has
-    gradients by reverse mode alone, of what is not fused.
+    Call it outside of the loop over the blocks, so that it is computed once for all of them.
     """
-    if fused and turn.factors is not None:
-        from fluxjax.kernels.heads_tpu import suits
-
-        chip, dim = chip_of(default_device()), len(parts[0].query_norm.scale)
-        if suits(
-            [len(part.projected) for part in parts], width, dim, parts[0].projected.dtype, chip
-        ):
-            return _fused((width, chip), tuple(parts), *turn)
-    return _apart(parts, turn.rotation, width)
-
-
-def _apart(
-    parts: Sequence[Projection], rotation: Rotation, width: int
-) -> tuple[Heads, Heads, Heads]:
-    def normed(part: Projection) -> tuple[Heads, Heads, Heads]:
-        dim, qkv = part.query_norm.scale.shape[-1], part.projected[:, : 3 * width]
-        q, k, v = rearrange(
-            qkv, "tokens (three heads dim) -> three tokens heads dim", three=3, dim=dim
-        )
-        return part.query_norm(q), part.key_norm(k), v
-
-    q, k, v = (
-        jnp.concatenate(each) if len(each) > 1 else each[0]
-        for each in zip(*map(normed, parts), strict=True)
+    if default_device().platform != "tpu":
+        return PreparedRotation(rotation, None)
+    from fluxjax.kernels.qkv_tpu import (
+        rotation_factors,  # Pallas takes a third of a second to import
     )
+
+    return PreparedRotation(rotation, rotation_factors(*rotation))
+
+
+def query_key_value(
+    projections: Sequence[Projection],
+    rotation: PreparedRotation,
+    width: int,
+    *,
+    fused: bool = False,
+) -> QueryKeyValue:
+    """Return q, k and v of the joint attention, where q and k are normalized and rotated.
+
+    The tokens of the projections are concatenated in their order.
+
+    **Arguments:** `projections`: of one modality or two, or of both as one sequence. `rotation`: of
+    all tokens. `width`: columns of each of q, k and v. `fused`: run one kernel, on a TPU and where
+    it takes these shapes. It has gradients in reverse mode only, which are those of the unfused
+    computation.
+    """
+    if fused and rotation.kernel_rotation is not None:
+        from fluxjax.kernels.qkv_tpu import fused_qkv_supported
+
+        chip = tpu_chip_name(default_device())
+        head_dim = len(projections[0].query_norm.scale)
+        dtype = projections[0].projected.dtype
+        counts = [len(projection.projected) for projection in projections]
+        # Where the kernel does not take these shapes, nothing is lost but time.
+        if fused_qkv_supported(counts, width, head_dim, dtype, chip):
+            return _fused((width, chip), tuple(projections), *rotation)
+    return _unfused(projections, rotation.rotation, width)
+
+
+def _unfused(
+    projections: Sequence[Projection],
+    rotation: Rotation,
+    width: int,
+) -> QueryKeyValue:
+    """Compute `query_key_value` with separate operations, which XLA fuses as it can."""
+    parts = [_split_and_normalize(projection, width) for projection in projections]
+    # Concatenated after the norms, whose scales differ between the modalities.
+    if len(parts) > 1:
+        q, k, v = (jnp.concatenate(each) for each in zip(*parts, strict=True))
+    else:
+        q, k, v = parts[0]
     return rotate(q, rotation), rotate(k, rotation), v
+
+
+def _split_and_normalize(projection: Projection, width: int) -> QueryKeyValue:
+    """Return q, k and v of one modality, where q and k are normalized."""
+    q, k, v = rearrange(
+        projection.projected[:, : 3 * width],
+        "tokens (three heads head_dim) -> three tokens heads head_dim",
+        three=3,
+        head_dim=projection.query_norm.scale.shape[-1],
+    )
+    return projection.query_norm(q), projection.key_norm(k), v
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    call: tuple[int, str],
-    parts: tuple[Projection, ...],
+    width_and_chip: tuple[int, str],
+    projections: tuple[Projection, ...],
     rotation: Rotation,
-    factors: tuple[Array, Array],
-) -> Any:
-    from fluxjax.kernels.heads_tpu import LANES, heads
+    kernel_rotation: KernelRotation,
+) -> QueryKeyValue:
+    """Compute `query_key_value` with one kernel.
 
-    width, chip = call
-    given = [(part.projected, part.query_norm.scale, part.key_norm.scale) for part in parts]
-    found = heads(given, factors, width=width, eps=parts[0].query_norm.eps, chip=chip)
-    return tuple(rearrange(x, "tokens (heads dim) -> tokens heads dim", dim=LANES) for x in found)
+    **Arguments:** `rotation`: unused here; the gradient goes to it.
+    """
+    from fluxjax.kernels.qkv_tpu import LANES, fused_qkv_tpu
+
+    width, chip = width_and_chip
+    operands = []
+    for projection in projections:
+        scales = projection.query_norm.scale, projection.key_norm.scale
+        operands.append((projection.projected, *scales))
+    eps = projections[0].query_norm.eps
+    results = fused_qkv_tpu(operands, kernel_rotation, width=width, eps=eps, chip=chip)
+    q, k, v = (
+        rearrange(x, "tokens (heads head_dim) -> tokens heads head_dim", head_dim=LANES)
+        for x in results
+    )
+    return q, k, v
+
+
+Residuals = tuple[tuple[Projection, ...], Rotation]
+"""What a gradient needs of the forward pass: the inputs, of which it computes all again."""
 
 
 def _fused_fwd(
-    call: tuple[int, str], parts: Any, rotation: Rotation, factors: Any
-) -> tuple[Any, Any]:
-    return _fused(call, parts, rotation, factors), (parts, rotation)
+    width_and_chip: tuple[int, str],
+    projections: tuple[Projection, ...],
+    rotation: Rotation,
+    kernel_rotation: KernelRotation,
+) -> tuple[QueryKeyValue, Residuals]:
+    result = _fused(width_and_chip, projections, rotation, kernel_rotation)
+    return result, (projections, rotation)
 
 
-def _fused_bwd(call: tuple[int, str], kept: tuple[Any, Rotation], grads: Any) -> tuple:
-    # The factors are of the rotation, which has the whole of the gradient.
-    return *jax.vjp(partial(_apart, width=call[0]), *kept)[1](grads), None
+def _fused_bwd(
+    width_and_chip: tuple[int, str],
+    residuals: Residuals,
+    cotangents: QueryKeyValue,
+) -> tuple[tuple[Projection, ...], Rotation, None]:
+    """Differentiate the unfused computation."""
+    _, pullback = jax.vjp(partial(_unfused, width=width_and_chip[0]), *residuals)
+    projections, rotation = pullback(cotangents)
+    # The kernel's form of the rotation is a function of it: all of the gradient goes to `rotation`.
+    return projections, rotation, None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

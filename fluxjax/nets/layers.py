@@ -1,4 +1,4 @@
-"""The layers that the networks share. A weight's storage is one abstract type, `Weight`."""
+"""The layers that several networks share: linear, embedding, norms, modulation and positions."""
 
 import math
 from typing import NamedTuple
@@ -11,44 +11,69 @@ from jax.typing import DTypeLike
 
 from fluxjax.nets.weight import Dense, Weight
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, Ids, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
+
+Features = Float[Array, "*batch features"]
+"""Features along the last axis; each layer treats the other axes as a batch."""
+Outputs = Float[Array, "*batch out"]
+"""What a layer makes of `Features`, with another number of them."""
+Vector = Float[Array, " features"]
+"""One number for each feature, the same for the whole batch."""
 
 
 class Linear(eqx.Module):
-    """x W^T + b over the last axis, in the dtype of x."""
+    """x W^T + b over the last axis, in the dtype of x.
+
+    `weight`: the matrix, [out, features], in any storage. `bias`: None for a layer without one.
+    """
 
     weight: Weight
     bias: Float[Array, " out"] | None
 
     def __init__(
-        self, features: int, out: int, *, bias: bool = True, scale: float = 1.0, key: PRNGKeyArray
+        self,
+        features: int,
+        out: int,
+        *,
+        bias: bool = True,
+        scale: float = 1.0,
+        key: PRNGKeyArray,
     ):
-        """Draw the weight with standard deviation scale / sqrt(features), the bias as zeros."""
-        self.weight = Dense(jax.random.normal(key, (out, features)) * (scale / math.sqrt(features)))
+        """Draw the weight with standard deviation scale / sqrt(features); the bias is zeros."""
+        deviation = scale / math.sqrt(features)
+        self.weight = Dense(jax.random.normal(key, (out, features)) * deviation)
         self.bias = jnp.zeros(out) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Features) -> Outputs:
         y = self.weight.matmul(x)
         if self.bias is not None:
+            # Added before the rounding to x.dtype: the product may be wider.
             y = y + self.bias.astype(y.dtype)
         return y.astype(x.dtype)
 
 
-def check_ids(call: str, ids: Array, vocabulary: int) -> None:
+def check_ids(
+    call: str,
+    ids: Array,
+    vocabulary: int,
+) -> None:
     """Check token ids; of traced ones, only that there are some.
 
+    **Arguments:** `call`: the name of the network that got them, for the message. `vocabulary`:
+    the number of ids that it knows.
     **Raises:** `ValueError` for no ids, or an id outside of the vocabulary.
     """
     if len(ids) == 0:
         raise ValueError(f"`{call}(ids)` needs at least one token. Make the ids with `tokenize`.")
     if isinstance(ids, jax.core.Tracer):
+        # Their values are not known yet; `Embedding` gives NaN for those outside.
         return
-    known = np.asarray(ids)
-    wrong = known[(known < 0) | (known >= vocabulary)]
-    if wrong.size:
+    values = np.asarray(ids)
+    outside = values[(values < 0) | (values >= vocabulary)]
+    if outside.size:
         raise ValueError(
-            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {wrong[0]}. Make them with the model's own "
-            "tokenizers."
+            f"`{call}(ids)` takes ids of its vocabulary, 0 to {vocabulary - 1}, got {outside[0]}. "
+            "Make them with the model's own tokenizers."
         )
 
 
@@ -57,115 +82,178 @@ class Embedding(eqx.Module):
 
     weight: Float[Array, "entries width"]
 
-    def __init__(self, entries: int, width: int, *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        entries: int,
+        width: int,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """Draw the table from a standard normal distribution."""
         self.weight = jax.random.normal(key, (entries, width))
 
-    def __call__(self, ids: Array, dtype: DTypeLike | None = None) -> Float[Array, "*ids width"]:
-        # By default negative ids count from the end.
-        inside = jnp.where(ids < 0, len(self.weight), ids)
-        return jnp.take(self.weight, inside, axis=0, mode="fill").astype(
-            self.weight.dtype if dtype is None else dtype
-        )
+    def __call__(
+        self,
+        ids: Int[Array, "*ids"],
+        dtype: DTypeLike | None = None,
+    ) -> Float[Array, "*ids width"]:
+        """Return the vectors of ids.
+
+        **Arguments:** `dtype`: of the result, by default that of the table.
+        """
+        # `jnp.take` counts negative ids from the end: move them past it, where it gives NaN.
+        ids = jnp.where(ids < 0, len(self.weight), ids)
+        vectors = jnp.take(self.weight, ids, axis=0, mode="fill")
+        return vectors.astype(self.weight.dtype if dtype is None else dtype)
 
 
 class RmsNorm(eqx.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 at least. Source: Zhang & Sennrich 2019, eq. 4."""
+    """x / rms(x) * scale over the last axis, computed in float32 at least.
 
-    scale: Float[Array, " features"]
+    `eps`: added to the mean square.
+    **Source:** Zhang & Sennrich 2019, eq. 4.
+    """
+
+    scale: Vector
     eps: float = eqx.field(static=True)
 
     def __init__(self, features: int, *, eps: float = 1e-6):
-        self.scale, self.eps = jnp.ones(features), eps
+        """Start with a scale of ones."""
+        self.scale = jnp.ones(features)
+        self.eps = eps
 
-    def __call__(
-        self, x: Float[Array, "*batch features"], dtype: DTypeLike | None = None
-    ) -> Float[Array, "*batch features"]:
-        """Normalize; the result is in `dtype`, by default that of `x`."""
+    def __call__(self, x: Features, dtype: DTypeLike | None = None) -> Features:
+        """Normalize.
+
+        **Arguments:** `dtype`: of the result, by default that of `x`. T5 has a residual stream that
+        is wider than its activations.
+        """
         wide = x.astype(wide_dtype(x.dtype))
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale.astype(wide.dtype)).astype(
-            x.dtype if dtype is None else dtype
-        )
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale.astype(wide.dtype)
+        return y.astype(x.dtype if dtype is None else dtype)
 
 
 class LayerNorm(eqx.Module):
-    """Standardize the last axis, then scale and shift it, computed in float32 at least. Source: Ba et al. 2016, eq. 4."""
+    """Standardize the last axis, then scale and shift it, computed in float32 at least.
 
-    scale: Float[Array, " features"]
-    bias: Float[Array, " features"]
+    `eps`: added to the variance.
+    **Source:** Ba et al. 2016, eq. 4.
+    """
+
+    scale: Vector
+    bias: Vector
     eps: float = eqx.field(static=True)
 
     def __init__(self, features: int, *, eps: float):
-        self.scale, self.bias, self.eps = jnp.ones(features), jnp.zeros(features), eps
+        """Start with a scale of ones and a bias of zeros."""
+        self.scale = jnp.ones(features)
+        self.bias = jnp.zeros(features)
+        self.eps = eps
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    def __call__(self, x: Features) -> Features:
         y = standardize(x, self.eps)
         y = y * self.scale.astype(y.dtype) + self.bias.astype(y.dtype)
         return y.astype(x.dtype)
 
 
-def standardize(
-    x: Float[Array, "*batch features"], eps: float = 1e-6
-) -> Float[Array, "*batch features"]:
-    """Return the last axis with mean 0 and variance 1, in float32 at least: a LayerNorm without affine."""
+def standardize(x: Features, eps: float = 1e-6) -> Features:
+    """Return x with mean 0 and variance 1 over the last axis: a LayerNorm without scale and bias.
+
+    **Arguments:** `eps`: added to the variance.
+    **Returns:** float32 at least.
+    """
     wide = x.astype(wide_dtype(x.dtype))
+    # Two passes: the mean of squares minus the square of the mean would cancel.
     centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(variance + eps)
 
 
 def modulate(
     x: Float[Array, "tokens features"],
-    shift: Float[Array, " features"],
-    scale: Float[Array, " features"],
-) -> Float[Array, "tokens features"]:
-    """Return standardize(x) * (1 + scale) + shift in the dtype of x. Source: Peebles & Xie 2022, adaLN."""
+    shift: Vector,
+    scale: Vector,
+) -> Array:
+    """Return standardize(x) * (1 + scale) + shift in the dtype of x.
+
+    **Arguments:** `shift`, `scale`: the same for all tokens.
+    **Returns:** [tokens, features].
+    **Source:** Peebles & Xie 2022, adaLN.
+    """
     y = standardize(x)
+    # 1 + scale: with a modulation of zeros it is the norm alone.
     y = y * (1 + scale.astype(y.dtype)) + shift.astype(y.dtype)
     return y.astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
-    """GELU in its tanh form. Source: Hendrycks & Gimpel 2016."""
+    """GELU in its tanh form.
+
+    **Source:** Hendrycks & Gimpel 2016.
+    """
     return jax.nn.gelu(x, approximate=True)
 
 
 def sinusoid(
-    t: Float[Array, "*batch"], width: int, *, base: float = 10_000.0
+    t: Float[Array, "*batch"],
+    width: int,
+    *,
+    base: float = 10_000.0,
 ) -> Float[Array, "*batch width"]:
-    """Embed scalars as `width` / 2 cosines then sines of geometric frequencies, in float32 at least.
+    """Embed scalars as cosines, then sines, of geometric frequencies.
 
-    **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as FLUX has it.
+    **Arguments:** `t`: scalars; FLUX passes 1000 times its time. `width`: features; half of them
+    are the number of frequencies. `base`: the ratio of the highest to the lowest, nearly.
+    **Returns:** float32 at least.
+    **Source:** Vaswani et al. 2017, section 3.5, with the cosines first, as in FLUX.
     """
     wide = t.astype(wide_dtype(t.dtype))
-    frequencies = jnp.exp(-math.log(base) * jnp.arange(width // 2, dtype=wide.dtype) / (width // 2))
+    half = width // 2
+    frequencies = jnp.exp(-math.log(base) * jnp.arange(half, dtype=wide.dtype) / half)
     angles = wide[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class Rotation(NamedTuple):
-    """The cosine and sine of each token's angles."""
+    """RoPE's rotation of each token: the cosine and sine of the angle of each feature pair."""
 
     cos: Float[Array, "tokens pairs"]
     sin: Float[Array, "tokens pairs"]
 
 
-def rope(ids: Ids, axes: tuple[int, ...], theta: float) -> Rotation:
-    """Return the rotation of each feature pair: `axes[i]` features turn with id column i. In float32 at least.
+def rope(
+    ids: Ids,
+    axes: tuple[int, ...],
+    theta: float,
+) -> Rotation:
+    """Return the rotation of tokens by their positions, in float32 at least.
 
-    **Source:** Su et al. 2021, eq. 34, an axis each.
+    **Arguments:** `ids`: a position on each axis. `axes`: how many features of a head each axis
+    rotates; `axes[i]` belongs to column i of `ids`. `theta`: the base of the frequencies.
+    **Source:** Su et al. 2021, eq. 34, applied to each axis.
     """
     columns = ids.astype(wide_dtype(ids.dtype))
     frequencies = [theta ** (-jnp.arange(0, dim, 2, dtype=columns.dtype) / dim) for dim in axes]
-    angles = jnp.concatenate([columns[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    angles = []
+    for axis, frequency in enumerate(frequencies):
+        angles.append(columns[:, axis, None] * frequency)
+    joined = jnp.concatenate(angles, axis=-1)
+    return Rotation(jnp.cos(joined), jnp.sin(joined))
 
 
 def rotate(
-    x: Float[Array, "tokens heads head_dim"], rotation: Rotation
+    x: Float[Array, "tokens heads head_dim"],
+    rotation: Rotation,
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Rotate adjacent feature pairs (RoPE), computed in float32 at least."""
+    """Rotate each pair of adjacent features by its token's angle (RoPE).
+
+    **Returns:** the dtype of `x`; computed in float32 at least.
+    """
     wide = wide_dtype(x.dtype)
+    # Adjacent pairs, as in BFL's code; many others pair the first half of a head with the second.
     even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
+    # All heads of a token are rotated by the same angles.
     cos, sin = rotation.cos[:, None].astype(wide), rotation.sin[:, None].astype(wide)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

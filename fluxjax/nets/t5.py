@@ -1,4 +1,4 @@
-"""T5's encoder (version 1.1): token ids to a state a token."""
+"""T5's encoder (version 1.1): token ids to one hidden state per token."""
 
 import math
 from dataclasses import dataclass
@@ -12,18 +12,25 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu
-from fluxjax.nets.stack import scan_blocks, stack
+from fluxjax.nets.scan import scan_blocks
+from fluxjax.nets.stack import stack
+from fluxjax.nets.summary import describe_network
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
+"""One hidden state per token."""
+PositionBias = Float[Array, "heads tokens tokens"]
+"""What is added to each head's scores, by query and key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The numbers of a T5 encoder; the defaults are T5 v1.1 XXL's.
+    """The sizes of a T5 encoder; the defaults are those of T5 v1.1 XXL.
 
-    `buckets`, `max_distance`: of the relative position bias; distances beyond `max_distance` share a bucket.
+    `vocabulary`: number of token ids. `width`: features of a token. `heads`, `head_dim`: of the
+    attention. `mlp_width`: hidden features of the MLPs. `buckets`: of relative positions, each with
+    its own bias. `max_distance`: distances from there on share a bucket. `eps`: of the norms.
     """
 
     vocabulary: int = 32128
@@ -43,7 +50,10 @@ class T5Config:
 
 
 class T5Block(eqx.Module):
-    """Attention with a position bias and a gated MLP, each after an RMS norm and with a skip."""
+    """Attention with a position bias and a gated MLP.
+
+    Each comes after an RMS norm and has a residual connection.
+    """
 
     norm1: RmsNorm
     q: Linear
@@ -57,40 +67,60 @@ class T5Block(eqx.Module):
     head_dim: int = eqx.field(static=True)
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
-        width, inner, hidden = config.width, config.heads * config.head_dim, config.mlp_width
+        width, hidden = config.width, config.mlp_width
+        inner = config.heads * config.head_dim
         q, k, v, out, gate, up, down = jax.random.split(key, 7)
         self.head_dim = config.head_dim
-        self.norm1, self.norm2 = RmsNorm(width, eps=config.eps), RmsNorm(width, eps=config.eps)
-        # T5 has no 1/sqrt(head_dim) on its scores: the queries are drawn that much smaller instead.
+        self.norm1 = RmsNorm(width, eps=config.eps)
+        self.norm2 = RmsNorm(width, eps=config.eps)
+        # T5 does not divide its scores by sqrt(head_dim): the queries start that much smaller.
         self.q = Linear(width, inner, bias=False, scale=1 / math.sqrt(config.head_dim), key=q)
-        self.k, self.v = (Linear(width, inner, bias=False, key=one) for one in (k, v))
+        self.k = Linear(width, inner, bias=False, key=k)
+        self.v = Linear(width, inner, bias=False, key=v)
         self.out = Linear(inner, width, bias=False, key=out)
-        self.gate, self.up = (Linear(width, hidden, bias=False, key=one) for one in (gate, up))
+        self.gate = Linear(width, hidden, bias=False, key=gate)
+        self.up = Linear(width, hidden, bias=False, key=up)
         self.down = Linear(hidden, width, bias=False, key=down)
 
     def __call__(
-        self, x: States, bias: Float[Array, "heads tokens tokens"], dtype: DTypeLike
+        self,
+        x: States,
+        bias: PositionBias,
+        dtype: DTypeLike,
     ) -> States:
-        y = self.norm1(x, dtype)
-        q, k, v = (
-            rearrange(layer(y), "t (h d) -> t h d", d=self.head_dim)
-            for layer in (self.q, self.k, self.v)
-        )
-        mixed = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
-        x = x + self.out(rearrange(mixed, "t h d -> t (h d)")).astype(x.dtype)
+        """Return the residual stream after this block.
+
+        **Arguments:** `x`: the residual stream, in float32 at least. `bias`: of relative positions.
+        `dtype`: of the activations.
+        """
+        x = x + self._attend(self.norm1(x, dtype), bias).astype(x.dtype)
         y = self.norm2(x, dtype)
         hidden = gelu(self.gate(y)) * self.up(y)
-        # `down` overflows float16: it runs in the residual stream's float32.
+        # The output of `down` overflows float16: it is computed in the residual stream's dtype.
         return x + self.down(hidden.astype(x.dtype))
+
+    def _attend(self, x: States, bias: PositionBias) -> States:
+        q, k, v = (
+            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
+            for layer in (self.q, self.k, self.v)
+        )
+        # Only xla takes a bias on every platform. T5 does not scale its scores.
+        attended = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
 
 
 class T5(eqx.Module):
-    """The encoder, blocks stacked. Source: Raffel et al. 2020; version 1.1: Shazeer 2020."""
+    """The encoder, blocks stacked.
+
+    It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(t5))` encodes a batch of them.
+
+    **Source:** Raffel et al. 2020; version 1.1: Shazeer 2020.
+    """
 
     config: T5Config = eqx.field(static=True)
     tokens: Embedding
-    position_bias: Embedding
-    blocks: T5Block
+    position_bias: Embedding  # of each bucket, one number for each head
+    blocks: T5Block  # stacked
     norm: RmsNorm
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
@@ -101,36 +131,52 @@ class T5(eqx.Module):
         self.blocks = stack(lambda key: T5Block(config, key=key), config.depth, key=blocks)
         self.norm = RmsNorm(config.width, eps=config.eps)
 
+    def __repr__(self) -> str:
+        # Equinox's own has a line for each array.
+        return describe_network(self)
+
     @convert_arguments
     def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
-        """Return the state of every token, in `dtype`; padding is not masked, as FLUX has it.
+        """Return the hidden state of every token. Padding is not masked, as in FLUX.
 
-        **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default the weights'. The
-        residual stream is float32 at least, since it overflows float16.
-        **Raises:** `ValueError` for no ids, or ids outside of the vocabulary; traced ids outside of it give NaN.
+        **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default that
+        of the weights. The residual stream is float32 at least, since it overflows float16.
+        **Returns:** the hidden states in `dtype`.
+        **Raises:** `ValueError` for no ids, or ids outside of the vocabulary; traced ids outside of
+        it give NaN.
         """
         check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
-        buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         wide = wide_dtype(jnp.dtype(dtype))
+        # The same bias in all blocks.
+        buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
         x = self.tokens(ids, wide)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype))
         return self.norm(x, dtype)
 
 
-def position_buckets(tokens: int, buckets: int, max_distance: int) -> Int[Array, "tokens tokens"]:
-    """Return the bucket of each (query, key) pair: half of them for keys after the query; of each half, half hold one
-    distance each, and half are spread logarithmically up to `max_distance`.
+def position_buckets(
+    tokens: int,
+    buckets: int,
+    max_distance: int,
+) -> Int[Array, "tokens tokens"]:
+    """Return the bucket of the relative position of each (query, key) pair.
 
+    Half of the buckets are for keys after the query. Of each half, half hold one distance each; the
+    others are spaced logarithmically up to `max_distance`.
+
+    **Arguments:** `tokens`: of the sequence. `buckets`: how many there are; a multiple of 4.
+    `max_distance`: distances from there on are in the last bucket of their half.
     **Source:** Raffel et al. 2020, section 2.1; Mesh TensorFlow's relative position buckets.
     """
-    number = jnp.arange(tokens, dtype=jnp.int32)
-    distance = number[None, :] - number[:, None]
+    position = jnp.arange(tokens, dtype=jnp.int32)
+    offset = position[None, :] - position[:, None]
     half, exact = buckets // 2, buckets // 4
-    near = jnp.abs(distance)
-    ratio = jnp.log(jnp.maximum(near, 1).astype(jnp.float32) / exact) / math.log(
-        max_distance / exact
-    )
+    distance = jnp.abs(offset)
+    log_range = math.log(max_distance / exact)
+    # Clipped only so that the logarithm is finite; such distances are not far.
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / log_range
     far = jnp.minimum(exact + (ratio * (half - exact)).astype(jnp.int32), half - 1)
-    return jnp.where(near < exact, near, far) + jnp.where(distance > 0, half, 0)
+    near_or_far = jnp.where(distance < exact, distance, far)
+    return near_or_far + jnp.where(offset > 0, half, 0)

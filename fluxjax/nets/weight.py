@@ -1,43 +1,87 @@
-"""The storage seam of a linear layer's matrix: one abstract type, `Weight`, whatever its storage."""
+"""How the matrix of a linear layer is stored: one abstract type, `Weight`, and its plain form."""
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.kernels.blocks import default_device
+from fluxjax.kernels.chips import default_device
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 
+_MANY_ROWS = 128
+"""Rows from which a GPU writes a product of bfloat16 in bfloat16."""
+
 
 class Weight(eqx.Module):
-    """The matrix of a linear layer, [out, in], whatever its storage; stacked with its blocks' in front."""
+    """The matrix of a linear layer, [out, in], however it is stored.
+
+    The weights of stacked blocks have the blocks along a leading axis, and are multiplied one block
+    at a time. A new storage subclasses `LocalWeight`, `FetchedWeight` or `WrappedWeight`.
+    """
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, or of the stack."""
+        """The shape of the matrix, [out, in], or of the stack, [depth, out, in]."""
+
+    @property
+    @abstractmethod
+    def is_remote(self) -> bool:
+        """Whether a loop over blocks should `fetch` the next block's weight while a block runs."""
+
+    @abstractmethod
+    def fetch(self) -> "Weight":
+        """Return the weight with all of its numbers in this device's memory."""
 
     @abstractmethod
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """Return x W^T, accumulated in float32, or float64 for that, in the dtype that `written` says."""
+        """Return x W^T.
+
+        **Returns:** the product, accumulated in float32 (float64 for float64), in the dtype of
+        `product_dtype`.
+        """
+
+
+class LocalWeight(Weight):
+    """A weight whose numbers are in this device's memory."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether its product needs what lies on other devices."""
         return False
 
-    def fetch(self) -> "Weight":
-        """Return the weight with all that its product needs at hand: itself, unless it is `spread`."""
+    def fetch(self) -> Weight:
         return self
 
 
-_MANY_ROWS = 128
+class FetchedWeight(Weight):
+    """A weight whose numbers are somewhere else, and are fetched to be multiplied."""
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        return self.fetch().matmul(x)
 
 
-class Dense(Weight):
-    """A weight stored as itself."""
+class WrappedWeight(Weight):
+    """A weight that is another one, `base`, but for what is done to the product."""
+
+    base: eqx.AbstractVar[Weight]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def is_remote(self) -> bool:
+        return self.base.is_remote
+
+    def fetch(self) -> Weight:
+        return replace(self, base=self.base.fetch())
+
+
+class Dense(LocalWeight):
+    """A weight stored as a plain array."""
 
     value: Float[Array, "*depth out features"]
 
@@ -46,49 +90,51 @@ class Dense(Weight):
         return self.value.shape
 
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        # The weight is [out, in]: both last axes are contracted, and nothing is transposed.
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(
             x, self.value.astype(x.dtype), contract_last, preferred_element_type=product_dtype(x)
         )
 
 
-def product_dtype(x: Float[Array, "*batch features"]) -> jnp.dtype:
-    """Return the dtype that a product of these rows writes: float32, or float64 for float64; on GPUs, of many rows of bfloat16,
-    theirs.
+class AdaptedWeight(WrappedWeight):
+    """A weight with a low-rank matrix, up @ down, added to it and stored beside it.
 
-    A GPU's matmul writes to memory what it returns, and does not take in the rounding of all its readers: in float32 that
-    is 396 MB for 198 of a single block's first one in dev at 1024x1024. A convolution would take its operands so, too. A bias
-    is added before the rounding where XLA puts both into one call, as cuBLAS's and cuDNN's.
+    **Source:** Hu et al. 2021, LoRA, eq. 3.
     """
-    many = x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size // x.shape[-1] >= _MANY_ROWS
-    return x.dtype if many and default_device().platform == "gpu" else wide_dtype(x.dtype)
-
-
-def materialize(x: Array) -> Array:
-    """Return x, on TPUs as an array of its own for all its readers: of an int8 product's XLA wrote float32 beside bfloat16, for
-    those that go on in it."""
-    return jax.lax.optimization_barrier(x) if default_device().platform == "tpu" else x
-
-
-class AdaptedWeight(Weight):
-    """A weight with a low-rank matrix added, up @ down, both kept apart from it. Source: Hu et al. 2021, LoRA, eq. 3."""
 
     base: Weight
     down: Float[Array, "*depth rank features"]
     up: Float[Array, "*depth out rank"]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.base.matmul(x) + Dense(self.up).matmul(
-            Dense(self.down).matmul(x).astype(x.dtype)
-        )
+        # Two thin products: up @ down would be as large as the base.
+        product = self.base.matmul(x)
+        reduced = Dense(self.down).matmul(x).astype(x.dtype)
+        return product + Dense(self.up).matmul(reduced)
 
-    @property
-    def is_remote(self) -> bool:
-        return self.base.is_remote
 
-    def fetch(self) -> Weight:
-        return AdaptedWeight(self.base.fetch(), self.down, self.up)
+def product_dtype(x: Float[Array, "*batch features"]) -> jnp.dtype:
+    """Return the dtype in which the product of these rows and a weight is written to memory.
+
+    It is float32 (float64 for float64), except for many rows of bfloat16 on a GPU, whose product is
+    written in bfloat16. A GPU's matmul writes what it returns, and XLA does not fuse into it the
+    rounding that follows: in float32 the first product of a single block of dev at 1024x1024 would
+    take 396 MB instead of 198. A bias is added before the rounding where XLA makes one call of
+    both, as cuBLAS and cuDNN allow.
+    """
+    many_rows = x.ndim > 1 and x.size // x.shape[-1] >= _MANY_ROWS
+    if x.dtype == jnp.bfloat16 and many_rows and default_device().platform == "gpu":
+        return x.dtype
+    return wide_dtype(x.dtype)
+
+
+def materialize(x: Array) -> Array:
+    """Return x; on TPUs it is written to memory once, in its own dtype, for all that read it.
+
+    Otherwise XLA drops a rounding that a reader undoes, and writes float32 beside bfloat16.
+    """
+    if default_device().platform == "tpu":
+        # On others the barrier would only keep XLA from fusing.
+        return jax.lax.optimization_barrier(x)
+    return x

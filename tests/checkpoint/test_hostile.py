@@ -1,20 +1,23 @@
-"""Hostile command lines, files of prompts and image files, drawn with a fixed seed: a right result, or one line."""
+"""Hostile command lines, prompt files and image files, random with a fixed seed.
 
+Each gives a right result, or one line that says what is wrong.
+"""
+
+import functools
 import io
 import json
 import random
 import time
 from contextlib import suppress
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from fluxjax import read_image
-from fluxjax.cli.main import generate as draw
-from fluxjax.cli.main import main as cli
-from fluxjax.cli.prompts import read_prompts
+from fluxjax.cli import compare as compare_command, generate as draw, main as cli
+from fluxjax.cli.prompts import Line, read_prompts
+from fluxjax.generate.tokens import token_counts
 
 NUMBERS = [
     "",
@@ -65,44 +68,59 @@ SIZES = [
     "12,0",
     "5XB",
 ]
-GENERATE = """--prompt-2 --steps --guidance --negative-prompt --cfg --rule --nag --cache --attention --flash-block-sizes --timer
---shift --integrator --eta --height --width --images --seed --max-sequence-length --dtype --batch --lora --mesh --prompts
---model --quantize""".split()
-COMPARE = "--integrators --timers --steps --reference-steps --guidance --height --width --seed --dtype".split()
-CONVERT = "--to --dtype --only --shard-size".split()
-KNOWN = "euler ddim apg first_block:0.1 teacache:inf karras float16 xla_chunked int8 tiny:kraft:nan tiny:kraft:1e39 flux".split()
+# Options of commands.
+GENERATE = """
+--prompt-2 --steps --guidance --negative-prompt --cfg --rule --nag --cache --attention
+--flash-block-sizes --timer --shift --integrator --eta --height --width --images --seed
+--max-sequence-length --dtype --batch --lora --mesh --prompts --model --quantize
+""".split()
+COMPARE = """
+--integrators --timers --steps --reference-steps --guidance --height --width --seed --dtype
+""".split()
+CONVERT = """
+--to --dtype --only --shard-size
+""".split()
+# Values that some options accept.
+KNOWN = """
+euler ddim apg first_block:0.1 teacache:inf karras float16 xla_chunked int8 tiny:kraft:nan
+tiny:kraft:1e39 flux
+""".split()
 
 
 def command(rng):
-    """Return a command line of hostile values."""
+    """Return a random command line of hostile values."""
     values = [*NUMBERS, *NUMBERS, *TEXTS, *PATHS, *SIZES, *KNOWN]
     name = rng.choice(["generate"] * 5 + ["compare", "compare", "convert", "inspect", "lora"])
     options = {"generate": GENERATE, "compare": COMPARE, "convert": CONVERT}.get(name, ["--to"])
     first = {"convert": [rng.choice(PATHS), rng.choice(PATHS)], "inspect": [rng.choice(PATHS)]}
     first |= {"lora": [rng.choice(["inspect", "convert", "merge", "none"]), rng.choice(PATHS)]}
-    given = first.get(name, [rng.choice(TEXTS)] if rng.random() < 0.3 else ["a star"])
+    arguments = first.get(name, [rng.choice(TEXTS)] if rng.random() < 0.3 else ["a star"])
     chosen = rng.sample(options, rng.randint(1, min(3, len(options))))
-    return [name, *given, *(word for option in chosen for word in (option, rng.choice(values)))]
+    for option in chosen:
+        arguments = [*arguments, option, rng.choice(values)]
+    return [name, *arguments]
 
 
 @pytest.fixture
 def stubbed(tmp_path, monkeypatch):
-    """A folder to run in, where what would draw draws nothing."""
+    """The folder to run in; what would draw images is replaced and draws none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("_generate_prompt", "_generate_file"):
+    for name in ("_draw_prompt", "_draw_file"):
         monkeypatch.setattr(draw, name, lambda *_: None)
 
-    def drawn(*_, **__):
+    def stop(*_, **__):
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli, "load_models", drawn)
+    monkeypatch.setattr(compare_command, "load_models", stop)
+    # The parser is the same for all commands, and making it takes longer than reading them.
+    monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))
     monkeypatch.setattr(draw, "use_cache", lambda folder: None)
-    monkeypatch.setattr(cli, "use_cache", lambda folder: None)
+    monkeypatch.setattr(compare_command, "use_cache", lambda folder: None)
     return tmp_path
 
 
-def run(arguments, capsys):
+def run(arguments, capfd):
     """Return the exit code of a command, what it printed on standard error, and its seconds."""
     start = time.monotonic()
     try:
@@ -110,29 +128,29 @@ def run(arguments, capsys):
         code = 0
     except SystemExit as stopped:
         code = stopped.code or 0
-    return code, capsys.readouterr().err, time.monotonic() - start
+    return code, capfd.readouterr().err, time.monotonic() - start
 
 
-def test_hostile_command_lines_are_refused_in_one_line_at_once(stubbed, capsys):
+def test_hostile_command_lines_are_refused_in_one_line_at_once(stubbed, capfd):
     rng, refused = random.Random(7), 0
     for _ in range(400):
         arguments = command(rng)
-        code, said, seconds = run(arguments, capsys)
+        code, message, seconds = run(arguments, capfd)
         shown = [word[:80] for word in arguments]
         assert code in (0, 2), (shown, code)
         assert seconds < 5, shown
         assert not list(stubbed.iterdir()), shown
         if code == 2:
             refused += 1
-            assert said.startswith("fluxjax: "), shown
-            assert said.endswith("\n"), shown
-            assert said.count("\n") == 1, (shown, said)
-            assert said[:-1].isprintable(), shown
+            assert message.startswith("fluxjax: "), shown
+            assert message.endswith("\n"), shown
+            assert message.count("\n") == 1, (shown, message)
+            assert message[:-1].isprintable(), shown
     assert 200 < refused < 400
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--steps", "2147483648"], "a whole number from 1 to 10000, got '2147483648'"),
         (["--height", "1600000000"], "a whole number from 1 to 65536"),
@@ -148,21 +166,23 @@ def test_hostile_command_lines_are_refused_in_one_line_at_once(stubbed, capsys):
         (["--nag", "1e39"], "a finite number, got '1e39'"),
         (["--timer", "flux_static", "--shift", "0"], "a finite number above 0"),
         (["--lora", "tiny:kraft:inf"], "a finite scale after the colon"),
-        (["--cache", "inf"], "'inf' is no cache"),
+        (["--cache", "inf"], "'inf' is not a step cache"),
         (["--mesh", "data=1,data=1"], "data is given twice"),
         (["--flash-block-sizes", "512,512,512"], "each from 1 to 65536"),
         (["--flash-block-sizes", "99999999999999999999"], "each from 1 to 65536"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_can(stubbed, capsys, monkeypatch, arguments, said):
+def test_an_impossible_value_is_refused_with_what_is_possible(
+    stubbed, capfd, monkeypatch, arguments, message
+):
     monkeypatch.setattr("fluxjax.generate.limits.memory_bytes", lambda device: 64 * 10**9)
-    code, error, _ = run(["generate", "a star", *arguments], capsys)
+    code, error, _ = run(["generate", "a star", *arguments], capfd)
     assert code == 2
-    assert said in error
+    assert message in error
 
 
 def mutated(rng, data):
-    """Return bytes with some replaced, removed or put in."""
+    """Return bytes with some of them replaced, removed or inserted."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) + 1)
@@ -242,10 +262,10 @@ def test_mutated_images_are_read_or_refused(tmp_path):
     assert 50 < refused < 290
 
 
-def test_a_prompt_that_is_cut_is_told(tiny):
+def test_a_prompt_that_is_cut_is_reported(tiny):
     text = "a red star " * 60
-    line = SimpleNamespace(prompt_2=None, texts=lambda: {"prompt": text})
-    (said,) = draw.cuts(tiny.tokenizers, line, 24)
-    clip, t5 = draw.token_counts(tiny.tokenizers, text)
-    assert said == f"the prompt is cut: CLIP reads 77 of {clip} tokens, T5 reads 24 of {t5}"
+    line = Line(text, prompt_2=None, negative_prompt=None, id="a", seed=0)
+    (note,) = draw.cut_notes(tiny.tokenizers, line, 24)
+    clip, t5 = token_counts(tiny.tokenizers, text)
+    assert note == f"the prompt is cut: CLIP reads 77 of {clip} tokens, T5 reads 24 of {t5}"
     assert clip == 3 * 60 + 2

@@ -1,4 +1,4 @@
-"""Three hundred damaged settings files: each is read rightly, or is one clear error, at once."""
+"""Three hundred damaged settings files: a right result or one clear error, at once."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxjax import WeightsError, load_defaults, load_tokenizers, tokenize
 from fluxjax.checkpoint.defaults import DEFAULTS_FIELDS
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 
 FILES = (
     "fluxjax.json",
@@ -41,13 +41,15 @@ VALUES = (
 
 
 def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
-    """Return a file with another value, another field, changed bytes, a cut, or nested without end."""
+    """Return a damaged file.
+
+    It has another value or field, changed bytes, an early end, or endless nesting.
+    """
     kind = rng.choice(("value", "value", "value", "field", "bytes", "cut", "deep", "whole"))
     if kind in ("value", "field", "whole") and name.endswith(".json"):
         table = json.loads(content)
-        table[rng.choice(list(table)) if kind == "value" else f"new{rng.random()}"] = rng.choice(
-            VALUES
-        )
+        field = rng.choice(list(table)) if kind == "value" else f"new{rng.random()}"
+        table[field] = rng.choice(VALUES)
         return json.dumps(rng.choice(VALUES) if kind == "whole" else table).encode()
     if kind == "deep":
         return rng.choice((b"[", b'{"steps":')) * 100_000
@@ -60,7 +62,7 @@ def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
 
 
 def check_use(folder):
-    """Load what the files say, and use it."""
+    """Load the defaults and the tokenizers of a folder, and check that they work."""
     defaults = load_defaults(folder)
     assert all(DEFAULTS_FIELDS[name].allows(value) for name, value in vars(defaults).items())
     tokenizers = load_tokenizers(folder)
@@ -73,7 +75,7 @@ def check_use(folder):
         assert 0 <= found.min() <= found.max() < size
 
 
-def test_a_mutated_settings_file_is_read_rightly_or_is_one_clear_error(tmp_path):
+def test_a_damaged_settings_file_gives_a_right_result_or_one_clear_error(tmp_path):
     folder, rng, outcomes = tmp_path / "model", random.Random(16), []
     for name in (
         *FILES,
@@ -88,16 +90,16 @@ def test_a_mutated_settings_file_is_read_rightly_or_is_one_clear_error(tmp_path)
         content = (tiny_folder() / name).read_bytes()
         (folder / name).write_bytes(mutated(content, name, rng))
         if name.startswith("scheduler"):
-            (folder / "fluxjax.json").unlink()  # which would be read in its place
-        began, told = time.monotonic(), ""
+            (folder / "fluxjax.json").unlink()  # it would be read instead
+        start, message = time.monotonic(), ""
         try:
             check_use(folder)
         except (WeightsError, FileNotFoundError) as error:
-            told = str(error)
-        outcomes.append("refused" if told else "read")
-        assert told.isprintable(), (name, told)
-        assert len(told) < 600, (name, told)
-        assert time.monotonic() - began < 5, name
+            message = str(error)
+        outcomes.append("refused" if message else "read")
+        assert message.isprintable(), (name, message)
+        assert len(message) < 600, (name, message)
+        assert time.monotonic() - start < 5, name
         (folder / name).write_bytes(content)
         (folder / "fluxjax.json").write_bytes(own)
-    assert min(outcomes.count("read"), outcomes.count("refused")) > 30  # both kinds were tried
+    assert min(outcomes.count("read"), outcomes.count("refused")) > 30  # both happened often

@@ -1,4 +1,4 @@
-"""JSON files of settings: what is allowed is read, and everything else is one error that names file, field and rule."""
+"""Settings in JSON: what is allowed is read; else one error names the file, field and rule."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import os
 import pytest
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.settings import Field, check_settings, read_json, read_settings
+from fluxjax.checkpoint.json_file import read_json
+from fluxjax.checkpoint.settings import Field, check_settings, read_settings_file
 
 FIELDS = {
     "steps": Field(kind="integer", least=1, most=100, required=True),
@@ -18,7 +19,7 @@ FIELDS = {
 }
 
 
-def test_settings_are_read_as_they_are_written(tmp_path):
+def test_valid_settings_are_returned_and_unknown_ones_ignored(tmp_path):
     settings = {
         "steps": 4,
         "height": 32,
@@ -28,10 +29,9 @@ def test_settings_are_read_as_they_are_written(tmp_path):
         "axes": [1, 9],
         "other": None,
     }
-    (tmp_path / "a.json").write_bytes(
-        b"\xef\xbb\xbf" + json.dumps(settings).encode()
-    )  # a byte order mark
-    read = read_settings(tmp_path / "a.json", FIELDS)
+    byte_order_mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.json").write_bytes(byte_order_mark + json.dumps(settings).encode())
+    read = read_settings_file(tmp_path / "a.json", FIELDS)
     assert read == {
         "steps": 4,
         "height": 32,
@@ -68,7 +68,7 @@ def test_settings_are_read_as_they_are_written(tmp_path):
         ("axes", 3, "got 3"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named_with_its_rule(field, value, rule):
+def test_the_error_for_a_value_names_the_rule_and_the_value(field, value, rule):
     with pytest.raises(WeightsError, match=rf"^fluxjax\.json: '{field}' should be .*{rule}"):
         check_settings("fluxjax.json", {"steps": 4} | {field: value}, FIELDS)
 
@@ -84,7 +84,7 @@ def test_fields_that_are_missing_or_unknown_are_named():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
@@ -100,9 +100,9 @@ def test_fields_that_are_missing_or_unknown_are_named():
         (b" " * 4_000_001, "larger than the 4,000,000 bytes"),
     ],
 )
-def test_a_file_that_is_not_json_within_bounds_is_one_error(tmp_path, content, told):
+def test_a_file_that_is_not_json_within_bounds_is_one_error(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(WeightsError, match=told) as error:
+    with pytest.raises(WeightsError, match=message) as error:
         read_json(tmp_path / "a.json")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500

@@ -1,4 +1,4 @@
-"""Step caching: bitwise nothing at threshold 0, one choice for a batch, and what is reused is what was said before."""
+"""Step caching: bitwise nothing at threshold 0, one decision for a batch, the last output reused."""
 
 import itertools
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
 from fluxjax import Euler, Flux, Guided, Heun, Nag, attention, flow_times, stream
 from fluxjax.flow import sample
-from fluxjax.generate import CachedFlux, FirstBlock, TeaCache
-from fluxjax.generate.draw import traced
-from fluxjax.generate.samplers import cache
+from fluxjax.generate import CachedFlux, Conditioning, FirstBlock, TeaCache, step_cache
+from fluxjax.generate.text_to_image import as_arrays
 
 TXT, VEC, NOISE = draw(TEXT, 12, seed=3), draw(6, seed=4), draw(IMAGE, 8)
 TIMES = flow_times(10)
+PROMPT = Conditioning(TXT, VEC, IDS, jnp.float32(2.0))
 # A change's own size, so that thresholds mean the same for both.
 IDENTITY = (1.0, 0.0)
 
@@ -29,14 +29,12 @@ def flux():
 
 @eqx.filter_jit
 def sampled(flux, reuse, noise, step, options):
-    return sample(
-        Guided(CachedFlux(flux, reuse, IDS, 2.0, **options), (TXT, VEC)), noise, TIMES, step=step
-    )
+    return sample(Guided(CachedFlux(flux, reuse, **options), PROMPT), noise, TIMES, step=step)
 
 
 def run(flux, reuse, noise=NOISE, *, step=Heun(), **options):
     """Sample with thresholds and times as arrays, so that few programs are compiled."""
-    return sampled(flux, traced(reuse), noise, step, options)
+    return sampled(flux, as_arrays(reuse), noise, step, options)
 
 
 @pytest.mark.parametrize("kind", [FirstBlock, TeaCache])
@@ -146,8 +144,8 @@ def test_the_blocks_of_a_reused_step_are_not_run_in_a_batch_either(flux):
 
     @eqx.filter_jit
     def many(reuse):
-        cached = CachedFlux(flux, reuse, IDS, 2.0, attention=counted(calls), over=("images",))
-        velocity = Guided(cached, (TXT, VEC))
+        cached = CachedFlux(flux, reuse, attention=counted(calls), image_axes=("images",))
+        velocity = Guided(cached, PROMPT)
         return jax.vmap(lambda noise: sample(velocity, noise, TIMES), axis_name="images")(noises)
 
     blocks, steps = CONFIG.double_depth + CONFIG.single_depth, len(TIMES) - 1
@@ -166,7 +164,7 @@ def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
 
     @eqx.filter_jit
     def together(reuse):
-        velocity = Guided(CachedFlux(flux, reuse, IDS, 2.0, over=("images",)), (TXT, VEC))
+        velocity = Guided(CachedFlux(flux, reuse, image_axes=("images",)), PROMPT)
         return jax.vmap(
             lambda noise: sample(velocity, noise, TIMES).memory.positive.reused, axis_name="images"
         )(noises)
@@ -182,16 +180,16 @@ def test_all_of_a_batch_reuse_when_the_one_that_changes_most_may(flux):
 
 
 def test_with_two_conditions_each_has_a_memory_of_its_own(flux):
-    away = (draw(TEXT, 12, seed=9), draw(6, seed=10))
+    negative = Conditioning(draw(TEXT, 12, seed=9), draw(6, seed=10), IDS, jnp.float32(2.0))
 
-    def network(x, t, condition):
-        return flux(x, t, txt=condition[0], vec=condition[1], guidance=2.0, img_ids=IDS)
+    def network(x, t, one):
+        return flux(x, t, txt=one.txt, vec=one.vec, guidance=2.0, img_ids=IDS)
 
     @eqx.filter_jit
     def guided(velocity):
-        return sample(Guided(velocity, (TXT, VEC), away, 3.0), NOISE, TIMES)
+        return sample(Guided(velocity, PROMPT, negative, 3.0), NOISE, TIMES)
 
-    cached = guided(CachedFlux(flux, FirstBlock(0.0), IDS, 2.0))
+    cached = guided(CachedFlux(flux, FirstBlock(0.0)))
     # One batch of two, and one after the other: XLA:CPU's sums differ by some 1e-6.
     np.testing.assert_allclose(cached.x, guided(network).x, atol=1e-4)
     assert np.abs(cached.memory.positive.signal - cached.memory.negative.signal).max() > 1e-3
@@ -202,8 +200,8 @@ def test_with_an_attention_that_guides_and_step_by_step_it_is_the_same(flux):
 
     def guided(threshold):
         return Guided(
-            CachedFlux(flux, FirstBlock(jnp.float32(threshold)), IDS, 2.0, attention=Nag(3.0)),
-            (both, VEC),
+            CachedFlux(flux, FirstBlock(jnp.float32(threshold)), attention=Nag(3.0)),
+            Conditioning(both, VEC, IDS, jnp.float32(2.0)),
         )
 
     jitted = eqx.filter_jit(sample)
@@ -233,12 +231,15 @@ def test_another_threshold_compiles_nothing(flux):
 def test_a_network_without_double_blocks_is_refused():
     config = type(CONFIG)(**{**vars(CONFIG), "double_depth": 0})
     with pytest.raises(ValueError, match="has none"):
-        CachedFlux(eqx.filter_eval_shape(Flux, config, key=jax.random.key(0)), FirstBlock(0.1), IDS)
+        CachedFlux(eqx.filter_eval_shape(Flux, config, key=jax.random.key(0)), FirstBlock(0.1))
 
 
 def test_caches_are_named_with_their_thresholds():
-    assert (type(cache("0.1")), cache("0.1").threshold) == (FirstBlock, 0.1)
-    assert (type(cache("teacache:0.4")), cache("teacache:0.4").threshold) == (TeaCache, 0.4)
+    assert (type(step_cache("0.1")), step_cache("0.1").threshold) == (FirstBlock, 0.1)
+    assert (type(step_cache("teacache:0.4")), step_cache("teacache:0.4").threshold) == (
+        TeaCache,
+        0.4,
+    )
     for wrong in ("teacache", "second_block:0.1", "-1", "nan", ""):
         with pytest.raises(ValueError, match="Write a threshold"):
-            cache(wrong)
+            step_cache(wrong)

@@ -11,7 +11,7 @@ from scenes import SHAPES, Scene, Thing, caption, check, find, random_scene, ren
 
 import fluxjax
 from fluxjax.checkpoint.defaults import load_defaults
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.zoo import ZOO
 
 SIZES = ((128, 128), (96, 160), (160, 96))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fluxjax import WeightsError, load_tokenizers, tokenize
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.tokens import END, START, Tokenizers
 
 

@@ -1,12 +1,20 @@
+"""Attention by its default implementation, against float64."""
+
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+from implementations import operands
 
 from fluxjax import attention
+from fluxjax.kernels.attention import _cudnn_attention
+from fluxjax.kernels.xla_attention import LogitOptions
+
+# One program for each shape, rather than one for each operation.
+attend = jax.jit(attention)
 
 
 def exact(q, k, v, scale, bias=None, causal=False):
@@ -20,57 +28,59 @@ def exact(q, k, v, scale, bias=None, causal=False):
     return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-def operands(queries, keys, heads, dim, seed, size=1.0):
-    names = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((queries, heads, dim), (keys, heads, dim), (keys, heads, dim))
-    return [size * jax.random.normal(key, shape) for key, shape in zip(names, shapes, strict=True)]
-
-
 @settings(max_examples=10)  # each shape compiles
 @given(
-    queries=st.integers(1, 20), keys=st.integers(1, 20), heads=st.integers(1, 3), dim=st.sampled_from([1, 8, 17]),
-    seed=st.integers(0, 99), size=st.sampled_from([0.1, 1.0, 30.0]),
-)  # fmt: skip
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 8, 17]),
+    seed=st.integers(0, 99),
+    size=st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_attention_equals_float64(queries, keys, heads, dim, seed, size):
-    q, k, v = operands(queries, keys, heads, dim, seed, size)
+    q, k, v, _ = operands(queries, keys, heads, dim, seed, size)
     # Logits reach 1e4 here, where float32 resolves 1e-3: their exponentials differ by as much.
-    np.testing.assert_allclose(
-        attention(q, k, v),
-        exact(q, k, v, dim**-0.5),
-        atol=1e-5 * size if size <= 1 else 3e-3 * size,
-    )
+    atol = 1e-5 * size if size <= 1 else 3e-3 * size
+    np.testing.assert_allclose(attend(q, k, v), exact(q, k, v, dim**-0.5), atol=atol)
 
 
 def test_bias_scale_and_causality_equal_float64():
-    q, k, v = operands(9, 9, 2, 8, 0)
+    q, k, v, _ = operands(9, 9, 2, 8, 0)
     bias = jax.random.normal(jax.random.key(9), (2, 9, 9))
-    np.testing.assert_allclose(
-        attention(q, k, v, bias=bias, causal=True, scale=0.7),
-        exact(q, k, v, 0.7, bias, causal=True),
-        atol=1e-5,
-    )
+    found = jax.jit(partial(attention, causal=True, scale=0.7))(q, k, v, bias=bias)
+    np.testing.assert_allclose(found, exact(q, k, v, 0.7, bias, causal=True), atol=1e-5)
 
 
 def test_bfloat16_sums_in_float32():
-    q, k, v = (x.astype(jnp.bfloat16) for x in operands(5, 4000, 1, 16, 0))
-    out = attention(q, k, v)
-    assert out.dtype == jnp.bfloat16
-    # One rounding of the weights and one of the result: 2^-8 each, on values of some 1 / sqrt(4000).
-    np.testing.assert_allclose(np.asarray(out, np.float64), exact(q, k, v, 0.25), atol=2**-8 * 0.1)
+    q, k, v, _ = operands(5, 4000, 1, 16, 0, dtype=jnp.bfloat16)
+    found = attend(q, k, v)
+    assert found.dtype == jnp.bfloat16
+    # The weights and the result are each rounded once, to 2^-8 of values of some 1 / sqrt(4000).
+    expected = exact(q, k, v, 0.25)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=2**-8 * 0.1)
 
 
 def test_gradients_equal_finite_differences_under_vmap():
-    batched = [jnp.stack([x, 2 * x]) for x in operands(4, 5, 2, 4, 3)]
+    batched = [jnp.stack([x, 2 * x]) for x in operands(4, 5, 2, 4, 3)[:3]]
     jax.test_util.check_grads(
-        jax.vmap(attention), batched, order=1, modes=("fwd", "rev"), rtol=1e-2
+        jax.jit(jax.vmap(attention)), batched, order=1, modes=("fwd", "rev"), rtol=1e-2
     )
 
 
-def test_an_unknown_and_an_unsuitable_implementation_are_refused():
-    q, k, v = operands(4, 4, 1, 8, 0)
-    with pytest.raises(
-        ValueError, match=r"'best'.*is unknown. Choose one of xla, xla_chunked, cudnn"
-    ):
-        attention(q, k, v, implementation="best")
-    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU.*float32"):
-        attention(q, k, v, implementation="cudnn")
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(monkeypatch):
+    """cuDNN's gradients exist for even numbers only; XLA computes here what cuDNN is given."""
+    by_xla, counts = jax.nn.dot_product_attention, []
+
+    def without_cudnn(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        counts.append((q.shape[1], k.shape[1]))
+        return by_xla(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
+    for queries, keys, length in ((5, 5, None), (4, 7, None), (5, 6, 5), (3, 7, 4)):
+        q, k, v, _ = operands(queries, keys, 2, 8, seed=0)
+        options = LogitOptions(1.0, False, None if length is None else jnp.int32(length))
+        found = _cudnn_attention(q, k, v, None, options)
+        expected = exact(q, k[:length], v[:length], 1.0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert counts == [(6, 6), (4, 8), (6, 6), (4, 8)]

@@ -1,4 +1,4 @@
-"""The kernel that makes queries, keys and values of projections on TPUs, interpreted, against float64."""
+"""The TPU kernel from projections to queries, keys and values, interpreted, against float64."""
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,11 +13,12 @@ from bench_parts import pretended
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, Nag
-from fluxjax.devices.context import Ring, Ulysses
-from fluxjax.kernels import flash_tpu, heads_tpu
-from fluxjax.kernels.attention import Attention, resolved
-from fluxjax.kernels.guiding import isolated_attention
-from fluxjax.nets.heads import Projection, heads_of, turn_of
+from fluxjax.devices.context import RingAttention, UlyssesAttention
+from fluxjax.kernels import flash_tpu, qkv_tpu
+from fluxjax.kernels.attention import Attention, resolve_implementation
+from fluxjax.kernels.chips import TPU_CHIPS
+from fluxjax.kernels.guided_attention import isolated_attention
+from fluxjax.nets.heads import Projection, prepare_rotation, query_key_value
 from fluxjax.nets.layers import RmsNorm, Rotation
 
 WIDTH = 256
@@ -29,45 +30,46 @@ def on_a_tpu():
     """Choose as on a TPU v4, and interpret its kernels."""
     tpu = mock.Mock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
     with ExitStack() as stack:
-        stack.enter_context(pretended(tpu))
-        for module, name in ((heads_tpu, "heads"), (flash_tpu, "flash")):
+        stack.enter_context(pretended(tpu, ("kernels.attention", "nets.heads")))
+        for module, name in ((qkv_tpu, "fused_qkv_tpu"), (flash_tpu, "flash_attention_tpu")):
             run = mock.Mock(side_effect=partial(getattr(module, name), interpret=True))
             stack.enter_context(mock.patch.object(module, name, run))
         yield
 
 
 def inputs(counts, columns, dtype=jnp.float32):
-    keys = iter(jax.random.split(jax.random.key(0), 9))
+    """Return random projections of each part, and a rotation for all tokens."""
+    rng = np.random.default_rng(0)
 
     def norm():
-        return eqx.tree_at(
-            lambda norm: norm.scale,
-            RmsNorm(128),
-            1 + 0.1 * jax.random.normal(next(keys), (128,), dtype),
-        )
+        scale = jnp.asarray(1 + 0.1 * rng.standard_normal(128), dtype)
+        return eqx.tree_at(lambda norm: norm.scale, RmsNorm(128), scale)
 
-    parts = [
-        Projection(3 * jax.random.normal(next(keys), (count, columns), dtype), norm(), norm())
-        for count in counts
-    ]
-    angles = jax.random.uniform(next(keys), (sum(counts), 64), maxval=6.3)
-    return parts, Rotation(jnp.cos(angles), jnp.sin(angles))
+    parts = []
+    for count in counts:
+        projected = jnp.asarray(3 * rng.standard_normal((count, columns)), dtype)
+        parts.append(Projection(projected, norm(), norm()))
+    angles = rng.uniform(0, 6.3, (sum(counts), 64)).astype(np.float32)
+    return parts, Rotation(jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles)))
 
 
 def exact(parts, rotation):
     """Return q, k and v in float64: pairs of features as complex numbers, turned by their angle."""
     turns = (np.float64(rotation.cos) + 1j * np.float64(rotation.sin))[:, None]
 
-    def part(given, number):
-        x = np.float64(given.projected)[:, number * WIDTH :][:, :WIDTH].reshape(-1, 2, 128)
+    def columns_of(part, number):
+        x = np.float64(part.projected)[:, number * WIDTH :][:, :WIDTH].reshape(-1, 2, 128)
         if number == 2:
             return x
-        scale = np.float64((given.query_norm, given.key_norm)[number].scale)
+        scale = np.float64((part.query_norm, part.key_norm)[number].scale)
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
 
-    q, k, v = (np.concatenate([part(given, number) for given in parts]) for number in range(3))
-    turned = [(x[..., 0::2] + 1j * x[..., 1::2]) * turns for x in (q, k)]
-    return [*(np.stack([x.real, x.imag], -1).reshape(q.shape) for x in turned), v]
+    q, k, v = (np.concatenate([columns_of(part, number) for part in parts]) for number in range(3))
+    rotated = []
+    for x in (q, k):
+        pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * turns
+        rotated.append(np.stack([pairs.real, pairs.imag], -1).reshape(x.shape))
+    return [*rotated, v]
 
 
 SHAPES = [
@@ -83,10 +85,10 @@ SHAPES = [
 def test_heads_equal_float64(counts, columns, dtype):
     parts, rotation = inputs(counts, columns, dtype)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
-        assert heads_tpu.heads.called
-    # Of bfloat16 the norm is rounded, and what is turned, of which each is of two.
-    atol = 2e-6 if dtype == jnp.float32 else 3 * 2**-9
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
+        assert qkv_tpu.fused_qkv_tpu.called
+    # In bfloat16 both features of a pair are rounded after the norm, and their sum is: 2^-8 each.
+    atol = 2e-6 if dtype == jnp.float32 else 3 * 2**-8
     for x, wanted in zip(found, exact(parts, rotation), strict=True):
         assert x.dtype == dtype
         assert x.shape == wanted.shape
@@ -95,19 +97,18 @@ def test_heads_equal_float64(counts, columns, dtype):
 
 def test_gradients_are_those_of_what_is_not_fused():
     parts, rotation = inputs([32, 70], 3 * WIDTH)
-    wanted = [
-        jax.random.normal(key, (102, 2, 128)) for key in jax.random.split(jax.random.key(1), 3)
-    ]
+    rng = np.random.default_rng(1)
+    grads = tuple(jnp.asarray(rng.standard_normal((3, 102, 2, 128)), jnp.float32))
 
     def pulled(fused):
         def run(parts, rotation):
-            return heads_of(parts, turn_of(rotation), WIDTH, fused=fused)
+            return query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=fused)
 
-        return jax.jit(lambda *given: jax.vjp(run, *given)[1](tuple(wanted)))(parts, rotation)
+        return jax.jit(lambda *given: jax.vjp(run, *given)[1](grads))(parts, rotation)
 
     with on_a_tpu():
         found = pulled(True)
-        assert heads_tpu.heads.called
+        assert qkv_tpu.fused_qkv_tpu.called
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, pulled(False))
 
@@ -122,14 +123,14 @@ def test_gradients_are_those_of_what_is_not_fused():
     ],
 )
 def test_what_does_not_suit_is_not_fused(counts, dim, dtype, why):
-    assert not heads_tpu.suits(counts, WIDTH, dim, dtype, "v4"), why
+    assert not qkv_tpu.fused_qkv_supported(counts, WIDTH, dim, dtype, "v4"), why
 
 
 def test_what_does_not_suit_is_made_all_the_same():
     parts, rotation = inputs([50, 70], 3 * WIDTH)
     with on_a_tpu():
-        found = heads_of(parts, turn_of(rotation), WIDTH, fused=True)
-        assert not heads_tpu.heads.called
+        found = query_key_value(parts, prepare_rotation(rotation), WIDTH, fused=True)
+        assert not qkv_tpu.fused_qkv_tpu.called
     for x, wanted in zip(found, exact(parts, rotation), strict=True):
         np.testing.assert_allclose(x, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 
@@ -137,31 +138,26 @@ def test_what_does_not_suit_is_made_all_the_same():
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("counts", [[4608], [512, 4096], [256, 4096], [4133]])
 def test_blocks_of_dev_fit_a_chips_memory(chip, counts):
-    size = heads_tpu.block(counts, 3072, jnp.bfloat16, chip)
+    size = qkv_tpu.qkv_block_tokens(counts, 3072, jnp.bfloat16, chip)
     assert size >= 128
-    assert heads_tpu.vmem_bytes(size, 3072, jnp.bfloat16, len(counts)) <= heads_tpu.CHIPS[chip].vmem
+    needed = qkv_tpu.qkv_vmem_bytes(size, 3072, jnp.bfloat16, len(counts))
+    assert needed <= TPU_CHIPS[chip].vmem_bytes
 
 
 def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
     config = FluxConfig(
-        width=256, heads=2, double_depth=2, single_depth=2, mlp_width=512, context=32, pooled=16
+        width=256, heads=2, double_depth=2, single_depth=2, mlp_width=256, context=32, pooled=16
     )
-    flux = Flux(config, key=jax.random.key(0))
-    leaves, tree = jax.tree.flatten(flux)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # New blocks are the identity, whatever their attention is.
-    flux = tree.unflatten(
-        [
-            leaf + 0.05 * jax.random.normal(key, leaf.shape)
-            for leaf, key in zip(leaves, keys, strict=True)
-        ]
-    )
-    names = jax.random.split(jax.random.key(2), 3)
-    x, txt, vec = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(names, [(2, 96, 64), (2, 32, 32), (2, 16)], strict=True)
-    )
-    ids = fluxjax.image_ids(16 * 12, 16 * 8)
+    rng = np.random.default_rng(1)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    # All weights are drawn: the blocks of a new network are the identity, whatever they attend to.
+    shapes = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    flux = jax.tree.map(lambda leaf: 0.06 * draw(*leaf.shape), shapes)
+    x, txt, vec = draw(2, 32, 64), draw(2, 16, 32), draw(2, 16)
+    ids = fluxjax.image_ids(16 * 8, 16 * 4)
 
     def run(attention):
         def one(x, txt, vec):
@@ -173,19 +169,24 @@ def test_a_network_takes_the_kernel_where_it_takes_flash_tpu():
     with on_a_tpu():
         found = run("flash_tpu")
         # The blocks of each kind are traced once, of two parts and of one.
-        assert [len(call.args[0]) for call in heads_tpu.heads.call_args_list] == [2, 1]
+        assert [len(call.args[0]) for call in qkv_tpu.fused_qkv_tpu.call_args_list] == [2, 1]
         wanted = run("xla")
-        assert len(heads_tpu.heads.call_args_list) == 2
+        assert len(qkv_tpu.fused_qkv_tpu.call_args_list) == 2
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_a_choice_of_attention_comes_to_an_implementation():
     long, short = (jax.ShapeDtypeStruct((tokens, 24, 128), jnp.bfloat16) for tokens in (4608, 77))
     with on_a_tpu():
-        for choice in (None, Attention(), Nag(), Ulysses("context", 512, 4096)):
-            assert resolved(choice, long, long) == "flash_tpu"
-            assert resolved(choice, short, short) == "xla"
-        assert resolved("xla", long, long) == "xla"
-        assert resolved(Ulysses("context", 512, 4096, "xla_chunked"), long, long) == "xla_chunked"
-        assert resolved(Ring("context", 512, 4096), long, long) is None
-        assert resolved(isolated_attention, long, long) is None
+        for choice in (None, Attention(), Nag(), UlyssesAttention("context", 512, 4096)):
+            assert resolve_implementation(choice, long, long) == "flash_tpu"
+            assert resolve_implementation(choice, short, short) == "xla"
+        assert resolve_implementation("xla", long, long) == "xla"
+        assert (
+            resolve_implementation(
+                UlyssesAttention("context", 512, 4096, "xla_chunked"), long, long
+            )
+            == "xla_chunked"
+        )
+        assert resolve_implementation(RingAttention("context", 512, 4096), long, long) is None
+        assert resolve_implementation(isolated_attention, long, long) is None

@@ -1,106 +1,133 @@
-"""diffusers and transformers load what fluxjax writes, and fluxjax what they write, bit by bit."""
+"""diffusers and transformers load what fluxjax writes, and the reverse, bit by bit."""
 
 import json
 
-import equinox as eqx
 import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from layouts import assert_same_network
 from safetensors.numpy import load_file
 
 from fluxjax import VaeConfig, convert_weights, inspect_weights, load_flux, load_vae
 from fluxjax.checkpoint import configs
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 
 LAYOUTS = ("own", "comfy", "diffusers", "own", "diffusers")
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def reference(tmp_path_factory):
     """A checkpoint written by diffusers itself."""
-    folder = tmp_path_factory.mktemp("theirs")
+    folder = tmp_path_factory.mktemp("reference")
     FluxPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 def test_a_diffusers_checkpoint_comes_back_bitwise_through_every_layout_and_diffusers_loads_it(
-    theirs, tmp_path
+    reference, tmp_path
 ):
-    source = theirs
+    source = reference
     for number, layout in enumerate(LAYOUTS):
         source = convert_weights(source, tmp_path / f"{number}-{layout}", to=layout)
-    for file in sorted(theirs.glob("*/*.safetensors")):
-        original, ours = load_file(file), load_file(source / file.relative_to(theirs))
-        assert original.keys() == ours.keys()
-        assert all(original[name].tobytes() == ours[name].tobytes() for name in original)
-    before, after = (
-        FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-        for folder in (theirs, with_rest(source, theirs))
-    )
+    for file in sorted(reference.glob("*/*.safetensors")):
+        assert_same_files(source / file.relative_to(reference), file)
+    add_other_files(source, reference)
+    before = FluxPipeline.from_pretrained(reference, torch_dtype=torch.bfloat16)
+    after = FluxPipeline.from_pretrained(source, torch_dtype=torch.bfloat16)
     for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
-        states = (getattr(pipeline, part).state_dict() for pipeline in (before, after))
-        assert all(
-            torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True)
-        )
+        assert_same_states(getattr(after, part), getattr(before, part))
 
 
-def with_rest(folder, theirs):
+def assert_same_files(found, expected) -> None:
+    found, expected = load_file(found), load_file(expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def assert_same_states(found, expected) -> None:
+    found, expected = found.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def add_other_files(folder, reference) -> None:
     """Add what the ComfyUI layout has no place for: the tokenizers and the scheduler."""
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if not (folder / name).exists():
-            (folder / name).symlink_to(theirs / name)
-    (folder / "model_index.json").write_text((theirs / "model_index.json").read_text())
-    return folder
+            (folder / name).symlink_to(reference / name)
+    (folder / "model_index.json").write_text((reference / "model_index.json").read_text())
 
 
-def test_diffusers_loads_our_single_file_of_the_transformer(tmp_path):
-    # Its converter knows dev's width alone, so one block of each kind at that width.
+def fill_with_random_numbers(model) -> None:
+    """Fill parameters with the same random numbers again and again, which is faster than drawing.
+
+    Their count is a prime, so that no two rows of a tensor begin with the same number.
+    """
+    numbers = (0.02 * torch.randn(1_000_003)).to(torch.bfloat16)
+    for shift, parameter in enumerate(model.parameters()):
+        shifted = numbers.roll(shift)
+        repeats = parameter.numel() // len(numbers) + 1
+        parameter.data.copy_(shifted.repeat(repeats)[: parameter.numel()].view(parameter.shape))
+
+
+def write_config(folder, config) -> str:
+    """Write a config.json into a new folder and return the folder's path."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_diffusers_loads_a_single_file_of_the_transformer(tmp_path):
+    # Its converter supports only dev's width, so one block of each kind at that width.
     config = {
-        "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1,
-        "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 64, "pooled_projection_dim": 64,
-        "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
-    }  # fmt: skip
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+        "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    }
     torch.manual_seed(0)
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
-    model.save_pretrained(tmp_path / "theirs")
-    single = convert_weights(tmp_path / "theirs", tmp_path / "flux1-dev.safetensors", to="bfl")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    fill_with_random_numbers(model)
+    model.save_pretrained(tmp_path / "reference")
+    target = tmp_path / "flux1-dev.safetensors"
+    single = convert_weights(tmp_path / "reference", target, to="bfl")
     again = FluxTransformer2DModel.from_single_file(
-        str(single), config=str(tmp_path / "config"), torch_dtype=torch.bfloat16
+        str(single), config=write_config(tmp_path / "config", config), torch_dtype=torch.bfloat16
     )
-    expected, found = model.state_dict(), again.state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_states(again, model)
     back = load_flux(single)
     assert back.config == configs.flux_from_json(config)
-    last = np.asarray(back.single.linear2.weight.value[0]).view(np.uint16)
-    np.testing.assert_array_equal(
-        last, expected["single_transformer_blocks.0.proj_out.weight"].view(torch.uint16).numpy()
-    )
+    found = np.asarray(back.single.linear2.weight.value[0]).view(np.uint16)
+    expected = model.state_dict()["single_transformer_blocks.0.proj_out.weight"]
+    np.testing.assert_array_equal(found, expected.view(torch.uint16).numpy())
 
 
-def test_diffusers_loads_our_single_file_of_the_vae(tmp_path):
-    config = configs.vae_to_json(
-        VaeConfig(channels=(32, 64), groups=8, resnets=1, latent_channels=4)
-    )
+def test_diffusers_loads_a_single_file_of_the_vae(tmp_path):
+    small = VaeConfig(channels=(32, 64), groups=8, resnets=1, latent_channels=4)
+    config = configs.vae_to_json(small)
     torch.manual_seed(0)
     model = AutoencoderKL.from_config(config)
-    model.save_pretrained(tmp_path / "theirs")
-    single = convert_weights(tmp_path / "theirs", tmp_path / "ae.safetensors", to="bfl")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
-    again = AutoencoderKL.from_single_file(str(single), config=str(tmp_path / "config"))
-    expected, found = model.state_dict(), again.state_dict()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert eqx.tree_equal(load_vae(single), load_vae(tmp_path / "theirs"))
-    assert inspect_weights(single).networks[0].parameters == sum(
-        p.numel() for p in model.parameters()
+    model.save_pretrained(tmp_path / "reference")
+    single = convert_weights(tmp_path / "reference", tmp_path / "ae.safetensors", to="bfl")
+    again = AutoencoderKL.from_single_file(
+        str(single), config=write_config(tmp_path / "config", config)
     )
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(load_vae(single)))
+    assert_same_states(again, model)
+    loaded = load_vae(single)
+    assert_same_network(loaded, load_vae(tmp_path / "reference"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert inspect_weights(single).networks[0].parameters == count
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))

@@ -1,19 +1,19 @@
-"""The full-size networks name and shape every tensor of the official files, no less and no more."""
+"""The full-size networks have a parameter for every tensor of the official files, and no others."""
 
 import gzip
 import json
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
 from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.detect import fused_parts
-from fluxjax.checkpoint.plan import abstract, plan
-from fluxjax.checkpoint.safetensors import StoredTensor
+from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.match import complete_plan
+from fluxjax.checkpoint.tensors import StoredTensor
+from fluxjax.checkpoint.weights import abstract
 
 HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
 FILL = FluxConfig(in_channels=384, out_channels=64)
@@ -34,7 +34,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def headers():
     if not HEADERS.exists():
-        pytest.skip("the official headers are not at hand")
+        pytest.skip(f"{HEADERS} with the official headers is not there")
     return json.loads(gzip.decompress(HEADERS.read_bytes()))
 
 
@@ -46,17 +46,12 @@ def test_every_official_tensor_has_its_place_and_every_place_its_tensor(headers,
         for key, entry in headers[name].items()
     }
     network = abstract(make, config)
-    pieces = [
-        piece
-        for pieces in plan(network, tensors, dialect, fused_parts(config)).pieces.values()
-        for piece in pieces
-    ]
-    used = {id(piece.tensor): piece.tensor for piece in pieces}.values()
-    assert len(used) == len(tensors) - sum(
-        dialect.strip(key) in dialect.unneeded for key in tensors
-    )
-    sizes = sum(
-        leaf.size
-        for leaf in jax.tree.leaves(eqx.filter_eval_shape(make, config, key=jax.random.key(0)))
-    )
-    assert sum(tensor.size for tensor in used) == sizes
+    plan = complete_plan(network, tensors, dialect, fused_parts(config))
+    used = {}
+    for sources in plan.sources.values():
+        for source in sources:
+            used[id(source.tensor)] = source.tensor
+    ignored = sum(dialect.without_prefix(key) in dialect.ignored for key in tensors)
+    assert len(used) == len(tensors) - ignored
+    values = sum(leaf.size for leaf in jax.tree.leaves(network))
+    assert sum(tensor.size for tensor in used.values()) == values

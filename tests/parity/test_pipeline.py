@@ -7,9 +7,10 @@ import pytest
 from reference import FLOAT32_BOUND, relative_error, to_torch
 
 import fluxjax
-from fluxjax.checkpoint.locate import tiny_folder
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
-from fluxjax.generate.draw import denoise, model_times
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import encode_text, prompt_ids
 
 torch = pytest.importorskip("torch")

@@ -1,19 +1,18 @@
-"""Weights that others store in fewer bits are decoded as their own code decodes them."""
+"""Weights that other programs store in fewer bits are decoded as their own code decodes them."""
 
 import json
 import subprocess
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from layouts import export, write
+from layouts import export, random_network, write
 
 from fluxjax import T5, T5Config, WeightsError, inspect_weights, load_t5
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.packed import untile
+from fluxjax.checkpoint.scaled_formats import untile
 
 CONFIG = T5Config(vocabulary=40, width=64, heads=4, head_dim=16, depth=2, mlp_width=96)
 NAME = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
@@ -21,11 +20,14 @@ NAME = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
 
 @pytest.fixture(scope="module")
 def named():
-    return export(T5(CONFIG, key=jax.random.key(0)), tables.T5_TRANSFORMERS)
+    """The weights of a T5 by transformers' names."""
+    return export(random_network(T5, CONFIG), tables.T5_TRANSFORMERS)
 
 
-def loaded(path):
-    return np.asarray(load_t5(path, config=CONFIG, dtype="float32").blocks.gate.weight.value[1])
+def load_weight(path):
+    """Return the weight `NAME` of a file as fluxjax loads it."""
+    network = load_t5(path, config=CONFIG, dtype="float32")
+    return np.asarray(network.blocks.gate.weight.value[1])
 
 
 def nibble_pairs(packed: np.ndarray, high_first: bool) -> np.ndarray:
@@ -34,7 +36,7 @@ def nibble_pairs(packed: np.ndarray, high_first: bool) -> np.ndarray:
 
 
 def tiled_by_definition(scales: np.ndarray) -> np.ndarray:
-    """Return scales in cuBLAS' order, each placed by the documented formula."""
+    """Return scales in the order of cuBLAS, each placed by the documented formula."""
     rows, blocks = scales.shape
     out = np.zeros((-(-rows // 128) * 128) * (-(-blocks // 4) * 4), scales.dtype)
     tiles_across = -(-blocks // 4)
@@ -48,13 +50,13 @@ def tiled_by_definition(scales: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(96, 4), (200, 6), (128, 4), (1, 1)])
-def test_scales_come_back_from_the_order_of_tensor_cores(shape):
+def test_untile_inverts_the_documented_order_of_scales(shape):
     scales = np.arange(shape[0] * shape[1], dtype=np.uint32).reshape(shape)
     np.testing.assert_array_equal(untile(tiled_by_definition(scales), *shape), scales)
 
 
 @pytest.mark.parametrize("described", ["tensor", "metadata", None], ids=str)
-def test_nvfp4_is_value_times_both_scales(named, tmp_path, described):
+def test_nvfp4_is_the_value_times_both_scales(named, tmp_path, described):
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, (96, 32), np.uint8)
     scale = np.abs(rng.standard_normal((96, 4))).astype(ml_dtypes.float8_e4m3fn)
@@ -78,14 +80,14 @@ def test_nvfp4_is_value_times_both_scales(named, tmp_path, described):
     codes = nibble_pairs(packed, high_first=tiled).astype(np.uint8)
     values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     expected = values * np.repeat(second * scale.astype(np.float32), 16, axis=1)
-    np.testing.assert_array_equal(loaded(tmp_path / "t5.safetensors"), expected)
+    np.testing.assert_array_equal(load_weight(tmp_path / "t5.safetensors"), expected)
     (network,) = inspect_weights(tmp_path / "t5.safetensors").networks
     assert network.whole
     assert "nvfp4" in network.storage
     assert network.parameters == sum(tensor.size for tensor in named.values())
 
 
-def test_mxfp8_is_value_times_a_power_of_two(named, tmp_path):
+def test_mxfp8_is_the_value_times_a_power_of_two(named, tmp_path):
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.standard_normal((96, 64)).astype(np.float32)).to(
         torch.float8_e4m3fn
@@ -102,12 +104,12 @@ def test_mxfp8_is_value_times_a_power_of_two(named, tmp_path):
         torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
     )
     np.testing.assert_array_equal(
-        loaded(tmp_path / "t5.safetensors"), (weight.float() * scale).numpy()
+        load_weight(tmp_path / "t5.safetensors"), (weight.float() * scale).numpy()
     )
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_comfys_int8_is_value_times_scale_and_refused_where_rotated(named, tmp_path, rows):
+def test_int8_of_comfyui_is_the_value_times_the_scale_and_refused_if_rotated(named, tmp_path, rows):
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, (96, 64)).astype(np.int8)
     scale = np.asarray(rng.random((96, 1) if rows else ()), np.float32)
@@ -117,18 +119,18 @@ def test_comfys_int8_is_value_times_scale_and_refused_where_rotated(named, tmp_p
     stored[stem + "comfy_quant"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
     write(tmp_path / "t5.safetensors", stored)
     np.testing.assert_array_equal(
-        loaded(tmp_path / "t5.safetensors"), weight.astype(np.float32) * scale
+        load_weight(tmp_path / "t5.safetensors"), weight.astype(np.float32) * scale
     )
     for other in (description | {"convrot": True}, {"format": "asym_w4a8_int8"}):
         stored[stem + "comfy_quant"] = np.frombuffer(json.dumps(other).encode(), np.uint8)
         write(tmp_path / "t5.safetensors", stored)
         with pytest.raises(WeightsError, match="which fluxjax can't decode"):
-            loaded(tmp_path / "t5.safetensors")
+            load_weight(tmp_path / "t5.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
-def test_four_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path, kind, nested):
+def test_4_bit_weights_are_decoded_as_bitsandbytes_does(named, tmp_path, kind, nested):
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.from_numpy(np.array(named[NAME]))
     packed, state = functional.quantize_4bit(
@@ -139,19 +141,19 @@ def test_four_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path, kind,
     write(tmp_path / "t5.safetensors", stored)
     state.dtype = torch.float32
     expected = functional.dequantize_4bit(packed, state).numpy()
-    np.testing.assert_allclose(
-        loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6, atol=1e-7
-    )  # one rounding
+    # The order of the two multiplications differs, by one rounding.
+    weight = load_weight(tmp_path / "t5.safetensors")
+    np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-7)
     (network,) = inspect_weights(tmp_path / "t5.safetensors").networks
     assert kind.upper() in network.storage
     assert network.parameters == sum(tensor.size for tensor in named.values())
     del stored[f"{NAME}.absmax"]
     write(tmp_path / "t5.safetensors", stored)
     with pytest.raises(WeightsError, match="do not fit together"):
-        loaded(tmp_path / "t5.safetensors")
+        load_weight(tmp_path / "t5.safetensors")
 
 
-def test_eight_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path):
+def test_8_bit_weights_are_decoded_as_bitsandbytes_does(named, tmp_path):
     functional = pytest.importorskip("bitsandbytes.functional")
     weight, scale, _ = functional.int8_vectorwise_quant(
         torch.from_numpy(np.array(named[NAME])).half()
@@ -164,12 +166,12 @@ def test_eight_bits_of_bitsandbytes_are_decoded_as_it_does(named, tmp_path):
     }
     write(tmp_path / "t5.safetensors", stored)
     expected = functional.int8_vectorwise_dequant(weight, scale).numpy()
-    np.testing.assert_allclose(
-        loaded(tmp_path / "t5.safetensors"), expected, rtol=1e-6
-    )  # one rounding
+    # The order of the two multiplications differs, by one rounding.
+    weight = load_weight(tmp_path / "t5.safetensors")
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
-def test_a_pickle_is_converted_by_the_command_that_its_error_names(named, tmp_path):
+def test_the_command_in_the_error_for_a_pickle_converts_it(named, tmp_path):
     torch.save(
         {name: torch.from_numpy(np.array(tensor)) for name, tensor in named.items()},
         tmp_path / "pytorch_model.bin",
@@ -179,4 +181,4 @@ def test_a_pickle_is_converted_by_the_command_that_its_error_names(named, tmp_pa
     code = str(error.value).split("python -c '")[1].split("'")[0]
     arguments = [sys.executable, "-c", code, "pytorch_model.bin", "model.safetensors"]
     subprocess.run(arguments, cwd=tmp_path, check=True)
-    np.testing.assert_array_equal(loaded(tmp_path / "model.safetensors"), named[NAME])
+    np.testing.assert_array_equal(load_weight(tmp_path / "model.safetensors"), named[NAME])

@@ -10,7 +10,7 @@ from scenes import Scene, Thing, render
 from styles import STYLES, adheres, distance, restyled, suits
 
 from fluxjax import read_lora
-from fluxjax.checkpoint.locate import shipped_lora
+from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.cli.main import main as cli
 
 

@@ -15,7 +15,8 @@ from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, write_
 from fluxjax.generate.text import Text
 from fluxjax.lora import trainable
 from fluxjax.nets.layers import Linear, gelu
-from fluxjax.nets.stack import scan_blocks, stack
+from fluxjax.nets.scan import scan_blocks
+from fluxjax.nets.stack import stack
 from fluxjax.train.step import TrainState
 from fluxjax.zoo import Defaults
 

@@ -1,0 +1,63 @@
+"""What a file is that holds no network of FLUX.1, judged by the names of its tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxjax.checkpoint.tensors import TensorFile
+from fluxjax.printable import printable, printable_path
+
+_ADAPTER_FIELDS = frozenset(
+    (
+        "lora_A",
+        "lora_B",
+        "lora_down",
+        "lora_up",
+        "lokr_w1",
+        "lokr_w1_a",
+        "hada_w1_a",
+        "dora_scale",
+        "lora_magnitude_vector",
+        "oft_blocks",
+        "oft_R",
+        "boft_R",
+        "set_weight",
+    )
+)
+_OTHER_MODELS = {
+    "double_stream_modulation_img": "FLUX.2",
+    "distilled_guidance_layer": "Chroma",
+    "joint_blocks": "Stable Diffusion 3",
+    "input_blocks": "Stable Diffusion 1, 2 or XL",
+    "down_blocks.0.attentions": "Stable Diffusion's UNet",
+    "controlnet_blocks": "a ControlNet",
+    "controlnet_double_blocks": "a ControlNet",
+    "vision_model": "a CLIP vision encoder",
+}
+"""Other models, by a text that the names of their tensors hold."""
+
+
+def describe_unknown_file(path: Path, files: Sequence[TensorFile]) -> str:
+    """Return what files are that hold no network of FLUX.1, and what to pass instead.
+
+    **Arguments:** `path`: of the first file, for the message. `files`: their headers.
+    """
+    where = printable_path(path)
+    names: list[str] = []
+    fields: set[str] = set()
+    for file in files:
+        for name in file.tensors:
+            names.append(name)
+            fields.update(name.split("."))
+    # Nunchaku's files hold low-rank matrices too, so they are looked for before adapters.
+    if "wscales" in fields:
+        return (
+            f"{where} is a Nunchaku (SVDQuant) model, which fluxjax does not read. "
+            "Pass the model that it was made from."
+        )
+    if fields & _ADAPTER_FIELDS or any(name.startswith("lora_") for name in names):
+        return f"{where} is a LoRA, not a model. Pass the model that it adapts."
+    for text, model in _OTHER_MODELS.items():
+        if any(text in name for name in names):
+            return f"{where} holds {model}, which is not FLUX.1. Pass a FLUX.1 checkpoint."
+    some = printable(", ".join(names[:3])) or "no tensors at all"
+    return f"{where} holds no network of FLUX: found {some}. Pass the network's own file or folder."

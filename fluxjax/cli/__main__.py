@@ -1,0 +1,6 @@
+"""`python -m fluxjax.cli`, which is the same as `fluxjax`."""
+
+from fluxjax.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The options of `fluxjax generate`."""
+
+import argparse
+
+from fluxjax.cli.choices import ATTENTIONS, INTEGRATORS, QUANTIZATIONS, RULES, TIMERS
+from fluxjax.cli.options import (
+    MAX_IMAGES,
+    MAX_STEPS,
+    MAX_TOKENS,
+    BlockSizesReader,
+    OptionGroup,
+    adapter,
+    file_path,
+    finite_number,
+    image_count,
+    mesh_sizes,
+    positive_number,
+    seed,
+    step_count,
+    token_count,
+    unicode_text,
+)
+from fluxjax.cli.shared_options import (
+    add_compilation_cache,
+    add_dtype,
+    add_guidance,
+    add_model,
+    add_output_folder,
+    add_size,
+)
+
+
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax generate` to its parser."""
+    _add_prompt_options(parser.add_argument_group("prompt"))
+    _add_image_options(parser.add_argument_group("images"))
+    _add_model_options(parser.add_argument_group("model"))
+    _add_sampling_options(parser.add_argument_group("sampling"))
+    _add_guidance_options(parser.add_argument_group("guidance"))
+    _add_speed_options(parser.add_argument_group("speed"))
+    _add_memory_options(parser.add_argument_group("memory"))
+    _add_device_options(parser.add_argument_group("devices"))
+
+
+def _add_prompt_options(group: OptionGroup) -> None:
+    prompt = group.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", type=unicode_text, help="text that the image shows")
+    prompt.add_argument(
+        "--prompts",
+        type=file_path,
+        metavar="FILE",
+        help="draw an image for each line of a file instead: a JSON object with prompt and, "
+        "optionally, prompt_2, negative_prompt, id and seed",
+    )
+    group.add_argument(
+        "--prompt-2",
+        type=unicode_text,
+        metavar="TEXT",
+        help="a different prompt for the T5 encoder; CLIP still reads the first one",
+    )
+    group.add_argument(
+        "--negative-prompt",
+        type=unicode_text,
+        metavar="TEXT",
+        help="text that the image is guided away from, with --cfg or --nag "
+        "(default: the empty prompt)",
+    )
+    group.add_argument(
+        "--max-sequence-length",
+        type=token_count,
+        metavar="TOKENS",
+        help="length to which T5's tokens of a prompt are padded or cut, "
+        f"up to {MAX_TOKENS} (default: the model's)",
+    )
+
+
+def _add_image_options(group: OptionGroup) -> None:
+    add_size(group)
+    group.add_argument(
+        "--images",
+        type=image_count,
+        default=1,
+        metavar="COUNT",
+        help=f"number of images, up to {MAX_IMAGES} (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=seed,
+        help="seed of the noise, below 2^63 (default: 0; with --prompts, the number of the line)",
+    )
+    add_output_folder(group, "flux_N.png or, with --prompts, ID.png")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --prompts, draw an image again if the existing one was made with another "
+        "prompt, seed or option",
+    )
+
+
+def _add_model_options(group: OptionGroup) -> None:
+    add_model(group)
+    add_dtype(group)
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=adapter,
+        default=[],
+        metavar="ADAPTER",
+        help="merge an adapter into the weights: [NAME=]FILE[:SCALE], where FILE may also be "
+        "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
+    )
+
+
+def _add_sampling_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--steps",
+        type=step_count,
+        help=f"number of integration steps, up to {MAX_STEPS} (default: the model's)",
+    )
+    group.add_argument(
+        "--integrator",
+        choices=INTEGRATORS,
+        default="euler",
+        metavar="NAME",
+        help="numerical integrator: %(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eta",
+        type=finite_number(0, 1),
+        help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde, "
+        "from 0 to 1 (default: 0 for ddim, 1 for the others)",
+    )
+    group.add_argument(
+        "--timer",
+        choices=TIMERS,
+        default="model",
+        metavar="NAME",
+        help="spacing of the sampling times: %(choices)s (default: %(default)s, "
+        "the spacing that the model was made for)",
+    )
+    group.add_argument(
+        "--shift",
+        type=positive_number,
+        help="shift factor of the timer flux_static (default: 3)",
+    )
+
+
+def _add_guidance_options(group: OptionGroup) -> None:
+    add_guidance(group)
+    group.add_argument(
+        "--cfg",
+        type=finite_number(),
+        default=1.0,
+        metavar="SCALE",
+        help="classifier-free guidance scale; other values than 1 double the work "
+        "(default: 1, no guidance)",
+    )
+    group.add_argument(
+        "--rule",
+        choices=RULES,
+        default="cfg",
+        metavar="NAME",
+        help="how --cfg combines the two velocities: %(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--nag",
+        type=finite_number(),
+        metavar="SCALE",
+        help="scale of normalized attention guidance, which guides every attention layer away "
+        "from the negative prompt (default: none)",
+    )
+
+
+def _add_speed_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--cache",
+        metavar="[KIND:]THRESHOLD",
+        help="skip transformer blocks in steps that change less than a threshold: 0.1 "
+        "(first_block), or teacache:0.4 (default: skip none)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        metavar="DTYPE",
+        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
+        "(default: in the dtype of the weights)",
+    )
+    group.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        metavar="NAME",
+        help="attention implementation: %(choices)s (default: chosen by device, dtype and "
+        "number of tokens; see docs/performance.md)",
+    )
+    group.add_argument(
+        "--flash-block-sizes",
+        type=BlockSizesReader(),
+        metavar="SIZES",
+        help="tokens per block, for --attention flash_tpu, flash_gpu or xla_chunked: one number, "
+        "QUERIES,KEYS, or a preset: %(type)s",
+    )
+    group.add_argument(
+        "--unroll",
+        action="store_true",
+        help="compile every transformer block separately instead of as one loop: compilation "
+        "takes longer, and GPUs move fewer bytes",
+    )
+    add_compilation_cache(group)
+
+
+def _add_memory_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--batch",
+        type=image_count,
+        metavar="COUNT",
+        help="images per forward pass (default: all; with --prompts, 1)",
+    )
+    encoders = group.add_mutually_exclusive_group()
+    encoders.add_argument(
+        "--keep-encoders",
+        action="store_true",
+        help="keep the text encoders in memory after the prompt is encoded",
+    )
+    encoders.add_argument(
+        "--offload-encoders",
+        action="store_true",
+        help="with --prompts, keep the text encoders in host memory, and copy them to the device "
+        "for each batch",
+    )
+    group.add_argument(
+        "--stream-blocks",
+        action="store_true",
+        help="keep the weights of the transformer and T5 in host memory (on CPU: in their files), "
+        "and copy them to the device block by block",
+    )
+    group.add_argument(
+        "--show-memory",
+        action="store_true",
+        help="print which weights are in which memory once they are loaded",
+    )
+
+
+def _add_device_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="SIZES",
+        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
+        "remaining devices (default: one device)",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of the job, which share the lines of --prompts, or draw "
+        "together on a --mesh of all their devices",
+    )

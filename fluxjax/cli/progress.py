@@ -1,0 +1,84 @@
+"""Progress of a drawing command: a bar over evaluations of the network, and seconds of stages."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+from tqdm import tqdm
+
+from fluxjax.cli.console import interruptible
+from fluxjax.generate.draw import DrawProgress
+
+Result = TypeVar("Result")
+_BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"
+
+
+class Clock:
+    """Runs the stages of drawing, times each, and shows a progress bar that names the present one.
+
+    It is the `DrawHooks` of the command line. What takes long runs in a worker thread, so that a
+    signal ends it at once.
+    """
+
+    def __init__(self, steps: int, evaluations: int, *, silent: bool = False):
+        """**Arguments:** `steps`: of all batches together. `evaluations`: of the network, for each
+        step. `silent`: whether to show no bar."""
+        self.steps = steps
+        self.evaluations = evaluations
+        self.seconds: dict[str, float] = {}
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.done = 0
+        self.bar = tqdm(total=steps * evaluations, bar_format=_BAR, disable=silent)
+
+    def __enter__(self) -> "Clock":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.bar.set_description_str("done" if kind is None else "stopped")
+        self.bar.close()
+
+    @contextmanager
+    def measure(self, stage: str, what: str = "") -> Iterator[None]:
+        """Add the seconds of the block to a stage, which the bar shows meanwhile."""
+        self.bar.set_description_str(f"{stage} {what}".strip())
+        start = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+
+    def load(self, name: str, function: Callable[[], Result]) -> Result:
+        """Return function(), which loads what `name` says."""
+        with self.measure("load", name):
+            return interruptible(lambda: jax.block_until_ready(function()))
+
+    def run(
+        self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
+    ) -> Result:
+        """Return function(*inputs, **options) of a jitted function, whose inputs always have the
+        same shapes. It is compiled the first time; compiling is timed apart.
+        """
+        if function not in self.compiled:
+            with self.measure("compile", stage):
+                lower = function.lower  # type: ignore[attr-defined]
+                self.compiled[function] = interruptible(lambda: lower(*inputs, **options).compile())
+        compiled = self.compiled[function]
+        with self.measure(stage):
+            return interruptible(lambda: jax.block_until_ready(compiled(*inputs, **options)))
+
+    def progress(self, progress: DrawProgress) -> None:
+        steps = progress.done - self.done
+        self.bar.update(steps * self.evaluations)
+        self.done = 0 if progress.done == progress.steps else progress.done
+
+    def report(self) -> str:
+        """Return the seconds of each stage, on one line."""
+        parts = [f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items()]
+        per_step = self.seconds["denoise"] / self.steps
+        return f"{', '.join(parts)} ({per_step:.3f} s per step)"

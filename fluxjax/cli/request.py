@@ -1,0 +1,276 @@
+"""The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fluxjax.checkpoint.defaults import load_defaults
+from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.console import interruptible
+from fluxjax.cli.output import encodable, writable
+from fluxjax.cli.prompts import Line
+from fluxjax.devices.mesh import make_mesh
+from fluxjax.generate.draw import Recipe
+from fluxjax.generate.latents import check_size
+from fluxjax.generate.limits import Demand, check_finite_times, check_memory, read_configs
+from fluxjax.generate.load import LoadOptions, activation_dtype
+from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
+from fluxjax.generate.text_to_image import as_arrays
+from fluxjax.generate.velocity import Guidance
+from fluxjax.kernels.attention import Attention
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.version import __version__
+from fluxjax.zoo import FLUX1, Defaults
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be drawn, how, and where it is written.
+
+    `model`: its name, folder or hub id. `defaults`: of the model. `line`: the prompt, unless
+    `prompts` names a file of them. `negative_prompt`: of lines that have none of their own; None if
+    the option is not given. `images`, `batch`: how many, and how many at once. `height`, `width`:
+    in pixels. `max_length`: T5 tokens. `recipe`: how they are sampled. `distilled`: the distilled
+    guidance scale; None takes the model's. `load`: how networks are loaded. `dtype`: of the
+    activations. `description`: what each image's metadata say of the options, in order.
+    """
+
+    model: str
+    defaults: Defaults
+    line: Line | None
+    prompts: Path | None
+    negative_prompt: str | None
+    images: int
+    batch: int
+    height: int
+    width: int
+    max_length: int
+    recipe: Recipe
+    distilled: float | None
+    load: LoadOptions
+    dtype: DTypeLike
+    folder: Path
+    overwrite: bool
+    keep_encoders: bool
+    offload_encoders: bool
+    show_memory: bool
+    description: Mapping[str, str]
+
+    @property
+    def steps(self) -> int:
+        return len(self.recipe.times) - 1
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether images are guided away from a negative prompt."""
+        return self.guides_by_scale or self.recipe.guidance.nag is not None
+
+    @property
+    def guides_by_scale(self) -> bool:
+        return "cfg" in self.description
+
+    def negative_of(self, line: Line) -> str:
+        """Return what a line is guided away from: its own negative prompt, the command's, or ""."""
+        for text in (line.negative_prompt, self.negative_prompt):
+            if text is not None:
+                return text
+        return ""
+
+    def metadata(self, line: Line, guidance: str) -> dict[str, str]:
+        """Return what an image's metadata say: everything that determines the image."""
+        entries = {"prompt": line.prompt}
+        if line.prompt_2 is not None:
+            entries["prompt_2"] = line.prompt_2
+        entries["seed"] = str(line.seed)
+        for name, value in self.description.items():
+            if name in ("cache", "size") and self.is_guided:
+                entries.setdefault("negative_prompt", self.negative_of(line))
+            entries[name] = value
+            if name == "steps":
+                entries["guidance"] = guidance
+        return entries
+
+    def expected_guidance(self, found: Mapping[str, str]) -> str:
+        """Return the distilled guidance that the metadata of an image should have.
+
+        Without --guidance it is the model's, or none; which of them depends on the network, and is
+        not known before that is loaded, so that the image's own "none" is accepted.
+        """
+        if self.distilled is not None:
+            return f"{self.distilled:g}"
+        if found.get("guidance") == "none":
+            return "none"
+        return f"{_or_default(self.defaults.guidance, FLUX1.guidance):g}"
+
+
+class _Sizes(NamedTuple):
+    """The numbers of what is drawn, with the model's defaults filled in; as in `Request`."""
+
+    height: int
+    width: int
+    steps: int
+    max_length: int
+    batch: int
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Return the options as values, before anything is loaded.
+
+    **Raises:** `ValueError` for options that do not go together or can't be met.
+    """
+    defaults = interruptible(load_defaults, options.model)
+    sizes = _sizes(options, defaults)
+    _check_guidance(options)
+    dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
+    mesh = _mesh(options)
+    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
+    check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
+    recipe = _recipe(options, sizes, defaults)
+    folder = writable(options.output_dir)
+    return Request(
+        model=options.model,
+        defaults=defaults,
+        line=_line(options),
+        prompts=options.prompts,
+        negative_prompt=options.negative_prompt,
+        images=options.images,
+        batch=sizes.batch,
+        height=sizes.height,
+        width=sizes.width,
+        max_length=sizes.max_length,
+        recipe=recipe,
+        distilled=options.guidance,
+        load=_load_options(options, mesh),
+        dtype=dtype,
+        folder=folder,
+        overwrite=options.overwrite,
+        keep_encoders=options.keep_encoders,
+        offload_encoders=options.offload_encoders,
+        show_memory=options.show_memory,
+        description=_description(options, sizes),
+    )
+
+
+def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
+    height = _or_default(options.height, defaults.height)
+    width = _or_default(options.width, defaults.width)
+    check_size("--height and --width", height, width)
+    if options.prompts is not None:
+        batch = _or_default(options.batch, 1)
+    else:
+        # Never more rows than images: what is drawn beyond them would be thrown away.
+        batch = min(_or_default(options.batch, options.images), options.images)
+    return _Sizes(
+        height=height,
+        width=width,
+        steps=_or_default(options.steps, defaults.steps),
+        max_length=_or_default(options.max_sequence_length, defaults.max_length),
+        batch=batch,
+    )
+
+
+def _recipe(options: argparse.Namespace, sizes: _Sizes, defaults: Defaults) -> Recipe:
+    times = timer(
+        options.timer, sizes.steps, defaults, sizes.height, sizes.width, shift=options.shift
+    )
+    check_finite_times(times)
+    step = integrator(options.integrator, eta=options.eta)
+    return Recipe(times, step, _guidance(options), _attention(options))
+
+
+def _line(options: argparse.Namespace) -> Line | None:
+    """Return the prompt of the command line, unless a file of prompts is given."""
+    if options.prompts is not None:
+        return None
+    seed = _or_default(options.seed, 0)
+    return Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
+
+
+def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:
+    adapters = []
+    for adapter in options.lora:
+        adapters.append((read_adapter(adapter), adapter.scale))
+    return LoadOptions(
+        dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+        mesh=mesh,
+        adapters=tuple(adapters),
+        quantize=options.quantize,
+        stream=options.stream_blocks,
+        unroll=options.unroll,
+    )
+
+
+def _or_default(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _check_guidance(options: argparse.Namespace) -> None:
+    if options.negative_prompt is not None and options.cfg == 1 and options.nag is None:
+        raise ValueError(
+            "--negative-prompt does nothing at --cfg 1 without --nag. Give a scale, as --cfg 3."
+        )
+    if options.rule != "cfg" and options.cfg == 1:
+        raise ValueError("--rule does nothing at --cfg 1. Give a scale, as --cfg 3.")
+
+
+def _mesh(options: argparse.Namespace) -> jax.sharding.Mesh | None:
+    if options.mesh is None:
+        return None
+    # Each process draws lines of a file alone, but the images of one prompt with all others.
+    devices = jax.devices() if options.prompts is None else jax.local_devices()
+    return make_mesh(**options.mesh, devices=devices)
+
+
+def _guidance(options: argparse.Namespace) -> Guidance:
+    """Return the guidance with arrays as numbers, so that other numbers do not compile anew."""
+    guidance = Guidance(
+        scale=options.cfg,
+        rule=RULES[options.rule](),
+        nag=None if options.nag is None else Nag(options.nag),
+        cache=None if options.cache is None else step_cache(options.cache),
+    )
+    return as_arrays(guidance)
+
+
+def _attention(options: argparse.Namespace) -> Attention | None:
+    if options.attention is None and options.flash_block_sizes is None:
+        return None
+    return Attention(options.attention, options.flash_block_sizes)
+
+
+def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
+    """Return what images say of the options, in the order in which their metadata have them."""
+    about = {"steps": str(sizes.steps)}
+    about["integrator"] = options.integrator
+    if options.eta is not None:
+        about["integrator"] += f", eta {options.eta:g}"
+    about["timer"] = options.timer
+    if options.shift is not None:
+        about["timer"] += f", shift {options.shift:g}"
+    if options.cfg != 1:
+        about |= {"cfg": f"{options.cfg:g}", "rule": options.rule}
+    if options.nag is not None:
+        about["nag"] = f"{options.nag:g}"
+    if options.cache is not None:
+        about["cache"] = options.cache
+    about["size"] = f"{sizes.width}x{sizes.height}"
+    if options.max_sequence_length is not None:
+        about["max_sequence_length"] = str(options.max_sequence_length)
+    about["model"] = encodable(options.model)
+    for name in ("dtype", "quantize"):
+        value = getattr(options, name)
+        if value is not None:
+            about[name] = value
+    if options.lora:
+        adapters = [f"{adapter.name}:{adapter.scale:g}" for adapter in options.lora]
+        about["lora"] = encodable(", ".join(adapters))
+    about["version"] = f"fluxjax {__version__}"
+    return about

@@ -1,0 +1,102 @@
+"""Options that more than one command has."""
+
+from pathlib import Path
+
+from fluxjax.cli.choices import DTYPES, FILE_DTYPES, LAYOUTS, NETWORKS
+from fluxjax.cli.compilation_cache import default_cache_folder
+from fluxjax.cli.options import MAX_PIXELS, OptionGroup, file_path, finite_number, pixel_count
+from fluxjax.zoo import ZOO
+
+SOURCE_HELP = "a file or folder in any layout, a model's name, or a hub id"
+ADAPTER_HELP = "a .safetensors file, or hub:OWNER/REPO/FILE"
+
+
+def add_model(group: OptionGroup) -> None:
+    """Add the option that chooses the model."""
+    group.add_argument(
+        "--model",
+        default="tiny",
+        help=f"{', '.join(ZOO)}, a folder in the diffusers layout, or a hub id "
+        "(default: %(default)s)",
+    )
+
+
+def add_dtype(group: OptionGroup) -> None:
+    """Add the option that sets the dtype of the computation."""
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of weights and activations (default: weights keep the dtype of their files; "
+        "activations are bfloat16, on CPU float32)",
+    )
+
+
+def add_size(group: OptionGroup) -> None:
+    """Add the options that set the size of an image."""
+    for name in ("height", "width"):
+        group.add_argument(
+            f"--{name}",
+            type=pixel_count,
+            metavar="PIXELS",
+            help=f"{name} of the image, a multiple of 16 up to {MAX_PIXELS} (default: the model's)",
+        )
+
+
+def add_guidance(group: OptionGroup) -> None:
+    """Add the option that sets the distilled guidance."""
+    group.add_argument(
+        "--guidance",
+        type=finite_number(),
+        metavar="SCALE",
+        help="distilled guidance scale, an input of the network (default: the model's)",
+    )
+
+
+def add_output_folder(group: OptionGroup, files: str) -> None:
+    """Add the option that sets where files are written. `files`: their names, for its help."""
+    group.add_argument(
+        "--output-dir",
+        type=file_path,
+        default=Path(),
+        metavar="DIR",
+        help=f"folder for {files} (default: the current one)",
+    )
+
+
+def add_compilation_cache(group: OptionGroup) -> None:
+    """Add the option that sets where compiled programs are kept."""
+    group.add_argument(
+        "--compilation-cache",
+        type=file_path,
+        default=default_cache_folder(),
+        metavar="DIR",
+        help="folder in which compiled programs are kept (default: %(default)s)",
+    )
+
+
+def add_layout(group: OptionGroup) -> None:
+    """Add the options that set how weights are written."""
+    group.add_argument(
+        "--to",
+        choices=LAYOUTS,
+        default="own",
+        metavar="LAYOUT",
+        help="layout of the output: %(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=FILE_DTYPES,
+        help="dtype of the written weights; float8_e4m3 is used only for the matrices of linear "
+        "layers (default: the dtypes of the source)",
+    )
+
+
+def add_network_filter(group: OptionGroup) -> None:
+    """Add the option that chooses some of the four networks."""
+    group.add_argument(
+        "--only",
+        action="append",
+        choices=NETWORKS,
+        metavar="NETWORK",
+        help="one of the networks: %(choices)s; repeat the option for several (default: all)",
+    )

@@ -1,0 +1,261 @@
+"""The guided velocity of a prompt, as a value that samplers integrate."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.arguments import convert_arguments
+from fluxjax.devices.tokens import TokenParallelFlux
+from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
+from fluxjax.generate.cache import AttentionChoice, CachedFlux, StepCache, condition_at
+from fluxjax.generate.conditioning import (
+    Conditioning,
+    PreparedConditioning,
+    network_input,
+    prepare_conditioning,
+)
+from fluxjax.kernels.attention import Attention
+from fluxjax.kernels.guided_attention import Nag
+from fluxjax.nets.degraded import DegradedBlocks
+from fluxjax.nets.flux import Flux
+from fluxjax.numeric import check_finite
+from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
+
+Condition = Conditioning | PreparedConditioning
+Transformer = Flux | TokenParallelFlux
+
+
+class WeakNetwork(eqx.Module):
+    """The same network with degraded blocks, which the image is guided away from.
+
+    `blocks`: which blocks are skipped (skip-layer guidance) or attend otherwise (PAG). `strength`:
+    how far to guide away, in a batch one number or one for each image; 0 is none. `low`, `high`:
+    the times between which it is used.
+
+    **Raises:** `ValueError` for numbers that are not finite.
+    """
+
+    blocks: DegradedBlocks
+    strength: PerImage
+    low: ScalarLike = 0.0
+    high: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("WeakNetwork", strength=self.strength, low=self.low, high=self.high)
+
+
+class Guidance(eqx.Module):
+    """How velocities of the transformer are combined into one. `Guidance()` is none.
+
+    `scale`: of true classifier-free guidance away from a negative conditioning, in a batch one
+    number or one for each image; 1 is none, any other takes two evaluations. `rule`: how both
+    velocities are combined. `nag`: normalized attention guidance, away from the negative text
+    inside the attention. `weak`: a degraded network to guide away from. `cache`: when blocks are
+    skipped and their last output is used again. `low`, `high`: the times between which `scale` is
+    used.
+
+    **Raises:** `ValueError` for numbers that are not finite.
+    """
+
+    scale: PerImage = 1.0
+    rule: Rule = ClassifierFree()
+    nag: Nag | None = None
+    weak: WeakNetwork | None = None
+    cache: StepCache | None = None
+    low: ScalarLike = 0.0
+    high: ScalarLike = 1.0
+
+    def __check_init__(self):
+        check_finite("Guidance", scale=self.scale, low=self.low, high=self.high)
+
+
+class ConditionalFlux(eqx.Module):
+    """The transformer as a function (x, t, condition) -> dx/dt.
+
+    `attention`: as for `Flux`. `degraded`: blocks that are skipped or attend otherwise.
+    """
+
+    flux: Transformer
+    attention: AttentionChoice = None
+    degraded: DegradedBlocks | None = None
+
+    def __call__(
+        self, x: Float[Array, "img_tokens channels"], t: Scalar, condition: Condition
+    ) -> Float[Array, "img_tokens out_channels"]:
+        prepared = condition_at(self.flux, condition, t)
+        tokens = network_input(x, prepared)
+        velocity = self.flux.velocity(
+            tokens, t, prepared.prepared, attention=self.attention, degraded=self.degraded
+        )
+        return velocity[: len(x)]
+
+
+@convert_arguments
+def flux_velocity(
+    flux: Transformer,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    *,
+    guidance: Guidance = Guidance(),
+    times: Float[Array, " evaluations"] | None = None,
+    attention: AttentionChoice = None,
+    image_axes: Sequence[str] = (),
+) -> Guided:
+    """Return the guided velocity of one image: a pytree, called as velocity(x, t), for `sample`.
+
+    It works under `jit`, `vmap`, `grad` and `scan`, and inside `on_mesh`. `x` is a packed latent,
+    [img_tokens, channels].
+
+    **Arguments:** `positive`, `negative`: what the image is guided towards, and away from. `times`:
+    every time at which the velocity will be evaluated, as `evaluation_times(step, nodes)` gives
+    them: what does not depend on the image is then computed once for all, and the velocity is NaN
+    at any other time. None: it is computed in each evaluation, for any time. `attention`: as for
+    `Flux`; NAG computes its attention with it too. `image_axes`: names of the `vmap` or mesh axes
+    that the images of a batch lie along; with a cache all of them skip blocks together.
+    **Raises:** `ValueError` for a scale or NAG without `negative`, for NAG beside another custom
+    attention, and for a cache where tokens are split over devices.
+    """
+    check_guidance(flux, guidance, attention, has_negative=negative is not None)
+    conditions = prepare_conditions(flux, positive, negative, guidance=guidance, times=times)
+    return guided_velocity(flux, conditions, guidance, attention, tuple(image_axes))
+
+
+Conditions = tuple[Condition, Condition | None]
+"""The positive and the negative condition of an image."""
+
+
+def prepare_conditions(
+    flux: Transformer,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    *,
+    guidance: Guidance,
+    times: Float[Array, " evaluations"] | None,
+) -> Conditions:
+    """Return both conditions as `guided_velocity` takes them.
+
+    Their texts are joined for NAG, and they are prepared for the times, if these are known.
+    """
+    if guidance.nag is not None and negative is not None:
+        positive = _with_negative_text(positive, negative)
+        negative = _with_negative_text(negative, negative)
+    return prepare_joined(flux, (positive, negative), times)
+
+
+def prepare_joined(
+    flux: Transformer, conditions: Conditions, times: Float[Array, " evaluations"] | None
+) -> Conditions:
+    """Return conditions, whose texts are joined already, prepared for the times, if any."""
+    positive, negative = conditions
+    if times is None:
+        return conditions
+    prepared = prepare_conditioning(flux, positive, times)
+    if negative is None:
+        return prepared, None
+    return prepared, prepare_conditioning(flux, negative, times)
+
+
+def guided_velocity(
+    flux: Transformer,
+    conditions: Conditions,
+    guidance: Guidance,
+    attention: AttentionChoice = None,
+    image_axes: tuple[str, ...] = (),
+) -> Guided:
+    """Return the guided velocity of conditions from `prepare_conditions`."""
+    positive, negative = conditions
+    if guidance.nag is not None:
+        implementation = guidance.nag.implementation if attention is None else attention
+        attention = replace(guidance.nag, implementation=implementation)
+    network = ConditionalFlux(flux, attention)
+    if guidance.cache is not None:
+        network = CachedFlux(
+            flux,
+            guidance.cache,
+            attention,
+            image_axes,
+            reference_tokens=_reference_tokens(positive),
+        )
+    weak = None
+    if guidance.weak is not None:
+        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks)
+        weak = WeakModel(
+            degraded, guidance.weak.strength, low=guidance.weak.low, high=guidance.weak.high
+        )
+    return Guided(
+        network,
+        positive,
+        negative,
+        scale=guidance.scale,
+        rule=guidance.rule,
+        low=guidance.low,
+        high=guidance.high,
+        weak=weak,
+    )
+
+
+def check_guidance(
+    flux: Transformer, guidance: Guidance, attention: AttentionChoice, *, has_negative: bool
+) -> None:
+    """Check that the parts of a guidance go together.
+
+    **Raises:** `ValueError` for those that do not.
+    """
+    nag, weak = guidance.nag, guidance.weak
+    if nag is not None and not has_negative:
+        raise ValueError(
+            "`Guidance(nag)` guides away from a negative prompt, and there is none. "
+            "Pass the negative conditioning."
+        )
+    if nag is not None and weak is not None and weak.blocks.attention is not None:
+        raise ValueError(
+            "`Guidance` takes one custom attention: that of nag, or that of the degraded blocks of "
+            "weak. Leave one out."
+        )
+    custom = callable(attention) and not isinstance(attention, Attention)
+    if nag is not None and custom:
+        raise ValueError(
+            "`Guidance(nag)` is a custom attention itself. "
+            "Pass attention= by name, or leave one out."
+        )
+    if guidance.cache is not None and isinstance(flux, TokenParallelFlux):
+        raise ValueError(
+            "`Guidance(cache)` compares all tokens of an image, and here they are split over "
+            "devices. Use a mesh of context=1 with it."
+        )
+
+
+def _with_negative_text(conditioning: Conditioning, negative: Conditioning) -> Conditioning:
+    """Return a conditioning with the negative text before its own, as `Nag` takes it."""
+    text = jnp.concatenate([negative.txt, conditioning.txt])
+    return eqx.tree_at(lambda one: one.txt, conditioning, text)
+
+
+def _reference_tokens(condition: Condition) -> int:
+    if isinstance(condition, Conditioning):
+        return 0 if condition.reference is None else len(condition.reference.tokens)
+    return 0 if condition.reference_tokens is None else len(condition.reference_tokens)
+
+
+def split_scales(guidance: Guidance) -> tuple[Guidance, Guidance]:
+    """Split a batch's guidance into the scales with one number for each image, and the rest.
+
+    Each part has None in the place of the other's numbers; `eqx.combine` joins them again.
+    """
+
+    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: Array | float) -> bool:
+        return path[-1].name in ("scale", "strength") and jnp.ndim(leaf) == 1
+
+    rows = jax.tree_util.tree_map_with_path(has_rows, guidance)
+    return eqx.partition(guidance, rows)
+
+
+def select_scales(guidance: Guidance, numbers: Sequence[int]) -> Guidance:
+    """Return the guidance of the images of these numbers: their own scales, and the rest."""
+    rows, shared = split_scales(guidance)
+    index = np.asarray(numbers)
+    return eqx.combine(jax.tree.map(lambda scale: jnp.asarray(scale)[index], rows), shared)

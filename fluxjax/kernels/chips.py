@@ -1,0 +1,67 @@
+"""What the kernels need to know about the device that they run on."""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuChip:
+    """Limits of one kind of TPU.
+
+    **Arguments:** `vmem_bytes`: VMEM of one core. `largest_block`: most tokens of a block that
+    flash_tpu chooses by itself.
+    """
+
+    vmem_bytes: int
+    largest_block: int
+
+
+TPU_CHIPS = {
+    "v4": TpuChip(vmem_bytes=16 * 2**20, largest_block=512),
+    "v5e": TpuChip(vmem_bytes=128 * 2**20, largest_block=1024),
+    "v5p": TpuChip(vmem_bytes=64 * 2**20, largest_block=1024),
+    "v6e": TpuChip(vmem_bytes=128 * 2**20, largest_block=2176),
+}
+"""The known TPUs, by their short names."""
+
+_SHORT_NAMES = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+"""Short names by JAX's `device_kind`."""
+
+
+def default_device() -> jax.Device:
+    """Return the device on which arrays are created by default."""
+    # The attribute is defined only when jax is imported, so that mypy does not know it.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(device, jax.Device):
+        return device
+    return jax.devices(device)[0]
+
+
+def tpu_chip_name(device: jax.Device) -> str:
+    """Return a key of `TPU_CHIPS` for a device; unknown devices get v4, whose blocks are smallest.
+
+    **Arguments:** `device`: a TPU.
+    **Returns:** such as "v6e".
+    """
+    return _SHORT_NAMES.get(device.device_kind, "v4")
+
+
+def compute_capability(device: jax.Device) -> float:
+    """Return the compute capability of an NVIDIA GPU.
+
+    **Arguments:** `device`: of any kind.
+    **Returns:** such as 9.0 for Hopper; 0.0 for other devices.
+    """
+    try:
+        return float(getattr(device, "compute_capability", 0))
+    except ValueError:  # AMD GPUs have names here, such as "gfx942"
+        return 0.0

@@ -1,0 +1,57 @@
+"""The networks that adapters are for, and the storage of their weights that merging needs."""
+
+import equinox as eqx
+import jax
+
+from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.kinds import KINDS
+from fluxjax.nets.weight import Dense, Weight
+
+LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
+"""Matrices whose rows are looked up, so they are never multiplied by activations."""
+
+
+def network_kind(call: str, model: eqx.Module) -> str:
+    """Return which network this is: "flux", "clip" or "t5".
+
+    **Arguments:**
+
+    - `call`: the name of the public function, for the error message.
+    - `model`: any network, or the shapes of one.
+
+    **Raises:** `ValueError` for anything else.
+    """
+    for name, kind in KINDS.items():
+        # The VAE is a network of FLUX, but no adapter format has names for it.
+        if name != "vae" and isinstance(model, kind.network):
+            return name
+    raise ValueError(
+        f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. "
+        "Pass one network at a time."
+    )
+
+
+def is_weight(node: object) -> bool:
+    """Return whether a node of a network is a linear layer's matrix, in whatever storage."""
+    return isinstance(node, Weight)
+
+
+def check_plain(
+    model: eqx.Module,
+    problem: str,
+    remedy: str = "Pass the plain network.",
+) -> None:
+    """Check that no weight of a network is quantized, adapted or fetched from elsewhere.
+
+    **Arguments:**
+
+    - `model`: the network.
+    - `problem`: the beginning of the error message.
+    - `remedy`: its end.
+
+    **Raises:** `WeightsError` if one is.
+    """
+    for node in jax.tree.leaves(model, is_leaf=is_weight):
+        if isinstance(node, Weight) and not isinstance(node, Dense):
+            kind = type(node).__name__
+            raise WeightsError(f"{problem} weights that are stored as {kind}. {remedy}")

@@ -1,0 +1,192 @@
+"""Convolutions over [rows, columns, channels], and how their kernels are stored."""
+
+from abc import abstractmethod
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
+
+from fluxjax.nets.rows import WHOLE, Cells, Pad, Rows
+from fluxjax.nets.weight import product_dtype
+from fluxjax.numeric import wide_dtype
+from fluxjax.shapes import Array, Float, PRNGKeyArray
+
+Padding = tuple[Pad, Pad]
+"""Zeros above and below, then at the left and right."""
+KernelArray = Float[Array, "side side channels out"]
+OutCells = Float[Array, "new_rows new_columns out"]
+"""Cells in another resolution or with another number of channels."""
+
+
+class Kernel(eqx.Module):
+    """The kernel of a convolution, [side, side, in, out], however it is stored."""
+
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """The number of cells along a side."""
+
+    @abstractmethod
+    def array(self) -> KernelArray:
+        """Return the whole kernel, in this device's memory."""
+
+
+class DenseKernel(Kernel):
+    """A kernel stored as a plain array."""
+
+    value: KernelArray
+
+    @property
+    def side(self) -> int:
+        return self.value.shape[0]
+
+    def array(self) -> KernelArray:
+        return self.value
+
+
+class Conv(eqx.Module):
+    """A convolution with a square kernel over [rows, columns, channels].
+
+    `weight`: the kernel, in any storage. `bias`: one number for each output channel.
+    """
+
+    weight: Kernel
+    bias: Float[Array, " out"]
+
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        *,
+        side: int = 3,
+        key: PRNGKeyArray,
+    ):
+        """Draw the kernel with variance 1 / (side^2 channels); the bias is zeros."""
+        fan_in = side * side * channels
+        value = jax.random.normal(key, (side, side, channels, out)) / jnp.sqrt(fan_in)
+        self.weight = DenseKernel(value)
+        self.bias = jnp.zeros(out)
+
+    def __call__(
+        self,
+        x: Cells,
+        rows: Rows = WHOLE,
+        *,
+        stride: int = 1,
+        padding: Padding | None = None,
+    ) -> OutCells:
+        """Convolve.
+
+        **Arguments:** `rows`: where the image's rows are. `stride`: along both sides. `padding`:
+        zeros around the image; None keeps its size, at a stride of 1.
+        """
+        if padding is None:
+            around = self.weight.side // 2
+            padding = ((around, around), (around, around))
+        return self._apply(x, rows, self.weight.array(), stride, padding)
+
+    def upsample(self, x: Cells, rows: Rows = WHOLE) -> OutCells:
+        """Convolve cells that are first repeated twice along each side.
+
+        Of repeated cells a 3x3 kernel reads only 2x2 different ones. Summing the kernel's values
+        for the same cell first takes 16 products instead of 36. The sums differ for even and odd
+        rows and columns of the result, which are computed separately.
+
+        **Returns:** [2 rows, 2 columns, out].
+        """
+        kernel = self.weight.array()
+        # The sums of values are rounded once, to the dtype of x.
+        kernel = kernel.astype(wide_dtype(kernel.dtype))
+        parts = []
+        for odd_row in (0, 1):
+            for odd_column in (0, 1):
+                folded = _folded(_folded(kernel, 0, odd_row), 1, odd_column)
+                # The kernel of even rows begins a cell earlier, that of odd rows ends a cell later.
+                padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
+                parts.append(self._apply(x, rows, folded, 1, padding))
+        interleave = "(odd_row odd_column) y x c -> (y odd_row) (x odd_column) c"
+        return rearrange(jnp.stack(parts), interleave, odd_row=2)
+
+    def _apply(
+        self,
+        x: Cells,
+        rows: Rows,
+        kernel: Array,
+        stride: int,
+        padding: Padding,
+    ) -> OutCells:
+        """Convolve with a kernel and add the bias."""
+        vertical, horizontal = padding
+        x, vertical = rows.pad(x, vertical)
+        # XLA's convolutions take a batch.
+        y = _convolve(x[None], kernel.astype(x.dtype), stride, (vertical, horizontal))[0]
+        return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+
+
+def _folded(
+    kernel: Array,
+    axis: int,
+    odd: int,
+) -> Array:
+    """Return a kernel of 3 values along an axis as one of 2, for cells that are repeated twice.
+
+    Of the three, the last two of an even cell and the first two of an odd one read the same cell.
+    """
+    first, middle, last = (jax.lax.index_in_dim(kernel, i, axis) for i in range(3))
+    if odd:
+        return jnp.concatenate([first + middle, last], axis)
+    return jnp.concatenate([first, middle + last], axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve(
+    x: Array,
+    kernel: Array,
+    stride: int,
+    padding: Padding,
+) -> Array:
+    """Convolve [1, rows, columns, channels], accumulated in float32.
+
+    **Returns:** the result in the dtype of `product_dtype`.
+    """
+    return _convolve_to(product_dtype(x), x, kernel, stride, padding)
+
+
+@_convolve.defjvp
+def _convolve_jvp(
+    stride: int,
+    padding: Padding,
+    primals: tuple[Array, Array],
+    tangents: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Differentiate in the dtype of the operands.
+
+    JAX does not transpose a convolution whose result has another dtype than its operands.
+    """
+    x, kernel = primals
+    dx, dkernel = tangents
+    by_x = _convolve_to(x.dtype, dx, kernel, stride, padding)
+    by_kernel = _convolve_to(x.dtype, x, dkernel, stride, padding)
+    tangent = (by_x + by_kernel).astype(product_dtype(x))
+    return _convolve(x, kernel, stride, padding), tangent
+
+
+def _convolve_to(
+    dtype: DTypeLike,
+    x: Array,
+    kernel: Array,
+    stride: int,
+    padding: Padding,
+) -> Array:
+    """Convolve, with a result of `dtype`."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
+    )

@@ -1,0 +1,57 @@
+"""What a FLUX transformer computes before its blocks, and what goes through them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fluxjax.nets.flux_blocks import DoubleModulation
+from fluxjax.nets.layers import Rotation
+from fluxjax.shapes import Array, Float, ScalarLike
+
+ImgStates = Float[Array, "img_tokens width"]
+"""Hidden states of the image's tokens."""
+Times = Float[Array, " times"]
+
+
+class Modulation(NamedTuple):
+    """The modulation of the whole network, at one time or at several."""
+
+    double: DoubleModulation  # of arrays [double_depth, *times, six_width]
+    single: Float[Array, "single_depth *times three_width"]
+    final: Float[Array, "*times two_width"]
+
+
+class Prepared(NamedTuple):
+    """Everything in a network's evaluations that does not depend on the image.
+
+    `times`: those that were prepared. `txt`: the embedded text tokens. `rotation`: of the text's
+    and the image's tokens. `modulation`: at each of the times.
+    """
+
+    times: Times
+    txt: Float[Array, "txt_tokens width"]
+    rotation: Rotation
+    modulation: Modulation
+
+    def at(self, t: ScalarLike) -> Modulation:
+        """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
+        distance = jnp.abs(self.times - jnp.asarray(t, self.times.dtype))
+        index = jnp.argmin(distance)
+        double, single, final = self.modulation
+        nearest = Modulation(
+            DoubleModulation(double.img[:, index], double.txt[:, index]),
+            single[:, index],
+            final[index],
+        )
+        # No error can be raised for a traced t, and another time's modulation would go unnoticed.
+        return jax.tree.map(lambda x: jnp.where(distance[index] <= 1e-6, x, jnp.nan), nearest)
+
+
+class HiddenState(NamedTuple):
+    """The tokens of one example between the blocks, with the modulation and rotation they take."""
+
+    img: ImgStates
+    txt: Float[Array, "txt_tokens width"]
+    modulation: Modulation
+    rotation: Rotation

@@ -1,0 +1,218 @@
+"""Loops over the blocks of a network, stacked or unrolled.
+
+A loop over stacked blocks is one `jax.lax.scan`, in one of two forms: a plain one, and one that
+fetches the next block's weights ahead. Unrolled blocks are a Python loop.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from fluxjax.kernels.chips import default_device
+from fluxjax.nets.stack import Unrolled, block_at, depth_of
+from fluxjax.nets.weight import Weight
+from fluxjax.shapes import Array, Int
+
+Carry = TypeVar("Carry")
+Block = TypeVar("Block")
+Result = TypeVar("Result")
+Inputs = tuple[PyTree, ...]
+"""Pytrees of arrays with one row for each block."""
+Index = int | Int[Array, ""]
+Step = Callable[..., tuple[Carry, PyTree]]
+"""(block, carry, *row) -> (carry, result), where `row` is the block's row of each of the inputs."""
+
+
+def scan_blocks(
+    blocks: Block,
+    carry: Carry,
+    call: Callable[..., Carry],
+    *,
+    inputs: Inputs = (),
+    start: int = 0,
+    remat: bool = False,
+) -> Carry:
+    """Return `carry` after call(block, carry, *row) for every block in turn.
+
+    Stacked blocks are traced once, in a `jax.lax.scan`; unrolled ones are traced one by one.
+
+    **Arguments:** `blocks`: stacked or unrolled. `carry`: a pytree, of which blocks keep the shapes
+    and dtypes. `inputs`: pytrees of arrays with one row for each block, of which `call` gets the
+    block's. `start`: the number of the first block to run; if it is not 0, the gradient of each
+    block is summed over the whole stack. `remat`: keep only the input of each block for a gradient,
+    and run the block again.
+    **Source:** `remat`: Chen et al. 2016.
+    """
+
+    def step(*arguments: PyTree) -> tuple[Carry, None]:
+        return call(*arguments), None
+
+    return _scan(blocks, carry, step, inputs, start, remat)[0]
+
+
+def map_blocks(
+    blocks: Block,
+    call: Callable[[Block], Result],
+    *,
+    remat: bool = False,
+) -> Result:
+    """Return call(block) of every block, stacked along a leading axis.
+
+    **Arguments:** `blocks`, `remat`: as for `scan_blocks`.
+    """
+
+    def step(block: Block, _: None) -> tuple[None, Result]:
+        return None, call(block)
+
+    return _scan(blocks, None, step, (), 0, remat)[1]
+
+
+def _scan(
+    blocks: PyTree,
+    carry: Carry,
+    call: Step,
+    inputs: Inputs,
+    start: int,
+    remat: bool,
+) -> tuple[Carry, PyTree]:
+    """Return the last carry, and the results of all blocks stacked."""
+    if isinstance(blocks, Unrolled):
+        return _run_unrolled(blocks, carry, call, inputs, start, remat)
+    # With remat nothing is prefetched: every fetched block would be kept for the gradient.
+    if not remat and _has_remote_weights(blocks):
+        return _scan_prefetching(blocks, carry, call, inputs, start)
+    return _scan_stacked(blocks, carry, call, inputs, start, remat)
+
+
+def _scan_stacked(
+    blocks: PyTree,
+    carry: Carry,
+    call: Step,
+    inputs: Inputs,
+    start: int,
+    remat: bool,
+) -> tuple[Carry, PyTree]:
+    """`_scan` of stacked blocks whose weights are used where they are."""
+    # Activations and sizes of layers are static: a scan takes arrays only.
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+    numbers = jnp.arange(start, depth_of(blocks))
+
+    def body(carry: Carry, scanned: PyTree) -> tuple[Carry, PyTree]:
+        number, slices = scanned
+        if start:
+            # Scanning over a part of the stack would copy that part: read blocks in place instead.
+            slices = block_at((arrays, *inputs), number)
+        block, *row = slices
+        block = jax.tree.map(partial(_slice_in_place, number), arrays, block)
+        return call(eqx.combine(block, static), carry, *row)
+
+    # Inside a scan XLA can't merge the second run with the first, so the barriers against that,
+    # which `prevent_cse` adds, would only cost.
+    step = jax.checkpoint(body, prevent_cse=False) if remat else body
+    scanned = None if start else (arrays, *inputs)
+    return jax.lax.scan(step, carry, (numbers, scanned))
+
+
+def _slice_in_place(
+    number: Int[Array, ""],
+    stacked: Array,
+    row: Array,
+) -> Array:
+    """Return `row`, which is stacked[number], in the way that XLA reads with the least memory.
+
+    XLA:CPU slices 16-bit floats as float32, and hoists the cast of the whole stack out of the loop:
+    three times the memory. It can't where the stack looks loop-variant, behind a barrier together
+    with the loop's counter. Gradients go to `row`, by scan's own rule.
+    """
+    if stacked.dtype.itemsize != 2 or default_device().platform != "cpu":
+        return row
+    # The gradient of a slice by number would be a whole stack for each block.
+    stacked = jax.lax.stop_gradient(stacked)
+    stacked, number = jax.lax.optimization_barrier((stacked, number))
+    return _with_gradient_of(row, stacked[number])
+
+
+@jax.custom_jvp
+def _with_gradient_of(row: Array, value: Array) -> Array:
+    """Return `value`, differentiated as if it were `row`."""
+    return value
+
+
+@_with_gradient_of.defjvp
+def _with_gradient_of_jvp(
+    primals: tuple[Array, Array],
+    tangents: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    row_tangent, _ = tangents
+    return _with_gradient_of(*primals), row_tangent
+
+
+def _run_unrolled(
+    blocks: Unrolled,
+    carry: Carry,
+    call: Step,
+    inputs: Inputs,
+    start: int,
+    remat: bool,
+) -> tuple[Carry, PyTree]:
+    """`_scan` of unrolled blocks."""
+    if remat:
+        call = eqx.filter_checkpoint(call)
+    results = []
+    for number in range(start, len(blocks.blocks)):
+        row = block_at(inputs, number)
+        carry, result = call(blocks.blocks[number], carry, *row)
+        results.append(result)
+    if not results:
+        # `jnp.stack` has no shape for the results of no block.
+        return carry, None
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _scan_prefetching(
+    blocks: PyTree,
+    carry: Carry,
+    call: Step,
+    inputs: Inputs,
+    start: int,
+) -> tuple[Carry, PyTree]:
+    """`_scan`, in which the next block's weights are fetched while a block runs."""
+    depth = depth_of(blocks)
+
+    def fetch_block(number: Index) -> tuple[PyTree, PyTree]:
+        block = jax.tree.map(_fetched, block_at(blocks, number), is_leaf=_is_weight)
+        return eqx.partition(block, eqx.is_array)
+
+    first, static = fetch_block(start)
+
+    def body(state: tuple[Carry, PyTree], scanned: PyTree) -> tuple[tuple[Carry, PyTree], PyTree]:
+        carry, arrays = state
+        number, row = scanned
+        # It does not depend on `call`, so that XLA can overlap the two. The last iteration fetches
+        # the first block again, for nothing: all iterations have one body.
+        following, _ = fetch_block((number + 1) % depth)
+        carry, result = call(eqx.combine(arrays, static), carry, *row)
+        return (carry, following), result
+
+    remaining = jax.tree.map(lambda leaf: leaf[start:], inputs)
+    numbers = jnp.arange(start, depth)
+    (carry, _), results = jax.lax.scan(body, (carry, first), (numbers, remaining))
+    return carry, results
+
+
+def _is_weight(node: PyTree) -> bool:
+    return isinstance(node, Weight)
+
+
+def _fetched(node: PyTree) -> PyTree:
+    return node.fetch() if isinstance(node, Weight) else node
+
+
+def _has_remote_weights(blocks: PyTree) -> bool:
+    nodes = jax.tree.leaves(blocks, is_leaf=_is_weight)
+    return any(isinstance(node, Weight) and node.is_remote for node in nodes)

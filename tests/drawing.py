@@ -1,0 +1,39 @@
+"""Batches of the tiny model's images, as the drawing functions take them."""
+
+import jax
+import jax.numpy as jnp
+
+from fluxjax import Guidance, ImageBatch, Recipe, flow_times
+from fluxjax.flow import Euler
+from fluxjax.generate import encode_text, prompt_batch, prompt_ids
+from fluxjax.generate.latents import noise_batch, step_keys
+
+PROMPTS = ["a red star on white", "a blue ring on black", "a green cross left of a white heart"]
+NEGATIVES = ["a blue ring on black", "", "a red circle"]
+KEY = jax.random.key(0)
+
+
+def encoded(models, texts, *, max_length=13, encode=encode_text, mesh=None):
+    ids = prompt_ids(models.tokenizers, texts, max_length=max_length)
+    return encode(models.clip, models.t5, ids, dtype=jnp.float32, mesh=mesh)
+
+
+def batch_of(models, images, *, height=48, width=80, negative=False, step=Euler(), guidance=3.5):
+    """Return a batch of images of the tiny model, each with a prompt of its own."""
+    texts = [PROMPTS[number % 3] for number in range(images)]
+    negatives = [NEGATIVES[number % 3] for number in range(images)]
+    noise = noise_batch(KEY, range(images), height, width, channels=16)
+    return prompt_batch(
+        encoded(models, texts),
+        encoded(models, negatives) if negative else None,
+        noise=noise,
+        keys=step_keys(KEY, range(images), step),
+        distilled=None if guidance is None else jnp.float32(guidance),
+    )
+
+
+def recipe_of(steps=2, step=Euler(), attention=None, **guidance) -> Recipe:
+    return Recipe(flow_times(steps), step, Guidance(**guidance), attention)
+
+
+__all__ = ["KEY", "NEGATIVES", "PROMPTS", "ImageBatch", "batch_of", "encoded", "recipe_of"]

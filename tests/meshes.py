@@ -1,0 +1,54 @@
+"""Meshes of the machine's CPU devices, and one evaluation of a transformer on them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax import Flux, image_ids, make_mesh, on_mesh
+from fluxjax.devices import TokenParallelFlux
+
+HEIGHT, WIDTH = 48, 80
+"""An image of 15 tokens, which neither 2 nor 4 divide."""
+
+
+def mesh_of(**sizes):
+    """Return a mesh of as many devices as its sizes need."""
+    return make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+
+
+def relative(found, expected):
+    """Return |found - expected| / |expected|."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def flux_inputs(config, images, txt_tokens=13):
+    """Return random inputs of a batch: x, txt and vec, of which the first images stay the same."""
+    rows = []
+    for number in range(images):
+        rng = np.random.default_rng(number)
+        x = rng.normal(size=(HEIGHT * WIDTH // 256, config.in_channels))
+        txt = rng.normal(size=(txt_tokens, config.context))
+        rows.append((x, txt, rng.normal(size=config.pooled)))
+    return tuple(jnp.asarray(np.stack(column), jnp.float32) for column in zip(*rows, strict=True))
+
+
+def velocities(flux: Flux, rows, mesh=None, **options):
+    """Return the velocity of each image. `rows`: from `flux_inputs`; `flux`: from `shard`."""
+
+    def run(flux, rows, options):
+        splits_tokens = mesh is not None and mesh.shape["context"] > 1
+        network = TokenParallelFlux(flux) if splits_tokens else flux
+        ids, t = image_ids(HEIGHT, WIDTH), jnp.float32(0.5)
+
+        def velocity(x, txt, vec):
+            given = {"txt": txt, "vec": vec, "img_ids": ids, "guidance": jnp.float32(3.5)}
+            return network.velocity(x, t, network.prepare(t[None], **given), **options)
+
+        return jax.vmap(velocity)(*rows)
+
+    if mesh is None:
+        return jax.jit(lambda flux, rows: run(flux, rows, options))(flux, rows)
+    return on_mesh(run, mesh, flux, rows, options)

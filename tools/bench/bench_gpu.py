@@ -1,0 +1,386 @@
+"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, and the VAE's decoder, in
+turns with diffusers on torch. Random weights; what fails is a row too, and the next goes on."""
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from bench_parts import diffusers_vae, random_flux, seconds_of, told
+from scaling import forward_flop
+
+import fluxjax
+from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
+from fluxjax.generate import TextStates, decode, denoise
+from fluxjax.kernels import select_attention
+from fluxjax.kernels.attention import IMPLEMENTATIONS
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+
+VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
+FORMATS = ("bfloat16", "int8", "fp8")
+BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
+"""diffusers' attentions that may be there; the fastest is taken."""
+
+
+class Contender(NamedTuple):
+    """A row, and what makes its call, adding to the row what making it shows."""
+
+    row: dict[str, Any]
+    make: Callable[[dict[str, Any]], Callable[[], object]]
+
+
+def matmul_ceiling(side: int, repeats: int) -> float:
+    """Return the FLOP/s of a chain of square bfloat16 matmuls on random data."""
+    length = 16
+    a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
+    chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
+    jax.block_until_ready(chain(a, b))
+    return length * 2 * side**3 / min(seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats))
+
+
+class Form(NamedTuple):
+    """How fluxjax is run: its weights, whether blocks are apart, and the attention."""
+
+    weights: str
+    unrolled: bool
+    attention: str
+
+
+def forms(options: argparse.Namespace, first: bool) -> list[Form]:
+    """Return what is run, what matters most first; blocks apart and other attentions with the first batch alone."""
+    attention, *others = options.attention
+    stacked = [Form(weights, False, attention) for weights in options.weights]
+    weights = (options.apart or FORMATS) if options.unroll else ()
+    apart = [form._replace(unrolled=True) for form in stacked if form.weights in weights]
+    return stacked + first * (apart + [stacked[0]._replace(attention=other) for other in others])
+
+
+class Networks:
+    """A variant's networks, made when they are first asked for and kept: dev's are 24 GB in bfloat16 and 12 in 8 bits."""
+
+    def __init__(self, config: FluxConfig, options: argparse.Namespace):
+        self.config, self.options = config, options
+        self.made: dict[tuple[str, bool], fluxjax.Flux] = {}
+        self.torch: Any = None
+        self.backend = ""
+
+    def ours(self, weights: str, unrolled: bool) -> fluxjax.Flux:
+        if (weights, unrolled) not in self.made:
+            if unrolled:
+                flux = unroll(self.ours(weights, False))
+            elif weights == "bfloat16":
+                flux = random_flux(self.config)
+            elif "bfloat16" in self.options.weights:
+                flux = quantize(self.ours("bfloat16", False), weights)
+            else:
+                flux = quantize(random_flux(self.config), weights, donate=True)
+            self.made[weights, unrolled] = flux
+        return self.made[weights, unrolled]
+
+    def theirs(self, inputs: dict[str, Any]) -> Any:
+        """diffusers' transformer with its fastest attention and compiled blocks, which `set_stance` turns off."""
+        import diffusers
+        import torch
+
+        if self.torch is None:
+            torch.set_default_dtype(torch.bfloat16)  # never a float32 copy
+            try:
+                with torch.device(_torch_device()):
+                    made = diffusers.FluxTransformer2DModel(
+                        num_layers=self.config.double_depth,
+                        num_single_layers=self.config.single_depth,
+                        guidance_embeds=self.config.guidance_embed,
+                    )
+            finally:
+                torch.set_default_dtype(torch.float32)
+            made = made.to(torch.bfloat16).eval()
+            made.fuse_qkv_projections()
+            self.backend = fastest(made, inputs)
+            made.set_attention_backend(self.backend)
+            made.compile_repeated_blocks(mode=self.options.torch_mode, fullgraph=True, dynamic=False)
+            self.torch = made  # now that nothing of it has failed
+        return self.torch
+
+
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _finish() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fastest(network: Any, inputs: dict[str, Any]) -> str:
+    """Return the name of the attention with which diffusers' transformer takes the least time, of those that work here."""
+    import torch
+
+    def call() -> None:
+        with torch.no_grad():
+            network(**inputs)
+        _finish()
+
+    seconds = {}
+    for backend in BACKENDS if torch.cuda.is_available() else BACKENDS[:1]:
+        try:
+            network.set_attention_backend(backend)
+            call()
+            seconds[backend] = min(seconds_of(call) for _ in range(2))
+        except Exception as error:
+            print(f"diffusers' attention {backend}: {_line(error)}", flush=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: int, steps: int) -> Contender:
+    """The sampling loop, one compiled program."""
+    config, options = networks.config, networks.options
+    tokens = (options.size // 16) ** 2
+    heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
+    attention = None if form.attention == "best" else form.attention
+
+    def make(row: dict[str, Any]) -> Callable[[], object]:
+        txt, vec = (jnp.zeros((batch, *shape), jnp.bfloat16) for shape in [(txt_tokens, config.context), (config.pooled,)])
+        noise = jnp.stack([initial_noise(jax.random.key(i), options.size, options.size) for i in range(batch)])
+        guidance = jnp.float32(3.5) if config.guidance_embed else None
+        flux = networks.ours(form.weights, form.unrolled)
+        arguments = (flux, TextStates(txt, vec), noise, flow_times(steps, tokens=tokens), guidance)
+        return _compiled(row, options.programs, denoise, *arguments, attention=attention)
+
+    row = {"what": "fluxjax", "weights": form.weights, "attention": attention or select_attention(heads, heads)}
+    return Contender(row | {"blocks": "apart" if form.unrolled else "stacked"}, make)
+
+
+def _compiled(row: dict[str, Any], folder: Path | None, function: Any, *arguments: Any, **options: Any) -> Callable[[], object]:
+    """Return a compiled function's call; with a folder, write the program there as the compiler left it."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments, **options).compile()
+    row["compile s"] = round(time.perf_counter() - start, 2)
+    if folder is not None:
+        names = [str(row[key]) for key in ("variant", "weights", "blocks", "attention", "batch") if key in row]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{'-'.join(names)}.txt".replace(" ", "-")).write_text(compiled.compiled.as_text())
+    memory = compiled.compiled.memory_analysis()
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        row["memory GB"] = round((held + memory.temp_size_in_bytes) / 1e9, 2)
+        row["temporaries GB"] = round(memory.temp_size_in_bytes / 1e9, 2)
+    return lambda: jax.block_until_ready(compiled(*arguments, **options))
+
+
+def diffusers_contender(networks: Networks, compiled: bool, batch: int, txt_tokens: int, steps: int) -> Contender:
+    """diffusers' transformer, as its pipeline calls it a step."""
+    config, tokens = networks.config, (networks.options.size // 16) ** 2
+
+    def make(row: dict[str, Any]) -> Callable[[], object]:
+        import torch
+
+        with torch.device(_torch_device()):
+            inputs = {
+                "hidden_states": torch.randn(batch, tokens, 64, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.zeros(batch, txt_tokens, 4096, dtype=torch.bfloat16),
+                "pooled_projections": torch.zeros(batch, 768, dtype=torch.bfloat16),
+                "timestep": torch.full((batch,), 0.5, dtype=torch.bfloat16),
+                "guidance": torch.full((batch,), 3.5) if config.guidance_embed else None,
+                "img_ids": torch.zeros(tokens, 3, dtype=torch.bfloat16),
+                "txt_ids": torch.zeros(txt_tokens, 3, dtype=torch.bfloat16),
+                "return_dict": False,
+            }
+        network = networks.theirs(inputs)
+        row["attention"] = networks.backend
+        return _of_torch(row, lambda: network(**inputs), compiled, steps)
+
+    row = {"what": "diffusers", "weights": "bfloat16", "compiled": networks.options.torch_mode if compiled else False}
+    return Contender(row, make)
+
+
+def _of_torch(row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1) -> Callable[[], object]:
+    import torch
+
+    def run(steps: int = steps) -> None:
+        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+            for _ in range(steps):
+                call()
+        _finish()
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run(1)
+    row |= {"compile s": round(time.perf_counter() - start, 2)} if compiled else {}
+    if torch.cuda.is_available():
+        row["memory GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return run
+
+
+def transformer_group(networks: Networks, name: str, batch: int, options: argparse.Namespace) -> list[Contender]:
+    """Return the contenders of a variant and batch, in the order in which they are made while there is time."""
+    _, txt_tokens, steps = VARIANTS[name]
+    size = batch, txt_tokens, options.steps or steps
+    ours = [fluxjax_contender(networks, form, *size) for form in forms(options, batch == options.batches[0])]
+    theirs = [diffusers_contender(networks, compiled, *size) for compiled in (True, False) if options.beside]
+    found = ours[: len(options.weights)] + theirs + ours[len(options.weights) :]
+    tokens = (options.size // 16) ** 2
+    work = {"steps": size[2], "TFLOP": batch * size[2] * forward_flop(networks.config, tokens, txt_tokens) / 1e12}
+    return [contender._replace(row={"variant": name, "batch": batch, **contender.row, **work}) for contender in found]
+
+
+def vae_group(options: argparse.Namespace) -> list[Contender]:
+    """Return the contenders of decoding an image."""
+    side = options.size // 8
+
+    def make_ours(row: dict[str, Any]) -> Callable[[], object]:
+        vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
+        latents = jax.random.normal(jax.random.key(1), (1, 16, side, side))
+        return _compiled(row, options.programs, decode, vae, latents, dtype=jnp.bfloat16)
+
+    def make_theirs(compiled: bool) -> Callable[[dict[str, Any]], Callable[[], object]]:
+        def make(row: dict[str, Any]) -> Callable[[], object]:
+            import torch
+
+            with torch.device(_torch_device()):
+                vae = diffusers_vae()
+                latents = torch.randn(1, 16, side, side, dtype=torch.bfloat16)
+            vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
+            decoder = torch.compile(vae.decoder) if compiled else vae.decoder
+            return _of_torch(row, lambda: decoder(latents), compiled)
+
+        return make
+
+    common = {"variant": "VAE decode", "batch": 1}
+    theirs = [
+        Contender({**common, "what": "diffusers", "weights": "bfloat16", "compiled": compiled}, make_theirs(compiled))
+        for compiled in (True, False)
+        if options.beside
+    ]
+    return [Contender({**common, "what": "fluxjax", "weights": "bfloat16"}, make_ours), *theirs]
+
+
+def measured(contenders: list[Contender], seconds: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make the calls of all, in at most about 0.6 of the time, and then time them in turns, at least once."""
+    begun, calls = time.perf_counter(), dict[int, Callable[[], object]]()
+    for number, (row, make) in enumerate(contenders):
+        if time.perf_counter() - begun > 0.6 * seconds:
+            row["left out"] = "its share of --minutes is spent"
+            continue
+        print(f"making {row}", flush=True)
+        try:
+            calls[number] = make(row)
+            # Shown at once, so that a log has it even if a later contender never ends.
+            print(f"made; {seconds_of(calls[number]):.3f} s the first time: {row}", flush=True)
+        except Exception as error:
+            calls.pop(number, None)
+            row["error"] = _line(error)
+    spent: dict[int, list[float]] = {number: [] for number in calls}
+    for turn in range(options.repeats):
+        if turn and time.perf_counter() - begun > seconds:
+            break
+        for number, call in list(calls.items()):
+            try:
+                spent[number].append(seconds_of(call))
+            except Exception as error:
+                del calls[number]
+                contenders[number].row["error"] = _line(error)
+    for number, call in calls.items():
+        row = contenders[number].row
+        row |= told(spent[number])
+        print(f"timed: {row}", flush=True)  # whatever a profiler does
+        if options.profile and row["what"] == "fluxjax":
+            try:
+                with jax.profiler.trace(str(options.profile)):
+                    call()
+            except Exception as error:
+                print(f"no profile: {_line(error)}", flush=True)
+    return [row for row, _ in contenders]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, Any]]:
+    """Add the share of the ceiling, and to fluxjax's rows how many times faster they are than diffusers' fastest."""
+    theirs = min((row["seconds"] for row in rows if row["what"] == "diffusers" and "seconds" in row), default=None)
+    for row in rows:
+        work = row.pop("TFLOP", None)
+        if "seconds" in row and work is not None:
+            row["TFLOP/s"] = work / row["seconds"]
+            row["share of matmul"] = round(row["TFLOP/s"] * 1e12 / ceiling, 3)
+        if "seconds" in row and row["what"] == "fluxjax" and theirs is not None:
+            row["ratio"] = round(theirs / row["seconds"], 3)
+        yield row
+
+
+def bench_gpu(options: argparse.Namespace) -> list[dict]:
+    """Measure group after group, the VAE and then a variant and a batch each, and show its rows."""
+    end = time.perf_counter() + 60 * options.minutes
+    ceiling = matmul_ceiling(options.matmul, options.repeats)
+    common = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **_versions()}
+    rows: list[dict[str, Any]] = []
+
+    def add(contenders: list[Contender], share: float) -> None:
+        found = measured(contenders, share * max(0.0, end - time.perf_counter()), options)
+        for row in compared(found, ceiling):
+            rows.append({**common, **row})
+            print(rows[-1], flush=True)
+
+    if "vae" in options.parts:
+        add(vae_group(options), 0.1 if len(options.parts) > 1 else 1)
+    for number, name in enumerate(options.variants if "transformer" in options.parts else ()):
+        config = VARIANTS[name][0]
+        if options.blocks:
+            config = replace(config, double_depth=options.blocks[0], single_depth=options.blocks[1])
+        networks = Networks(config, options)
+        for turn, batch in enumerate(options.batches):
+            left = (len(options.variants) - number) * len(options.batches) - turn
+            # The first batch has more to compile.
+            add(transformer_group(networks, name, batch, options), (1.4 if left > 1 and not turn else 1) / left)
+        del networks
+        jax.clear_caches()
+        gc.collect()
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "diffusers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    gpu = commands.add_parser("gpu", help="full-size dev and schnell at 1024x1024, random weights, beside diffusers")
+    gpu.set_defaults(run=bench_gpu)
+    gpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    gpu.add_argument("--weights", nargs="+", choices=FORMATS, default=["bfloat16", "fp8"])
+    gpu.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "flash_gpu", "xla_chunked"])
+    gpu.add_argument("--minutes", type=float, default=7.0, help="after which no row is begun (default: %(default)s)")
+    gpu.add_argument("--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out")
+    gpu.add_argument("--apart", nargs="+", choices=FORMATS, help="weights whose blocks are taken apart too (default: all)")
+    gpu.add_argument("--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"])
+    gpu.add_argument("--torch-mode", default="max-autotune-no-cudagraphs", help="torch.compile's (default: %(default)s)")
+    gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
+    gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")
+    gpu.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="fewer blocks, for a small machine")
+    gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: %(default)s)")
+    gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
+    gpu.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of a run of each row")
+    gpu.add_argument("--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there")
+    gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

@@ -1,0 +1,241 @@
+"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory;
+and full-size dev, with what it holds and the library calls that its products become.
+
+Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing looks for a GPU.
+"""
+
+import argparse
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from bench_flash import KERNELS, run_of
+from bench_parts import pretended
+from bench_tpu import eight_bits
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from fluxjax import Flux, FluxConfig, unroll
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.text import Text
+from fluxjax.kernels.flash_gpu import flash_attention_gpu
+from fluxjax.nets.quantized import EIGHT_BITS
+
+# Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
+# and of shared memory that a block may take.
+GPUS: dict[str, dict[str, Any]] = {
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 84978434048,
+        "bandwidth": 3352320000000, "cache": 52428800, "shared": 232448,
+    },
+    "h200": {
+        "name": "NVIDIA H200", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 150754820096,
+        "bandwidth": 4800000000000, "cache": 52428800, "shared": 232448,
+    },
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108, "clock": 1.41, "memory": 85899345920,
+        "bandwidth": 2039000000000, "cache": 41943040, "shared": 166912,
+    },
+    "rtx4090": {
+        "name": "NVIDIA GeForce RTX 4090", "major": 8, "minor": 9, "cores": 128, "clock": 2.52, "memory": 25769803776,
+        "bandwidth": 1008000000000, "cache": 75497472, "shared": 101376,
+    },
+}  # fmt: skip
+_TARGET = """
+platform_name: "CUDA"
+device_description_str: "{name}"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 9 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {cores}
+  fpus_per_core: 128
+  clock_rate_ghz: {clock}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {shared}
+  shared_memory_per_core: {per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: {cache}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+"""
+
+
+def gpu_topology(kind: str, devices: int = 1) -> Any:
+    """Return a topology of GPUs of a kind of `GPUS`; what is lowered for its `devices` compiles without one."""
+    target = _TARGET.format(**GPUS[kind], per_core=GPUS[kind]["shared"] + 1024)
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}"
+    )
+
+
+def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
+    """Return what Mosaic's kernels take, of what its compiler wrote to a folder: those that it had not compiled before."""
+    found = {}
+    for report in sorted(folder.glob("flash_*.ptxas")):
+        (name,) = re.findall(r"flash_([a-z]+)_", report.name)
+        text, module = report.read_text(), report.with_suffix(".mlir-passes.log").read_text()
+        found[name] = {
+            # Of a thread when the program starts, before the warpgroups share them anew.
+            "registers": int(re.findall(r"Used (\d+) registers", text)[0]),
+            "spilled bytes": sum(int(size) for size in re.findall(r"(\d+) bytes spill", text)),
+            "shared memory": int(re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", module)[0]),
+        }
+    return found
+
+
+def flash_row(
+    kind: str, device: Any, tokens: int, batch: int | None, wanted: str
+) -> dict[str, Any]:
+    """Compile a pass of flash_gpu for 24 heads of 128."""
+    from fluxjax.kernels import (  # the first needs absl, which the other benches do not
+        flash_mosaic_blocks,
+        flash_triton,
+    )
+
+    where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
+    x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
+    # A batch has a key length an example, so that the masked form is compiled too.
+    lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
+    hopper = GPUS[kind]["major"] == 9
+    run = run_of(flash_attention_gpu, wanted, hopper=hopper)
+    if hopper:
+        sizes = flash_mosaic_blocks.mosaic_block_sizes(tokens, tokens, 128)
+    else:
+        sizes = flash_triton.triton_block_sizes(tokens, tokens, 128)
+    sizes = {kernel: sizes[kernel] for kernel in KERNELS[wanted]}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder),
+    ):
+        start = time.perf_counter()
+        program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
+        seconds = time.perf_counter() - start
+        kernels = kernels_of(Path(folder))
+    row = {
+        "bench": "gpu-aot",
+        "chip": kind,
+        "what": "flash_gpu",
+        "tokens": tokens,
+        "batch": batch,
+        "pass": wanted,
+        "sizes": sizes,
+        "temporaries MiB": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "compile s": round(seconds, 1),
+    }
+    if not hopper:
+        return row
+    computed = {
+        kernel: flash_mosaic_blocks.smem_bytes(kernel, block, 128)
+        for kernel, block in sizes.items()
+    }
+    return row | {"shared memory by shapes": computed, "kernels": kernels}
+
+
+def transformer_row(
+    kind: str, device: Any, weights: str, unrolled: bool, batch: int
+) -> dict[str, Any]:
+    """Compile 28 steps of dev at 1024x1024, attention by cuDNN.
+
+    Products are given to cuBLAS, since which of them are faster in Triton is tried out on a device.
+    """
+    config, where = FluxConfig.dev(), SingleDeviceSharding(device)
+
+    def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    flux = jax.tree.map(lambda leaf: struct(*leaf.shape), flux)
+    flux = eight_bits(flux, EIGHT_BITS[weights]) if weights in EIGHT_BITS else flux
+    flux = eqx.filter_eval_shape(unroll, flux) if unrolled else flux
+    flux = jax.tree.map(lambda leaf: struct(*leaf.shape, dtype=leaf.dtype), flux)
+    text = Text(struct(batch, 512, config.context), struct(batch, config.pooled))
+    inputs = (
+        struct(batch, 16, 128, 128, dtype=jnp.float32),
+        struct(29, dtype=jnp.float32),
+        struct(dtype=jnp.float32),
+    )
+    gpu = SimpleNamespace(
+        platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}"
+    )
+    with pretended(gpu):
+        lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(
+            flux, text, *inputs
+        )
+    start = time.perf_counter()
+    program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    memory, text = program.memory_analysis(), program.as_text()
+    return {
+        "bench": "gpu-aot",
+        "chip": kind,
+        "what": "dev, 28 steps",
+        "weights": weights,
+        "blocks": "apart" if unrolled else "stacked",
+        "batch": batch,
+        "compile s": round(time.perf_counter() - start, 1),
+        "arguments GB": round(memory.argument_size_in_bytes / 1e9, 2),
+        "temporaries GB": round(memory.temp_size_in_bytes / 1e9, 2),
+        "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
+        "with a bias": text.count('"epilogue":"BIAS"'),
+    }
+
+
+def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
+    """Compile for each kind of GPU, and show each row as it comes."""
+    found = []
+    for kind in options.chips:
+        (device,) = gpu_topology(kind).devices
+        for tokens, batch in [
+            *((tokens, None) for tokens in options.tokens),
+            *([(1536, 2)] if options.tokens else []),
+        ]:
+            for wanted in KERNELS:
+                found.append(flash_row(kind, device, tokens, batch, wanted))
+                print(found[-1], flush=True)
+        for weights, unrolled, batch in _TRANSFORMERS if GPUS[kind]["major"] == 9 else ():
+            found.append(transformer_row(kind, device, weights, unrolled, batch))
+            print(found[-1], flush=True)
+    return found
+
+
+_TRANSFORMERS = [
+    ("bfloat16", False, 1),
+    ("bfloat16", False, 4),
+    ("bfloat16", True, 1),
+    ("int8", False, 1),
+    ("fp8", False, 1),
+    ("fp8", True, 1),
+]
+
+
+def add_commands(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
+    parser.set_defaults(run=bench_gpu_aot)
+    parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="*",
+        default=[4608, 4352, 1536, 4133, 77],
+        help="(default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

@@ -1,0 +1,271 @@
+"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's operations and bytes sent beside
+the formulas of tools/bench/scaling.py.
+
+Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from bench_parts import pretended
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from program import read
+from scaling import AXES, Work
+
+from fluxjax import Flux, FluxConfig
+from fluxjax.devices.mesh import make_mesh
+from fluxjax.devices.run import ROWS
+from fluxjax.devices.specs import specs
+from fluxjax.devices.streamed import HostWeight
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.text import Text
+from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
+from fluxjax.nets.weight import Dense
+
+# Name, chips, usable GiB of each device.
+CHIPS = {
+    "v6e-4": ({"topology_name": "v6e:2x2"}, 31.24),
+    "v6e-8": ({"topology_name": "v6e:2x4"}, 31.24),
+    "v6e-16": ({"topology_name": "v6e:4x4"}, 31.24),
+    "v4-8": ({"topology_name": "v4:2x2x1", "chip_config_name": "megacore"}, 30.75),
+    "v5e-4": ({"topology_name": "v5e:2x2"}, 15.75),
+}
+STREAM = "stream"
+"""In an axis's place: one device, whose blocks are streamed from the host's memory."""
+VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
+
+
+def structs(tree: Any, shardings: Any) -> Any:
+    """Return shapes on their devices."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
+class Form(NamedTuple):
+    """How a network is compiled: its blocks streamed or not, its attention, the kernel for what that takes or none, 8 bits."""
+
+    stream: bool = False
+    attention: str | None = None
+    heads: bool = True
+    quantize: str | None = None
+
+
+def lowered(
+    config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, form: Form
+) -> Any:
+    """Return one image a row of the mesh, lowered."""
+    stream = form.stream
+    flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    flux = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), flux)
+    if form.quantize is not None:
+        flux = eight_bits(flux, EIGHT_BITS[form.quantize])
+    flux = structs(flux, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(flux, mesh)))
+    if stream:
+        flux = hosted(flux, NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host"))
+    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+    images, side = mesh.shape["data"] * mesh.shape["fsdp"], size // 8
+
+    def row(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=rows)
+
+    text = Text(
+        row(txt_tokens, config.context, dtype=jnp.bfloat16), row(config.pooled, dtype=jnp.bfloat16)
+    )
+    noise = row(16, side, side, dtype=jnp.float32)
+    times = jax.ShapeDtypeStruct((steps + 1,), jnp.float32, sharding=everywhere)
+    scale = (
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        if config.guidance_embed
+        else None
+    )
+
+    def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
+        options = {"attention": form.attention, "mesh": None if stream else mesh}
+        return denoise.__wrapped__(flux, text, noise, times, scale, **options)
+
+    asked = ("kernels.attention", "nets.layers", "nets.heads")[: 3 if form.heads else 2]
+    with pretended(mesh.devices.flat[0], asked):
+        return jax.jit(run).lower(flux, text, noise, times, scale)
+
+
+def eight_bits(flux: Flux, dtype: Any) -> Flux:
+    """Return the shapes of what `fluxjax.quantize` makes."""
+
+    def place(path: Any, node: Any) -> Any:
+        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+            return node
+        shape = node.value.shape
+        parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
+        return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
+
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
+
+
+_EIGHT = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
+
+
+def hosted(flux: Flux, host: NamedSharding) -> Flux:
+    """Return the shapes of what `fluxjax.stream_blocks` makes."""
+
+    def place(path: Any, node: Any) -> Any:
+        stays = isinstance(node, Dense) and path[0].name in ("double", "single")
+        return (
+            eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
+        )
+
+    def struct(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
+
+
+_EMPTY = HostWeight(jnp.zeros((0, 0)))
+
+
+def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
+    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
+    turn ahead."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
+        )
+        (dump,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, dump.read_text()
+
+
+def bench_tpu(options: argparse.Namespace) -> list[dict]:
+    """Compile each variant for each machine, over each axis."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    rows, flags = [], dict(flag.split("=") for flag in options.flags)
+    for chip in options.chips:
+        where, limit = CHIPS[chip]
+        devices = topologies.get_topology_desc(platform="tpu", **where).devices
+        for variant in options.variants:
+            for axis in options.axes:
+                stream = axis == STREAM
+                mesh = (
+                    make_mesh(devices=devices[:1])
+                    if stream
+                    else make_mesh(**{axis: -1}, devices=devices)
+                )
+                form = Form(stream, options.attention, options.heads, options.quantize)
+                row = {
+                    "machine": chip,
+                    "devices": mesh.size,
+                    "model": variant,
+                    "mesh": axis,
+                    "limit GiB": limit,
+                    **flags,
+                }
+                row |= {
+                    "attention": options.attention or "default",
+                    "heads": "kernel" if options.heads else "xla",
+                }
+                row |= {"quantize": options.quantize}
+                try:
+                    row |= measured(*VARIANTS[variant], mesh, options.size, flags, form)
+                    row |= expected(
+                        *VARIANTS[variant], "data" if stream else axis, mesh.size, options.size, row
+                    )
+                except Exception as error:  # a row that does not fit is a result
+                    row |= {"error": str(error).splitlines()[0][:200]}
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def add_commands(commands: Any) -> None:
+    """Add the sub-command."""
+    tpu = commands.add_parser(
+        "tpu-aot", help="full-size dev and schnell compiled for TPUs, without one"
+    )
+    tpu.set_defaults(run=bench_tpu)
+    tpu.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    tpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    tpu.add_argument("--axes", nargs="+", choices=[*AXES, STREAM], default=list(AXES))
+    tpu.add_argument(
+        "--size", type=int, default=1024, help="pixels along a side (default: %(default)s)"
+    )
+    tpu.add_argument(
+        "--attention",
+        choices=IMPLEMENTATIONS,
+        help="(default: what a TPU takes: flash_tpu, or the ring's own)",
+    )
+    tpu.add_argument(
+        "--xla-heads",
+        dest="heads",
+        action="store_false",
+        help="queries, keys and values without their kernel",
+    )
+    tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
+    tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
+    tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+
+
+def measured(
+    config: FluxConfig,
+    txt_tokens: int,
+    steps: int,
+    mesh: Mesh,
+    size: int,
+    flags: dict[str, str],
+    form: Form,
+) -> dict[str, Any]:
+    """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
+    start = time.perf_counter()
+    compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size, form), flags)
+    memory, gib = compiled.memory_analysis(), 2**30
+    step = read(text).times(1 / steps)
+    return {
+        "compile s": round(time.perf_counter() - start, 1),
+        "arguments GiB": round(memory.argument_size_in_bytes / gib, 2),
+        "temporaries GiB": round(memory.temp_size_in_bytes / gib, 2),
+        "host GiB": round(memory.host_argument_size_in_bytes / gib, 2),
+        "TFLOP": round(step.flop / 1e12, 3),
+        "kernels' TFLOP": round(step.declared / 1e12, 3),
+        "TOP of 8 bits": round(step.eight / 1e12, 3),
+        "GB copied": round(step.copied / 1e9, 2),
+        "GB sent": round(step.sent / 1e9, 4),
+        "collectives": {
+            kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"
+            for kind, one in step.moved.items()
+        },
+    }
+
+
+def expected(
+    config: FluxConfig,
+    txt_tokens: int,
+    steps: int,
+    axis: str,
+    chips: int,
+    size: int,
+    row: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the formulas say of a step, and the compiled program's share of it."""
+    cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens, steps), chips)
+    if cost is None:
+        return {}
+    computed = row["TFLOP"] + row["kernels' TFLOP"] + row["TOP of 8 bits"]
+    return {
+        "TFLOP by formula": round(cost.flop / 1e12, 3),
+        "GB sent by formula": round(cost.sent / 1e9, 4),
+        "TFLOP ratio": round(computed / (cost.flop / 1e12), 4),
+        "GB sent ratio": round(row["GB sent"] / (cost.sent / 1e9), 4) if cost.sent else None,
+    }

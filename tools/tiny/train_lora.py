@@ -1,0 +1,425 @@
+"""Train an adapter on a folder of images, each with its caption in a text file of the same name, and write it as LoRA.
+
+Kept in `--state` as it goes on: the same command continues what was interrupted, to the same end. The result loads in fluxjax,
+diffusers and ComfyUI.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+from PIL import ImageOps
+from tqdm import tqdm
+
+from fluxjax.checkpoint.atomic import new_file
+from fluxjax.checkpoint.defaults import load_defaults
+from fluxjax.cli.choices import DTYPES
+from fluxjax.flow.times import resolution_mu
+from fluxjax.generate.draw import guidance_scale
+from fluxjax.generate.latents import CELL, PATCH, image_ids, pack_latents
+from fluxjax.generate.load import (
+    activation_dtype,
+    load_clip,
+    load_flux,
+    load_t5,
+    load_tokenizers,
+    load_vae,
+)
+from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.lora.adapter import Lora
+from fluxjax.lora.attach import attach
+from fluxjax.lora.init import BLOCKS, init_lora, trainable
+from fluxjax.lora.write import FORMATS, write_lora
+from fluxjax.nets.flux import Flux
+from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times
+from fluxjax.train.step import TrainState, make_step
+from fluxjax.zoo import Defaults
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SIDE = CELL * PATCH
+WARM_UP = 20
+
+
+class Bucket(NamedTuple):
+    """Encoded examples of one image size: packed latents [count, tokens, channels], and their captions encoded."""
+
+    height: int
+    width: int
+    packed: np.ndarray
+    text: Text
+
+
+def read_folder(folder: Path, area: int) -> tuple[list[np.ndarray], list[str]]:
+    """Read the images, float32 in [-1, 1], and their captions.
+
+    Each is scaled and cut about its middle to sides that are multiples of 16, with about `area` pixels.
+    **Raises:** `FileNotFoundError` for a folder without images, or for images without captions.
+    """
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no images. Put {', '.join(SUFFIXES)} files there.")
+    bare = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
+    if bare:
+        raise FileNotFoundError(
+            f"{len(bare)} of {len(paths)} images in {folder} have no caption. Write {bare[0]}'s to {Path(bare[0]).stem}.txt."
+        )
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
+    return [_fitted(path, area) for path in paths], captions
+
+
+def _fitted(path: Path, area: int) -> np.ndarray:
+    with PIL.Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGBA")
+    on_white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert(
+        "RGB"
+    )
+    scale = (area / (image.width * image.height)) ** 0.5 / SIDE
+    size = tuple(max(1, round(side * scale)) * SIDE for side in image.size)
+    return (
+        np.asarray(ImageOps.fit(on_white, size, PIL.Image.Resampling.LANCZOS), np.float32) / 127.5
+        - 1
+    )
+
+
+def encode(
+    source: str, images: Sequence[np.ndarray], captions: Sequence[str], max_length: int, dtype: Any
+) -> list[Bucket]:
+    """Encode images and captions, and free the encoders; the empty caption is each bucket's last one."""
+    vae = load_vae(source, dtype=jnp.float32)
+    latents = eqx.filter_jit(lambda vae, image: pack_latents(vae.encode(image)))
+    packed = [np.asarray(latents(vae, image)) for image in tqdm(images, desc="images")]
+    del vae
+    tokenizers, clip, t5 = (
+        load_tokenizers(source),
+        load_clip(source, dtype=dtype),
+        load_t5(source, dtype=dtype),
+    )
+    texts = []
+    for caption in tqdm([*captions, ""], desc="captions"):
+        ids = prompt_ids(tokenizers, [caption], max_length=max_length)
+        texts.append(jax.tree.map(np.asarray, encode_text(clip, t5, ids, dtype=dtype)))
+    groups = defaultdict(list)
+    for index, image in enumerate(images):
+        groups[image.shape[:2]].append(index)
+    return [
+        Bucket(
+            *size,
+            np.stack([packed[i] for i in group]),
+            _joined([*(texts[i] for i in group), texts[-1]]),
+        )
+        for size, group in sorted(groups.items())
+    ]
+
+
+def _digest(buckets: Sequence[Bucket]) -> str:
+    """Return what tells one set of examples from another."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(list(buckets)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _joined(texts: Sequence[Text]) -> Text:
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *texts)
+
+
+class Batch(NamedTuple):
+    """A batch of one size. `places`: of the examples in the whole step, which alone decide over their noise."""
+
+    x0: Any
+    text: Text
+    empty: Text
+    img_ids: Any
+    places: Any
+    mu: Any
+
+
+def draw(
+    buckets: Sequence[Bucket], defaults: Defaults, seed: int, index: int, batch: int, parts: int
+) -> list[Batch]:
+    """Draw a step's batches, all of one size: `parts` of `batch` examples, which depend on the seed and the step alone."""
+    rng = np.random.default_rng((seed, index))
+    counts = np.array([len(bucket.packed) for bucket in buckets])
+    bucket = buckets[rng.choice(len(buckets), p=counts / counts.sum())]
+    count = batch * parts
+    # Each example once before any comes again.
+    picks = np.concatenate(
+        [rng.permutation(len(bucket.packed)) for _ in range(-(-count // len(bucket.packed)))]
+    )[:count]
+    tokens = bucket.packed.shape[1]
+    mu = (
+        resolution_mu(tokens, base_shift=defaults.base_shift, max_shift=defaults.max_shift)
+        if defaults.shift
+        else 0.0
+    )
+    ids, empty = image_ids(bucket.height, bucket.width), Text(*(rows[-1] for rows in bucket.text))
+    places = np.arange(count)
+    return [
+        Batch(
+            bucket.packed[mine],
+            Text(*(rows[mine] for rows in bucket.text)),
+            empty,
+            ids,
+            places[here],
+            jnp.float32(mu),
+        )
+        for here in (slice(start, start + batch) for start in range(0, count, batch))
+        for mine in (picks[here],)
+    ]
+
+
+def adapter_loss(
+    lora: Lora,
+    flux: Flux,
+    batch: Batch,
+    guidance: Any,
+    dropout: float,
+    dtype: Any,
+    remat: bool,
+    *,
+    key,
+) -> Any:
+    """Return the flow-matching loss of the network with the adapter, averaged over a batch."""
+    adapted = attach(flux, [lora])
+
+    def one(x0, text: Text, place):
+        drop, when, noise = jax.random.split(jax.random.fold_in(key, place), 3)
+        text = jax.tree.map(
+            lambda x: x[0],
+            drop_captions(drop, jax.tree.map(lambda x: x[None], text), batch.empty, dropout),
+        )
+        t = logit_normal_times(when, 1, mu=batch.mu)[0]
+        velocity = eqx.Partial(
+            adapted,
+            txt=text.txt,
+            vec=text.vec,
+            guidance=guidance,
+            img_ids=batch.img_ids,
+            dtype=dtype,
+            remat=remat,
+        )
+        return flow_matching_loss(velocity, x0, t, jax.random.normal(noise, x0.shape))
+
+    return jnp.mean(jax.vmap(one)(batch.x0, batch.text, batch.places))
+
+
+def make_optimizer(learning_rate: float, parts: int) -> optax.GradientTransformation:
+    """Return clipped AdamW after a warm-up, which moves once in `parts` batches, by their mean gradient."""
+    schedule = optax.linear_schedule(learning_rate / WARM_UP, learning_rate, WARM_UP - 1)
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+    return optax.MultiSteps(chain, parts).gradient_transformation()
+
+
+def save_state(path: Path, settings: dict[str, Any], state: TrainState) -> None:
+    """Write the state, whole or not at all, with what it was made by before it."""
+    with new_file(path, overwrite=True) as file:
+        file.write(json.dumps(settings).encode() + b"\n")
+        eqx.tree_serialise_leaves(file, state)
+
+
+def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> TrainState:
+    """Read what `save_state` wrote. **Raises:** `ValueError` if it was made with other settings, or is damaged."""
+    damaged = ValueError(
+        f"{path} is no state of a training, or damaged. Move it away to begin anew."
+    )
+    with open(path, "rb") as file:
+        try:
+            theirs = json.loads(file.readline())
+        except ValueError:
+            raise damaged from None
+        other = [name for name, value in settings.items() if theirs.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{path} was begun with other settings: "
+                + ", ".join(f"{name} {theirs.get(name)}, not {settings[name]}" for name in other)
+                + ". Give those again, or another --state."
+            )
+        try:
+            return eqx.tree_deserialise_leaves(file, state)
+        except (ValueError, RuntimeError, EOFError):
+            raise damaged from None
+
+
+def fit(
+    options: argparse.Namespace,
+    flux: Flux,
+    buckets: Sequence[Bucket],
+    defaults: Defaults,
+    dtype: Any,
+) -> Lora:
+    """Train an adapter, from its state if there is one, to `options.steps`; return its average over the last steps."""
+    targets, seed, parts = options.target or BLOCKS, options.seed, options.accumulate
+    distilled = 1.0 if flux.config.guidance_embed and options.guidance is None else options.guidance
+    guidance = guidance_scale(flux, defaults, distilled)
+    lora = init_lora(flux, options.rank, targets, alpha=options.alpha, key=jax.random.key(seed))
+    spec, optimizer = trainable(lora), make_optimizer(options.learning_rate, parts)
+    state = TrainState.create(lora, optimizer, trainable=spec)
+    names = (
+        "model",
+        "rank",
+        "alpha",
+        "batch",
+        "accumulate",
+        "learning_rate",
+        "ema",
+        "caption_dropout",
+        "guidance",
+        "seed",
+    )
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"targets": list(targets), "examples": _digest(buckets)}
+    path = options.state or options.output.with_suffix(".state")
+    if path.exists():
+        state = load_state(path, settings, state)
+    step = make_step(adapter_loss, optimizer, ema_decay=options.ema ** (1 / parts), trainable=spec)
+    first = int(state.step) // parts
+    with tqdm(total=options.steps, initial=first, desc="steps") as bar:
+        for index in range(first, options.steps):
+            key, losses = jax.random.fold_in(jax.random.key(seed), index), []
+            for batch in draw(buckets, defaults, seed, index, options.batch, parts):
+                state, loss = step(
+                    state,
+                    flux,
+                    batch,
+                    guidance,
+                    options.caption_dropout,
+                    dtype,
+                    options.remat,
+                    key=key,
+                )
+                losses.append(loss)
+            bar.update()
+            bar.set_postfix_str(f"loss {float(np.mean(losses)):.4f}", refresh=False)
+            if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
+                save_state(path, settings, state)
+    return state.ema
+
+
+def train(options: argparse.Namespace) -> None:
+    """Encode the folder, train, and write the adapter."""
+    if options.output.exists():
+        raise FileExistsError(
+            f"There is something at {options.output} already. Remove it, or choose another --output."
+        )
+    defaults = load_defaults(options.model)
+    dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
+    images, captions = read_folder(
+        options.images, options.size**2 if options.size else defaults.height * defaults.width
+    )
+    buckets = encode(
+        options.model, images, captions, options.max_sequence_length or defaults.max_length, dtype
+    )
+    lora = fit(options, load_flux(options.model, dtype=dtype), buckets, defaults, dtype)
+    write_lora(options.output, lora, to=options.to, dtype=jnp.dtype(options.save_dtype))
+    print(options.output)
+
+
+def _number(kind: type, least: float, below: float = float("inf")) -> Any:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
+        return value
+
+    return read
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = made.add_argument
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder of images and of captions, a.png beside a.txt",
+    )
+    add("--output", type=Path, required=True, help="a new .safetensors file")
+    add("--model", default="tiny", help="a zoo name, a diffusers folder, or a hub id")
+    add("--rank", type=_number(int, 1), default=16, help="of each weight's change")
+    add(
+        "--alpha",
+        type=_number(float, 0),
+        help="the change is alpha / rank times the product (default: rank)",
+    )
+    add(
+        "--target",
+        action="append",
+        help="regular expression of weights' names; may be given again (default: all blocks)",
+    )
+    add("--steps", type=_number(int, 1), default=1000, help="of the optimizer, in all")
+    add("--batch", type=_number(int, 1), default=4, help="images a forward pass")
+    add("--accumulate", type=_number(int, 1), default=1, help="forward passes a step")
+    add(
+        "--remat",
+        action="store_true",
+        help="recompute blocks in the backward pass: less memory, more time",
+    )
+    add(
+        "--learning-rate",
+        type=_number(float, 0),
+        default=1e-3,
+        help="of AdamW, after a warm-up of 20 steps",
+    )
+    add(
+        "--ema",
+        type=_number(float, 0, 1),
+        default=0.98,
+        help="decay of the averaged adapter, which is what is written",
+    )
+    add(
+        "--caption-dropout",
+        type=_number(float, 0, 1),
+        default=0.1,
+        help="share of examples without their caption",
+    )
+    add(
+        "--guidance",
+        type=float,
+        help="distilled scale that the network is trained at (default: 1, if it takes one)",
+    )
+    add(
+        "--size",
+        type=_number(int, SIDE),
+        help="images get about this many pixels squared (default: the model's)",
+    )
+    add("--max-sequence-length", type=_number(int, 1), help="T5 tokens (default: the model's)")
+    add("--seed", type=int, default=0, help="of the adapter, the batches and the noise")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of frozen weights and activations (default: bfloat16, on CPU float32)",
+    )
+    add("--to", choices=FORMATS, default="peft", help="names of the written file")
+    add("--save-dtype", choices=DTYPES, default="float32", help="of the written file")
+    add("--save-every", type=_number(int, 1), default=100, help="steps between two states")
+    add(
+        "--state",
+        type=Path,
+        help="where to keep what continues the training (default: OUTPUT with .state)",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        train(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_lora: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
