@@ -360,7 +360,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.count("exit code 2") == 2, done.stderr
     assert done.stderr.count("There is not enough disk space for") == 2
-    assert done.stderr.count("Free some, or write elsewhere") == 2
+    assert done.stderr.count("Free some space, or write elsewhere") == 2
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
