@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint import safetensors as files
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.kinds import kind_of_network
 from fluxjax.checkpoint.layouts import NetworkToWrite, dialect_tensors
+from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.weights import InMemoryWeights
 from fluxjax.nets.stack import leaf_names
 
@@ -52,8 +52,10 @@ def export(network, dialect: Dialect) -> Arrays:
 
 def write(path: Path, tensors: Arrays, metadata: dict[str, str] | None = None) -> None:
     """Write arrays to a safetensors file, in the place of an existing one."""
-    outputs = {name: files.OutputTensor.of(np.asarray(tensor)) for name, tensor in tensors.items()}
-    files.write(path, outputs, metadata, overwrite=True)
+    outputs = {
+        name: OutputTensor.from_array(np.asarray(tensor)) for name, tensor in tensors.items()
+    }
+    write_safetensors(path, outputs, metadata, overwrite=True)
 
 
 def write_gguf(path: Path, arch: str, tensors: Arrays, kinds: Mapping[str, str]) -> None:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
@@ -107,7 +106,9 @@ def _as_dense_shapes(model: Network) -> Network:
     return jax.tree.map(shape, model, is_leaf=is_weight)
 
 
-def _adapt_weight(name: str, base: Weight, changes: BlockChanges, parts: Parts) -> AdaptedWeight:
+def _adapt_weight(
+    name: str, base: Weight, changes: BlockChanges, parts: FusedRows
+) -> AdaptedWeight:
     """Return a weight with the factors of its changes beside it.
 
     The factors of all blocks of a stack have the largest rank among them, padded with zeros.

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import equinox as eqx
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.packed import Parts
 from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.networks import network_kind
@@ -72,7 +71,7 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     return found
 
 
-def row_range(change: Change, shape: tuple[int, ...], parts: Parts) -> tuple[int, int]:
+def row_range(change: Change, shape: tuple[int, ...], parts: FusedRows) -> tuple[int, int]:
     """Return the first and the past-the-last row of a weight that a change covers.
 
     **Arguments:** `shape`: of the weight. `parts`: the rows of the parts of fused weights.

@@ -13,7 +13,7 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.weights import cast
 from fluxjax.lora.adapter import Change, Lora
@@ -167,7 +167,7 @@ class _WrittenWeight:
 
     name: str
     changes: Sequence[Change]
-    parts: Parts
+    parts: FusedRows
 
     @property
     def rows(self) -> int:
