@@ -52,9 +52,7 @@ def export(network, dialect: Dialect) -> Arrays:
 
 def write(path: Path, tensors: Arrays, metadata: dict[str, str] | None = None) -> None:
     """Write arrays to a safetensors file, in the place of an existing one."""
-    outputs = {
-        name: OutputTensor.from_array(np.asarray(tensor)) for name, tensor in tensors.items()
-    }
+    outputs = {name: OutputTensor.from_array(np.asarray(array)) for name, array in tensors.items()}
     write_safetensors(path, outputs, metadata, overwrite=True)
 
 

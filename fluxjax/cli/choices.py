@@ -40,7 +40,7 @@ class LazyChoices(Collection[str]):
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
 BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
-LAYOUTS = LazyChoices("fluxjax.checkpoint.write:LAYOUTS")
+LAYOUTS = LazyChoices("fluxjax.checkpoint.layouts:LAYOUTS")
 LORA_FORMATS = LazyChoices("fluxjax.lora.write:FORMATS")
 MESH_AXES = LazyChoices("fluxjax.devices.mesh:AXES")
 NETWORKS = LazyChoices("fluxjax.checkpoint.kinds:KINDS")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -111,66 +111,100 @@ class Request:
         return f"{_or_default(self.defaults.guidance, FLUX1.guidance):g}"
 
 
+class _Sizes(NamedTuple):
+    """The numbers of what is drawn, with the model's defaults filled in; as in `Request`."""
+
+    height: int
+    width: int
+    steps: int
+    max_length: int
+    batch: int
+
+
 def read_request(options: argparse.Namespace) -> Request:
     """Return the options as values, before anything is loaded.
 
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
     defaults = interruptible(load_defaults, options.model)
-    height = _or_default(options.height, defaults.height)
-    width = _or_default(options.width, defaults.width)
-    steps = _or_default(options.steps, defaults.steps)
-    max_length = _or_default(options.max_sequence_length, defaults.max_length)
-    check_size("--height and --width", height, width)
+    sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
-    # Never more rows than images: what is drawn beyond them would be thrown away.
-    batch = 1
-    if options.prompts is None:
-        batch = min(_or_default(options.batch, options.images), options.images)
-    elif options.batch is not None:
-        batch = options.batch
     mesh = _mesh(options)
-    demand = Demand(batch, height, width, steps, max_length, dtype)
+    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
     check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
-    times = timer(options.timer, steps, defaults, height, width, shift=options.shift)
-    check_finite_times(times)
-    step = integrator(options.integrator, eta=options.eta)
-    recipe = Recipe(times, step, _guidance(options), _attention(options))
+    recipe = _recipe(options, sizes, defaults)
     folder = writable(options.output_dir)
-    adapters = tuple((read_adapter(adapter), adapter.scale) for adapter in options.lora)
-    line = None
-    if options.prompts is None:
-        seed = _or_default(options.seed, 0)
-        line = Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
     return Request(
         model=options.model,
         defaults=defaults,
-        line=line,
+        line=_line(options),
         prompts=options.prompts,
         negative_prompt=options.negative_prompt,
         images=options.images,
-        batch=batch,
-        height=height,
-        width=width,
-        max_length=max_length,
+        batch=sizes.batch,
+        height=sizes.height,
+        width=sizes.width,
+        max_length=sizes.max_length,
         recipe=recipe,
         distilled=options.guidance,
-        load=LoadOptions(
-            dtype=None if options.dtype is None else jnp.dtype(options.dtype),
-            mesh=mesh,
-            adapters=adapters,
-            quantize=options.quantize,
-            stream=options.stream_blocks,
-            unroll=options.unroll,
-        ),
+        load=_load_options(options, mesh),
         dtype=dtype,
         folder=folder,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,
         offload_encoders=options.offload_encoders,
         show_memory=options.show_memory,
-        description=_description(options, steps, height, width),
+        description=_description(options, sizes),
+    )
+
+
+def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
+    height = _or_default(options.height, defaults.height)
+    width = _or_default(options.width, defaults.width)
+    check_size("--height and --width", height, width)
+    if options.prompts is not None:
+        batch = _or_default(options.batch, 1)
+    else:
+        # Never more rows than images: what is drawn beyond them would be thrown away.
+        batch = min(_or_default(options.batch, options.images), options.images)
+    return _Sizes(
+        height=height,
+        width=width,
+        steps=_or_default(options.steps, defaults.steps),
+        max_length=_or_default(options.max_sequence_length, defaults.max_length),
+        batch=batch,
+    )
+
+
+def _recipe(options: argparse.Namespace, sizes: _Sizes, defaults: Defaults) -> Recipe:
+    times = timer(
+        options.timer, sizes.steps, defaults, sizes.height, sizes.width, shift=options.shift
+    )
+    check_finite_times(times)
+    step = integrator(options.integrator, eta=options.eta)
+    return Recipe(times, step, _guidance(options), _attention(options))
+
+
+def _line(options: argparse.Namespace) -> Line | None:
+    """Return the prompt of the command line, unless a file of prompts is given."""
+    if options.prompts is not None:
+        return None
+    seed = _or_default(options.seed, 0)
+    return Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
+
+
+def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:
+    adapters = []
+    for adapter in options.lora:
+        adapters.append((read_adapter(adapter), adapter.scale))
+    return LoadOptions(
+        dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+        mesh=mesh,
+        adapters=tuple(adapters),
+        quantize=options.quantize,
+        stream=options.stream_blocks,
+        unroll=options.unroll,
     )
 
 
@@ -212,11 +246,9 @@ def _attention(options: argparse.Namespace) -> Attention | None:
     return Attention(options.attention, options.flash_block_sizes)
 
 
-def _description(
-    options: argparse.Namespace, steps: int, height: int, width: int
-) -> dict[str, str]:
+def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
     """Return what images say of the options, in the order in which their metadata have them."""
-    about = {"steps": str(steps)}
+    about = {"steps": str(sizes.steps)}
     about["integrator"] = options.integrator
     if options.eta is not None:
         about["integrator"] += f", eta {options.eta:g}"
@@ -229,7 +261,7 @@ def _description(
         about["nag"] = f"{options.nag:g}"
     if options.cache is not None:
         about["cache"] = options.cache
-    about["size"] = f"{width}x{height}"
+    about["size"] = f"{sizes.width}x{sizes.height}"
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)

@@ -47,6 +47,11 @@ class UlyssesAttention(eqx.Module):
     nag: Nag | None = None
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+        """Return the mixed values of this device's tokens.
+
+        **Arguments:** `q`, `k`, `v`: of this device's tokens. `txt_part`: how many of them are of
+        the text, padding included.
+        """
         devices = jax.lax.axis_size(self.axis)
         tokens, heads, dim = q.shape
         if heads % devices:
@@ -54,8 +59,9 @@ class UlyssesAttention(eqx.Module):
                 f"`UlyssesAttention` needs a number of devices that divides the heads, got "
                 f"{devices} devices and {heads} heads. Use `RingAttention`."
             )
-        joint = [self._gather_tokens(x, txt_part) for x in (q, k, v)]
-        mixed = rearrange(self._attend(*joint), "tokens heads dim -> tokens (heads dim)")
+        all_q, all_k, all_v = (self._gather_tokens(x, txt_part) for x in (q, k, v))
+        mixed = self._attend(all_q, all_k, all_v)
+        mixed = rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
         text, image = mixed[: self.txt_tokens], mixed[self.txt_tokens :]
         text_part = self._scatter_tokens(text, txt_part)
         image_part = self._scatter_tokens(image, tokens - txt_part)
@@ -63,27 +69,40 @@ class UlyssesAttention(eqx.Module):
         return rearrange(columns, "tokens (heads dim) -> tokens heads dim", dim=dim)
 
     def _gather_tokens(
-        self, x: Heads, txt_part: int
+        self,
+        x: Heads,
+        txt_part: int,
     ) -> Float[Array, "joint_tokens device_heads head_dim"]:
         """Return all tokens, without padding, of this device's share of the heads."""
         # Heads are columns here, as the projection and flash_tpu have them: with an axis of heads
         # TPUs would change the layout in memory.
         columns = rearrange(x, "tokens heads dim -> tokens (heads dim)")
+        # All tokens, of which each device has its own columns from here on.
         text = self._exchange(columns[:txt_part], 1)
         image = self._exchange(columns[txt_part:], 1)
-        joint = jnp.concatenate([text[: self.txt_tokens], image[: self.img_tokens]])
+        real_text, real_image = text[: self.txt_tokens], image[: self.img_tokens]
+        joint = jnp.concatenate([real_text, real_image])
         return rearrange(joint, "tokens (heads dim) -> tokens heads dim", dim=x.shape[-1])
 
     def _scatter_tokens(
-        self, x: Float[Array, "all_tokens device_columns"], part: int
+        self,
+        x: Float[Array, "all_tokens device_columns"],
+        part: int,
     ) -> Float[Array, "part columns"]:
         """Return this device's part of the tokens, padded, with all heads."""
         padding = jax.lax.axis_size(self.axis) * part - len(x)
-        return self._exchange(jnp.pad(x, ((0, padding), (0, 0))), 0)
+        padded = jnp.pad(x, ((0, padding), (0, 0)))
+        return self._exchange(padded, 0)
 
     def _exchange(self, x: Array, split: int) -> Array:
         """Split one axis of a matrix among the devices, and join their parts along the other."""
-        return jax.lax.all_to_all(x, self.axis, split_axis=split, concat_axis=1 - split, tiled=True)
+        return jax.lax.all_to_all(
+            x,
+            self.axis,
+            split_axis=split,
+            concat_axis=1 - split,
+            tiled=True,
+        )
 
     def _attend(self, q: Heads, k: Heads, v: Heads) -> Heads:
         if self.nag is None:
@@ -125,30 +144,48 @@ class RingAttention(eqx.Module):
     nag: Nag | None = None
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+        """Return the mixed values of this device's tokens; arguments as of `UlyssesAttention`."""
         if self.nag is None:
-            return self._attend(q, k, v, txt_part, [(0, self.txt_tokens)])[0]
+            all_text = (0, self.txt_tokens)
+            (mixed,) = self._attend(q, k, v, txt_part, [all_text])
+            return mixed
         half = self.txt_tokens // 2
-        prompts = [(0, half), (half, self.txt_tokens)]
+        negative_prompt, positive_prompt = (0, half), (half, self.txt_tokens)
+        prompts = [negative_prompt, positive_prompt]
         negative, positive = self._attend(q, k, v, txt_part, prompts)
-        indices = jax.lax.axis_index(self.axis) * txt_part + jnp.arange(txt_part)
+        # Each text token takes the values of the prompt that it belongs to.
+        first_index = jax.lax.axis_index(self.axis) * txt_part
+        indices = first_index + jnp.arange(txt_part)
         is_negative = (indices < half)[:, None, None]
         text = jnp.where(is_negative, negative[:txt_part], positive[:txt_part])
         guided = self.nag.combine(positive[txt_part:], negative[txt_part:])
         return jnp.concatenate([text, guided])
 
     def _attend(
-        self, q: Heads, k: Heads, v: Heads, txt_part: int, prompts: Sequence[TokenRange]
+        self,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        txt_part: int,
+        prompts: Sequence[TokenRange],
     ) -> list[Heads]:
         """Return the mixed values over the image and one prompt, for each of the prompts."""
-        devices, index = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
-        img_part, wide = len(k) - txt_part, wide_dtype(q.dtype)
-        queries = q.astype(wide) * q.shape[-1] ** -0.5
-        to_next = [(i, (i + 1) % devices) for i in range(devices)]
+        devices = jax.lax.axis_size(self.axis)
+        index = jax.lax.axis_index(self.axis)
+        img_part = len(k) - txt_part
+        wide = wide_dtype(q.dtype)
+        scale = q.shape[-1] ** -0.5
+        queries = q.astype(wide) * scale
+        ring = [(i, (i + 1) % devices) for i in range(devices)]
 
         def add_part(
-            states: tuple[OnlineSoftmax, ...], step: ScalarLike, k: Array, v: Array
+            states: tuple[OnlineSoftmax, ...],
+            step: ScalarLike,
+            k: Array,
+            v: Array,
         ) -> tuple[OnlineSoftmax, ...]:
-            """Add the keys and values that arrive at this step."""
+            """Add the keys and values that are here at this step."""
+            # They have come one device further at each step.
             owner = (index - step) % devices
             masks = self._masks(owner, txt_part, img_part, prompts)
             updated = []
@@ -159,25 +196,37 @@ class RingAttention(eqx.Module):
         def body(step: Array, carry: tuple) -> tuple:
             states, k, v = carry
             # Sent before they are used, so that the transfer overlaps with the computation.
-            next_k, next_v = [jax.lax.ppermute(x, self.axis, to_next) for x in (k, v)]
+            next_k = jax.lax.ppermute(k, self.axis, ring)
+            next_v = jax.lax.ppermute(v, self.axis, ring)
             return add_part(states, step, k, v), next_k, next_v
 
         lowest = jnp.full((q.shape[1], len(q)), -jnp.inf, wide)
         empty = OnlineSoftmax(lowest, jnp.zeros_like(lowest), jnp.zeros_like(queries))
         states = (empty,) * len(prompts)
         states, k, v = jax.lax.fori_loop(0, devices - 1, body, (states, k, v))
+        # Outside of the loop, since the last part needs not be sent on.
         states = add_part(states, devices - 1, k, v)
-        return [(state.values / state.total.T[..., None]).astype(q.dtype) for state in states]
+        mixed = []
+        for state in states:
+            divisor = state.total.T[..., None]
+            mixed.append((state.values / divisor).astype(q.dtype))
+        return mixed
 
     def _masks(
-        self, owner: Int[Array, ""], txt_part: int, img_part: int, prompts: Sequence[TokenRange]
+        self,
+        owner: Int[Array, ""],
+        txt_part: int,
+        img_part: int,
+        prompts: Sequence[TokenRange],
     ) -> list[Bool[Array, " keys"]]:
         """Return, for each prompt, which keys of a device's part are attended to."""
-        text = owner * txt_part + jnp.arange(txt_part)
-        image = owner * img_part + jnp.arange(img_part) < self.img_tokens
+        text_indices = owner * txt_part + jnp.arange(txt_part)
+        image_indices = owner * img_part + jnp.arange(img_part)
+        image = image_indices < self.img_tokens
         masks = []
         for start, stop in prompts:
-            masks.append(jnp.concatenate([(start <= text) & (text < stop), image]))
+            text = (start <= text_indices) & (text_indices < stop)
+            masks.append(jnp.concatenate([text, image]))
         return masks
 
 
@@ -191,11 +240,13 @@ def _add_keys(
     """Return the online softmax with more keys added, of which `mask` says which count."""
     products = jnp.einsum("qhd,khd->hqk", queries, k.astype(queries.dtype))
     logits = jnp.where(mask, products, -jnp.inf)
-    largest = jnp.maximum(state.largest, jnp.max(logits, axis=-1, initial=-jnp.inf))
+    largest_here = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    largest = jnp.maximum(state.largest, largest_here)
     # While no key has counted, the largest logit is -inf, and -inf - -inf would be NaN.
     shift = jnp.where(jnp.isfinite(largest), largest, 0)
-    rescale, weights = jnp.exp(state.largest - shift), jnp.exp(logits - shift[..., None])
+    rescale = jnp.exp(state.largest - shift)
+    weights = jnp.exp(logits - shift[..., None])
     total = state.total * rescale + weights.sum(-1)
-    values = state.values * rescale.T[..., None]
-    values = values + jnp.einsum("hqk,khd->qhd", weights, v.astype(queries.dtype))
+    rescaled = state.values * rescale.T[..., None]
+    values = rescaled + jnp.einsum("hqk,khd->qhd", weights, v.astype(queries.dtype))
     return OnlineSoftmax(largest, total, values)

@@ -59,7 +59,7 @@ def sample_ode(
     x = x.astype(times.dtype)
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
-    def field(t: Scalar, x: Array, arrays: Velocity) -> Array:
+    def field(t: Scalar, x: Array, arrays: object) -> Array:
         # diffrax wants the arrays as arguments: it does not differentiate what is closed over.
         value = eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype))
         return cast_value("sample_ode", value, x)

@@ -1,7 +1,7 @@
 """Text to image in one call: prompts to conditioning, conditioning to images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import jax
@@ -54,7 +54,7 @@ class DrawSettings:
     images: int = 1
     steps: int | None = None
     times: Times | None = None
-    step: Step = Euler()
+    step: Step = field(default_factory=Euler)
     distilled_guidance: PerImage | None = None
     max_length: int | None = None
     batch: int | None = None

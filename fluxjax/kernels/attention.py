@@ -85,6 +85,7 @@ def attention(
     **Source:** Vaswani et al. 2017, eq. 1.
     """
     chosen = _choose_implementation(q, k, bias is not None, causal, implementation)
+    # A traced length cannot be checked, and may be 0.
     if isinstance(key_length, int) and not 1 <= key_length <= len(k):
         raise ValueError(
             f"`attention(key_length={key_length})` must be 1 to {len(k)}, the number of keys."
@@ -105,6 +106,7 @@ def attention(
             mixed = xla_attention(q, k, v, bias, options)
     if length is None:
         return mixed
+    # Without a key there is nothing to mix: the weights above were those of padding.
     return jnp.where(length > 0, mixed, jnp.zeros_like(mixed))
 
 
@@ -139,8 +141,21 @@ AttentionChoice = str | Attention | Callable[..., Array] | None
 """An implementation's name, an `Attention`, any function of (q, k, v, txt_tokens), or None."""
 
 
+@runtime_checkable
+class HasImplementation(Protocol):
+    """A function that computes attention by an implementation that it names, such as `Nag`."""
+
+    @property
+    def implementation(self) -> str | Attention | None: ...
+
+
 def as_attention(choice: str | Attention | None) -> Attention:
-    """Return an `Attention`, given as such or as the name of an implementation."""
+    """Return an `Attention`, given as such or as the name of an implementation.
+
+    **Arguments:** `choice`: None for the implementation that `select_attention` returns.
+    **Returns:** `choice`, if it is one, or a new one.
+    **Raises:** `ValueError` for an unknown name.
+    """
     if isinstance(choice, Attention):
         return choice
     return Attention(choice)
@@ -155,7 +170,7 @@ def resolve_implementation(choice: AttentionChoice, q: HasShape, k: HasShape) ->
     **Returns:** a name in `IMPLEMENTATIONS`; None for a function without that attribute.
     """
     if callable(choice) and not isinstance(choice, Attention):
-        if not hasattr(choice, "implementation"):
+        if not isinstance(choice, HasImplementation):
             return None
         choice = choice.implementation
     return as_attention(choice).implementation or select_attention(q, k)
@@ -184,6 +199,8 @@ def select_attention(
     if platform is None:
         platform = default_device().platform
     (queries, heads, dim), keys = q.shape, k.shape[0]
+    # Other heads would be padded to 128 features, float32 takes several passes of the matmul unit,
+    # and a few keys fill no block.
     fast_on_tpu = dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16
     if fast_on_tpu and _unmet_requirement("flash_tpu", q, bias, causal, platform) is None:
         return "flash_tpu"
@@ -215,7 +232,11 @@ def _check_name(name: str | None) -> None:
 
 
 def _unmet_requirement(
-    name: str, q: HasShape, bias: bool, causal: bool, platform: str
+    name: str,
+    q: HasShape,
+    bias: bool,
+    causal: bool,
+    platform: str,
 ) -> str | None:
     """Return what an implementation needs and what it got instead; None if it supports these."""
     dim = q.shape[-1]
@@ -245,7 +266,8 @@ def _unmet_requirement(
 
 
 def _check_block_sizes(
-    block_sizes: BlockSizes | str | None, implementation: str | None
+    block_sizes: BlockSizes | str | None,
+    implementation: str | None,
 ) -> BlockSizes | None:
     """Return the sizes, of a preset for its name, after a check that they fit."""
     if block_sizes is None:
@@ -265,8 +287,14 @@ def _check_block_sizes(
 
 
 def _flash_attention(
-    name: str, q: Array, k: Array, v: Array, options: LogitOptions, sizes: BlockSizes | None
+    name: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    options: LogitOptions,
+    sizes: BlockSizes | None,
 ) -> Heads:
+    """Run one of the kernels, chosen and compiled for the default device."""
     # Imported here, since Pallas takes a third of a second to import.
     if name == "flash_tpu":
         from fluxjax.kernels.flash_tpu import flash_attention_tpu
@@ -294,7 +322,11 @@ def _flash_attention(
 
 
 def _cudnn_attention(
-    q: Array, k: Array, v: Array, bias: Array | None, options: LogitOptions
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    options: LogitOptions,
 ) -> Heads:
     """Compute attention by cuDNN, which takes a batch: here of one example.
 

@@ -107,12 +107,18 @@ def resolve_block_sizes(block_sizes: BlockSizes | str) -> BlockSizes:
 
 
 def ceil_div(tokens: int, size: int) -> int:
-    """Return how many blocks of `size` tokens cover `tokens`."""
+    """Return how many blocks cover some tokens.
+
+    **Arguments:** `tokens`: to cover. `size`: tokens of a block.
+    """
     return -(-tokens // size)
 
 
 def round_up(tokens: int, multiple: int) -> int:
-    """Return the smallest multiple that is at least `tokens`."""
+    """Return the smallest multiple that is not below a number of tokens.
+
+    **Arguments:** `tokens`: to cover. `multiple`: what the result is a multiple of.
+    """
     return ceil_div(tokens, multiple) * multiple
 
 

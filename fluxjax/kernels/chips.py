@@ -56,7 +56,11 @@ def tpu_chip_name(device: jax.Device) -> str:
 
 
 def compute_capability(device: jax.Device) -> float:
-    """Return the compute capability of an NVIDIA GPU, such as 9.0, and 0.0 for other devices."""
+    """Return the compute capability of an NVIDIA GPU.
+
+    **Arguments:** `device`: of any kind.
+    **Returns:** such as 9.0 for Hopper; 0.0 for other devices.
+    """
     try:
         return float(getattr(device, "compute_capability", 0))
     except ValueError:  # AMD GPUs have names here, such as "gfx942"

@@ -63,6 +63,7 @@ def flash_attention_gpu(
         raise ValueError(
             f"`flash_gpu` needs a head_dim of at most 128, got {dim}. Pass implementation=None."
         )
+    # Imported here, since Mosaic GPU needs a package that others do not.
     if hopper:
         from fluxjax.kernels.flash_mosaic import launch_mosaic as launch
         from fluxjax.kernels.flash_mosaic_blocks import mosaic_block_sizes as default_sizes
@@ -104,7 +105,11 @@ class _Residuals(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash_attention(
-    spec: GpuKernelSpec, q: Heads, k: Heads, v: Heads, length: KeyLength | None
+    spec: GpuKernelSpec,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    length: KeyLength | None,
 ) -> Heads:
     call = KernelCall(
         name="forward",
@@ -118,7 +123,11 @@ def _flash_attention(
 
 
 def _flash_attention_fwd(
-    spec: GpuKernelSpec, q: Heads, k: Heads, v: Heads, length: KeyLength | None
+    spec: GpuKernelSpec,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    length: KeyLength | None,
 ) -> tuple[Heads, _Residuals]:
     row = jax.ShapeDtypeStruct((q.shape[1], len(q)), jnp.float32)
     call = KernelCall(
@@ -133,10 +142,14 @@ def _flash_attention_fwd(
 
 
 def _flash_attention_bwd(
-    spec: GpuKernelSpec, residuals: _Residuals, grad: Heads
+    spec: GpuKernelSpec,
+    residuals: _Residuals,
+    grad: Heads,
 ) -> tuple[Heads, Heads, Heads, None]:
     q, k, v, length, mixed, log_sum = residuals
-    delta = (mixed.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1).T
+    # The gradient of softmax subtracts it: the weighted mean of the weights' gradients.
+    products = mixed.astype(jnp.float32) * grad.astype(jnp.float32)
+    delta = products.sum(-1).T
     dq_call = KernelCall(
         name="dq",
         compute=compute_dq,

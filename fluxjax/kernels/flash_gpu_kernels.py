@@ -3,9 +3,9 @@
 The backward pass computes the logits again, from the log-sum-exp of the forward pass: once for the
 gradient of q, and once for those of k and v.
 
-Exponentials are to base 2, and `spec.scale` has a factor log2(e) for that: softmax is the same, and
-the hardware computes 2^x faster than e^x. Gradients of logits are taken to base e, so that those of
-q and k are multiplied by the scale without that factor.
+Exponentials are to base 2, and `spec.scale` has a factor log2(e) for that. The softmax is the same,
+and the multiplication by the scale is the only one: e^x would be computed as 2^(x log2(e)).
+The gradients of q and k are multiplied by the scale without that factor.
 **Source:** Dao et al. 2022 (2205.14135), algorithms 1 and 4; Dao 2023 (2307.08691).
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fluxjax.kernels.flash_gpu_spec import GpuKernelSpec, KernelContext
-from fluxjax.kernels.pallas_types import Index
+from fluxjax.kernels.pallas_types import Step
 from fluxjax.shapes import Array, Float
 
 Matrix = Float[Array, "rows columns"]
@@ -37,7 +37,7 @@ def compute_forward(context: KernelContext) -> tuple[Matrix, Vector]:
     rows, dim = q.shape
     _, size = context.spec.forward
 
-    def add_block(masked: bool, step: Index, state: SoftmaxState) -> SoftmaxState:
+    def add_block(masked: bool, step: Step, state: SoftmaxState) -> SoftmaxState:
         mixed, largest, total = state
         (k,) = keys.wait(step)
         # The other warpgroup gets the tensor cores as soon as this product is under way.
@@ -82,7 +82,7 @@ def _weigh(
     context: KernelContext,
     logits: Matrix,
     largest: Vector,
-    step: Index,
+    step: Step,
     masked: bool,
 ) -> tuple[Vector, Matrix]:
     """Return the largest logit of the keys up to this step, and 2^logit relative to it."""
@@ -113,7 +113,7 @@ def compute_dq(context: KernelContext) -> tuple[Matrix]:
     log_sum = context.load_vector(log_sum_tile, 0)
     delta = context.load_vector(delta_tile, 0)
 
-    def add_block(masked: bool, step: Index, total: Matrix) -> Matrix:
+    def add_block(masked: bool, step: Step, total: Matrix) -> Matrix:
         (k,) = keys.wait(step)
         logits = context.matmul_transposed(q, k)
         weights = jnp.exp2(spec.scale * logits - _spread(log_sum, logits.shape))
@@ -149,7 +149,7 @@ def compute_dkv(context: KernelContext) -> tuple[Matrix, Matrix]:
     queries, grads = context.streams
     spec = context.spec
 
-    def add_block(step: Index, carry: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+    def add_block(step: Step, carry: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
         dk, dv = carry
         q, log_sum_tile = queries.wait(step)
         logits = context.matmul_transposed(k, q)

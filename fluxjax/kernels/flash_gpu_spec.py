@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fluxjax.kernels.block_sizes import Block, round_up
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, Ref, Step
 from fluxjax.shapes import Array, Float, Int
 
 Tensor = Float[Array, "..."]
@@ -75,6 +75,7 @@ class GpuKernelSpec:
         that is padding. `first_token`: that the program's own block begins with.
         """
         size = self.resident_and_streamed(kernel)[1]
+        # Without a key length the count is known in Python.
         if isinstance(key_end, int):
             return pl.cdiv(streamed_tokens if kernel == "dkv" else key_end, size)
         if kernel == "dkv":
@@ -88,10 +89,10 @@ class GpuKernelSpec:
 class TileStream(Protocol):
     """The streamed blocks of a group of arrays."""
 
-    def wait(self, step: Index) -> Sequence[Tile]:
+    def wait(self, step: Step) -> Sequence[Tile]:
         """Return the group's tiles of a step, once they have arrived."""
 
-    def free(self, step: Index) -> None:
+    def free(self, step: Step) -> None:
         """Allow the memory of a step's tiles to be overwritten."""
 
 
@@ -131,7 +132,11 @@ class KernelContext:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def matmul_transposed(
-        self, a: Tile, b: Tile, *, overlap: Callable[[], object] | None = None
+        self,
+        a: Tile,
+        b: Tile,
+        *,
+        overlap: Callable[[], object] | None = None,
     ) -> Array:
         """Return a b^T in float32, and call `overlap` while the tensor cores compute it."""
         if overlap is not None:
@@ -156,13 +161,18 @@ class KernelContext:
         """Wait for the second warpgroup."""
 
     def loop_over_keys(
-        self, size: int, body: Callable[[bool, Index, Carry], Carry], carry: Carry
+        self,
+        size: int,
+        body: Callable[[bool, Step, Carry], Carry],
+        carry: Carry,
     ) -> Carry:
         """Call (masked, step, carry) -> carry for each block of `size` keys.
 
         `masked` is whether padding begins inside of the block.
         """
-        full, partly_padded = partial(body, False), partial(body, True)
+        full = partial(body, False)
+        partly_padded = partial(body, True)
+        # Two loops, so that only the second one, of one step at most, computes a mask.
         if isinstance(self.key_end, int):
             full_steps = self.key_end // size
             carry = lax.fori_loop(0, full_steps, full, carry)
@@ -195,7 +205,7 @@ class KernelCall:
 
 
 def token_axis(x: Tensor | jax.ShapeDtypeStruct) -> int:
-    """Return the axis of tokens of a matrix or of a row."""
+    """Return the axis of tokens: the first of a matrix, and the second of a row."""
     return 0 if x.ndim == 3 else 1
 
 

@@ -32,7 +32,7 @@ from fluxjax.kernels.flash_mosaic_warpgroup import (
     TileRing,
     WarpgroupContext,
 )
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, MosaicRef, Step
 from fluxjax.shapes import Array
 
 _TMA_TOKENS = 8
@@ -70,17 +70,25 @@ class _Scratch(NamedTuple):
     turns: SharedMemory
 
 
+_SCRATCH_FIELDS = len(_Scratch._fields)
+
+
 def launch_mosaic(
-    spec: GpuKernelSpec, call: KernelCall, key_length: KeyLength | None
+    spec: GpuKernelSpec,
+    call: KernelCall,
+    key_length: KeyLength | None,
 ) -> tuple[Array, ...]:
     """Run a kernel over a grid of (heads, blocks); vmap adds an axis to the grid.
 
+    **Arguments:** `spec`: of the whole attention. `call`: the kernel and its arrays. `key_length`:
+    keys from this index on are padding; None for no padding.
     **Returns:** arrays of the shapes of `call.results`.
     """
     tokens, heads, _ = call.resident[0].shape
     own_size, _ = spec.resident_and_streamed(call.name)
     resident, streamed = jax.tree.map(
-        lambda x: pad_tokens(x, _TMA_TOKENS), (call.resident, call.streamed)
+        lambda x: pad_tokens(x, _TMA_TOKENS),
+        (call.resident, call.streamed),
     )
     operands, tree = jax.tree.flatten((resident, streamed, key_length))
     # Results have whole blocks: TMA could store a part of the last one, but the interpreter can't.
@@ -88,10 +96,20 @@ def launch_mosaic(
 
     # References to the operands and to the results, then the four trees of the scratch memory.
     def body(*arguments: Any) -> None:
-        refs, scratch = arguments[: -len(_Scratch._fields)], arguments[-len(_Scratch._fields) :]
-        own_refs, stream_refs, length_ref = jax.tree.unflatten(tree, refs[: len(operands)])
-        results = refs[len(operands) :]
-        _Program(spec, call, own_refs, stream_refs, length_ref, results, _Scratch(*scratch)).run()
+        count = len(operands)
+        refs, scratch = arguments[:-_SCRATCH_FIELDS], arguments[-_SCRATCH_FIELDS:]
+        own_refs, stream_refs, length_ref = jax.tree.unflatten(tree, refs[:count])
+        result_refs = refs[count:]
+        program = _Program(
+            spec=spec,
+            call=call,
+            resident=own_refs,
+            streamed=stream_refs,
+            length=length_ref,
+            results=result_refs,
+            scratch=_Scratch(*scratch),
+        )
+        program.run()
 
     results = plgpu.kernel(
         body,
@@ -109,7 +127,10 @@ def launch_mosaic(
 
 
 def _scratch_types(
-    spec: GpuKernelSpec, call: KernelCall, resident: list[Tensor], streamed: list[list[Tensor]]
+    spec: GpuKernelSpec,
+    call: KernelCall,
+    resident: list[Tensor],
+    streamed: list[list[Tensor]],
 ) -> _Scratch:
     """Return the types of a program's shared memory."""
     own_size, streamed_size = spec.resident_and_streamed(call.name)
@@ -124,7 +145,9 @@ def _scratch_types(
     # Results are stored from the tiles of the worker's own block, which it has read by then, and
     # only if there are more results than resident arrays, from further tiles.
     further_results = call.results[len(resident) :]
-    tiles = [_buffer(WORKERS, own_size // WORKERS, x) for x in (*resident, *further_results)]
+    tiles = []
+    for x in (*resident, *further_results):
+        tiles.append(_buffer(WORKERS, own_size // WORKERS, x))
     return _Scratch(
         tiles=tiles,
         rings=[ring(group) for group in streamed],
@@ -138,11 +161,10 @@ def _buffer(copies: int, tokens: int, x: Tensor | jax.ShapeDtypeStruct) -> Share
     if x.ndim == 2:
         return plgpu.SMEM((copies, tokens), x.dtype)
     # The layout in which wgmma reads matrices: rows of 128 bytes, eight of them a tile.
-    transforms = (
-        plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
-        plgpu.SwizzleTransform(128),
-    )
-    return plgpu.SMEM((copies, tokens, x.shape[-1]), x.dtype, transforms=transforms)
+    columns = 128 // x.dtype.itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    shape = (copies, tokens, x.shape[-1])
+    return plgpu.SMEM(shape, x.dtype, transforms=transforms)
 
 
 @dataclass(frozen=True)
@@ -151,24 +173,30 @@ class _Program:
 
     spec: GpuKernelSpec
     call: KernelCall
-    resident: Sequence[Ref]
-    streamed: Sequence[Sequence[Ref]]
-    length: Ref | None
-    results: Sequence[Ref]
+    resident: Sequence[MosaicRef]
+    streamed: Sequence[Sequence[MosaicRef]]
+    length: MosaicRef | None
+    results: Sequence[MosaicRef]
     scratch: _Scratch
 
     def run(self) -> None:
         """Let each warpgroup compute or fetch."""
-        head, block, worker = (lax.axis_index(axis) for axis in (_HEAD, _BLOCK, _WORKER))
-        own_size, _ = self.spec.resident_and_streamed(self.call.name)
-        key_end = self.spec.keys if self.length is None else self.length[0]
+        head = lax.axis_index(_HEAD)
+        block = lax.axis_index(_BLOCK)
+        worker = lax.axis_index(_WORKER)
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
+        key_end: Index = self.spec.keys
+        if self.length is not None:
+            key_end = self.length[0]
         streamed_tokens = self.streamed[0][0].shape[0]
         block_start = block * own_size
         steps = self.spec.steps(self.call.name, streamed_tokens, key_end, block_start)
         rings = []
         for memory in self.scratch.rings:
-            # The interpreter has no wgmma, so that other operations read its matrices too.
-            commit_reads = bool(self.spec.interpret) or len(memory.buffers) > 1
+            # Groups of more than a matrix have a vector. The interpreter has no wgmma, so that
+            # other operations read its matrices too.
+            has_vector = len(memory.buffers) > 1
+            commit_reads = bool(self.spec.interpret) or has_vector
             rings.append(TileRing(*memory, commit_reads))
 
         @pl.when(worker < WORKERS)
@@ -191,15 +219,17 @@ class _Program:
         rings: list[TileRing],
     ) -> None:
         """Load a worker's part of the block, compute, and store the results."""
-        own_size, _ = self.spec.resident_and_streamed(self.call.name)
+        own_size = self.spec.resident_and_streamed(self.call.name)[0]
         tokens = own_size // WORKERS
         first_token = block * own_size + worker * tokens
         tiles = [x.at[worker] for x in self.scratch.tiles]
         loaded = self.scratch.loaded
+        # There may be more tiles than resident arrays, for further results.
         for ref, tile in zip(self.resident, tiles, strict=False):
             source = _token_slice(ref, first_token, tokens, head)
             plgpu.copy_gmem_to_smem(source, tile, loaded.at[worker])
         plgpu.barrier_wait(loaded.at[worker])
+
         context_type = InterpretedContext if self.spec.interpret else WarpgroupContext
         context = context_type(
             spec=self.spec,
@@ -211,23 +241,26 @@ class _Program:
             worker=worker,
             turns=self.scratch.turns,
         )
-        for tile, result in zip(tiles, self.call.compute(context), strict=False):
-            tile[...] = result.astype(tile.dtype)
+        # There may be more computed than there are results: the log-sum-exp without a gradient.
+        for tile, computed in zip(tiles, self.call.compute(context), strict=False):
+            tile[...] = computed.astype(tile.dtype)
+        # TMA must see what was stored.
         plgpu.commit_smem()
         for tile, ref in zip(tiles, self.results, strict=False):
-            plgpu.copy_smem_to_gmem(tile, _token_slice(ref, first_token, tokens, head))
+            target = _token_slice(ref, first_token, tokens, head)
+            plgpu.copy_smem_to_gmem(tile, target)
         plgpu.wait_smem_to_gmem(0)
 
     def _fetch(self, head: Index, steps: Index, rings: list[TileRing]) -> None:
         """Fill each ring's slots as they become free."""
-        _, streamed_size = self.spec.resident_and_streamed(self.call.name)
+        streamed_size = self.spec.resident_and_streamed(self.call.name)[1]
 
         # The last iterations only wait: a program must not end before all slots are free.
         @pl.loop(0, steps + SLOTS)
-        def _(step: Index) -> None:
+        def _(step: Step) -> None:
             for ring, group in zip(rings, self.streamed, strict=True):
 
-                def fill(ring: TileRing = ring, group: Sequence[Ref] = group) -> None:
+                def fill(ring: TileRing = ring, group: Sequence[MosaicRef] = group) -> None:
                     sources = []
                     for ref in group:
                         start = step * streamed_size
@@ -238,8 +271,9 @@ class _Program:
                 pl.when(step < steps)(fill)
 
 
-def _token_slice(ref: Ref, start: Index, tokens: int, head: Index) -> Ref:
+def _token_slice(ref: MosaicRef, start: Index, tokens: int, head: Index) -> MosaicRef:
     """Return a reference to some tokens of one head, of a matrix or of a row."""
+    part = pl.ds(start, tokens)
     if len(ref.shape) == 3:
-        return ref.at[pl.ds(start, tokens), head]
-    return ref.at[head, pl.ds(start, tokens)]
+        return ref.at[part, head]
+    return ref.at[head, part]

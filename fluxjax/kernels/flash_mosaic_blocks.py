@@ -18,7 +18,10 @@ _DEFAULT_SIZES = BlockSizes(q=128, q_dkv=64)
 
 
 def mosaic_block_sizes(
-    queries: int, keys: int, head_dim: int, block_sizes: BlockSizes | None = None
+    queries: int,
+    keys: int,
+    head_dim: int,
+    block_sizes: BlockSizes | None = None,
 ) -> KernelBlocks:
     """Return the block of each kernel.
 

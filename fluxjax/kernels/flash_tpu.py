@@ -71,6 +71,7 @@ def flash_attention_tpu(
         chip=chip,
         interpret=interpret,
     )
+    # A head is a column of whole lanes, so that a block of it is cut out and nothing transposed.
     columns = [_pad_and_join_heads(x, padded_dim) for x in (q, k, v)]
     length = None
     if key_length is not None:
@@ -99,23 +100,34 @@ class _Residuals(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash_attention(
-    spec: TpuKernelSpec, q: Matrix, k: Matrix, v: Matrix, length: KeyLength | None
+    spec: TpuKernelSpec,
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    length: KeyLength | None,
 ) -> Matrix:
     (mixed,) = run_forward(spec, q, k, v, length, with_log_sum=False)
     return mixed
 
 
 def _flash_attention_fwd(
-    spec: TpuKernelSpec, q: Matrix, k: Matrix, v: Matrix, length: KeyLength | None
+    spec: TpuKernelSpec,
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    length: KeyLength | None,
 ) -> tuple[Matrix, _Residuals]:
     mixed, log_sum = run_forward(spec, q, k, v, length, with_log_sum=True)
     return mixed, _Residuals(q, k, v, length, mixed, log_sum)
 
 
 def _flash_attention_bwd(
-    spec: TpuKernelSpec, residuals: _Residuals, grad: Matrix
+    spec: TpuKernelSpec,
+    residuals: _Residuals,
+    grad: Matrix,
 ) -> tuple[Matrix, Matrix, Matrix, None]:
     q, k, v, length, mixed, log_sum = residuals
+    # The gradient of softmax subtracts their sums: the weighted means of the weights' gradients.
     products = mixed.astype(jnp.float32) * grad.astype(jnp.float32)
     by_head = products.reshape(len(q), -1, spec.head_dim)
     delta = by_head.sum(-1).T[:, None]

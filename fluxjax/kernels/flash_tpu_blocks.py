@@ -49,7 +49,12 @@ def tpu_block_sizes(
 
 
 def _default_block(
-    kernel: str, queries: int, keys: int, head_dim: int, dtype: DTypeLike, chip: str
+    kernel: str,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    chip: str,
 ) -> Block:
     limits = TPU_CHIPS[chip]
     largest = limits.largest_block

@@ -7,7 +7,7 @@ one head is cut out of them and nothing is transposed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,24 @@ Side = Literal["queries", "keys", "row"]
 """What the blocks of an array follow: queries or keys of a matrix, or the queries of a row."""
 
 
+class _Operand(NamedTuple):
+    """An array with what its blocks follow."""
+
+    array: Array
+    side: Side
+
+
+class _Result(NamedTuple):
+    """The shape of a result with what its blocks follow."""
+
+    shape: jax.ShapeDtypeStruct
+    side: Side
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Launch:
     """One kernel with its arrays.
@@ -48,8 +66,7 @@ class _Launch:
     **Arguments:**
 
     - `name`: "forward", "dq" or "dkv".
-    - `operands`, `results`: arrays, or their shapes, each with what its blocks follow. The first
-      operand is q and the second k.
+    - `operands`, `results`: the first operand is q and the second k.
     - `scratch`: shapes of float32 scratch memory.
     - `matmuls`: of a block of logits' size, for the cost estimate.
     - `keys_first`: whether the grid goes over (heads, keys, queries) rather than (heads, queries,
@@ -58,8 +75,8 @@ class _Launch:
 
     name: str
     body: KernelBody
-    operands: list[tuple[Array, Side]]
-    results: list[tuple[jax.ShapeDtypeStruct, Side]]
+    operands: list[_Operand]
+    results: list[_Result]
     scratch: list[tuple[int, int]]
     matmuls: int
     keys_first: bool = False
@@ -74,21 +91,26 @@ def run_forward(
     *,
     with_log_sum: bool,
 ) -> tuple[Array, ...]:
-    """Return the mixed values and, `with_log_sum`, the row that the gradients need.
+    """Run the forward kernel.
 
-    That row is log2 of the sum of 2^logit of each query.
+    **Arguments:** `length`: keys from this index on are padding; None for no padding.
+    `with_log_sum`: whether to return the row that the gradients need.
+    **Returns:** the mixed values and, `with_log_sum`, log2 of the sum of 2^logit of each query.
     """
-    row = jax.ShapeDtypeStruct((q.shape[1] // spec.head_dim, 1, len(q)), jnp.float32)
-    results: list[tuple[jax.ShapeDtypeStruct, Side]] = [
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), "queries")
-    ]
+    results = [_Result(_like(q), "queries")]
     if with_log_sum:
-        results.append((row, "row"))
-    size = spec.forward[0]
+        heads = q.shape[1] // spec.head_dim
+        row = jax.ShapeDtypeStruct((heads, 1, len(q)), jnp.float32)
+        results.append(_Result(row, "row"))
+    size, _ = spec.forward
     launch = _Launch(
         name="forward",
         body=forward_kernel,
-        operands=[(q, "queries"), (k, "keys"), (v, "keys")],
+        operands=[
+            _Operand(q, "queries"),
+            _Operand(k, "keys"),
+            _Operand(v, "keys"),
+        ],
         results=results,
         scratch=[(size, LANES), (size, LANES), (size, spec.head_dim)],
         matmuls=2,
@@ -111,25 +133,30 @@ class BackwardInputs:
     log_sum: Row
     delta: Row
 
-    def operands(self) -> list[tuple[Array, Side]]:
+    def operands(self) -> list[_Operand]:
+        """Return them in the order in which the kernels take them."""
         return [
-            (self.q, "queries"),
-            (self.k, "keys"),
-            (self.v, "keys"),
-            (self.grad, "queries"),
-            (self.log_sum, "row"),
-            (self.delta, "row"),
+            _Operand(self.q, "queries"),
+            _Operand(self.k, "keys"),
+            _Operand(self.v, "keys"),
+            _Operand(self.grad, "queries"),
+            _Operand(self.log_sum, "row"),
+            _Operand(self.delta, "row"),
         ]
 
 
 def run_dq(spec: TpuKernelSpec, inputs: BackwardInputs, length: KeyLength | None) -> Matrix:
-    """Return the gradient of q."""
-    size = spec.dq[0]
+    """Run the kernel for the gradient of q.
+
+    **Arguments:** `length`: as of `run_forward`.
+    **Returns:** the gradient, in the dtype of `q`.
+    """
+    size, _ = spec.dq
     launch = _Launch(
         name="dq",
         body=dq_kernel,
         operands=inputs.operands(),
-        results=[(jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype), "queries")],
+        results=[_Result(_like(inputs.q), "queries")],
         scratch=[(size, LANES), (size, LANES), (size, spec.head_dim)],
         matmuls=3,
     )
@@ -138,18 +165,22 @@ def run_dq(spec: TpuKernelSpec, inputs: BackwardInputs, length: KeyLength | None
 
 
 def run_dkv(
-    spec: TpuKernelSpec, inputs: BackwardInputs, length: KeyLength | None
+    spec: TpuKernelSpec,
+    inputs: BackwardInputs,
+    length: KeyLength | None,
 ) -> tuple[Matrix, Matrix]:
-    """Return the gradients of k and v."""
+    """Run the kernel for the gradients of k and v.
+
+    **Arguments:** `length`: as of `run_forward`.
+    **Returns:** both gradients, in the dtypes of `k` and `v`.
+    """
+    _, size = spec.dkv
     launch = _Launch(
         name="dkv",
         body=dkv_kernel,
         operands=inputs.operands(),
-        results=[
-            (jax.ShapeDtypeStruct(inputs.k.shape, inputs.k.dtype), "keys"),
-            (jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), "keys"),
-        ],
-        scratch=[(spec.dkv[1], spec.head_dim)] * 2,
+        results=[_Result(_like(inputs.k), "keys"), _Result(_like(inputs.v), "keys")],
+        scratch=[(size, spec.head_dim), (size, spec.head_dim)],
         matmuls=4,
         keys_first=True,
     )
@@ -160,56 +191,84 @@ def run_dkv(
 def _run(spec: TpuKernelSpec, launch: _Launch, length: KeyLength | None) -> tuple[Array, ...]:
     """Run one kernel. It is written for one example: vmap adds a parallel axis to the grid."""
     block: Block = getattr(spec, launch.name)
-    q, k = launch.operands[0][0], launch.operands[1][0]
-    lengths = [] if length is None else [length]
-    in_specs = [pl.BlockSpec(memory_space=pltpu.SMEM) for _ in lengths]
-    for _, side in launch.operands:
-        in_specs.append(_block_spec(side, block, spec.head_dim, launch.keys_first))
+    q, k = launch.operands[0].array, launch.operands[1].array
+    arrays = []
+    in_specs = []
+    if length is not None:
+        # In scalar memory, since it decides which blocks are computed.
+        arrays.append(length)
+        in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    for operand in launch.operands:
+        arrays.append(operand.array)
+        in_specs.append(_block_spec(operand.side, block, spec.head_dim, launch.keys_first))
     out_specs = []
-    for _, side in launch.results:
-        out_specs.append(_block_spec(side, block, spec.head_dim, launch.keys_first))
+    for result in launch.results:
+        out_specs.append(_block_spec(result.side, block, spec.head_dim, launch.keys_first))
 
-    blocks = (ceil_div(len(q), block[0]), ceil_div(len(k), block[1]))
+    heads = q.shape[1] // spec.head_dim
+    query_blocks = ceil_div(len(q), block[0])
+    key_blocks = ceil_div(len(k), block[1])
     if launch.keys_first:
-        blocks = blocks[::-1]
+        grid = (heads, key_blocks, query_blocks)
+    else:
+        grid = (heads, query_blocks, key_blocks)
+    # A quarter more than computed, for what the compiler may take besides.
     vmem = flash_vmem_bytes(launch.name, block, spec.head_dim, q.dtype)
+    vmem_limit = min(TPU_CHIPS[spec.chip].vmem_bytes, vmem * 5 // 4)
     call = pl.pallas_call(
         _with_ends(spec, launch, block, has_length=length is not None),
-        grid=(q.shape[1] // spec.head_dim, *blocks),
+        grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=[shape for shape, _ in launch.results],
+        out_shape=[result.shape for result in launch.results],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in launch.scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=min(TPU_CHIPS[spec.chip].vmem_bytes, vmem * 5 // 4),
+            vmem_limit_bytes=vmem_limit,
         ),
         cost_estimate=_cost(spec, launch),
         interpret=spec.interpret,
         name=f"flash_{launch.name}",
     )
-    return tuple(call(*lengths, *(x for x, _ in launch.operands)))
+    return tuple(call(*arrays))
 
 
 def _block_spec(side: Side, block: Block, head_dim: int, keys_first: bool) -> pl.BlockSpec:
-    """Return which block of an array each program of the grid gets."""
+    """Return which block of an array each program of the grid gets.
+
+    **Arguments:** `side`: what the array's blocks follow. `block`: (queries, keys). `keys_first`:
+    as of `_Launch`.
+    """
 
     def index_map(head: Index, *block_index: Index) -> tuple[Index, ...]:
-        i, j = block_index[::-1] if keys_first else block_index
+        if keys_first:
+            key_block, query_block = block_index
+        else:
+            query_block, key_block = block_index
         if side == "row":
-            return head, 0, i
-        return i if side == "queries" else j, head
+            return head, 0, query_block
+        if side == "queries":
+            return query_block, head
+        return key_block, head
 
+    queries, keys = block
+    # Heads are columns of a matrix, so that a block's second axis is one head.
     if side == "row":
-        return pl.BlockSpec((None, 1, block[0]), index_map)
-    return pl.BlockSpec((block[0] if side == "queries" else block[1], head_dim), index_map)
+        return pl.BlockSpec((None, 1, queries), index_map)
+    if side == "queries":
+        return pl.BlockSpec((queries, head_dim), index_map)
+    return pl.BlockSpec((keys, head_dim), index_map)
 
 
 def _with_ends(
-    spec: TpuKernelSpec, launch: _Launch, block: Block, *, has_length: bool
+    spec: TpuKernelSpec,
+    launch: _Launch,
+    block: Block,
+    *,
+    has_length: bool,
 ) -> Callable[..., None]:
     """Return the kernel as a function of its references alone, that of the key length first."""
-    queries, keys = len(launch.operands[0][0]), len(launch.operands[1][0])
+    queries, keys = len(launch.operands[0].array), len(launch.operands[1].array)
     # Where the tokens fill all blocks there is nothing to mask.
     query_end = queries if queries % block[0] else None
     key_end = keys if keys % block[1] else None
@@ -226,12 +285,14 @@ def _with_ends(
 
 def _cost(spec: TpuKernelSpec, launch: _Launch) -> pl.CostEstimate:
     """Return the work of a kernel, which XLA schedules by."""
-    q, k = launch.operands[0][0], launch.operands[1][0]
+    q, k = launch.operands[0].array, launch.operands[1].array
     heads = q.shape[1] // spec.head_dim
     logits = heads * len(q) * len(k)
     bytes_accessed = 0
-    for x, _ in (*launch.operands, *launch.results):
-        bytes_accessed += math.prod(x.shape) * x.dtype.itemsize
+    for operand in launch.operands:
+        bytes_accessed += operand.array.nbytes
+    for result in launch.results:
+        bytes_accessed += math.prod(result.shape.shape) * result.shape.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * launch.matmuls * logits * spec.head_dim,
         transcendentals=logits,

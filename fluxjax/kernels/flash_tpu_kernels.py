@@ -17,7 +17,7 @@ from fluxjax.kernels.flash_tpu_blocks import LANES
 from fluxjax.kernels.pallas_types import Index, Ref
 from fluxjax.shapes import Array, Bool, Float
 
-Condition = np.bool_ | Bool[Array, ""]
+Condition = bool | np.bool_ | Bool[Array, ""]
 """Whether something holds: known in Python, or decided inside of the kernel."""
 
 
@@ -85,9 +85,7 @@ def forward_kernel(
         if masked:
             visible = _is_before(ends.keys, step, logits.shape, 1)
             logits = jnp.where(visible, logits, -jnp.inf)
-            # Memory after the last key may hold NaN, and 0 times NaN is not 0.
-            real = _is_before(ends.keys, step, v.shape, 0)
-            v = jnp.where(real, v, jnp.zeros_like(v))
+            v = _zero_padding(v, ends.keys, step)
 
         previous = largest[...]
         updated = jnp.maximum(previous, logits.max(1, keepdims=True))
@@ -147,8 +145,7 @@ def dq_kernel(
         if masked:
             visible = _is_before(ends.keys, step, logit_grads.shape, 1)
             logit_grads = jnp.where(visible, logit_grads, 0)
-            real = _is_before(ends.keys, step, k.shape, 0)
-            k = jnp.where(real, k, jnp.zeros_like(k))
+            k = _zero_padding(k, ends.keys, step)
         total[...] += _matmul(logit_grads.astype(k.dtype), k, (1, 0))
 
     _for_key_block(ends.keys, step, k_ref.shape[0], add_block)
@@ -196,13 +193,12 @@ def dkv_kernel(
             real = real_queries & real_keys
             weights = jnp.where(real, weights, 0)
             differences = jnp.where(real, differences, 0)
-            # Memory after the last query may hold NaN, and 0 times NaN is not 0.
+            # One mask for both, since they have the same tokens.
             rows = _is_before(ends.queries, step, q.shape, 0)
             q = jnp.where(rows, q, jnp.zeros_like(q))
             grad = jnp.where(rows, grad, jnp.zeros_like(grad))
         dv[...] += _matmul(weights.astype(grad.dtype), grad, (1, 0))
-        logit_grads = weights * differences
-        dk[...] += _matmul(logit_grads.astype(q.dtype), q, (1, 0))
+        dk[...] += _matmul((weights * differences).astype(q.dtype), q, (1, 0))
 
     # A mask is needed in a block in which either the queries or the keys end.
     queries_end = _ends_in(ends.queries, step, q_ref.shape[0])
@@ -255,6 +251,19 @@ def _is_before(
     return indices < end
 
 
+def _zero_padding(
+    x: Float[Array, "tokens head_dim"],
+    end: Index | None,
+    block: Index,
+) -> Float[Array, "tokens head_dim"]:
+    """Return a block with zeros from its end on.
+
+    The memory there may hold NaN, and 0 times NaN is not 0.
+    """
+    real = _is_before(end, block, x.shape, 0)
+    return jnp.where(real, x, jnp.zeros_like(x))
+
+
 def _ends_in(end: Index | None, block: Index, size: int) -> Condition:
     """Return whether the end comes before the end of a block of `size` tokens."""
     if end is None:
@@ -263,7 +272,7 @@ def _ends_in(end: Index | None, block: Index, size: int) -> Condition:
     return (block + 1) * size > end
 
 
-def _starts_before(end: Index | None, block: Index, size: int) -> bool | Bool[Array, ""]:
+def _starts_before(end: Index | None, block: Index, size: int) -> Condition:
     """Return whether a block of `size` tokens has any before the end."""
     if end is None:
         return True
@@ -285,7 +294,7 @@ def _for_key_block(
 def _run_block(
     add_block: Callable[[bool], None],
     masked: Condition,
-    has_keys: bool | Bool[Array, ""],
+    has_keys: Condition,
 ) -> None:
     """Add a block if it has keys, with a mask only where one is needed."""
     if isinstance(masked, np.bool_):

@@ -72,6 +72,10 @@ class Nag(eqx.Module):
         check_finite("Nag", scale=self.scale, tau=self.tau, alpha=self.alpha)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
+        """Return the mixed values of both prompts, and the guided ones of the image.
+
+        **Arguments:** `txt_tokens`: of both prompts together.
+        """
         half = txt_tokens // 2
         if 2 * half != txt_tokens:
             raise ValueError(
@@ -82,8 +86,11 @@ class Nag(eqx.Module):
 
         def attend_with_image(text: slice) -> tuple[Array, Array]:
             """Return the mixed values of one prompt and of the image."""
-            joint = [jnp.concatenate([x[text], x[txt_tokens:]]) for x in (q, k, v)]
-            mixed = attend(*joint)
+            joint = []
+            for x in (q, k, v):
+                joint.append(jnp.concatenate([x[text], x[txt_tokens:]]))
+            queries, keys, values = joint
+            mixed = attend(queries, keys, values)
             return mixed[:half], mixed[half:]
 
         negative_text, negative = attend_with_image(slice(half))

@@ -4,7 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fluxjax.shapes import Array
+from fluxjax.shapes import Array, Int
 
 
 @runtime_checkable
@@ -25,6 +25,15 @@ class Ref(Protocol):
 
     def __setitem__(self, index: Any, value: Any) -> None: ...
 
+
+MosaicRef = Any
+"""A `Ref`, or a barrier, in Mosaic GPU.
+
+JAX annotates its functions with classes that the traced references are no instances of.
+"""
+
+Step = Int[Array, ""]
+"""The number of a loop's iteration."""
 
 Index = int | Array
 """A block's number or a number of tokens: known in Python, or a traced int32 scalar."""

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.kernels.block_sizes import ceil_div, least_padded_block_size
 from fluxjax.kernels.chips import TPU_CHIPS
-from fluxjax.kernels.pallas_types import Index, Ref
+from fluxjax.kernels.pallas_types import Index, Ref, Step
 from fluxjax.shapes import Array, Float
 
 LANES = 128
@@ -38,7 +38,8 @@ Matrix = Float[Array, "all_tokens width"]
 
 
 def rotation_factors(
-    cos: Float[Array, "all_tokens pairs"], sin: Float[Array, "all_tokens pairs"]
+    cos: Float[Array, "all_tokens pairs"],
+    sin: Float[Array, "all_tokens pairs"],
 ) -> RotationFactors:
     """Return what the kernel multiplies features with to rotate them.
 
@@ -247,7 +248,7 @@ def _norm_and_rotate(
     """
     scale = scale_ref[...].astype(jnp.float32)
 
-    def one_head(head: Index, _: None) -> None:
+    def one_head(head: Step, _: None) -> None:
         lanes = pl.ds(pl.multiple_of(head * LANES, LANES), LANES)
         x = x_ref[:, lanes].astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)

@@ -1,4 +1,8 @@
-"""Adapters attached beside the weights as low-rank factors, as a function of arrays."""
+"""Adapters attached beside the weights as low-rank factors, as a function of arrays.
+
+The product W x + up (down x) is computed as it is written, so nothing is merged or rounded, and
+the weights may be quantized. `nets/weight.py` has the type of such a weight, `AdaptedWeight`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -13,7 +17,7 @@ from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
-from fluxjax.lora.factors import combined_factors
+from fluxjax.lora.factors import Factor, combined_factors
 from fluxjax.lora.merge import merge_changes
 from fluxjax.lora.networks import is_weight
 from fluxjax.lora.scales import Scales, check_scales
@@ -29,7 +33,11 @@ BlockChanges = Mapping[int | None, Sequence[ScaledChange]]
 
 
 @convert_arguments
-def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) -> Network:
+def attach(
+    model: Network,
+    loras: Sequence[Lora],
+    scales: Scales | None = None,
+) -> Network:
     """Return a network whose adapted weights have the adapters beside them as low-rank factors.
 
     The weights are shared with the model, not copied, and may be stored in any way. Biases and
@@ -40,7 +48,18 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
     scales as arguments, another scale, or another adapter of the same modules and ranks, compiles
     nothing; under `jax.vmap`, each image has its own.
 
-    **Arguments:** as for `merge`; scales may be traced.
+    For example, as part of a jitted velocity:
+
+        @eqx.filter_jit
+        def velocity(flux, loras, scales, x, t, **inputs):
+            return fluxjax.attach(flux, loras, scales)(x, t, **inputs)
+
+    **Arguments:**
+
+    - `model`: a `Flux`, `Clip` or `T5`, of weights in any storage.
+    - `loras`: any number of adapters.
+    - `scales`: as for `merge`; they may be traced.
+
     **Returns:** a network of the same kind, whose adapted matrices are `AdaptedWeight`.
     **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, OFT,
     a LoKr whose second factor is whole, full differences, a widened input): merge it instead.
@@ -49,6 +68,7 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
     changes = changes_of(shapes, loras, check_scales("attach", len(loras), scales))
     slots = parameters_of(shapes)
     names = leaf_names(shapes)
+    # Vectors are changed as they are; matrices get factors beside them, by leaf and block.
     vectors: dict[str, Sequence[ScaledChange]] = {}
     matrices: dict[str, dict[int | None, Sequence[ScaledChange]]] = {}
     for name, of_weight in changes.items():
@@ -75,11 +95,18 @@ def attach(model: Network, loras: Sequence[Lora], scales: Scales | None = None) 
 
 
 def _change_vectors(
-    model: Network, changes: WeightChanges, slots: Mapping[str, Parameter], names: Sequence[str]
+    model: Network,
+    changes: WeightChanges,
+    slots: Mapping[str, Parameter],
+    names: Sequence[str],
 ) -> Network:
     """Return a network whose biases and norm scales are changed, in float32 where they are.
 
-    **Arguments:** `names`: of the network's leaves.
+    **Arguments:**
+
+    - `model`: of weights in any storage.
+    - `changes`: of vectors only.
+    - `slots`, `names`: the slots and the names of the leaves of the dense network.
     """
     changed = {names[slots[name].leaf] for name in changes}
     leaves, structure = jax.tree.flatten(model)
@@ -107,24 +134,37 @@ def _as_dense_shapes(model: Network) -> Network:
 
 
 def _adapt_weight(
-    name: str, base: Weight, changes: BlockChanges, parts: FusedRows
+    name: str,
+    base: Weight,
+    changes: BlockChanges,
+    parts: FusedRows,
 ) -> AdaptedWeight:
     """Return a weight with the factors of its changes beside it.
 
     The factors of all blocks of a stack have the largest rank among them, padded with zeros.
+
+    **Arguments:**
+
+    - `name`: of the leaf.
+    - `base`: the weight, in any storage; it is shared, not copied.
+    - `changes`: of its blocks.
+    - `parts`: the rows of the parts of fused weights.
     """
     if not is_stacked(name):
-        return AdaptedWeight(base, *combined_factors(name, changes[None], base.shape, parts))
+        down, up = combined_factors(name, changes[None], base.shape, parts)
+        return AdaptedWeight(base, jnp.asarray(down), jnp.asarray(up))
     shape = base.shape[1:]
     factors = {}
     for block, of_block in changes.items():
         factors[block] = combined_factors(name, of_block, shape, parts)
     rank = max(down.shape[0] for down, _ in factors.values())
+    # Blocks that no adapter changes get a product of zeros: a stack has one shape for all.
     no_change = (jnp.zeros((rank, shape[1])), jnp.zeros((shape[0], rank)))
     downs, ups = [], []
     for block in range(base.shape[0]):
         if block in factors:
-            down, up = _pad_rank(*factors[block], rank)
+            block_down, block_up = factors[block]
+            down, up = _pad_rank(block_down, block_up, rank)
         else:
             down, up = no_change
         downs.append(down)
@@ -132,7 +172,13 @@ def _adapt_weight(
     return AdaptedWeight(base, jnp.stack(downs), jnp.stack(ups))
 
 
-def _pad_rank(down: Array, up: Array, rank: int) -> tuple[Array, Array]:
-    """Return factors of a larger rank with the same product."""
+def _pad_rank(
+    down: Factor,
+    up: Factor,
+    rank: int,
+) -> tuple[Array, Array]:
+    """Return factors of a larger rank with the same product, padded with zeros."""
     missing = rank - down.shape[0]
-    return jnp.pad(down, ((0, missing), (0, 0))), jnp.pad(up, ((0, 0), (0, missing)))
+    padded_down = jnp.pad(down, ((0, missing), (0, 0)))
+    padded_up = jnp.pad(up, ((0, 0), (0, missing)))
+    return padded_down, padded_up

@@ -1,4 +1,8 @@
-"""What adapters change in one network, with their scales, checked against the network's shapes."""
+"""What adapters change in one network, with their scales, checked against the network's shapes.
+
+`merge` and `attach` both begin here. All checks need only shapes, so that an adapter that does
+not fit is an error before any weight is read.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -33,7 +37,13 @@ _MOST_LISTED_PROBLEMS = 10
 
 
 def effective_changes(model: eqx.Module, lora: Lora) -> dict[str, tuple[Change, ...]]:
-    """Return an adapter's changes of a network, without those that have no effect on it."""
+    """Return an adapter's changes of a network, without those that have no effect on it.
+
+    **Arguments:**
+
+    - `model`: the network, or its shapes.
+    - `lora`: the adapter.
+    """
     changes = lora.changes.get(network_kind("merge", model), {})
     effective = {}
     for name, of_weight in changes.items():
@@ -49,10 +59,21 @@ def _is_without_effect(model: eqx.Module, name: str) -> bool:
     return name.startswith("guidance_in.")
 
 
-def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) -> WeightChanges:
+def changes_of(
+    model: eqx.Module,
+    loras: Sequence[Lora],
+    scales: Scales | None,
+) -> WeightChanges:
     """Return what adapters change in a network.
 
-    **Arguments:** `model`: the network, or its shapes. `scales`: as for `merge`.
+    **Arguments:**
+
+    - `model`: the network, or its shapes.
+    - `loras`: the adapters; their changes of other networks are ignored.
+    - `scales`: as for `merge`.
+
+    **Returns:** the changes by the name of the weight, in the order of the adapters.
+
     **Raises:** `WeightsError` if an adapter does not fit the network, or two set one weight;
     `ValueError` for scales that are not finite, or that are for no weight.
     """
@@ -71,10 +92,17 @@ def changes_of(model: eqx.Module, loras: Sequence[Lora], scales: Scales | None) 
     return found
 
 
-def row_range(change: Change, shape: tuple[int, ...], parts: FusedRows) -> tuple[int, int]:
+def row_range(
+    change: Change,
+    shape: tuple[int, ...],
+    parts: FusedRows,
+) -> tuple[int, int]:
     """Return the first and the past-the-last row of a weight that a change covers.
 
-    **Arguments:** `shape`: of the weight. `parts`: the rows of the parts of fused weights.
+    **Arguments:**
+
+    - `shape`: of the weight.
+    - `parts`: the rows of the parts of fused weights, from the network's config.
     """
     if change.part is None:
         return 0, shape[0]
@@ -83,6 +111,12 @@ def row_range(change: Change, shape: tuple[int, ...], parts: FusedRows) -> tuple
 
 
 def _raise_nothing_changed(title: str, loras: Sequence[Lora]) -> None:
+    """Say which networks the adapters are for.
+
+    **Arguments:**
+
+    - `title`: of the network that they do not change.
+    """
     networks: set[str] = set()
     for lora in loras:
         networks.update(lora.changes)
@@ -108,11 +142,14 @@ def _check_prefixes(model: eqx.Module, scales: Sequence[CheckedScale]) -> None:
 
 
 def _check_replacements(
-    model: eqx.Module, loras: Sequence[Lora], scales: Sequence[CheckedScale]
+    model: eqx.Module,
+    loras: Sequence[Lora],
+    scales: Sequence[CheckedScale],
 ) -> None:
     """**Raises:** `WeightsError` if two adapters of nonzero scale set the same rows of a weight."""
     slots = parameters_of(model)
     parts = fused_parts(model.config)  # type: ignore[attr-defined]
+    # For each weight the number of the adapter, and the first and past-the-last row that it sets.
     rows_set: dict[str, list[tuple[int, int, int]]] = {}
     for number, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
         for name, change in _replacements(model, lora, scale):
@@ -120,6 +157,7 @@ def _check_replacements(
             others = rows_set.setdefault(name, [])
             for other, other_start, other_stop in others:
                 overlap = other_start < stop and start < other_stop
+                # One adapter may set the parts of a fused weight by several changes.
                 if other != number and overlap:
                     raise WeightsError(
                         f"Adapters {other + 1} ({loras[other].format}) and {number + 1} "
@@ -130,9 +168,16 @@ def _check_replacements(
 
 
 def _replacements(
-    model: eqx.Module, lora: Lora, scale: CheckedScale
+    model: eqx.Module,
+    lora: Lora,
+    scale: CheckedScale,
 ) -> Iterator[tuple[str, Change]]:
-    """Yield the changes of an adapter that set a weight, with the weight's name."""
+    """Yield the changes of an adapter that set a weight, with the weight's name.
+
+    **Arguments:**
+
+    - `scale`: of the adapter; where it is 0, the adapter sets nothing.
+    """
     for name, changes in effective_changes(model, lora).items():
         # At scale 0 the weight keeps its own value.
         if is_known_zero(weight_scale(scale, name)):
@@ -159,6 +204,7 @@ def _check_shapes(model: eqx.Module, changes: WeightChanges) -> None:
             shapes.append(shape)
             if not _fits(name, base, shape):
                 problems.append(f"{name} is {list(base)}, the adapter's {list(shape)}")
+        # The widths are compared only if everything has the right number of axes.
         if name == INPUT_WEIGHT and not problems:
             problems += _input_problems(model, [shape[1] for shape in shapes])
     if not problems:
@@ -172,7 +218,19 @@ def _check_shapes(model: eqx.Module, changes: WeightChanges) -> None:
     )
 
 
-def _fits(name: str, base: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def _fits(
+    name: str,
+    base: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> bool:
+    """Return whether a difference of this shape fits a weight.
+
+    **Arguments:**
+
+    - `name`: of the weight.
+    - `base`: the shape of the rows that are changed.
+    - `shape`: of the difference.
+    """
     if name == INPUT_WEIGHT:
         # Its columns have rules of their own, see `_input_problems`.
         return len(shape) == 2 and shape[0] == base[0]
@@ -187,7 +245,11 @@ def _input_problems(model: eqx.Module, columns: Sequence[int]) -> list[str]:
     if it was made for the model without a condition; or, for a model without a condition, a
     larger multiple of the latter, with which it adds a condition.
 
-    **Arguments:** `columns`: the input features of each change.
+    **Arguments:**
+
+    - `columns`: the input features of each change.
+
+    **Returns:** one line for each problem.
     """
     config = model.config  # type: ignore[attr-defined]
     inputs, image_features = config.in_channels, config.out_channels

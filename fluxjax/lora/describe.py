@@ -14,7 +14,10 @@ def describe_lora(path: str | Path) -> str:
     These are its format, networks, blocks, kinds of terms, ranks, factors (alpha / rank), unknown
     keys, and what has no effect.
 
-    **Arguments:** `path`: as for `read_lora`.
+    **Arguments:**
+
+    - `path`: as for `read_lora`.
+
     **Raises:** as `read_lora`, except for unknown keys.
     """
     lora, unused = read_lora(path, strict=False)
@@ -28,12 +31,15 @@ def describe_lora(path: str | Path) -> str:
 
 
 def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -> list[str]:
+    """Return one line about what is changed, and one about ranks if there are any."""
     terms: list[Term] = []
+    kinds: set[str] = set()
     for of_weight in changes.values():
-        terms += [change.term for change in of_weight]
-    kinds = sorted({type(term).__name__ for term in terms})
+        for change in of_weight:
+            terms.append(change.term)
+            kinds.add(type(change.term).__name__)
     blocks = _describe_blocks(changes)
-    lines = [f"  {network}: {len(changes)} weights in {blocks}; {', '.join(kinds)}"]
+    lines = [f"  {network}: {len(changes)} weights in {blocks}; {', '.join(sorted(kinds))}"]
     ranks: set[float] = set()
     factors: set[float] = set()
     for term in terms:
@@ -41,6 +47,7 @@ def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -
         inner = term.inner if isinstance(term, MagnitudeTerm) else term
         if isinstance(inner, LowRankTerm):
             ranks.add(len(inner.down))
+            # Rounded, because float32's 0.1 would be printed as 0.10000000149.
             factors.add(round(float(inner.factor), 6))
     if ranks:
         lines.append(f"    rank {_describe_range(ranks)}, alpha / rank {_describe_range(factors)}")
@@ -48,7 +55,14 @@ def _describe_network(network: str, changes: Mapping[str, tuple[Change, ...]]) -
 
 
 def _describe_blocks(names: Iterable[str]) -> str:
-    """Return the fields of the network that weights belong to, with the number of their blocks."""
+    """Return the fields of the network that weights belong to, with the number of their blocks.
+
+    **Arguments:**
+
+    - `names`: of the weights, as in "double.0.img.qkv.weight".
+
+    **Returns:** for example "double (19 blocks), img_in".
+    """
     blocks: dict[str, set[str]] = {}
     for name in names:
         field, second, *_ = name.split(".")
@@ -66,6 +80,7 @@ def _describe_blocks(names: Iterable[str]) -> str:
 
 
 def _describe_range(values: set[float]) -> str:
+    """Return the smallest and the largest number, or the only one."""
     low, high = min(values), max(values)
     if low == high:
         return f"{low:g}"

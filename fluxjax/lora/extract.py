@@ -1,4 +1,7 @@
-"""Adapters extracted from the difference of two networks."""
+"""Adapters extracted from the difference of two networks.
+
+Networks are read one weight at a time, so two checkpoints in files need memory for one weight.
+"""
 
 from collections.abc import Mapping
 
@@ -34,6 +37,11 @@ def extract_lora(
     For matrices it is the nearest difference of a rank, in the Frobenius norm; for biases and
     norm scales it is the full difference. At a rank that the differences have, base and adapter
     give the tuned network up to float32's rounding.
+
+    For example:
+
+        difference = extract_lora(flux, tuned_flux, "flux", rank=32, to="kohya")
+        write_lora("difference.safetensors", difference, to="kohya")
 
     **Arguments:**
 
@@ -85,11 +93,20 @@ def extract_lora(
 
 
 def _shapes(slots: Mapping[str, Parameter]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a network by name."""
     return {name: slot.shape for name, slot in slots.items()}
 
 
 def _weights(model: Weights | eqx.Module, network: str) -> Weights:
-    """Return a network's weights. **Raises:** `ValueError` if it is not the named network."""
+    """Return a network's weights, checked.
+
+    **Arguments:**
+
+    - `model`: a network in memory, or its weights in files.
+    - `network`: the name that the caller passed.
+
+    **Raises:** `ValueError` for another network; `WeightsError` for weights that are not plain.
+    """
     weights = model if isinstance(model, Weights) else InMemoryWeights(model)
     kind = network_kind("extract_lora", weights.network)
     if kind != network:
@@ -101,8 +118,21 @@ def _weights(model: Weights | eqx.Module, network: str) -> Weights:
     return weights
 
 
-def _difference(base: Weights, tuned: Weights, name: str, slot: Parameter) -> np.ndarray:
-    """Return the difference of one weight in float32. **Raises:** `WeightsError` if not finite."""
+def _difference(
+    base: Weights,
+    tuned: Weights,
+    name: str,
+    slot: Parameter,
+) -> np.ndarray:
+    """Return the difference of one weight, in float32.
+
+    **Arguments:**
+
+    - `base`, `tuned`: the weights of both networks.
+    - `name`, `slot`: of the weight.
+
+    **Raises:** `WeightsError` for NaN or infinity in one of them.
+    """
     rows, float32 = slice(0, slot.shape[0]), np.dtype(np.float32)
     difference = tuned.read(name, rows, float32) - base.read(name, rows, float32)
     if not np.isfinite(difference).all():
@@ -118,7 +148,13 @@ def nearest_low_rank(matrix: np.ndarray, rank: int) -> LowRankTerm:
 
     The square roots of the singular values go into each of the two factors.
 
-    **Arguments:** `matrix`: [rows, columns], float32.
+    Large matrices are projected before, on a basis of nearly the same range.
+
+    **Arguments:**
+
+    - `matrix`: [rows, columns], float32.
+    - `rank`: at least 1.
+
     **Returns:** a term of this rank, or of a lower one if the matrix has that.
     """
     shorter_side = min(matrix.shape)
@@ -128,6 +164,7 @@ def nearest_low_rank(matrix: np.ndarray, rank: int) -> LowRankTerm:
         left = basis @ left
     else:
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    # A singular value of 0 adds nothing, but a term has at least rank 1.
     positive = int((values > 0).sum())
     count = max(1, min(rank, positive))
     root = np.sqrt(values[:count])
@@ -142,6 +179,13 @@ def _range_basis(matrix: np.ndarray, rank: int) -> np.ndarray:
     """Return an orthonormal basis of nearly the span of the first left singular vectors.
 
     It is the range of a random projection, which power iterations sharpen.
+
+    **Arguments:**
+
+    - `matrix`: [rows, columns].
+    - `rank`: the number of singular vectors that matter.
+
+    **Returns:** [rows, rank + oversampling].
 
     **Source:** Halko et al. 2011, algorithm 4.4.
     """

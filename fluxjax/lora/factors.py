@@ -1,4 +1,8 @@
-"""All low-rank changes of one weight as a single pair of factors."""
+"""All low-rank changes of one weight as a single pair of factors.
+
+The sum of products up_1 @ down_1 + up_2 @ down_2 is one product of concatenated factors. Changes
+of a part of a fused weight have zeros in the other rows of their up.
+"""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,6 +15,9 @@ from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.lora.changes import ScaledChange, row_range
 from fluxjax.shapes import Array
 
+Factor = Array | np.ndarray
+"""A matrix of JAX or NumPy."""
+
 
 def combined_factors(
     name: str,
@@ -19,7 +26,7 @@ def combined_factors(
     parts: FusedRows,
     *,
     xp: ModuleType = jnp,
-) -> tuple[Array | np.ndarray, Array | np.ndarray]:
+) -> tuple[Factor, Factor]:
     """Return the sum of a weight's changes as one product up @ down.
 
     **Arguments:**
@@ -34,7 +41,8 @@ def combined_factors(
     **Raises:** `WeightsError` for a change that has no low-rank form, or that is wider than the
     weight.
     """
-    downs, ups = [], []
+    downs: list[Factor] = []
+    ups: list[Factor] = []
     for change, scale in changes:
         factors = change.term.factors()
         if factors is None:

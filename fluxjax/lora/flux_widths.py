@@ -1,4 +1,9 @@
-"""The widths of the transformer that an adapter was made for, from the shapes of its changes."""
+"""The widths of the transformer that an adapter was made for, from the shapes of its changes.
+
+An adapter file does not say which transformer it is for. To fuse the parts of a weight, or to cut
+a fused weight into its parts, their numbers of rows are needed: the width for each of q, k and v,
+and the width of the MLP. Most layers show one of them or both.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,9 +19,11 @@ _WIDTH_OUT = ("out", "mlp.down", "linear2")
 def adapter_parts(changes: Mapping[str, Sequence[Change]], config: FluxConfig | None) -> FusedRows:
     """Return the rows of the parts of the fused weights that an adapter of the transformer changes.
 
-    **Arguments:** `changes`: of the transformer, by the name of the weight. `config`: of the
-    transformer; None to take the widths from the shapes of the changes. Where no shape shows
-    them, they are in the proportions of FLUX.1.
+    **Arguments:**
+
+    - `changes`: of the transformer, by the name of the weight.
+    - `config`: of the transformer; None to take the widths from the shapes of the changes. Where
+      no shape shows a width, it is in the proportions of FLUX.1.
     """
     if config is not None:
         return fused_rows(config.width, config.mlp_width)
@@ -27,9 +34,16 @@ def adapter_parts(changes: Mapping[str, Sequence[Change]], config: FluxConfig | 
 
 
 def _widths(changes: Mapping[str, Sequence[Change]]) -> Iterator[int]:
-    """Yield the transformer's width from every change that shows it."""
+    """Yield the transformer's width from every change that shows it.
+
+    **Arguments:**
+
+    - `changes`: by the name of the weight.
+    """
     for name, change in _block_changes(changes):
-        rows, columns = change.term.rows, change.term.columns
+        rows = change.term.rows
+        columns = change.term.columns
+        # Without ".weight" or ".bias", as both have the same rows.
         layer = name.rpartition(".")[0]
         if name.endswith(_WIDTH_IN) and columns is not None:
             yield columns
@@ -43,12 +57,20 @@ def _mlp_widths(changes: Mapping[str, Sequence[Change]], width: int) -> Iterator
     """Yield the rows of the MLP in the fused `linear1` from every change that shows them.
 
     The double blocks' MLPs are as wide as those of the single blocks.
+
+    **Arguments:**
+
+    - `changes`: by the name of the weight.
+    - `width`: of the transformer.
     """
     for name, change in _block_changes(changes):
-        rows, columns = change.term.rows, change.term.columns
+        rows = change.term.rows
+        columns = change.term.columns
         layer = name.rpartition(".")[0]
         if rows is not None and (layer.endswith(".mlp.up") or change.part == "mlp"):
             yield rows
+        # The fused weights of a single block: linear1 gives q, k, v and the MLP's hidden features,
+        # and linear2 takes the attention's output and these features.
         elif rows is not None and layer.endswith(".linear1") and change.part is None:
             yield rows - 3 * width
         elif columns is not None and layer.endswith(".mlp.down"):

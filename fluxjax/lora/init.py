@@ -1,4 +1,8 @@
-"""A new adapter, to be trained."""
+"""A new adapter, to be trained.
+
+`init_lora` makes it and `trainable` says which of its leaves are trained. The training loss
+applies it by `attach`, and `write_lora` writes the result.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +37,10 @@ def init_lora(
 
     Its downs are drawn with standard deviation 1 / sqrt(columns); its ups are zeros.
 
+    For example, for the attention of the double blocks:
+
+        init_lora(flux, 16, [r"double\\..*\\.(qkv|out)"], key=jax.random.key(0))
+
     **Arguments:**
 
     - `model`: a `Flux`, `Clip` or `T5`, or its shapes.
@@ -63,7 +71,9 @@ def init_lora(
             f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, "
             f"got {rank}."
         )
+    # Alpha is the rank by default, so the factor is 1.
     factor = jnp.float32((rank if alpha is None else alpha) / rank)
+    # One key for each matrix, so that no two downs are equal.
     subkeys = jax.random.split(key, len(chosen))
     changes: dict[str, tuple[Change, ...]] = {}
     for subkey, (name, (rows, columns)) in zip(subkeys, chosen.items(), strict=True):
@@ -87,6 +97,11 @@ def _choose(
 ) -> dict[str, tuple[int, ...]]:
     """Return the matrices whose names match one of the patterns.
 
+    **Arguments:**
+
+    - `matrices`: shapes by name.
+    - `targets`: regular expressions of whole names.
+
     **Raises:** `ValueError` for a pattern that matches none.
     """
     patterns = [_compile_target(target) for target in targets]
@@ -108,6 +123,7 @@ def _choose(
 
 
 def _compile_target(target: str) -> re.Pattern:
+    """**Raises:** `ValueError` for a pattern that is not a valid regular expression."""
     try:
         return re.compile(target)
     except re.error as error:

@@ -1,4 +1,9 @@
-"""The last part of a key in an adapter file: which tensor of its module the key names."""
+"""The last part of a key in an adapter file: which tensor of its module the key names.
+
+A key is the name of a module and an ending, as in "….img_attn_proj.lora_down.weight". Endings
+of all formats that mean the same get the same role, here "down". Roles of LyCORIS's methods keep
+the names of LyCORIS ("hada_w1_a").
+"""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +70,12 @@ _NAMED_ADAPTER = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(\.w
 
 
 def modules_and_roles(key: str) -> Iterator[tuple[str, str]]:
-    """Yield each way to read a key as the name of a module and a role, longest ending first."""
+    """Yield each way to read a key as the name of a module and a role, longest ending first.
+
+    For example, "x.to_q.lora.down.weight" is the role "down" of "x.to_q", or of "x.to_q.lora", or
+    the weight ("plain") of a module "x.to_q.lora.down". The caller takes the first module that it
+    knows.
+    """
     for ending, role in _ROLES_BY_LENGTH:
         if key.endswith(ending):
             yield key[: -len(ending)], role

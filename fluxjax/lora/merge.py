@@ -41,7 +41,11 @@ Network = TypeVar("Network", bound=eqx.Module)
 
 @convert_arguments
 def merge(
-    model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False
+    model: Network,
+    loras: Sequence[Lora],
+    scales: Scales | None = None,
+    *,
+    donate: bool = False,
 ) -> Network:
     """Return a network with adapters added to its weights: W + the sum of scale * delta.
 
@@ -50,17 +54,24 @@ def merge(
     nearest would lose most of a small change. `attach` does not round. What an adapter sets
     rather than adds to (a norm of BFL's Control) is set at any scale other than 0.
 
+    For example, with one adapter at a lower scale in the double blocks:
+
+        flux = fluxjax.load_flux("dev")
+        style = fluxjax.read_lora("style.safetensors")
+        merged = fluxjax.merge(flux, [style], [{"": 1.0, "double": 0.5}])
+
     **Arguments:**
 
     - `model`: a `Flux`, `Clip` or `T5`. An adapter's changes of another network are merged by
       another call.
-    - `loras`: any number of adapters.
+    - `loras`: any number of adapters, of any formats.
     - `scales`: one for each adapter, 1 by default; negative ones subtract. A scale may also be a
       mapping from the prefix of a weight's name to a number.
     - `donate`: reuse the model's memory for the result, so that there is no second copy of the
       weights; the model can't be used afterwards.
 
-    **Returns:** a network of the same kind and dtypes.
+    **Returns:** a network of the same kind and dtypes. Its input is wider if a Control adapter
+    adds input features.
 
     **Raises:** `WeightsError` that lists the weights that an adapter does not fit; for two
     adapters that set one weight; and for a result that the weights' dtype can't represent (in
@@ -72,14 +83,24 @@ def merge(
 
 @convert_arguments
 def unmerge(
-    model: Network, loras: Sequence[Lora], scales: Scales | None = None, *, donate: bool = False
+    model: Network,
+    loras: Sequence[Lora],
+    scales: Scales | None = None,
+    *,
+    donate: bool = False,
 ) -> Network:
     """Return the network that these adapters were merged into, up to rounding.
 
-    An input that an adapter widened stays wide; its added columns become zeros.
+    An input that an adapter widened stays wide; its added columns become zeros. In bfloat16 the
+    rounding of both steps remains, so keep the base where that matters.
 
-    **Arguments:** as for `merge`, with the scales that were merged.
+    **Arguments:**
+
+    - `model`, `donate`: as for `merge`.
+    - `loras`, `scales`: those that were merged.
+
     **Returns:** a network of the same kind and dtypes.
+
     **Raises:** as `merge`, and `WeightsError` for adapters that can't be subtracted: those that
     set, rescale or rotate a weight. Load the base again instead.
     """
@@ -93,6 +114,11 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     """Return one line for each thing in an adapter that has no effect on this network.
 
     What has no effect on any network of FLUX is in `Lora.notes` instead.
+
+    **Arguments:**
+
+    - `model`: the network, or its shapes.
+    - `lora`: the adapter.
     """
     changes = lora.changes.get(network_kind("merge", model), {})
     if len(effective_changes(model, lora)) == len(changes):
@@ -103,8 +129,15 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     )
 
 
-def _check_subtractable(model: eqx.Module, lora: Lora, scale: CheckedScale) -> None:
-    """**Raises:** `WeightsError` if the adapter's difference depends on the base."""
+def _check_subtractable(
+    model: eqx.Module,
+    lora: Lora,
+    scale: CheckedScale,
+) -> None:
+    """Check that an adapter's differences are the same for every base.
+
+    **Raises:** `WeightsError` if one is not: the base can't be computed from the merged weight.
+    """
     for name, changes in effective_changes(model, lora).items():
         if is_known_zero(weight_scale(scale, name)):
             continue
@@ -116,7 +149,10 @@ def _check_subtractable(model: eqx.Module, lora: Lora, scale: CheckedScale) -> N
 
 
 def _merge(
-    model: Network, loras: Sequence[Lora], scales: Sequence[CheckedScale], donate: bool
+    model: Network,
+    loras: Sequence[Lora],
+    scales: Sequence[CheckedScale],
+    donate: bool,
 ) -> Network:
     check_plain(
         model,
@@ -126,10 +162,20 @@ def _merge(
     return merge_changes(model, changes_of(model, loras, scales), donate=donate)
 
 
-def merge_changes(model: Network, changes: WeightChanges, *, donate: bool) -> Network:
+def merge_changes(
+    model: Network,
+    changes: WeightChanges,
+    *,
+    donate: bool,
+) -> Network:
     """Return a network with changes added, one block of a weight at a time.
 
-    **Arguments:** `changes`: that fit the network, from `changes_of`. `donate`: as for `merge`.
+    **Arguments:**
+
+    - `model`: a plain network, or the shapes of one while tracing.
+    - `changes`: that fit the network, from `changes_of`.
+    - `donate`: as for `merge`.
+
     **Raises:** `WeightsError` for a result that the weights' dtype can't represent, unless traced.
     """
     model = widen_input(model, changes)
@@ -166,6 +212,11 @@ def widen_input(model: Network, changes: WeightChanges) -> Network:
     """Return a network with zeros for the input features that an adapter adds.
 
     BFL's Control adapters add those of a condition. Other networks are returned as they are.
+
+    **Arguments:**
+
+    - `model`: a network, or the shapes of one while tracing.
+    - `changes`: that fit the network, from `changes_of`.
     """
     if not isinstance(model, Flux) or INPUT_WEIGHT not in changes:
         return model
@@ -185,7 +236,12 @@ def widen_input(model: Network, changes: WeightChanges) -> Network:
 class MergedWeights(Weights):
     """Weights with adapters added as they are read, so that merging needs memory for one tensor.
 
-    **Arguments:** `base`: the weights without the adapters. `changes`: from `changes_of`.
+    Conversions and `save` read through this class, so their files hold merged weights.
+
+    **Arguments:**
+
+    - `base`: the weights without the adapters, in files or in memory.
+    - `changes`: that fit the network of `base`, from `changes_of`.
     """
 
     def __init__(self, base: Weights, changes: WeightChanges):
@@ -198,11 +254,17 @@ class MergedWeights(Weights):
     def dtype(self, slot: str) -> np.dtype:
         return self.base.dtype(slot)
 
-    def read(self, slot: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+    def read(
+        self,
+        slot: str,
+        rows: slice,
+        dtype: np.dtype,
+    ) -> np.ndarray:
         if slot not in self.changes:
             return self.base.read(slot, rows, dtype)
         changed = self._read_changed(slot)
         if dtype.itemsize > 1:
+            # Rounding to nearest needs no draws, so only the rows that are asked for are cast.
             values = np.asarray(changed)
             largest = 0.0 if np.isfinite(values).all() else np.inf
             check_representable(slot, values.dtype, largest)

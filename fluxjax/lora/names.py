@@ -1,4 +1,15 @@
-"""Names of modules in adapter files: which weight of which network a name means, in each format."""
+"""Names of modules in adapter files: which weight of which network a name means, in each format.
+
+A format is a prefix before the names of a checkpoint's key table, of BFL, diffusers or
+transformers, in which dots may be written as underscores. For example, all of these mean
+"double.0.img.out.weight":
+
+    lora_unet_double_blocks_0_img_attn_proj                    kohya
+    transformer.transformer_blocks.0.attn.to_out.0             diffusers and PEFT
+    lora_transformer_transformer_blocks_0_attn_to_out_0        OneTrainer
+    diffusion_model.double_blocks.0.img_attn.proj              ComfyUI
+    double_blocks.0.processor.proj_lora1                       XLabs
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +24,12 @@ from fluxjax.checkpoint.dialect import Dialect, Row
 class Place:
     """The weight that the name of a module means.
 
-    `format`: the format that the name belongs to. `network`: "flux", "clip" or "t5". `weight`,
-    `bias`: our names of its weight and bias; `bias` is None for a module without one. `part`: the
-    part of a fused weight that the module covers; None for all of it. `swap`: whether the module
-    has the two halves of its rows in the other order. `inner`: the module's name inside the
-    network, without the format's prefix.
+    - `format`: the format that the name belongs to.
+    - `network`: "flux", "clip" or "t5".
+    - `weight`, `bias`: our names of its weight and bias; `bias` is None for a module without one.
+    - `part`: the part of a fused weight that the module covers; None for all of it.
+    - `swap`: whether the module has the two halves of its rows in the other order.
+    - `inner`: the module's name inside the network, without the format's prefix.
     """
 
     format: str
@@ -30,6 +42,7 @@ class Place:
 
     @property
     def is_norm(self) -> bool:
+        """Whether the weight is the scale of a norm, which is a vector."""
         return self.weight.endswith(".scale")
 
     def overlaps(self, other: "Place") -> bool:
@@ -47,8 +60,11 @@ class Place:
 class NameFormat:
     """How one format names the modules of one network.
 
-    `prefix`: what all names begin with. `dialect`: the key table of the names after the prefix.
-    `flat`: whether dots are written as underscores.
+    - `format`: as `Lora.format` reports it.
+    - `network`: "flux", "clip" or "t5".
+    - `prefix`: what all names begin with.
+    - `dialect`: the key table of the names after the prefix.
+    - `flat`: whether dots are written as underscores.
     """
 
     format: str
@@ -130,8 +146,10 @@ _FORMATS: tuple[NameFormat, ...] = (
 class _NamePattern:
     """One kind of module in one format.
 
-    `pattern`: of the whole name. `row`: of its weight in the key table. `bias`: our name of its
-    bias, with the indices left open; None for a module without one.
+    - `names`: the format and the network.
+    - `pattern`: of the whole name.
+    - `row`: of its weight in the key table.
+    - `bias`: our name of its bias, with the indices left open; None for a module without one.
     """
 
     names: NameFormat
@@ -141,7 +159,14 @@ class _NamePattern:
 
 
 def find_place(module: str) -> Place | None:
-    """Return the weight that a module's name means; None for a name of no known format."""
+    """Return the weight that a module's name means.
+
+    **Arguments:**
+
+    - `module`: the name as the file has it, without the ending of a tensor.
+
+    **Returns:** None for a name of no known format.
+    """
     for candidate in _patterns_by_form().get(_without_numbers(module), ()):
         match = candidate.pattern.match(module)
         if match:
@@ -149,7 +174,19 @@ def find_place(module: str) -> Place | None:
     return None
 
 
-def _place(module: str, candidate: _NamePattern, indices: Mapping[str, str]) -> Place:
+def _place(
+    module: str,
+    candidate: _NamePattern,
+    indices: Mapping[str, str],
+) -> Place:
+    """Return the place of a module that a pattern matches.
+
+    **Arguments:**
+
+    - `module`: the whole name.
+    - `candidate`: the pattern.
+    - `indices`: the numbers in the name, by the name of the index.
+    """
     row, bias = candidate.row, None
     if candidate.bias is not None:
         bias = candidate.bias.format(**indices, p="bias")
@@ -174,6 +211,7 @@ def _patterns_by_form() -> Mapping[str, Sequence[_NamePattern]]:
     for names in _FORMATS:
         biases = _bias_names(names.dialect)
         for row in names.dialect.rows:
+            # A module is found by its weight; its bias is looked up beside it.
             if row.key.endswith(".bias"):
                 continue
             stem = _module_name(row.key)

@@ -14,7 +14,11 @@ LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 def network_kind(call: str, model: eqx.Module) -> str:
     """Return which network this is: "flux", "clip" or "t5".
 
-    **Arguments:** `call`: the name of the public function, for the error message.
+    **Arguments:**
+
+    - `call`: the name of the public function, for the error message.
+    - `model`: any network, or the shapes of one.
+
     **Raises:** `ValueError` for anything else.
     """
     for name, kind in KINDS.items():
@@ -32,10 +36,19 @@ def is_weight(node: object) -> bool:
     return isinstance(node, Weight)
 
 
-def check_plain(model: eqx.Module, problem: str, remedy: str = "Pass the plain network.") -> None:
+def check_plain(
+    model: eqx.Module,
+    problem: str,
+    remedy: str = "Pass the plain network.",
+) -> None:
     """Check that no weight of a network is quantized, adapted or fetched from elsewhere.
 
-    **Arguments:** `problem`: the beginning of the error message. `remedy`: its end.
+    **Arguments:**
+
+    - `model`: the network.
+    - `problem`: the beginning of the error message.
+    - `remedy`: its end.
+
     **Raises:** `WeightsError` if one is.
     """
     for node in jax.tree.leaves(model, is_leaf=is_weight):

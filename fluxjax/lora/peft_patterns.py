@@ -22,12 +22,17 @@ class Patterns:
     Regular expressions come from a file, so they are run only if all of them together take a
     bounded number of steps.
 
+    **Arguments:**
+
+    - `numbers`: ranks or alphas by pattern, in the order of the file.
+
     **Raises:** `WeightsError` for expressions that may take too long, or that are not valid.
     """
 
     def __init__(self, numbers: Mapping[str, float]):
         expressions = [text for text in numbers if not _is_plain_name(text)]
         _check_steps(expressions)
+        # Both keep the position in the table, because the first match counts.
         self.names: dict[str, tuple[int, float]] = {}
         self.expressions: list[tuple[re.Pattern, tuple[int, float]]] = []
         for position, (text, number) in enumerate(numbers.items()):
@@ -37,7 +42,14 @@ class Patterns:
                 self.expressions.append((_compile_expression(text), (position, number)))
 
     def find(self, module: str, default: float) -> float:
-        """Return the number of the first pattern that matches a module's name."""
+        """Return the number of the first pattern that matches a module's name.
+
+        **Arguments:**
+
+        - `module`: its name inside the network.
+        - `default`: the number if no pattern matches.
+        """
+        # A pattern may begin with any field of the name: that is PEFT's `(.*\\.)?`.
         starts = [0]
         starts += [dot.end() for dot in re.finditer(r"\.", module)]
         # Plain names are looked up, not compared one by one: a file may hold 100,000 of them.
@@ -94,6 +106,7 @@ def _most_steps(pattern: str) -> float:
 
 
 def _compile_expression(pattern: str) -> re.Pattern:
+    """Return an expression that matches up to the end of a name."""
     try:
         return re.compile(f"(?:{pattern})\\Z")
     except (re.error, OverflowError, RecursionError) as error:

@@ -1,4 +1,9 @@
-"""PEFT's settings of an adapter: alphas, ranks and options, each value checked once."""
+"""PEFT's settings of an adapter: alphas, ranks and options, each value checked once.
+
+PEFT does not write alphas as tensors. They are in `adapter_config.json` beside the weights, or,
+where diffusers saved the adapter, in the metadata of the weights' file. Without any settings the
+factor of a module is 1.
+"""
 
 import json
 import math
@@ -31,10 +36,15 @@ _RESAVE = "Save the adapter again."
 class PeftSettings:
     """PEFT's settings of one network, with PEFT's own defaults.
 
-    `alphas`, `ranks`: exceptions by module name. `root`: rsLoRA. `dora`: whether every low-rank
-    module has DoRA magnitudes. Of OFT, `neumann`: whether the Cayley transform is a series of
-    `terms` terms; `constrained`, `epsilon`: constrained OFT and its radius; `shared`: whether a
-    module has one block that is repeated.
+    - `method`: "LORA", "LOKR", "LOHA", "OFT" or "BOFT".
+    - `alpha`, `rank`: of modules that no pattern matches.
+    - `alphas`, `ranks`: exceptions by module name.
+    - `root`: rsLoRA, which divides alpha by the square root of the rank.
+    - `dora`: whether every low-rank module has DoRA magnitudes.
+    - `neumann`, `terms`: whether OFT's Cayley transform is a Neumann series, and of how many terms.
+    - `constrained`, `epsilon`: whether OFT is constrained, and the radius.
+    - `shared`: whether an OFT module has one block that is repeated.
+
     **Source:** peft's `LoraConfig`, `LoKrConfig`, `LoHaConfig`, `OFTConfig`.
     """
 
@@ -54,12 +64,17 @@ class PeftSettings:
     def factor(self, module: str, rank: int) -> float:
         """Return alpha / rank of a module, or alpha / sqrt(rank) for rsLoRA.
 
-        **Arguments:** `rank`: as the factors' shapes show it, which those of a LoKr do not.
+        **Arguments:**
+
+        - `module`: its name inside the network.
+        - `rank`: as the factors' shapes show it; those of a LoKr do not, so it is ignored there.
         """
         alpha = self.alphas.find(module, self.alpha)
         if self.method == "LOKR":
             rank = int(self.ranks.find(module, self.rank))
-        return alpha / (math.sqrt(rank) if self.root else rank)
+        if self.root:
+            return alpha / math.sqrt(rank)
+        return alpha / rank
 
 
 class AllPeftSettings:
@@ -67,14 +82,21 @@ class AllPeftSettings:
 
     diffusers puts the name of a component ("transformer.") before each name; PEFT does not.
 
-    **Arguments:** `where`: where the table comes from, for the error messages.
+    **Arguments:**
+
+    - `where`: where the table comes from, for the error messages.
+    - `table`: all settings of the file, not checked yet.
+
+    **Raises:** `WeightsError` for settings that are damaged or not supported.
     """
 
     def __init__(self, where: str, table: Table):
         tables: dict[str, dict[str, Json]] = {}
         for key, value in table.items():
-            component, dot, name = key.rpartition(".")
-            tables.setdefault(component if dot else "", {})[name] = value
+            # The component is empty for PEFT's own names.
+            component, _, name = key.rpartition(".")
+            of_component = tables.setdefault(component, {})
+            of_component[name] = value
         self.by_component: dict[str, PeftSettings] = {}
         for component, settings in tables.items():
             self.by_component[component] = _settings(where, settings)
@@ -87,6 +109,8 @@ class AllPeftSettings:
 
 def read_peft_settings(file: TensorFile) -> AllPeftSettings:
     """Return PEFT's settings from a file's metadata, or from `adapter_config.json` beside it.
+
+    **Returns:** settings without any network for a file of another program.
 
     **Raises:** `WeightsError` for settings that are damaged, and for PEFT methods that fluxjax
     does not read.
@@ -102,6 +126,7 @@ def read_peft_settings(file: TensorFile) -> AllPeftSettings:
 
 
 def _read_bytes(path: Path) -> bytes:
+    """Return the contents of a file. **Raises:** `WeightsError` for one that is far too large."""
     size = path.stat().st_size
     if size > _MOST_BYTES:
         raise WeightsError(
@@ -111,6 +136,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse_table(where: str, text: str | bytes) -> Table:
+    """Return the JSON object of a text. **Raises:** `WeightsError` for any other text."""
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -121,6 +147,13 @@ def _parse_table(where: str, text: str | bytes) -> Table:
 
 
 def _settings(where: str, table: Table) -> PeftSettings:
+    """Return the checked settings of one network.
+
+    **Arguments:**
+
+    - `where`: where the table comes from, for the error messages.
+    - `table`: the settings without the component's name.
+    """
     try:
         return _check_table(table)
     except WeightsError as error:
@@ -166,59 +199,85 @@ def _check_base_unchanged(table: Table) -> None:
         raise WeightsError("fluxjax does not read QALoRA adapters. Merge it with PEFT.")
 
 
+def _type_error(key: str, expected: str, value: Json) -> WeightsError:
+    """Return the error for a setting of another type or range.
+
+    **Arguments:**
+
+    - `key`: the name of the setting.
+    - `expected`: what its value has to be.
+    - `value`: what the file has.
+    """
+    return WeightsError(f"{key} has to be {expected}, not {_printed(value)}. {_RESAVE}")
+
+
 def _printed(value: Json) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return printable(text, 60)
 
 
 def _is_number(value: Json) -> bool:
+    """Return whether a value is a number that float32 can represent."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     # A comparison works for integers of any length; a cast to float would overflow.
     return -3e38 < value < 3e38
 
 
-def _number(table: Table, key: str, default: float) -> float:
+def _number(
+    table: Table,
+    key: str,
+    default: float,
+) -> float:
+    """Return a setting that is a finite number; null is the default."""
     value = table.get(key)
     if value is None:
         return default
     if not isinstance(value, int | float) or not _is_number(value):
-        raise WeightsError(f"{key} has to be a finite number, not {_printed(value)}. {_RESAVE}")
+        raise _type_error(key, "a finite number", value)
     return float(value)
 
 
-def _count(table: Table, key: str, default: int) -> int:
+def _count(
+    table: Table,
+    key: str,
+    default: int,
+) -> int:
+    """Return a setting that is a whole number of 0 or more; null is the default."""
     value = table.get(key)
     if value is None:
         return default
     # 0 is valid: an OFT adapter that is described by its block size has rank 0. A bool is not.
     if type(value) is not int or not 0 <= value < 2**31:
-        raise WeightsError(f"{key} has to be a count, not {_printed(value)}. {_RESAVE}")
+        raise _type_error(key, "a count", value)
     return value
 
 
-def _flag(table: Table, key: str, default: bool) -> bool:
+def _flag(
+    table: Table,
+    key: str,
+    default: bool,
+) -> bool:
+    """Return a setting that is true or false; null is the default."""
     value = table.get(key)
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise WeightsError(f"{key} has to be true or false, not {_printed(value)}. {_RESAVE}")
+        raise _type_error(key, "true or false", value)
     return value
 
 
 def _patterns(table: Table, key: str) -> Patterns:
+    """Return a setting that is a table of numbers by pattern; null is an empty one."""
     values = table.get(key)
     if values is None:
         return Patterns({})
     if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
-        raise WeightsError(
-            f"{key} has to be a table of finite numbers, not {_printed(values)}. {_RESAVE}"
-        )
+        raise _type_error(key, "a table of finite numbers", values)
     if key == "rank_pattern" and not all(_is_rank(value) for value in values.values()):
-        raise WeightsError(
-            f"{key} has to be a table of ranks of at least 1, not {_printed(values)}. {_RESAVE}"
-        )
-    return Patterns({name: float(value) for name, value in values.items()})
+        raise _type_error(key, "a table of ranks of at least 1", values)
+    numbers = {name: float(value) for name, value in values.items()}
+    return Patterns(numbers)
 
 
 def _is_rank(value: Json) -> bool:

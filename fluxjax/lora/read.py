@@ -1,4 +1,10 @@
-"""Adapter files of every format: each key is identified by its module and role, and used."""
+"""Adapter files of every format: each key is identified by its module and role, and used.
+
+Reading takes four steps: keys that can't have an effect are set aside (`unsupported.py`); each
+other key is split into a module's name and a role (`key_roles.py`); the name is looked up in the
+key tables of all formats (`names.py`); and the tensors of each module become a term
+(`term_builders.py`).
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +42,7 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
 
     Known formats are kohya, OneTrainer, diffusers/PEFT, ComfyUI, fal, BFL Control and XLabs;
     LyCORIS's LoKr, LoHa, GLoRA, OFT and BOFT; PEFT's LoKr, LoHa, OFT and BOFT; and DoRA on any of
-    them.
+    them. The factors keep the dtype of the file.
 
     **Arguments:**
 
@@ -58,9 +64,11 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
         hint = describe_unknown_keys(contents.unused or list(file.tensors))
         raise WeightsError(f"{path} adapts nothing of FLUX.1: {hint}")
     if contents.unused and strict:
+        count = len(contents.unused)
+        listed = list_keys(contents.unused)
+        hint = describe_unknown_keys(contents.unused)
         raise WeightsError(
-            f"{path} holds {len(contents.unused)} keys that fluxjax has no place for: "
-            f"{list_keys(contents.unused)}. {describe_unknown_keys(contents.unused)} "
+            f"{path} holds {count} keys that fluxjax has no place for: {listed}. {hint} "
             "Pass strict=False to leave them out."
         )
     lora = _build(file, contents)
@@ -70,7 +78,12 @@ def read_lora(path: str | Path, *, strict: bool = True) -> Lora | tuple[Lora, li
 
 
 def list_keys(keys: list[str]) -> str:
-    """Return the first of these keys, printable, and how many more there are."""
+    """Return the first of these keys, printable, and how many more there are.
+
+    **Arguments:**
+
+    - `keys`: of a file; control characters in them are escaped.
+    """
     listed = ", ".join(printable(key) for key in keys[:_MOST_LISTED_KEYS])
     if len(keys) > _MOST_LISTED_KEYS:
         listed += f" … and {len(keys) - _MOST_LISTED_KEYS} more"
@@ -81,11 +94,14 @@ def _adapter_file(path: Path) -> Path:
     """Return the adapter's file in a folder: the one that PEFT or diffusers names, or the only one.
 
     A path that is not a folder is returned as it is.
+
+    **Raises:** `WeightsError` for a folder without an adapter, or with several.
     """
     if not path.is_dir():
         return path
     files = [path / name for name in _FILES_IN_FOLDER if (path / name).is_file()]
     if not files:
+        # Other programs choose other names, which is unambiguous if there is one file.
         files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if len(files) == 1:
         return files[0]
@@ -103,8 +119,9 @@ def _adapter_file(path: Path) -> Path:
 class _FileContents:
     """The keys of an adapter file, sorted.
 
-    `modules`: by name. `unused`: keys that have no place in FLUX, in the order of the file.
-    `notes`: about keys that have no effect on FLUX.
+    - `modules`: by name.
+    - `unused`: keys that have no place in FLUX, in the order of the file.
+    - `notes`: about keys that have no effect on FLUX.
     """
 
     modules: Mapping[str, Module]
@@ -113,7 +130,10 @@ class _FileContents:
 
 
 def _build(file: TensorFile, contents: _FileContents) -> Lora:
-    """Read the tensors of all modules and return the adapter that they make."""
+    """Read the tensors of all modules and return the adapter that they make.
+
+    **Raises:** `WeightsError` for tensors that do not belong together or are not finite.
+    """
     changes: dict[str, dict[str, tuple[Change, ...]]] = {}
     for module in contents.modules.values():
         place = module.place
@@ -121,6 +141,7 @@ def _build(file: TensorFile, contents: _FileContents) -> Lora:
         for weight, term in module_terms(file, module):
             change = Change(term, place.part, place.swap)
             by_weight[weight] = (*by_weight.get(weight, ()), change)
+    # A file may mix formats, as with kohya's names of CLIP beside ComfyUI's of the transformer.
     formats = {module.place.format for module in contents.modules.values()}
     return Lora(changes, "+".join(sorted(formats)), contents.notes)
 
@@ -141,9 +162,9 @@ def _sort_keys(file: TensorFile) -> _FileContents:
             continue
         module, role = found
         if role in module.keys:
+            first, second = printable(module.keys[role]), printable(key)
             raise WeightsError(
-                f"{file.path} gives one tensor twice: {printable(module.keys[role])} and "
-                f"{printable(key)}. Remove one of them."
+                f"{file.path} gives one tensor twice: {first} and {second}. Remove one of them."
             )
         module.keys[role] = key
     _check_overlaps(file, modules)
@@ -156,6 +177,11 @@ class _ModuleFinder:
 
     A name like "img_attn.norm.query_norm.scale" may be an adapter's or a model's. It is an
     adapter's if the file has other keys that only an adapter has.
+
+    **Arguments:**
+
+    - `keys`: all keys of the file that may have an effect.
+    - `settings`: PEFT's settings of the file.
     """
 
     def __init__(self, keys: Iterable[str], settings: AllPeftSettings):
@@ -163,10 +189,16 @@ class _ModuleFinder:
         self.is_adapter = any(is_adapter_key(key) for key in keys)
 
     def find(self, key: str, modules: dict[str, Module]) -> tuple[Module, str] | None:
-        """Return the module that a key belongs to, and its role there; None for an unknown key.
+        """Return the module that a key belongs to, and its role there.
 
-        A new module is added to `modules`.
+        **Arguments:**
+
+        - `key`: of the file.
+        - `modules`: those found so far by name, to which a new module is added.
+
+        **Returns:** None for an unknown key.
         """
+        # The longest known ending counts, if what is before it is the name of a module.
         for name, role in modules_and_roles(key):
             module = modules.get(name)
             if module is None:
@@ -177,6 +209,7 @@ class _ModuleFinder:
         return None
 
     def _new_module(self, name: str) -> Module | None:
+        """Return a module without keys; None for a name of no known format."""
         place = find_place(name)
         if place is None:
             return None
@@ -193,10 +226,16 @@ class _ModuleFinder:
 def _remove_incomplete(modules: dict[str, Module], unused: Iterable[str]) -> list[str]:
     """Remove the modules that an unused key belongs to, because the rest would mean another change.
 
+    **Arguments:**
+
+    - `modules`: by name, from which they are removed.
+    - `unused`: the keys.
+
     **Returns:** the keys of the removed modules.
     """
     removed: list[str] = []
     for key in unused:
+        # The unused key may be any tensor of a module, so each beginning of it is tried.
         for name in _dotted_prefixes(key):
             module = modules.pop(name, None)
             if module is not None:
@@ -205,6 +244,7 @@ def _remove_incomplete(modules: dict[str, Module], unused: Iterable[str]) -> lis
 
 
 def _dotted_prefixes(key: str) -> Iterator[str]:
+    """Yield "a" and "a.b" for "a.b.c"."""
     pieces = key.split(".")
     for count in range(1, len(pieces)):
         yield ".".join(pieces[:count])
@@ -227,4 +267,5 @@ def _check_overlaps(file: TensorFile, modules: Mapping[str, Module]) -> None:
 
 
 def _first_key(module: Module) -> str:
+    """Return a key of a module, printable, for the error messages."""
     return printable(next(iter(module.keys.values())))

@@ -1,4 +1,8 @@
-"""The orthogonal blocks of OFT and BOFT, from the parameters that LyCORIS and PEFT store."""
+"""The orthogonal blocks of OFT and BOFT, from the parameters that LyCORIS and PEFT store.
+
+An orthogonal block is the Cayley transform of a skew-symmetric one. It is computed in float64, in
+NumPy, once as a file is read, so that a merge only multiplies by the result.
+"""
 
 import numpy as np
 
@@ -8,9 +12,14 @@ from fluxjax.lora.peft_settings import PeftSettings
 def cayley(blocks: np.ndarray, limit: float) -> np.ndarray:
     """Return the Cayley transform (I + Q) (I - Q)^-1 of each block, where Q = block - block^T.
 
-    **Arguments:** `blocks`: [..., size, size]. `limit`: the largest Frobenius norm of all Q
-    together, to which larger ones are scaled down; 0 for no limit.
+    **Arguments:**
+
+    - `blocks`: [..., size, size].
+    - `limit`: the largest Frobenius norm of all Q together, to which larger ones are scaled down;
+      0 for no limit.
+
     **Returns:** orthogonal blocks of the same shape, in float32.
+
     **Source:** LyCORIS, `lycoris.functional.diag_oft.get_r`; Qiu et al. 2023, section 4.
     """
     blocks = blocks.astype(np.float64)
@@ -23,12 +32,21 @@ def cayley(blocks: np.ndarray, limit: float) -> np.ndarray:
     return ((identity + skew) @ np.linalg.inv(identity - skew)).astype(np.float32)
 
 
-def peft_cayley(vectors: np.ndarray, size: int, settings: PeftSettings) -> np.ndarray:
+def peft_cayley(
+    vectors: np.ndarray,
+    size: int,
+    settings: PeftSettings,
+) -> np.ndarray:
     """Return the blocks of PEFT's OFT: the Cayley transform (I - Q) (I + Q)^-1, or its series.
 
-    **Arguments:** `vectors`: [blocks, size (size - 1) / 2], the upper triangles of the skew Q.
-    `settings`: say whether it is the series, and whether OFT is constrained.
-    **Returns:** orthogonal blocks [blocks, size, size], in float32.
+    **Arguments:**
+
+    - `vectors`: [blocks, size (size - 1) / 2], the upper triangles of the skew-symmetric Q.
+    - `size`: of a block.
+    - `settings`: say whether it is the series, and whether OFT is constrained.
+
+    **Returns:** blocks [blocks, size, size] in float32, orthogonal up to the error of the series.
+
     **Source:** peft, `OFTRotationModule`.
     """
     upper = np.zeros((len(vectors), size, size))
@@ -43,7 +61,13 @@ def peft_cayley(vectors: np.ndarray, size: int, settings: PeftSettings) -> np.nd
 
 
 def _project(skew: np.ndarray, radius: float) -> np.ndarray:
-    """Scale down each block whose Frobenius norm is larger than the radius."""
+    """Scale down each block whose Frobenius norm is larger than the radius.
+
+    **Arguments:**
+
+    - `skew`: [blocks, size, size].
+    - `radius`: the largest norm that a block keeps.
+    """
     norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
     # The smallest normal number only keeps a zero block from a division by 0.
     factor = radius / np.maximum(norm, np.finfo(np.float64).tiny)
@@ -51,7 +75,13 @@ def _project(skew: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _neumann_series(skew: np.ndarray, terms: int) -> np.ndarray:
-    """Return I + 2 Q + 2 Q^2 + … + Q^last; as in PEFT, the last power counts once."""
+    """Return I + 2 Q + 2 Q^2 + … + Q^last; as in PEFT, the last power counts once.
+
+    **Arguments:**
+
+    - `skew`: Q of each block, [blocks, size, size].
+    - `terms`: their number, as PEFT's settings have it.
+    """
     total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
     if terms > 1:
         total += 2 * skew
@@ -68,10 +98,18 @@ def _neumann_series(skew: np.ndarray, terms: int) -> np.ndarray:
     return total
 
 
-def butterfly_order(stages: int, number: int, size: int) -> np.ndarray | None:
+def butterfly_order(
+    stages: int,
+    number: int,
+    size: int,
+) -> np.ndarray | None:
     """Return the permutation of the rows in each stage of LyCORIS's BOFT.
 
-    **Arguments:** `number`, `size`: of the blocks of a stage.
+    **Arguments:**
+
+    - `stages`: the number of factors of the rotation.
+    - `number`, `size`: of the blocks of a stage.
+
     **Returns:** [stages, number * size]; None for blocks that can't make a butterfly.
     """
     if size % 2 or stages > 32 or number % 2 ** (stages - 1):
@@ -84,13 +122,22 @@ def butterfly_order(stages: int, number: int, size: int) -> np.ndarray | None:
     return np.stack(orders)
 
 
-def peft_butterfly_order(stages: int, number: int, size: int) -> np.ndarray | None:
+def peft_butterfly_order(
+    stages: int,
+    number: int,
+    size: int,
+) -> np.ndarray | None:
     """Return the permutation of the inputs in each stage of PEFT's BOFT.
 
     In each group of 2^(stage + 1) half blocks, the even ones come first.
 
-    **Arguments:** `number`, `size`: of the blocks of a stage.
+    **Arguments:**
+
+    - `stages`: the number of factors of the rotation.
+    - `number`, `size`: of the blocks of a stage.
+
     **Returns:** [stages, number * size]; None for blocks that can't make a butterfly.
+
     **Source:** peft, `BOFTLayer.block_butterfly_perm`.
     """
     inputs = np.arange(number * size, dtype=np.int32)

@@ -1,4 +1,8 @@
-"""The scales of adapters: one number each, or numbers by the prefix of a weight's name."""
+"""The scales of adapters: one number each, or numbers by the prefix of a weight's name.
+
+A scale multiplies the whole difference of an adapter, on top of its own alpha / rank. Scales may
+be traced, so that a jitted function takes them as arguments.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,12 +24,21 @@ CheckedScale = CheckedNumber | Mapping[str, CheckedNumber]
 """A scale as `check_scales` returns it."""
 
 
-def check_scales(call: str, count: int, scales: Scales | None) -> list[CheckedScale]:
+def check_scales(
+    call: str,
+    count: int,
+    scales: Scales | None,
+) -> list[CheckedScale]:
     """Return one checked scale for each adapter.
 
-    **Arguments:** `call`: the name of the public function, for the error messages. `count`: the
-    number of adapters. `scales`: None for 1 everywhere.
-    **Returns:** Python floats, traced scalars, or mappings of names to those.
+    **Arguments:**
+
+    - `call`: the name of the public function, for the error messages.
+    - `count`: the number of adapters.
+    - `scales`: None for 1 everywhere.
+
+    **Returns:** Python floats, traced scalars, or mappings of prefixes to those.
+
     **Raises:** `ValueError` for another number of scales, and for a scale that is not a finite
     number in float32.
     """
@@ -46,13 +59,24 @@ def check_scales(call: str, count: int, scales: Scales | None) -> list[CheckedSc
 
 
 def _check_scale(call: str, scale: Scale) -> CheckedScale:
+    """Return one checked scale, or a mapping of checked numbers."""
     if isinstance(scale, Mapping):
         return {prefix: _check_number(call, value) for prefix, value in scale.items()}
     return _check_number(call, scale)
 
 
 def _check_number(call: str, value: Number) -> CheckedNumber:
+    """Return a checked number.
+
+    **Arguments:**
+
+    - `call`: the name of the public function, for the error messages.
+    - `value`: a Python, NumPy or JAX number, which may be traced.
+
+    **Raises:** `ValueError` for one that is not real, or not finite in float32.
+    """
     if isinstance(value, jax.core.Tracer):
+        # The value of a traced scale is not known, so only its kind is checked.
         _check_real_scalar(call, value, value)
         return value
     number = np.asarray(value)
@@ -68,7 +92,11 @@ def _check_number(call: str, value: Number) -> CheckedNumber:
     return float(number)
 
 
-def _check_real_scalar(call: str, value: Number, number: np.ndarray | jax.Array) -> None:
+def _check_real_scalar(
+    call: str,
+    value: Number,
+    number: np.ndarray | jax.Array,
+) -> None:
     """**Raises:** `ValueError` unless `number`, the value as an array, is one real number."""
     floating = jnp.issubdtype(number.dtype, jnp.floating)
     real = floating or jnp.issubdtype(number.dtype, jnp.integer)
@@ -85,11 +113,20 @@ def is_known_zero(scale: CheckedNumber) -> bool:
 
 
 def weight_scale(scale: CheckedScale, name: str) -> CheckedNumber:
-    """Return the scale of the weight of this name; 0 where a mapping has no prefix that fits."""
+    """Return the scale of one weight.
+
+    **Arguments:**
+
+    - `scale`: of the whole adapter.
+    - `name`: of the weight.
+
+    **Returns:** 0 where a mapping has no prefix that fits.
+    """
     if not isinstance(scale, Mapping):
         return scale
     fitting = [prefix for prefix in scale if has_name_prefix(name, prefix)]
     if not fitting:
+        # A mapping without "" is for the weights that it names; the others stay as they are.
         return 0.0
     return scale[max(fitting, key=len)]
 

@@ -17,7 +17,9 @@ def rounding_seed(name: str) -> np.uint32:
 
 
 def round_to_dtype(
-    x: Float[Array, "*shape"], dtype: jnp.dtype, seed: Array | np.uint32
+    x: Float[Array, "*shape"],
+    dtype: jnp.dtype,
+    seed: Array | np.uint32,
 ) -> tuple[Array, Float[Array, ""]]:
     """Cast x to a dtype, stochastically if that is an 8-bit float, otherwise to nearest.
 
@@ -25,7 +27,12 @@ def round_to_dtype(
     undo most small changes of a weight. Stochastic rounding chooses the lower or the upper
     neighbour with probabilities that make the mean exact. A representable value does not change.
 
-    **Arguments:** `x`: float32. `seed`: of the random draws, from `rounding_seed`.
+    **Arguments:**
+
+    - `x`: float32.
+    - `dtype`: of the result.
+    - `seed`: of the random draws, from `rounding_seed`.
+
     **Returns:** the rounded array; and the largest magnitude in x that the dtype can't represent:
     0 if there is none, infinity for NaN.
     """
@@ -40,10 +47,18 @@ def _has_8_bits(dtype: jnp.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
 
 
-def _round_stochastically(x: Array, nearest: Array, seed: Array | np.uint32) -> Array:
+def _round_stochastically(
+    x: Array,
+    nearest: Array,
+    seed: Array | np.uint32,
+) -> Array:
     """Return x rounded away from 0 with the probability of its distance from the lower neighbour.
 
-    **Arguments:** `nearest`: x in the dtype of the result, which is kept where it is not finite.
+    **Arguments:**
+
+    - `x`: float32.
+    - `nearest`: x in the dtype of the result, which is kept where it is not finite.
+    - `seed`: of the random draws.
     """
     info = jnp.finfo(nearest.dtype)
     size = jnp.abs(x)
@@ -61,10 +76,19 @@ def _round_stochastically(x: Array, nearest: Array, seed: Array | np.uint32) -> 
     return jnp.where(jnp.isfinite(nearest), jnp.copysign(chosen, x).astype(nearest.dtype), nearest)
 
 
-def check_representable(name: str, dtype: jnp.dtype, largest: float) -> None:
+def check_representable(
+    name: str,
+    dtype: jnp.dtype,
+    largest: float,
+) -> None:
     """Check that a merged weight fits in its dtype.
 
-    **Arguments:** `name`: of the weight. `largest`: the second result of `round_to_dtype`.
+    **Arguments:**
+
+    - `name`: of the weight, for the error message.
+    - `dtype`: of the weight.
+    - `largest`: the second result of `round_to_dtype`.
+
     **Raises:** `WeightsError` if it does not fit.
     """
     if largest == 0:

@@ -1,4 +1,8 @@
-"""Keys of adapter files that fluxjax does not use: what they look like, or why to ignore them."""
+"""Keys of adapter files that fluxjax does not use: what they look like, or why to ignore them.
+
+No key is dropped without a word: a key is used, or listed in an error with a hint of where it may
+come from, or named in a note because it can't have an effect on FLUX.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -40,7 +44,13 @@ _MOST_NAMES = 10
 
 
 def describe_unknown_keys(keys: Sequence[str]) -> str:
-    """Return a sentence that says which model or format keys seem to be of, and what to do."""
+    """Return a sentence that says which model or format keys seem to be of, and what to do.
+
+    **Arguments:**
+
+    - `keys`: of an adapter file, that have no place in FLUX.
+    """
+    # Other models first: their adapters are in the same formats as those of FLUX.
     for piece, model in _OTHER_MODELS.items():
         if any(piece in key for key in keys):
             return f"They look like {model}'s: use the adapter with that model."
@@ -54,6 +64,7 @@ def describe_unknown_keys(keys: Sequence[str]) -> str:
 
 
 def _has_mark(key: str, mark: str) -> bool:
+    """Return whether a key has one of the marks of `_OTHER_FORMATS`."""
     if mark.endswith("."):
         return mark in key
     return key.endswith(mark)
@@ -61,6 +72,10 @@ def _has_mark(key: str, mark: str) -> bool:
 
 def split_ignored_keys(keys: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Separate the keys that may have an effect on FLUX from those that certainly have none.
+
+    **Arguments:**
+
+    - `keys`: all keys of an adapter file.
 
     **Returns:** the keys that may have an effect; and one line for each kind of the others, which
     are bundled textual-inversion embeddings and CLIP's projection.
@@ -90,6 +105,7 @@ def split_ignored_keys(keys: Iterable[str]) -> tuple[list[str], tuple[str, ...]]
 
 
 def _embeddings_note(embeddings: Sequence[str]) -> str:
+    """Return the line for the user about bundled embeddings, by their names."""
     names = ", ".join(printable(name, 60) for name in embeddings[:_MOST_NAMES])
     if len(embeddings) > _MOST_NAMES:
         names += " …"

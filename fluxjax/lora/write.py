@@ -1,4 +1,8 @@
-"""Adapters written to files, in the names of PEFT or of kohya's scripts."""
+"""Adapters written to files, in the names of PEFT or of kohya's scripts.
+
+The key tables of checkpoints, read backwards, give the modules of each weight: kohya's names are
+BFL's, where q, k and v are one matrix, and PEFT's are those of diffusers, where they are three.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,9 +59,14 @@ def write_lora(
     parts, or those of the parts are put together as a block-diagonal product. Alpha / rank is
     multiplied into the up matrix.
 
+    For example, to convert a file to kohya's names:
+
+        write_lora("kohya.safetensors", read_lora("style.safetensors"), to="kohya")
+
     **Arguments:**
 
-    - `path`: of the file.
+    - `path`: of the file, which ends in .safetensors.
+    - `lora`: from `read_lora`, `init_lora` or `extract_lora`.
     - `to`: "peft" for the names of diffusers and PEFT (q, k and v apart), or "kohya" for those of
       kohya's scripts (fused), which also hold whole differences: `.diff` of weights and norms,
       and `.diff_b` of biases.
@@ -75,8 +84,10 @@ def write_lora(
     target = check_written_dtype("write_lora", dtype)
     tensors: dict[str, np.ndarray] = {}
     for network, changes in lora.changes.items():
+        # Only the transformer has fused weights.
         parts = adapter_parts(changes, config) if network == "flux" else {}
-        names = _Names(to, *(_PEFT if to == "peft" else _KOHYA)[network])
+        prefix, dialect = (_PEFT if to == "peft" else _KOHYA)[network]
+        names = _Names(to, prefix, dialect)
         for name, of_weight in changes.items():
             weight = _WrittenWeight(name, of_weight, parts)
             tensors |= _weight_tensors(weight, names)
@@ -91,15 +102,21 @@ def write_lora(
                 f"{key} holds NaN or infinity, so the adapter is not written. "
                 "Its training diverged: train it again with a lower learning rate."
             )
+    # Cast after all checks, so that an error leaves nothing behind.
     outputs = {}
     for key, tensor in tensors.items():
         stored = _cast_factor(key, tensor, target)
-        outputs[key] = OutputTensor.of(np.ascontiguousarray(stored))
+        outputs[key] = OutputTensor.from_array(np.ascontiguousarray(stored))
     write_safetensors(Path(path), outputs, overwrite=overwrite)
 
 
 def check_format(lora: Lora, to: str) -> None:
-    """Check that a format can hold an adapter.
+    """Check that a format can hold an adapter, before anything is computed.
+
+    **Arguments:**
+
+    - `lora`: the adapter.
+    - `to`: the format, one of `FORMATS`.
 
     **Raises:** `WeightsError` if it can't; `ValueError` for an unknown format.
     """
@@ -123,10 +140,20 @@ def _check_low_rank(name: str, change: Change) -> None:
         )
 
 
-def check_peft_holds(name: str, *, is_whole: bool, to: str) -> None:
+def check_peft_holds(
+    name: str,
+    *,
+    is_whole: bool,
+    to: str,
+) -> None:
     """Check that PEFT's names have a place for a change, if these are the ones to be written.
 
-    **Arguments:** `name`: of the weight. `is_whole`: whether the change is a full difference.
+    **Arguments:**
+
+    - `name`: of the weight.
+    - `is_whole`: whether the change is a full difference.
+    - `to`: the format to be written; anything but "peft" passes.
+
     **Raises:** `WeightsError` if they have none.
     """
     if to != "peft":
@@ -147,7 +174,9 @@ def check_peft_holds(name: str, *, is_whole: bool, to: str) -> None:
 class _Names:
     """How a format names the modules of one network.
 
-    `prefix`: what all names begin with. `dialect`: the key table of the names after it.
+    - `format`: one of `FORMATS`.
+    - `prefix`: what all names begin with.
+    - `dialect`: the key table of the names after it.
     """
 
     format: str
@@ -163,7 +192,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class _WrittenWeight:
-    """A weight with its changes. `parts`: the rows of the parts of fused weights."""
+    """A weight with its changes.
+
+    - `name`: our name of it.
+    - `changes`: all of low rank, or at least one a full difference.
+    - `parts`: the rows of the parts of fused weights.
+    """
 
     name: str
     changes: Sequence[Change]
@@ -180,7 +214,13 @@ class _WrittenWeight:
 
 
 def _weight_tensors(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarray]:
-    """Return the tensors of a file that hold the changes of a weight, by key."""
+    """Return the tensors of a file that hold the changes of a weight, by key.
+
+    **Arguments:**
+
+    - `weight`: with its changes.
+    - `names`: of the format to be written.
+    """
     if any(isinstance(change.term, FullTerm) for change in weight.changes):
         return _full_difference(weight, names)
     tensors = {}
@@ -220,12 +260,19 @@ def _full_difference(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndar
 def _module_factors(
     weight: _WrittenWeight, dialect: Dialect
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield the modules that hold the changes of a weight, each with its up and its down."""
+    """Yield the modules that hold the changes of a weight, each with its up and its down.
+
+    **Arguments:**
+
+    - `weight`: all of whose changes are of low rank.
+    - `dialect`: the key table, read backwards.
+    """
     rows = weight.rows
     columns = max(change.term.columns or 0 for change in weight.changes)
     unscaled = [(change, 1.0) for change in weight.changes]
     shape = (rows, columns)
-    down, up = combined_factors(weight.name, unscaled, shape, weight.parts, xp=np)
+    factors = combined_factors(weight.name, unscaled, shape, weight.parts, xp=np)
+    down, up = (np.asarray(factor) for factor in factors)
     for key, row in dialect.keys(weight.name):
         part = slice(0, rows) if row.part is None else weight.parts[row.part]
         part_up = up[part]
@@ -237,8 +284,18 @@ def _module_factors(
             yield key.removesuffix(".weight"), part_up[:, used], down[used]
 
 
-def _cast_factor(key: str, tensor: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """Return a tensor in the dtype of the factors; alphas stay float32."""
+def _cast_factor(
+    key: str,
+    tensor: np.ndarray,
+    dtype: np.dtype | None,
+) -> np.ndarray:
+    """Return a tensor in the dtype of the factors; alphas stay float32.
+
+    **Arguments:**
+
+    - `key`: of the tensor.
+    - `dtype`: None for the one that it has.
+    """
     if dtype is None or key.endswith(".alpha"):
         return tensor
     return cast(np.asarray(tensor), dtype, key)

@@ -1,4 +1,4 @@
-"""Training a velocity field: losses, times, steps, state."""
+"""Training a velocity field: losses, times of training, and optimizer steps."""
 
 from fluxjax.train.loss import drop_captions, flow_matching_loss, guided_target, logit_normal_times
 from fluxjax.train.step import TrainState, average, make_step

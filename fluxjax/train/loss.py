@@ -1,13 +1,13 @@
-"""Training: the flow-matching loss, its times, caption dropout, guidance distillation, and an optimizer step with EMA."""
+"""Losses for training a velocity field, the times they are taken at, and caption dropout."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.times import time_shift
+from fluxjax.flow.velocity import Condition
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 
@@ -20,8 +20,16 @@ def logit_normal_times(
     deviation: ScalarLike = 1.0,
     mu: ScalarLike = 0.0,
 ) -> Float[Array, " count"]:
-    """Draw times whose logit is normal, then shift them by `mu` as the sampler's are.
+    """Draw times whose logit is normal, then shift them as sampling times are.
 
+    **Arguments:**
+
+    - `key`: PRNG key.
+    - `count`: the number of times.
+    - `mean`, `deviation`: of the logit log(t / (1 - t)), before the shift.
+    - `mu`: the log-shift, see `fluxjax.flow.time_shift`.
+
+    **Returns:** [count], times in [0, 1].
     **Source:** Esser et al. 2024, section 3.1 and eq. 23.
     """
     draws = jax.random.normal(key, (count,))
@@ -36,8 +44,14 @@ def flow_matching_loss(
     t: Scalar,
     noise: Float[Array, "*shape"],
 ) -> Scalar:
-    """Return the mean squared error of one example's velocity at x_t = (1 - t) x0 + t noise; the target is noise - x0.
+    """Return the flow-matching loss of one example.
 
+    It is the mean squared error of the velocity at x_t = (1 - t) x0 + t noise against the target
+    noise - x0.
+
+    **Arguments:** `velocity`: (x, t) -> dx/dt. `x0`: the data. `t`: the time, in [0, 1]. `noise`:
+    drawn from N(0, 1), in the shape of x0.
+    **Returns:** a scalar, computed in at least float32.
     **Source:** Lipman et al. 2022, eq. 23; Esser et al. 2024, eq. 2.
     """
     predicted = velocity((1 - t) * x0 + t * noise, t)
@@ -45,26 +59,40 @@ def flow_matching_loss(
 
 
 @convert_arguments
-def drop_captions(key: PRNGKeyArray, captions: Any, empty: Any, rate: float) -> Any:
+def drop_captions(
+    key: PRNGKeyArray, captions: Condition, empty: Condition, rate: float
+) -> Condition:
     """Replace each caption of a batch by the empty one with probability `rate`.
 
-    **Arguments:** `captions`: a pytree of arrays with a leading batch axis (ids, or encoded text). `empty`: the same for
-    the empty prompt, without that axis. `rate`: in [0, 1].
+    **Arguments:**
+
+    - `key`: PRNG key.
+    - `captions`: a pytree of arrays with a leading batch axis, such as token ids or text states.
+    - `empty`: the same for the empty prompt, without the batch axis.
+    - `rate`: in [0, 1].
+
+    **Returns:** captions of the same shapes.
     **Source:** Ho & Salimans 2022, algorithm 1.
     """
     count = jax.tree.leaves(captions)[0].shape[0]
     dropped = jax.random.bernoulli(key, rate, (count,))
 
-    def pick(full: Array, none: Array) -> Array:
-        return jnp.where(dropped.reshape(-1, *(1,) * none.ndim), none, full)
+    def pick(caption: Array, empty_caption: Array) -> Array:
+        # One decision per caption, broadcast over all other axes.
+        per_caption = dropped.reshape(-1, *(1,) * empty_caption.ndim)
+        return jnp.where(per_caption, empty_caption, caption)
 
     return jax.tree.map(pick, captions, empty)
 
 
 @convert_arguments
 def guided_target(conditional: Array, unconditional: Array, scale: ScalarLike) -> Array:
-    """Return the velocity a distilled network learns: classifier-free guidance of its teacher at `scale`.
+    """Return the velocity that a guidance-distilled network learns at `scale`.
 
-    1 is the conditional velocity. **Source:** Meng et al. 2022, eq. 3, with w = scale - 1.
+    It is the classifier-free guidance of its teacher.
+
+    **Arguments:** `conditional`, `unconditional`: velocities of the teacher, of the same shape.
+    `scale`: the guidance scale; 1 is the conditional velocity, 0 the unconditional one.
+    **Source:** Meng et al. 2022, eq. 3, with w = scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)

@@ -1,7 +1,7 @@
-"""Training: the flow-matching loss, its times, caption dropout, guidance distillation, and an optimizer step with EMA."""
+"""One step of an optimizer, with an exponential moving average of the weights."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,13 +11,22 @@ import optax
 from fluxjax.arguments import convert_arguments
 from fluxjax.shapes import Array, PRNGKeyArray, Scalar, ScalarLike
 
+Leaf = TypeVar("Leaf")
+
+Trainable = Any
+"""Which leaves are trained: a function of one leaf, or a pytree of booleans."""
+
 
 class TrainState(eqx.Module):
-    """All that training changes; a pytree, saved and restored whole."""
+    """All that training changes, as one pytree to save and restore.
+
+    `model`: the current weights. `ema`: their exponential moving average. `optimizer`: the state
+    of the optimizer. `step`: the number of steps taken.
+    """
 
     model: eqx.Module
     ema: eqx.Module
-    optimizer: Any
+    optimizer: optax.OptState
     step: Array
 
     @classmethod
@@ -26,12 +35,14 @@ class TrainState(eqx.Module):
         model: eqx.Module,
         optimizer: optax.GradientTransformation,
         *,
-        trainable: Any = eqx.is_inexact_array,
+        trainable: Trainable = eqx.is_inexact_array,
     ) -> "TrainState":
-        """Start from a model, its own average. `trainable`: as for `make_step`."""
-        return cls(
-            model, model, optimizer.init(eqx.filter(model, trainable)), jnp.zeros((), jnp.int32)
-        )
+        """Return the state before the first step, whose average is the model itself.
+
+        **Arguments:** `trainable`: as for `make_step`.
+        """
+        optimizer_state = optimizer.init(eqx.filter(model, trainable))
+        return cls(model, model, optimizer_state, jnp.zeros((), jnp.int32))
 
 
 @convert_arguments
@@ -40,13 +51,19 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float,
-    trainable: Any = eqx.is_inexact_array,
+    trainable: Trainable = eqx.is_inexact_array,
 ) -> Callable[..., tuple[TrainState, Scalar]]:
-    """Return a jitted `step(state, *batch, key) -> (state, loss)`.
+    """Return a jitted training step: (state, *batch, key=) -> (state, loss).
 
-    **Arguments:** `loss`: (model, *batch, key=) -> scalar. `ema_decay`: of the averaged weights, in [0, 1); the first
-    steps average over fewer: min(ema_decay, (1 + step) / (10 + step)). `trainable`: which leaves are, as a function of one or
-    a tree of booleans; an adapter's are `fluxjax.trainable(lora)`, and its loss takes the model as an argument of the batch.
+    **Arguments:**
+
+    - `loss`: (model, *batch, key=) -> scalar.
+    - `optimizer`: of optax.
+    - `ema_decay`: of the averaged weights, in [0, 1). The first steps use a smaller one,
+      min(ema_decay, (1 + step) / (10 + step)).
+    - `trainable`: which leaves are trained, as a function of one leaf or a pytree of booleans. For
+      an adapter it is `fluxjax.lora.trainable(lora)`; its loss takes the model as part of the
+      batch.
     """
 
     @eqx.filter_jit
@@ -59,8 +76,10 @@ def make_step(
         value, gradient = eqx.filter_value_and_grad(loss_of)(trained)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trained)
         model = eqx.apply_updates(state.model, updates)
-        age = state.step.astype(jnp.float32)
-        ema = average(state.ema, model, jnp.minimum(ema_decay, (1 + age) / (10 + age)))
+        steps = state.step.astype(jnp.float32)
+        # A long average would otherwise be dominated by the first weights for a long time.
+        decay = jnp.minimum(ema_decay, (1 + steps) / (10 + steps))
+        ema = average(state.ema, model, decay)
         return TrainState(model, ema, optimizer_state, state.step + 1), value
 
     return step
@@ -68,9 +87,15 @@ def make_step(
 
 @convert_arguments
 def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module:
-    """Return decay * ema + (1 - decay) * model, leaf by leaf."""
+    """Return decay * ema + (1 - decay) * model, leaf by leaf.
 
-    def mix(a: Any, b: Any) -> Any:
-        return a + (1 - decay) * (b - a) if eqx.is_inexact_array(a) else b
+    **Arguments:** `ema`, `model`: pytrees of the same structure. Leaves that are not
+    floating-point arrays are those of `model`. `decay`: in [0, 1].
+    """
+
+    def mix(averaged: Leaf, current: Leaf) -> Leaf:
+        if eqx.is_inexact_array(averaged):
+            return averaged + (1 - decay) * (current - averaged)
+        return current
 
     return jax.tree.map(mix, ema, model)

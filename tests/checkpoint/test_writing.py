@@ -124,7 +124,7 @@ def test_a_file_that_is_created_during_a_conversion_stays(tmp_path, monkeypatch,
         monkeypatch.setattr(os, "link", _refuse_link)
     target = tmp_path / "vae.safetensors"
     with pytest.raises(FileExistsError, match="already exists"):
-        convert_weights("tiny", target, only="vae", report=lambda _: target.write_text("mine"))
+        convert_weights("tiny", target, only="vae", progress=lambda *_: target.write_text("mine"))
     assert target.read_text() == "mine"
     assert os.listdir(tmp_path) == ["vae.safetensors"]
 
@@ -144,11 +144,11 @@ def test_conversions_need_no_hard_links(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from fluxjax.checkpoint.convert import convert_weights
-def kill(_):
+def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-def convert_another(_):
-    convert_weights("tiny", sys.argv[1] + "/vae.safetensors", only=["vae"], report=kill)
-convert_weights("tiny", sys.argv[1] + "/model", only=["vae"], report=convert_another)
+def convert_another(*_):
+    convert_weights("tiny", sys.argv[1] + "/vae.safetensors", only=["vae"], progress=kill)
+convert_weights("tiny", sys.argv[1] + "/model", only=["vae"], progress=convert_another)
 """
 
 
@@ -204,7 +204,7 @@ def test_damaged_defaults_are_an_error_before_anything_is_written(tmp_path):
     (folder / "fluxjax.json").write_text('{"steps": null}')
     written = []
     with pytest.raises(WeightsError, match="'steps' should be an integer"):
-        convert_weights(folder, tmp_path / "again", report=written.append)
+        convert_weights(folder, tmp_path / "again", progress=lambda *count: written.append(count))
     assert written == []
     assert os.listdir(tmp_path) == ["model"]
 

@@ -9,19 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import ClassifierFree, Guided, Heun, flow_times, stream
+from fluxjax import ClassifierFree, Euler, Guided, Heun, flow_times, stream
 from fluxjax.flow import Projected, WeakModel, ZeroStar, sample, sample_ode
 
 X = jnp.float32([0.4, -1.0, 2.0])
-WANTED, UNWANTED = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])
+POSITIVE, NEGATIVE = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])
 
 
 def velocity(x, t, condition):
     return condition - 0.3 * t * x
 
 
-def both(t: float):
-    return velocity(X, t, WANTED), velocity(X, t, UNWANTED)
+@eqx.filter_jit
+def evaluate(guided, t):
+    """Evaluate a guided velocity at X; numbers that are arrays need no new compilation."""
+    return guided(X, jnp.asarray(t, jnp.float32))
+
+
+def guided_at(scale, t, negative=NEGATIVE, **options):
+    return evaluate(Guided(velocity, POSITIVE, negative, jnp.float32(scale), **options), t)
+
+
+def both_velocities(t):
+    t = jnp.float32(t)
+    return velocity(X, t, POSITIVE), velocity(X, t, NEGATIVE)
 
 
 @pytest.mark.parametrize(
@@ -29,29 +40,29 @@ def both(t: float):
     [ClassifierFree(), ZeroStar(), Projected(0.3, 0.5)],
     ids=lambda rule: type(rule).__name__,
 )
-def test_at_scale_1_every_rule_gives_the_wanted_velocity(rule):
+def test_at_scale_1_every_rule_gives_the_positive_velocity(rule):
     t = jnp.float32(0.7)
-    positive, negative = both(t)
+    positive, negative = both_velocities(t)
     np.testing.assert_allclose(rule(X, t, positive, negative, jnp.float32(1)), positive, rtol=1e-6)
-    np.testing.assert_array_equal(Guided(velocity, WANTED, UNWANTED, 1.0, rule)(X, t), positive)
+    np.testing.assert_array_equal(guided_at(1, t, rule=rule), positive)
 
 
 def test_classifier_free_guidance_is_linear_in_its_scale():
     t = jnp.float32(0.7)
-    positive, negative = both(t)
-    np.testing.assert_allclose(Guided(velocity, WANTED, UNWANTED, 0.0)(X, t), negative, rtol=1e-6)
+    positive, negative = both_velocities(t)
+    np.testing.assert_allclose(guided_at(0, t), negative, rtol=1e-6)
     for scale in (-1.0, 3.5):
-        found = Guided(velocity, WANTED, UNWANTED, scale)(X, t)
-        np.testing.assert_allclose(found, negative + scale * (positive - negative), rtol=1e-5)
+        expected = negative + scale * (positive - negative)
+        np.testing.assert_allclose(guided_at(scale, t), expected, rtol=1e-5)
 
 
-def test_zero_star_takes_out_what_differs_in_size_alone():
+def test_zero_star_ignores_a_difference_in_size_only():
     t = jnp.float32(0.7)
-    positive, negative = both(t)
+    positive, negative = both_velocities(t)
     np.testing.assert_allclose(
         ZeroStar()(X, t, 2 * negative, negative, jnp.float32(5)), 2 * negative, rtol=1e-5
     )
-    # The scaled velocity is the projection: what is left is orthogonal to it.
+    # The scaled velocity is the projection of the positive one.
     guided = ZeroStar()(X, t, positive, negative, jnp.float32(3))
     near = positive @ negative / (negative @ negative) * negative
     np.testing.assert_allclose(guided, near + 3 * (positive - near), rtol=1e-5)
@@ -63,9 +74,9 @@ def test_zero_star_takes_out_what_differs_in_size_alone():
     )
 
 
-def test_projection_damps_what_is_along_the_estimate_and_bounds_the_rest():
+def test_projection_removes_the_part_along_the_estimate_and_bounds_the_rest():
     t, scale = jnp.float32(0.7), jnp.float32(4)
-    positive, negative = both(t)
+    positive, negative = both_velocities(t)
     plain = ClassifierFree()(X, t, positive, negative, scale)
     np.testing.assert_allclose(Projected(1.0)(X, t, positive, negative, scale), plain, rtol=1e-5)
     estimate = X - t * positive
@@ -96,7 +107,7 @@ def test_no_evaluation_is_wasted(scale, low, high, evaluated):
     @eqx.filter_jit
     def run(scale):
         return sample(
-            Guided(counted(calls), WANTED, UNWANTED, scale, low=low, high=high), X, flow_times(4)
+            Guided(counted(calls), POSITIVE, NEGATIVE, scale, low=low, high=high), X, flow_times(4)
         ).x
 
     run(jnp.float32(scale)).block_until_ready()
@@ -116,8 +127,8 @@ def test_another_scale_condition_or_window_compiles_nothing():
     for scale in (1.0, 2.0, 7.0):
         guided = Guided(
             velocity,
-            WANTED * scale,
-            UNWANTED,
+            POSITIVE * scale,
+            NEGATIVE,
             jnp.float32(scale),
             Projected(jnp.float32(scale)),
             jnp.float32(scale / 10),
@@ -126,72 +137,71 @@ def test_another_scale_condition_or_window_compiles_nothing():
     assert len(traces) == 1
 
 
-def test_each_particle_may_have_a_scale_of_its_own():
-    scales = jnp.float32([1.0, 2.0, 5.0])
-    t = jnp.float32(0.5)
-    batch = jax.vmap(lambda scale: Guided(velocity, WANTED, UNWANTED, scale)(X, t))(scales)
+def test_each_particle_may_have_its_own_scale():
+    scales = [1.0, 2.0, 5.0]
+    batch = jax.jit(jax.vmap(lambda scale: guided_at(scale, 0.5)))(jnp.float32(scales))
     for row, scale in zip(batch, scales, strict=True):
-        np.testing.assert_allclose(row, Guided(velocity, WANTED, UNWANTED, scale)(X, t), rtol=1e-6)
+        np.testing.assert_allclose(row, guided_at(scale, 0.5), rtol=1e-6)
 
 
 def weak(x, t, condition):
     return 0.5 * condition + t * x
 
 
-def test_away_from_a_weaker_model_adds_its_difference_from_the_wanted():
-    t = jnp.float32(0.7)
-    positive, negative = both(t)
-    difference = positive - weak(X, t, WANTED)
-    alone = Guided(velocity, WANTED, weak=WeakModel(weak, 1.5))
-    np.testing.assert_allclose(alone(X, t), positive + 1.5 * difference, rtol=1e-5)
-    with_both = Guided(velocity, WANTED, UNWANTED, 3.0, weak=WeakModel(weak, 1.5))
-    np.testing.assert_allclose(
-        with_both(X, t), negative + 3 * (positive - negative) + 1.5 * difference, rtol=1e-5
-    )
-    for off in (
-        WeakModel(weak, 0.0),
-        WeakModel(weak, 1.5, low=0.8),
-        WeakModel(weak, 1.5, high=0.6),
-    ):
-        np.testing.assert_array_equal(Guided(velocity, WANTED, weak=off)(X, t), positive)
+def weak_model(strength, low=0.0, high=1.0):
+    return WeakModel(weak, *map(jnp.float32, (strength, low, high)))
 
 
-def test_where_a_weaker_model_is_not_used_it_is_not_evaluated():
-    calls, spoilt = [], []
+def test_a_weak_model_adds_its_difference_from_the_positive_velocity():
+    positive, negative = both_velocities(0.7)
+    difference = positive - weak(X, 0.7, POSITIVE)
+    alone = guided_at(1, 0.7, negative=None, weak=weak_model(1.5))
+    np.testing.assert_allclose(alone, positive + 1.5 * difference, rtol=1e-5)
+    with_both = guided_at(3, 0.7, weak=weak_model(1.5))
+    expected = negative + 3 * (positive - negative) + 1.5 * difference
+    np.testing.assert_allclose(with_both, expected, rtol=1e-5)
+    for off in (weak_model(0.0), weak_model(1.5, low=0.8), weak_model(1.5, high=0.6)):
+        found = guided_at(1, 0.7, negative=None, weak=off)
+        np.testing.assert_allclose(found, positive, rtol=1e-6)
+
+
+def test_a_weak_model_is_evaluated_only_where_it_is_used():
+    calls, weak_calls = [], []
 
     @eqx.filter_jit
     def run(strength):
-        def told(x, t, condition):
-            jax.debug.callback(lambda _: spoilt.append(1), t)
+        def counted_weak(x, t, condition):
+            jax.debug.callback(lambda _: weak_calls.append(1), t)
             return weak(x, t, condition)
 
         return sample(
-            Guided(counted(calls), WANTED, weak=WeakModel(told, strength, low=0.3, high=0.8)),
+            Guided(
+                counted(calls), POSITIVE, weak=WeakModel(counted_weak, strength, low=0.3, high=0.8)
+            ),
             X,
             flow_times(4),
         ).x
 
     for strength, evaluated in ((2.0, 2), (0.0, 0)):
-        calls.clear(), spoilt.clear()
+        calls.clear(), weak_calls.clear()
         run(jnp.float32(strength)).block_until_ready()
         jax.effects_barrier()
-        assert (len(calls), len(spoilt)) == (4, evaluated)
+        assert (len(calls), len(weak_calls)) == (4, evaluated)
 
 
-def test_a_scale_without_an_unwanted_condition_is_refused():
+def test_a_scale_without_a_negative_condition_is_refused():
     with pytest.raises(ValueError, match=r"Pass negative="):
-        Guided(velocity, WANTED, scale=3.0)
-    np.testing.assert_array_equal(
-        Guided(velocity, WANTED)(X, jnp.float32(0.5)), velocity(X, jnp.float32(0.5), WANTED)
-    )
+        Guided(velocity, POSITIVE, scale=3.0)
+    unguided = evaluate(Guided(velocity, POSITIVE), 0.5)
+    np.testing.assert_allclose(unguided, velocity(X, 0.5, POSITIVE), rtol=1e-6)
 
 
 def momentum_by_hand(times, scale, parallel, momentum):
-    """Euler's steps of algorithm 1 of the paper, on estimates of x0, in float64."""
+    """Algorithm 1 of the paper with Euler's steps, on estimates of x0, in float64."""
     x, carried = np.float64(X), np.zeros(3)
     for t, u in itertools.pairwise(times):
         positive, negative = (
-            x - t * (np.float64(side) - 0.3 * t * x) for side in (WANTED, UNWANTED)
+            x - t * (np.float64(side) - 0.3 * t * x) for side in (POSITIVE, NEGATIVE)
         )
         carried = positive - negative + momentum * carried
         along = carried @ positive / (positive @ positive) * positive
@@ -200,21 +210,33 @@ def momentum_by_hand(times, scale, parallel, momentum):
     return x
 
 
-@pytest.mark.parametrize("momentum", [-0.5, 0.0])
-def test_momentum_runs_through_the_evaluations(momentum):
-    times = flow_times(5)
-    guided = Guided(velocity, WANTED, UNWANTED, 3.0, Projected(0.2, momentum=momentum))
-    expected = momentum_by_hand(np.float64(times), 3.0, 0.2, momentum)
-    np.testing.assert_allclose(sample(guided, X, times).x, expected, rtol=2e-5)
-    *_, last = stream(guided, X, times)
+@eqx.filter_jit
+def guided_sample(rule, step=Euler()):
+    guided = Guided(velocity, POSITIVE, NEGATIVE, 3.0, rule)
+    return sample(guided, X, flow_times(5), step=step).x
+
+
+def test_momentum_goes_from_one_evaluation_to_the_next():
+    times = np.float64(flow_times(5))
+    without = guided_sample(Projected(0.2))
+    for momentum in (-0.5, 0.0):
+        rule = Projected(0.2, momentum=jnp.float32(momentum))
+        expected = momentum_by_hand(times, 3.0, 0.2, momentum)
+        np.testing.assert_allclose(guided_sample(rule), expected, rtol=2e-5)
+        assert (np.abs(without - expected).max() > 1e-3) == (momentum != 0)
+
+
+def test_momentum_goes_through_a_stream_and_is_finite_at_0():
+    rule = Projected(0.2, momentum=-0.5)
+    guided = Guided(velocity, POSITIVE, NEGATIVE, 3.0, rule)
+    *_, last = stream(guided, X, flow_times(5))
+    expected = momentum_by_hand(np.float64(flow_times(5)), 3.0, 0.2, -0.5)
     np.testing.assert_allclose(last.x, expected, rtol=2e-5)
-    none = sample(Guided(velocity, WANTED, UNWANTED, 3.0, Projected(0.2)), X, times).x
-    assert (np.abs(none - expected).max() > 1e-3) == (momentum != 0)
-    # A step that evaluates at 0 divides by nothing.
-    assert np.isfinite(sample(guided, X, times, step=Heun()).x).all()
+    # Heun evaluates at t = 0 as well, where nothing may be divided by t.
+    assert np.isfinite(guided_sample(rule, Heun())).all()
 
 
-def test_a_solver_that_may_take_steps_back_refuses_a_memory():
-    guided = Guided(velocity, WANTED, UNWANTED, 3.0, Projected(momentum=-0.5))
-    with pytest.raises(ValueError, match="remembers"):
+def test_ode_solvers_refuse_a_velocity_with_a_memory():
+    guided = Guided(velocity, POSITIVE, NEGATIVE, 3.0, Projected(momentum=-0.5))
+    with pytest.raises(ValueError, match="a velocity with a memory"):
         sample_ode(guided, X, flow_times(4), solver=diffrax.Euler())

@@ -1,4 +1,4 @@
-"""diffrax's solvers on the velocity."""
+"""Sampling by the solvers of diffrax."""
 
 import sys
 
@@ -21,7 +21,7 @@ def gaussian_velocity(x, t):
     return (t - (1 - t) * DEVIATION**2) / variance * (x - (1 - t) * MEAN) - MEAN
 
 
-def test_an_adaptive_solver_keeps_its_tolerance_and_says_what_it_took():
+def test_an_adaptive_solver_keeps_its_tolerance_and_counts_its_evaluations():
     counts = []
     for tolerance in (1e-2, 1e-5):
         found = sample_ode(
@@ -37,7 +37,7 @@ def test_an_adaptive_solver_keeps_its_tolerance_and_says_what_it_took():
     assert 0 < counts[0] < counts[1]
 
 
-def test_steps_from_node_to_node_are_the_same_as_ours():
+def test_one_step_per_interval_equals_our_integrator():
     times = flow_times(9, mu=1.0)
     theirs = sample_ode(gaussian_velocity, X, times, solver=diffrax.Heun(), history=True)
     ours = sample(gaussian_velocity, X, times, step=Heun(), history=True)
@@ -45,11 +45,11 @@ def test_steps_from_node_to_node_are_the_same_as_ours():
     assert int(theirs.evaluations) == ours.evaluations == 18
 
 
-def test_a_reversible_solver_comes_back():
+def test_a_reversible_solver_returns_to_its_start():
     times = flow_times(10)
     there = sample_ode(gaussian_velocity, X, times, solver=diffrax.ReversibleHeun()).x
     back = sample_ode(gaussian_velocity, there, times[::-1], solver=diffrax.ReversibleHeun()).x
-    np.testing.assert_allclose(back, X, atol=0.05)  # its two states meet at the ends alone
+    np.testing.assert_allclose(back, X, atol=0.05)  # its two states are equal only at the start
 
 
 def test_other_weights_and_times_compile_nothing():
@@ -63,7 +63,7 @@ def test_other_weights_and_times_compile_nothing():
         run(jnp.float32(n), flow_times(4, mu=float(n)))
 
 
-def test_what_is_missing_is_told(monkeypatch):
+def test_missing_arguments_and_diffrax_are_named(monkeypatch):
     with pytest.raises(ValueError, match="Pass both, or neither"):
         sample_ode(gaussian_velocity, X, flow_times(4), solver=diffrax.Tsit5(), rtol=1e-3)
     with pytest.raises(ValueError, match="at least 2 nodes"):

@@ -1,3 +1,5 @@
+"""Schedules of sampling times."""
+
 import math
 
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from fluxjax.flow import (
 def test_the_shift_multiplies_the_odds_by_exp_mu(t, mu):
     shifted = float(time_shift(jnp.float32(t), mu))
     odds = t / (1 - t) * math.exp(mu)
-    # The shifted time carries float32's relative error of some 1e-7 a step, more where 1 - t is small.
+    # float32 has a relative error of some 1e-7 per operation, and more where 1 - t is small.
     assert shifted == pytest.approx(odds / (1 + odds), rel=1e-5)
 
 
@@ -80,7 +82,7 @@ def test_respaced_times_keep_the_ends_and_fall(name, steps):
         RESPACINGS[name](uniform_times(4, last=0.1))
 
 
-def test_respaced_times_have_the_property_that_they_are_named_for():
+def test_respaced_times_are_spaced_as_their_name_says():
     base = flow_times(9)
     exponential = np.asarray(exponential_times(base), np.float64)[:-1]
     np.testing.assert_allclose(
@@ -112,7 +114,7 @@ def test_other_times():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda: custom_times([1, 0.5, 0.5]), "fall strictly"),
         (lambda: custom_times([1.2, 0]), "fall strictly"),
@@ -130,6 +132,6 @@ def test_other_times():
         (lambda: linear_quadratic_times(3, threshold=1.0), "in \\(0, 1\\), got 1.0"),
     ],
 )
-def test_impossible_times_are_refused(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_impossible_times_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

@@ -1,10 +1,10 @@
-"""Adapters through diffusers and PEFT, fused into the same weights: the transformer's output is the same."""
+"""Adapters that diffusers and PEFT fuse into the same weights: the output is the same."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from adapters import KOHYA, PEFT, Draw, Sample, pair
+from adapters import KOHYA, PEFT, XLABS, Draw, Sample, pair
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from layouts import write
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
@@ -13,10 +13,17 @@ from fluxjax import image_ids, load_flux, merge, read_lora, write_lora
 from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
 
 CONFIG = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 8, "guidance_embeds": True,
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
     "axes_dims_rope": [4, 6, 6],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -48,20 +55,17 @@ def peft() -> Sample:
 
 
 def xlabs() -> Sample:
-    s, draw, ends = Sample(), Draw(42), ("down.weight", "up.weight")
+    s, draw, ends = Sample(), Draw(42), XLABS
     pair(s, draw, "double_blocks.0.processor.qkv_lora1", ends, (96, 32), 4)
     pair(s, draw, "double_blocks.1.processor.proj_lora2", ends, (32, 32), 4)
     return s
 
 
 def outputs(theirs, ours):
+    """Return the output of our transformer and of theirs, for the same inputs."""
     config = ours.config
-    x, txt, vec = (
-        normal(6, 64, seed=1),
-        normal(5, config.context, seed=2),
-        normal(config.pooled, seed=3),
-    )
-    ids = image_ids(32, 48)
+    x, ids = normal(6, 64, seed=1), image_ids(32, 48)
+    txt, vec = normal(5, config.context, seed=2), normal(config.pooled, seed=3)
     with torch.no_grad():
         reference = theirs(
             hidden_states=to_torch(x)[None],
@@ -73,12 +77,14 @@ def outputs(theirs, ours):
             txt_ids=torch.zeros(5, 3),
             return_dict=False,
         )[0][0]
-    arrays = (jnp.asarray(value) for value in (x, txt, vec))
-    x, txt, vec = arrays
-    return ours(x, 0.6, txt=txt, vec=vec, img_ids=ids, guidance=3.5), reference
+    found = ours(
+        jnp.asarray(x), 0.6, txt=jnp.asarray(txt), vec=jnp.asarray(vec), img_ids=ids, guidance=3.5
+    )
+    return found, reference
 
 
 def fused(theirs, path, scale):
+    """Return diffusers' transformer with an adapter fused into its weights."""
     pipeline = FluxPipeline(None, None, None, None, None, None, theirs)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     pipeline.fuse_lora(lora_scale=scale)
@@ -88,8 +94,7 @@ def fused(theirs, path, scale):
 @pytest.mark.parametrize("sample", [kohya, peft, xlabs], ids=lambda sample: sample.__name__)
 def test_a_merged_adapter_gives_what_diffusers_fused_one_gives(theirs, tmp_path, sample):
     path = tmp_path / "lora.safetensors"
-    found = sample()
-    write(path, found.tensors)
+    write(path, sample().tensors)
     base = load_flux(tmp_path / "model")
     ours, reference = outputs(fused(theirs, path, 0.1), merge(base, [read_lora(path)], [0.1]))
     plain, _ = outputs(theirs, base)

@@ -22,10 +22,17 @@ from fluxjax import load_flux, merge, read_lora
 from fluxjax.nets.stack import leaf_names
 
 CONFIG = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 8, "guidance_embeds": True,
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
     "axes_dims_rope": [4, 6, 6],
-}  # fmt: skip
+}
 TARGETS = [
     "attn.to_q",
     "attn.to_out.0",

@@ -5,16 +5,20 @@ Transformer and T5 are rounded; the images of 8 bits are compared with those of 
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from evaluate_tiny import generate, held_out_scenes, score
 
 import fluxjax
 from fluxjax.generate.latents import image_ids, initial_noise, pack_latents
 from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.nets.quantized import EIGHT_BITS
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
+from evaluate_tiny import generate, held_out_scenes, score  # noqa: E402 (found by the line above)
 
 SIZE = 128
 

@@ -1,6 +1,7 @@
 """Measure what docs/sampling.md tells of the tiny model: adherence by guidance, caches, and integrators' errors."""
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from evaluate_tiny import held_out_scenes, score
 
 import fluxjax
 from fluxjax import Nag, text_to_image
@@ -26,7 +26,10 @@ from fluxjax.generate.text import Text, encode_text, prompt_ids
 from fluxjax.kernels import isolated_attention
 from fluxjax.nets import DegradedBlocks
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
+from evaluate_tiny import held_out_scenes, score  # noqa: E402 (found by the line above)
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

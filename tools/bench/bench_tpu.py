@@ -1,5 +1,5 @@
 """Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's operations and bytes sent beside
-the formulas of tools/scaling.py.
+the formulas of tools/bench/scaling.py.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """

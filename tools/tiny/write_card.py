@@ -1,4 +1,4 @@
-"""Fill the tiny model's card with what `tools/evaluate_tiny.py --output` measured."""
+"""Fill the tiny model's card with what `tools/tiny/evaluate_tiny.py --output` measured."""
 
 import argparse
 import json

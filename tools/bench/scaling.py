@@ -1,6 +1,6 @@
 """Print what a step of FLUX.1-dev at 1024x1024 costs a device on meshes of each axis, from formulas, as docs/scaling.md has it.
 
-A step is one evaluation of the network, of 28; what is computed once for all is shared among them. `tools/bench.py tpu-aot`
+A step is one evaluation of the network, of 28; what is computed once for all is shared among them. `tools/bench tpu-aot`
 sets them beside what compiled programs do.
 """
 
