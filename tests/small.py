@@ -26,13 +26,18 @@ IDS = jnp.zeros((IMAGE, 3), jnp.float32).at[:, 1].set(jnp.arange(IMAGE, dtype=jn
 
 
 def draw(*shape: int, seed: int = 0) -> Array:
+    """Return normal random numbers of a shape."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def small_flux() -> Flux:
-    """Return a network all of whose weights are drawn; a new one's modulations are zeros, so that its blocks do nothing."""
-    network = eqx.filter_eval_shape(Flux, CONFIG, key=jax.random.key(0))
-    leaves, tree = jax.tree.flatten(network)
-    return jax.tree.unflatten(
-        tree, [0.2 * draw(*leaf.shape, seed=number) for number, leaf in enumerate(leaves)]
-    )
+def small_flux(config: FluxConfig = CONFIG) -> Flux:
+    """Return a network all of whose weights are random.
+
+    The modulations of a new one are zeros, so that its blocks would do nothing.
+    """
+    network = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    leaves, structure = jax.tree.flatten(network)
+    arrays = []
+    for number, leaf in enumerate(leaves):
+        arrays.append(0.2 * draw(*leaf.shape, seed=number))
+    return jax.tree.unflatten(structure, arrays)

@@ -26,7 +26,7 @@ from fluxjax.checkpoint.packed import (
     USE_ANOTHER_FILE,
     Arrays,
     PackedTensor,
-    Parts,
+    StoredParts,
     nibble_pairs,
     packed_tensor,
     read_description,
@@ -137,7 +137,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value < _MOST_SIZE
 
 
-def _fits(parts: Parts, state: QuantState) -> bool:
+def _fits(parts: StoredParts, state: QuantState) -> bool:
     """Return whether all statistics of a weight are there, and have its size."""
     if not {"weight", "absmax", "quant_map"} <= parts.keys():
         return False
@@ -157,7 +157,7 @@ def _fits(parts: Parts, state: QuantState) -> bool:
     return True
 
 
-def _nested_fits(parts: Parts, nested_block: int | None, blocks: int) -> bool:
+def _nested_fits(parts: StoredParts, nested_block: int | None, blocks: int) -> bool:
     """Return whether quantized scales have their own scales, and others have none."""
     nested_absmax = parts.get("nested_absmax")
     nested_codes = parts.get("nested_quant_map")

@@ -20,7 +20,7 @@ _MOST_DESCRIPTION_BYTES = 100_000  # the JSON in a tensor; those that exist have
 
 Arrays = Mapping[str, np.ndarray]
 """The values of the tensors that store a weight, by their role: "weight", "scale", …"""
-Parts = Mapping[str, StoredTensor]
+StoredParts = Mapping[str, StoredTensor]
 """The tensors that store a weight, by their role."""
 Decoder = Callable[[Arrays], np.ndarray]
 """Computes the values of a weight in float32; they may come flat."""
@@ -35,7 +35,7 @@ class PackedTensor(Tensor):
     """
 
     format: str
-    parts: Parts
+    parts: StoredParts
     decode: Decoder
 
     @property
@@ -57,7 +57,7 @@ class PackedTensor(Tensor):
 
 
 def packed_tensor(
-    format: str, shape: tuple[int, ...], parts: Parts, decode: Decoder
+    format: str, shape: tuple[int, ...], parts: StoredParts, decode: Decoder
 ) -> PackedTensor:
     """Return a weight stored in `parts`, one of which has the role "weight"."""
     return PackedTensor(parts["weight"].file, BFLOAT16, shape, format, parts, decode)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.packed import BYTES, USE_ANOTHER_FILE, Parts, read_description
+from fluxjax.checkpoint.packed import BYTES, USE_ANOTHER_FILE, StoredParts, read_description
 from fluxjax.checkpoint.scaled_formats import E4M3, E5M2, FORMATS, MODELOPT_NVFP4, PartsError
 from fluxjax.checkpoint.tensors import StoredTensor, Tensor, TensorFile
 from fluxjax.printable import printable, printable_path, quote_name
@@ -171,7 +171,7 @@ def _check_format(where: str, format: str, description: Mapping[str, Any] | None
     )
 
 
-def _listed(parts: Parts) -> str:
+def _listed(parts: StoredParts) -> str:
     """Return the dtypes and shapes of tensors for an error message."""
     texts = [f"{role} {part.dtype} {list(part.shape)}" for role, part in parts.items()]
     return printable(", ".join(texts))

@@ -16,7 +16,7 @@ from fluxjax.checkpoint.packed import (
     SCALE_DTYPES,
     Arrays,
     PackedTensor,
-    Parts,
+    StoredParts,
     nibble_pairs,
     packed_tensor,
 )
@@ -43,7 +43,7 @@ class PartsError(ValueError):
 # Weights with one scale, or one for each row.
 
 
-def _scaled(name: str, dtype: np.dtype, parts: Parts) -> PackedTensor:
+def _scaled(name: str, dtype: np.dtype, parts: StoredParts) -> PackedTensor:
     """Combine a weight with one scale, or one for each row.
 
     **Arguments:** `name`: of the format, for messages. `dtype`: that the weight must have.
@@ -71,7 +71,7 @@ def times_scale(arrays: Arrays) -> np.ndarray:
 # mxfp8.
 
 
-def _mxfp8(parts: Parts) -> PackedTensor:
+def _mxfp8(parts: StoredParts) -> PackedTensor:
     """Combine an mxfp8 matrix with its block scales."""
     error = PartsError(
         "mxfp8 needs a float8_e4m3fn matrix, and an 8-bit exponent for each 32 of its columns"
@@ -108,7 +108,7 @@ def decode_mxfp8(arrays: Arrays) -> np.ndarray:
 # nvfp4.
 
 
-def _nvfp4(name: str, tiled: bool, parts: Parts) -> PackedTensor:
+def _nvfp4(name: str, tiled: bool, parts: StoredParts) -> PackedTensor:
     """Combine an nvfp4 matrix with its block scales and its global scale.
 
     **Arguments:** `name`: of the format, for messages. `tiled`: see `decode_nvfp4`.
@@ -192,7 +192,7 @@ def untile(scales: np.ndarray, rows: int, blocks: int) -> np.ndarray:
     return ordered[:rows, :blocks]
 
 
-FORMATS: Mapping[str, Callable[[Parts], PackedTensor]] = {
+FORMATS: Mapping[str, Callable[[StoredParts], PackedTensor]] = {
     "float8_e4m3fn": partial(_scaled, "float8_e4m3fn scaled", E4M3),
     "float8_e5m2": partial(_scaled, "float8_e5m2 scaled", E5M2),
     "int8_tensorwise": partial(_scaled, "int8 scaled", INT8),

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from fluxjax.devices.streamed import FileWeight, HostWeight
 
 Network = TypeVar("Network", bound=eqx.Module)
+Tree = TypeVar("Tree", bound=PyTree)
 HOST_MEMORY = "pinned_host"
 DEVICE_MEMORY = "device"
 """Names of JAX's kinds of memory."""
@@ -32,8 +33,8 @@ def fetch(network: Network) -> Network:
     return move_arrays(network, DEVICE_MEMORY)
 
 
-def move_arrays(network: Network, memory: str) -> Network:
-    """Return a network with its arrays in a kind of memory, except for streamed weights.
+def move_arrays(tree: Tree, memory: str) -> Tree:
+    """Return a pytree with its arrays in a kind of memory, except for streamed weights.
 
     **Arguments:** `memory`: `HOST_MEMORY` or `DEVICE_MEMORY`.
     """
@@ -43,7 +44,7 @@ def move_arrays(network: Network, memory: str) -> Network:
             return leaf
         return jax.device_put(leaf, leaf.sharding.with_memory_kind(memory))
 
-    return jax.tree.map(move, network, is_leaf=lambda node: isinstance(node, HostWeight))
+    return jax.tree.map(move, tree, is_leaf=lambda node: isinstance(node, HostWeight))
 
 
 def residency(networks: Mapping[str, PyTree]) -> str:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
@@ -138,7 +137,7 @@ def _adapt_weight(
     name: str,
     base: Weight,
     changes: BlockChanges,
-    parts: Parts,
+    parts: FusedRows,
 ) -> AdaptedWeight:
     """Return a weight with the factors of its changes beside it.
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import equinox as eqx
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.fused import fused_parts
+from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import KINDS
-from fluxjax.checkpoint.packed import Parts
 from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.networks import network_kind
@@ -96,7 +95,7 @@ def changes_of(
 def row_range(
     change: Change,
     shape: tuple[int, ...],
-    parts: Parts,
+    parts: FusedRows,
 ) -> tuple[int, int]:
     """Return the first and the past-the-last row of a weight that a change covers.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.lora.changes import ScaledChange, row_range
 from fluxjax.shapes import Array
 
@@ -23,7 +23,7 @@ def combined_factors(
     name: str,
     changes: Sequence[ScaledChange],
     shape: tuple[int, ...],
-    parts: Parts,
+    parts: FusedRows,
     *,
     xp: ModuleType = jnp,
 ) -> tuple[Factor, Factor]:

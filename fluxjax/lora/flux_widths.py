@@ -7,8 +7,7 @@ and the width of the MLP. Most layers show one of them or both.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from fluxjax.checkpoint.fused import fused_rows
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows, fused_rows
 from fluxjax.lora.adapter import Change
 from fluxjax.nets.flux_config import FluxConfig
 
@@ -17,7 +16,7 @@ _WIDTH_IN = ("qkv.weight", "linear1.weight", "mlp.up.weight", "modulation.weight
 _WIDTH_OUT = ("out", "mlp.down", "linear2")
 
 
-def adapter_parts(changes: Mapping[str, Sequence[Change]], config: FluxConfig | None) -> Parts:
+def adapter_parts(changes: Mapping[str, Sequence[Change]], config: FluxConfig | None) -> FusedRows:
     """Return the rows of the parts of the fused weights that an adapter of the transformer changes.
 
     **Arguments:**

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.lora.changes import ScaledChange, row_range
 from fluxjax.lora.stochastic_rounding import round_to_dtype
 from fluxjax.lora.terms import ReplacementTerm, Term
@@ -27,7 +27,7 @@ Rows = tuple[tuple[tuple[int, int], bool], ...]
 def terms_and_rows(
     changes: Sequence[ScaledChange],
     shape: tuple[int, ...],
-    parts: Parts,
+    parts: FusedRows,
 ) -> tuple[ScaledTerms, Rows]:
     """Return the changes of a weight as the arguments of the compiled functions.
 

@@ -17,7 +17,7 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.packed import Parts
+from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.weights import cast
 from fluxjax.lora.adapter import Change, Lora
@@ -106,7 +106,7 @@ def write_lora(
     outputs = {}
     for key, tensor in tensors.items():
         stored = _cast_factor(key, tensor, target)
-        outputs[key] = OutputTensor.of(np.ascontiguousarray(stored))
+        outputs[key] = OutputTensor.from_array(np.ascontiguousarray(stored))
     write_safetensors(Path(path), outputs, overwrite=overwrite)
 
 
@@ -201,7 +201,7 @@ class _WrittenWeight:
 
     name: str
     changes: Sequence[Change]
-    parts: Parts
+    parts: FusedRows
 
     @property
     def rows(self) -> int:

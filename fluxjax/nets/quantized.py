@@ -88,10 +88,11 @@ def _quantized_matmul(
 @_quantized_matmul.defjvp
 def _quantized_matmul_jvp(
     primals: tuple[Array, Array, Array],
-    tangents: tuple[Array, Array, Array],
+    tangents: tuple[Array, object, Array],
 ) -> tuple[Array, Array]:
     """Differentiate with respect to x only: the weight is not trained."""
     x, value, scale = primals
+    # Integers have tangents of no dtype.
     x_tangent, _, _ = tangents
     plain = value.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
     tangent = Dense(plain).matmul(x_tangent).astype(jnp.float32)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from layouts import export, random_network, write
-from test_convert import write_gguf
+from layouts import export, random_network, write, write_gguf
 
 from fluxjax import (
     T5,

@@ -4,25 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import encoded
+from meshes import flux_inputs, mesh_of, relative, velocities
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
-from test_shard import drawn, mesh_of, relative
 
 import fluxjax
 from fluxjax import quantize, shard
-from fluxjax.generate.draw import denoise
-from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 
 FORMATS = pytest.mark.parametrize("name", EIGHT_BITS)
-# Half a step of 127, and half a unit of 3 bits of mantissa.
-NEAR = {"int8": 0.5 / 127, "fp8": 2**-4}
+# Half a step of 127, and half a unit in the last of 3 bits of mantissa.
+ROUNDING = {"int8": 0.5 / 127, "fp8": 2**-4}
 
 
-def whole(value, scale):
-    """Return what 8 bits stand for, in float64."""
-    return (
-        np.asarray(value.astype(jnp.float32), np.float64) * np.asarray(scale, np.float64)[..., None]
-    )
+def dequantized(value, scale):
+    """Return the numbers that 8 bits stand for, in float64."""
+    value = np.asarray(value).astype(np.float32).astype(np.float64)
+    return value * np.asarray(scale, np.float64)[..., None]
 
 
 @FORMATS
@@ -30,88 +29,84 @@ def test_rows_are_rounded_to_the_nearest(name):
     x = np.asarray(draw(7, 50)) * np.float32(10.0) ** np.arange(-3, 4, dtype=np.float32)[:, None]
     x[2] = 0
     value, scale = round_rows(jnp.asarray(x), EIGHT_BITS[name])
-    found, largest = whole(value, scale), np.abs(x).max(-1, keepdims=True)
+    found, largest = dequantized(value, scale), np.abs(x).max(-1, keepdims=True)
     assert value.dtype == EIGHT_BITS[name]
-    size = (
-        largest if name == "int8" else np.maximum(np.abs(x), largest * 2**-6 / 448)
-    )  # below, e4m3 has even steps
-    assert np.all(np.abs(found - x) <= 1.0001 * NEAR[name] * size)
+    if name == "int8":
+        size = largest
+    else:
+        # Below its smallest normal number, e4m3 has even steps.
+        size = np.maximum(np.abs(x), largest * 2**-6 / 448)
+    assert np.all(np.abs(found - x) <= 1.0001 * ROUNDING[name] * size)
     assert not found[2].any()
     np.testing.assert_allclose(np.abs(found).max(-1), largest[:, 0], rtol=1e-6)
 
 
 @FORMATS
 def test_a_product_is_that_of_the_rounded_numbers(name):
-    x, w = draw(3, 5, 40, seed=1), draw(6, 40, seed=2)
-    weight = QuantizedWeight(*round_rows(w, EIGHT_BITS[name]))
-    expected = whole(*round_rows(x, EIGHT_BITS[name])) @ whole(weight.value, weight.scale).T
-    assert relative(weight.matmul(x), jnp.asarray(expected, jnp.float32)) <= 1e-6
-    text = jax.jit(lambda weight, x: weight.matmul(x)).lower(weight, x).as_text()
-    (dot,) = [line for line in text.splitlines() if "dot_general" in line]
-    assert dot.count({"int8": "xi8>", "fp8": "xf8E4M3FN>"}[name]) == 2
-    # A gradient passes the rounding by.
-    slope = jax.grad(lambda x: jnp.vdot(weight.matmul(x), draw(3, 5, 6, seed=3)))(x)
-    plain = jnp.asarray(
-        np.asarray(draw(3, 5, 6, seed=3)) @ whole(weight.value, weight.scale), jnp.float32
-    )
-    assert relative(slope, plain) <= 1e-6
+    x, matrix = draw(3, 5, 40, seed=1), draw(6, 40, seed=2)
+    weight = QuantizedWeight(*round_rows(matrix, EIGHT_BITS[name]))
+    rounded = dequantized(weight.value, weight.scale)
+    multiply = jax.jit(lambda weight, x: weight.matmul(x))
+    expected = dequantized(*round_rows(x, EIGHT_BITS[name])) @ rounded.T
+    assert relative(multiply(weight, x), expected) <= 1e-6
+    program = multiply.lower(weight, x).as_text()
+    (product,) = [line for line in program.splitlines() if "dot_general" in line]
+    assert product.count({"int8": "xi8>", "fp8": "xf8E4M3FN>"}[name]) == 2
+    # The gradient ignores the rounding of x.
+    cotangent = draw(3, 5, 6, seed=3)
+    slope = jax.grad(lambda x: jnp.vdot(weight.matmul(x), cotangent))(x)
+    assert relative(slope, np.asarray(cotangent) @ rounded) <= 1e-6
 
 
 @FORMATS
-def test_networks_of_8_bits_are_near(tiny, name):
+def test_quantized_networks_are_near_the_plain_ones(tiny, name):
     flux, t5 = quantize(tiny.flux, name), quantize(tiny.t5, name)
-    for network, loaded in ((flux, fluxjax.load_flux), (t5, fluxjax.load_t5)):
-        jax.tree.map(
-            np.testing.assert_array_equal, network, loaded("tiny", dtype="float32", quantize=name)
-        )
-    blocks = (flux.double, flux.single, t5.blocks)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) < 0.27 * sum(
-        leaf.nbytes
-        for leaf in jax.tree.leaves((tiny.flux.double, tiny.flux.single, tiny.t5.blocks))
-    )
-    ids = prompt_ids(tiny.tokenizers, ["a red star"], max_length=13)
-    found, expected = (
-        encode_text(tiny.clip, one, ids, dtype=jnp.float32).txt for one in (t5, tiny.t5)
-    )
+    for network, loader in ((flux, fluxjax.load_flux), (t5, fluxjax.load_t5)):
+        loaded = loader("tiny", dtype="float32", quantize=name)
+        jax.tree.map(np.testing.assert_array_equal, network, loaded)
+    blocks, plain = ((n.double, n.single, t.blocks) for n, t in ((flux, t5), (tiny.flux, tiny.t5)))
+    nbytes, plain_bytes = (sum(x.nbytes for x in jax.tree.leaves(one)) for one in (blocks, plain))
+    assert nbytes < 0.27 * plain_bytes
+    found = encoded(tiny._replace(t5=t5), ["a red star"]).txt
+    expected = encoded(tiny, ["a red star"]).txt
     assert 1e-4 < relative(found, expected) <= {"int8": 0.03, "fp8": 0.06}[name]
-    inputs = drawn(tiny, 2)
-    expected, bound = denoise(tiny.flux, *inputs), {"int8": 0.02, "fp8": 0.03}[name]
-    found = denoise(flux, *inputs)
-    assert 1e-4 < relative(found, expected) <= bound
-    # On a mesh a sum in another order rounds a few numbers to the other side, and those after them: as near, not the same.
+    rows, bound = flux_inputs(tiny.flux.config, 2), {"int8": 0.02, "fp8": 0.05}[name]
+    expected = velocities(tiny.flux, rows)
+    assert 1e-4 < relative(velocities(flux, rows), expected) <= bound
+    # On a mesh a sum in another order rounds a few numbers to the other side, and those after
+    # them: as near, but not the same.
     mesh = mesh_of(fsdp=2, tensor=2)
-    assert relative(denoise(shard(flux, mesh), *inputs, mesh=mesh), expected) <= bound
+    assert relative(velocities(shard(flux, mesh), rows, mesh), expected) <= bound
 
 
 def test_adapters_stand_beside_8_bits(tiny):
-    lora = fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))
-    flux, inputs = quantize(tiny.flux, "int8"), drawn(tiny, 2)
-    expected = denoise(fluxjax.attach(tiny.flux, [lora]), *inputs)
-    assert relative(denoise(fluxjax.attach(flux, [lora]), *inputs), expected) <= 0.02
-    assert relative(denoise(flux, *inputs), expected) > 0.04
+    lora = fluxjax.read_lora(shipped_lora("kraft"))
+    flux, rows = quantize(tiny.flux, "int8"), flux_inputs(tiny.flux.config, 2)
+    expected = velocities(fluxjax.attach(tiny.flux, [lora]), rows)
+    assert relative(velocities(fluxjax.attach(flux, [lora]), rows), expected) <= 0.02
+    assert relative(velocities(flux, rows), expected) > 0.04
 
 
-def test_gradients_go_through_a_network_of_8_bits():
-    flux = small_flux()
+def test_gradients_go_through_a_quantized_network():
+    x, txt = draw(IMAGE, CONFIG.in_channels), draw(TEXT, CONFIG.context)
 
     @jax.jit
-    def slope(flux):
-        x, inputs = (
-            draw(IMAGE, CONFIG.in_channels),
-            dict(txt=draw(TEXT, CONFIG.context), img_ids=IDS, guidance=1.0),
-        )
-        return jax.grad(lambda vec: jnp.sum(flux(x, 0.5, vec=vec, **inputs) ** 2))(
-            draw(CONFIG.pooled)
-        )
+    def slope(flux, vec):
+        def loss(vec):
+            velocity = flux(x, 0.5, vec=vec, txt=txt, img_ids=IDS, guidance=1.0)
+            return jnp.sum(velocity**2)
 
-    assert 1e-4 < relative(slope(quantize(flux, "int8")), slope(flux)) <= 0.1
+        return jax.grad(loss)(vec)
+
+    flux, vec = small_flux(), draw(CONFIG.pooled)
+    assert 1e-4 < relative(slope(quantize(flux, "int8"), vec), slope(flux, vec)) <= 0.1
 
 
-def test_what_can_not_be_rounded_is_told(tiny):
+def test_what_can_not_be_quantized_is_refused(tiny):
     flux = small_flux()
     with pytest.raises(ValueError, match=r"no format 'int4' of 8 bits\. Choose one of int8, fp8"):
         quantize(flux, "int4")
-    kraft = fluxjax.read_lora(fluxjax.checkpoint.shipped.shipped_lora("kraft"))
+    kraft = fluxjax.read_lora(shipped_lora("kraft"))
     for network in (quantize(flux, "int8"), fluxjax.attach(tiny.flux, [kraft]), tiny.vae):
         with pytest.raises(ValueError, match="rounds plain matrices"):
             quantize(network, "int8")
@@ -123,7 +118,7 @@ def test_what_can_not_be_rounded_is_told(tiny):
         fluxjax.load_flux("tiny", quantize="int8", stream=True)
 
 
-def test_memory_is_given_free_matrix_by_matrix():
+def test_memory_is_freed_matrix_by_matrix():
     flux = small_flux()
     quantize(flux, "int8", donate=True)
     assert flux.double.img.qkv.weight.value.is_deleted()
