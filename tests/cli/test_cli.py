@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 import fluxjax
-from fluxjax.generate.compare import Run, compare, grid, table
+from fluxjax.generate.compare import Run, compare, comparison_grid, table
 
 PROMPT = "a large red star above a small blue ring on a beige background"
 SMALL = ["--steps", "2", "--height", "32", "--width", "32"]
@@ -176,8 +176,8 @@ def test_a_comparison_has_a_row_for_each_timer_and_integrator_and_a_column_for_e
         for steps in (2, 6)
     ]
     images = list(rng.uniform(-1, 1, (9, 32, 48, 3)).astype(np.float32))
-    assert grid(runs, images).size == grid_size(rows=5, columns=2)
-    lines = table(runs).splitlines()
+    assert comparison_grid(runs, images).size == grid_size(rows=5, columns=2)
+    lines = comparison_csv(runs).splitlines()
     assert lines[0] == "timer,integrator,steps,evaluations,seconds,distance,psnr"
     assert lines[1:6:4] == ["uniform,euler,2,2,0.5,0.25,20", "karras,euler,2,2,0.5,0.25,20"]
 
