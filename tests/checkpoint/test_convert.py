@@ -321,7 +321,7 @@ import sys
 import fluxjax.checkpoint.write as writing
 from fluxjax.cli.main import main
 
-write = writing.write
+write = writing.write_safetensors
 calls = []
 
 
@@ -337,7 +337,7 @@ def write_until_terminated(path, tensors, metadata, *, report):
 
 
 if sys.argv[1] == "terminated":
-    writing.write = write_until_terminated
+    writing.write_safetensors = write_until_terminated
     main(["convert", "tiny", sys.argv[2]])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 for arguments in ([sys.argv[2]], [sys.argv[2] + ".safetensors", "--only", "flux"]):
@@ -360,7 +360,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.count("exit code 2") == 2, done.stderr
     assert done.stderr.count("There is not enough disk space for") == 2
-    assert done.stderr.count("Free some, or write elsewhere") == 2
+    assert done.stderr.count("Free some space, or write elsewhere") == 2
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
