@@ -49,7 +49,11 @@ def convert_arguments(target: Target) -> Target:
     what it got.
     """
     if isinstance(target, type):
-        target.__init__ = _converting(target.__init__, target.__qualname__)  # type: ignore[misc]
+        initialize = _converting(target.__init__, target.__qualname__)
+        # jaxtyping's import hook would check the fields once more, before this, and with other
+        # errors.
+        initialize.__no_type_check__ = True  # type: ignore[attr-defined]
+        target.__init__ = initialize  # type: ignore[misc]
         return cast(Target, target)
     return cast(Target, _converting(target, target.__qualname__.removesuffix(".__call__")))
 

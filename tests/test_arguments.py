@@ -65,6 +65,7 @@ ELSEWHERE = {
     f.make_mesh,
     f.sample_ode,
     f.begin_sample,
+    f.flux_velocity,
     f.advance_sample,
     f.as_velocity,
     f.merge,
@@ -250,7 +251,7 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
     both = f.text_to_image(
         tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options
     )
-    # The second image of a batch has its own noise, so draw the prompt twice, and compare the second.
+    # The second image of a batch has its own noise: draw the prompt twice, compare the second.
     alone = f.text_to_image(
         tiny,
         [prompts[1]] * 2,

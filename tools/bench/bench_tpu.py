@@ -95,7 +95,7 @@ def lowered(
         options = {"attention": form.attention, "mesh": None if stream else mesh}
         return denoise.__wrapped__(flux, text, noise, times, scale, **options)
 
-    asked = ("kernels.attention", "nets.layers", "nets.heads")[: 3 if form.heads else 2]
+    asked = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads")[: 4 if form.heads else 3]
     with pretended(mesh.devices.flat[0], asked):
         return jax.jit(run).lower(flux, text, noise, times, scale)
 
