@@ -12,7 +12,7 @@ import train_lora
 from PIL import Image
 
 from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, write_lora
-from fluxjax.generate.text import Text
+from fluxjax.generate.text import TextStates
 from fluxjax.lora import trainable
 from fluxjax.nets.layers import Linear, gelu
 from fluxjax.nets.scan import scan_blocks
@@ -57,7 +57,7 @@ def fit(flux, output, *options: str):
             height,
             32,
             rng.standard_normal((count, height // 8, 64), np.float32),
-            Text(
+            TextStates(
                 rng.standard_normal((count + 1, 5, 24), np.float32),
                 rng.standard_normal((count + 1, 8), np.float32),
             ),

@@ -21,7 +21,7 @@ import numpy as np
 import fluxjax
 from fluxjax import FluxConfig
 from fluxjax.checkpoint.names import FLUX_BFL
-from fluxjax.checkpoint.plan import their_shape
+from fluxjax.checkpoint.tensor_layout import shape_in_file
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.weights import abstract, parameters_of
 
@@ -32,7 +32,7 @@ def bfl_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a BFL file of this config."""
     slots = parameters_of(abstract(fluxjax.Flux, config))
     return {
-        key: their_shape(slot.shape, row)
+        key: shape_in_file(slot.shape, row.layout)
         for name, slot in slots.items()
         for key, row in FLUX_BFL.keys(name)
     }

@@ -30,12 +30,13 @@ def generate(
     models: fluxjax.Models, prompts: list[str], *, steps: int, guidance: float, batch: int = 50
 ) -> np.ndarray:
     """Draw one image of each prompt, with its number in the list as its seed."""
+    settings = fluxjax.DrawSettings(steps=steps, distilled_guidance=guidance)
     images = []
     for start in range(0, len(prompts), batch):
         mine = prompts[start : start + batch]
         key = jax.random.fold_in(jax.random.key(0), start)
         images.append(
-            np.asarray(fluxjax.text_to_image(models, mine, key=key, steps=steps, guidance=guidance))
+            np.asarray(fluxjax.text_to_image(models, mine, key=key, settings=settings))
         )
     return np.concatenate(images)
 

@@ -25,8 +25,7 @@ from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.choices import DTYPES
 from fluxjax.flow.times import resolution_mu
-from fluxjax.generate.draw import guidance_scale
-from fluxjax.generate.latents import CELL, PATCH, image_ids, pack_latents
+from fluxjax.generate.latents import image_ids, pack_latents
 from fluxjax.generate.load import (
     activation_dtype,
     load_clip,
@@ -35,7 +34,8 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
-from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.generate.text import TextStates, encode_text, prompt_ids
+from fluxjax.generate.text_to_image import distilled_guidance
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import BLOCKS, init_lora, trainable
@@ -43,10 +43,10 @@ from fluxjax.lora.write import FORMATS, write_lora
 from fluxjax.nets.flux import Flux
 from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times
 from fluxjax.train.step import TrainState, make_step
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import FLUX1, Defaults
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SIDE = CELL * PATCH
+SIDE = FLUX1.latent.token_side
 WARM_UP = 20
 
 
@@ -56,7 +56,7 @@ class Bucket(NamedTuple):
     height: int
     width: int
     packed: np.ndarray
-    text: Text
+    text: TextStates
 
 
 def read_folder(folder: Path, area: int) -> tuple[list[np.ndarray], list[str]]:
@@ -129,7 +129,7 @@ def _digest(buckets: Sequence[Bucket]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _joined(texts: Sequence[Text]) -> Text:
+def _joined(texts: Sequence[TextStates]) -> TextStates:
     return jax.tree.map(lambda *rows: np.concatenate(rows), *texts)
 
 
@@ -137,8 +137,8 @@ class Batch(NamedTuple):
     """A batch of one size. `places`: of the examples in the whole step, which alone decide over their noise."""
 
     x0: Any
-    text: Text
-    empty: Text
+    text: TextStates
+    empty: TextStates
     img_ids: Any
     places: Any
     mu: Any
@@ -162,12 +162,12 @@ def draw(
         if defaults.shift
         else 0.0
     )
-    ids, empty = image_ids(bucket.height, bucket.width), Text(*(rows[-1] for rows in bucket.text))
+    ids, empty = image_ids(bucket.height, bucket.width), TextStates(*(rows[-1] for rows in bucket.text))
     places = np.arange(count)
     return [
         Batch(
             bucket.packed[mine],
-            Text(*(rows[mine] for rows in bucket.text)),
+            TextStates(*(rows[mine] for rows in bucket.text)),
             empty,
             ids,
             places[here],
@@ -192,7 +192,7 @@ def adapter_loss(
     """Return the flow-matching loss of the network with the adapter, averaged over a batch."""
     adapted = attach(flux, [lora])
 
-    def one(x0, text: Text, place):
+    def one(x0, text: TextStates, place):
         drop, when, noise = jax.random.split(jax.random.fold_in(key, place), 3)
         text = jax.tree.map(
             lambda x: x[0],
@@ -260,7 +260,7 @@ def fit(
     """Train an adapter, from its state if there is one, to `options.steps`; return its average over the last steps."""
     targets, seed, parts = options.target or BLOCKS, options.seed, options.accumulate
     distilled = 1.0 if flux.config.guidance_embed and options.guidance is None else options.guidance
-    guidance = guidance_scale(flux, defaults, distilled)
+    guidance = distilled_guidance(flux, defaults, distilled)
     lora = init_lora(flux, options.rank, targets, alpha=options.alpha, key=jax.random.key(seed))
     spec, optimizer = trainable(lora), make_optimizer(options.learning_rate, parts)
     state = TrainState.create(lora, optimizer, trainable=spec)
