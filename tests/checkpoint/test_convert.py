@@ -321,7 +321,7 @@ import sys
 import fluxjax.checkpoint.write as writing
 from fluxjax.cli.main import main
 
-write = writing.write
+write_safetensors = writing.write_safetensors
 calls = []
 
 
@@ -333,11 +333,11 @@ def write_until_terminated(path, tensors, metadata, *, report):
             os.kill(os.getpid(), signal.SIGTERM)
         report(nbytes)
 
-    write(path, tensors, metadata, report=count)
+    write_safetensors(path, tensors, metadata, report=count)
 
 
 if sys.argv[1] == "terminated":
-    writing.write = write_until_terminated
+    writing.write_safetensors = write_until_terminated
     main(["convert", "tiny", sys.argv[2]])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 for arguments in ([sys.argv[2]], [sys.argv[2] + ".safetensors", "--only", "flux"]):

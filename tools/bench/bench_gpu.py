@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from bench_parts import diffusers_vae, random_flux, seconds_of, told
+from bench_parts import VARIANTS, diffusers_vae, random_flux, sample_latents, seconds_of, summarize_times
 from scaling import forward_flop
 
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
-from fluxjax.generate import TextStates, decode, denoise
+from fluxjax.generate import TextStates, decode
 from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
-VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 FORMATS = ("bfloat16", "int8", "fp8")
 BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
 """diffusers' attentions that may be there; the fastest is taken."""
@@ -155,7 +155,7 @@ def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: in
         guidance = jnp.float32(3.5) if config.guidance_embed else None
         flux = networks.ours(form.weights, form.unrolled)
         arguments = (flux, TextStates(txt, vec), noise, flow_times(steps, tokens=tokens), guidance)
-        return _compiled(row, options.programs, denoise, *arguments, attention=attention)
+        return _compiled(row, options.programs, eqx.filter_jit(sample_latents), *arguments, attention=attention)
 
     row = {"what": "fluxjax", "weights": form.weights, "attention": attention or select_attention(heads, heads)}
     return Contender(row | {"blocks": "apart" if form.unrolled else "stacked"}, make)
@@ -293,7 +293,7 @@ def measured(contenders: list[Contender], seconds: float, options: argparse.Name
                 contenders[number].row["error"] = _line(error)
     for number, call in calls.items():
         row = contenders[number].row
-        row |= told(spent[number])
+        row |= summarize_times(spent[number])
         print(f"timed: {row}", flush=True)  # whatever a profiler does
         if options.profile and row["what"] == "fluxjax":
             try:

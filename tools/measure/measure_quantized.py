@@ -14,7 +14,7 @@ import numpy as np
 
 import fluxjax
 from fluxjax.generate.latents import image_ids, initial_noise, pack_latents
-from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.nets.quantized import EIGHT_BITS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
@@ -24,11 +24,11 @@ SIZE = 128
 
 
 @jax.jit
-def velocities(flux: fluxjax.Flux, noise: jax.Array, text: Text, t: jax.Array) -> jax.Array:
+def velocities(flux: fluxjax.Flux, noise: jax.Array, text: TextStates, t: jax.Array) -> jax.Array:
     """Return the velocity of each prompt at time t."""
     ids = image_ids(SIZE, SIZE)
 
-    def one(x: jax.Array, text: Text) -> jax.Array:
+    def one(x: jax.Array, text: TextStates) -> jax.Array:
         return flux(x, t, txt=text.txt, vec=text.vec, img_ids=ids, guidance=jnp.float32(3.5))
 
     return jax.vmap(one)(noise, text)
