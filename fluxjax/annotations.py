@@ -35,7 +35,7 @@ def union_members(annotation: Annotation) -> tuple[Annotation, ...]:
 def describe_annotation(annotation: Annotation) -> str:
     """Return what an annotation accepts, such as "a number or a float array [images]"."""
     # A dict instead of a set: it removes repetitions and keeps the order.
-    names = dict.fromkeys(_describe_member(member) for member in union_members(annotation))
+    names = dict.fromkeys(map(_describe_member, union_members(annotation)))
     if "a number" in names:  # jaxtyping's ScalarLike lists bool and int as well
         names.pop("a bool", None)
         names.pop("an integer", None)
@@ -62,13 +62,17 @@ def _describe_member(member: Annotation) -> str:
         return _describe_array(member)
     if isinstance(member, TypeVar):
         return describe_annotation(member.__bound__)
-    origin, parameters = get_origin(member), get_args(member)
+    origin = get_origin(member)
+    parameters = get_args(member)
     if origin is Sequence:
-        return f"a sequence of {describe_annotation(parameters[0])}"
+        items = describe_annotation(parameters[0])
+        return f"a sequence of {items}"
     if origin is Mapping:
-        return f"a mapping of names to {describe_annotation(parameters[1])}"
+        items = describe_annotation(parameters[1])
+        return f"a mapping of names to {items}"
     if origin is Literal:
-        return " or ".join(repr(choice) for choice in parameters)
+        return " or ".join(map(repr, parameters))
+    # A function is annotated with or without its parameters.
     if Callable in (member, origin):
         return "a function"
     if member in _NAMES:
@@ -83,5 +87,6 @@ def _describe_array(annotation: Annotation) -> str:
     dims = ", ".join(annotation.dim_str.split())
     if not dims:
         return "a number"
-    kind = _ARRAY_KINDS.get(annotation.dtype.__name__, "an array")
+    name = annotation.dtype.__name__
+    kind = _ARRAY_KINDS.get(name, "an array")
     return f"{kind} [{dims}]"

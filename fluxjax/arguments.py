@@ -14,8 +14,17 @@ import numpy as np
 from fluxjax.annotations import Annotation, describe_annotation, describe_value, union_members
 from fluxjax.shapes import Array, PRNGKeyArray, beartype_conf
 
-Target = TypeVar("Target", bound=Callable[..., Any])
+Function = Callable[..., Any]
+"""A function of any signature."""
+
+Target = TypeVar("Target", bound=Function)
 """A function or a class."""
+
+Value = Any
+"""An argument, before or after its conversion."""
+
+Arguments = tuple[tuple[Value, ...], dict[str, Value]]
+"""The positional and the keyword arguments of a call."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -40,14 +49,18 @@ def convert_arguments(target: Target) -> Target:
     what it got.
     """
     if isinstance(target, type):
-        target.__init__ = _converting(target.__init__, target.__qualname__)  # type: ignore[misc]
+        initialize = _converting(target.__init__, target.__qualname__)
+        # jaxtyping's import hook would check the fields once more, before this, and with other
+        # errors.
+        initialize.__no_type_check__ = True  # type: ignore[attr-defined]
+        target.__init__ = initialize  # type: ignore[misc]
         return cast(Target, target)
     return cast(Target, _converting(target, target.__qualname__.removesuffix(".__call__")))
 
 
-def _converting(function: Callable[..., Any], call: str) -> Callable[..., Any]:
+def _converting(function: Function, call: str) -> Function:
     @functools.wraps(function)
-    def converted(*args: Any, **kwargs: Any) -> Any:
+    def converted(*args: Value, **kwargs: Value) -> Value:
         try:
             args, kwargs = _convert_all(function, call, args, kwargs)
         except _ArgumentError as error:
@@ -60,7 +73,7 @@ def _converting(function: Callable[..., Any], call: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _annotations(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Annotation]]:
+def _annotations(function: Function) -> tuple[inspect.Signature, dict[str, Annotation]]:
     """Return the signature of a function and the annotations of its single parameters.
 
     They are read at the first call: `inspect.signature` at each decoration would slow down the
@@ -78,8 +91,8 @@ def _annotations(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[
 
 
 def _convert_all(
-    function: Callable[..., Any], call: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    function: Function, call: str, args: tuple[Value, ...], kwargs: dict[str, Value]
+) -> Arguments:
     signature, annotations = _annotations(function)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -93,9 +106,9 @@ def _convert_all(
     return bound.args, bound.kwargs
 
 
-def _convert(call: str, name: str, value: Any, annotation: Annotation) -> Any:
+def _convert(call: str, name: str, value: Value, annotation: Annotation) -> Value:
     members = union_members(annotation)
-    if any(_is_key(member) for member in members):
+    if any(map(_is_key, members)):
         if value is None and type(None) in members:
             return None
         return _convert_key(call, name, value)
@@ -105,9 +118,10 @@ def _convert(call: str, name: str, value: Any, annotation: Annotation) -> Any:
         result = _convert_to(value, member)
         if result is not None and _fits(result, member):
             return result
+    expected = describe_annotation(annotation)
+    remedy = _remedy(value, annotation)
     raise _ArgumentError(
-        f"`{call}({name})` takes {describe_annotation(annotation)}, got {describe_value(value)}. "
-        f"{_remedy(value, annotation)}"
+        f"`{call}({name})` takes {expected}, got {describe_value(value)}. {remedy}"
     )
 
 
@@ -118,13 +132,15 @@ def _fits(value: object, annotation: Annotation) -> bool:
     return is_bearable(value, annotation, conf=beartype_conf())
 
 
-def _convert_key(call: str, name: str, key: Any) -> Array:
+def _convert_key(call: str, name: str, key: Value) -> Array:
     """Return one PRNG key of the new style."""
     if _is_legacy_key(key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
-    is_array = isinstance(key, jax.Array)
-    if is_array and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
-        return key
+    if isinstance(key, jax.Array):
+        is_key = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        # One key: a batch of keys has dimensions.
+        if is_key and key.ndim == 0:
+            return key
     raise _ArgumentError(
         f"`{call}({name})` needs one PRNG key, got {describe_value(key)}. "
         "Pass jax.random.key(0), or another seed."
@@ -132,7 +148,9 @@ def _convert_key(call: str, name: str, key: Any) -> Array:
 
 
 def _is_legacy_key(key: object) -> bool:
-    if not isinstance(key, jax.Array | np.ndarray) or key.dtype != np.uint32:
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if key.dtype != np.uint32:
         return False
     # The length of its data depends on the default implementation of random numbers.
     data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -152,7 +170,7 @@ def _is_float_array(annotation: Annotation) -> bool:
     return getattr(annotation, "dtype", None) is jaxtyping.Float
 
 
-def _convert_to(value: Any, member: Annotation) -> Any:
+def _convert_to(value: Value, member: Annotation) -> Value:
     """Return a value converted to one annotated type, or None if that is not possible."""
     if _is_array(member):
         return _to_array(value, floats=_is_float_array(member))
@@ -169,7 +187,7 @@ def _has_items(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _to_array(value: Any, *, floats: bool) -> Array | None:
+def _to_array(value: Value, *, floats: bool) -> Array | None:
     """Return a value as a JAX array, or None if it does not stand for one.
 
     `floats`: whether integers that are numbers or lists become floats.
@@ -180,33 +198,41 @@ def _to_array(value: Any, *, floats: bool) -> Array | None:
         array = _list_to_array(value)
     else:
         return None
-    if array is None or np.dtype(array.dtype).kind in "OSUMm":  # objects, text and dates
+    if array is None:
+        return None
+    if np.dtype(array.dtype).kind in "OSUMm":  # objects, text and dates
         return None
     # 1 is written for 1.0 as a number or in a list; an array of integers holds the bytes of an
     # image or token ids, and is refused where floats are annotated.
     written = array is not value or array.ndim == 0
-    if floats and written and np.issubdtype(array.dtype, np.integer):
-        return jnp.asarray(array, jnp.result_type(float))
+    integers = np.issubdtype(array.dtype, np.integer)
+    if floats and written and integers:
+        default_float = jnp.result_type(float)
+        return jnp.asarray(array, default_float)
     return jnp.asarray(array)
 
 
-def _list_to_array(value: Any) -> np.ndarray | Array | None:
+def _list_to_array(value: Value) -> np.ndarray | Array | None:
     """Return a number, or a list of numbers or arrays, as an array; None for a ragged list."""
     try:
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+        leaves = jax.tree.leaves(value)
+        # NumPy would copy JAX arrays to the host, and fail on traced ones.
+        if any(isinstance(leaf, jax.Array) for leaf in leaves):
             return jnp.asarray(value)
         return np.asarray(value)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def _to_number(value: Any, kind: type) -> float | int | bool | None:
+def _to_number(value: Value, kind: type) -> float | int | bool | None:
     """Return a NumPy or JAX scalar as a Python number; None if it is traced or of another kind."""
-    if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0 or not hasattr(value, "dtype"):
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if not hasattr(value, "dtype") or np.ndim(value) != 0:
         return None
     dtype = value.dtype
-    real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, np.complexfloating)
-    if kind is float and real:
+    number = jnp.issubdtype(dtype, np.number)
+    if kind is float and number and not jnp.issubdtype(dtype, np.complexfloating):
         return float(value)
     if kind is int and jnp.issubdtype(dtype, np.integer):
         return operator.index(value)
@@ -215,7 +241,7 @@ def _to_number(value: Any, kind: type) -> float | int | bool | None:
     return None
 
 
-def _to_list(values: list[Any], item: Annotation) -> list[Any] | None:
+def _to_list(values: list[Value], item: Annotation) -> list[Value] | None:
     """Return a list of items converted to their annotated type; None if one can not be."""
     converted = []
     for value in values:
@@ -227,7 +253,7 @@ def _to_list(values: list[Any], item: Annotation) -> list[Any] | None:
     return converted
 
 
-def _convert_to_any(value: Any, members: tuple[Annotation, ...]) -> Any:
+def _convert_to_any(value: Value, members: tuple[Annotation, ...]) -> Value:
     for member in members:
         result = _convert_to(value, member)
         if result is not None:
@@ -235,19 +261,20 @@ def _convert_to_any(value: Any, members: tuple[Annotation, ...]) -> Any:
     return None
 
 
-def _remedy(value: Any, annotation: Annotation) -> str:
+def _remedy(value: Value, annotation: Annotation) -> str:
     """Return the sentence of the error message that says what to do."""
     members = union_members(annotation)
-    takes_array = any(_is_array(member) for member in members)
-    takes_floats = any(_is_float_array(member) for member in members)
+    arrays = [member for member in members if _is_array(member)]
+    takes_floats = any(map(_is_float_array, members))
     if isinstance(value, type):
         return f"Pass an instance, such as {value.__name__}()."
-    if isinstance(value, jax.core.Tracer) and not takes_array:
+    if isinstance(value, jax.core.Tracer) and not arrays:
         return "Under jit, pass it as a static argument."
     integers = hasattr(value, "dtype") and np.issubdtype(value.dtype, np.integer)
     if takes_floats and integers:
         return "Convert it to float32; bytes of an image are pixels / 127.5 - 1."
-    if takes_array:
+    # A scalar of jaxtyping is an array type without dimensions.
+    if any(getattr(array, "dim_str", "all") for array in arrays):
         return (
             "Pass an array of this kind and shape. Dimensions of one name have the same size in "
             "all arguments."

@@ -34,13 +34,15 @@ def check_finite(call: str, **values: object) -> None:
     for name, value in values.items():
         checkable = is_concrete_number(value) or isinstance(value, list | tuple)
         if checkable and not _is_finite(value):
-            shown = value if np.ndim(value) == 0 else "NaN or infinity in it"
+            is_scalar = np.asarray(value).ndim == 0
+            shown = value if is_scalar else "NaN or infinity in it"
             raise ValueError(
                 f"`{call}({name})` needs finite numbers, got {shown}. Choose a finite number."
             )
 
 
 def _is_finite(value: object) -> bool:
+    # Python integers have no bound, and NumPy makes an array of objects of the largest.
     if isinstance(value, int | float):
         try:
             return math.isfinite(value)

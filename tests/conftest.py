@@ -1,6 +1,8 @@
 from jaxtyping import install_import_hook
 
-import fluxjax.shapes  # holds the hook's type checker, so it is imported before the hook
+# Imported before the hook: `fluxjax.shapes`, which this imports, holds the hook's type checker, and
+# the decorator of public functions is tested as users have it.
+import fluxjax.arguments
 
 # Users' programs check the public functions; the tests check every function's shapes and types.
 install_import_hook("fluxjax", "fluxjax.shapes.checked")

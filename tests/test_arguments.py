@@ -1,6 +1,7 @@
-"""Every public function takes plain numbers, lists, NumPy's and JAX's alike, and says which argument it can't use."""
+"""Public functions take numbers and arrays of Python, NumPy and JAX, and name a wrong argument."""
 
 import inspect
+import traceback
 from types import SimpleNamespace
 
 import jax
@@ -26,10 +27,11 @@ def straight(x, t):
     return -x
 
 
-# A call of each public function that takes numbers or arrays: its numbers and arrays by name, and the rest.
+# For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
     f.stream: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
+    f.evaluation_times: ({"times": [1.0, 0.5, 0.0]}, {"step": f.Heun()}),
     f.time_shift: ({"t": [0.5, 0.2], "mu": 1.5}, {}),
     f.resolution_mu: ({"tokens": 1024, "base_shift": 0.5}, {}),
     f.flow_times: ({"steps": 3, "mu": 0.5}, {}),
@@ -55,7 +57,7 @@ CALLS = {
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
     train.guided_target: ({"conditional": X, "unconditional": X, "scale": 2.0}, {}),
 }
-# With networks, files or devices: tested where they are, or below.
+# With networks, files or devices: tested in their folders, or below.
 ELSEWHERE = {
     f.text_to_image,
     f.load_models,
@@ -63,6 +65,7 @@ ELSEWHERE = {
     f.make_mesh,
     f.sample_ode,
     f.begin_sample,
+    f.flux_velocity,
     f.advance_sample,
     f.as_velocity,
     f.merge,
@@ -87,7 +90,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
-def test_numbers_and_arrays_may_be_of_any_library(function, form):
+def test_numbers_and_arrays_of_any_library_give_the_same(function, form):
     numbers, rest = CALLS[function]
     canonical = {
         name: value if isinstance(value, int | float) else jnp.float32(value)
@@ -102,24 +105,18 @@ def test_numbers_and_arrays_may_be_of_any_library(function, form):
         assert jnp.result_type(one) == jnp.result_type(other)
 
 
-def test_every_function_that_converts_its_arguments_has_a_row():
-    """A function says so by its decorator; all public ones of sampling are to have it."""
+def test_every_function_that_converts_its_arguments_is_tested():
+    """The decorator marks a function; all public ones of sampling must have it."""
     public = list(PUBLIC.values())
     functions = [
         one for one in public if inspect.isfunction(one) and one.__module__.startswith("fluxjax")
     ]
     decorated = {one for one in functions if hasattr(one, "converts_arguments")}
     assert decorated == CALLS.keys() | ELSEWHERE
-    folders = ("flow", "generate", "train")
-    plain = {
-        one.__name__
-        for one in functions
-        if one not in decorated and one.__module__.split(".")[1] in folders
-    }
-    assert plain <= {
-        "activation_dtype",
-        "seed_key",
-    }  # seed_key takes and checks any whole number itself
+    # All of these folders, but for those that take no numbers, or are for other folders.
+    public = [getattr(folder, name) for folder in (flow, train) for name in folder.__all__]
+    plain = {one.__name__ for one in public if inspect.isfunction(one) and one not in decorated}
+    assert plain == {"ancestral", "initial_memory"}
 
 
 def test_networks_take_what_fluxjax_itself_returns(tiny):
@@ -169,7 +166,7 @@ def test_a_legacy_key_draws_what_the_new_one_does():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("arguments", "message"),
     [
         (
             {"image": np.zeros((2, 2, 3), np.uint8)},
@@ -185,7 +182,7 @@ def test_a_legacy_key_draws_what_the_new_one_does():
         ),
     ],
 )
-def test_what_can_not_be_converted_is_named(given, told):
+def test_what_can_not_be_converted_is_named(arguments, message):
     @convert_arguments
     def call(
         image: Float[Array, "h w 3"],
@@ -196,12 +193,42 @@ def test_what_can_not_be_converted_is_named(given, told):
         return image
 
     call.__wrapped__.__qualname__ = "call"
-    with pytest.raises(ValueError, match=told.replace("call", ".*call")):
-        call(**given)
+    with pytest.raises(ValueError, match=message.replace("call", ".*call")):
+        call(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
+    [
+        (
+            lambda: f.sample(straight, X, [1.0, 0.0], step=f.Euler),
+            r"`sample\(step\)` takes Step, got the class Euler. Pass an instance, such as Euler",
+        ),
+        (lambda: f.sample(straight, X, [1.0, 0.0], step="euler"), r"takes Step, got 'euler'"),
+        (lambda: f.sample(3, X, [1.0, 0.0]), r"`sample\(velocity\)` takes a function, got 3"),
+        (lambda: f.sample(straight, X, [1.0, 0.0], history=3), r"`sample\(history\)` takes a bool"),
+        (lambda: f.estimates(X, X, 0.5, kind=3), r"`estimates\(kind\)` takes a string, got 3"),
+        (lambda: f.estimates(X, X[:2], 0.5, "x0"), "Dimensions of one name have the same size"),
+        (lambda: f.as_velocity(straight, "x0", "straight"), r"takes Path, got 'straight'"),
+        (lambda: f.DDIM("a"), r"`DDIM\(eta\)` takes a number, got 'a'"),
+        (lambda: f.UniPC2("snr"), r"`UniPC2\(clock\)` takes 'log_snr' or 'log_time', got 'snr'"),
+        (lambda: f.Guided(straight, 1, 2, rule=f.ZeroStar), r"takes Rule, got the class ZeroStar"),
+    ],
+)
+def test_a_wrong_type_is_one_error_with_a_short_traceback(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    # Without those of equinox, and of the hook that checks a class's fields after this.
+    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    # This test, the lambda above, and the decorator.
+    assert len(ours) == 3
+    assert ours[-1].name == "converted"
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
     [
         (lambda: f.Nag(float("nan")), r"`Nag\(scale\)` needs finite"),
         (lambda: f.DDIM(np.inf), r"`DDIM\(eta\)` needs finite"),
@@ -212,8 +239,8 @@ def test_what_can_not_be_converted_is_named(given, told):
         (lambda: f.FirstBlock(float("nan")), "is NaN"),
     ],
 )
-def test_numbers_of_modules_are_finite(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_numbers_of_modules_are_finite(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
@@ -224,7 +251,7 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
     both = f.text_to_image(
         tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options
     )
-    # The second image of its own batch has another noise, so the same prompt twice, and the second is compared.
+    # The second image of a batch has its own noise: draw the prompt twice, compare the second.
     alone = f.text_to_image(
         tiny,
         [prompts[1]] * 2,
@@ -237,7 +264,8 @@ def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
     for name in ("guidance", "cfg", "strength"):
         with pytest.raises(
             ValueError,
-            match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, got 3",
+            match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, "
+            "got 3",
         ):
             f.text_to_image(tiny, prompts, **{name: [1.0, 2.0, 3.0]}, **options)
         with pytest.raises(ValueError, match=rf"`text_to_image\({name}\)` needs finite numbers"):
@@ -257,7 +285,7 @@ def test_a_new_adapter_takes_numbers_of_any_library(tiny, form):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"rank": 2.5}, r"`init_lora\(rank\)` takes an integer, got 2.5"),
         ({"rank": 10**10}, "a rank of at most"),
@@ -267,6 +295,6 @@ def test_a_new_adapter_takes_numbers_of_any_library(tiny, form):
         ({"key": 0}, "needs one PRNG key"),
     ],
 )
-def test_a_new_adapter_of_wrong_numbers_is_refused(tiny, arguments, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_new_adapter_of_wrong_numbers_is_refused(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
         f.init_lora(tiny.clip, **{"rank": 2, "key": jax.random.key(0), **arguments})

@@ -21,7 +21,9 @@ from fluxjax.flow import uniform_times
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 ON_EACH_PAGE = pytest.mark.parametrize("page", PAGES)
-FENCE = re.compile(r"^(?P<note><!-- not run: .+ -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.S | re.M)
+FENCE = re.compile(
+    r"^(?P<note><!-- not run: .+ -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.S | re.M
+)
 WRITTEN = {
     "README.md": ["star.png"],
     "weights.md": ["tiny-own/flux.safetensors", "flux.safetensors", "my-model/fluxjax.json"],
@@ -31,7 +33,10 @@ MAX_COLUMNS = 100
 
 
 class Block(NamedTuple):
-    """A block of code on a page. `line`: of the page, where it begins. `runs`: whether it can run here."""
+    """A block of code on a page.
+
+    `line`: where it begins. `runs`: whether the tests can run it.
+    """
 
     kind: str
     text: str
@@ -76,8 +81,14 @@ def test_programs_that_are_not_run_use_names_that_exist(page):
             if isinstance(node, ast.Attribute):
                 check_name(ast.unparse(node))
             elif isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    check_name(f"{node.module}.{alias.name}")
+                check_imports(node)
+
+
+def check_imports(node: ast.ImportFrom) -> None:
+    if node.module.partition(".")[0] == "fluxjax":
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            assert hasattr(module, alias.name), ast.unparse(node)
 
 
 @ON_EACH_PAGE
@@ -100,19 +111,16 @@ def check_name(name: str) -> None:
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Yield each command of a page as its words, from its blocks and from its text."""
-    lines = []
+    """Yield each command in the blocks of a page, as its words."""
     for block in blocks(page, "sh"):
-        lines += block.text.replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:fluxjax|python) [^`]+)`", prose(page))
-    for line in lines:
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), "&&"]:
-            if word != "&&":
-                words.append(word)
-            elif words:
-                yield words
-                words = []
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word != "&&":
+                    words.append(word)
+                elif words:
+                    yield words
+                    words = []
 
 
 @ON_EACH_PAGE
@@ -120,15 +128,29 @@ def test_the_command_line_parses_the_commands_of_a_page(page):
     for words in commands(page):
         names = [Path(word).name for word in words]
         # Another program, such as srun, may run it.
-        if "fluxjax" in names and words[0] != "git":
+        if "fluxjax" in names:
             build_parser().parse_args(words[names.index("fluxjax") + 1 :])
 
 
 @ON_EACH_PAGE
 def test_the_tools_that_a_page_runs_exist(page):
-    for words in commands(page):
-        if words[0].startswith("python") and words[1].startswith("tools/"):
-            assert (ROOT / words[1]).exists(), words
+    tools = re.findall(r"`python (tools/[^\s`]+)", prose(page))
+    tools += [words[1] for words in commands(page) if words[0] == "python"]
+    for tool in tools:
+        path = ROOT / tool
+        assert path.is_file() or (path / "__main__.py").is_file(), tool
+
+
+@ON_EACH_PAGE
+def test_the_options_that_a_page_names_exist(page):
+    options = set()
+    for path in [*ROOT.glob("fluxjax/cli/*.py"), *ROOT.glob("tools/**/*.py")]:
+        options |= set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
+    # As in "--height" of `for name in ("height", "width")`.
+    options |= {"--height", "--width"}
+    for code in re.findall(r"`([^`]+)`", prose(page)):
+        if not code.startswith(("LIBTPU", "pip")):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code)) <= options, code
 
 
 @ON_EACH_PAGE

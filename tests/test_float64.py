@@ -1,4 +1,4 @@
-"""Networks in float64, in a process of its own, as `jax_enable_x64` is of a process."""
+"""Networks in float64, in a separate process, since `jax_enable_x64` applies to a process."""
 
 import os
 import subprocess
@@ -34,7 +34,8 @@ assert found.dtype == jnp.float64
 error = float(jnp.linalg.norm(found - expected.astype(jnp.float64)) / jnp.linalg.norm(found))
 assert 1e-9 < error <= 1e-5, error  # not 0: float64 has more digits than float32
 
-# Central differences of step h are off by h^2, and by the dtype's rounding over h: float32's would leave 1e-3.
+# Central differences of step h have an error of h^2, and of the dtype's rounding over h, which
+# would be 1e-3 in float32.
 step = 1e-5
 slope = (run(wide, x + step * way, "float64") - run(wide, x - step * way, "float64")) / (2 * step)
 tangent = jax.jvp(lambda x: velocity(wide, x, "float64"), (jnp.asarray(x),), (jnp.asarray(way),))[1]
@@ -43,14 +44,17 @@ assert error <= 1e-8, error
 
 models = fluxjax.load_models("tiny")
 options = {"key": jax.random.key(0), "steps": 1, "height": 32, "width": 32}
-drawn = [fluxjax.text_to_image(models, "a red star", dtype=dtype, **options) for dtype in ("float64", "float32")]
+drawn = [
+    fluxjax.text_to_image(models, "a red star", dtype=dtype, **options)
+    for dtype in ("float64", "float32")
+]
 assert all(image.dtype == jnp.float32 for image in drawn)
 np.testing.assert_allclose(*drawn, atol=1e-4)
 print("equal")
 """
 
 
-def test_a_network_in_float64_is_float32s_with_more_digits():
+def test_a_network_in_float64_equals_float32_with_more_digits():
     tests = Path(__file__).parent
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""What is a number, and what is printed of a file's text."""
+"""Checks of numbers, and how text of a file is printed."""
 
 import jax
 import jax.numpy as jnp

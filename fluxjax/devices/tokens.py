@@ -73,12 +73,9 @@ class TokenParallelFlux(eqx.Module):
         or for a named one where ring attention is used.
         """
         nag = attention if isinstance(attention, Nag) else None
-        implementation = attention if nag is None else nag.implementation
-        custom = callable(implementation) and not isinstance(implementation, Attention)
-        if custom or (degraded is not None and degraded.attention is not None):
-            raise ValueError(
-                "A custom attention would see a part of the tokens. Use context=1 with it."
-            )
+        implementation = _implementation(attention if nag is None else nag.implementation)
+        if degraded is not None:
+            _implementation(degraded.attention)
         devices = jax.lax.axis_size("context")
         # "tensor" splits the heads before "context" exchanges them.
         heads = self.flux.config.heads // jax.lax.axis_size("tensor")
@@ -97,6 +94,16 @@ class TokenParallelFlux(eqx.Module):
             _local_tokens(x), t, prepared.prepared, attention=joint, degraded=degraded
         )
         return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
+
+
+def _implementation(attention: AttentionChoice) -> str | Attention | None:
+    """Return an attention that can be run on split tokens.
+
+    **Raises:** `ValueError` for a custom one.
+    """
+    if attention is None or isinstance(attention, str | Attention):
+        return attention
+    raise ValueError("A custom attention would see a part of the tokens. Use context=1 with it.")
 
 
 def _local_tokens(x: Float[Array, "tokens features"]) -> Float[Array, "part features"]:

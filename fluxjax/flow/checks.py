@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.flow.step import Step, time_dtype
-from fluxjax.flow.velocity import Velocity
+from fluxjax.flow.velocity import Memory, Velocity
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Scalar
 
@@ -38,19 +38,22 @@ def check_times(
     check_finite(call, times=times)
     nodes = np.asarray(times, np.float64)
     changes = np.diff(nodes)
-    if not (np.all(changes < 0) or np.all(changes > 0)):
+    falls = np.all(changes < 0)
+    rises = np.all(changes > 0)
+    if not (falls or rises):
         # The first change against the direction from the first node to the last.
         wrong = int(np.argmax(changes * np.sign(nodes[-1] - nodes[0]) <= 0))
         raise ValueError(
             f"`{call}(times)` needs times that all fall, or all rise, got {nodes[wrong]:g} and "
             f"then {nodes[wrong + 1]:g}. Make them with `flow_times(steps)`."
         )
-    if nodes.min() < span[0] or nodes.max() > span[1]:
+    least, greatest = span
+    if nodes.min() < least or nodes.max() > greatest:
         raise ValueError(
-            f"`{call}(times)` needs times from {span[0]:g} to {span[1]:g} for {step}, got "
+            f"`{call}(times)` needs times from {least:g} to {greatest:g} for {step}, got "
             f"{nodes.min():g} to {nodes.max():g}. 1 is noise, 0 the image."
         )
-    if changes[0] > 0 and not rising:
+    if rises and not rising:
         raise ValueError(
             f"`{call}(times)` got rising times, and {step} only goes from noise to image. Pass "
             "falling times, or invert with a step that draws no noise, such as `Euler()`, which is "
@@ -71,14 +74,15 @@ def checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
 def checked_velocity(call: str, velocity: Velocity) -> Velocity:
     """Return a velocity whose values are cast to the dtype of x; see `cast_value`."""
 
-    def field(x: Array, t: Scalar, **memory: Any) -> Any:
-        result = velocity(x, t, **memory)
+    # A velocity without a memory takes no argument of that name, so none is passed to it.
+    def field(x: Array, t: Scalar, **memory: Memory) -> Array | tuple[Array, Memory]:
+        result: Any = velocity(x, t, **memory)
         if not memory:
             return cast_value(call, result, x)
         value, new_memory = result
         return cast_value(call, value, x), new_memory
 
-    return field
+    return field  # type: ignore[return-value]  # with `memory=` it returns a pair
 
 
 def cast_value(call: str, value: Any, x: Array) -> Array:
@@ -87,8 +91,10 @@ def cast_value(call: str, value: Any, x: Array) -> Array:
     **Raises:** `ValueError` for another shape than that of x, and for a dtype that is wider or not
     floating-point.
     """
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    shape = jnp.shape(value)
+    dtype = jnp.result_type(value)
     fits = shape == x.shape and jnp.issubdtype(dtype, jnp.floating)
+    # A wider dtype would be rounded at every step, which the user would not notice.
     if not fits or jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
         raise ValueError(
             f"`{call}(velocity)` needs a velocity that returns the shape of x and at most its "

@@ -25,12 +25,13 @@ def clock_difference(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
 
     It is infinite where one of the two is infinite, and NaN where both are.
     """
+    t_rest: Scalar | float = 1.0
+    u_rest: Scalar | float = 1.0
     if clock == "log_snr":
-        t_rest, u_rest = 1 - t, 1 - u
-    else:
-        t_rest, u_rest = 1.0, 1.0
-    # log1p of (ratio of both odds) - 1, seen from the smaller time, so that the ratio is above 1
-    # and nothing cancels.
+        t_rest = 1 - t
+        u_rest = 1 - u
+    # log1p of the ratio of both odds minus 1. The ratio is taken so that it is above 1: then
+    # nothing cancels, however close the times are.
     falling = jnp.log1p((t - u) / (u * t_rest))
     rising = -jnp.log1p((u - t) / (t * u_rest))
     return jnp.where(u < t, falling, rising)
@@ -50,9 +51,11 @@ def middle_time(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
     noise = jnp.sqrt(t * u)
     if clock == "log_time":
         return noise
-    # The same in shares of noise and image, of which none is infinite.
-    whole = noise + jnp.sqrt((1 - t) * (1 - u))
-    return jnp.where(whole > 0, noise / jnp.where(whole > 0, whole, 1), 0)
+    # The same from the shares of noise and image, of which none is infinite.
+    image = jnp.sqrt((1 - t) * (1 - u))
+    whole = noise + image
+    known = whole > 0
+    return jnp.where(known, noise / jnp.where(known, whole, 1), 0)
 
 
 def slope_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
@@ -63,9 +66,12 @@ def slope_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
     """
     difference = clock_difference(clock, t, u)
     finite = jnp.isfinite(difference)
+    # Replaced before it is used, since a gradient would make NaN of 0 times infinity.
     difference = jnp.where(finite, difference, 0)
-    end = 1 - u if clock == "log_snr" else jnp.ones_like(u)  # u e^c(u)
-    return jnp.where(finite, end * difference**2 * phi2(-difference), 0)
+    # u e^c(u) of each clock.
+    end = 1 - u if clock == "log_snr" else jnp.ones_like(u)
+    weight = end * difference**2 * phi2(-difference)
+    return jnp.where(finite, weight, 0)
 
 
 def constant_weight(t: Scalar, u: Scalar) -> Scalar:
@@ -73,13 +79,16 @@ def constant_weight(t: Scalar, u: Scalar) -> Scalar:
 
     It is 0 at t = 0, where the estimate is x itself.
     """
-    return jnp.where(t > 0, (t - u) / jnp.where(t > 0, t, 1), 0)
+    started = t > 0
+    divisor = jnp.where(started, t, 1)
+    return jnp.where(started, (t - u) / divisor, 0)
 
 
 def safe_inverse(difference: Scalar) -> Scalar:
     """Return 1 / difference, or 0 where that is 0, infinite or NaN: then a slope is unknown."""
     usable = jnp.isfinite(difference) & (difference != 0)
-    return jnp.where(usable, 1 / jnp.where(usable, difference, 1), 0)
+    divisor = jnp.where(usable, difference, 1)
+    return jnp.where(usable, 1 / divisor, 0)
 
 
 def phi2(z: Scalar) -> Scalar:
@@ -97,9 +106,12 @@ def _phi(z: Scalar, order: int, formula: Callable[[Scalar], Scalar]) -> Scalar:
     near = jnp.abs(z) < 1
     small = jnp.where(near, z, 0)
     series = jnp.zeros_like(z)
+    # Horner's scheme: the sum of z^n / (n + order)!.
     for power in reversed(range(_SERIES_TERMS)):
-        series = series * small + 1 / math.factorial(power + order)
-    return jnp.where(near, series, formula(jnp.where(near, 1, z)))
+        coefficient = 1 / math.factorial(power + order)
+        series = series * small + coefficient
+    far = jnp.where(near, 1, z)
+    return jnp.where(near, series, formula(far))
 
 
 class PreviousEstimate(NamedTuple):
@@ -120,4 +132,5 @@ def estimate_slope(clock: Clock, previous: PreviousEstimate, estimate: X, t: Sca
     It is 0 where the clock is infinite at either node, and before there is a previous node.
     """
     difference = clock_difference(clock, previous.t, t)
-    return (estimate - previous.estimate) * safe_inverse(difference)
+    change = estimate - previous.estimate
+    return change * safe_inverse(difference)

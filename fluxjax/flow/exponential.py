@@ -11,7 +11,7 @@ the contribution of D is less than half of the last digit of x, and would be rou
 step if it were added alone.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -31,15 +31,23 @@ from fluxjax.flow.clocks import (
     safe_inverse,
     slope_weight,
 )
-from fluxjax.flow.step import Step, StepState, X, scalar_like, start_time_only
+from fluxjax.flow.step import (
+    EvaluationTimes,
+    OptionalKey,
+    Step,
+    StepState,
+    X,
+    scalar_like,
+    start_time_only,
+)
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import Array, PRNGKeyArray, Scalar
+from fluxjax.shapes import Array, Scalar
 
 
 class _ExponentialStep(Step):
     """A step whose clock is defined only from t = 0 to 1."""
 
-    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    span = (0.0, 1.0)
     clock: Clock = eqx.field(static=True, default="log_snr")
 
 
@@ -47,7 +55,7 @@ class _OneStep(_ExponentialStep):
     def init(self, x: X) -> None:
         return None
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes:
         return t, middle_time(self.clock, t, u)
 
 
@@ -65,8 +73,8 @@ class DPMpp2S(_OneStep):
     **Source:** Lu et al. 2022b, algorithm 1, r = 1/2.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 2
+    order = 2
+    evaluations = 2
 
     def __call__(
         self,
@@ -76,10 +84,11 @@ class DPMpp2S(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
         v, change = _change_at_middle(self.clock, velocity, x, t, u)
-        return x + ((u - t) * v + constant_weight(t, u) * change), None, None
+        correction = constant_weight(t, u) * change
+        return x + ((u - t) * v + correction), None, None
 
 
 @convert_arguments
@@ -92,8 +101,8 @@ class RES2S(_OneStep):
     2.18.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 2
+    order = 2
+    evaluations = 2
 
     def __call__(
         self,
@@ -103,20 +112,24 @@ class RES2S(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
         v, change = _change_at_middle(self.clock, velocity, x, t, u)
         difference = clock_difference(self.clock, t, u)
+        # The slope is the change over half of the clock difference.
         weight = slope_weight(self.clock, t, u) * 2 * safe_inverse(difference)
-        return x + ((u - t) * v + weight * change), None, None
+        correction = weight * change
+        return x + ((u - t) * v + correction), None, None
 
 
 def _change_at_middle(clock: Clock, velocity: Velocity, x: X, t: Scalar, u: Scalar) -> tuple[X, X]:
     """Return the velocity at t, and the change of the x0 estimate from t to the middle time."""
     middle = middle_time(clock, t, u)
     v = velocity(x, t)
+    estimate = x - t * v
     x_middle = x + (middle - t) * v
-    return v, x_middle - middle * velocity(x_middle, middle) - (x - t * v)
+    v_middle = velocity(x_middle, middle)
+    return v, x_middle - middle * v_middle - estimate
 
 
 @convert_arguments
@@ -126,8 +139,8 @@ class DPMpp2M(_Multistep):
     **Source:** Lu et al. 2022b, algorithm 2.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 1
+    order = 2
+    evaluations = 1
 
     def __call__(
         self,
@@ -137,13 +150,14 @@ class DPMpp2M(_Multistep):
         u: Scalar,
         state: PreviousEstimate,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, PreviousEstimate, None]:
         v = velocity(x, t)
         estimate = x - t * v
         slope = estimate_slope(self.clock, state, estimate, t)
         change = half_difference(self.clock, t, u) * slope
-        end = x + ((u - t) * v + constant_weight(t, u) * change)
+        correction = constant_weight(t, u) * change
+        end = x + ((u - t) * v + correction)
         return end, PreviousEstimate(estimate, t), None
 
 
@@ -156,8 +170,8 @@ class RES2M(_Multistep):
     **Source:** Zhang et al. 2023, section 3.3.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 1
+    order = 2
+    evaluations = 1
 
     def __call__(
         self,
@@ -167,12 +181,13 @@ class RES2M(_Multistep):
         u: Scalar,
         state: PreviousEstimate,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, PreviousEstimate, None]:
         v = velocity(x, t)
         estimate = x - t * v
         slope = estimate_slope(self.clock, state, estimate, t)
-        end = x + ((u - t) * v + slope_weight(self.clock, t, u) * slope)
+        correction = slope_weight(self.clock, t, u) * slope
+        end = x + ((u - t) * v + correction)
         return end, PreviousEstimate(estimate, t), None
 
 
@@ -184,9 +199,9 @@ class DEIS2(Step):
     **Source:** Zhang & Chen 2022, eq. 15, on the straight path.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 1
-    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    order = 2
+    evaluations = 1
+    span = (0.0, 1.0)
 
     evaluation_times = start_time_only
 
@@ -202,13 +217,14 @@ class DEIS2(Step):
         u: Scalar,
         state: tuple[X, Scalar],
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, tuple[X, Scalar], None]:
         previous_noise, previous_t = state
         v = velocity(x, t)
         noise = x + (1 - t) * v
         weight = _noise_slope_weight(t, u) / (t - previous_t)
-        end = x + ((u - t) * v + weight * (noise - previous_noise))
+        correction = weight * (noise - previous_noise)
+        end = x + ((u - t) * v + correction)
         return end, (noise, t), None
 
 
@@ -218,11 +234,14 @@ def _noise_slope_weight(t: Scalar, u: Scalar) -> Scalar:
     It is set to 0 from t = 1, and to u = 0 so that the step ends on the x0 estimate.
     """
     inside = (t < 1) & (u > 0)
-    end = jnp.where(inside & (u < 1), 1 - u, 1)
+    regular = inside & (u < 1)
+    end = jnp.where(regular, 1 - u, 1)
     # log((1 - t) / (1 - u)), by log1p for close times.
-    log_ratio = jnp.log1p(jnp.where(inside & (u < 1), (u - t) / end, 0))
-    to_inside = end * log_ratio**2 * phi2(log_ratio)
-    return jnp.where(inside, jnp.where(u < 1, to_inside, 1 - t), 0)
+    log_ratio = jnp.log1p(jnp.where(regular, (u - t) / end, 0))
+    weight = end * log_ratio**2 * phi2(log_ratio)
+    # The limit of the weight for u = 1 is 1 - t.
+    weight = jnp.where(u < 1, weight, 1 - t)
+    return jnp.where(inside, weight, 0)
 
 
 class UniPCState(NamedTuple):
@@ -249,8 +268,8 @@ class UniPC2(_Multistep):
     **Source:** Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1 (bh2), for p = 2.
     """
 
-    order: ClassVar[int] = 3
-    evaluations: ClassVar[int] = 1
+    order = 3
+    evaluations = 1
 
     def init(self, x: X) -> UniPCState:
         nothing = no_previous_estimate(x)
@@ -264,17 +283,19 @@ class UniPC2(_Multistep):
         u: Scalar,
         state: UniPCState,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, UniPCState, None]:
         v = velocity(x, t)
         estimate = x - t * v
         x = jnp.where(state.steps > 0, self._corrected(state, t, estimate), x)
         # The estimate was evaluated at the predicted x. Keep it, and use the velocity that
         # belongs to it at the corrected x.
-        v = jnp.where(t > 0, (x - estimate) / jnp.where(t > 0, t, 1), v)
+        started = t > 0
+        v = jnp.where(started, (x - estimate) / jnp.where(started, t, 1), v)
         slope = estimate_slope(self.clock, state.last, estimate, t)
         change = half_difference(self.clock, t, u) * slope
-        end = x + ((u - t) * v + constant_weight(t, u) * change)
+        correction = constant_weight(t, u) * change
+        end = x + ((u - t) * v + correction)
         last = PreviousEstimate(estimate, t)
         return end, UniPCState(x, v, last, state.last, state.steps + 1), None
 
@@ -288,13 +309,15 @@ class UniPC2(_Multistep):
         ratio = -earlier_clock * safe_inverse(difference)
         usable = (state.steps > 1) & jnp.isfinite(ratio) & (ratio != 0)
         ratio = jnp.where(usable, ratio, -1)
+        # The solution of the two order conditions.
         older = jnp.where(usable, (first - second) / (1 - ratio), 0)
         # With only one earlier node the corrector is of order 1, with the weight 1/2.
         newer = jnp.where(state.steps > 1, first - older, 0.5)
-        change = newer * (estimate - state.last.estimate) + older / ratio * (
-            state.earlier.estimate - state.last.estimate
-        )
-        return state.x + ((t - start) * state.velocity + constant_weight(start, t) * change)
+        last_change = estimate - state.last.estimate
+        earlier_change = state.earlier.estimate - state.last.estimate
+        change = newer * last_change + older / ratio * earlier_change
+        correction = constant_weight(start, t) * change
+        return state.x + ((t - start) * state.velocity + correction)
 
 
 def _corrector_right_sides(difference: Scalar) -> tuple[Scalar, Scalar]:
@@ -304,6 +327,7 @@ def _corrector_right_sides(difference: Scalar) -> tuple[Scalar, Scalar]:
     these where the difference is infinite.
     """
     finite = jnp.isfinite(difference) & (difference != 0)
+    # Where the limit is returned, z only has to be finite.
     z = jnp.where(finite, -difference, 1)
     phi1 = jnp.expm1(z) / z
     limit = jnp.where(difference > 0, 1, 0)

@@ -69,7 +69,8 @@ class ZeroStar(Rule):
         nonzero = square > 0
         factor = jnp.vdot(positive, negative) / jnp.where(nonzero, square, 1)
         scaled = jnp.where(nonzero, factor, 0) * negative
-        return jnp.where(t >= self.zero_from, 0, scaled + scale * (positive - scaled))
+        guided = scaled + scale * (positive - scaled)
+        return jnp.where(t >= self.zero_from, 0, guided)
 
 
 @convert_arguments
@@ -118,21 +119,24 @@ class Projected(Rule):
         # The memory is a difference of x0 estimates, which is t times one of velocities. At t = 0
         # guidance changes no estimate.
         momentum = jnp.asarray(self.momentum, x.dtype) * memory
-        velocity_momentum = jnp.where(t > 0, momentum / jnp.where(t > 0, t, 1), 0)
-        difference = positive - negative + velocity_momentum
-        guided = self._guide(x, t, positive, difference, scale)
-        return guided, t * (positive - negative) + momentum
+        inside = t > 0
+        velocity_momentum = jnp.where(inside, momentum / jnp.where(inside, t, 1), 0)
+        plain = positive - negative
+        guided = self._guide(x, t, positive, plain + velocity_momentum, scale)
+        return guided, t * plain + momentum
 
     def _guide(self, x: X, t: Scalar, positive: X, difference: X, scale: Scalar) -> X:
         estimate = x - t * positive
         # The difference of the estimates is -t times that of the velocities: no division by t.
         length = t * jnp.linalg.norm(difference)
-        shrunk = self.bound / jnp.where(length > 0, length, 1)
-        difference = difference * jnp.where(length > self.bound, shrunk, 1)
+        shrink = self.bound / jnp.where(length > 0, length, 1)
+        difference = difference * jnp.where(length > self.bound, shrink, 1)
+        # An estimate of 0 has no direction; then nothing is along it.
         square = jnp.vdot(estimate, estimate)
         share = jnp.vdot(difference, estimate) / jnp.where(square > 0, square, 1)
         along = share * estimate
-        return positive + (scale - 1) * (difference - along + self.parallel * along)
+        change = difference - along + self.parallel * along
+        return positive + (scale - 1) * change
 
 
 @convert_arguments
@@ -207,6 +211,7 @@ class Guided(StatefulVelocity):
         check_finite("Guided", scale=self.scale, low=self.low, high=self.high)
         known = is_concrete_number(self.scale)
         if self.negative is None and known and np.any(np.asarray(self.scale) != 1):
+            # A traced scale can not be checked; then the velocity is that of `positive`.
             raise ValueError(
                 f"`Guided(scale={self.scale})` needs the condition to guide away from. "
                 "Pass negative=."
@@ -222,13 +227,15 @@ class Guided(StatefulVelocity):
     def __call__(
         self, x: X, t: Scalar, *condition: Condition, memory: GuidedMemory | None = None
     ) -> X | tuple[X, GuidedMemory]:
-        scale, t = jnp.asarray(self.scale, x.dtype), jnp.asarray(t, x.dtype)
+        scale = jnp.asarray(self.scale, x.dtype)
+        t = jnp.asarray(t, x.dtype)
         before = memory
         if before is None:
             before = self.init(x) or GuidedMemory(None, None, None)
         if self.negative is None:
             guided, positive, after = self._positive_only(x, t, before)
         else:
+            # The branch is chosen at run time, so that another scale or window does not recompile.
             guided, positive, after = jax.lax.cond(
                 (scale != 1) & (self.low <= t) & (t <= self.high),
                 lambda: self._both(x, t, scale, before),
@@ -250,7 +257,8 @@ class Guided(StatefulVelocity):
         """Return the guided velocity, the positive one, and the new memory."""
         if memory.positive is None:
             pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.positive, self.negative)
-            positive, negative = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, t, pair)
+            evaluate_pair = jax.vmap(self.velocity, in_axes=(None, None, 0))
+            positive, negative = evaluate_pair(x, t, pair)
             after_positive, after_negative = None, None
         else:
             # A memory may decide which parts are evaluated, so that a batch would evaluate all.
@@ -266,8 +274,10 @@ class Guided(StatefulVelocity):
 
     def _away_from_weak(self, weak: WeakModel, x: X, t: Scalar, guided: X, positive: X) -> X:
         strength = jnp.asarray(weak.strength, x.dtype)
-        return jax.lax.cond(
-            (strength != 0) & (weak.low <= t) & (t <= weak.high),
-            lambda: guided + strength * (positive - weak.velocity(x, t, self.positive)),
-            lambda: guided,
-        )
+        used = (strength != 0) & (weak.low <= t) & (t <= weak.high)
+
+        def away() -> X:
+            degraded = weak.velocity(x, t, self.positive)
+            return guided + strength * (positive - degraded)
+
+        return jax.lax.cond(used, away, lambda: guided)

@@ -60,11 +60,12 @@ def sample_ode(
     arrays, static = eqx.partition(velocity, eqx.is_array)
 
     def field(t: Scalar, x: Array, arrays: object) -> Array:
-        # diffrax wants the arrays as arguments: it does not differentiate what is closed over.
+        # The arrays are arguments: diffrax does not differentiate what a field closes over.
         value = eqx.combine(arrays, static)(x, jnp.asarray(t, times.dtype))
         return cast_value("sample_ode", value, x)
 
     controller: AbstractStepSizeController
+    # Without tolerances, one step per interval; diffrax still wants a limit of steps.
     if rtol is None:
         controller, max_steps = diffrax.StepTo(ts=times), len(times)
     else:
@@ -101,7 +102,7 @@ def _stages(solver: Solver) -> int:
     If the last stage of a step is the first of the next one, it counts once.
     """
     tableau = getattr(solver, "tableau", None)
-    if tableau is None:
+    if tableau is None:  # not a Runge-Kutta solver
         return 1
     return tableau.num_stages - int(tableau.fsal)
 

@@ -46,17 +46,25 @@ def estimates(
     if kind == "velocity":
         return _from_velocity(prediction, x, t, path)
     if kind == "v":
+        # v and x are x0 and noise, rotated and scaled.
         square = alpha**2 + sigma**2
         x0 = (alpha * x - sigma * prediction) / square
-        return Estimates(x0, (sigma * x + alpha * prediction) / square)
+        noise = (sigma * x + alpha * prediction) / square
+        return Estimates(x0, noise)
     if kind == "x0":
-        sigma = eqx.error_if(sigma, sigma == 0, _undetermined("x0", "sigma = 0, the end"))
-        return Estimates(prediction, (x - alpha * prediction) / sigma)
+        sigma = _nonzero_sigma(sigma, kind)
+        noise = (x - alpha * prediction) / sigma
+        return Estimates(prediction, noise)
     if kind == "score":
-        nonzero = eqx.error_if(sigma, sigma == 0, _undetermined("score", "sigma = 0, the end"))
-        prediction = -nonzero * prediction
+        # The score of x is -noise / sigma; from here on it is a prediction of the noise.
+        prediction = -_nonzero_sigma(sigma, kind) * prediction
     alpha = eqx.error_if(alpha, alpha == 0, _undetermined(kind, "alpha = 0, the start"))
-    return Estimates((x - sigma * prediction) / alpha, prediction)
+    x0 = (x - sigma * prediction) / alpha
+    return Estimates(x0, prediction)
+
+
+def _nonzero_sigma(sigma: Scalar, kind: str) -> Scalar:
+    return eqx.error_if(sigma, sigma == 0, _undetermined(kind, "sigma = 0, the end"))
 
 
 def _from_velocity(prediction: Array, x: Array, t: Scalar, path: Path) -> Estimates:
@@ -65,7 +73,8 @@ def _from_velocity(prediction: Array, x: Array, t: Scalar, path: Path) -> Estima
     # x and dx/dt are two linear equations in x0 and noise; this is their determinant.
     wronskian = alpha * sigma_rate - sigma * alpha_rate
     x0 = (sigma_rate * x - sigma * prediction) / wronskian
-    return Estimates(x0, (alpha * prediction - alpha_rate * x) / wronskian)
+    noise = (alpha * prediction - alpha_rate * x) / wronskian
+    return Estimates(x0, noise)
 
 
 def _with_derivative(function: Callable[[Scalar], Scalar], t: Scalar) -> tuple[Scalar, Scalar]:
@@ -98,8 +107,7 @@ def convert_prediction(
     if target == "v":
         return alpha * noise - sigma * x0
     if target == "score":
-        message = _undetermined("score", "sigma = 0, the end")
-        return -noise / eqx.error_if(sigma, sigma == 0, message)
+        return -noise / _nonzero_sigma(sigma, target)
     _, alpha_rate = _with_derivative(path.alpha, t)
     _, sigma_rate = _with_derivative(path.sigma, t)
     return alpha_rate * x0 + sigma_rate * noise
@@ -117,6 +125,7 @@ class AsVelocity(eqx.Module):
         tau = jnp.asarray(t, x.dtype)
         path_t = self.path.time(tau)
         path_x = x
+        # The scale of the straight path is 1 by definition, where 1 - t + t might round.
         if not isinstance(self.path, Straight):
             path_x = x * (self.path.alpha(path_t) + self.path.sigma(path_t))
         prediction = self.model(path_x, path_t)

@@ -1,10 +1,15 @@
 """Integrators that combine velocities; all are exact where the velocity is constant."""
 
-from typing import ClassVar
-
-from fluxjax.flow.step import Step, X, scalar_like, start_time_only
+from fluxjax.flow.step import (
+    EvaluationTimes,
+    OptionalKey,
+    Step,
+    X,
+    scalar_like,
+    start_time_only,
+)
 from fluxjax.flow.velocity import Velocity
-from fluxjax.shapes import PRNGKeyArray, Scalar
+from fluxjax.shapes import Scalar
 
 
 class _OneStep(Step):
@@ -22,8 +27,8 @@ class Euler(_OneStep):
     **Source:** Song et al. 2021 (DDIM), eq. 12.
     """
 
-    order: ClassVar[int] = 1
-    evaluations: ClassVar[int] = 1
+    order = 1
+    evaluations = 1
 
     evaluation_times = start_time_only
 
@@ -35,7 +40,7 @@ class Euler(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
         return x + (u - t) * velocity(x, t), None, None
 
@@ -48,8 +53,8 @@ class Heun(_OneStep):
     **Source:** Karras et al. 2022, algorithm 1.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 2
+    order = 2
+    evaluations = 2
 
     def __call__(
         self,
@@ -59,13 +64,14 @@ class Heun(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
+        h = u - t
         first = velocity(x, t)
-        second = velocity(x + (u - t) * first, u)
-        return x + (u - t) / 2 * (first + second), None, None
+        second = velocity(x + h * first, u)
+        return x + h / 2 * (first + second), None, None
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes:
         return t, u
 
 
@@ -77,8 +83,8 @@ class Midpoint(_OneStep):
     **Source:** Wang et al. 2024, algorithm 1.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 2
+    order = 2
+    evaluations = 2
 
     def __call__(
         self,
@@ -88,12 +94,14 @@ class Midpoint(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
         half = (u - t) / 2
-        return x + (u - t) * velocity(x + half * velocity(x, t), t + half), None, None
+        x_middle = x + half * velocity(x, t)
+        v_middle = velocity(x_middle, t + half)
+        return x + (u - t) * v_middle, None, None
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes:
         return t, t + (u - t) / 2
 
 
@@ -103,8 +111,8 @@ class RK4(_OneStep):
     **Source:** Kutta 1901.
     """
 
-    order: ClassVar[int] = 4
-    evaluations: ClassVar[int] = 4
+    order = 4
+    evaluations = 4
 
     def __call__(
         self,
@@ -114,16 +122,17 @@ class RK4(_OneStep):
         u: Scalar,
         state: None,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, None, None]:
         h = u - t
         first = velocity(x, t)
         second = velocity(x + h / 2 * first, t + h / 2)
         third = velocity(x + h / 2 * second, t + h / 2)
         fourth = velocity(x + h * third, u)
-        return x + h / 6 * (first + 2 * second + 2 * third + fourth), None, None
+        total = first + 2 * second + 2 * third + fourth
+        return x + h / 6 * total, None, None
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes:
         return t, t + (u - t) / 2, u
 
 
@@ -135,13 +144,13 @@ class AB2(Step):
     **Source:** Hairer et al. 1993, section III.5.
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 1
+    order = 2
+    evaluations = 1
 
     evaluation_times = start_time_only
 
     def init(self, x: X) -> tuple[X, Scalar]:
-        # Before the first step, pretend a step of infinite length: then nothing is extrapolated.
+        # A previous step of infinite length, so that the first step extrapolates nothing.
         return x * 0, scalar_like(x, float("inf"))
 
     def __call__(
@@ -152,9 +161,11 @@ class AB2(Step):
         u: Scalar,
         state: tuple[X, Scalar],
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, tuple[X, Scalar], None]:
         previous_velocity, previous_length = state
         v = velocity(x, t)
-        ratio = (u - t) / previous_length
-        return x + (u - t) * (v + ratio / 2 * (v - previous_velocity)), (v, u - t), None
+        length = u - t
+        ratio = length / previous_length
+        extrapolated = v + ratio / 2 * (v - previous_velocity)
+        return x + length * extrapolated, (v, length), None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.step import Step, StepState
+from fluxjax.flow.step import OptionalKey, Step, StepState
 from fluxjax.flow.velocity import Memory, Velocity, initial_memory
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 
@@ -17,10 +17,11 @@ from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 class Sample(NamedTuple):
     """The result of `sample`.
 
-    `x`: the state at the last time. `history`: the state at every node, [nodes, ...], or None.
-    `evaluations`: how often the velocity was evaluated, in all. `log_prob`: the log-density of what
-    each stochastic step drew, [nodes - 1], or None. `memory`: the final memory of a
-    `StatefulVelocity`, or None.
+    - `x`: the state at the last time.
+    - `history`: the state at every node, [nodes, ...], or None.
+    - `evaluations`: how often the velocity was evaluated, in all.
+    - `log_prob`: the log-density of what each stochastic step drew, [nodes - 1], or None.
+    - `memory`: the final memory of a `StatefulVelocity`, or None.
     """
 
     x: Array
@@ -39,11 +40,11 @@ class Carry(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """The times `t` and `u` at both ends of a step, and the step's `index` from 0."""
+    """The times `t` and `u` at both ends of a step, and the step's `number` from 0."""
 
     t: Scalar
     u: Scalar
-    index: Scalar
+    number: Scalar
 
 
 @convert_arguments
@@ -93,13 +94,15 @@ def sample(
 
 
 class SampleState(eqx.Module):
-    """The state of a sampling run between two steps; see `begin_sample` and `advance_sample`.
+    """A sampling run between two steps; see `begin_sample` and `advance_sample`.
 
-    `x`: the current state in float32 (float64 for a float64 start). `step_state`: the state of the
-    integrator. `memory`: the memory of a `StatefulVelocity`, or None. `estimate`: the x0 that the
-    last step pointed to, where the straight line through both ends of the step meets t = 0; before
-    the first step, x itself. `finite_steps`: the number of leading steps after which every number
-    of x was finite; it equals the number of steps taken unless NaN or infinity appeared.
+    - `x`: the current state, in float32 (float64 for a float64 start).
+    - `step_state`: the state of the integrator.
+    - `memory`: the memory of a `StatefulVelocity`, or None.
+    - `estimate`: the x0 that the last step pointed to, where the straight line through both ends
+      of the step meets t = 0. Before the first step it is x itself.
+    - `finite_steps`: the number of leading steps after which every number of x was finite. It
+      equals the number of steps taken, unless NaN or infinity appeared.
     """
 
     x: Array
@@ -119,7 +122,8 @@ def begin_sample(
 ) -> SampleState:
     """Return the state before the first step of a run that `advance_sample` continues.
 
-    Arguments and errors are those of `sample`.
+    **Arguments:** as for `sample`. `times` are all nodes of the run.
+    **Raises:** as `sample`.
     """
     times = checked_times("begin_sample", step, times, x)
     carry = first_carry(step, velocity, x.astype(times.dtype))
@@ -143,8 +147,13 @@ def advance_sample(
     loop is a scan, which has reverse-mode gradients. With traced integers it is a while loop, so
     that one compiled program serves segments of every length.
 
-    **Arguments:** `state`: from `begin_sample`, or from a call whose `stop` is now `start`.
-    `times`: all nodes of the run. The others are those of `sample`, the same for all segments.
+    **Arguments:**
+
+    - `state`: from `begin_sample`, or from a call whose `stop` is now `start`.
+    - `times`: all nodes of the run, not only those of the segment.
+    - `start`, `stop`: numbers of steps, Python integers or integer scalars.
+    - `velocity`, `step`, `key`: as for `sample`, and the same for all segments.
+
     **Returns:** the state at `times[stop]`.
     **Raises:** as `sample`, and `ValueError` unless 0 <= start <= stop <= steps (traced integers
     are not checked).
@@ -157,6 +166,7 @@ def advance_sample(
         before = Carry(state.x, state.step_state, state.memory)
         interval = Interval(times[index], times[index + 1], index)
         after, _ = take_step(step, field, before, interval, key)
+        # Once a step is not finite, no later one counts, even if it is finite again.
         all_before = state.finite_steps == jnp.asarray(index, jnp.int32)
         finite = all_before & jnp.all(jnp.isfinite(after.x))
         return SampleState(
@@ -171,6 +181,7 @@ def advance_sample(
 
 
 def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
+    # Indices out of range would be clamped by JAX, and give steps of length 0.
     if isinstance(start, jax.core.Tracer) or isinstance(stop, jax.core.Tracer):
         return
     if not 0 <= int(start) <= int(stop) <= steps:
@@ -181,22 +192,26 @@ def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
 
 
 def first_carry(step: Step, velocity: Velocity, x: Array) -> Carry:
+    """Return what is passed to the first step."""
     return Carry(x, step.init(x), initial_memory(velocity, x))
 
 
 def take_step(
-    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: PRNGKeyArray | None
+    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: OptionalKey
 ) -> tuple[Carry, Array | None]:
     """Take one step. Return its result, and the log-density of what it drew.
 
-    The key of a step depends only on the step's index. A memory passes through all evaluations of
+    The key of a step depends only on the step's number. A memory passes through all evaluations of
     the step, one after another.
     """
-    t, u, index = interval
+    t, u, number = interval
     memory = carry.memory
+    # Folding in the number, instead of splitting a key at each step, gives a step the same key in
+    # every segment of a run.
     if key is not None:
-        key = jax.random.fold_in(key, index)
+        key = jax.random.fold_in(key, number)
 
+    # Integrators know nothing of memories, so the memory goes around them in this closure.
     def with_memory(x: Array, t: Scalar) -> Array:
         nonlocal memory
         value, memory = velocity(x, t, memory=memory)  # type: ignore[call-arg]
@@ -213,6 +228,7 @@ def straight_estimate(x: Array, end: Array, interval: Interval) -> Array:
     return end - u * (end - x) / (u - t)
 
 
+@convert_arguments
 def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, " times"] | None:
     """Return all times at which an integrator evaluates the velocity, from first node to last.
 
@@ -220,6 +236,7 @@ def evaluation_times(step: Step, times: Float[Array, " nodes"]) -> Float[Array, 
     **Returns:** the times, repeated if they are evaluated repeatedly, in no particular order; None
     if `step.evaluation_times` does not know them.
     """
+    # One array per evaluation of a step, each with one time per step.
     by_stage = jax.vmap(step.evaluation_times)(times[:-1], times[1:])
     if by_stage is None:
         return None

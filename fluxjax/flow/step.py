@@ -18,6 +18,12 @@ from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
 X = Float[Array, "*shape"]
 """The state that is integrated, of any shape."""
 
+OptionalKey = PRNGKeyArray | None
+"""The key of one step; None for a run without noise."""
+
+EvaluationTimes = tuple[Scalar, ...]
+"""The times at which one step evaluates the velocity."""
+
 StepState = Any
 """What an integrator carries from one step to the next: a pytree of arrays, or None."""
 
@@ -49,7 +55,7 @@ class Step(eqx.Module):
         u: Scalar,
         state: StepState,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, StepState, Scalar | None]:
         """Take one step from t to u.
 
@@ -57,7 +63,7 @@ class Step(eqx.Module):
         step that draws nothing).
         """
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
         """Return the times at which the step from t to u evaluates the velocity.
 
         What depends only on these times can then be computed once for all steps. None, the
@@ -66,7 +72,7 @@ class Step(eqx.Module):
         return None
 
 
-def start_time_only(step: Step, t: Scalar, u: Scalar) -> tuple[Scalar, ...]:
+def start_time_only(step: Step, t: Scalar, u: Scalar) -> EvaluationTimes:
     """Return (t,): the `Step.evaluation_times` of a step that evaluates only at its start."""
     return (t,)
 
@@ -94,7 +100,7 @@ class StochasticStep(Step):
         u: Scalar,
         state: StepState,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, StepState, Scalar]:
         """Take one step, as `Step`.
 
@@ -104,6 +110,7 @@ class StochasticStep(Step):
             raise ValueError(
                 f"{type(self).__name__} draws noise. Pass key=jax.random.key(…) to `sample`."
             )
+        # The dtype of x is kept: times, and so mean and deviation, may be wider.
         mean, deviation, state = self.moments(velocity, x, t, u, state)
         noise = jax.random.normal(key, x.shape, x.dtype)
         noisy = deviation > 0

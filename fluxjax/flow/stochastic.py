@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,18 @@ from fluxjax.flow.clocks import (
     no_previous_estimate,
     safe_inverse,
 )
-from fluxjax.flow.step import Step, StepState, StochasticStep, X, start_time_only
+from fluxjax.flow.step import (
+    EvaluationTimes,
+    OptionalKey,
+    Step,
+    StepState,
+    StochasticStep,
+    X,
+    start_time_only,
+)
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
+from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 
 @convert_arguments
@@ -32,8 +39,8 @@ class ReverseSDE(StochasticStep):
     **Source:** Song et al. 2021 (score SDE), eq. 6 and 13; Albergo et al. 2023, eq. 2.34.
     """
 
-    order: ClassVar[int] = 1
-    evaluations: ClassVar[int] = 1
+    order = 1
+    evaluations = 1
     eta: ScalarLike = 1.0
     squared: Callable[[Scalar], Scalar] | None = None
 
@@ -53,8 +60,10 @@ class ReverseSDE(StochasticStep):
             squared = jnp.asarray(2 * self.eta * t)
         else:
             squared = jnp.asarray(self.squared(t))
-        drift = v + squared / (2 * t) * (x + (1 - t) * v)
-        return x + (u - t) * drift, jnp.sqrt(squared * jnp.abs(u - t)), None
+        noise = x + (1 - t) * v
+        drift = v + squared / (2 * t) * noise
+        deviation = jnp.sqrt(squared * jnp.abs(u - t))
+        return x + (u - t) * drift, deviation, None
 
 
 @convert_arguments
@@ -66,8 +75,8 @@ class DDIM(StochasticStep):
     **Source:** Song et al. 2021 (DDIM), eq. 12 and 16.
     """
 
-    order: ClassVar[int] = 1
-    evaluations: ClassVar[int] = 1
+    order = 1
+    evaluations = 1
     eta: ScalarLike = 1.0
 
     def __check_init__(self):
@@ -82,12 +91,17 @@ class DDIM(StochasticStep):
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
         v = velocity(x, t)
-        x0, noise = x - t * v, x + (1 - t) * v
-        # The variance that one step of the forward process, from u to t, would add.
+        x0 = x - t * v
+        noise = x + (1 - t) * v
+        # The variance that one step of the forward process, from u to t, would add. Both
+        # differences are positive but for rounding, and their roots must not be NaN.
         forward_variance = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
-        deviation = self.eta * u / t * jnp.sqrt(jnp.maximum(forward_variance, 0))
-        noise_share = jnp.sqrt(jnp.maximum(jnp.square(u) - jnp.square(deviation), 0))
-        return (1 - u) * x0 + noise_share * noise, jnp.asarray(deviation), None
+        forward_deviation = jnp.sqrt(jnp.maximum(forward_variance, 0))
+        deviation = self.eta * u / t * forward_deviation
+        noise_variance = jnp.square(u) - jnp.square(deviation)
+        noise_share = jnp.sqrt(jnp.maximum(noise_variance, 0))
+        mean = (1 - u) * x0 + noise_share * noise
+        return mean, jnp.asarray(deviation), None
 
 
 def ancestral() -> DDIM:
@@ -106,9 +120,9 @@ class Renoise(StochasticStep):
     **Source:** Song et al. 2023 (consistency models), algorithm 1.
     """
 
-    order: ClassVar[int] = 0
-    evaluations: ClassVar[int] = 1
-    rising: ClassVar[bool] = True
+    order = 0
+    evaluations = 1
+    rising = True
 
     evaluation_times = start_time_only
 
@@ -118,7 +132,8 @@ class Renoise(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
-        return (1 - u) * (x - t * velocity(x, t)), u, None
+        x0 = x - t * velocity(x, t)
+        return (1 - u) * x0, u, None
 
 
 @convert_arguments
@@ -129,8 +144,8 @@ class DPMpp2MSDE(StochasticStep):
     **Source:** Lu et al. 2022b, eq. 19 (eta 1).
     """
 
-    order: ClassVar[int] = 1
-    evaluations: ClassVar[int] = 1
+    order = 1
+    evaluations = 1
     eta: ScalarLike = 1.0
 
     def __check_init__(self):
@@ -145,13 +160,16 @@ class DPMpp2MSDE(StochasticStep):
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
     ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
-        ratio = u * (1 - t) / (t * (1 - u))  # e^-h, h being the clock difference
+        # e^-h, where h is the clock difference.
+        ratio = u * (1 - t) / (t * (1 - u))
         slope = estimate_slope("log_snr", state, estimate, t)
         extrapolated = estimate + half_difference("log_snr", t, u) * slope
         x_part = u / t * ratio**self.eta * x
-        mean = x_part + (1 - u) * (1 - ratio ** (1 + self.eta)) * extrapolated
+        estimate_share = (1 - u) * (1 - ratio ** (1 + self.eta))
+        mean = x_part + estimate_share * extrapolated
         # Between close times the ratio may be rounded to more than 1.
-        deviation = u * jnp.sqrt(jnp.maximum(1 - ratio ** (2 * self.eta), 0))
+        variance = jnp.maximum(1 - ratio ** (2 * self.eta), 0)
+        deviation = u * jnp.sqrt(variance)
         return mean, deviation, PreviousEstimate(estimate, t)
 
 
@@ -167,8 +185,8 @@ class ERSDE2(StochasticStep):
     **Source:** Cui et al. 2023, algorithm 3 and ER SDE 5.
     """
 
-    order: ClassVar[int] = 1
-    evaluations: ClassVar[int] = 1
+    order = 1
+    evaluations = 1
 
     evaluation_times = start_time_only
 
@@ -179,19 +197,24 @@ class ERSDE2(StochasticStep):
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
     ) -> tuple[X, Scalar, PreviousEstimate]:
         estimate = x - t * velocity(x, t)
-        start, end = t / (1 - t), u / (1 - u)
+        # Sigma at both ends of the step.
+        start = t / (1 - t)
+        end = u / (1 - u)
         ratio = _noise_scale(end) / _noise_scale(start)
         # (1 - u) / (1 - t) times the ratio, in a form that is finite at t = 1.
         x_share = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
-        mean = x_share * x + (1 - u) * (1 - ratio) * estimate
+        estimate_share = (1 - u) * (1 - ratio)
+        mean = x_share * x + estimate_share * estimate
         # The slope is per unit of sigma, which falls.
         previous_sigma = state.t / (1 - state.t)
         slope = (estimate - state.estimate) * safe_inverse(start - previous_sigma)
-        weight = jnp.where(jnp.isfinite(start) & (u > 0), self._slope_weight(start, end), 0)
+        has_slope = jnp.isfinite(start) & (u > 0)
+        weight = jnp.where(has_slope, self._slope_weight(start, end), 0)
         old_noise = jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))
         variance = jnp.square(end) - old_noise
         deviation = (1 - u) * jnp.sqrt(jnp.maximum(variance, 0))
-        return mean + (1 - u) * weight * slope, deviation, PreviousEstimate(estimate, t)
+        mean = mean + (1 - u) * weight * slope
+        return mean, deviation, PreviousEstimate(estimate, t)
 
     def _slope_weight(self, start: Scalar, end: Scalar) -> Scalar:
         """Return phi(end) times the integral of 1 / phi from end to start, less start - end."""
@@ -199,8 +222,10 @@ class ERSDE2(StochasticStep):
         # so that gradients are.
         start = jnp.where(jnp.isfinite(start), start, 1.0)
         width = (start - end) / _QUADRATURE_POINTS
-        points = end + (jnp.arange(_QUADRATURE_POINTS, dtype=start.dtype) + 0.5) * width
-        return (end - start) + _noise_scale(end) * jnp.sum(width / _noise_scale(points))
+        indices = jnp.arange(_QUADRATURE_POINTS, dtype=start.dtype)
+        points = end + (indices + 0.5) * width
+        integral = jnp.sum(width / _noise_scale(points))
+        return (end - start) + _noise_scale(end) * integral
 
 
 def _noise_scale(sigma: Float[Array, "*points"]) -> Float[Array, "*points"]:
@@ -222,8 +247,8 @@ class Churn(Step):
     `inflation` is S_noise.
     """
 
-    rising: ClassVar[bool] = False
-    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    rising = False
+    span = (0.0, 1.0)
     step: Step
     rate: ScalarLike = math.sqrt(2) - 1
     low: ScalarLike = 0.0
@@ -251,10 +276,13 @@ class Churn(Step):
 
         **Returns:** the new time, the factor of x, and the standard deviation of the added noise.
         """
-        rate = jnp.where((self.low <= t) & (t <= self.high), self.rate, 0).astype(t.dtype)
+        inside = (self.low <= t) & (t <= self.high)
+        rate = jnp.where(inside, self.rate, 0).astype(t.dtype)
+        # The new x is not (1 - t) x0 + sigma noise but divided by this, to stay on the path.
         whole = 1 + rate * t
-        deviation = jnp.asarray(self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole)
-        return (1 + rate) * t / whole, 1 / whole, deviation
+        noisier = (1 + rate) * t / whole
+        deviation = self.inflation * t * jnp.sqrt(rate * (2 + rate)) / whole
+        return noisier, 1 / whole, jnp.asarray(deviation)
 
     def __call__(
         self,
@@ -264,15 +292,17 @@ class Churn(Step):
         u: Scalar,
         state: StepState,
         *,
-        key: PRNGKeyArray | None,
+        key: OptionalKey,
     ) -> tuple[X, StepState, Scalar | None]:
         if key is None:
             raise ValueError("Churn draws noise. Pass key=jax.random.key(…) to `sample`.")
         noise_key, step_key = jax.random.split(key)
         noisier, factor, deviation = self.noisier_time(t)
         noise = jax.random.normal(noise_key, x.shape, x.dtype)
-        x = (factor * x + deviation * noise).astype(x.dtype)
+        noisier_x = factor * x + deviation * noise
+        x = noisier_x.astype(x.dtype)
         return self.step(velocity, x, noisier, u, state, key=step_key)
 
-    def evaluation_times(self, t: Scalar, u: Scalar) -> tuple[Scalar, ...] | None:
-        return self.step.evaluation_times(self.noisier_time(t)[0], u)
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
+        noisier, _, _ = self.noisier_time(t)
+        return self.step.evaluation_times(noisier, u)

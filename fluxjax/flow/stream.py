@@ -10,7 +10,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import Carry, Interval, first_carry, straight_estimate, take_step
-from fluxjax.flow.step import Step
+from fluxjax.flow.step import OptionalKey, Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
@@ -51,19 +51,21 @@ def stream(
 
 
 def _steps(
-    velocity: Velocity, x: Array, times: Array, step: Step, key: PRNGKeyArray | None
+    velocity: Velocity, x: Array, times: Array, step: Step, key: OptionalKey
 ) -> Iterator[Progress]:
     dtype = x.dtype
     carry = first_carry(step, velocity, x.astype(times.dtype))
     for index in range(len(times) - 1):
-        interval = Interval(times[index], times[index + 1], jnp.asarray(index))
+        # An array, since a Python number would be compiled anew for every step.
+        number = jnp.asarray(index)
+        interval = Interval(times[index], times[index + 1], number)
         carry, x0 = _compiled_step(step, velocity, carry, interval, key)
         yield Progress(index, interval.u, carry.x.astype(dtype), x0.astype(dtype))
 
 
 @eqx.filter_jit
 def _compiled_step(
-    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: PRNGKeyArray | None
+    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: OptionalKey
 ) -> tuple[Carry, Array]:
     field = checked_velocity("stream", velocity)
     after, _ = take_step(step, field, carry, interval, key)

@@ -28,6 +28,7 @@ def time_shift(t: Float[Array, "*shape"], mu: ScalarLike) -> Float[Array, "*shap
     """
     check_finite("time_shift", t=t, mu=mu)
     shift = jnp.exp(jnp.asarray(mu, t.dtype))
+    # In this form 0 stays 0 and 1 stays 1 without rounding.
     return shift * t / (shift * t + (1 - t))
 
 
@@ -258,7 +259,7 @@ def linear_quadratic_times(steps: int, *, threshold: float = 0.025) -> Times:
     i = np.arange(quadratic_steps + 1)
     linear = slope * np.arange(linear_steps)
     fallen = np.concatenate([linear, threshold + slope * i + curvature * i**2])
-    fallen[-1] = 1
+    fallen[-1] = 1  # exactly, so that the last time is 0
     times = jnp.asarray(1 - fallen, jnp.float32)
     return _falling("linear_quadratic_times", times, f"threshold={threshold:g}")
 
@@ -278,6 +279,7 @@ def custom_times(nodes: Sequence[float] | Float[Array, " nodes"]) -> Times:
             "`custom_times(nodes)` checks its nodes, and got traced ones. Pass those to `sample` "
             "directly."
         )
+    # Checked in float32, in which two close nodes may become equal.
     times = np.asarray(nodes, np.float32)
     several = times.ndim == 1 and len(times) >= 2
     if not (several and np.all(np.diff(times) < 0) and times[0] <= 1 and times[-1] >= 0):

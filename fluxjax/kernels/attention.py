@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.block_sizes import BlockSizes, resolve_block_sizes
 from fluxjax.kernels.chips import compute_capability, default_device, tpu_chip_name
+from fluxjax.kernels.cudnn_attention import cudnn_attention
 from fluxjax.kernels.xla_attention import (
     Heads,
     LogitOptions,
@@ -99,7 +99,7 @@ def attention(
         case "flash_tpu" | "flash_gpu":
             return _flash_attention(chosen, q, k, v, options, sizes)
         case "cudnn":
-            mixed = _cudnn_attention(q, k, v, bias, options)
+            mixed = cudnn_attention(q, k, v, bias, options)
         case "xla_chunked":
             mixed = chunked_attention(q, k, v, bias, options, None if sizes is None else sizes.q)
         case _:
@@ -319,40 +319,3 @@ def _flash_attention(
         block_sizes=sizes,
         hopper=compute_capability(default_device()) == 9,
     )
-
-
-def _cudnn_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None,
-    options: LogitOptions,
-) -> Heads:
-    """Compute attention by cuDNN, which takes a batch: here of one example.
-
-    JAX refuses gradients of cuDNN's attention for odd numbers of tokens, and the forward pass can't
-    know whether it will be differentiated: odd numbers are padded by one, and the padding is masked.
-    """
-    queries, keys = len(q), len(k)
-    length = options.key_length
-    if keys % 2:
-        k, v = _with_padding_row(k), _with_padding_row(v)
-        length = jnp.int32(keys) if length is None else length
-    if bias is not None:
-        rows = ((0, 0), (0, queries % 2), (0, keys % 2))
-        bias = jnp.pad(bias, rows)[None].astype(q.dtype)
-    mixed = jax.nn.dot_product_attention(
-        (_with_padding_row(q) if queries % 2 else q)[None],
-        k[None],
-        v[None],
-        bias=bias,
-        is_causal=options.causal,
-        scale=options.scale,
-        key_value_seq_lengths=None if length is None else length[None],
-        implementation="cudnn",
-    )
-    return mixed[0, :queries]
-
-
-def _with_padding_row(x: Heads) -> Heads:
-    return jnp.pad(x, ((0, 1), (0, 0), (0, 0)))

@@ -100,8 +100,8 @@ def _table(parts: Sequence[_Part]) -> list[str]:
     """Return the lines of a table with aligned columns."""
     cells = []
     for part in parts:
-        numbers = f"{part.parameters:,}", _size(part.nbytes)
-        cells.append((part.name, part.kind, *numbers, ", ".join(part.dtypes)))
+        parameters, size = f"{part.parameters:,}", _size(part.nbytes)
+        cells.append((part.name, part.kind, parameters, size, ", ".join(part.dtypes)))
     widths = []
     for column in zip(*cells, strict=True):
         widths.append(max(map(len, column)))

@@ -1,7 +1,7 @@
 """One step of an optimizer, with an exponential moving average of the weights."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +11,8 @@ import optax
 from fluxjax.arguments import convert_arguments
 from fluxjax.shapes import Array, PRNGKeyArray, Scalar, ScalarLike
 
-Leaf = TypeVar("Leaf")
+Leaf = Any
+"""A leaf of a pytree: an array, or something that is not trained."""
 
 Trainable = Any
 """Which leaves are trained: a function of one leaf, or a pytree of booleans."""

@@ -321,7 +321,7 @@ import sys
 import fluxjax.checkpoint.write as writing
 from fluxjax.cli.main import main
 
-write_safetensors = writing.write_safetensors
+write = writing.write_safetensors
 calls = []
 
 
@@ -333,7 +333,7 @@ def write_until_terminated(path, tensors, metadata, *, report):
             os.kill(os.getpid(), signal.SIGTERM)
         report(nbytes)
 
-    write_safetensors(path, tensors, metadata, report=count)
+    write(path, tensors, metadata, report=count)
 
 
 if sys.argv[1] == "terminated":
@@ -360,7 +360,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.count("exit code 2") == 2, done.stderr
     assert done.stderr.count("There is not enough disk space for") == 2
-    assert done.stderr.count("Free some, or write elsewhere") == 2
+    assert done.stderr.count("Free some space, or write elsewhere") == 2
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,13 @@ import PIL.Image
 import pytest
 
 import fluxjax
-from fluxjax.generate.compare import Run, compare, grid, table
+from fluxjax.generate.compare import (
+    Comparison,
+    Run,
+    compare,
+    comparison_csv,
+    comparison_grid,
+)
 
 PROMPT = "a large red star above a small blue ring on a beige background"
 SMALL = ["--steps", "2", "--height", "32", "--width", "32"]
@@ -176,17 +182,17 @@ def test_a_comparison_has_a_row_for_each_timer_and_integrator_and_a_column_for_e
         for steps in (2, 6)
     ]
     images = list(rng.uniform(-1, 1, (9, 32, 48, 3)).astype(np.float32))
-    assert grid(runs, images).size == grid_size(rows=5, columns=2)
-    lines = table(runs).splitlines()
+    assert comparison_grid(runs, images).size == grid_size(rows=5, columns=2)
+    lines = comparison_csv(runs).splitlines()
     assert lines[0] == "timer,integrator,steps,evaluations,seconds,distance,psnr"
     assert lines[1:6:4] == ["uniform,euler,2,2,0.5,0.25,20", "karras,euler,2,2,0.5,0.25,20"]
 
 
 def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
-    options = {"integrators": ["heun"], "timers": ["model"], "steps": [3], "reference_steps": 3}
-    (run,), images = compare(
-        tiny, "a red star", **options, key=jax.random.key(0), height=32, width=32
+    comparison = Comparison(
+        integrators=["heun"], timers=["model"], steps=[3], reference_steps=3, height=32, width=32
     )
+    (run,), images = compare(tiny, "a red star", comparison, key=jax.random.key(0))
     assert (run.distance, run.evaluations) == (0, 6)
     np.testing.assert_array_equal(images[0], images[1])
 
@@ -195,7 +201,6 @@ def test_a_mesh_draws_the_same_images(run, tmp_path):
     adapter = ["--lora", "tiny:kraft"]
     for extra in (adapter, [*adapter, "--mesh", "fsdp=2,tensor=-1,data=2"]):
         finished = run("generate", PROMPT, *SMALL, "--images", "4", *extra)
-        # Only one of eight devices reports its progress.
         counts = re.findall(r"(\d+)/2 evaluations", finished.progress)
         assert max(map(int, counts)) == 2
     images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(8)]

@@ -154,5 +154,8 @@ def test_images_show_what_held_out_prompts_say(tiny):
 def test_backgrounds_are_those_of_the_prompts(tiny):
     grounds = ["beige", "navy", "pink", "white"]
     prompts = [f"a large red star on a {ground} background" for ground in grounds]
-    images = np.asarray(fluxjax.text_to_image(tiny, prompts, key=jax.random.key(0), settings=fluxjax.DrawSettings(steps=8)))
+    settings = fluxjax.DrawSettings(steps=8)
+    images = np.asarray(
+        fluxjax.text_to_image(tiny, prompts, key=jax.random.key(0), settings=settings)
+    )
     assert [find(image)[0] for image in images] == grounds

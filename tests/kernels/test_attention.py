@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from implementations import operands
 
 from fluxjax import attention
-from fluxjax.kernels.attention import _cudnn_attention
+from fluxjax.kernels.cudnn_attention import cudnn_attention
 from fluxjax.kernels.xla_attention import LogitOptions
 
 # One program for each shape, rather than one for each operation.
@@ -80,7 +80,7 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(monkeypatch):
     for queries, keys, length in ((5, 5, None), (4, 7, None), (5, 6, 5), (3, 7, 4)):
         q, k, v, _ = operands(queries, keys, 2, 8, seed=0)
         options = LogitOptions(1.0, False, None if length is None else jnp.int32(length))
-        found = _cudnn_attention(q, k, v, None, options)
+        found = jax.jit(partial(cudnn_attention, bias=None, options=options))(q, k, v)
         expected = exact(q, k[:length], v[:length], 1.0)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert counts == [(6, 6), (4, 8), (6, 6), (4, 8)]

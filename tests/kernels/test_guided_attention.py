@@ -116,7 +116,7 @@ def test_a_skipped_block_is_one_that_the_network_does_not_have(flux, plain):
         flux,
         (without(flux.double, 1), without(flux.single, 0)),
     )
-    skipped = call(flux, weaken=DegradedBlocks(CONFIG, double=[1], single=[0]))
+    skipped = call(flux, degraded=DegradedBlocks(CONFIG, double=[1], single=[0]))
     np.testing.assert_allclose(skipped, call(fewer), atol=1e-5)
     assert np.abs(skipped - plain).max() > 1e-3
 
@@ -131,8 +131,8 @@ def test_a_custom_attention_takes_the_place_of_all_or_of_some(flux, plain):
         CONFIG, double=range(3), single=range(2), attention=isolated_attention
     )
     whole = call(flux, attention=isolated_attention)
-    np.testing.assert_allclose(call(flux, weaken=all_blocks), whole, atol=1e-5)
-    some = call(flux, weaken=DegradedBlocks(CONFIG, single=[1], attention=isolated_attention))
+    np.testing.assert_allclose(call(flux, degraded=all_blocks), whole, atol=1e-5)
+    some = call(flux, degraded=DegradedBlocks(CONFIG, single=[1], attention=isolated_attention))
     assert np.abs(some - plain).max() > 1e-3
     assert np.abs(some - whole).max() > 1e-3
 
@@ -147,11 +147,11 @@ def test_in_the_network_nag_of_scale_1_is_the_positive_prompt_alone(flux, plain)
 def test_unused_degraded_blocks_leave_no_trace_in_the_program(flux):
     assert "cond[" not in str(jax.make_jaxpr(lambda: call(flux))())
     degraded = DegradedBlocks(CONFIG, double=[0])
-    assert "cond[" in str(jax.make_jaxpr(lambda: call(flux, weaken=degraded))())
+    assert "cond[" in str(jax.make_jaxpr(lambda: call(flux, degraded=degraded))())
 
 
 def test_blocks_to_degrade_are_some_that_exist():
     with pytest.raises(ValueError, match=r"got \[3\]; this network has double blocks 0 to 2"):
         DegradedBlocks(CONFIG, double=[1, 3])
-    with pytest.raises(ValueError, match="needs a block"):
+    with pytest.raises(ValueError, match="needs at least one block"):
         DegradedBlocks(CONFIG)

@@ -18,8 +18,21 @@ from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.weights import abstract, parameters_of
 from fluxjax.lora.changes import changes_of
 
-RANK = 2
-DEV = FluxConfig.dev()
+RANK = 1
+CONFIG = FluxConfig.dev()
+
+
+def in_bfloat16(config: FluxConfig) -> Flux:
+    """Return the shapes of a transformer."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(Flux, config)
+    )
+
+
+DEV = in_bfloat16(CONFIG)
+DEV_SLOTS = parameters_of(DEV)
+# Blocks of a kind are traced alike, so the merge is traced for the first one of each.
+ONE_BLOCK = in_bfloat16(replace(CONFIG, double_depth=1, single_depth=1))
 Shapes = dict[str, tuple[int, ...]]
 Meets = Callable[[str, int], bool]
 """Whether an adapter should change a weight, by its name and its number of axes."""
@@ -27,8 +40,8 @@ Meets = Callable[[str, int], bool]
 
 def modules_at_full_size(prefix: str, dialect, flat: bool) -> dict[str, tuple[int, int]]:
     """Return the linear layers of dev with their shapes, in a dialect's names."""
-    parts, modules = fused_parts(DEV), {}
-    for name, slot in parameters_of(abstract(Flux, DEV)).items():
+    parts, modules = fused_parts(CONFIG), {}
+    for name, slot in DEV_SLOTS.items():
         if len(slot.shape) != 2:
             continue
         for key, row in dialect.keys(name):
@@ -128,28 +141,19 @@ def write_zeros(path: Path, tensors: Shapes) -> None:
         file.truncate(8 + len(text) + offset)
 
 
-def in_bfloat16(config: FluxConfig) -> Flux:
-    """Return the shapes of a transformer."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(Flux, config)
-    )
-
-
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_at_full_size_every_weight_is_met_by_name_and_shape(tmp_path, name):
     tensors, meets = FULL_SIZE[name]()
     write_zeros(tmp_path / "x.safetensors", tensors)
     lora = read_lora(tmp_path / "x.safetensors")
     assert lora.format == FORMAT_OF.get(name, name)
-    dev = in_bfloat16(DEV)
-    changes = changes_of(dev, [lora], [1.0])  # raises if one does not fit
-    slots = parameters_of(dev).items()
-    assert changes.keys() == {weight for weight, slot in slots if meets(weight, len(slot.shape))}
-    # Blocks of a kind are traced alike, so the merge is traced for the first one of each.
-    one = in_bfloat16(replace(DEV, double_depth=1, single_depth=1))
-    kept = {w: change for w, change in lora.changes["flux"].items() if w in parameters_of(one)}
+    changes = changes_of(DEV, [lora], [1.0])  # raises if one does not fit
+    expected = {weight for weight, slot in DEV_SLOTS.items() if meets(weight, len(slot.shape))}
+    assert changes.keys() == expected
+    slots = parameters_of(ONE_BLOCK)
+    kept = {name: change for name, change in lora.changes["flux"].items() if name in slots}
     first = Lora({"flux": kept}, lora.format)
     # On shapes alone, nothing is read and nothing allocated.
-    merged = jax.eval_shape(lambda model: merge(model, [first]), one)
+    merged = jax.eval_shape(lambda model: merge(model, [first]), ONE_BLOCK)
     assert merged.config.in_channels == (128 if name == "control" else 64)
     assert merged.config.out_channels == 64

@@ -31,9 +31,8 @@ def test_rows_are_rounded_to_the_nearest(name):
     value, scale = round_rows(jnp.asarray(x), EIGHT_BITS[name])
     found, largest = dequantized(value, scale), np.abs(x).max(-1, keepdims=True)
     assert value.dtype == EIGHT_BITS[name]
-    if name == "int8":
-        size = largest
-    else:
+    size = largest
+    if name == "fp8":
         # Below its smallest normal number, e4m3 has even steps.
         size = np.maximum(np.abs(x), largest * 2**-6 / 448)
     assert np.all(np.abs(found - x) <= 1.0001 * ROUNDING[name] * size)

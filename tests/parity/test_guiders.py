@@ -1,4 +1,4 @@
-"""Guidance and caching beside diffusers'."""
+"""Guidance and caching against diffusers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ def test_projected_guidance_of_estimates_equals_the_reference(momentum, bound):
         guided, memory = rule.with_memory(
             *map(jnp.asarray, (x, np.float32(t), positive, negative, np.float32(4.0))), memory
         )
-        # Theirs adds the scale to the positive prediction; ours, as classifier-free guidance, counts from 1.
+        # diffusers counts the scale from 0, this package from 1, as in classifier-free guidance.
         theirs = normalized_guidance(
             *(to_torch(x - t * v)[None] for v in (positive, negative)),
             guidance_scale=3.0,

@@ -1,3 +1,5 @@
+"""Schedules of times against those of diffusers."""
+
 import numpy as np
 import pytest
 

@@ -21,8 +21,8 @@ import numpy as np
 import fluxjax
 from fluxjax import FluxConfig
 from fluxjax.checkpoint.names import FLUX_BFL
-from fluxjax.checkpoint.tensor_layout import shape_in_file
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
+from fluxjax.checkpoint.tensor_layout import shape_in_file
 from fluxjax.checkpoint.weights import abstract, parameters_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
