@@ -35,9 +35,7 @@ def generate(
     for start in range(0, len(prompts), batch):
         mine = prompts[start : start + batch]
         key = jax.random.fold_in(jax.random.key(0), start)
-        images.append(
-            np.asarray(fluxjax.text_to_image(models, mine, key=key, settings=settings))
-        )
+        images.append(np.asarray(fluxjax.text_to_image(models, mine, key=key, settings=settings)))
     return np.concatenate(images)
 
 

@@ -162,7 +162,10 @@ def draw(
         if defaults.shift
         else 0.0
     )
-    ids, empty = image_ids(bucket.height, bucket.width), TextStates(*(rows[-1] for rows in bucket.text))
+    ids, empty = (
+        image_ids(bucket.height, bucket.width),
+        TextStates(*(rows[-1] for rows in bucket.text)),
+    )
     places = np.arange(count)
     return [
         Batch(
