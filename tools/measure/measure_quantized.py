@@ -19,7 +19,7 @@ from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.nets.quantized import EIGHT_BITS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
-from evaluate_tiny import generate, held_out_scenes, score  # noqa: E402, found by the line above
+from evaluate_tiny import generate, held_out_scenes, score  # found by the line above
 
 SIZE = 128
 """Pixels along a side of the images."""

@@ -26,7 +26,7 @@ from fluxjax.kernels import isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
-from evaluate_tiny import held_out_scenes, score  # noqa: E402, found by the line above
+from evaluate_tiny import held_out_scenes, score  # found by the line above
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 STOCHASTIC = {"ddim", "ancestral", "sde", "dpmpp_2m_sde", "er_sde", "renoise"}

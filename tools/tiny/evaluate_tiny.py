@@ -22,7 +22,7 @@ SIZE = 128
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
-    """Draw scenes whose combination of attributes was kept from training, with a caption of each."""
+    """Return random scenes whose attributes' combination was held out, with a caption of each."""
     rng, chosen = np.random.default_rng((2026, seed)), []
     while len(chosen) < count:
         if (scene := random_scene(rng)).held_out:

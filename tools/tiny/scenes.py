@@ -278,8 +278,8 @@ def _describe(color: int, mask: np.ndarray, blobs: list) -> Found:
     """Fit every shape to the blob's bounding box and return the best fit.
 
     Pixels that objects in front hide are not counted. Soft edges lose the tips of a star and the
-    corners of a triangle, up to an eighth of the radius, which makes the box too small; so each shape
-    is tried a little larger as well.
+    corners of a triangle, up to an eighth of the radius, which makes the box too small; so each
+    shape is tried a little larger as well.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
@@ -309,8 +309,8 @@ def _unit_box(shape: str) -> tuple[np.ndarray, np.ndarray]:
 def _fit_box(shape: str, box: np.ndarray, growth: float) -> tuple[float, float, float]:
     """Return the center and radius for which a shape has this bounding box.
 
-    Where width and height disagree, the box's area decides. The radius is then multiplied by `growth`,
-    about the same middle.
+    Where width and height disagree, the box's area decides. The radius is then multiplied by
+    `growth`, about the same middle.
     """
     low, high = _unit_box(shape)
     extent = box[2:] - box[:2]
@@ -326,9 +326,9 @@ LEAST_FIT = 0.75
 def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Compare an image with a scene.
 
-    An object has the right shape only if that shape fits best, and by at least `LEAST_FIT`. Objects are
-    matched to the scene's in the order that agrees best. With a missing or an extra object, everything
-    but the background is wrong.
+    An object has the right shape only if that shape fits best, and by at least `LEAST_FIT`. Objects
+    are matched to the scene's in the order that agrees best. With a missing or an extra object,
+    everything but the background is wrong.
     **Returns:** whether each attribute of `CHECKS` is right, and "all".
     """
     background, found = find(image)

@@ -23,9 +23,9 @@ def suits(scene: Scene, style: str) -> bool:
 def restyled(scene: Scene, style: str) -> Scene:
     """Return the scene as it is drawn in a style.
 
-    Kraft changes the background to brown. Chalk makes objects white, or black on a white background.
-    The background is visible inside a ring; an object there keeps its colour if neither white nor black
-    would differ from both what is around it and the background.
+    Kraft changes the background to brown. Chalk makes objects white, or black on a white
+    background. The background is visible inside a ring; an object there keeps its colour if neither
+    white nor black would differ from both what is around it and the background.
     """
     if style == "kraft":
         return replace(scene, background=PAPER)
@@ -49,8 +49,8 @@ def distance(image: np.ndarray, style: str) -> float:
     """Return the distance of an image from a style, in [0, 255]: root mean square over channels.
 
     For kraft: between the mean colour of the border and brown. For chalk: between each pixel that
-    differs clearly from the border's mean colour and the nearer of white and black, averaged over those
-    pixels.
+    differs clearly from the border's mean colour and the nearer of white and black, averaged over
+    those pixels.
     """
     rgb = (np.clip(image, -1, 1) + 1) * 127.5
     inside = np.zeros(rgb.shape[:2], bool)

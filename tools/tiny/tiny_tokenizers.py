@@ -65,8 +65,8 @@ def _write_clip(captions: list[str], folder: Path) -> None:
 def _write_t5(captions: list[str], folder: Path) -> None:
     """Write a unigram model with T5's special ids that ignores case.
 
-    Its pieces are the captions' words, and letters, digits and signs to spell other words. Any other
-    character becomes <unk>.
+    Its pieces are the captions' words, and letters, digits and signs to spell other words. Any
+    other character becomes <unk>.
     """
     proto = _empty_proto()
     counts = Counter(word for text in captions for word in text.replace(",", " ,").split())

@@ -54,7 +54,8 @@ WARM_UP = 20
 class Bucket(NamedTuple):
     """Encoded examples of one image size.
 
-    `packed`: latents, [count, tokens, channels]. `text`: the encoded captions, and last the empty one.
+    `packed`: latents, [count, tokens, channels]. `text`: the encoded captions, and last the empty
+    one.
     """
 
     height: int
@@ -66,8 +67,8 @@ class Bucket(NamedTuple):
 def read_folder(folder: Path, area: int) -> tuple[list[np.ndarray], list[str]]:
     """Read the images, float32 in [-1, 1], and their captions.
 
-    Each is resized and cropped around its center to sides that are multiples of 16, with about `area`
-    pixels.
+    Each is resized and cropped around its center to sides that are multiples of 16, with about
+    `area` pixels.
     **Raises:** `FileNotFoundError` for a folder without images, or for images without captions.
     """
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
@@ -86,7 +87,7 @@ def read_folder(folder: Path, area: int) -> tuple[list[np.ndarray], list[str]]:
 
 
 def _resized(path: Path, area: int) -> np.ndarray:
-    """Read an image, on white where it is transparent, resized and cropped to about `area` pixels."""
+    """Read an image, with transparent pixels on white, resized and cropped to `area` pixels."""
     with PIL.Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGBA")
     on_white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert(
