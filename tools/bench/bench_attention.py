@@ -1,8 +1,8 @@
-"""Measure the implementations of attention on this device: how far values and gradients are from float32's, whether calls
-repeat bit by bit, and their speed.
+"""Measure the implementations of attention on this device: how far values and gradients are from
+float32's, whether calls repeat bit by bit, and their speed.
 
-Each implementation runs in a process of its own, with a time limit: a kernel that never ends, or that takes the process with
-it, costs its own rows alone.
+Each implementation runs in a process of its own, with a time limit: a kernel that never ends, or
+that takes the process with it, costs its own rows alone.
 """
 
 import argparse

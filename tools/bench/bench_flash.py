@@ -1,5 +1,5 @@
-"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without one: whether their blocks
-fit, and the VMEM of each kernel.
+"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without
+one: whether their blocks fit, and the VMEM of each kernel.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """

@@ -1,5 +1,6 @@
-"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, and the VAE's decoder, in
-turns with diffusers on torch. Random weights; what fails is a row too, and the next goes on."""
+"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and
+attention, and the VAE's decoder, in turns with diffusers on torch. Random weights; what fails is a
+row too, and the next goes on."""
 
 import argparse
 import gc

@@ -1,7 +1,9 @@
-"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory;
-and full-size dev, with what it holds and the library calls that its products become.
+"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its
+registers and shared memory; and full-size dev, with what it holds and the library calls that its
+products become.
 
-Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing looks for a GPU.
+Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing
+looks for a GPU.
 """
 
 import argparse

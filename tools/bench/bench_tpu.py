@@ -1,5 +1,5 @@
-"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's operations and bytes sent beside
-the formulas of tools/bench/scaling.py.
+"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's
+operations and bytes sent beside the formulas of tools/bench/scaling.py.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """
@@ -136,8 +136,8 @@ _EMPTY = HostWeight(jnp.zeros((0, 0)))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
-    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
-    turn ahead."""
+    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops
+    whose copies libtpu starts a turn ahead."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(
             compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}

@@ -1,8 +1,10 @@
-"""Sum up where a GPU's time goes, by the traces that `python tools/bench gpu --profile DIR` writes: a row a trace.
+"""Sum up where a GPU's time goes, by the traces that `python tools/bench gpu --profile DIR` writes:
+a row a trace.
 
     python tools/bench/read_profile.py DIR [--output FILE]
 
-A kernel belongs to the first group whose pattern its name has; XLA names its own after what it fused.
+A kernel belongs to the first group whose pattern its name has; XLA names its own after what it
+fused.
 """
 
 import argparse

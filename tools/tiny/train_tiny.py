@@ -70,9 +70,9 @@ def fit(
 ) -> TrainState:
     """Run a stage to `steps`, from its checkpoint if there is one.
 
-    **Arguments:** `name`: of the stage and its checkpoint. `batch`: returns what `step` takes besides
-    the state, for a step's number. `report`: text for the log. `every`: steps from one checkpoint and
-    line of the log to the next.
+    **Arguments:** `name`: of the stage and its checkpoint. `batch`: returns what `step` takes
+    besides the state, for a step's number. `report`: text for the log. `every`: steps from one
+    checkpoint and line of the log to the next.
     """
     path = runs / f"{name}.eqx"
     if path.exists():
@@ -263,8 +263,8 @@ def _classes() -> tuple[int, ...]:
 
 
 ATTRIBUTES = _classes()
-"""Number of classes of each attribute: background, relation, then size, colour and shape of the first
-object, and of the second.
+"""Number of classes of each attribute: background, relation, then size, colour and shape of the
+first object, and of the second.
 """
 
 
@@ -535,8 +535,8 @@ def distill_loss(
 ) -> jax.Array:
     """Return the squared error of the student's velocity against the teacher's guided one.
 
-    The teacher uses classifier-free guidance with a random scale in [1, 5], which the student gets as
-    its distilled guidance. At 1 the student keeps the conditional velocity.
+    The teacher uses classifier-free guidance with a random scale in [1, 5], which the student gets
+    as its distilled guidance. At 1 the student keeps the conditional velocity.
     """
     when, noise, strength = jax.random.split(key, 3)
     vec, txt = text(*ids)
