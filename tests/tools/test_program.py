@@ -1,4 +1,4 @@
-"""What a compiled program is read to compute and send is what it does."""
+"""`read` counts the operations of compiled programs, and the bytes that they send."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from fluxjax import FluxConfig
 
 
 def cost_of(function, *shapes):
-    """Return the cost of a function of float32 arrays, compiled."""
+    """Return the cost of a compiled function of float32 arrays."""
     return read(
         jax.jit(function)
         .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
@@ -22,7 +22,7 @@ def cost_of(function, *shapes):
 
 
 def cost_on(devices, function, *shapes):
-    """Return the cost of a function of parts of arrays that lie on devices, one after another."""
+    """Return the cost of a function whose arrays are split over devices along their first axis."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("x",))
     spec = PartitionSpec("x")
     return cost_of(
@@ -30,7 +30,7 @@ def cost_on(devices, function, *shapes):
     )
 
 
-def test_a_dot_in_nested_loops_counts_once_a_turn():
+def test_a_dot_in_nested_loops_counts_in_each_iteration():
     def turn(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
@@ -40,7 +40,7 @@ def test_a_dot_in_nested_loops_counts_once_a_turn():
     assert cost_of(run, (16, 32), (7, 32, 32)).flop == 3 * 7 * 2 * 16 * 32 * 32
 
 
-def test_a_dot_counts_all_that_it_sums_over_for_each_row_of_a_batch():
+def test_a_dot_counts_all_contracted_axes_for_each_row_of_a_batch():
     assert (
         cost_of(lambda a, b: jnp.einsum("bhij,bhkj->bhik", a, b), (2, 3, 5, 7), (2, 3, 11, 7)).flop
         == 2 * 2 * 3 * 5 * 11 * 7
@@ -59,7 +59,7 @@ def test_a_convolution_does_not_count_its_padding():
     )
 
 
-def test_the_dearest_branch_counts():
+def test_the_most_expensive_branch_counts():
     def run(x):
         return jax.lax.switch(
             x[0, 0].astype(int), [lambda x: x, lambda x: x @ x, lambda x: x @ x @ (x + 1)], x
@@ -68,7 +68,7 @@ def test_the_dearest_branch_counts():
     assert cost_of(run, (32, 32)).flop == 2 * 2 * 32**3
 
 
-def test_a_loop_without_a_known_end_is_an_error():
+def test_a_loop_of_unknown_length_is_an_error():
     def run(x):
         return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ x, x)
 
@@ -77,7 +77,7 @@ def test_a_loop_without_a_known_end_is_an_error():
 
 
 @pytest.mark.parametrize("devices", [4, 8])
-def test_collectives_in_loops_count_once_a_turn_and_send_what_a_ring_sends(devices):
+def test_collectives_count_in_each_iteration_and_send_what_a_ring_sends(devices):
     def turn(x, _):
         whole = jax.lax.all_gather(jnp.sin(x), "x", tiled=True)
         part = jax.lax.psum_scatter(jnp.sin(whole), "x", tiled=True)
@@ -103,9 +103,11 @@ PROGRAM = """HloModule run, is_scheduled=true, num_partitions=8
 
 %kernel (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
-  %scattered = f32[2,128]{1,0:T(8,128)} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  %scattered = f32[2,128]{1,0:T(8,128)} reduce-scatter(%a), replica_groups=[2,4]<=[8], \
+dimensions={0}, to_apply=%add
   ROOT %call = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", \
-backend_config={"custom_call_config": {"body": "", "cost_estimate": {"flops": 1000, "bytes_accessed": 7}}}
+backend_config={"custom_call_config": {"body": "", "cost_estimate": {"flops": 1000, \
+"bytes_accessed": 7}}}
 }
 
 %body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
@@ -114,9 +116,11 @@ backend_config={"custom_call_config": {"body": "", "cost_estimate": {"flops": 10
   %x = f32[8,128]{1,0} get-tuple-element(%state), index=1
   %step = s32[] constant(2)
   %next = s32[] add(%i, %step)
-  %gather-start = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %gather-start = (f32[8,128]{1,0}, f32[32,128]{1,0}) all-gather-start(%x), \
+replica_groups=[2,4]<=[8], dimensions={0}
   %gather-done = f32[32,128]{1,0} all-gather-done(%gather-start)
-  %sum-start = f32[8,128]{1,0} all-reduce-start(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %sum-start = f32[8,128]{1,0} all-reduce-start(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, \
+to_apply=%add
   %sum-done = f32[8,128]{1,0} all-reduce-done(%sum-start)
   %async = ((f32[8,128]{1,0}), f32[8,128]{1,0}, s32[]{:S(2)}) async-start(%sum-done), calls=%kernel
   %y = f32[8,128]{1,0} async-done(%async)
@@ -134,7 +138,8 @@ ENTRY %main (x: f32[8,128], q: bf16[6,4608,128], k: bf16[6,512,128]) -> f32[8,12
   %x = f32[8,128]{1,0} parameter(0)
   %q = bf16[6,4608,128]{2,1,0} parameter(1)
   %k = bf16[6,512,128]{2,1,0} parameter(2)
-  %rows = f32[6,4608,512]{2,1,0} convolution(%q, %k), window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0oi->0bf
+  %rows = f32[6,4608,512]{2,1,0} convolution(%q, %k), window={size=6 stride=5 lhs_dilate=6}, \
+dim_labels=0bf_0oi->0bf
   %shuffled = u16[8,128]{1,0} convolution(%x, %x), dim_labels=bf_oi->bf
   %three = s32[]{:T(128)} constant(3)
   %start = s32[]{:T(128)} copy(%three)
@@ -147,19 +152,21 @@ ENTRY %main (x: f32[8,128], q: bf16[6,4608,128], k: bf16[6,512,128]) -> f32[8,12
 
 def test_a_program_for_tpus_is_read():
     cost = read(PROGRAM)
-    turns, part = 4, 8 * 128 * 4  # from 3 by 2 to below 10
+    iterations, part = 4, 8 * 128 * 4  # from 3 by 2 to below 10
     assert (
         cost.flop == 2 * 6 * 4608 * 512 * 128
     )  # a batch of products, as a convolution that is mostly holes
-    assert cost.declared == turns * 1000
+    assert cost.declared == iterations * 1000
     assert cost.moved == {
-        "all-gather": Moved(turns, turns * 4 * part, turns * 3 * part, turns),
-        "all-reduce": Moved(turns, turns * part, turns * part, turns),
-        "reduce-scatter": Moved(turns, turns * part / 4, turns * part * 3 / 4, turns),
+        "all-gather": Moved(iterations, iterations * 4 * part, iterations * 3 * part, iterations),
+        "all-reduce": Moved(iterations, iterations * part, iterations * part, iterations),
+        "reduce-scatter": Moved(
+            iterations, iterations * part / 4, iterations * part * 3 / 4, iterations
+        ),
     }
 
 
-def test_what_is_not_understood_is_an_error():
+def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="gemm"):
         read(PROGRAM.replace("tpu_custom_call", "__cublas$gemm").replace("cost_estimate", "cost"))
     with pytest.raises(ValueError, match="replica_groups"):
@@ -175,7 +182,7 @@ def test_an_axis_of_one_device_costs_what_one_device_does():
         assert cost(work, 1).sent == 0
 
 
-def test_products_of_8_bits_count_apart():
+def test_8_bit_matmuls_are_counted_separately():
     text = """HloModule products, num_partitions=1
 
 ENTRY %main (a: s8[4,8], b: s8[6,8], c: s32[4,6], d: s32[6,5]) -> s32[4,5] {
@@ -228,5 +235,5 @@ backend_config={"known_trip_count":{"n":"5"}}
 """
 
 
-def test_what_is_only_placed_anew_counts_once_a_turn_but_not_in_fusions_or_meanwhile():
+def test_copies_count_in_each_iteration_but_not_in_fusions_or_asynchronously():
     assert read(PLACING).copied == 5 * 8 * 16 * 2 + 4 * 4 * 4

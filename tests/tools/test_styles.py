@@ -1,4 +1,4 @@
-"""The adapters that ship with the tiny model: each gives its style, keeps the objects, and goes with its scale."""
+"""The tiny model's adapters: each gives its style, keeps the objects, and follows its scale."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from fluxjax.cli.main import main as cli
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_measure_tells_a_style_and_the_checker_reads_its_scenes(style):
+def test_the_distance_recognizes_a_style_and_the_checker_reads_its_scenes(style):
     rng = np.random.default_rng(0)
     scenes = [scene for scene, _ in prompts_without(style, 40)]
     plain, styled = (
@@ -24,7 +24,7 @@ def test_the_measure_tells_a_style_and_the_checker_reads_its_scenes(style):
     )
     distances = [[distance(image, style) for image in images] for images in (plain, styled)]
     assert all(after < 0.5 * before for before, after in zip(*distances, strict=True))
-    # Black within white on black is read as a hole.
+    # A black object inside a white one on black is taken for a hole.
     assert (
         np.mean([adheres(image, scene) for image, scene in zip(styled, scenes, strict=True)])
         >= 0.97
@@ -34,7 +34,7 @@ def test_the_measure_tells_a_style_and_the_checker_reads_its_scenes(style):
     assert not any(adheres(styled[i], scenes[j]) for i, j in others[::10])
 
 
-def test_chalk_is_told_from_what_is_behind_it():
+def test_chalk_differs_from_what_is_behind_it():
     inside = Scene("green", (Thing("", "red", "star"), Thing("", "blue", "circle")), "inside")
     assert [thing.color for thing in restyled(inside, "chalk").things] == ["black", "white"]
     on_white = replace(inside, background="white")
@@ -46,12 +46,13 @@ def test_chalk_is_told_from_what_is_behind_it():
 def test_a_shipped_adapter_changes_the_style_and_keeps_the_scene(tiny, style):
     found = score(tiny, shipped_lora(style), style, 16, scales=(0.0, 0.5, 1.0))
     assert found["moved"] >= 87
-    # The page on adapters gives the figures of 100 prompts; of 16, fewer than ten would hold by chance once in thousands.
+    # docs/lora.md gives the figures of 100 prompts. With 16, fewer than ten would be kept by
+    # chance only once in thousands of draws.
     assert found["kept"] >= 60
     assert list(found["distance"].values()) == sorted(found["distance"].values(), reverse=True)
 
 
-def test_both_styles_are_had_at_once(tiny):
+def test_both_styles_can_be_combined(tiny):
     both = adapted(tiny, [shipped_lora("kraft"), shipped_lora("chalk")], [1.0, 1.0])
     (image,) = generate(both, ["a large red circle on a green background"], steps=20, guidance=3.5)
     assert distance(image, "kraft") < 20

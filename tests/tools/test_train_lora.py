@@ -1,4 +1,4 @@
-"""Training an adapter: to the same end however it is cut into batches or interrupted, and nothing done on a mistake."""
+"""Training an adapter: reproducible in micro-batches and after interruptions; clear errors."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ import train_lora
 from PIL import Image
 
 from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, write_lora
-from fluxjax.generate.text import Text
+from fluxjax.generate.text import TextStates
 from fluxjax.lora import trainable
 from fluxjax.nets.layers import Linear, gelu
 from fluxjax.nets.scan import scan_blocks
@@ -21,9 +21,18 @@ from fluxjax.train.step import TrainState
 from fluxjax.zoo import Defaults
 
 CONFIG = FluxConfig(
-    width=32, heads=2, double_depth=1, single_depth=1, mlp_width=128, context=24, pooled=8, in_channels=64,
-    out_channels=64, rope_axes=(4, 6, 6), time_width=16,
-)  # fmt: skip
+    width=32,
+    heads=2,
+    double_depth=1,
+    single_depth=1,
+    mlp_width=128,
+    context=24,
+    pooled=8,
+    in_channels=64,
+    out_channels=64,
+    rope_axes=(4, 6, 6),
+    time_width=16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +59,17 @@ def flux():
 
 
 def fit(flux, output, *options: str):
-    """Train on random latents and captions of two sizes; return the trained adapter and its average."""
+    """Train on random latents and captions of two sizes.
+
+    **Returns:** the trained adapter and its average.
+    """
     rng = np.random.default_rng(0)
     buckets = [
         train_lora.Bucket(
             height,
             32,
             rng.standard_normal((count, height // 8, 64), np.float32),
-            Text(
+            TextStates(
                 rng.standard_normal((count + 1, 5, 24), np.float32),
                 rng.standard_normal((count + 1, 8), np.float32),
             ),
@@ -93,7 +105,7 @@ def test_images_are_scaled_and_cut_to_buckets(images):
     assert captions[2] == "a red star number 2"
     transparent = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     transparent.save(images / "clear.png")
-    assert np.all(train_lora._fitted(images / "clear.png", 256) == 1)  # on white
+    assert np.all(train_lora._resized(images / "clear.png", 256) == 1)  # on white
     (images / "clear.png").unlink()
 
 
@@ -112,12 +124,13 @@ def test_neither_micro_batches_nor_interruptions_change_what_is_trained(flux, tm
     _, resumed = fit(flux, tmp_path / "rest", *options, *kept, "--steps", "4")
     assert eqx.tree_equal(average, resumed)
     with pytest.raises(
-        ValueError, match=r"other settings: seed 0, not 5\. Give those again, or another --state"
+        ValueError,
+        match=r"other settings: seed 0, not 5\. Use the same settings, or another --state",
     ):
         fit(flux, tmp_path / "other", *options, *kept, "--seed", "5")
     for content in (b"", (tmp_path / "kept").read_bytes()[:-100]):
         (tmp_path / "broken").write_bytes(content)
-        with pytest.raises(ValueError, match="or damaged"):
+        with pytest.raises(ValueError, match="or is damaged"):
             fit(flux, tmp_path / "broken", *options, "--state", str(tmp_path / "broken"))
 
 
@@ -140,7 +153,7 @@ def test_a_folder_of_images_becomes_an_adapter_file(tmp_path, images):
     with jax.numpy_dtype_promotion("standard"):
         train_lora.main([*options, "--save-dtype", "bfloat16", "--target", r"single\.\d\.linear2"])
     assert len(read_lora(output).changes["flux"]) == 4
-    with pytest.raises(SystemExit, match="There is something at"):
+    with pytest.raises(SystemExit, match="exists already"):
         train_lora.main(options)
 
 
@@ -150,13 +163,14 @@ def test_an_adapter_that_changes_nothing_is_not_written(flux, tmp_path):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_images_without_captions_are_told(images, tmp_path):
+def test_images_without_captions_are_an_error(images, tmp_path):
     options = ["--images", str(tmp_path), "--output", str(tmp_path / "a.safetensors")]
-    with pytest.raises(SystemExit, match="holds no images"):
+    with pytest.raises(SystemExit, match="There are no images"):
         train_lora.main(options)
     shutil.copy(images / "0.png", tmp_path / "bare.png")
     with pytest.raises(
-        SystemExit, match=r"1 of 1 images in .* have no caption\. Write bare\.png's to bare\.txt"
+        SystemExit,
+        match=r"1 of 1 images in .* have no caption\. Write that of bare\.png to bare\.txt",
     ):
         train_lora.main(options)
     assert not (tmp_path / "a.safetensors").exists()

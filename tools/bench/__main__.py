@@ -1,8 +1,9 @@
-"""Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `attention`: its implementations on this
-device, their errors and speed. `cpu`: the networks beside torch's.
-`load`, `load-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and move,
-compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `gpu-aot`: what GPUs would, so too. `stream`: dev a
-block at a time from its file, in little memory. `compile`: tracing, compiling, importing.
+"""Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `attention`: its
+implementations on this device, their errors and speed. `cpu`: the networks beside torch's. `load`,
+`load-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and
+move, compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `gpu-aot`: what GPUs
+would, so too. `stream`: dev a block at a time from its file, in little memory. `compile`: tracing,
+compiling, importing.
 
 Each run prints a table and appends its rows, with versions and machine, as JSON lines.
 """

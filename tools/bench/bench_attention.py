@@ -1,8 +1,8 @@
-"""Measure the implementations of attention on this device: how far values and gradients are from float32's, whether calls
-repeat bit by bit, and their speed.
+"""Measure the implementations of attention on this device: how far values and gradients are from
+float32's, whether calls repeat bit by bit, and their speed.
 
-Each implementation runs in a process of its own, with a time limit: a kernel that never ends, or that takes the process with
-it, costs its own rows alone.
+Each implementation runs in a process of its own, with a time limit: a kernel that never ends, or
+that takes the process with it, costs its own rows alone.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def drawn(seed: int, tokens: int, heads: int) -> list[jax.Array]:
     return [jax.random.normal(key, (tokens, heads, HEAD_DIM), jnp.bfloat16) for key in keys]
 
 
-def exact(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, length: int) -> tuple[jax.Array, ...]:
+def exact(
+    q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, length: int
+) -> tuple[jax.Array, ...]:
     """Return the result and the gradients of q, k and v in float32, a head after another, so that logits fit."""
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -53,14 +55,18 @@ def exact(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, length: int
     return tuple(jnp.swapaxes(x, 0, 1) for x in found)
 
 
-def passes(implementation: str, length: int | None) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
+def passes(
+    implementation: str, length: int | None
+) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
     """Return the compiled functions of (q, k, v, gradient): the forward pass, and the gradient, which has it too."""
     mix = partial(attention, implementation=implementation, key_length=length)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
         return (mix(q, k, v),)
 
-    def gradient(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+    def gradient(
+        q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, ...]:
         mixed, pull = jax.vjp(mix, q, k, v)
         return (mixed, *pull(grad))
 
@@ -80,7 +86,9 @@ def same(found: tuple[jax.Array, ...], first: tuple[jax.Array, ...]) -> jax.Arra
     return jnp.stack([jnp.all(x == y) for x, y in zip(found, first, strict=True)])
 
 
-def timed(call: Callable[..., Any], inputs: list[list[jax.Array]], batches: int) -> tuple[float, float]:
+def timed(
+    call: Callable[..., Any], inputs: list[list[jax.Array]], batches: int
+) -> tuple[float, float]:
     """Return the median seconds of a call, over batches of calls that are sent off together, and the batches' spread."""
 
     def many(count: int) -> None:
@@ -95,22 +103,34 @@ def timed(call: Callable[..., Any], inputs: list[list[jax.Array]], batches: int)
     return median, (max(spent) - min(spent)) / median
 
 
-def measured(name: str, tokens: int, length: int | None, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(
+    name: str, tokens: int, length: int | None, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Return a row of the forward pass and one of the gradient; what fails is a row too."""
     seen = tokens if length is None else length
     inputs = [drawn(seed, tokens, options.heads) for seed in range(_INPUTS)]
     reference = jax.jit(partial(exact, length=seen))(*inputs[0])
     rows = []
     for kind, call in passes(name, length).items():
-        row = {"bench": "attention", "implementation": name, "tokens": tokens, "key_length": length, "pass": kind}
+        row = {
+            "bench": "attention",
+            "implementation": name,
+            "tokens": tokens,
+            "key_length": length,
+            "pass": kind,
+        }
         row |= {"heads": options.heads, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
         try:
             first = call(*inputs[0])
             far = [float(x) for x in errors(first, reference[: len(first)])]
-            row["relative error"] = dict(zip(RESULTS, (float(f"{x:.3g}") for x in far), strict=False))
+            row["relative error"] = dict(
+                zip(RESULTS, (float(f"{x:.3g}") for x in far), strict=False)
+            )
             again = [same(call(*inputs[0]), first) for _ in range(options.repeats)]
             counts = [int(x) for x in jnp.stack(again).sum(0)]
-            row["bitwise equal"] = dict(zip(RESULTS, counts, strict=False)) | {"of": options.repeats}
+            row["bitwise equal"] = dict(zip(RESULTS, counts, strict=False)) | {
+                "of": options.repeats
+            }
             median, spread = timed(call, inputs, options.batches)
             # The usual count: 2 products forward, and 5 more for the gradient.
             flop = (1 if kind == "forward" else 3.5) * 4 * tokens * seen * options.heads * HEAD_DIM
@@ -142,9 +162,25 @@ def bench_attention(options: argparse.Namespace) -> list[dict[str, Any]]:
         for name in options.implementations:
             rows = Path(folder) / f"{name}.jsonl"
             rows.touch()
-            arguments = ["--implementations", name, "--rows", str(rows), "--heads", str(options.heads)]
-            arguments += ["--repeats", str(options.repeats), "--batches", str(options.batches), "--cases"]
-            arguments += [f"{tokens}" if length is None else f"{tokens}/{length}" for tokens, length in options.cases]
+            arguments = [
+                "--implementations",
+                name,
+                "--rows",
+                str(rows),
+                "--heads",
+                str(options.heads),
+            ]
+            arguments += [
+                "--repeats",
+                str(options.repeats),
+                "--batches",
+                str(options.batches),
+                "--cases",
+            ]
+            arguments += [
+                f"{tokens}" if length is None else f"{tokens}/{length}"
+                for tokens, length in options.cases
+            ]
             ended = _ended([sys.executable, sys.argv[0], "attention", *arguments], options.seconds)
             found += [json.loads(line) for line in rows.read_text().splitlines()]
             if ended:
@@ -169,15 +205,33 @@ def _case(text: str) -> tuple[int, int | None]:
 
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("attention", help="attention's implementations on this device: errors, repeats, speed")
+    parser = commands.add_parser(
+        "attention", help="attention's implementations on this device: errors, repeats, speed"
+    )
     parser.set_defaults(run=bench_attention)
     names = ["cudnn", "flash_gpu", "xla_chunked"]
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=names)
     cases = [(4608, None), (4133, None), (4352, None), (4608, 4333), (1536, None), (77, None)]
-    parser.add_argument("--cases", nargs="+", type=_case, metavar="TOKENS[/KEY_LENGTH]", default=cases)
+    parser.add_argument(
+        "--cases", nargs="+", type=_case, metavar="TOKENS[/KEY_LENGTH]", default=cases
+    )
     parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=20, help="calls compared bit by bit (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=7, help="timings, of which the median counts (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=120, help="of an implementation's process (default: %(default)s)")
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # a child's, which measures in its own process
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="calls compared bit by bit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=7,
+        help="timings, of which the median counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=120,
+        help="of an implementation's process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows", type=Path, help=argparse.SUPPRESS
+    )  # a child's, which measures in its own process
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

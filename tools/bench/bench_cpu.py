@@ -22,8 +22,8 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Case(NamedTuple):
-    """What is compared: calls without arguments that give an output, by contender, torch's and more of ours; the operations of
-    one, if they are known."""
+    """What is compared: calls without arguments that give an output, by contender, torch's and more
+    of ours; the operations of one, if they are known."""
 
     ours: Callable[[], jax.Array]
     theirs: Mapping[str, Callable[[], Any]]
@@ -32,8 +32,9 @@ class Case(NamedTuple):
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, in turns, so that what else the machine does falls on all; each is timed right after a
-    call of its own, since memory that has lain idle while another ran is slower, by a quarter on the machine measured."""
+    """Return the seconds of each call, in turns, so that what else the machine does falls on all;
+    each is timed right after a call of its own, since memory that has lain idle while another ran
+    is slower, by a quarter on the machine measured."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

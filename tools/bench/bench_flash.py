@@ -1,5 +1,5 @@
-"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without one: whether their blocks
-fit, and the VMEM of each kernel.
+"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without
+one: whether their blocks fit, and the VMEM of each kernel.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """
@@ -74,7 +74,8 @@ def compiled_row(
     except ValueError as error:  # blocks that do not fit are a result
         return row | {"error": str(error)}
     computed = {
-        kernel: flash_vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16) for kernel in KERNELS[kind]
+        kernel: flash_vmem_bytes(kernel, sizes[kernel], 128, jnp.bfloat16)
+        for kernel in KERNELS[kind]
     }
     row["sizes"] = {kernel: sizes[kernel] for kernel in KERNELS[kind]}
     row["VMEM MiB by shapes"] = {
@@ -119,7 +120,9 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
         "pass": "heads",
         "sizes": {"heads": size},
         "VMEM MiB by shapes": {
-            "heads": round(qkv_tpu.qkv_vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1)
+            "heads": round(
+                qkv_tpu.qkv_vmem_bytes(size, width, jnp.bfloat16, len(counts)) / 2**20, 1
+            )
         },
         "VMEM MiB by compiler": {kernel: round(size / 2**20, 1) for kernel, size in used.items()},
         "compile s": round(time.perf_counter() - start, 1),

@@ -1,5 +1,6 @@
-"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and attention, and the VAE's decoder, in
-turns with diffusers on torch. Random weights; what fails is a row too, and the next goes on."""
+"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and
+attention, and the VAE's decoder, in turns with diffusers on torch. Random weights; what fails is a
+row too, and the next goes on."""
 
 import argparse
 import gc
@@ -10,20 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from bench_parts import diffusers_vae, random_flux, seconds_of, told
+from bench_parts import (
+    VARIANTS,
+    diffusers_vae,
+    random_flux,
+    sample_latents,
+    seconds_of,
+    summarize_times,
+)
 from scaling import forward_flop
 
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
-from fluxjax.generate import TextStates, decode, denoise
+from fluxjax.generate import TextStates, decode
 from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
-VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 FORMATS = ("bfloat16", "int8", "fp8")
 BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
 """diffusers' attentions that may be there; the fastest is taken."""
@@ -42,7 +50,12 @@ def matmul_ceiling(side: int, repeats: int) -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
     jax.block_until_ready(chain(a, b))
-    return length * 2 * side**3 / min(seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats))
+    return (
+        length
+        * 2
+        * side**3
+        / min(seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats))
+    )
 
 
 class Form(NamedTuple):
@@ -104,7 +117,9 @@ class Networks:
             made.fuse_qkv_projections()
             self.backend = fastest(made, inputs)
             made.set_attention_backend(self.backend)
-            made.compile_repeated_blocks(mode=self.options.torch_mode, fullgraph=True, dynamic=False)
+            made.compile_repeated_blocks(
+                mode=self.options.torch_mode, fullgraph=True, dynamic=False
+            )
             self.torch = made  # now that nothing of it has failed
         return self.torch
 
@@ -142,7 +157,9 @@ def fastest(network: Any, inputs: dict[str, Any]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: int, steps: int) -> Contender:
+def fluxjax_contender(
+    networks: Networks, form: Form, batch: int, txt_tokens: int, steps: int
+) -> Contender:
     """The sampling loop, one compiled program."""
     config, options = networks.config, networks.options
     tokens = (options.size // 16) ** 2
@@ -150,35 +167,58 @@ def fluxjax_contender(networks: Networks, form: Form, batch: int, txt_tokens: in
     attention = None if form.attention == "best" else form.attention
 
     def make(row: dict[str, Any]) -> Callable[[], object]:
-        txt, vec = (jnp.zeros((batch, *shape), jnp.bfloat16) for shape in [(txt_tokens, config.context), (config.pooled,)])
-        noise = jnp.stack([initial_noise(jax.random.key(i), options.size, options.size) for i in range(batch)])
+        txt, vec = (
+            jnp.zeros((batch, *shape), jnp.bfloat16)
+            for shape in [(txt_tokens, config.context), (config.pooled,)]
+        )
+        noise = jnp.stack(
+            [initial_noise(jax.random.key(i), options.size, options.size) for i in range(batch)]
+        )
         guidance = jnp.float32(3.5) if config.guidance_embed else None
         flux = networks.ours(form.weights, form.unrolled)
         arguments = (flux, TextStates(txt, vec), noise, flow_times(steps, tokens=tokens), guidance)
-        return _compiled(row, options.programs, denoise, *arguments, attention=attention)
+        return _compiled(
+            row, options.programs, eqx.filter_jit(sample_latents), *arguments, attention=attention
+        )
 
-    row = {"what": "fluxjax", "weights": form.weights, "attention": attention or select_attention(heads, heads)}
+    row = {
+        "what": "fluxjax",
+        "weights": form.weights,
+        "attention": attention or select_attention(heads, heads),
+    }
     return Contender(row | {"blocks": "apart" if form.unrolled else "stacked"}, make)
 
 
-def _compiled(row: dict[str, Any], folder: Path | None, function: Any, *arguments: Any, **options: Any) -> Callable[[], object]:
+def _compiled(
+    row: dict[str, Any], folder: Path | None, function: Any, *arguments: Any, **options: Any
+) -> Callable[[], object]:
     """Return a compiled function's call; with a folder, write the program there as the compiler left it."""
     start = time.perf_counter()
     compiled = function.lower(*arguments, **options).compile()
     row["compile s"] = round(time.perf_counter() - start, 2)
     if folder is not None:
-        names = [str(row[key]) for key in ("variant", "weights", "blocks", "attention", "batch") if key in row]
+        names = [
+            str(row[key])
+            for key in ("variant", "weights", "blocks", "attention", "batch")
+            if key in row
+        ]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{'-'.join(names)}.txt".replace(" ", "-")).write_text(compiled.compiled.as_text())
+        (folder / f"{'-'.join(names)}.txt".replace(" ", "-")).write_text(
+            compiled.compiled.as_text()
+        )
     memory = compiled.compiled.memory_analysis()
     if memory is not None:
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        held = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
         row["memory GB"] = round((held + memory.temp_size_in_bytes) / 1e9, 2)
         row["temporaries GB"] = round(memory.temp_size_in_bytes / 1e9, 2)
     return lambda: jax.block_until_ready(compiled(*arguments, **options))
 
 
-def diffusers_contender(networks: Networks, compiled: bool, batch: int, txt_tokens: int, steps: int) -> Contender:
+def diffusers_contender(
+    networks: Networks, compiled: bool, batch: int, txt_tokens: int, steps: int
+) -> Contender:
     """diffusers' transformer, as its pipeline calls it a step."""
     config, tokens = networks.config, (networks.options.size // 16) ** 2
 
@@ -200,11 +240,17 @@ def diffusers_contender(networks: Networks, compiled: bool, batch: int, txt_toke
         row["attention"] = networks.backend
         return _of_torch(row, lambda: network(**inputs), compiled, steps)
 
-    row = {"what": "diffusers", "weights": "bfloat16", "compiled": networks.options.torch_mode if compiled else False}
+    row = {
+        "what": "diffusers",
+        "weights": "bfloat16",
+        "compiled": networks.options.torch_mode if compiled else False,
+    }
     return Contender(row, make)
 
 
-def _of_torch(row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1) -> Callable[[], object]:
+def _of_torch(
+    row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1
+) -> Callable[[], object]:
     import torch
 
     def run(steps: int = steps) -> None:
@@ -223,16 +269,31 @@ def _of_torch(row: dict[str, Any], call: Callable[[], Any], compiled: bool, step
     return run
 
 
-def transformer_group(networks: Networks, name: str, batch: int, options: argparse.Namespace) -> list[Contender]:
+def transformer_group(
+    networks: Networks, name: str, batch: int, options: argparse.Namespace
+) -> list[Contender]:
     """Return the contenders of a variant and batch, in the order in which they are made while there is time."""
     _, txt_tokens, steps = VARIANTS[name]
     size = batch, txt_tokens, options.steps or steps
-    ours = [fluxjax_contender(networks, form, *size) for form in forms(options, batch == options.batches[0])]
-    theirs = [diffusers_contender(networks, compiled, *size) for compiled in (True, False) if options.beside]
+    ours = [
+        fluxjax_contender(networks, form, *size)
+        for form in forms(options, batch == options.batches[0])
+    ]
+    theirs = [
+        diffusers_contender(networks, compiled, *size)
+        for compiled in (True, False)
+        if options.beside
+    ]
     found = ours[: len(options.weights)] + theirs + ours[len(options.weights) :]
     tokens = (options.size // 16) ** 2
-    work = {"steps": size[2], "TFLOP": batch * size[2] * forward_flop(networks.config, tokens, txt_tokens) / 1e12}
-    return [contender._replace(row={"variant": name, "batch": batch, **contender.row, **work}) for contender in found]
+    work = {
+        "steps": size[2],
+        "TFLOP": batch * size[2] * forward_flop(networks.config, tokens, txt_tokens) / 1e12,
+    }
+    return [
+        contender._replace(row={"variant": name, "batch": batch, **contender.row, **work})
+        for contender in found
+    ]
 
 
 def vae_group(options: argparse.Namespace) -> list[Contender]:
@@ -240,7 +301,10 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
     side = options.size // 8
 
     def make_ours(row: dict[str, Any]) -> Callable[[], object]:
-        vae = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)))
+        vae = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16),
+            fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)),
+        )
         latents = jax.random.normal(jax.random.key(1), (1, 16, side, side))
         return _compiled(row, options.programs, decode, vae, latents, dtype=jnp.bfloat16)
 
@@ -259,14 +323,19 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
 
     common = {"variant": "VAE decode", "batch": 1}
     theirs = [
-        Contender({**common, "what": "diffusers", "weights": "bfloat16", "compiled": compiled}, make_theirs(compiled))
+        Contender(
+            {**common, "what": "diffusers", "weights": "bfloat16", "compiled": compiled},
+            make_theirs(compiled),
+        )
         for compiled in (True, False)
         if options.beside
     ]
     return [Contender({**common, "what": "fluxjax", "weights": "bfloat16"}, make_ours), *theirs]
 
 
-def measured(contenders: list[Contender], seconds: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(
+    contenders: list[Contender], seconds: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Make the calls of all, in at most about 0.6 of the time, and then time them in turns, at least once."""
     begun, calls = time.perf_counter(), dict[int, Callable[[], object]]()
     for number, (row, make) in enumerate(contenders):
@@ -293,7 +362,7 @@ def measured(contenders: list[Contender], seconds: float, options: argparse.Name
                 contenders[number].row["error"] = _line(error)
     for number, call in calls.items():
         row = contenders[number].row
-        row |= told(spent[number])
+        row |= summarize_times(spent[number])
         print(f"timed: {row}", flush=True)  # whatever a profiler does
         if options.profile and row["what"] == "fluxjax":
             try:
@@ -310,7 +379,10 @@ def _line(error: Exception) -> str:
 
 def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, Any]]:
     """Add the share of the ceiling, and to fluxjax's rows how many times faster they are than diffusers' fastest."""
-    theirs = min((row["seconds"] for row in rows if row["what"] == "diffusers" and "seconds" in row), default=None)
+    theirs = min(
+        (row["seconds"] for row in rows if row["what"] == "diffusers" and "seconds" in row),
+        default=None,
+    )
     for row in rows:
         work = row.pop("TFLOP", None)
         if "seconds" in row and work is not None:
@@ -325,7 +397,12 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
     """Measure group after group, the VAE and then a variant and a batch each, and show its rows."""
     end = time.perf_counter() + 60 * options.minutes
     ceiling = matmul_ceiling(options.matmul, options.repeats)
-    common = {"bench": "gpu", "size": options.size, "matmul TFLOP/s": round(ceiling / 1e12, 1), **_versions()}
+    common = {
+        "bench": "gpu",
+        "size": options.size,
+        "matmul TFLOP/s": round(ceiling / 1e12, 1),
+        **_versions(),
+    }
     rows: list[dict[str, Any]] = []
 
     def add(contenders: list[Contender], share: float) -> None:
@@ -344,7 +421,10 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         for turn, batch in enumerate(options.batches):
             left = (len(options.variants) - number) * len(options.batches) - turn
             # The first batch has more to compile.
-            add(transformer_group(networks, name, batch, options), (1.4 if left > 1 and not turn else 1) / left)
+            add(
+                transformer_group(networks, name, batch, options),
+                (1.4 if left > 1 and not turn else 1) / left,
+            )
         del networks
         jax.clear_caches()
         gc.collect()
@@ -364,23 +444,70 @@ def _versions() -> dict[str, str]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    gpu = commands.add_parser("gpu", help="full-size dev and schnell at 1024x1024, random weights, beside diffusers")
+    gpu = commands.add_parser(
+        "gpu", help="full-size dev and schnell at 1024x1024, random weights, beside diffusers"
+    )
     gpu.set_defaults(run=bench_gpu)
     gpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     gpu.add_argument("--weights", nargs="+", choices=FORMATS, default=["bfloat16", "fp8"])
     gpu.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    gpu.add_argument("--attention", nargs="+", choices=["best", *IMPLEMENTATIONS], default=["best", "flash_gpu", "xla_chunked"])
-    gpu.add_argument("--minutes", type=float, default=7.0, help="after which no row is begun (default: %(default)s)")
-    gpu.add_argument("--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out")
-    gpu.add_argument("--apart", nargs="+", choices=FORMATS, help="weights whose blocks are taken apart too (default: all)")
-    gpu.add_argument("--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"])
-    gpu.add_argument("--torch-mode", default="max-autotune-no-cudagraphs", help="torch.compile's (default: %(default)s)")
+    gpu.add_argument(
+        "--attention",
+        nargs="+",
+        choices=["best", *IMPLEMENTATIONS],
+        default=["best", "flash_gpu", "xla_chunked"],
+    )
+    gpu.add_argument(
+        "--minutes",
+        type=float,
+        default=7.0,
+        help="after which no row is begun (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out"
+    )
+    gpu.add_argument(
+        "--apart",
+        nargs="+",
+        choices=FORMATS,
+        help="weights whose blocks are taken apart too (default: all)",
+    )
+    gpu.add_argument(
+        "--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"]
+    )
+    gpu.add_argument(
+        "--torch-mode",
+        default="max-autotune-no-cudagraphs",
+        help="torch.compile's (default: %(default)s)",
+    )
     gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
-    gpu.add_argument("--size", type=int, default=1024, help="pixels along a side (default: %(default)s)")
+    gpu.add_argument(
+        "--size", type=int, default=1024, help="pixels along a side (default: %(default)s)"
+    )
     gpu.add_argument("--steps", type=int, help="Euler steps (default: the variant's)")
-    gpu.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="fewer blocks, for a small machine")
-    gpu.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: %(default)s)")
-    gpu.add_argument("--matmul", type=int, default=8192, help="side of the ceiling's matrices (default: %(default)s)")
-    gpu.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of a run of each row")
-    gpu.add_argument("--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there")
+    gpu.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        metavar=("DOUBLE", "SINGLE"),
+        help="fewer blocks, for a small machine",
+    )
+    gpu.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="runs, of which the median counts (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--matmul",
+        type=int,
+        default=8192,
+        help="side of the ceiling's matrices (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--profile", type=Path, metavar="DIR", help="write a trace of a run of each row"
+    )
+    gpu.add_argument(
+        "--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there"
+    )
     gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")

@@ -1,7 +1,9 @@
-"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its registers and shared memory;
-and full-size dev, with what it holds and the library calls that its products become.
+"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its
+registers and shared memory; and full-size dev, with what it holds and the library calls that its
+products become.
 
-Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing looks for a GPU.
+Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing
+looks for a GPU.
 """
 
 import argparse
@@ -20,14 +22,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from bench_flash import KERNELS, run_of
-from bench_parts import pretended
+from bench_parts import pretended, sample_latents
 from bench_tpu import eight_bits
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from fluxjax import Flux, FluxConfig, unroll
-from fluxjax.generate.draw import denoise
-from fluxjax.generate.text import Text
+from fluxjax.generate import TextStates
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.nets.quantized import EIGHT_BITS
 
@@ -167,7 +168,7 @@ def transformer_row(
     flux = eight_bits(flux, EIGHT_BITS[weights]) if weights in EIGHT_BITS else flux
     flux = eqx.filter_eval_shape(unroll, flux) if unrolled else flux
     flux = jax.tree.map(lambda leaf: struct(*leaf.shape, dtype=leaf.dtype), flux)
-    text = Text(struct(batch, 512, config.context), struct(batch, config.pooled))
+    states = TextStates(struct(batch, 512, config.context), struct(batch, config.pooled))
     inputs = (
         struct(batch, 16, 128, 128, dtype=jnp.float32),
         struct(29, dtype=jnp.float32),
@@ -177,9 +178,8 @@ def transformer_row(
         platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}"
     )
     with pretended(gpu):
-        lowered = jax.jit(partial(denoise.__wrapped__, attention="cudnn")).lower(
-            flux, text, *inputs
-        )
+        run = jax.jit(partial(sample_latents, attention="cudnn"))
+        lowered = run.lower(flux, states, *inputs)
     start = time.perf_counter()
     program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     memory, text = program.memory_analysis(), program.as_text()

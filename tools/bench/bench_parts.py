@@ -1,5 +1,4 @@
-"""What the measurements share: a transformer of random weights, a call's time, the median of several, and a device that is
-not there."""
+"""What several benches use: random weights, sampling as one program, timing, a simulated device."""
 
 import statistics
 import sys
@@ -12,25 +11,54 @@ from unittest import mock
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fluxjax import Flux, FluxConfig
+from fluxjax.generate import Recipe, TextStates, denoise, prompt_batch
+from fluxjax.generate.cache import AttentionChoice
+
+VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
+"""The official models: the transformer's configuration, T5's tokens, Euler steps."""
+DEVICE_MODULES = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads")
+"""The modules that choose an implementation by the default device."""
 
 
 def random_flux(config: FluxConfig) -> Flux:
-    """Draw bfloat16 weights on the device, leaf by leaf, so that no float32 copy of the model ever exists."""
+    """Return a transformer of random bfloat16 weights, on the device.
+
+    They are drawn leaf by leaf, so that no float32 copy of the whole network ever exists.
+    """
     abstract = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(abstract)
     draw = jax.jit(
         lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
     )
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(
-        structure, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    drawn = [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def sample_latents(
+    flux: Flux,
+    states: TextStates,
+    noise: jax.Array,
+    times: jax.Array,
+    guidance: jax.Array | None,
+    *,
+    attention: AttentionChoice = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Sample the latents of encoded prompts with Euler's method; compiled, it is one program.
+
+    **Arguments:** `noise`: [images, 16, rows, columns]. `guidance`: the distilled scale, for a
+    network that takes one. `attention`, `mesh`: as for `denoise`.
+    """
+    batch = prompt_batch(states, None, noise=noise, keys=None, distilled=guidance)
+    return denoise(flux, batch, Recipe(times, attention=attention), mesh=mesh)
 
 
 def diffusers_vae() -> Any:
-    """Return diffusers' VAE of FLUX's numbers, of random weights."""
+    """Return diffusers' VAE with the sizes of FLUX.1's and random weights."""
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -47,14 +75,14 @@ def diffusers_vae() -> Any:
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Return how long a call takes, which has to wait for its result."""
+    """Return how many seconds a call takes; it must wait for its own result."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def told(spent: list[float]) -> dict[str, float]:
-    """Return the median of several calls, their spread as a share of it, and how many they are."""
+def summarize_times(spent: list[float]) -> dict[str, float]:
+    """Return the median of several timings, their range relative to it, and their number."""
     median = statistics.median(spent)
     return {
         "seconds": median,
@@ -64,16 +92,14 @@ def told(spent: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def pretended(
-    device: Any, modules: Sequence[str] = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads")
-) -> Iterator[None]:
-    """Trace for another device than this machine's, of which `platform` and what tells its kind are asked by these modules."""
+def pretended(device: Any, modules: Sequence[str] = DEVICE_MODULES) -> Iterator[None]:
+    """Trace as if `device` were the default device, in these modules of fluxjax.
+
+    They read its `platform` and what tells its kind, so any object with these attributes will do.
+    """
     with ExitStack() as stack:
         for name in modules:
-            # By name, since the package has a function `attention` too.
-            stack.enter_context(
-                mock.patch.object(
-                    sys.modules[f"fluxjax.{name}"], "default_device", return_value=device
-                )
-            )
+            # By name, because the package exports a function `attention` as well.
+            module = sys.modules[f"fluxjax.{name}"]
+            stack.enter_context(mock.patch.object(module, "default_device", return_value=device))
         yield

@@ -15,10 +15,10 @@ from fluxjax import FluxConfig
 
 RUN = """
 import json, sys, threading, time
+import equinox as eqx
 import jax, jax.numpy as jnp
 import fluxjax
-from fluxjax.generate import Text, denoise
-from fluxjax.generate.latents import initial_noise
+from fluxjax.generate import Recipe, TextStates, denoise, initial_noise, prompt_batch
 path, size, steps, what, options = sys.argv[1:]
 size, steps, options = int(size), int(steps), json.loads(options)
 peak = {"RssAnon": 0, "VmRSS": 0}
@@ -36,11 +36,12 @@ flux = fluxjax.load_flux(path, config=config, stream=what == "streamed")
 loaded = time.perf_counter() - start
 def draw(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-text = Text(draw(1, 1, 512, config.context), draw(2, 1, config.pooled))
+states = TextStates(draw(1, 1, 512, config.context), draw(2, 1, config.pooled))
 noise = initial_noise(jax.random.key(0), size, size)[None]
-inputs = (flux, text, noise, fluxjax.flow_times(steps), jnp.float32(3.5))
+batch = prompt_batch(states, None, noise=noise, keys=None, distilled=jnp.float32(3.5))
+inputs = (flux, batch, Recipe(fluxjax.flow_times(steps)))
 start = time.perf_counter()
-compiled = denoise.lower(*inputs).compile()
+compiled = eqx.filter_jit(denoise).lower(*inputs).compile()
 compile_seconds = time.perf_counter() - start
 seconds = []
 for _ in range(2):

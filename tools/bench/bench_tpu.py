@@ -1,5 +1,5 @@
-"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's operations and bytes sent beside
-the formulas of tools/bench/scaling.py.
+"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's
+operations and bytes sent beside the formulas of tools/bench/scaling.py.
 
 Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
 """
@@ -8,13 +8,14 @@ import argparse
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from bench_parts import pretended
+from bench_parts import DEVICE_MODULES, VARIANTS, pretended, sample_latents
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from program import read
@@ -25,8 +26,7 @@ from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.run import ROWS
 from fluxjax.devices.specs import specs
 from fluxjax.devices.streamed import HostWeight
-from fluxjax.generate.draw import denoise
-from fluxjax.generate.text import Text
+from fluxjax.generate import TextStates
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
 from fluxjax.nets.weight import Dense
@@ -41,7 +41,6 @@ CHIPS = {
 }
 STREAM = "stream"
 """In an axis's place: one device, whose blocks are streamed from the host's memory."""
-VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 
 
 def structs(tree: Any, shardings: Any) -> Any:
@@ -80,7 +79,7 @@ def lowered(
     def row(*shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=rows)
 
-    text = Text(
+    states = TextStates(
         row(txt_tokens, config.context, dtype=jnp.bfloat16), row(config.pooled, dtype=jnp.bfloat16)
     )
     noise = row(16, side, side, dtype=jnp.float32)
@@ -91,13 +90,11 @@ def lowered(
         else None
     )
 
-    def run(flux: Flux, text: Text, noise: Any, times: Any, scale: Any) -> Any:
-        options = {"attention": form.attention, "mesh": None if stream else mesh}
-        return denoise.__wrapped__(flux, text, noise, times, scale, **options)
-
-    asked = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads")[: 4 if form.heads else 3]
-    with pretended(mesh.devices.flat[0], asked):
-        return jax.jit(run).lower(flux, text, noise, times, scale)
+    run = partial(sample_latents, attention=form.attention, mesh=None if stream else mesh)
+    # Unless nets.heads sees a TPU too, it does not choose the kernel.
+    modules = [name for name in DEVICE_MODULES if form.heads or name != "nets.heads"]
+    with pretended(mesh.devices.flat[0], modules):
+        return jax.jit(run).lower(flux, states, noise, times, scale)
 
 
 def eight_bits(flux: Flux, dtype: Any) -> Flux:
@@ -139,8 +136,8 @@ _EMPTY = HostWeight(jnp.zeros((0, 0)))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
-    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops whose copies libtpu starts a
-    turn ahead."""
+    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops
+    whose copies libtpu starts a turn ahead."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(
             compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}

@@ -1,5 +1,7 @@
-"""Read what a compiled program does: `read(compiled.as_text())` counts its floating-point operations and what it sends, each
-as often as the loops around it turn.
+"""Count what a compiled program computes and sends to other devices.
+
+`read(compiled.as_text())` adds up the operations of its instructions, each as often as the loops
+around it iterate.
 """
 
 import json
@@ -15,14 +17,17 @@ _HEAD = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _LINE = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send")
-_PLACING = ("copy", "transpose", "reshape", "slice", "concatenate")
+_COPYING = ("copy", "transpose", "reshape", "slice", "concatenate")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|conv", re.IGNORECASE)
 
 
 class Moved(NamedTuple):
-    """Of a kind of collective, on one device: how often it runs, the bytes that come out, those sent to other devices, as a
-    ring sends them, and how often other work may run beside it."""
+    """The collectives of one kind, on one device.
+
+    `count`: how often they run. `made`: the bytes of their results. `sent`: the bytes sent to other
+    devices, by a ring algorithm. `asynchronous`: how many of them may overlap with other work.
+    """
 
     count: float
     made: float
@@ -31,9 +36,13 @@ class Moved(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one device: `flop`, of dots and convolutions of floating-point numbers; `declared`, what kernels say of themselves;
-    `eight`, of dots and convolutions of 8-bit numbers; collectives by kind; `copied`, bytes written by operations of their own
-    that only place numbers anew, while nothing else runs."""
+    """The cost of a program, on one device.
+
+    `flop`: operations of dots and convolutions of floating-point numbers. `declared`: operations
+    that custom kernels declare. `eight`: operations of 8-bit dots and convolutions. `moved`:
+    collectives by kind. `copied`: bytes written by instructions that only copy or rearrange,
+    outside of fusions, while nothing else runs.
+    """
 
     flop: float = 0.0
     declared: float = 0.0
@@ -43,9 +52,11 @@ class Cost(NamedTuple):
 
     @property
     def sent(self) -> float:
+        """The bytes that all collectives send."""
         return sum(kind.sent for kind in self.moved.values())
 
     def times(self, count: float) -> "Cost":
+        """Return the cost of `count` runs."""
         moved = {kind: Moved(*(count * value for value in one)) for kind, one in self.moved.items()}
         return Cost(
             count * self.flop, count * self.declared, count * self.eight, moved, count * self.copied
@@ -53,7 +64,10 @@ class Cost(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of a computation; `type` and `operands` as they stand, `attributes`: all after them."""
+    """An instruction of a computation.
+
+    `type`, `operands`: as in the text. `attributes`: all that follows the operands.
+    """
 
     name: str
     type: str
@@ -67,20 +81,20 @@ class Instruction(NamedTuple):
         return re.findall(r"%([\w.-]+)", self.operands)
 
     def called(self, role: str) -> list[str]:
-        """Return the computations that an attribute names, one or a list in braces."""
+        """Return the names of the computations in an attribute: one, or a list in braces."""
         found = re.search(rf"\b{role}=(\{{[^}}]*\}}|%[\w.-]+)", self.attributes)
         return re.findall(r"%([\w.-]+)", found[1]) if found else []
 
 
 class Computation(NamedTuple):
-    """Instructions by name, and the name of the one whose value it returns."""
+    """Instructions by name, and the name of the one whose value is returned."""
 
     lines: dict[str, Instruction]
     root: str
 
 
 class Program(NamedTuple):
-    """Computations by name, the name of the first, and the number of devices."""
+    """Computations by name, the name of the entry computation, the number of devices."""
 
     computations: dict[str, Computation]
     entry: str
@@ -90,8 +104,8 @@ class Program(NamedTuple):
 def read(text: str) -> Cost:
     """Return the cost of one run of a compiled program, on one device.
 
-    **Raises:** `ValueError` for a loop whose turns are not known, and for collectives, groups of devices and matrix products in
-    libraries' calls that are not understood.
+    **Raises:** `ValueError` for a loop whose number of iterations is not known, and for
+    collectives, groups of devices and library calls for matmuls that cannot be counted.
     """
     program = parse(text)
 
@@ -143,7 +157,7 @@ def parse(text: str) -> Program:
 
 
 def _split(name: str, rest: str) -> Instruction:
-    """Return "type opcode(operands), attributes" in its parts."""
+    """Parse "type opcode(operands), attributes"."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", end)
     closing = _closing(rest, opening)
@@ -157,7 +171,7 @@ def _split(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Return where the bracket that opens here is closed."""
+    """Return the position at which the bracket that opens here is closed."""
     depth = 0
     for found in re.finditer(r"[()]", text[opening:]):
         depth += 1 if found[0] == "(" else -1
@@ -169,16 +183,19 @@ def _closing(text: str, opening: int) -> int:
 def _instruction(
     line: Instruction, program: Program, name: str, cost: Callable[[str], Cost]
 ) -> Cost:
-    """Return what an instruction of the computation `name` costs. `cost`: of a computation."""
+    """Return the cost of an instruction.
+
+    **Arguments:** `name`: of its computation. `cost`: returns the cost of a computation by name.
+    """
     kind = line.opcode.removesuffix("-start")
     if line.opcode in ("dot", "convolution"):
         count, computation = (
             _dot if line.opcode == "dot" else _convolution,
             program.computations[name],
         )
-        if _eight(line, computation):
+        if _is_8_bit(line, computation):
             return Cost(eight=count(line, computation))
-        # A shuffle of features is a product of integers on some machines.
+        # On some machines a shuffle of features is compiled to a matmul of integers.
         return Cost(count(line, computation)) if re.match(r"b?f\d", line.type) else Cost()
     if kind in _COLLECTIVES:
         return Cost(moved={kind: _moved(line, kind, program.devices)})
@@ -188,7 +205,7 @@ def _instruction(
         )
     if kind == "while":
         (condition,), (body,) = line.called("condition"), line.called("body")
-        return total([cost(condition), cost(body)]).times(turns(line, program, name))
+        return total([cost(condition), cost(body)]).times(iterations(line, program, name))
     if kind == "conditional":
         branches = [cost(one) for role in _BRANCHES for one in line.called(role)]
         return max(branches, key=lambda one: (one.flop + one.declared + one.eight, one.sent))
@@ -198,9 +215,9 @@ def _instruction(
         )
     if kind == "call":
         return total(map(cost, line.called("to_apply")))
-    if kind == "fusion":  # what is placed anew in one never lies in memory
+    if kind == "fusion":  # what is rearranged inside a fusion is never written to memory
         return total(map(cost, line.called("calls")))._replace(copied=0.0)
-    if line.opcode in _PLACING:
+    if line.opcode in _COPYING:
         return Cost(copied=size(line.type))
     if line.opcode == "async-start":
         inside = total(map(cost, line.called("calls")))
@@ -210,7 +227,7 @@ def _instruction(
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the dtypes and dimensions of a type, in the order in which they stand."""
+    """Return the dtypes and shapes of a type, in their order in the text."""
     return [
         (dtype, tuple(map(int, filter(None, dims.split(",")))))
         for dtype, dims in _SHAPE.findall(text)
@@ -218,15 +235,15 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def size(text: str) -> int:
-    """Return the bytes of a type."""
+    """Return the number of bytes of a type."""
     return sum(_bits(dtype) * math.prod(dims) for dtype, dims in shapes(text)) // 8
 
 
 def _bits(dtype: str) -> int:
-    """Return the bits of a number: s4, bf16, f8e4m3fn, c64 say it."""
+    """Return the bits of a dtype, from the number in its name: s4, bf16, f8e4m3fn, c64."""
     found = re.match(r"[a-z]+(\d+)", dtype)
     if found is None and dtype != "pred":
-        raise ValueError(f"`size` does not know a {dtype}. Add its bits.")
+        raise ValueError(f"`size` does not know the dtype {dtype}. Add its number of bits.")
     return int(found[1]) if found else 8
 
 
@@ -235,34 +252,39 @@ def _numbers(attributes: str, key: str) -> list[int]:
     return [int(number) for number in found[1].split(",") if number] if found else []
 
 
-def _eight(line: Instruction, computation: Computation) -> bool:
-    """Return whether both operands are of 8 bits."""
+def _is_8_bit(line: Instruction, computation: Computation) -> bool:
+    """Return whether both operands have 8-bit numbers."""
     types = [shapes(computation.lines[name].type)[0][0] for name in line.inputs]
     return all(re.match(r"s8|f8", one) for one in types)
 
 
 def _dot(line: Instruction, computation: Computation) -> float:
-    """Return two operations for each number of the result and each that it is a sum of."""
+    """Return the operations of a dot: two for each number of the result and each term of its sum."""
     left = shapes(computation.lines[line.inputs[0]].type)[0][1]
     summed = math.prod(left[i] for i in _numbers(line.attributes, "lhs_contracting_dims"))
     return 2 * math.prod(shapes(line.type)[0][1]) * summed
 
 
 def _convolution(line: Instruction, computation: Computation) -> float:
-    """Return two operations for each product of two numbers, those with padding and between dilated ones left out: a batch of
-    products may be a convolution that is mostly such."""
+    """Return the operations of a convolution: two for each product of two numbers.
+
+    Products with padding, and between dilated elements, are not counted: XLA may compile a batched
+    matmul to a convolution in which most products are of that kind.
+    """
     image, kernel = (shapes(computation.lines[name].type)[0][1] for name in line.inputs)
     out = shapes(line.type)[0][1]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     if labels is None:
-        raise ValueError(f"`read` finds no dim_labels in {line.name}.")
+        raise ValueError(
+            f"`read` finds no dim_labels in {line.name}. Add the form of this convolution."
+        )
     products = 1
     for i, window in enumerate(_windows(line.attributes, len(out) - 2)):
         sizes = (
             dims[axes.index(str(i))]
             for dims, axes in zip((image, kernel, out), labels.groups(), strict=True)
         )
-        products *= _met(*sizes, **window)
+        products *= _kernel_hits(*sizes, **window)
     return (
         2
         * out[labels[3].index("b")]
@@ -275,30 +297,30 @@ def _convolution(line: Instruction, computation: Computation) -> float:
 def _windows(attributes: str, count: int) -> list[dict[str, int]]:
     """Return the window of each spatial dimension."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
-    given = dict(part.split("=") for part in found[1].split()) if found else {}
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
 
     def values(key: str, default: str) -> list[str]:
-        return given[key].split("x") if key in given else [default] * count
+        return fields[key].split("x") if key in fields else [default] * count
 
     strides, dilations, gaps = (
         values("stride", "1"),
         values("lhs_dilate", "1"),
         values("rhs_dilate", "1"),
     )
-    pads, turned = values("pad", "0_0"), values("rhs_reversal", "0")
+    pads, reversed = values("pad", "0_0"), values("rhs_reversal", "0")
     return [
         {
             "stride": int(strides[i]),
             "dilation": int(dilations[i]),
             "gap": int(gaps[i]),
             "pad": int(pads[i].split("_")[0]),
-            "turned": int(turned[i]),
+            "reversed": int(reversed[i]),
         }
         for i in range(count)
     ]
 
 
-def _met(
+def _kernel_hits(
     image: int,
     kernel: int,
     out: int,
@@ -307,11 +329,11 @@ def _met(
     dilation: int,
     gap: int,
     pad: int,
-    turned: int,
+    reversed: int,
 ) -> int:
-    """Return how often a number of the kernel meets one of the image, along one dimension."""
+    """Return how many pairs of a kernel's and an image's element are multiplied, along one axis."""
     places = (
-        o * stride - pad + (kernel - 1 - k if turned else k) * gap
+        o * stride - pad + (kernel - 1 - k if reversed else k) * gap
         for o in range(out)
         for k in range(kernel)
     )
@@ -319,7 +341,7 @@ def _met(
 
 
 def _declared(line: Instruction) -> float:
-    """Return the operations that a kernel's `cost_estimate` declares, 0 without one."""
+    """Return the operations that a custom kernel declares in `cost_estimate`; 0 without one."""
     target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
     found = re.search(r'"cost_estimate":\s*(\{[^}]*\})', line.attributes)
     if found is None and target is not None and _MATRIX_CALL.search(target[1]):
@@ -330,7 +352,7 @@ def _declared(line: Instruction) -> float:
 
 
 def _moved(line: Instruction, kind: str, devices: int) -> Moved:
-    """Return what one run of a collective makes and sends."""
+    """Return the bytes that one run of a collective makes and sends."""
     made, asynchronous = size(_result(line, kind)), line.opcode.endswith("-start")
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{([{}\d,]*)\}", line.attributes)
@@ -347,7 +369,10 @@ def _moved(line: Instruction, kind: str, devices: int) -> Moved:
 
 
 def _result(line: Instruction, kind: str) -> str:
-    """Return the type of what a collective makes: after its operands, in an asynchronous one's start but all-reduce's."""
+    """Return the type of a collective's result.
+
+    The start of an asynchronous collective, all-reduce apart, has a type of operands and results.
+    """
     if not line.opcode.endswith("-start") or kind == "all-reduce":
         return line.type
     parts, depth, start = list[str](), 0, 1
@@ -360,18 +385,24 @@ def _result(line: Instruction, kind: str) -> str:
 
 
 def _group(line: Instruction, devices: int) -> int:
-    """Return how many devices a collective joins."""
+    """Return how many devices take part in a collective."""
     found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", line.attributes)
     if found is None:
         raise ValueError(
-            f"`read` does not know which devices {line.name} joins. Add the form of its replica_groups."
+            f"`read` does not know which devices {line.name} joins. "
+            "Add the form of its replica_groups."
         )
     return len(found[2].split(",")) if found[2] else int(found[3]) if found[3] else devices
 
 
-def turns(line: Instruction, program: Program, name: str) -> int:
-    """Return how often a loop of the computation `name` turns: as the compiler knows it, or from its counter's start, step and
-    limit. **Raises:** `ValueError` where neither says it."""
+def iterations(line: Instruction, program: Program, name: str) -> int:
+    """Return the number of iterations of a loop.
+
+    It is the compiler's own count if there is one; else it follows from the counter's start, step
+    and limit.
+    **Arguments:** `name`: of the computation with the loop.
+    **Raises:** `ValueError` where it cannot be known.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line.attributes):
         return int(known[1])
     (condition,), (body,) = line.called("condition"), line.called("body")
@@ -387,13 +418,13 @@ def turns(line: Instruction, program: Program, name: str) -> int:
         )
     except (LookupError, ValueError) as error:
         raise ValueError(
-            f"`read` does not know how often {line.name} of {name} turns: {error}."
+            f"`read` does not know how often {line.name} of {name} iterates: {error}."
         ) from error
     return max(0, -(-(limit - start) // step))
 
 
 def _constant(program: Program, name: str, value: str) -> int:
-    """Return an integer of a computation, behind copies."""
+    """Return the value of an integer constant, also behind copies."""
     line = program.computations[name].lines[value]
     if line.opcode == "constant":
         return int(line.operands)
@@ -403,7 +434,7 @@ def _constant(program: Program, name: str, value: str) -> int:
 
 
 def _limit(program: Program, condition: str) -> tuple[int, int]:
-    """Return the number of a loop's counter in its state, and the value that it stays below."""
+    """Return the index of a loop's counter in its state, and the counter's limit (exclusive)."""
     computation = program.computations[condition]
     test = computation.lines[computation.root]
     inside = _fused(program, test)
@@ -412,14 +443,14 @@ def _limit(program: Program, condition: str) -> tuple[int, int]:
     counter = computation.lines[test.inputs[0]]
     index = re.search(r"index=(\d+)", counter.attributes)
     if counter.opcode != "get-tuple-element" or index is None:
-        raise ValueError(f"{counter.name} is no part of the loop's state")
+        raise ValueError(f"{counter.name} is not part of the loop's state")
     return int(index[1]), _constant(program, condition, test.inputs[1]) + (
         "direction=LE" in inside.attributes
     )
 
 
 def _step(program: Program, body: str, value: str) -> int:
-    """Return what a loop's body adds to its counter."""
+    """Return the number that a loop's body adds to its counter."""
     line = program.computations[body].lines[value]
     if line.opcode == "copy":
         return _step(program, body, line.inputs[0])
@@ -429,7 +460,7 @@ def _step(program: Program, body: str, value: str) -> int:
 
 
 def _fused(program: Program, line: Instruction) -> Instruction:
-    """Return the one operation of a fusion that only wraps it, or the instruction itself."""
+    """Return the only operation of a fusion that wraps a single one, or the instruction itself."""
     if line.opcode != "fusion":
         return line
     inside = program.computations[line.called("calls")[0]]

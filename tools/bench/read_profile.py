@@ -1,8 +1,10 @@
-"""Sum up where a GPU's time goes, by the traces that `python tools/bench gpu --profile DIR` writes: a row a trace.
+"""Sum up where a GPU's time goes, by the traces that `python tools/bench gpu --profile DIR` writes:
+a row a trace.
 
     python tools/bench/read_profile.py DIR [--output FILE]
 
-A kernel belongs to the first group whose pattern its name has; XLA names its own after what it fused.
+A kernel belongs to the first group whose pattern its name has; XLA names its own after what it
+fused.
 """
 
 import argparse
@@ -26,7 +28,9 @@ GROUPS = {
 def kernels(trace: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Return the module, the name and the microseconds of each call on a GPU."""
     events = trace["traceEvents"]
-    names = [event for event in events if event.get("ph") == "M" and event["name"] == "process_name"]
+    names = [
+        event for event in events if event.get("ph") == "M" and event["name"] == "process_name"
+    ]
     gpus = {event["pid"] for event in names if "GPU" in event["args"]["name"]}
     for event in events:
         if event.get("ph") == "X" and event["pid"] in gpus:
@@ -43,7 +47,9 @@ def summed(path: Path, most: int) -> dict[str, Any]:
         spent[name] += microseconds / 1e3
         calls[name] += 1
         modules[module] += microseconds
-        groups[next(group for group, pattern in GROUPS.items() if re.search(pattern, name))] += microseconds / 1e3
+        groups[next(group for group, pattern in GROUPS.items() if re.search(pattern, name))] += (
+            microseconds / 1e3
+        )
     first = sorted(spent, key=spent.__getitem__, reverse=True)[:most]
     return {
         "bench": "gpu profile",
@@ -51,21 +57,30 @@ def summed(path: Path, most: int) -> dict[str, Any]:
         "module": max(modules, key=modules.__getitem__, default=""),
         "milliseconds": round(sum(spent.values()), 1),
         "groups": {group: round(value, 1) for group, value in groups.items() if value},
-        "kernels": [{"name": name, "milliseconds": round(spent[name], 2), "calls": calls[name]} for name in first],
+        "kernels": [
+            {"name": name, "milliseconds": round(spent[name], 2), "calls": calls[name]}
+            for name in first
+        ],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--most", type=int, default=12, help="kernels that a row names (default: %(default)s)")
+    parser.add_argument(
+        "--most", type=int, default=12, help="kernels that a row names (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
     options = parser.parse_args()
     rows = [summed(path, options.most) for path in sorted(options.folder.rglob("*.trace.json.gz"))]
     for row in rows:
         print(row["trace"], row["module"], row["milliseconds"], "ms:", row["groups"])
         for kernel in row["kernels"]:
-            print(f"    {kernel['milliseconds']:9.2f} ms  {kernel['calls']:6d} calls  {kernel['name'][:100]}")
+            print(
+                f"    {kernel['milliseconds']:9.2f} ms  {kernel['calls']:6d} calls  {kernel['name'][:100]}"
+            )
     if options.output:
         with options.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

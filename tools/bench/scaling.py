@@ -1,7 +1,8 @@
-"""Print what a step of FLUX.1-dev at 1024x1024 costs a device on meshes of each axis, from formulas, as docs/scaling.md has it.
+"""Print the costs of a step of FLUX.1-dev at 1024x1024 on meshes of each axis, from formulas.
 
-A step is one evaluation of the network, of 28; what is computed once for all is shared among them. `tools/bench tpu-aot`
-sets them beside what compiled programs do.
+They are the table of docs/scaling.md. A step is one of 28 evaluations of the network; what is
+computed once for an image is shared among the steps. `tools/bench tpu-aot` compares the formulas
+with compiled programs.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ BFLOAT16, FLOAT32 = 2, 4
 
 
 class Work(NamedTuple):
-    """A network, the tokens of one image, and the steps that it takes."""
+    """A network, the tokens of one image, and the sampling steps."""
 
     config: FluxConfig
     img_tokens: int
@@ -23,7 +24,11 @@ class Work(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of a device and a step: floating-point operations, bytes of weights read, and bytes sent to others."""
+    """The cost of a step on one device.
+
+    `flop`: floating-point operations. `read`: bytes of weights that are read. `sent`: bytes that
+    are sent to other devices.
+    """
 
     flop: float
     read: float
@@ -31,16 +36,20 @@ class Cost(NamedTuple):
 
 
 def attention_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
-    """Return the floating-point operations of one forward pass's attention: two a product, of queries and keys and of weights
-    and values."""
+    """Return the floating-point operations of attention in one forward pass.
+
+    There are two for each multiplication, in the products of queries with keys and of weights with
+    values.
+    """
     tokens = img_tokens + txt_tokens
     return 4 * tokens * tokens * config.width * (config.double_depth + config.single_depth)
 
 
 def forward_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
-    """Return the floating-point operations of one forward pass: two a weight and token it multiplies, and attention's.
+    """Return the floating-point operations of one forward pass.
 
-    What is outside of the blocks, and the modulation, are 0.03 % of dev's at 1024x1024, and left out.
+    There are two for each weight and token that it multiplies, and those of attention. What is
+    outside of the blocks, and the modulation, is left out: 0.03 % for dev at 1024x1024.
     """
     tokens, width, hidden = img_tokens + txt_tokens, config.width, config.mlp_width
     double = 4 * width * width + 2 * width * hidden
@@ -50,8 +59,13 @@ def forward_flop(config: FluxConfig, img_tokens: int, txt_tokens: int) -> float:
 
 
 class Matrices(NamedTuple):
-    """Weights in matrices: of what a double block and a single one do to tokens, of their modulations, of what else a step
-    uses, and of the embedders of text and time with the last layer's modulation, which are used once."""
+    """Numbers of weights in matrices.
+
+    `double`, `single`: of a block of each kind, that multiply tokens. `double_modulation`,
+    `single_modulation`: of a block's modulation. `ends`: the input and output projections, used in
+    every step. `embedders`: of text and time, and the last layer's modulation, used once for an
+    image.
+    """
 
     double: float
     single: float
@@ -62,6 +76,7 @@ class Matrices(NamedTuple):
 
 
 def matrices(config: FluxConfig) -> Matrices:
+    """Return the numbers of weights of a network."""
     width, hidden = config.width, config.mlp_width
     inputs = config.context + config.pooled + config.time_width * (1 + config.guidance_embed)
     return Matrices(
@@ -75,7 +90,10 @@ def matrices(config: FluxConfig) -> Matrices:
 
 
 def step_bytes(config: FluxConfig, again: int = 0) -> float:
-    """Return the bytes, in bfloat16, of the matrices that every step uses, `again` so many blocks of each kind."""
+    """Return the bytes, in bfloat16, of the matrices that every step uses.
+
+    **Arguments:** `again`: how many blocks of each kind are counted a second time.
+    """
     each = matrices(config)
     blocks = (config.double_depth + again) * each.double + (
         config.single_depth + again
@@ -84,7 +102,7 @@ def step_bytes(config: FluxConfig, again: int = 0) -> float:
 
 
 def once_bytes(config: FluxConfig, again: int = 0) -> float:
-    """Return the bytes of those that are used once for all steps."""
+    """Return the bytes of the matrices that are used once for all steps; `again` as above."""
     each = matrices(config)
     doubles, singles = config.double_depth + again, config.single_depth + again
     return BFLOAT16 * (
@@ -98,21 +116,27 @@ def weight_bytes(config: FluxConfig) -> float:
 
 
 def data(work: Work, chips: int) -> Cost:
-    """An image a device."""
+    """Data parallelism: each device draws its own image."""
     read = step_bytes(work.config) + once_bytes(work.config) / work.steps
     return Cost(forward_flop(*work[:3]), read, 0)
 
 
 def fsdp(work: Work, chips: int) -> Cost:
-    """An image a device; every matrix comes from all others, a part each, and the last turn of each loop over blocks fetches
-    the first one's again."""
+    """Fully sharded data parallelism: each device draws its own image, and weights are gathered.
+
+    Every device has a part of each matrix. The last iteration of each loop over blocks prefetches
+    the first block once more.
+    """
     gathered = step_bytes(work.config, again=1) + once_bytes(work.config, again=1) / work.steps
     return data(work, chips)._replace(sent=gathered * (chips - 1) / chips)
 
 
 def tensor(work: Work, chips: int) -> Cost | None:
-    """One image; a sum of float32 tokens after attention and after the MLP (one in a single block), as a ring sends it, and the
-    modulation's float32 features."""
+    """Tensor parallelism: one image, with heads and hidden features split over the devices.
+
+    A ring all-reduce sums float32 tokens after attention and after the MLP (once in a single
+    block); the modulation's float32 features are gathered.
+    """
     config = work.config
     if config.heads % chips:
         return None
@@ -124,8 +148,12 @@ def tensor(work: Work, chips: int) -> Cost | None:
 
 
 def context(work: Work, chips: int) -> Cost:
-    """One image; queries, keys and values leave for their heads' device, and mixed values come back; or, where the devices do
-    not divide the heads, keys and values go round. Parts of tokens are whole."""
+    """Context parallelism: one image, with its tokens split over the devices.
+
+    If the heads divide evenly, queries, keys and values are exchanged for heads, and the results
+    exchanged back (Ulysses); otherwise keys and values pass around a ring. Each device has a whole
+    number of tokens.
+    """
     config, others = work.config, chips - 1
     img_tokens, txt_tokens = -(-work.img_tokens // chips), -(-work.txt_tokens // chips)
     tokens, blocks = img_tokens + txt_tokens, config.double_depth + config.single_depth

@@ -1,199 +1,238 @@
-"""Measure what docs/sampling.md tells of the tiny model: adherence by guidance, caches, and integrators' errors."""
+"""Measure the figures of docs/sampling.md on the tiny model: guidance, step caches, integrators."""
 
 import argparse
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from itertools import product
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import fluxjax
-from fluxjax import Nag, text_to_image
-from fluxjax.flow import Projected, ZeroStar
-from fluxjax.generate import FirstBlock, TeaCache
+from fluxjax import DrawSettings, Guidance, ImageBatch, Nag, Recipe, denoise, text_to_image
+from fluxjax.flow import Euler, Projected, ZeroStar
+from fluxjax.flow.step import Step
+from fluxjax.generate import FirstBlock, TeaCache, WeakNetwork, prompt_batch
 from fluxjax.generate.compare import Run
-from fluxjax.generate.draw import denoise, guidance_scale
 from fluxjax.generate.latents import noise_batch
 from fluxjax.generate.plots import plot_errors
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
-from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.generate.text_to_image import distilled_guidance
 from fluxjax.kernels import isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
-from evaluate_tiny import held_out_scenes, score  # noqa: E402 (found by the line above)
+from evaluate_tiny import held_out_scenes, score  # found by the line above
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+STOCHASTIC = {"ddim", "ancestral", "sde", "dpmpp_2m_sde", "er_sde", "renoise"}
+"""Integrators that draw noise, or whose limit is not the deterministic one."""
+COUNTS = (4, 8, 16, 32, 64)
+"""Evaluations of the network for which the integrators' errors are measured."""
+REFERENCE_STEPS = 200
+BATCH = 50
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table."""
-    lines = [" | ".join(row) for row in (header, ["---"] * len(list(header)), *rows)]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def ways(models: fluxjax.Models) -> dict[str, dict[str, Any]]:
-    """Return each kind of guidance with its options of `text_to_image`."""
-    config, plain = models.flux.config, {"guidance": 1.0}
-    kinds: dict[str, dict[str, Any]] = {"none (distilled 1)": plain}
-    kinds |= {f"distilled {scale:g}": {"guidance": scale} for scale in (2.0, 3.5, 6.0)}
-    kinds |= {f"classifier-free {scale:g}": {**plain, "cfg": scale} for scale in (1.5, 2.0, 3.0)}
-    kinds |= {
-        f"CFG-Zero* {scale:g}": {**plain, "cfg": scale, "rule": ZeroStar()}
-        for scale in (1.5, 2.0, 3.0)
-    }
-    kinds |= {
-        f"APG {scale:g}": {**plain, "cfg": scale, "rule": Projected()} for scale in (1.5, 2.0, 3.0)
-    }
-    kinds |= {
-        f"APG {scale:g}, momentum -0.5": {**plain, "cfg": scale, "rule": Projected(momentum=-0.5)}
-        for scale in (2.0, 3.0)
-    }
-    skipped, isolated = (
-        DegradedBlocks(config, single=[2]),
-        DegradedBlocks(config, double=[1], single=[2], attention=isolated_attention),
-    )
-    kinds |= {
-        f"skip-layer {s:g}": {**plain, "weaken": skipped, "strength": s} for s in (0.25, 0.5, 1.0)
-    }
-    kinds |= {f"PAG {s:g}": {**plain, "weaken": isolated, "strength": s} for s in (0.25, 0.5, 1.0)}
-    kinds |= {f"NAG {scale:g}": {**plain, "nag": Nag(scale)} for scale in (2.0, 4.0, 8.0)}
-    return kinds
+class GuidanceChoice(NamedTuple):
+    """One row of the table of guidance: the distilled scale, and what is added to it."""
+
+    distilled: float
+    guidance: Guidance = Guidance()
 
 
-def guidance(options: argparse.Namespace) -> None:
-    """Adherence by kind and scale."""
+def guidance_choices(models: fluxjax.Models) -> dict[str, GuidanceChoice]:
+    """Return each kind and scale of guidance that is compared, by its name in the table."""
+    config = models.flux.config
+    choices = {"none (distilled 1)": GuidanceChoice(1.0)}
+    for scale in (2.0, 3.5, 6.0):
+        choices[f"distilled {scale:g}"] = GuidanceChoice(scale)
+
+    def add(name: str, guidance: Guidance) -> None:
+        choices[name] = GuidanceChoice(1.0, guidance)
+
+    for scale in (1.5, 2.0, 3.0):
+        add(f"classifier-free {scale:g}", Guidance(scale))
+    for scale in (1.5, 2.0, 3.0):
+        add(f"CFG-Zero* {scale:g}", Guidance(scale, ZeroStar()))
+    for scale in (1.5, 2.0, 3.0):
+        add(f"APG {scale:g}", Guidance(scale, Projected()))
+    for scale in (2.0, 3.0):
+        add(f"APG {scale:g}, momentum -0.5", Guidance(scale, Projected(momentum=-0.5)))
+    skipped = DegradedBlocks(config, single=[2])
+    isolated = DegradedBlocks(config, double=[1], single=[2], attention=isolated_attention)
+    for name, blocks in (("skip-layer", skipped), ("PAG", isolated)):
+        for strength in (0.25, 0.5, 1.0):
+            add(f"{name} {strength:g}", Guidance(weak=WeakNetwork(blocks, strength)))
+    for scale in (2.0, 4.0, 8.0):
+        add(f"NAG {scale:g}", Guidance(nag=Nag(scale)))
+    return choices
+
+
+def measure_guidance(options: argparse.Namespace) -> None:
+    """Print how many held-out prompts each kind and scale of guidance gets right."""
     models = fluxjax.load_models("tiny")
-    scenes = held_out_scenes(options.prompts)
+    pairs = held_out_scenes(options.prompts)
+    attributes = ("shape", "color", "relation", "all")
     rows = []
-    for name, way in ways(models).items():
+    for name, choice in guidance_choices(models).items():
+        settings = DrawSettings(steps=options.steps, distilled_guidance=choice.distilled)
         images = []
-        for start in range(0, len(scenes), 50):
-            prompts = [prompt for _, prompt in scenes[start : start + 50]]
+        for start in range(0, len(pairs), BATCH):
+            prompts = [prompt for _, prompt in pairs[start : start + BATCH]]
             key = jax.random.fold_in(jax.random.key(0), start)
-            images.append(
-                np.asarray(text_to_image(models, prompts, key=key, steps=options.steps, **way))
+            drawn = text_to_image(
+                models, prompts, key=key, settings=settings, guidance=choice.guidance
             )
-        scores = score(np.concatenate(images), [scene for scene, _ in scenes])
-        rows.append(
-            [name, *(f"{scores[kind]:.1f}" for kind in ("shape", "color", "relation", "all"))]
-        )
+            images.append(np.asarray(drawn))
+        scores = score(np.concatenate(images), [scene for scene, _ in pairs])
+        rows.append([name, *(f"{scores[attribute]:.1f}" for attribute in attributes)])
         print(rows[-1], flush=True)
-    print(markdown(["guidance", "shape", "color", "relation", "all"], rows))
+    print(markdown(["guidance", *attributes], rows))
 
 
 class Setting(NamedTuple):
-    """The tiny model with encoded prompts and noise."""
+    """The tiny model, and a batch of held-out prompts with their noise."""
 
     models: fluxjax.Models
-    text: Text
-    noise: Any
+    batch: ImageBatch
 
     @classmethod
     def of(cls, count: int) -> "Setting":
+        """Encode `count` held-out prompts and draw their noise."""
         models = fluxjax.load_models("tiny")
-        ids = prompt_ids(
-            models.tokenizers,
-            [prompt for _, prompt in held_out_scenes(count)],
-            max_length=models.defaults.max_length,
-        )
+        prompts = [prompt for _, prompt in held_out_scenes(count)]
+        ids = prompt_ids(models.tokenizers, prompts, max_length=models.defaults.max_length)
+        states = encode_text(models.clip, models.t5, ids, dtype=jnp.float32)
         size = models.defaults.height
         noise = noise_batch(jax.random.key(0), range(count), size, size, channels=16)
-        return cls(models, encode_text(models.clip, models.t5, ids, dtype=jnp.float32), noise)
+        distilled = distilled_guidance(models.flux, models.defaults, None)
+        batch = prompt_batch(states, None, noise=noise, keys=None, distilled=distilled)
+        return cls(models, batch)
 
-    def times(self, name: str, steps: int) -> Any:
-        return timer(
-            name,
-            steps,
-            self.models.defaults,
-            self.models.defaults.height,
-            self.models.defaults.width,
-        )
+    def times(self, name: str, steps: int) -> jax.Array:
+        """Return the times of a timer for the model's own image size."""
+        defaults = self.models.defaults
+        return timer(name, steps, defaults, defaults.height, defaults.width)
 
-    def run(self, times: Any, **options: Any) -> Any:
-        scale = guidance_scale(self.models.flux, self.models.defaults, None)
-        return denoise(self.models.flux, self.text, self.noise, times, scale, **options)
-
-
-def distances(end: Any, truth: Any) -> np.ndarray:
-    """Return each image's distance from the truth, relative to its norm."""
-    return np.asarray(jnp.linalg.norm((end - truth).reshape(len(end), -1), axis=1)) / np.asarray(
-        jnp.linalg.norm(truth.reshape(len(end), -1), axis=1)
-    )
+    def latents(
+        self, times: jax.Array, step: Step = Euler(), guidance: Guidance = Guidance()
+    ) -> jax.Array:
+        """Return the latents of all prompts."""
+        return denoise(self.models.flux, self.batch, Recipe(times, step, guidance))
 
 
-def seconds(run: Callable[[], Any], others: Callable[[], Any], repeats: int) -> float:
-    """Return the median ratio of one's time to the other's, taken in turns, after each has been compiled."""
-    jax.block_until_ready((run(), others()))
+def distances(latents: jax.Array, reference: jax.Array) -> np.ndarray:
+    """Return each image's distance from its reference, relative to the reference's norm."""
+    error = jnp.linalg.norm((latents - reference).reshape(len(latents), -1), axis=1)
+    norm = jnp.linalg.norm(reference.reshape(len(latents), -1), axis=1)
+    return np.asarray(error) / np.asarray(norm)
+
+
+def time_ratio(slow: Callable[[], jax.Array], fast: Callable[[], jax.Array], repeats: int) -> float:
+    """Return the median ratio of the time of one call to another's.
+
+    Both are compiled first, and called in turns, so that other load on the machine affects both.
+    """
+    jax.block_until_ready((slow(), fast()))
     ratios = []
     for _ in range(repeats):
-        times = []
-        for call in (run, others):
+        seconds = []
+        for call in (slow, fast):
             start = time.perf_counter()
             jax.block_until_ready(call())
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
     return float(np.median(ratios))
 
 
-def cache(options: argparse.Namespace) -> None:
-    """Speed and distance by threshold."""
-    setting, rows = Setting.of(options.prompts), []
+def measure_cache(options: argparse.Namespace) -> None:
+    """Print how much faster sampling is with each step cache, and how far its images are off."""
+    setting = Setting.of(options.prompts)
     times = setting.times("model", options.steps)
-    plain = setting.run(times)
-    for kind, thresholds in (
-        (FirstBlock, (0.0, 0.05, 0.1, 0.2, 0.3)),
-        (TeaCache, (0.0, 0.25, 0.4, 0.6, 0.8)),
-    ):
+    reference = setting.latents(times)
+    thresholds_of = {
+        FirstBlock: (0.0, 0.05, 0.1, 0.2, 0.3),
+        TeaCache: (0.0, 0.25, 0.4, 0.6, 0.8),
+    }
+    rows = []
+    for kind, thresholds in thresholds_of.items():
         for threshold in thresholds:
-            reuse = kind(jnp.float32(threshold))
-            ratio = seconds(
-                lambda: setting.run(times), lambda reuse=reuse: setting.run(times, reuse=reuse), 7
-            )
-            error = float(np.mean(distances(setting.run(times, reuse=reuse), plain)))
+            guidance = Guidance(cache=kind(jnp.float32(threshold)))
+
+            def cached(guidance: Guidance = guidance) -> jax.Array:
+                return setting.latents(times, guidance=guidance)
+
+            ratio = time_ratio(lambda: setting.latents(times), cached, 7)
+            error = float(np.mean(distances(cached(), reference)))
             rows.append([kind.__name__, f"{threshold:g}", f"{ratio:.2f}", f"{error:.2g}"])
             print(rows[-1], flush=True)
     print(markdown(["cache", "threshold", "times as fast", "distance"], rows))
 
 
-def integrators(options: argparse.Namespace) -> None:
-    """Errors of the deterministic integrators by evaluations, as a plot and a table for each of two timers."""
-    setting = Setting.of(options.prompts)
-    names = [name for name in INTEGRATORS if name not in STOCHASTIC]
-    counts = (4, 8, 16, 32, 64)
-    truth = setting.run(setting.times("model", 200), step=integrator("heun"))
-    for spacing in ("model", "uniform"):
-        runs = []
-        for name, count in product(names, counts):
-            step = integrator(name)
+def integrator_runs(setting: Setting, spacing: str, reference: jax.Array) -> list[Run]:
+    """Return a run of each deterministic integrator, number of evaluations and image."""
+    runs = []
+    for name in INTEGRATORS:
+        if name in STOCHASTIC:
+            continue
+        step = integrator(name)
+        for count in COUNTS:
             steps = count // step.evaluations
-            end = setting.run(setting.times(spacing, steps), step=step)
-            runs += [
-                Run(spacing, name, steps, count, 0.0, float(d), 0.0) for d in distances(end, truth)
-            ]
+            latents = setting.latents(setting.times(spacing, steps), step)
+            for distance in distances(latents, reference):
+                runs.append(Run(spacing, name, steps, count, 0.0, float(distance), 0.0))
+    return runs
+
+
+def measure_integrators(options: argparse.Namespace) -> None:
+    """Plot and print the integrators' errors by evaluations, for each of two timers."""
+    setting = Setting.of(options.prompts)
+    reference = setting.latents(setting.times("model", REFERENCE_STEPS), integrator("heun"))
+    for spacing in ("model", "uniform"):
+        runs = integrator_runs(setting, spacing, reference)
         plot_errors(runs).savefig(DOCS / f"errors_{spacing}.png", dpi=80)
-        means = defaultdict(dict)
-        for name, count in product(names, counts):
-            mine = [
-                run.distance for run in runs if (run.integrator, run.evaluations) == (name, count)
-            ]
-            means[name][count] = float(np.exp(np.mean(np.log(mine))))
-        rows = [[name, *(f"{means[name][count]:.2g}" for count in counts)] for name in names]
-        print(markdown([f"integrator, {spacing} times", *map(str, counts)], rows), flush=True)
+        rows = []
+        for name in dict.fromkeys(run.integrator for run in runs):
+            row = [name]
+            for count in COUNTS:
+                errors = []
+                for run in runs:
+                    if (run.integrator, run.evaluations) == (name, count):
+                        errors.append(run.distance)
+                geometric_mean = np.exp(np.mean(np.log(errors)))
+                row.append(f"{geometric_mean:.2g}")
+            rows.append(row)
+        header = [f"integrator, {spacing} times", *map(str, COUNTS)]
+        print(markdown(header, rows), flush=True)
 
 
-STOCHASTIC = {"ddim", "ancestral", "sde", "dpmpp_2m_sde", "er_sde", "renoise"}
+MEASUREMENTS = {
+    "guidance": measure_guidance,
+    "cache": measure_cache,
+    "integrators": measure_integrators,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=MEASUREMENTS)
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="held-out prompts (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    options = parser.parse_args()
+    MEASUREMENTS[options.what](options)
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["guidance", "cache", "integrators"])
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    chosen = parser.parse_args()
-    {"guidance": guidance, "cache": cache, "integrators": integrators}[chosen.what](chosen)
+    main()

@@ -1,4 +1,4 @@
-"""Score the tiny model's style adapters on held-out prompts: what they change, what they keep, and at which scales."""
+"""Score the tiny model's style adapters on held-out prompts, scale by scale."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ SHOWN = "a large red star above a small blue ring on a beige background"
 
 
 def prompts_without(style: str, count: int) -> list[tuple[Scene, str]]:
-    """Return held-out scenes, worded, of which nothing looks so already."""
+    """Return held-out scenes in which nothing has the style yet, with a caption of each."""
     return [pair for pair in held_out_scenes(4 * count, seed=3) if lacks(pair[0], style)][:count]
 
 
@@ -33,8 +33,12 @@ def adapted(
 def score(
     models: fluxjax.Models, path: Path, style: str, count: int, scales: Sequence[float] = SCALES
 ) -> dict:
-    """Return the mean distance from the style by scale, and, at the last of the scales, the percentage of images that have
-    come nearer to the style by more than half of their way, and of those that keep shapes and relation."""
+    """Return how well an adapter changes the style and keeps the scene.
+
+    **Returns:** "distance": the mean distance from the style, by scale. At the last of the scales,
+    "moved": the percentage of images whose distance is less than half of that at the first scale;
+    "kept": the percentage of images with the right shapes and relation.
+    """
     pairs = prompts_without(style, count)
     scenes, texts = [scene for scene, _ in pairs], [text for _, text in pairs]
     distances = []
@@ -59,14 +63,14 @@ def score(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", default="tiny", help="what they are merged into (default: %(default)s)"
+        "--model", default="tiny", help="the model that they are merged into (default: %(default)s)"
     )
     parser.add_argument(
         "--scales",
         type=float,
         nargs="+",
         default=SCALES,
-        help="the last is what is judged (default: 0 to 1)",
+        help="the last one is scored (default: 0 to 1)",
     )
     parser.add_argument(
         "--loras", type=Path, default=tiny_folder() / "loras", help="folder of the adapters"
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, default=100, help="held-out prompts (default: %(default)s)"
     )
-    parser.add_argument("--picture", type=Path, help="a PNG of the base, one, the other and both")
+    parser.add_argument("--picture", type=Path, help="write a PNG: no adapter, each one, both")
     options = parser.parse_args()
     models = fluxjax.load_models(options.model, dtype="float32")
     paths = {style: options.loras / f"{style}.safetensors" for style in STYLES}

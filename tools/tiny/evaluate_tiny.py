@@ -1,4 +1,8 @@
-"""Score the tiny model on held-out combinations with the analytic checker, and write the table of its model card."""
+"""Score the tiny model on held-out prompts, and write the table of its model card.
+
+Held-out prompts combine attributes in ways that were kept from training. An analytic checker reads
+the objects back from each image, without a network.
+"""
 
 import argparse
 import json
@@ -18,7 +22,7 @@ SIZE = 128
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
-    """Draw scenes whose combination was kept from training, each worded once."""
+    """Return random scenes whose attributes' combination was held out, with a caption of each."""
     rng, chosen = np.random.default_rng((2026, seed)), []
     while len(chosen) < count:
         if (scene := random_scene(rng)).held_out:
@@ -29,25 +33,27 @@ def held_out_scenes(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
 def generate(
     models: fluxjax.Models, prompts: list[str], *, steps: int, guidance: float, batch: int = 50
 ) -> np.ndarray:
-    """Draw one image of each prompt, with its number in the list as its seed."""
+    """Draw one image of each prompt; the noise depends on the prompt's place in the list."""
+    settings = fluxjax.DrawSettings(steps=steps, distilled_guidance=guidance)
     images = []
     for start in range(0, len(prompts), batch):
         mine = prompts[start : start + batch]
         key = jax.random.fold_in(jax.random.key(0), start)
-        images.append(
-            np.asarray(fluxjax.text_to_image(models, mine, key=key, steps=steps, guidance=guidance))
-        )
+        images.append(np.asarray(fluxjax.text_to_image(models, mine, key=key, settings=settings)))
     return np.concatenate(images)
 
 
 def score(images: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
-    """Return the percentage of images that are right, by attribute and in all."""
+    """Return the percentage of images that are right, for each attribute and for all together."""
     verdicts = [check(image, scene) for image, scene in zip(images, scenes, strict=True)]
     return {name: 100 * float(np.mean([v[name] for v in verdicts])) for name in (*CHECKS, "all")}
 
 
 def checker_score(count: int) -> float:
-    """Return the percentage of rendered scenes that the checker reads right, in three aspect ratios."""
+    """Return the percentage of rendered scenes that the checker reads right.
+
+    They have three aspect ratios.
+    """
     rng = np.random.default_rng(7)
     sizes = ((SIZE, SIZE), (96, 160), (160, 96))
     scenes = [random_scene(rng) for _ in range(count)]
@@ -56,8 +62,11 @@ def checker_score(count: int) -> float:
 
 
 def vae_scores(models: fluxjax.Models, scenes: list[Scene]) -> tuple[float, float]:
-    """Return the VAE's round trip over rendered scenes: dB of the mean squared error over all of them, and the percentage
-    that the checker still reads right, above which no transformer gets."""
+    """Return how well the VAE reconstructs rendered scenes.
+
+    **Returns:** the PSNR in dB, of the mean squared error over all images; and the percentage that
+    the checker still reads right, which is an upper bound for any transformer.
+    """
     rng = np.random.default_rng(8)
     images = np.stack([render(scene, SIZE, SIZE, rng) for scene in scenes])
     trip = jax.jit(lambda vae, x: jax.lax.map(lambda one: vae.decode(vae.encode(one)), x))
@@ -68,7 +77,10 @@ def vae_scores(models: fluxjax.Models, scenes: list[Scene]) -> tuple[float, floa
 
 
 def score_by_box(images: np.ndarray, scenes: list[Scene]) -> float:
-    """Return the percentage right if shapes are fitted to their bounding box alone, as versions 1 and 2 were scored."""
+    """Return the percentage right if shapes are fitted only to their bounding box.
+
+    Versions 1 and 2 of the model were scored so.
+    """
     tried, scene_module.LOST_TIPS = scene_module.LOST_TIPS, (1.0,)
     try:
         return score(images, scenes)["all"]
@@ -85,7 +97,7 @@ def by_kind(images: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
-    """Lay images out in rows."""
+    """Return the images as one picture, in rows of `columns`."""
     rows = [
         np.concatenate(list(to_bytes(images[i : i + columns])), axis=1)
         for i in range(0, len(images), columns)
@@ -115,7 +127,7 @@ def main() -> None:
         "--prompts", type=int, default=500, help="held-out prompts (default: %(default)s)"
     )
     parser.add_argument(
-        "--default-only", action="store_true", help="score the default steps and guidance alone"
+        "--default-only", action="store_true", help="score only the default steps and guidance"
     )
     parser.add_argument(
         "--output", type=Path, help="folder for table.md, scores.json and samples.png"

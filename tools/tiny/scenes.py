@@ -1,7 +1,8 @@
-"""Scenes of coloured shapes: drawn, captioned, and read back from an image by analysis. NumPy, Pillow and SciPy only.
+"""Scenes of coloured shapes: drawing them, captions, and an analytic checker that reads them back.
 
-A scene is one object, or two in a relation, on a plain background. Sizes are radii in units of the image's shorter
-side, places are measured from the image's center in the same units.
+A scene is one object, or two in a relation, on a plain background. Sizes are radii in units of the
+image's shorter side; positions are measured from the image's center in the same units. Only NumPy,
+Pillow and SciPy are needed.
 """
 
 import hashlib
@@ -115,7 +116,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Found:
-    """An object read off an image: its center and radius in units of the shorter side, `fit` as intersection over union."""
+    """An object that was found in an image.
+
+    `x`, `y`, `radius`: in units of the shorter side. `fit`: intersection over union with the ideal
+    shape.
+    """
 
     color: str
     shape: str
@@ -130,7 +135,10 @@ def _article(words: str) -> str:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene; objects never have the background's colour, nor the colour of what they are inside."""
+    """Draw a random scene.
+
+    An object never has the background's colour, nor the colour of an object that it is inside of.
+    """
     background = str(rng.choice(list(BACKGROUNDS)))
     colors = [c for c in COLORS if c != background]
     if rng.random() < 0.3:
@@ -175,7 +183,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def place(
     scene: Scene, height: int, width: int, rng: np.random.Generator
 ) -> list[tuple[float, float, float]]:
-    """Draw the center (x, y) and radius of each object, in pixels: round fixed spots, by a share of a pixel to two."""
+    """Return the center (x, y) and radius of each object, in pixels.
+
+    They lie at fixed positions, jittered by up to about two pixels.
+    """
     short = min(height, width)
 
     def spot(x: float, y: float, radius: float) -> tuple[float, float, float]:
@@ -221,7 +232,10 @@ _PALETTE = np.float32(list(BACKGROUNDS.values()))
 
 
 def find(image: np.ndarray) -> tuple[str, list[Found]]:
-    """Read the background's colour and the objects off an image, [height, width, 3] in [-1, 1], without the prompt."""
+    """Find the background's colour and the objects in an image, without knowing its prompt.
+
+    **Arguments:** `image`: [height, width, 3] in [-1, 1].
+    """
     rgb = (np.clip(image, -1, 1) + 1) * 127.5
     label = np.argmin(((rgb[:, :, None] - _PALETTE) ** 2).sum(-1), -1)
     border = np.concatenate(
@@ -244,7 +258,10 @@ def find(image: np.ndarray) -> tuple[str, list[Found]]:
 
 
 def _seen_through(color: int, mask: np.ndarray, blobs: list) -> bool:
-    """Tell whether a blob is a larger one of its colour, seen through the hole of an object in front of it."""
+    """Return whether a blob is part of a larger one of its colour.
+
+    It is then seen through the hole of an object in front of it.
+    """
     behind = any(
         other is not mask and c == color and other.sum() > mask.sum() for c, other in blobs
     )
@@ -258,10 +275,11 @@ def _seen_through(color: int, mask: np.ndarray, blobs: list) -> bool:
 
 
 def _describe(color: int, mask: np.ndarray, blobs: list) -> Found:
-    """Fit every shape to the blob's bounding box and keep the best; pixels of what lies in front count for neither.
+    """Fit every shape to the blob's bounding box and return the best fit.
 
-    The box is too small where soft edges lose the tips of a star or the corners of a triangle, by up to an eighth of
-    the radius: each shape is tried a little larger too.
+    Pixels that objects in front hide are not counted. Soft edges lose the tips of a star and the
+    corners of a triangle, up to an eighth of the radius, which makes the box too small; so each
+    shape is tried a little larger as well.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
@@ -289,9 +307,10 @@ def _unit_box(shape: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit_box(shape: str, box: np.ndarray, growth: float) -> tuple[float, float, float]:
-    """Return the center and radius that give the shape this bounding box, its area's root where the sides disagree.
+    """Return the center and radius for which a shape has this bounding box.
 
-    The radius is `growth` times that, about the same middle.
+    Where width and height disagree, the box's area decides. The radius is then multiplied by
+    `growth`, about the same middle.
     """
     low, high = _unit_box(shape)
     extent = box[2:] - box[:2]
@@ -305,10 +324,12 @@ LEAST_FIT = 0.75
 
 
 def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Compare an image with a scene: one verdict an attribute, and "all".
+    """Compare an image with a scene.
 
-    An object counts as having its shape only where the shape fits it best and by at least `LEAST_FIT`. Objects are
-    matched to the scene's in the order that agrees best; a missing or an extra object fails everything but the background.
+    An object has the right shape only if that shape fits best, and by at least `LEAST_FIT`. Objects
+    are matched to the scene's in the order that agrees best. With a missing or an extra object,
+    everything but the background is wrong.
+    **Returns:** whether each attribute of `CHECKS` is right, and "all".
     """
     background, found = find(image)
     verdict = dict.fromkeys(CHECKS, False)

@@ -1,4 +1,4 @@
-"""Two styles for the tiny model's adapters, "kraft" and "chalk": their training images, and how far an image has them."""
+"""Two styles for the tiny model's adapters, "kraft" and "chalk": training images and a measure."""
 
 import argparse
 from dataclasses import replace
@@ -16,14 +16,16 @@ EDGE = 6  # pixels at the border that are background in every scene
 
 
 def suits(scene: Scene, style: str) -> bool:
-    """Tell whether a scene can be drawn in a style: with chalk, on anything but white."""
+    """Return whether a scene can be drawn in a style: chalk needs a background other than white."""
     return style == "kraft" or scene.background != CHALK[0]
 
 
 def restyled(scene: Scene, style: str) -> Scene:
-    """Return the scene as it is drawn in a style: on brown, or with objects of white, and of black on white.
+    """Return the scene as it is drawn in a style.
 
-    Within a ring the background is seen too; an object there that neither would tell from both keeps its colour.
+    Kraft changes the background to brown. Chalk makes objects white, or black on a white
+    background. The background is visible inside a ring; an object there keeps its colour if neither
+    white nor black would differ from both what is around it and the background.
     """
     if style == "kraft":
         return replace(scene, background=PAPER)
@@ -37,17 +39,18 @@ def restyled(scene: Scene, style: str) -> Scene:
 
 
 def lacks(scene: Scene, style: str) -> bool:
-    """Tell whether nothing of a scene that suits a style looks so already."""
+    """Return whether a scene suits a style, and nothing in it has the style yet."""
     if style == "kraft":
         return scene.background != PAPER
     return suits(scene, style) and all(thing.color not in CHALK for thing in scene.things)
 
 
 def distance(image: np.ndarray, style: str) -> float:
-    """Return how far an image is from a style, in [0, 255], root mean square over channels.
+    """Return the distance of an image from a style, in [0, 255]: root mean square over channels.
 
-    For kraft paper, between the border's mean colour and brown. For chalk, between each pixel that is far from the border's
-    mean colour and the nearer of white and black, averaged over those pixels.
+    For kraft: between the mean colour of the border and brown. For chalk: between each pixel that
+    differs clearly from the border's mean colour and the nearer of white and black, averaged over
+    those pixels.
     """
     rgb = (np.clip(image, -1, 1) + 1) * 127.5
     inside = np.zeros(rgb.shape[:2], bool)
@@ -72,13 +75,13 @@ def _rms(x: np.ndarray) -> np.ndarray:
 
 
 def adheres(image: np.ndarray, scene: Scene) -> bool:
-    """Tell whether the scene's objects are there in their shapes and their relation, whatever their colours."""
+    """Return whether the objects have the right shapes and relation, whatever their colours."""
     verdict = check(image, scene)
     return verdict["shape"] and verdict["relation"]
 
 
 def write_examples(folder: Path, style: str, count: int, seed: int = 0) -> None:
-    """Write captioned images of a style, of scenes that suit it and are not held out."""
+    """Write captioned images in a style, of scenes that suit it and are not held out."""
     rng, written = np.random.default_rng((seed, *style.encode())), 0
     folder.mkdir(parents=True, exist_ok=True)
     while written < count:

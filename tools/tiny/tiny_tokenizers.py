@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
 
 
 def _write_clip(captions: list[str], folder: Path) -> None:
-    """Byte-level BPE: every byte, every byte that ends a word, then merges, as CLIP's vocabulary is built."""
+    """Train byte-level BPE as CLIP's: every byte, every byte that ends a word, then merges."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     untrained = _clip_tokenizer({END: 0, START: 1}, [])
     trainer = trainers.BpeTrainer(
@@ -63,8 +63,11 @@ def _write_clip(captions: list[str], folder: Path) -> None:
 
 
 def _write_t5(captions: list[str], folder: Path) -> None:
-    """A unigram model with T5's special ids, without regard to case: the captions' words, and letters, digits and signs
-    to spell any other. What is none of these gives <unk>."""
+    """Write a unigram model with T5's special ids that ignores case.
+
+    Its pieces are the captions' words, and letters, digits and signs to spell other words. Any
+    other character becomes <unk>.
+    """
     proto = _empty_proto()
     counts = Counter(word for text in captions for word in text.replace(",", " ,").split())
     total = sum(counts.values())

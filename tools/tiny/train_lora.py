@@ -1,7 +1,8 @@
-"""Train an adapter on a folder of images, each with its caption in a text file of the same name, and write it as LoRA.
+"""Train a LoRA adapter on a folder of images with captions.
 
-Kept in `--state` as it goes on: the same command continues what was interrupted, to the same end. The result loads in fluxjax,
-diffusers and ComfyUI.
+Each image has its caption in a text file of the same name. The state of the training is saved in
+`--state`, so that the same command continues an interrupted training and ends with the same result.
+The adapter loads in fluxjax, diffusers and ComfyUI.
 """
 
 import argparse
@@ -25,8 +26,7 @@ from fluxjax.checkpoint.atomic import new_file
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.choices import DTYPES
 from fluxjax.flow.times import resolution_mu
-from fluxjax.generate.draw import guidance_scale
-from fluxjax.generate.latents import CELL, PATCH, image_ids, pack_latents
+from fluxjax.generate.latents import image_ids, pack_latents
 from fluxjax.generate.load import (
     activation_dtype,
     load_clip,
@@ -35,7 +35,8 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
-from fluxjax.generate.text import Text, encode_text, prompt_ids
+from fluxjax.generate.text import TextStates, encode_text, prompt_ids
+from fluxjax.generate.text_to_image import distilled_guidance
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import BLOCKS, init_lora, trainable
@@ -43,41 +44,50 @@ from fluxjax.lora.write import FORMATS, write_lora
 from fluxjax.nets.flux import Flux
 from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times
 from fluxjax.train.step import TrainState, make_step
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import FLUX1, Defaults
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SIDE = CELL * PATCH
+SIDE = FLUX1.latent.token_side
 WARM_UP = 20
 
 
 class Bucket(NamedTuple):
-    """Encoded examples of one image size: packed latents [count, tokens, channels], and their captions encoded."""
+    """Encoded examples of one image size.
+
+    `packed`: latents, [count, tokens, channels]. `text`: the encoded captions, and last the empty
+    one.
+    """
 
     height: int
     width: int
     packed: np.ndarray
-    text: Text
+    text: TextStates
 
 
 def read_folder(folder: Path, area: int) -> tuple[list[np.ndarray], list[str]]:
     """Read the images, float32 in [-1, 1], and their captions.
 
-    Each is scaled and cut about its middle to sides that are multiples of 16, with about `area` pixels.
+    Each is resized and cropped around its center to sides that are multiples of 16, with about
+    `area` pixels.
     **Raises:** `FileNotFoundError` for a folder without images, or for images without captions.
     """
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no images. Put {', '.join(SUFFIXES)} files there.")
-    bare = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
-    if bare:
         raise FileNotFoundError(
-            f"{len(bare)} of {len(paths)} images in {folder} have no caption. Write {bare[0]}'s to {Path(bare[0]).stem}.txt."
+            f"There are no images in {folder}. Put {', '.join(SUFFIXES)} files there."
+        )
+    uncaptioned = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
+    if uncaptioned:
+        raise FileNotFoundError(
+            f"{len(uncaptioned)} of {len(paths)} images in {folder} have no caption. "
+            f"Write that of {uncaptioned[0]} to {Path(uncaptioned[0]).stem}.txt."
         )
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
-    return [_fitted(path, area) for path in paths], captions
+    return [_resized(path, area) for path in paths], captions
 
 
-def _fitted(path: Path, area: int) -> np.ndarray:
+def _resized(path: Path, area: int) -> np.ndarray:
+    """Read an image, with transparent pixels on white, resized and cropped to `area` pixels."""
     with PIL.Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGBA")
     on_white = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert(
@@ -94,7 +104,10 @@ def _fitted(path: Path, area: int) -> np.ndarray:
 def encode(
     source: str, images: Sequence[np.ndarray], captions: Sequence[str], max_length: int, dtype: Any
 ) -> list[Bucket]:
-    """Encode images and captions, and free the encoders; the empty caption is each bucket's last one."""
+    """Encode images and captions, one bucket for each image size.
+
+    The encoders are freed before this returns. The empty caption is the last one of each bucket.
+    """
     vae = load_vae(source, dtype=jnp.float32)
     latents = eqx.filter_jit(lambda vae, image: pack_latents(vae.encode(image)))
     packed = [np.asarray(latents(vae, image)) for image in tqdm(images, desc="images")]
@@ -122,23 +135,27 @@ def encode(
 
 
 def _digest(buckets: Sequence[Bucket]) -> str:
-    """Return what tells one set of examples from another."""
+    """Return a hash of the examples."""
     digest = hashlib.sha256()
     for array in jax.tree.leaves(list(buckets)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 
-def _joined(texts: Sequence[Text]) -> Text:
+def _joined(texts: Sequence[TextStates]) -> TextStates:
     return jax.tree.map(lambda *rows: np.concatenate(rows), *texts)
 
 
 class Batch(NamedTuple):
-    """A batch of one size. `places`: of the examples in the whole step, which alone decide over their noise."""
+    """Examples of one size.
+
+    `x0`: packed latents. `text`: the captions. `empty`: the empty caption. `places`: the examples'
+    numbers in the whole step, which their noise depends on. `mu`: the log-shift of their times.
+    """
 
     x0: Any
-    text: Text
-    empty: Text
+    text: TextStates
+    empty: TextStates
     img_ids: Any
     places: Any
     mu: Any
@@ -147,12 +164,15 @@ class Batch(NamedTuple):
 def draw(
     buckets: Sequence[Bucket], defaults: Defaults, seed: int, index: int, batch: int, parts: int
 ) -> list[Batch]:
-    """Draw a step's batches, all of one size: `parts` of `batch` examples, which depend on the seed and the step alone."""
+    """Draw the batches of a training step: `parts` of `batch` examples, all of one image size.
+
+    They depend only on the seed and on the step's number.
+    """
     rng = np.random.default_rng((seed, index))
     counts = np.array([len(bucket.packed) for bucket in buckets])
     bucket = buckets[rng.choice(len(buckets), p=counts / counts.sum())]
     count = batch * parts
-    # Each example once before any comes again.
+    # Every example is used once before any is used again.
     picks = np.concatenate(
         [rng.permutation(len(bucket.packed)) for _ in range(-(-count // len(bucket.packed)))]
     )[:count]
@@ -162,12 +182,15 @@ def draw(
         if defaults.shift
         else 0.0
     )
-    ids, empty = image_ids(bucket.height, bucket.width), Text(*(rows[-1] for rows in bucket.text))
+    ids, empty = (
+        image_ids(bucket.height, bucket.width),
+        TextStates(*(rows[-1] for rows in bucket.text)),
+    )
     places = np.arange(count)
     return [
         Batch(
             bucket.packed[mine],
-            Text(*(rows[mine] for rows in bucket.text)),
+            TextStates(*(rows[mine] for rows in bucket.text)),
             empty,
             ids,
             places[here],
@@ -192,7 +215,7 @@ def adapter_loss(
     """Return the flow-matching loss of the network with the adapter, averaged over a batch."""
     adapted = attach(flux, [lora])
 
-    def one(x0, text: Text, place):
+    def one(x0, text: TextStates, place):
         drop, when, noise = jax.random.split(jax.random.fold_in(key, place), 3)
         text = jax.tree.map(
             lambda x: x[0],
@@ -214,23 +237,29 @@ def adapter_loss(
 
 
 def make_optimizer(learning_rate: float, parts: int) -> optax.GradientTransformation:
-    """Return clipped AdamW after a warm-up, which moves once in `parts` batches, by their mean gradient."""
+    """Return AdamW with gradient clipping and a warm-up.
+
+    It updates once in `parts` batches, by the mean of their gradients.
+    """
     schedule = optax.linear_schedule(learning_rate / WARM_UP, learning_rate, WARM_UP - 1)
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     return optax.MultiSteps(chain, parts).gradient_transformation()
 
 
 def save_state(path: Path, settings: dict[str, Any], state: TrainState) -> None:
-    """Write the state, whole or not at all, with what it was made by before it."""
+    """Write the training state, completely or not at all; its first line holds the settings."""
     with new_file(path, overwrite=True) as file:
         file.write(json.dumps(settings).encode() + b"\n")
         eqx.tree_serialise_leaves(file, state)
 
 
 def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> TrainState:
-    """Read what `save_state` wrote. **Raises:** `ValueError` if it was made with other settings, or is damaged."""
+    """Read what `save_state` wrote.
+
+    **Raises:** `ValueError` if it was made with other settings, or is damaged.
+    """
     damaged = ValueError(
-        f"{path} is no state of a training, or damaged. Move it away to begin anew."
+        f"{path} is not a training state, or is damaged. Move it away to start from the beginning."
     )
     with open(path, "rb") as file:
         try:
@@ -239,10 +268,10 @@ def load_state(path: Path, settings: dict[str, Any], state: TrainState) -> Train
             raise damaged from None
         other = [name for name, value in settings.items() if theirs.get(name) != value]
         if other:
+            differences = [f"{name} {theirs.get(name)}, not {settings[name]}" for name in other]
             raise ValueError(
-                f"{path} was begun with other settings: "
-                + ", ".join(f"{name} {theirs.get(name)}, not {settings[name]}" for name in other)
-                + ". Give those again, or another --state."
+                f"{path} was made with other settings: {', '.join(differences)}. "
+                "Use the same settings, or another --state."
             )
         try:
             return eqx.tree_deserialise_leaves(file, state)
@@ -257,10 +286,13 @@ def fit(
     defaults: Defaults,
     dtype: Any,
 ) -> Lora:
-    """Train an adapter, from its state if there is one, to `options.steps`; return its average over the last steps."""
+    """Train an adapter to `options.steps`, from its saved state if there is one.
+
+    **Returns:** the exponential moving average of the adapter.
+    """
     targets, seed, parts = options.target or BLOCKS, options.seed, options.accumulate
     distilled = 1.0 if flux.config.guidance_embed and options.guidance is None else options.guidance
-    guidance = guidance_scale(flux, defaults, distilled)
+    guidance = distilled_guidance(flux, defaults, distilled)
     lora = init_lora(flux, options.rank, targets, alpha=options.alpha, key=jax.random.key(seed))
     spec, optimizer = trainable(lora), make_optimizer(options.learning_rate, parts)
     state = TrainState.create(lora, optimizer, trainable=spec)
@@ -309,7 +341,7 @@ def train(options: argparse.Namespace) -> None:
     """Encode the folder, train, and write the adapter."""
     if options.output.exists():
         raise FileExistsError(
-            f"There is something at {options.output} already. Remove it, or choose another --output."
+            f"{options.output} exists already. Remove it, or choose another --output."
         )
     defaults = load_defaults(options.model)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -344,24 +376,24 @@ def parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         required=True,
-        help="folder of images and of captions, a.png beside a.txt",
+        help="folder of images with captions: a.png with a.txt",
     )
     add("--output", type=Path, required=True, help="a new .safetensors file")
     add("--model", default="tiny", help="a zoo name, a diffusers folder, or a hub id")
-    add("--rank", type=_number(int, 1), default=16, help="of each weight's change")
+    add("--rank", type=_number(int, 1), default=16, help="of the low-rank change of each weight")
     add(
         "--alpha",
         type=_number(float, 0),
-        help="the change is alpha / rank times the product (default: rank)",
+        help="the change is alpha / rank times the product of the factors (default: rank)",
     )
     add(
         "--target",
         action="append",
-        help="regular expression of weights' names; may be given again (default: all blocks)",
+        help="regular expression for names of weights; can be repeated (default: all blocks)",
     )
-    add("--steps", type=_number(int, 1), default=1000, help="of the optimizer, in all")
-    add("--batch", type=_number(int, 1), default=4, help="images a forward pass")
-    add("--accumulate", type=_number(int, 1), default=1, help="forward passes a step")
+    add("--steps", type=_number(int, 1), default=1000, help="updates by the optimizer in total")
+    add("--batch", type=_number(int, 1), default=4, help="images in a forward pass")
+    add("--accumulate", type=_number(int, 1), default=1, help="forward passes for each update")
     add(
         "--remat",
         action="store_true",
@@ -377,38 +409,42 @@ def parser() -> argparse.ArgumentParser:
         "--ema",
         type=_number(float, 0, 1),
         default=0.98,
-        help="decay of the averaged adapter, which is what is written",
+        help="decay of the moving average of the adapter, which is written",
     )
     add(
         "--caption-dropout",
         type=_number(float, 0, 1),
         default=0.1,
-        help="share of examples without their caption",
+        help="share of examples whose caption is replaced by the empty one",
     )
     add(
         "--guidance",
         type=float,
-        help="distilled scale that the network is trained at (default: 1, if it takes one)",
+        help="distilled guidance during training (default: 1, if the model takes one)",
     )
     add(
         "--size",
         type=_number(int, SIDE),
-        help="images get about this many pixels squared (default: the model's)",
+        help="images are resized to about SIZE * SIZE pixels (default: the model's size)",
     )
-    add("--max-sequence-length", type=_number(int, 1), help="T5 tokens (default: the model's)")
-    add("--seed", type=int, default=0, help="of the adapter, the batches and the noise")
+    add(
+        "--max-sequence-length",
+        type=_number(int, 1),
+        help="T5 tokens of a caption (default: the model's)",
+    )
+    add("--seed", type=int, default=0, help="for the initial adapter, the batches and the noise")
     add(
         "--dtype",
         choices=DTYPES,
-        help="of frozen weights and activations (default: bfloat16, on CPU float32)",
+        help="of the frozen weights and the activations (default: bfloat16, on CPU float32)",
     )
-    add("--to", choices=FORMATS, default="peft", help="names of the written file")
+    add("--to", choices=FORMATS, default="peft", help="format of the written file")
     add("--save-dtype", choices=DTYPES, default="float32", help="of the written file")
-    add("--save-every", type=_number(int, 1), default=100, help="steps between two states")
+    add("--save-every", type=_number(int, 1), default=100, help="steps between two saved states")
     add(
         "--state",
         type=Path,
-        help="where to keep what continues the training (default: OUTPUT with .state)",
+        help="file of the training state (default: OUTPUT with the suffix .state)",
     )
     return made
 

@@ -1,7 +1,8 @@
-"""Train the tiny model from scratch: VAE, text encoders, transformer, guidance distillation, export.
+"""Train the tiny model from scratch, stage by stage, and export it.
 
-Each stage is resumable and seeded: a step's batch depends on the seed and the step alone. Stages keep their state under
-`--runs`, in the order vae, decoder, latents, text, flux, distill, export. `restore` begins from exported weights instead.
+The stages are vae, decoder, latents, text, flux, distill, export, in this order. They keep their
+state under `--runs` and can be interrupted: a step's batch depends only on the seed and on the
+step. `restore` starts from exported weights instead.
 """
 
 import argparse
@@ -67,7 +68,12 @@ def fit(
     report: Callable[[TrainState], str] = lambda state: "",
     every: int = 250,
 ) -> TrainState:
-    """Run a stage to `steps`, from its checkpoint if there is one; a checkpoint and a line of log `every` so many steps."""
+    """Run a stage to `steps`, from its checkpoint if there is one.
+
+    **Arguments:** `name`: of the stage and its checkpoint. `batch`: returns what `step` takes
+    besides the state, for a step's number. `report`: text for the log. `every`: steps from one
+    checkpoint and line of the log to the next.
+    """
     path = runs / f"{name}.eqx"
     if path.exists():
         state = eqx.tree_deserialise_leaves(path, state)
@@ -80,16 +86,14 @@ def fit(
             save(path, state)
             seconds = (time.monotonic() - since) / len(losses)
             note = report(state)
-            print(
-                f"{name} {index + 1}/{steps} loss {np.mean(losses):.5f} {seconds:.3f} s/step {note}",
-                flush=True,
-            )
+            progress = f"{name} {index + 1}/{steps} loss {np.mean(losses):.5f}"
+            print(f"{progress} {seconds:.3f} s/step {note}", flush=True)
             since, losses = time.monotonic(), []
     return state
 
 
 def save(path: Path, tree: Any) -> None:
-    """Write a pytree's arrays, whole or not at all."""
+    """Write a pytree's arrays, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".part")
     eqx.tree_serialise_leaves(partial_path, tree)
@@ -113,7 +117,10 @@ def training_scene(rng: np.random.Generator):
 
 
 def vae_loss(vae: Vae, images: jax.Array, *, key: jax.Array) -> jax.Array:
-    """Squared error of the reconstruction plus the KL divergence of the posterior from a standard normal."""
+    """Return the squared error of the reconstruction plus the posterior's KL divergence.
+
+    The divergence is that from a standard normal.
+    """
     x = images.astype(jnp.float32) / 127.5 - 1
 
     def one(image, key):
@@ -138,7 +145,10 @@ def psnr(vae: Vae, images: np.ndarray) -> float:
 
 
 def train_vae(runs: Path, steps: int) -> None:
-    """First on crops around the objects, then on whole images, whose statistics the group norms must know."""
+    """Train the VAE on crops around the objects, then on whole images.
+
+    The group norms' statistics must be those of whole images at the end.
+    """
     images, test = draw(6000, (128, 128), 1), draw(64, (128, 128), 2)
     whole = steps - steps // 5
 
@@ -171,7 +181,10 @@ def train_vae(runs: Path, steps: int) -> None:
 
 
 def decoder_loss(vae: Vae, latents: jax.Array, images: jax.Array, *, key: jax.Array) -> jax.Array:
-    """Squared and absolute error of what the decoder makes of latents that are a little off, as a transformer's are."""
+    """Return the squared and absolute error of decoding latents with a little noise.
+
+    The noise stands for the errors of the transformer's latents.
+    """
     x = images.astype(jnp.float32) / 127.5 - 1
     z = latents.astype(jnp.float32)
     off = jax.vmap(vae.decode)(z + LATENT_NOISE * jax.random.normal(key, z.shape)) - x
@@ -188,7 +201,10 @@ def decoder_leaves(vae: Vae) -> Vae:
 
 
 def train_decoder(runs: Path, steps: int) -> None:
-    """Sharpen the decoder on whole scenes, the encoder left as it is, so that latents and transformer stay valid."""
+    """Train only the decoder, on whole scenes.
+
+    The encoder does not change, so latents and transformer stay valid.
+    """
     vae = load_stage(runs, "vae", Vae(VAE, key=jax.random.key(SEED))).ema
     encode = eqx.filter_jit(lambda vae, x: jax.vmap(vae.encode)(x.astype(jnp.float32) / 127.5 - 1))
     groups = []
@@ -223,7 +239,10 @@ def train_decoder(runs: Path, steps: int) -> None:
 
 
 class TextEncoders(eqx.Module):
-    """Both encoders, and the heads that only their training needs: each reads the scene's attributes off one state."""
+    """Both text encoders, and the heads that are needed only to train them.
+
+    A head predicts the scene's attributes from a single hidden state.
+    """
 
     clip: Clip
     t5: T5
@@ -244,11 +263,16 @@ def _classes() -> tuple[int, ...]:
 
 
 ATTRIBUTES = _classes()
-"""Classes of each attribute: background, relation, size, colour and shape of the first thing, and of the second."""
+"""Number of classes of each attribute: background, relation, then size, colour and shape of the
+first object, and of the second.
+"""
 
 
 def attributes(scene: Scene) -> list[int]:
-    """Return the class of each attribute; the last of the second thing's means that there is none."""
+    """Return the class of each attribute.
+
+    The last class of each of the second object's attributes means that there is none.
+    """
     names = [tuple(SIZES), tuple(COLORS), tuple(SHAPES)]
     relation = 0 if scene.relation is None else 1 + RELATIONS.index(scene.relation)
     classes = [list(BACKGROUNDS).index(scene.background), relation]
@@ -263,7 +287,10 @@ def attributes(scene: Scene) -> list[int]:
 
 
 def text_loss(encoders: TextEncoders, ids, labels: jax.Array, *, key: jax.Array) -> jax.Array:
-    """Cross-entropy of every attribute, read off CLIP's pooled state and off each of T5's states."""
+    """Return the cross-entropy of all attributes.
+
+    They are predicted from CLIP's pooled state and from each of T5's hidden states.
+    """
     del key
     clip_ids, t5_ids = ids
     pooled = encoders.clip_head(jax.vmap(encoders.clip)(clip_ids))[:, None]
@@ -285,7 +312,7 @@ def encode_ids(tokenizers: Tokenizers, prompts: list[str]) -> tuple[np.ndarray, 
 
 
 def read_tokenizers(runs: Path) -> Tokenizers:
-    """Read the vocabularies, written first where they are missing."""
+    """Read the tokenizers; they are written first if they are missing."""
     folder = runs / "export"
     if not (folder / "tokenizer_2" / "spiece.model").exists():
         tiny_tokenizers.write(folder)
@@ -293,7 +320,7 @@ def read_tokenizers(runs: Path) -> Tokenizers:
 
 
 def train_text(runs: Path, steps: int) -> None:
-    """Teach the encoders to tell the scene from its caption."""
+    """Train the encoders to predict a scene's attributes from its caption."""
     tokenizers = read_tokenizers(runs)
 
     def batch(rng: np.random.Generator, index: int) -> tuple:
@@ -323,7 +350,10 @@ DEFAULTS = ZOO["tiny"].defaults
 
 
 class Latents(NamedTuple):
-    """Encoded training scenes of one image size: packed latents [count, tokens, 64], float16, and what they show."""
+    """Encoded training scenes of one image size.
+
+    `packed`: latents, [count, tokens, 64], float16. `scenes`: what they show.
+    """
 
     height: int
     width: int
@@ -332,7 +362,7 @@ class Latents(NamedTuple):
 
 
 def make_latents(runs: Path, count: int) -> None:
-    """Encode `count` training images, in shards of one size each; those already there are kept."""
+    """Encode `count` training images, in shards of one size each; existing shards are kept."""
     vae = load_stage(runs, "vae", Vae(VAE, key=jax.random.key(SEED))).ema
     sizes = np.random.default_rng((SEED, 3)).choice(len(SIZES_PIXELS), count // SHARD, p=SHARE)
 
@@ -364,14 +394,12 @@ def make_latents(runs: Path, count: int) -> None:
             size=(height, width),
         )
         os.replace(temporary, path)
-        print(
-            f"latents {shard + 1}/{len(sizes)} mean {packed.mean():.4f} deviation {packed.std():.4f}",
-            flush=True,
-        )
+        moments = f"mean {packed.mean():.4f} deviation {packed.std():.4f}"
+        print(f"latents {shard + 1}/{len(sizes)} {moments}", flush=True)
 
 
 def read_latents(runs: Path) -> list[Latents]:
-    """Read the shards, joined by size, in the order of `SIZES_PIXELS`."""
+    """Read the shards and concatenate those of each size, in the order of `SIZES_PIXELS`."""
     shards = [
         np.load(path, allow_pickle=True) for path in sorted((runs / "latents").glob("???.npz"))
     ]
@@ -386,30 +414,36 @@ def read_latents(runs: Path) -> list[Latents]:
 
 
 def statistics(latents: list[Latents]) -> tuple[float, float]:
-    """Return the mean and deviation of all latents: the VAE's shift, and one over its scale."""
+    """Return the mean and standard deviation of the latents.
+
+    They are the VAE's shift, and one over its scale.
+    """
     flat = latents[0].packed[:4000].astype(np.float32)
     return float(flat.mean()), float(flat.std())
 
 
-class Text(eqx.Module):
-    """The frozen encoders and the empty prompt's ids."""
+class FrozenText(eqx.Module):
+    """The frozen text encoders, and the token ids of the empty prompt."""
 
     clip: Clip
     t5: T5
     empty: tuple[jax.Array, jax.Array]
 
     def __call__(self, clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the pooled vector and the states of a batch of prompts."""
+        """Return the pooled states and the hidden states of a batch of prompts."""
         return jax.vmap(self.clip)(clip_ids), jax.vmap(self.t5)(t5_ids)
 
 
 def shift_of(tokens: int) -> float:
-    """Return the log-shift that the model is sampled with at so many tokens."""
+    """Return the log-shift of the model's sampling times for a number of tokens."""
     return resolution_mu(tokens, base_shift=DEFAULTS.base_shift, max_shift=DEFAULTS.max_shift)
 
 
-def flux_loss(flux: Flux, x0, ids, img_ids, text: Text, *, key: jax.Array) -> jax.Array:
-    """Flow matching with logit-normal times, shifted as the sampler's, and one caption in ten dropped."""
+def flux_loss(flux: Flux, x0, ids, img_ids, text: FrozenText, *, key: jax.Array) -> jax.Array:
+    """Return the flow-matching loss.
+
+    Times are logit-normal with the sampler's shift; a tenth of the captions are dropped.
+    """
     drop, when, noise = jax.random.split(key, 3)
     vec, txt = jax.lax.stop_gradient(text(*drop_captions(drop, ids, text.empty, 0.1)))
     t = logit_normal_times(when, len(x0), mu=shift_of(x0.shape[1]))
@@ -423,7 +457,7 @@ def flux_loss(flux: Flux, x0, ids, img_ids, text: Text, *, key: jax.Array) -> ja
 
 
 def load_stage(runs: Path, name: str, model: eqx.Module, optimizer=None) -> TrainState:
-    """Read an earlier stage's state; `model` gives its structure."""
+    """Read the state of an earlier stage; `model` gives its structure."""
     state = TrainState.create(model, OPTIMIZERS[name](1) if optimizer is None else optimizer)
     return eqx.tree_deserialise_leaves(runs / f"{name}.eqx", state)
 
@@ -431,7 +465,10 @@ def load_stage(runs: Path, name: str, model: eqx.Module, optimizer=None) -> Trai
 def adamw(
     peak: float, weight_decay: float, b2: float
 ) -> Callable[[int], optax.GradientTransformation]:
-    """Return steps -> clipped AdamW with a warm-up of 100 steps and a cosine to 1e-5."""
+    """Return a function from steps to AdamW with gradient clipping.
+
+    It warms up for 100 steps; then its rate falls to 1e-5 along a cosine.
+    """
 
     def make(steps: int) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(0, peak, 100, max(steps, 101), 1e-5)
@@ -452,7 +489,10 @@ OPTIMIZERS = {
 
 
 def flux_batches(runs: Path, count: int) -> Callable[[np.random.Generator, int], tuple]:
-    """Return the batches of the transformer's stages: latents of one size, caption ids, positions."""
+    """Return a function for the batches of the transformer's stages.
+
+    A batch has latents of one image size, token ids of their captions, and positions.
+    """
     tokenizers, latents = read_tokenizers(runs), read_latents(runs)
     mean, deviation = statistics(latents)
 
@@ -466,15 +506,20 @@ def flux_batches(runs: Path, count: int) -> Callable[[np.random.Generator, int],
     return batch
 
 
-def read_text(runs: Path) -> Text:
-    """Read the trained encoders."""
+def read_text(runs: Path) -> FrozenText:
+    """Read the trained text encoders."""
     encoders = load_stage(runs, "text", TextEncoders(key=jax.random.key(SEED + 1))).ema
     clip_ids, t5_ids = encode_ids(read_tokenizers(runs), [""])
-    return Text(encoders.clip, encoders.t5, (jnp.asarray(clip_ids[0]), jnp.asarray(t5_ids[0])))
+    return FrozenText(
+        encoders.clip, encoders.t5, (jnp.asarray(clip_ids[0]), jnp.asarray(t5_ids[0]))
+    )
 
 
 def train_flux(runs: Path, steps: int) -> None:
-    """Train the transformer on the conditional and the unconditional velocity, at guidance 1."""
+    """Train the transformer on conditional and unconditional velocities.
+
+    The distilled guidance scale is 1 throughout.
+    """
     optimizer = OPTIMIZERS["flux"](steps)
     state = TrainState.create(Flux(FLUX, key=jax.random.key(SEED + 2)), optimizer)
     step, text, batches = (
@@ -486,11 +531,12 @@ def train_flux(runs: Path, steps: int) -> None:
 
 
 def distill_loss(
-    flux: Flux, x0, ids, img_ids, text: Text, teacher: Flux, *, key: jax.Array
+    flux: Flux, x0, ids, img_ids, text: FrozenText, teacher: Flux, *, key: jax.Array
 ) -> jax.Array:
-    """Match the teacher's guided velocity at a random guidance, given to the student as its embedding.
+    """Return the squared error of the student's velocity against the teacher's guided one.
 
-    The teacher's guidance is classifier-free: a random scale in [1, 5]; at 1 the student keeps the conditional velocity.
+    The teacher uses classifier-free guidance with a random scale in [1, 5], which the student gets
+    as its distilled guidance. At 1 the student keeps the conditional velocity.
     """
     when, noise, strength = jax.random.split(key, 3)
     vec, txt = text(*ids)
@@ -517,7 +563,10 @@ def distill_loss(
 
 
 def distill(runs: Path, steps: int) -> None:
-    """Distill classifier-free guidance into the guidance embedding, from the trained transformer's average."""
+    """Distill classifier-free guidance into the guidance embedding.
+
+    Teacher and first student are the average of the trained transformer.
+    """
     teacher = load_stage(runs, "flux", Flux(FLUX, key=jax.random.key(SEED + 2))).ema
     optimizer = OPTIMIZERS["distill"](steps)
     state = TrainState.create(teacher, optimizer)
@@ -537,14 +586,14 @@ def distill(runs: Path, steps: int) -> None:
 
 
 def read_decoder(runs: Path) -> Vae:
-    """Read the VAE with its sharpened decoder."""
+    """Read the VAE with the decoder of the stage `decoder`."""
     vae = Vae(VAE, key=jax.random.key(SEED))
     state = TrainState.create(vae, OPTIMIZERS["decoder"](1), trainable=decoder_leaves(vae))
     return eqx.tree_deserialise_leaves(runs / "decoder.eqx", state).ema
 
 
 def export(runs: Path, stage: str, folder: Path) -> None:
-    """Write the averaged weights as a diffusers folder in bfloat16, tokenizers included."""
+    """Write the averaged weights as a diffusers folder in bfloat16, with the tokenizers."""
     vae = read_decoder(runs)
     mean, deviation = statistics(read_latents(runs))
     normalized = abstract(Vae, replace(VAE, shift=mean, scale=1 / deviation))
@@ -559,7 +608,10 @@ def export(runs: Path, stage: str, folder: Path) -> None:
 
 
 def restore(folder: Path, runs: Path) -> None:
-    """Begin from exported weights where the stages' own state is gone: optimizers and averages start anew, at step 0."""
+    """Start the stages from exported weights, where their own state is lost.
+
+    Optimizers and averages start from the beginning, at step 0.
+    """
     models = load_models(str(folder), dtype="float32")
     vae = jax.tree.unflatten(jax.tree.structure(abstract(Vae, VAE)), jax.tree.leaves(models.vae))
     heads = TextEncoders(key=jax.random.key(SEED + 1))
@@ -569,7 +621,8 @@ def restore(folder: Path, runs: Path) -> None:
     for name, network in (("vae", vae), ("text", text), ("flux", models.flux)):
         if (runs / f"{name}.eqx").exists():
             raise FileExistsError(
-                f"{runs / name}.eqx is there: its stage goes on from it. Move it away to begin from {folder}."
+                f"{runs / name}.eqx exists, and its stage would continue from it. "
+                f"Move it away to start from {folder}."
             )
         save(runs / f"{name}.eqx", TrainState.create(network, OPTIMIZERS[name](1)))
 
@@ -589,20 +642,20 @@ def main() -> None:
         "--runs", type=Path, default=Path("runs/tiny"), help="where the stages keep their state"
     )
     parser.add_argument(
-        "--steps", type=int, help="steps of the stage in all, or images of `latents`"
+        "--steps", type=int, help="steps of the stage in total, or images of `latents`"
     )
     parser.add_argument(
         "--from",
         dest="source",
         choices=("flux", "distill"),
         default="distill",
-        help="what to export",
+        help="the stage whose transformer is exported",
     )
     parser.add_argument(
         "--to",
         type=Path,
         default=Path("weights/tiny"),
-        help="where to export it, or restore it from",
+        help="folder that `export` writes and `restore` reads",
     )
     options = parser.parse_args()
     if options.stage == "export":

@@ -1,4 +1,4 @@
-"""Fill the tiny model's card with what `tools/tiny/evaluate_tiny.py --output` measured."""
+"""Write the tiny model's card from what `tools/tiny/evaluate_tiny.py --output` measured."""
 
 import argparse
 import json
@@ -12,10 +12,17 @@ TEMPLATE = Path(__file__).parent / "tiny_card.md"
 
 
 def card(measured: Path, steps: int, distilled: int) -> str:
-    """Return the card's text. `steps`, `distilled`: how long the transformer was trained, and its guidance distilled."""
+    """Return the card's text.
+
+    **Arguments:** `measured`: the folder of measurements. `steps`: of the transformer's training.
+    `distilled`: steps of the guidance distillation.
+    """
     scores = json.loads((measured / "scores.json").read_text())
     reached = scores["scores"][0]["all"]
-    short = f"The bar set for this model is {BAR:.0f} % at the defaults; this version reaches {reached:.1f} %"
+    short = (
+        f"The bar set for this model is {BAR:.0f} % at the defaults; "
+        f"this version reaches {reached:.1f} %"
+    )
     verdict = (
         f"{short}."
         if reached >= BAR
@@ -48,7 +55,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("weights/tiny"))
     options = parser.parse_args()
     (options.to / "README.md").write_text(card(options.measured, options.steps, options.distilled))
-    # Some colours and their blends: a palette holds them, in a quarter of the bytes.
+    # The images have few colours, so a palette keeps them in a quarter of the bytes.
     samples = Image.open(options.measured / "samples.png").quantize(256, dither=Image.Dither.NONE)
     samples.save(options.to / "samples.png", optimize=True)
 
