@@ -7,7 +7,7 @@ from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import Guided, flow_times, image_ids, load_flux
 from fluxjax.flow import Projected, ZeroStar, sample
-from fluxjax.generate import CachedFlux, FirstBlock
+from fluxjax.generate import CachedFlux, Conditioning, FirstBlock
 from fluxjax.kernels import isolated_attention
 
 torch = pytest.importorskip("torch")
@@ -15,9 +15,16 @@ diffusers = pytest.importorskip("diffusers")
 
 HEIGHT, WIDTH, TXT_TOKENS, HEADS, HEAD_DIM = 32, 48, 7, 2, 16
 CONFIG = dict(
-    num_layers=3, num_single_layers=2, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, axes_dims_rope=(4, 6, 6),
-    joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=False, in_channels=16,
-)  # fmt: skip
+    num_layers=3,
+    num_single_layers=2,
+    num_attention_heads=HEADS,
+    attention_head_dim=HEAD_DIM,
+    axes_dims_rope=(4, 6, 6),
+    joint_attention_dim=24,
+    pooled_projection_dim=16,
+    guidance_embeds=False,
+    in_channels=16,
+)
 
 
 def test_isolated_attention_equals_that_of_the_reference_pag():
@@ -125,9 +132,8 @@ def test_the_first_block_cache_reuses_when_the_reference_does(tmp_path, threshol
                 return_dict=False,
             )[0]
             x = x + (u - t) * v
-    velocity = Guided(
-        CachedFlux(ours, FirstBlock(threshold), ids), (jnp.asarray(txt), jnp.asarray(vec))
-    )
+    conditioning = Conditioning(jnp.asarray(txt), jnp.asarray(vec), ids)
+    velocity = Guided(CachedFlux(ours, FirstBlock(threshold)), conditioning)
     result = sample(velocity, jnp.asarray(noise), times)
     assert (int(result.memory.positive.reused) > 0) == reuses
     assert relative_error(result.x, x[0]) <= FLOAT32_BOUND
