@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.velocity import StatefulVelocity
 from fluxjax.generate.conditioning import (
     Conditioning,
@@ -204,7 +205,7 @@ class CachedFlux(StatefulVelocity):
 
 
 def condition_at(
-    flux: Flux, condition: Conditioning | PreparedConditioning, t: Scalar
+    flux: Flux | TokenParallelFlux, condition: Conditioning | PreparedConditioning, t: Scalar
 ) -> PreparedConditioning:
     """Return a condition that is prepared for t, here if it is not yet."""
     if isinstance(condition, PreparedConditioning):
