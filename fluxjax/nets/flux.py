@@ -19,7 +19,6 @@ from fluxjax.nets.flux_blocks import (
 )
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
-from fluxjax.nets.heads import JointAttention as JointAttention  # for annotations of callers
 from fluxjax.nets.layers import Linear, rope, sinusoid
 from fluxjax.nets.scan import map_blocks, scan_blocks
 from fluxjax.nets.stack import block_at, map_part, stack
