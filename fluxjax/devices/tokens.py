@@ -30,8 +30,8 @@ class TokenParallelFlux(eqx.Module):
     devices does not divide them, the last ones get padding, which no token attends to.
 
     Where the devices divide the heads, the attention exchanges heads for tokens
-    (`UlyssesAttention`);
-    otherwise it is ring attention (`RingAttention`). Both can run inside of `Nag`.
+    (`UlyssesAttention`); otherwise it is ring attention (`RingAttention`). Both can run inside of
+    `Nag`.
     """
 
     flux: Flux
