@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -255,8 +254,10 @@ def split_scales(guidance: Guidance) -> tuple[Guidance, Guidance]:
     Each part has None in the place of the other's numbers; `eqx.combine` joins them again.
     """
 
-    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: Any) -> bool:
-        return path[-1].name in ("scale", "strength") and jnp.ndim(leaf) == 1
+    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: object) -> bool:
+        # Leaves may be functions too, such as the attention of degraded blocks.
+        is_scale = path[-1].name in ("scale", "strength")
+        return is_scale and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim == 1
 
     rows = jax.tree_util.tree_map_with_path(has_rows, guidance)
     return eqx.partition(guidance, rows)

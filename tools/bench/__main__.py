@@ -1,11 +1,17 @@
-"""Measure fluxjax. `gpu`: full-size sampling at random weights, beside diffusers. `attention`: its
-implementations on this device, their errors and speed. `cpu`: the networks beside torch's. `load`,
-`load-full`: loading and converting. `lora`: merging an adapter. `tpu-aot`: what TPUs would hold and
-move, compiled without one; `flash-aot`: the attention kernels' VMEM, so too. `gpu-aot`: what GPUs
-would, so too. `stream`: dev a block at a time from its file, in little memory. `compile`: tracing,
-compiling, importing.
+"""Benchmarks of fluxjax: `python tools/bench NAME`, with NAME one of
 
-Each run prints a table and appends its rows, with versions and machine, as JSON lines.
+gpu: full-size sampling with random weights on a GPU, compared with diffusers.
+attention: errors, repeatability and speed of the attention implementations on this device.
+cpu: the networks on a CPU, compared with diffusers and transformers on torch.
+compile: the time of tracing, compiling and importing.
+load, load-full: loading and converting weights; the peak memory of converting dev.
+lora: merging an adapter.
+stream: dev from its file, one block at a time, in little memory.
+tpu-aot, flash-aot, gpu-aot: programs compiled for TPUs and GPUs on a machine without them: their
+memory, operations and communication, and the attention kernels' VMEM.
+
+Each bench prints its rows. With --output it also appends them as JSON lines, with the versions and
+the machine.
 """
 
 import argparse
@@ -28,55 +34,71 @@ import jax
 
 import fluxjax
 
+BENCHES = (
+    bench_gpu,
+    bench_attention,
+    bench_cpu,
+    bench_compile,
+    bench_load,
+    bench_lora,
+    bench_tpu,
+    bench_stream,
+    bench_flash,
+    bench_gpu_aot,
+)
 
-def machine() -> dict:
+
+def machine() -> dict[str, str]:
+    """Return the device and the versions that a measurement depends on."""
     device = jax.devices()[0]
-    return {
+    row = {
         "device": device.device_kind,
         "platform": device.platform,
         "host": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "fluxjax": fluxjax.__version__,
-        **(gpu_versions(device) if device.platform == "gpu" else {}),
     }
+    if device.platform == "gpu":
+        row |= gpu_versions(device)
+    return row
 
 
 def gpu_versions(device: jax.Device) -> dict[str, str]:
-    """Return the versions of CUDA's runtime, of cuDNN's package and of the driver, where they are known."""
-    found = {"runtime": " ".join(device.client.platform_version.split())}
-    packages = {one.metadata["Name"]: one.version for one in distributions()}
-    found |= {name: packages[name] for name in packages if name.startswith("nvidia-cudnn")}
+    """Return the versions of the CUDA runtime, cuDNN's package and the driver, if known."""
+    versions = {"runtime": " ".join(device.client.platform_version.split())}
+    for package in distributions():
+        name = package.metadata["Name"]
+        if name.startswith("nvidia-cudnn"):
+            versions[name] = package.version
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return found
-    return found | {"driver": said.split("\n")[0].strip()}
+        return versions
+    versions["driver"] = printed.split("\n")[0].strip()
+    return versions
 
 
 def show(rows: list[dict]) -> None:
+    """Print one line for each row."""
     for row in rows:
-        cells = [
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in row.items()
-        ]
+        cells = []
+        for key, value in row.items():
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            cells.append(f"{key} {text}")
         print("  ".join(cells))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="BENCH")
-    bench_gpu.add_commands(commands)
-    bench_attention.add_commands(commands)
-    bench_cpu.add_commands(commands)
-    bench_compile.add_commands(commands)
-    bench_load.add_commands(commands)
-    bench_lora.add_commands(commands)
-    bench_tpu.add_commands(commands)
-    bench_stream.add_commands(commands)
-    bench_flash.add_commands(commands)
-    bench_gpu_aot.add_commands(commands)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    for bench in BENCHES:
+        bench.add_commands(commands)
     options = parser.parse_args()
     rows = options.run(options)
     here = machine()

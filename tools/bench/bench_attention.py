@@ -234,4 +234,4 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--rows", type=Path, help=argparse.SUPPRESS
     )  # a child's, which measures in its own process
-    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

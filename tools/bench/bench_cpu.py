@@ -327,4 +327,4 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     cpu.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
-    cpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    cpu.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

@@ -1,7 +1,8 @@
-"""Compile flash_tpu, and what makes its queries, keys and values, for TPUs ahead of time, without
-one: whether their blocks fit, and the VMEM of each kernel.
+"""Compile the attention kernels for TPUs on a machine without one, and measure their VMEM.
 
-Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
+The kernels are flash_tpu and the one that makes its queries, keys and values. A block size that
+does not fit is an error in its row. Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that JAX
+does not look for a TPU.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TOPOLOGIES = {
     "v6e": {"topology_name": "v6e:2x2"},
 }
 KERNELS = {"forward": ["forward"], "gradient": ["forward", "dq", "dkv"]}
-# The VMEM that the compiler gave a kernel.
+# How a compiled program names a kernel, and says the VMEM that the compiler allocated for it.
 _NAME = re.compile(r"(?:flash_)?(forward|dq|dkv|heads)\S* = .*custom-call\(")
 _USED = re.compile(
     r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
@@ -38,7 +39,7 @@ _USED = re.compile(
 
 
 def used_vmem(program: str) -> dict[str, int]:
-    """Return the bytes of VMEM that each kernel of a compiled program was given."""
+    """Return the bytes of VMEM that the compiler allocated for each kernel of a program."""
     found = {}
     for line in program.splitlines():
         name, used = _NAME.search(line), _USED.search(line)
@@ -48,7 +49,10 @@ def used_vmem(program: str) -> dict[str, int]:
 
 
 def run_of(flash: Callable, kind: str, **options: Any) -> Callable:
-    """Return a function of (q, k, v, gradient of the mixed values) and what else vmap maps."""
+    """Return a function of q, k, v, the gradient of the result, and optionally a key length.
+
+    It runs the forward pass, or the gradient, which includes it.
+    """
     mix = partial(flash, scale=128**-0.5, **options)
     if kind == "forward":
         return lambda q, k, v, grad, length=None: mix(q, k, v, key_length=length)
@@ -60,7 +64,11 @@ def run_of(flash: Callable, kind: str, **options: Any) -> Callable:
 def compiled_row(
     chip: str, device: Any, tokens: int, preset: str | None, kind: str, batch: int | None
 ) -> dict[str, Any]:
-    wanted = None if preset is None else PRESETS[preset]
+    """Compile flash_tpu for 24 heads of 128.
+
+    **Arguments:** `preset`: block sizes, a name in `PRESETS`. `kind`: a key of `KERNELS`.
+    """
+    block_sizes = None if preset is None else PRESETS[preset]
     row = {
         "bench": "flash-aot",
         "chip": chip,
@@ -70,7 +78,7 @@ def compiled_row(
         "blocks": preset or "default",
     }
     try:
-        sizes = tpu_block_sizes(tokens, tokens, 128, jnp.bfloat16, chip, wanted)
+        sizes = tpu_block_sizes(tokens, tokens, 128, jnp.bfloat16, chip, block_sizes)
     except ValueError as error:  # blocks that do not fit are a result
         return row | {"error": str(error)}
     computed = {
@@ -83,10 +91,10 @@ def compiled_row(
     }
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
-    # A batch has a key length an example, so that the masked form is compiled too.
+    # Each example of a batch has its own key length, so that masking is compiled as well.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     start = time.perf_counter()
-    run = run_of(flash_attention_tpu, kind, chip=chip, block_sizes=wanted)
+    run = run_of(flash_attention_tpu, kind, chip=chip, block_sizes=block_sizes)
     program = jax.jit(jax.vmap(run) if batch else run).lower(x, x, x, x, *lengths).compile()
     used = used_vmem(program.as_text())
     return row | {
@@ -97,7 +105,10 @@ def compiled_row(
 
 
 def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> dict[str, Any]:
-    """Compile the kernel of one part, as single blocks have it, or of two, as double ones."""
+    """Compile the kernel that makes queries, keys and values from projections.
+
+    **Arguments:** `counts`: tokens of one part, as in single blocks, or of two, as in double ones.
+    """
     columns, width, rows = (21504 if len(counts) == 1 else 9216), 3072, (batch,) if batch else ()
 
     def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -110,8 +121,8 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
     projected = [struct(*rows, count, columns) for count in counts]
     start, size = time.perf_counter(), qkv_tpu.qkv_block_tokens(counts, width, jnp.bfloat16, chip)
     mapped = jax.vmap(run, in_axes=(0, None, None)) if batch else run
-    given = projected, struct(128), struct(sum(counts), 128, dtype=jnp.float32)
-    used = used_vmem(jax.jit(mapped).lower(*given).compile().as_text())
+    inputs = projected, struct(128), struct(sum(counts), 128, dtype=jnp.float32)
+    used = used_vmem(jax.jit(mapped).lower(*inputs).compile().as_text())
     return {
         "bench": "flash-aot",
         "chip": chip,
@@ -130,7 +141,7 @@ def heads_row(chip: str, device: Any, counts: list[int], batch: int | None) -> d
 
 
 def bench_flash(options: argparse.Namespace) -> list[dict]:
-    """Compile both passes for each chip, count of tokens and choice of blocks."""
+    """Compile both passes for each chip, number of tokens and choice of blocks."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     found = []
     for chip in options.chips:
@@ -154,7 +165,9 @@ def bench_flash(options: argparse.Namespace) -> list[dict]:
 
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("flash-aot", help="flash_tpu compiled for TPUs, without one")
+    parser = commands.add_parser(
+        "flash-aot", help="VMEM of the attention kernels for TPUs, without a TPU"
+    )
     parser.set_defaults(run=bench_flash)
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument(
@@ -164,4 +177,4 @@ def add_commands(commands: Any) -> None:
         default=[4608, 4352, 1536, 4133, 77],
         help="(default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

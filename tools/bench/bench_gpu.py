@@ -510,4 +510,4 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument(
         "--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there"
     )
-    gpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    gpu.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

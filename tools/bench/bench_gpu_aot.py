@@ -1,9 +1,8 @@
-"""Compile for NVIDIA GPUs ahead of time, without one: whether flash_gpu does, and on Hopper its
-registers and shared memory; and full-size dev, with what it holds and the library calls that its
-products become.
+"""Compile for NVIDIA GPUs on a machine without one.
 
-Needs jax's CUDA plugin with CUDA's own packages, absl-py, and JAX_PLATFORMS=cpu, so that nothing
-looks for a GPU.
+flash_gpu: whether it compiles, and on Hopper its registers and shared memory. Full-size dev: its
+memory, and the library calls that its matmuls become. Needs jax's CUDA plugin with CUDA's packages,
+absl-py, and JAX_PLATFORMS=cpu, so that JAX does not look for a GPU.
 """
 
 import argparse
@@ -32,26 +31,54 @@ from fluxjax.generate import TextStates
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.nets.quantized import EIGHT_BITS
 
-# Of the data sheets: compute capability, multiprocessors and their GHz, bytes of memory and of them a second, of the L2 cache,
-# and of shared memory that a block may take.
+# From the data sheets: compute capability, multiprocessors and their GHz, bytes of memory, bytes per
+# second of memory bandwidth, bytes of L2 cache, and of shared memory that a thread block may use.
 GPUS: dict[str, dict[str, Any]] = {
     "h100": {
-        "name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 84978434048,
-        "bandwidth": 3352320000000, "cache": 52428800, "shared": 232448,
+        "name": "NVIDIA H100 80GB HBM3",
+        "major": 9,
+        "minor": 0,
+        "cores": 132,
+        "clock": 1.98,
+        "memory": 84978434048,
+        "bandwidth": 3352320000000,
+        "cache": 52428800,
+        "shared": 232448,
     },
     "h200": {
-        "name": "NVIDIA H200", "major": 9, "minor": 0, "cores": 132, "clock": 1.98, "memory": 150754820096,
-        "bandwidth": 4800000000000, "cache": 52428800, "shared": 232448,
+        "name": "NVIDIA H200",
+        "major": 9,
+        "minor": 0,
+        "cores": 132,
+        "clock": 1.98,
+        "memory": 150754820096,
+        "bandwidth": 4800000000000,
+        "cache": 52428800,
+        "shared": 232448,
     },
     "a100": {
-        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108, "clock": 1.41, "memory": 85899345920,
-        "bandwidth": 2039000000000, "cache": 41943040, "shared": 166912,
+        "name": "NVIDIA A100-SXM4-80GB",
+        "major": 8,
+        "minor": 0,
+        "cores": 108,
+        "clock": 1.41,
+        "memory": 85899345920,
+        "bandwidth": 2039000000000,
+        "cache": 41943040,
+        "shared": 166912,
     },
     "rtx4090": {
-        "name": "NVIDIA GeForce RTX 4090", "major": 8, "minor": 9, "cores": 128, "clock": 2.52, "memory": 25769803776,
-        "bandwidth": 1008000000000, "cache": 75497472, "shared": 101376,
+        "name": "NVIDIA GeForce RTX 4090",
+        "major": 8,
+        "minor": 9,
+        "cores": 128,
+        "clock": 2.52,
+        "memory": 25769803776,
+        "bandwidth": 1008000000000,
+        "cache": 75497472,
+        "shared": 101376,
     },
-}  # fmt: skip
+}
 _TARGET = """
 platform_name: "CUDA"
 device_description_str: "{name}"
@@ -81,7 +108,7 @@ gpu_device_info {{
 
 
 def gpu_topology(kind: str, devices: int = 1) -> Any:
-    """Return a topology of GPUs of a kind of `GPUS`; what is lowered for its `devices` compiles without one."""
+    """Return a topology of GPUs of a kind of `GPUS`; what is lowered for them compiles without one."""
     target = _TARGET.format(**GPUS[kind], per_core=GPUS[kind]["shared"] + 1024)
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}"
@@ -89,13 +116,17 @@ def gpu_topology(kind: str, devices: int = 1) -> Any:
 
 
 def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
-    """Return what Mosaic's kernels take, of what its compiler wrote to a folder: those that it had not compiled before."""
+    """Return the registers and shared memory of Mosaic's kernels.
+
+    They are read from the files that its compiler dumps to a folder, which are only those of
+    kernels that it had not compiled before.
+    """
     found = {}
     for report in sorted(folder.glob("flash_*.ptxas")):
         (name,) = re.findall(r"flash_([a-z]+)_", report.name)
         text, module = report.read_text(), report.with_suffix(".mlir-passes.log").read_text()
         found[name] = {
-            # Of a thread when the program starts, before the warpgroups share them anew.
+            # For each thread at the start of the kernel, before the warpgroups reallocate them.
             "registers": int(re.findall(r"Used (\d+) registers", text)[0]),
             "spilled bytes": sum(int(size) for size in re.findall(r"(\d+) bytes spill", text)),
             "shared memory": int(re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", module)[0]),
@@ -104,25 +135,25 @@ def kernels_of(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def flash_row(
-    kind: str, device: Any, tokens: int, batch: int | None, wanted: str
+    kind: str, device: Any, tokens: int, batch: int | None, kind_of_pass: str
 ) -> dict[str, Any]:
-    """Compile a pass of flash_gpu for 24 heads of 128."""
-    from fluxjax.kernels import (  # the first needs absl, which the other benches do not
+    """Compile a pass of flash_gpu for 24 heads of 128; `kind_of_pass` is a key of `KERNELS`."""
+    from fluxjax.kernels import (  # the first one needs absl; the other benches run without it
         flash_mosaic_blocks,
         flash_triton,
     )
 
     where, rows = SingleDeviceSharding(device), (batch,) if batch else ()
     x = jax.ShapeDtypeStruct((*rows, tokens, 24, 128), jnp.bfloat16, sharding=where)
-    # A batch has a key length an example, so that the masked form is compiled too.
+    # Each example of a batch has its own key length, so that masking is compiled as well.
     lengths = [jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)] if batch else []
     hopper = GPUS[kind]["major"] == 9
-    run = run_of(flash_attention_gpu, wanted, hopper=hopper)
+    run = run_of(flash_attention_gpu, kind_of_pass, hopper=hopper)
     if hopper:
         sizes = flash_mosaic_blocks.mosaic_block_sizes(tokens, tokens, 128)
     else:
         sizes = flash_triton.triton_block_sizes(tokens, tokens, 128)
-    sizes = {kernel: sizes[kernel] for kernel in KERNELS[wanted]}
+    sizes = {kernel: sizes[kernel] for kernel in KERNELS[kind_of_pass]}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder),
@@ -137,7 +168,7 @@ def flash_row(
         "what": "flash_gpu",
         "tokens": tokens,
         "batch": batch,
-        "pass": wanted,
+        "pass": kind_of_pass,
         "sizes": sizes,
         "temporaries MiB": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
         "compile s": round(seconds, 1),
@@ -154,9 +185,10 @@ def flash_row(
 def transformer_row(
     kind: str, device: Any, weights: str, unrolled: bool, batch: int
 ) -> dict[str, Any]:
-    """Compile 28 steps of dev at 1024x1024, attention by cuDNN.
+    """Compile 28 steps of dev at 1024x1024, with attention by cuDNN.
 
-    Products are given to cuBLAS, since which of them are faster in Triton is tried out on a device.
+    Matmuls are left to cuBLAS, because XLA can choose faster ones in Triton only by trying them on
+    a GPU.
     """
     config, where = FluxConfig.dev(), SingleDeviceSharding(device)
 
@@ -199,7 +231,7 @@ def transformer_row(
 
 
 def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
-    """Compile for each kind of GPU, and show each row as it comes."""
+    """Compile for each kind of GPU, and print each row at once."""
     found = []
     for kind in options.chips:
         (device,) = gpu_topology(kind).devices
@@ -207,8 +239,8 @@ def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
             *((tokens, None) for tokens in options.tokens),
             *([(1536, 2)] if options.tokens else []),
         ]:
-            for wanted in KERNELS:
-                found.append(flash_row(kind, device, tokens, batch, wanted))
+            for kind_of_pass in KERNELS:
+                found.append(flash_row(kind, device, tokens, batch, kind_of_pass))
                 print(found[-1], flush=True)
         for weights, unrolled, batch in _TRANSFORMERS if GPUS[kind]["major"] == 9 else ():
             found.append(transformer_row(kind, device, weights, unrolled, batch))
@@ -228,7 +260,9 @@ _TRANSFORMERS = [
 
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("gpu-aot", help="compiled for NVIDIA GPUs, without one")
+    parser = commands.add_parser(
+        "gpu-aot", help="flash_gpu and full-size dev compiled for NVIDIA GPUs, without one"
+    )
     parser.set_defaults(run=bench_gpu_aot)
     parser.add_argument("--chips", nargs="+", choices=GPUS, default=["h200", "a100", "rtx4090"])
     parser.add_argument(
@@ -238,4 +272,4 @@ def add_commands(commands: Any) -> None:
         default=[4608, 4352, 1536, 4133, 77],
         help="(default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

@@ -1,4 +1,7 @@
-"""Measure how weights are loaded and converted: speed beside a plain copy of the same bytes, and memory at full size."""
+"""Measure how weights are loaded and converted.
+
+Speed is compared with a plain copy of the same bytes; memory is measured at full size.
+"""
 
 import argparse
 import json
@@ -29,13 +32,12 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def bfl_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a BFL file of this config."""
-    slots = parameters_of(abstract(fluxjax.Flux, config))
-    return {
-        key: shape_in_file(slot.shape, row.layout)
-        for name, slot in slots.items()
-        for key, row in FLUX_BFL.keys(name)
-    }
+    """Return the names and shapes of the tensors in a BFL file of this config."""
+    shapes = {}
+    for name, slot in parameters_of(abstract(fluxjax.Flux, config)).items():
+        for key, row in FLUX_BFL.keys(name):
+            shapes[key] = shape_in_file(slot.shape, row.layout)
+    return shapes
 
 
 def random_file(path: Path, config: FluxConfig) -> None:
@@ -49,7 +51,10 @@ def random_file(path: Path, config: FluxConfig) -> None:
 
 
 def sparse_file(path: Path, config: FluxConfig) -> int:
-    """Write the header of a BFL file and leave its data a hole; return its size."""
+    """Write a BFL file with a complete header whose data is a hole in the file.
+
+    **Returns:** the size of the data in bytes.
+    """
     header, offset = {}, 0
     for name, shape in bfl_shapes(config).items():
         nbytes = 2 * int(np.prod(shape))
@@ -66,59 +71,73 @@ def sparse_file(path: Path, config: FluxConfig) -> int:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    os.sync()  # what is still to be written of earlier calls is not this one's
+    """Return how many seconds a call takes."""
+    os.sync()  # so that this call does not wait for data that earlier ones wrote
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def touch(network: fluxjax.Flux) -> None:
-    """Read every byte of a network's memory once; a mapped file is read only then."""
+    """Read every byte of a network once; a memory-mapped file is read only then."""
     for leaf in jax.tree.leaves(network):
-        np.bitwise_or.reduce(
-            np.asarray(leaf).reshape(-1).view(np.uint64 if leaf.nbytes % 8 == 0 else np.uint8)
-        )
+        dtype = np.uint64 if leaf.nbytes % 8 == 0 else np.uint8
+        np.bitwise_or.reduce(np.asarray(leaf).reshape(-1).view(dtype))
 
 
 def bench_speed(options: argparse.Namespace) -> list[dict]:
-    """Convert and load a file of a few blocks of the official widths, beside a plain copy of its bytes; the fastest counts."""
-    config = replace(
-        FluxConfig.dev(), double_depth=options.blocks[0], single_depth=options.blocks[1]
-    )
+    """Convert and load a file of a few blocks of the official widths; the fastest time counts."""
+    double, single = options.blocks
+    config = replace(FluxConfig.dev(), double_depth=double, single_depth=single)
     spent: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        source, copy = Path(folder) / "flux1-dev.safetensors", Path(folder) / "copy"
+        source = Path(folder) / "flux1-dev.safetensors"
         random_file(source, config)
         nbytes = source.stat().st_size
         for _ in range(options.repeats):
-            spent.setdefault("copy", []).append(seconds(lambda: shutil.copyfile(source, copy)))
-            copy.unlink()
-            for to in ("own", "diffusers", "bfl"):
-                target = Path(folder) / to
-                convert = partial(fluxjax.convert_weights, source, target, to=to)
-                spent.setdefault(f"convert to {to}", []).append(seconds(convert))
-                spent.setdefault(f"load {to}", []).append(
-                    seconds(lambda: touch(fluxjax.load_flux(target)))
-                )  # noqa: B023
-                shutil.rmtree(target)
+            for name, call_seconds in time_calls(source, Path(folder)).items():
+                spent.setdefault(name, []).append(call_seconds)
     best = {name: min(times) for name, times in spent.items()}
-    return [
-        {
-            "bench": "load",
-            "what": name,
-            "bytes": nbytes,
-            "gb_per_second": nbytes / t / 1e9,
-            "over_copy": best["copy"] / t,
-        }
-        for name, t in best.items()
-    ]
+    rows = []
+    for name, shortest in best.items():
+        rows.append(
+            {
+                "bench": "load",
+                "what": name,
+                "bytes": nbytes,
+                "gb_per_second": nbytes / shortest / 1e9,
+                "over_copy": best["copy"] / shortest,
+            }
+        )
+    return rows
+
+
+def time_calls(source: Path, folder: Path) -> dict[str, float]:
+    """Return the seconds of copying a file, of converting it, and of loading the results."""
+    copy = folder / "copy"
+    spent = {"copy": seconds(partial(shutil.copyfile, source, copy))}
+    copy.unlink()
+    for layout in ("own", "diffusers", "bfl"):
+        target = folder / layout
+        convert = partial(fluxjax.convert_weights, source, target, to=layout)
+        spent[f"convert to {layout}"] = seconds(convert)
+        spent[f"load {layout}"] = seconds(partial(load_all, target))
+        shutil.rmtree(target)
+    return spent
+
+
+def load_all(path: Path) -> None:
+    """Load a transformer, and read all of it."""
+    touch(fluxjax.load_flux(path))
 
 
 FULL = """
 import json, sys, time
 import fluxjax
 def status(name):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
 before = status("VmRSS")
 start = time.perf_counter()
 whole = fluxjax.inspect_weights(sys.argv[1]).whole
@@ -133,10 +152,11 @@ print(json.dumps({
     "peak_gigabytes_above_import": (status("VmHWM") - before) / 1e9,
 }))
 """
+"""Inspects and converts a file; prints the seconds and the peak memory."""
 
 
 def bench_full(options: argparse.Namespace) -> list[dict]:
-    """Convert dev at full size, from a sparse file, in a process of its own whose peak memory is measured."""
+    """Convert dev at full size from a sparse file, in a new process, and measure its memory."""
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = Path(folder) / "flux1-dev.safetensors"
@@ -151,7 +171,10 @@ def bench_full(options: argparse.Namespace) -> list[dict]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    speed = commands.add_parser("load", help="loading and converting, beside a plain copy")
+    """Add the sub-commands."""
+    speed = commands.add_parser(
+        "load", help="speed of loading and converting, relative to a plain copy"
+    )
     speed.set_defaults(run=bench_speed)
     speed.add_argument(
         "--blocks",
@@ -159,20 +182,25 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         nargs=2,
         default=(2, 4),
         metavar=("DOUBLE", "SINGLE"),
-        help="(default: 2 4)",
+        help="of the transformer (default: 2 4)",
     )
     speed.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     full = commands.add_parser(
-        "load-full", help="dev at full size from a sparse file: peak memory (writes 24 GB)"
+        "load-full", help="peak memory of converting dev at full size (writes 24 GB)"
     )
     full.set_defaults(run=bench_full)
     full.add_argument(
-        "--to", nargs="+", default=["own", "diffusers"], help="layouts (default: own diffusers)"
+        "--to",
+        nargs="+",
+        default=["own", "diffusers"],
+        help="layouts to convert to (default: own diffusers)",
     )
     for command in (speed, full):
         command.add_argument(
             "--folder",
             type=Path,
-            help="where the files are written (default: the temporary folder)",
+            help="folder for the files (default: the system's temporary folder)",
         )
-        command.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+        command.add_argument(
+            "--output", type=Path, help="append the rows as JSON lines to this file"
+        )

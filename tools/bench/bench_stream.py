@@ -1,4 +1,7 @@
-"""Measure block streaming: dev at full size, random bfloat16 weights in a file, one step, and the memory that it takes."""
+"""Measure block streaming: dev at full size from its file, and the memory that sampling takes.
+
+The weights are random, in bfloat16.
+"""
 
 import argparse
 import json
@@ -50,15 +53,20 @@ for _ in range(2):
     seconds.append(time.perf_counter() - start)
 assert bool(jnp.isfinite(x).all())
 print(json.dumps({
-    "load_seconds": loaded, "compile_seconds": compile_seconds, "step_seconds": min(seconds) / steps,
-    "peak_anonymous_gigabytes": peak["RssAnon"] / 1e9, "peak_resident_gigabytes": peak["VmRSS"] / 1e9,
-    "mean": float(x.mean()), "std": float(x.std()),
+    "load_seconds": loaded,
+    "compile_seconds": compile_seconds,
+    "step_seconds": min(seconds) / steps,
+    "peak_anonymous_gigabytes": peak["RssAnon"] / 1e9,
+    "peak_resident_gigabytes": peak["VmRSS"] / 1e9,
+    "mean": float(x.mean()),
+    "std": float(x.std()),
 }))
 """
+"""Loads the file and samples twice; prints the seconds and the peak memory."""
 
 
 def bench_stream(options: argparse.Namespace) -> list[dict]:
-    """Run it in a process of its own, whose memory is watched."""
+    """Sample in a new process whose memory is watched."""
     config = FluxConfig.dev()
     blocks = options.blocks or (config.double_depth, config.single_depth)
     config = replace(config, double_depth=blocks[0], single_depth=blocks[1])
@@ -66,14 +74,14 @@ def bench_stream(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "flux1-dev.safetensors"
         random_file(path, config)
-        given = json.dumps({"double_depth": blocks[0], "single_depth": blocks[1]})
-        for what in ["streamed", "kept"] if options.beside else ["streamed"]:
-            arguments = [str(path), str(options.size), str(options.steps), what, given]
+        depths = json.dumps({"double_depth": blocks[0], "single_depth": blocks[1]})
+        for weights in ["streamed", "kept"] if options.beside else ["streamed"]:
+            arguments = [str(path), str(options.size), str(options.steps), weights, depths]
             command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             shape = {
                 "bench": "stream",
-                "weights": what,
+                "weights": weights,
                 "blocks": list(blocks),
                 "size": options.size,
                 "steps": options.steps,
@@ -83,8 +91,9 @@ def bench_stream(options: argparse.Namespace) -> list[dict]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add the sub-command."""
     stream = commands.add_parser(
-        "stream", help="dev at full size, a block at a time from its file (writes 24 GB)"
+        "stream", help="dev at full size from its file, one block at a time (writes 24 GB)"
     )
     stream.set_defaults(run=bench_stream)
     stream.add_argument(
@@ -94,12 +103,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar=("DOUBLE", "SINGLE"),
         help="fewer blocks, for a small machine",
     )
-    stream.add_argument("--beside", action="store_true", help="the same with all weights in memory")
+    stream.add_argument(
+        "--beside", action="store_true", help="also measure it with all weights in memory"
+    )
     stream.add_argument(
         "--size", type=int, default=256, help="pixels along a side (default: %(default)s)"
     )
     stream.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
     stream.add_argument(
-        "--folder", type=Path, help="where the file is written (default: the system's)"
+        "--folder", type=Path, help="folder for the file (default: the system's temporary folder)"
     )
-    stream.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    stream.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

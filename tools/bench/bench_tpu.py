@@ -1,7 +1,8 @@
-"""Compile full-size sampling for TPUs ahead of time, without one: bytes a device, and a step's
-operations and bytes sent beside the formulas of tools/bench/scaling.py.
+"""Compile full-size sampling for TPUs on a machine without one.
 
-Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that nothing looks for a TPU.
+Measures the bytes on each device, and a step's operations and communication next to the formulas of
+tools/bench/scaling.py. Needs libtpu beside jax, and JAX_PLATFORMS=cpu, so that JAX does not look
+for a TPU.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
 from fluxjax.nets.weight import Dense
 
-# Name, chips, usable GiB of each device.
+# By name: the topology, and the usable GiB of each device.
 CHIPS = {
     "v6e-4": ({"topology_name": "v6e:2x2"}, 31.24),
     "v6e-8": ({"topology_name": "v6e:2x4"}, 31.24),
@@ -40,11 +41,11 @@ CHIPS = {
     "v5e-4": ({"topology_name": "v5e:2x2"}, 15.75),
 }
 STREAM = "stream"
-"""In an axis's place: one device, whose blocks are streamed from the host's memory."""
+"""In place of a mesh axis: one device, to which blocks are streamed from the host's memory."""
 
 
 def structs(tree: Any, shardings: Any) -> Any:
-    """Return shapes on their devices."""
+    """Return the shapes of a pytree with their shardings."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         tree,
@@ -53,7 +54,11 @@ def structs(tree: Any, shardings: Any) -> Any:
 
 
 class Form(NamedTuple):
-    """How a network is compiled: its blocks streamed or not, its attention, the kernel for what that takes or none, 8 bits."""
+    """How a network is compiled.
+
+    `stream`: whether its blocks are streamed. `attention`: an implementation. `heads`: whether
+    queries, keys and values are made by their kernel. `quantize`: an 8-bit format.
+    """
 
     stream: bool = False
     attention: str | None = None
@@ -64,7 +69,7 @@ class Form(NamedTuple):
 def lowered(
     config: FluxConfig, txt_tokens: int, steps: int, mesh: Mesh, size: int, form: Form
 ) -> Any:
-    """Return one image a row of the mesh, lowered."""
+    """Lower the sampling of one image for each row of the mesh."""
     stream = form.stream
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     flux = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), flux)
@@ -98,7 +103,7 @@ def lowered(
 
 
 def eight_bits(flux: Flux, dtype: Any) -> Flux:
-    """Return the shapes of what `fluxjax.quantize` makes."""
+    """Return the shapes of the result of `fluxjax.quantize`."""
 
     def place(path: Any, node: Any) -> Any:
         if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
@@ -116,7 +121,7 @@ _EIGHT = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
 
 
 def hosted(flux: Flux, host: NamedSharding) -> Flux:
-    """Return the shapes of what `fluxjax.stream_blocks` makes."""
+    """Return the shapes of the result of `fluxjax.stream_blocks`."""
 
     def place(path: Any, node: Any) -> Any:
         stays = isinstance(node, Dense) and path[0].name in ("double", "single")
@@ -136,8 +141,10 @@ _EMPTY = HostWeight(jnp.zeros((0, 0)))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
-    """Return a compiled program and its text, as the compiler dumps it: `as_text` fails on loops
-    whose copies libtpu starts a turn ahead."""
+    """Compile a program; return it and its text, as the compiler dumps it.
+
+    `as_text` fails on loops whose copies libtpu starts one iteration ahead.
+    """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(
             compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
@@ -147,7 +154,7 @@ def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
 
 
 def bench_tpu(options: argparse.Namespace) -> list[dict]:
-    """Compile each variant for each machine, over each axis."""
+    """Compile each variant for each machine, split over each axis."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     rows, flags = [], dict(flag.split("=") for flag in options.flags)
     for chip in options.chips:
@@ -190,7 +197,7 @@ def bench_tpu(options: argparse.Namespace) -> list[dict]:
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
     tpu = commands.add_parser(
-        "tpu-aot", help="full-size dev and schnell compiled for TPUs, without one"
+        "tpu-aot", help="full-size dev and schnell compiled for TPUs, without a TPU"
     )
     tpu.set_defaults(run=bench_tpu)
     tpu.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
@@ -202,17 +209,19 @@ def add_commands(commands: Any) -> None:
     tpu.add_argument(
         "--attention",
         choices=IMPLEMENTATIONS,
-        help="(default: what a TPU takes: flash_tpu, or the ring's own)",
+        help="(default: that of a TPU: flash_tpu, or ring attention)",
     )
     tpu.add_argument(
         "--xla-heads",
         dest="heads",
         action="store_false",
-        help="queries, keys and values without their kernel",
+        help="make queries, keys and values by XLA instead of the kernel",
     )
-    tpu.add_argument("--quantize", choices=EIGHT_BITS, help="weights and matmuls of 8 bits")
-    tpu.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="of the compiler")
-    tpu.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    tpu.add_argument("--quantize", choices=EIGHT_BITS, help="8-bit weights and matmuls")
+    tpu.add_argument(
+        "--flags", nargs="+", default=[], metavar="NAME=VALUE", help="flags of the compiler"
+    )
+    tpu.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")
 
 
 def measured(
@@ -224,7 +233,7 @@ def measured(
     flags: dict[str, str],
     form: Form,
 ) -> dict[str, Any]:
-    """Return what a compiled program holds, and what a step of it computes and sends, on one device."""
+    """Return the memory of a compiled program, and a step's operations and communication."""
     start = time.perf_counter()
     compiled, text = compiled_text(lowered(config, txt_tokens, steps, mesh, size, form), flags)
     memory, gib = compiled.memory_analysis(), 2**30
@@ -240,8 +249,9 @@ def measured(
         "GB copied": round(step.copied / 1e9, 2),
         "GB sent": round(step.sent / 1e9, 4),
         "collectives": {
-            kind: f"{one.count:.1f} x, {one.asynchronous:.1f} asynchronous, {one.sent / 1e9:.4f} GB sent"
-            for kind, one in step.moved.items()
+            kind: f"{moved.count:.1f} x, {moved.asynchronous:.1f} asynchronous, "
+            f"{moved.sent / 1e9:.4f} GB sent"
+            for kind, moved in step.moved.items()
         },
     }
 
@@ -255,7 +265,7 @@ def expected(
     size: int,
     row: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what the formulas say of a step, and the compiled program's share of it."""
+    """Return a step's costs by the formulas, and how the compiled program's compare."""
     cost = AXES[axis](Work(config, (size // 16) ** 2, txt_tokens, steps), chips)
     if cost is None:
         return {}

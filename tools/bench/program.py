@@ -259,7 +259,7 @@ def _is_8_bit(line: Instruction, computation: Computation) -> bool:
 
 
 def _dot(line: Instruction, computation: Computation) -> float:
-    """Return the operations of a dot: two for each number of the result and each term of its sum."""
+    """Return the operations of a dot: two for each term of each number of the result."""
     left = shapes(computation.lines[line.inputs[0]].type)[0][1]
     summed = math.prod(left[i] for i in _numbers(line.attributes, "lhs_contracting_dims"))
     return 2 * math.prod(shapes(line.type)[0][1]) * summed

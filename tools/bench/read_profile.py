@@ -1,10 +1,9 @@
-"""Sum up where a GPU's time goes, by the traces that `python tools/bench gpu --profile DIR` writes:
-a row a trace.
+"""Print where a GPU's time goes, from the traces that `tools/bench gpu --profile DIR` writes.
 
     python tools/bench/read_profile.py DIR [--output FILE]
 
-A kernel belongs to the first group whose pattern its name has; XLA names its own after what it
-fused.
+There is a row for each trace. A kernel belongs to the first group whose pattern its name has; XLA
+names its own kernels after the operations that it fused.
 """
 
 import argparse
@@ -26,7 +25,7 @@ GROUPS = {
 
 
 def kernels(trace: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Return the module, the name and the microseconds of each call on a GPU."""
+    """Yield the module, the name and the microseconds of each kernel call on a GPU."""
     events = trace["traceEvents"]
     names = [
         event for event in events if event.get("ph") == "M" and event["name"] == "process_name"
@@ -37,8 +36,8 @@ def kernels(trace: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
             yield event.get("args", {}).get("hlo_module", ""), event["name"], event["dur"]
 
 
-def summed(path: Path, most: int) -> dict[str, Any]:
-    """Return a trace's milliseconds by group, and those of the kernels that take the most, with their calls."""
+def summarize(path: Path, top_kernels: int) -> dict[str, Any]:
+    """Return a trace's milliseconds by group, and the kernels that take the top_kernels, with their calls."""
     with gzip.open(path) as file:
         trace = json.load(file)
     spent, calls = defaultdict[str, float](float), defaultdict[str, int](int)
@@ -50,7 +49,7 @@ def summed(path: Path, most: int) -> dict[str, Any]:
         groups[next(group for group, pattern in GROUPS.items() if re.search(pattern, name))] += (
             microseconds / 1e3
         )
-    first = sorted(spent, key=spent.__getitem__, reverse=True)[:most]
+    first = sorted(spent, key=spent.__getitem__, reverse=True)[:top_kernels]
     return {
         "bench": "gpu profile",
         "trace": path.parent.name,
@@ -70,11 +69,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--most", type=int, default=12, help="kernels that a row names (default: %(default)s)"
+        "--most", type=int, default=12, help="kernels listed for each trace (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="a file that JSON lines are appended to")
+    parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")
     options = parser.parse_args()
-    rows = [summed(path, options.most) for path in sorted(options.folder.rglob("*.trace.json.gz"))]
+    rows = [
+        summarize(path, options.most) for path in sorted(options.folder.rglob("*.trace.json.gz"))
+    ]
     for row in rows:
         print(row["trace"], row["module"], row["milliseconds"], "ms:", row["groups"])
         for kernel in row["kernels"]:
