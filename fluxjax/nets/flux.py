@@ -197,7 +197,12 @@ class Flux(eqx.Module):
         img = self.img_in(x.astype(prepared.txt.dtype))
         return HiddenState(img, prepared.txt, prepared.at(t), prepared.rotation)
 
-    def first(self, hidden: HiddenState, *, attention: AttentionChoice = None) -> ImageAndText:
+    def first(
+        self,
+        hidden: HiddenState,
+        *,
+        attention: AttentionChoice = None,
+    ) -> ImageAndText:
         """Return the image's and the text's tokens after the first double block."""
         block = block_at(self.double, 0)
         modulation = block_at(hidden.modulation.double, 0)
@@ -263,7 +268,11 @@ class Flux(eqx.Module):
             total = total + embed(self.guidance_in, guidance)
         return total
 
-    def _modulation(self, conditioning: ConditioningVectors, remat: bool) -> Modulation:
+    def _modulation(
+        self,
+        conditioning: ConditioningVectors,
+        remat: bool,
+    ) -> Modulation:
         """Return the modulation of all layers.
 
         **Arguments:** `conditioning`: after its SiLU, which all blocks share.
