@@ -133,6 +133,8 @@ class Clip(eqx.Module):
 
     It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(clip))` encodes a batch of them.
 
+    `tokens`, `positions`: tables of vectors that are added up. `blocks`: stacked. `norm`: after
+    them.
     **Source:** Radford et al. 2021, section 2.4.
     """
 

@@ -43,8 +43,12 @@ ConditioningVectors = Float[Array, "times width"]
 class Flux(eqx.Module):
     """The transformer, blocks stacked.
 
-    It takes one example. `eqx.filter_vmap(flux)` is one of a batch, and can be jitted as such.
+    It takes one example. `eqx.filter_jit(eqx.filter_vmap(flux))` takes a batch.
 
+    `img_in`, `txt_in`: from the features of a token to the width of the blocks. `time_in`,
+    `vector_in`, `guidance_in`: of the time, the pooled text and the distilled guidance scale to the
+    conditioning vector, which is their sum; `guidance_in` is None for networks without guidance.
+    `double`, `single`: the blocks, stacked. `final`: to the prediction.
     **Source:** Black Forest Labs 2024, FLUX.1.
     """
 

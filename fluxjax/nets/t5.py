@@ -114,6 +114,8 @@ class T5(eqx.Module):
 
     It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(t5))` encodes a batch of them.
 
+    `tokens`: a table of vectors. `position_bias`: of all blocks. `blocks`: stacked. `norm`: after
+    them.
     **Source:** Raffel et al. 2020; version 1.1: Shazeer 2020.
     """
 
