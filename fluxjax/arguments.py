@@ -49,7 +49,7 @@ def convert_arguments(target: Target) -> Target:
     what it got.
     """
     if isinstance(target, type):
-        initialize = _converting(target.__init__, target.__qualname__)
+        initialize = _converting(target.__init__, target.__qualname__)  # type: ignore[misc]
         # jaxtyping's import hook would check the fields once more, before this, and with other
         # errors.
         initialize.__no_type_check__ = True  # type: ignore[attr-defined]

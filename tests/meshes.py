@@ -2,6 +2,7 @@
 
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,18 +38,25 @@ def flux_inputs(config, images, txt_tokens=13):
 
 def velocities(flux: Flux, rows, mesh=None, **options):
     """Return the velocity of each image. `rows`: from `flux_inputs`; `flux`: from `shard`."""
-
-    def run(flux, rows, options):
-        splits_tokens = mesh is not None and mesh.shape["context"] > 1
-        network = TokenParallelFlux(flux) if splits_tokens else flux
-        ids, t = image_ids(HEIGHT, WIDTH), jnp.float32(0.5)
-
-        def velocity(x, txt, vec):
-            given = {"txt": txt, "vec": vec, "img_ids": ids, "guidance": jnp.float32(3.5)}
-            return network.velocity(x, t, network.prepare(t[None], **given), **options)
-
-        return jax.vmap(velocity)(*rows)
-
     if mesh is None:
-        return jax.jit(lambda flux, rows: run(flux, rows, options))(flux, rows)
+        return _on_one_device(flux, rows, options)
+
+    # A function of its own at each call: tests replace what it calls.
+    def run(flux, rows, options):
+        splits_tokens = mesh.shape["context"] > 1
+        return _velocities(TokenParallelFlux(flux) if splits_tokens else flux, rows, options)
+
     return on_mesh(run, mesh, flux, rows, options)
+
+
+def _velocities(network, rows, options):
+    ids, t = image_ids(HEIGHT, WIDTH), jnp.float32(0.5)
+
+    def velocity(x, txt, vec):
+        given = {"txt": txt, "vec": vec, "img_ids": ids, "guidance": jnp.float32(3.5)}
+        return network.velocity(x, t, network.prepare(t[None], **given), **options)
+
+    return jax.vmap(velocity)(*rows)
+
+
+_on_one_device = eqx.filter_jit(_velocities)

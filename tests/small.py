@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax import Flux, FluxConfig
+from fluxjax.nets.stack import is_stacked, path_name
+from fluxjax.nets.weight import AdaptedWeight, Weight
 from fluxjax.shapes import Array
 
 TEXT, IMAGE = 3, 5
@@ -28,6 +30,22 @@ IDS = jnp.zeros((IMAGE, 3), jnp.float32).at[:, 1].set(jnp.arange(IMAGE, dtype=jn
 def draw(*shape: int, seed: int = 0) -> Array:
     """Return normal random numbers of a shape."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def adapted(flux: Flux, rank: int = 2) -> Flux:
+    """Return a network with a random adapter beside each matrix of its stacked blocks."""
+
+    def wrap(path, node):
+        if not isinstance(node, Weight) or not is_stacked(path_name(path)):
+            return node
+        depth, out, features = node.shape
+        down, up = draw(depth, rank, features, seed=1), draw(depth, out, rank, seed=2)
+        return AdaptedWeight(node, 0.1 * down, 0.1 * up)
+
+    def is_weight(node):
+        return isinstance(node, Weight)
+
+    return jax.tree_util.tree_map_with_path(wrap, flux, is_leaf=is_weight)
 
 
 def small_flux(config: FluxConfig = CONFIG) -> Flux:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def generate(options: argparse.Namespace) -> None:
     request = read_request(options)
     if request.line is not None:
         _draw_prompt(request, request.line)
-    else:
+    elif request.prompts is not None:
         _draw_file(request, request.prompts)
 
 
@@ -212,9 +212,11 @@ def _draw_lines(
     for line in lines:
         key = seed_key(line.seed)
         noise.append(noise_batch(key, [0], request.height, request.width, channels=channels))
-        keys.append(step_keys(key, [0], request.recipe.step))
-    step_key_batch = None if keys[0] is None else jnp.concatenate(keys)
+        line_keys = step_keys(key, [0], request.recipe.step)
+        if line_keys is not None:
+            keys.append(line_keys)
     prompts = stages.encode(encoders, lines)
+    step_key_batch = jnp.concatenate(keys) if keys else None
     return stages.draw(networks, prompts, jnp.concatenate(noise), step_key_batch)
 
 
@@ -290,7 +292,7 @@ class _Stages(NamedTuple):
         scale = distilled_guidance(flux, self.request.defaults, self.request.distilled)
         return _Networks(flux, self._load("vae"), scale)
 
-    def _load(self, name: str) -> Flux | Clip | T5 | Vae:
+    def _load(self, name: str) -> Any:
         request = self.request
         return self.clock.load(
             name, lambda: load_network(name, request.model, request.load, note=complain)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 import jax
 
@@ -80,7 +81,7 @@ def join_job() -> None:
 
     **Raises:** `ValueError` for a job that is not described, or not by whole numbers.
     """
-    where = {}
+    where: dict[str, Any] = {}
     for name in ("num_processes", "process_id"):
         value = os.environ.get(f"JAX_{name.upper()}")
         if value is None:

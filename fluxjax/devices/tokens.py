@@ -29,8 +29,9 @@ class TokenParallelFlux(eqx.Module):
     tokens. It runs a part of the text's and a part of the image's tokens. Where the number of
     devices does not divide them, the last ones get padding, which no token attends to.
 
-    Where the devices divide the heads, the attention exchanges heads for tokens (`UlyssesAttention`);
-    otherwise it is ring attention (`RingAttention`). Both can run inside of `Nag`.
+    Where the devices divide the heads, the attention exchanges heads for tokens
+    (`UlyssesAttention`); otherwise it is ring attention (`RingAttention`). Both can run inside of
+    `Nag`.
     """
 
     flux: Flux

@@ -12,12 +12,13 @@ from fluxjax.flow.velocity import StatefulVelocity
 from fluxjax.generate.conditioning import (
     Conditioning,
     PreparedConditioning,
+    Transformer,
     network_input,
     prepare_conditioning,
 )
 from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.flux_state import HiddenState, Prepared
 from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
 from fluxjax.numeric import check_finite, is_concrete_number
@@ -166,7 +167,9 @@ class CachedFlux(StatefulVelocity):
     ):
         old = self.init(x) if memory is None else memory
         prepared = condition_at(self.flux, condition[0], t)
-        embedded = self.flux.embed(network_input(x, prepared), t, prepared.prepared)
+        # A cache is refused where tokens are split, so that this is prepared for all of them.
+        shared: Prepared = prepared.prepared  # type: ignore[assignment]
+        embedded = self.flux.embed(network_input(x, prepared), t, shared)
         hidden, signal, start = self.cache.signal(self.flux, embedded, self.attention)
         signal = signal.astype(jnp.float32)
         distance = self.cache.accumulate(old.distance, _relative_change(signal, old.signal))
@@ -204,7 +207,7 @@ class CachedFlux(StatefulVelocity):
 
 
 def condition_at(
-    flux: Flux, condition: Conditioning | PreparedConditioning, t: Scalar
+    flux: Transformer, condition: Conditioning | PreparedConditioning, t: Scalar
 ) -> PreparedConditioning:
     """Return a condition that is prepared for t, here if it is not yet."""
     if isinstance(condition, PreparedConditioning):

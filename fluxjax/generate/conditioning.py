@@ -4,12 +4,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
 from fluxjax.shapes import Array, Float, PerImage
 
+Transformer = Flux | TokenParallelFlux
+"""A transformer on one device, or with its tokens split over several."""
 
+
+@convert_arguments
 class ReferenceTokens(eqx.Module):
     """Further image tokens that the noisy ones attend to, as those of a reference image.
 
@@ -21,6 +26,7 @@ class ReferenceTokens(eqx.Module):
     ids: Float[Array, "... reference_tokens axes"]
 
 
+@convert_arguments
 class Conditioning(eqx.Module):
     """What one image is conditioned on: all inputs of the transformer but the noise and the time.
 
@@ -81,7 +87,7 @@ class PreparedConditioning(eqx.Module):
 
 
 def prepare_conditioning(
-    flux: Flux | TokenParallelFlux, conditioning: Conditioning, times: Float[Array, " times"]
+    flux: Transformer, conditioning: Conditioning, times: Float[Array, " times"]
 ) -> PreparedConditioning:
     """Compute what does not depend on the noisy image, for all times of evaluation at once.
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -11,19 +11,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
 from fluxjax.flow.step import Step
+from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.cache import AttentionChoice, CacheMemory
-from fluxjax.generate.conditioning import Conditioning, split_images
+from fluxjax.generate.conditioning import Conditioning, Transformer, split_images
 from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
 from fluxjax.generate.velocity import (
     Conditions,
     Guidance,
-    Transformer,
     check_guidance,
     guided_velocity,
     prepare_conditions,
@@ -32,12 +33,13 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, Times
+from fluxjax.shapes import Array, Float, Int, PerImage, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
 
 
+@convert_arguments
 class ImageBatch(eqx.Module):
     """The images of a batch: what differs from one to the next.
 
@@ -52,6 +54,7 @@ class ImageBatch(eqx.Module):
     keys: Array | None = None
 
 
+@convert_arguments
 class Recipe(eqx.Module):
     """How a batch is sampled: what is the same for all of its images.
 
@@ -202,12 +205,15 @@ def check_batch(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
     network = TokenParallelFlux(flux) if splits_tokens else flux
     has_negative = batch.negative is not None
     check_guidance(network, guidance, recipe.attention, has_negative=has_negative)
-    scales = {"guidance": batch.positive.guidance, "scale": guidance.scale}
+    scales: dict[str, PerImage | None] = {
+        "guidance": batch.positive.guidance,
+        "scale": guidance.scale,
+    }
     if guidance.weak is not None:
         scales["strength"] = guidance.weak.strength
     for name, scale in scales.items():
         if scale is not None and jnp.ndim(scale) == 1:
-            check_image_count("denoise", name, len(scale), images)
+            check_image_count("denoise", name, jnp.size(scale), images)
 
 
 def check_image_count(call: str, name: str, count: int, images: int) -> None:
@@ -260,7 +266,7 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
         )
         velocity = guided_velocity(flux, conditions, guidance, shared.recipe.attention)
         x = pack_latents(row.noise)
-        return _Drawing(conditions, begin_sample(velocity, x, times, step=step))
+        return _Drawing(conditions, begin_sample(cast(Velocity, velocity), x, times, step=step))
 
     rows, shared = _split(batch, recipe, mesh)
     return _for_each_image(begin, flux, (rows,), shared, mesh)
@@ -289,7 +295,13 @@ def _advance(
             conditions = prepare_joined(flux, conditions, evaluations)
         velocity = guided_velocity(flux, conditions, guidance, recipe.attention, image_axes)
         return advance_sample(
-            velocity, drawing.state, recipe.times, start, stop, step=recipe.step, key=row.key
+            cast(Velocity, velocity),
+            drawing.state,
+            recipe.times,
+            start,
+            stop,
+            step=recipe.step,
+            key=row.key,
         )
 
     rows, shared = _split(batch, recipe, mesh)
@@ -303,7 +315,7 @@ def _for_each_image(
     """Return function(flux, *row, shared) for each image of a batch, on a mesh if there is one."""
 
     def batched(flux: Transformer, rows: tuple, shared: object) -> Result:
-        if mesh is not None and mesh.shape["context"] > 1:
+        if mesh is not None and mesh.shape["context"] > 1 and isinstance(flux, Flux):
             flux = TokenParallelFlux(flux)
         by_row = jax.vmap(lambda *row: function(flux, *row, shared), axis_name="images")
         return by_row(*rows)

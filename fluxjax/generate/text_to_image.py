@@ -38,6 +38,7 @@ from fluxjax.zoo import FLUX1, Defaults
 Tree = TypeVar("Tree")
 
 
+@convert_arguments
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
     """How images are drawn; None takes the model's default.

@@ -10,11 +10,12 @@ import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import TokenParallelFlux
-from fluxjax.flow.guidance import ClassifierFree, Guided, Rule, WeakModel
+from fluxjax.flow.guidance import ClassifierFree, Conditional, Guided, Rule, WeakModel
 from fluxjax.generate.cache import AttentionChoice, CachedFlux, StepCache, condition_at
 from fluxjax.generate.conditioning import (
     Conditioning,
     PreparedConditioning,
+    Transformer,
     network_input,
     prepare_conditioning,
 )
@@ -26,9 +27,9 @@ from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
 
 Condition = Conditioning | PreparedConditioning
-Transformer = Flux | TokenParallelFlux
 
 
+@convert_arguments
 class WeakNetwork(eqx.Module):
     """The same network with degraded blocks, which the image is guided away from.
 
@@ -48,6 +49,7 @@ class WeakNetwork(eqx.Module):
         check_finite("WeakNetwork", strength=self.strength, low=self.low, high=self.high)
 
 
+@convert_arguments
 class Guidance(eqx.Module):
     """How velocities of the transformer are combined into one. `Guidance()` is none.
 
@@ -89,7 +91,11 @@ class ConditionalFlux(eqx.Module):
         prepared = condition_at(self.flux, condition, t)
         tokens = network_input(x, prepared)
         velocity = self.flux.velocity(
-            tokens, t, prepared.prepared, attention=self.attention, degraded=self.degraded
+            tokens,
+            t,
+            prepared.prepared,  # type: ignore[arg-type]  # prepared by the same transformer
+            attention=self.attention,
+            degraded=self.degraded,
         )
         return velocity[: len(x)]
 
@@ -153,10 +159,11 @@ def prepare_joined(
     positive, negative = conditions
     if times is None:
         return conditions
-    prepared = prepare_conditioning(flux, positive, times)
-    if negative is None:
-        return prepared, None
-    return prepared, prepare_conditioning(flux, negative, times)
+    if isinstance(positive, Conditioning):
+        positive = prepare_conditioning(flux, positive, times)
+    if isinstance(negative, Conditioning):
+        negative = prepare_conditioning(flux, negative, times)
+    return positive, negative
 
 
 def guided_velocity(
@@ -169,11 +176,11 @@ def guided_velocity(
     """Return the guided velocity of conditions from `prepare_conditions`."""
     positive, negative = conditions
     if guidance.nag is not None:
-        implementation = guidance.nag.implementation if attention is None else attention
-        attention = replace(guidance.nag, implementation=implementation)
-    network = ConditionalFlux(flux, attention)
-    if guidance.cache is not None:
-        network = CachedFlux(
+        named = guidance.nag.implementation if attention is None else attention
+        attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
+    network: Conditional = ConditionalFlux(flux, attention)
+    if guidance.cache is not None and isinstance(flux, Flux):
+        network = CachedFlux(  # type: ignore[assignment]  # it takes a memory, too
             flux,
             guidance.cache,
             attention,
@@ -247,8 +254,10 @@ def split_scales(guidance: Guidance) -> tuple[Guidance, Guidance]:
     Each part has None in the place of the other's numbers; `eqx.combine` joins them again.
     """
 
-    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: Array | float) -> bool:
-        return path[-1].name in ("scale", "strength") and jnp.ndim(leaf) == 1
+    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: object) -> bool:
+        # Leaves may be functions too, such as the attention of degraded blocks.
+        is_scale = path[-1].name in ("scale", "strength")
+        return is_scale and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim == 1
 
     rows = jax.tree_util.tree_map_with_path(has_rows, guidance)
     return eqx.partition(guidance, rows)

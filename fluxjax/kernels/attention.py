@@ -50,8 +50,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     key_length: Int[Array, ""] | int | None = None,
-    implementation: str | None = None,
-    block_sizes: BlockSizes | str | None = None,
+    implementation: "str | Attention | None" = None,
 ) -> Float[Array, "queries heads head_dim"]:
     """Compute softmax(scale * q k^T + bias) v; the softmax and the sums are in float32.
 
@@ -74,24 +73,23 @@ def attention(
     - `scale`: factor of the logits; 1 / sqrt(head_dim) by default.
     - `key_length`: keys from this index on are padding, which no query attends to; their values
       must be finite. The result is 0 where `key_length` is 0.
-    - `implementation`: one of the above, or None for the one that `select_attention` returns.
-    - `block_sizes`: for flash_tpu, flash_gpu and xla_chunked; sizes, or a name in
-      `fluxjax.kernels.PRESETS`.
+    - `implementation`: one of the above, an `Attention`, which has block sizes too, or None for
+      the one that `select_attention` returns.
 
     **Returns:** the mixed values, in the dtype of `q`.
-    **Raises:** `ValueError` if `implementation` is unknown or does not support these arguments, if
-    `block_sizes` do not fit the implementation, or if `key_length` is a Python number outside 1
-    to keys.
+    **Raises:** `ValueError` if `implementation` is unknown or does not support these arguments, or
+    if `key_length` is a Python number outside 1 to keys.
     **Source:** Vaswani et al. 2017, eq. 1.
     """
-    chosen = _choose_implementation(q, k, bias is not None, causal, implementation)
+    configured = as_attention(implementation)
+    chosen = _choose_implementation(q, k, bias is not None, causal, configured.implementation)
     # A traced length cannot be checked, and may be 0.
     if isinstance(key_length, int) and not 1 <= key_length <= len(k):
         raise ValueError(
             f"`attention(key_length={key_length})` must be 1 to {len(k)}, the number of keys."
         )
     length = None if key_length is None else jnp.asarray(key_length, jnp.int32)
-    sizes = _check_block_sizes(block_sizes, implementation)
+    sizes = _check_block_sizes(configured.block_sizes, configured.implementation)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     options = LogitOptions(scale, causal, length)
@@ -116,7 +114,8 @@ class Attention:
 
     It is a function of (q, k, v), and of the number of text tokens, which it ignores.
 
-    **Arguments:** as of `attention`.
+    **Arguments:** `implementation`: a name, as of `attention`. `block_sizes`: for flash_tpu,
+    flash_gpu and xla_chunked; sizes, or a name in `fluxjax.kernels.PRESETS`.
     **Raises:** `ValueError` for an unknown implementation, or for block sizes that do not fit it.
     """
 
@@ -134,7 +133,7 @@ class Attention:
         v: Float[Array, "keys heads head_dim"],
         txt_tokens: int = 0,
     ) -> Float[Array, "queries heads head_dim"]:
-        return attention(q, k, v, implementation=self.implementation, block_sizes=self.block_sizes)
+        return attention(q, k, v, implementation=self)
 
 
 AttentionChoice = str | Attention | Callable[..., Array] | None
@@ -275,7 +274,7 @@ def _check_block_sizes(
     sizes = resolve_block_sizes(block_sizes)
     if implementation not in ("flash_tpu", "flash_gpu", "xla_chunked"):
         raise ValueError(
-            "`attention(block_sizes=…)` is for flash_tpu, flash_gpu and xla_chunked, "
+            "`Attention(block_sizes=…)` is for flash_tpu, flash_gpu and xla_chunked, "
             f"got implementation={implementation!r}. Name one of these implementations."
         )
     if implementation == "xla_chunked" and sizes != BlockSizes(q=sizes.q):

@@ -5,12 +5,12 @@ Networks are read one weight at a time, so two checkpoints in files need memory 
 
 from collections.abc import Mapping
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.kinds import Network as AnyNetwork
 from fluxjax.checkpoint.weights import InMemoryWeights, Parameter, Weights, parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.networks import check_plain, network_kind
@@ -25,8 +25,8 @@ _LARGEST_EXACT_SIDE = 1024
 
 @convert_arguments
 def extract_lora(
-    base: Weights | eqx.Module,
-    tuned: Weights | eqx.Module,
+    base: Weights | AnyNetwork,
+    tuned: Weights | AnyNetwork,
     network: str,
     *,
     rank: int,
@@ -97,7 +97,7 @@ def _shapes(slots: Mapping[str, Parameter]) -> dict[str, tuple[int, ...]]:
     return {name: slot.shape for name, slot in slots.items()}
 
 
-def _weights(model: Weights | eqx.Module, network: str) -> Weights:
+def _weights(model: Weights | AnyNetwork, network: str) -> Weights:
     """Return a network's weights, checked.
 
     **Arguments:**

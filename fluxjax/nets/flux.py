@@ -1,5 +1,7 @@
 """The FLUX transformer: a velocity dx/dt of noisy image tokens, text and time."""
 
+from typing import TypedDict, Unpack
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,6 @@ from fluxjax.nets.flux_blocks import (
 )
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
-from fluxjax.nets.heads import JointAttention as JointAttention  # for annotations of callers
 from fluxjax.nets.layers import Linear, rope, sinusoid
 from fluxjax.nets.scan import map_blocks, scan_blocks
 from fluxjax.nets.stack import block_at, map_part, stack
@@ -39,6 +40,23 @@ ImgIds = Float[Array, "img_tokens axes"]
 TxtIds = Float[Array, "txt_tokens axes"]
 ConditioningVectors = Float[Array, "times width"]
 """One vector for each time, of the time, the pooled text and the guidance scale."""
+
+
+class FluxOptions(TypedDict, total=False):
+    """How a `Flux` computes its velocity; what is left out keeps the default.
+
+    `attention`: the name of an implementation of `fluxjax.attention`, an `Attention`, which has
+    block sizes too, or a custom function over the text's and the image's tokens. `degraded`: blocks
+    to skip, or to run with another attention. `dtype`: of the activations, by default that of
+    `txt`, so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only
+    the input of each block and compute the block again: a third more work, and the memory of one
+    block.
+    """
+
+    attention: AttentionChoice
+    degraded: DegradedBlocks | None
+    dtype: DTypeLike | None
+    remat: bool
 
 
 class Flux(eqx.Module):
@@ -94,22 +112,14 @@ class Flux(eqx.Module):
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
-        attention: AttentionChoice = None,
-        degraded: DegradedBlocks | None = None,
-        dtype: DTypeLike | None = None,
-        remat: bool = False,
+        **options: Unpack[FluxOptions],
     ) -> ImgVelocity:
         """Return the velocity dx/dt of the image tokens at time t.
 
         **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], where 1 is noise. `txt`: hidden
         states of T5. `vec`: pooled state of CLIP. `img_ids`, `txt_ids`: positions; those of the
         text are zeros by default. `guidance`: distilled guidance scale, unscaled (3.5), if and only
-        if the config has `guidance_embed`. `attention`: the name of an implementation of
-        `fluxjax.attention`, an `Attention`, which has block sizes too, or a custom function over
-        the text's and the image's tokens. `degraded`: blocks to skip, or to run with another
-        attention. `dtype`: of the activations, by default that of `txt`, so that a float32 sampler
-        can run a bfloat16 network. `remat`: for a gradient, keep only the input of each block and
-        compute the block again: a third more work, and the memory of one block.
+        if the config has `guidance_embed`. `options`: those of `FluxOptions`.
         **Returns:** dx/dt in the dtype of `x`.
         **Raises:** `ValueError` if guidance is missing, or is not taken, or if a width is not that
         of the config.
@@ -123,10 +133,17 @@ class Flux(eqx.Module):
             img_ids=img_ids,
             txt_ids=txt_ids,
             guidance=guidance,
-            dtype=dtype,
-            remat=remat,
+            dtype=options.get("dtype"),
+            remat=options.get("remat", False),
         )
-        return self.velocity(x, t, prepared, attention=attention, degraded=degraded, remat=remat)
+        return self.velocity(
+            x,
+            t,
+            prepared,
+            attention=options.get("attention"),
+            degraded=options.get("degraded"),
+            remat=options.get("remat", False),
+        )
 
     @convert_arguments
     def prepare(

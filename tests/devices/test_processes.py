@@ -15,8 +15,9 @@ PROMPT, HEIGHT, WIDTH, IMAGES = "a red star on white", 32, 48, 5
 def expected():
     models = fluxjax.load_models("tiny")
     flux = fluxjax.merge(models.flux, [fluxjax.read_lora(shipped_lora("kraft"))])
-    options = dict(key=jax.random.key(0), steps=1, height=HEIGHT, width=WIDTH, images=IMAGES)
-    return fluxjax.text_to_image(models._replace(flux=flux), PROMPT, **options)
+    settings = fluxjax.DrawSettings(steps=1, height=HEIGHT, width=WIDTH, images=IMAGES)
+    models = models._replace(flux=flux)
+    return fluxjax.text_to_image(models, PROMPT, key=jax.random.key(0), settings=settings)
 
 
 @pytest.mark.parametrize(

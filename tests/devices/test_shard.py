@@ -75,7 +75,8 @@ def test_sampling_on_a_mesh_is_sampling_on_one_device(tiny, name):
     assert relative(found, expected) <= BOUND
 
 
-@pytest.mark.parametrize("name", MESHES)
+# Tokens of prompts are not split.
+@pytest.mark.parametrize("name", ["data", "fsdp", "tensor", "context, ring", "fsdp and tensor"])
 def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
     mesh, texts = mesh_of(**MESHES[name]), ["a red star", "a blue ring on black", "a cross"]
     expected = encoded(tiny, texts)
@@ -168,7 +169,8 @@ def test_a_cache_decides_for_all_devices(tiny):
 
 
 def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
-    options = dict(key=jax.random.key(0), steps=2, height=48, width=80, images=2)
+    settings = fluxjax.DrawSettings(steps=1, height=48, width=80, images=2)
+    options = dict(key=jax.random.key(0), settings=settings)
     expected = fluxjax.text_to_image(tiny, "a red star", **options)
     for sizes in (dict(data=2, tensor=2), dict(fsdp=2, context=2)):
         offloads = "fsdp" in sizes
@@ -197,14 +199,12 @@ def test_attached_adapters_are_split_as_their_weights(tiny, rows, expected):
     adapted = fluxjax.attach(tiny.flux, [lora])
     wanted = velocities(adapted, first(rows, 4))
     assert relative(wanted, expected[:4]) > 0.01
+    # The rows of fused layers are reordered, and with them the adapters', or the merged weights'.
     mesh = mesh_of(fsdp=2, tensor=2)
-    found = velocities(shard(adapted, mesh), first(rows, 4), mesh)
-    assert relative(found, wanted) <= BOUND
-    # Merged on a mesh before its fused rows are reordered.
-    mesh = mesh_of(fsdp=4)
     placed = jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh))
-    merged = shard(fluxjax.merge(placed, [lora]), mesh)
-    assert relative(velocities(merged, first(rows, 4), mesh), wanted) <= BOUND
+    for network in (adapted, fluxjax.merge(placed, [lora])):
+        found = velocities(shard(network, mesh), first(rows, 4), mesh)
+        assert relative(found, wanted) <= BOUND
 
 
 def test_meshes_of_another_number_of_devices_are_refused():

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import thread_map
 # Public from JAX 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from fluxjax import attention
+from fluxjax import Attention, attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.kernels.flash_tpu import flash_attention_tpu
@@ -95,7 +95,7 @@ def xla_head_by_head(q, k, v, **options):
 IMPLEMENTATIONS = {
     "xla": partial(attention, implementation="xla"),
     "xla, head by head": xla_head_by_head,
-    "xla_chunked": partial(attention, implementation="xla_chunked", block_sizes=BlockSizes(q=48)),
+    "xla_chunked": partial(attention, implementation=Attention("xla_chunked", BlockSizes(q=48))),
     "flash_tpu": flash_tpu,
     "flash_gpu, Mosaic": flash_mosaic,
     "flash_gpu, Triton": flash_triton,

@@ -23,7 +23,7 @@ from implementations import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from fluxjax import attention
+from fluxjax import Attention, attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 
@@ -167,7 +167,7 @@ def test_chunks_take_bias_and_causality():
     q, k, v, _ = operands(23, 23, 2, 8, 8)
     bias = jax.random.normal(jax.random.key(9), (2, 23, 23))
     options = {"bias": bias, "causal": True, "scale": 0.7, "key_length": 20}
-    chunked = partial(attention, implementation="xla_chunked", block_sizes=BlockSizes(q=5))
+    chunked = partial(attention, implementation=Attention("xla_chunked", BlockSizes(q=5)))
     xla = partial(attention, implementation="xla")
     expected = jax.jit(partial(xla, **options))(q, k, v)
     for implementation in (chunked, xla_head_by_head):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from implementations import flash_mosaic, flash_tpu, flash_triton
 
-from fluxjax import attention
+from fluxjax import Attention, attention
 from fluxjax.kernels import select_attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
@@ -55,17 +55,17 @@ REFUSED = {
         r"key_length=257.*1 to 256",
     ),
     "block sizes of xla": (
-        lambda: attention(X, X, X, implementation="xla", block_sizes=BlockSizes(q=128)),
+        lambda: attention(X, X, X, implementation=Attention("xla", BlockSizes(q=128))),
         r"is for flash_tpu, flash_gpu and xla_chunked, got implementation='xla'",
     ),
     "keys in a chunk": (
         lambda: attention(
-            X, X, X, implementation="xla_chunked", block_sizes=BlockSizes(q=128, kv=128)
+            X, X, X, implementation=Attention("xla_chunked", BlockSizes(q=128, kv=128))
         ),
         r"takes only `BlockSizes\(q=…\)`",
     ),
     "unknown preset": (
-        lambda: attention(X, X, X, implementation="xla_chunked", block_sizes="best"),
+        lambda: attention(X, X, X, implementation=Attention("xla_chunked", "best")),
         r"no block sizes 'best'. Choose one of trillium, ",
     ),
     "empty blocks": (lambda: BlockSizes(q=0), "at least one token"),
@@ -112,7 +112,7 @@ def test_flash_gpu_is_mosaic_on_hopper_and_triton_elsewhere(monkeypatch):
     module, x = sys.modules["fluxjax.kernels.attention"], jnp.zeros((256, 1, 128), jnp.bfloat16)
     gpu = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="7.5")
     monkeypatch.setattr(module, "default_device", lambda: gpu)
-    attend = partial(attention, implementation="flash_gpu", block_sizes=BlockSizes(q=128))
+    attend = partial(attention, implementation=Attention("flash_gpu", BlockSizes(q=128)))
     with pytest.raises(
         ValueError,
         match=r"'flash_gpu'.* needs an NVIDIA GPU of compute capability 8.0.*got gpu 7.5, bfloat16",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawing import encoded
-from meshes import flux_inputs, mesh_of, velocities
-from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
+from meshes import flux_inputs, mesh_of, relative, velocities
+from small import CONFIG, IDS, IMAGE, TEXT, adapted, draw, small_flux
 
 import fluxjax
 from fluxjax import Flux, FluxConfig, quantize, shard, unroll
@@ -77,17 +77,18 @@ def test_encoders_can_be_unrolled(tiny):
     np.testing.assert_allclose(found.vec, expected.vec, rtol=1e-4, atol=1e-5)
 
 
-def test_adapted_and_sharded_networks_can_be_unrolled(tiny, kraft):
-    rows = flux_inputs(tiny.flux.config, 2)
-    adapted = fluxjax.attach(tiny.flux, [kraft])
-    expected = velocities(adapted, rows)
-    np.testing.assert_allclose(velocities(unroll(adapted), rows), expected, atol=1e-4)
+def test_adapted_and_sharded_networks_can_be_unrolled(flux):
+    rows = flux_inputs(SHALLOW, 2)
+    network = adapted(flux)
+    expected = velocities(network, rows)
+    assert relative(velocities(flux, rows), expected) > 0.01
+    np.testing.assert_allclose(velocities(unroll(network), rows), expected, atol=1e-4)
     for sizes, shards_first in ((dict(fsdp=2), False), (dict(tensor=2), True)):
         mesh = mesh_of(**sizes)
         if shards_first:
-            placed = unroll(shard(adapted, mesh))
+            placed = unroll(shard(network, mesh))
         else:
-            placed = shard(unroll(adapted), mesh)
+            placed = shard(unroll(network), mesh)
         np.testing.assert_allclose(velocities(placed, rows, mesh), expected, atol=1e-4)
 
 
