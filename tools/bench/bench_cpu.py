@@ -1,4 +1,7 @@
-"""Measure the networks on a CPU beside diffusers and transformers on torch: the same weights and inputs, in turns."""
+"""Measure the networks on a CPU, compared with diffusers and transformers on torch.
+
+Both have the same weights and inputs, and are called in turns.
+"""
 
 import argparse
 import statistics
@@ -22,8 +25,11 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Case(NamedTuple):
-    """What is compared: calls without arguments that give an output, by contender, torch's and more
-    of ours; the operations of one, if they are known."""
+    """What is compared; all calls are without arguments and return an output.
+
+    `ours`: fluxjax's. `theirs`: torch's, by name. `flop`: of one call, if known. `more`: other ways
+    of calling fluxjax.
+    """
 
     ours: Callable[[], jax.Array]
     theirs: Mapping[str, Callable[[], Any]]
@@ -32,9 +38,11 @@ class Case(NamedTuple):
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, in turns, so that what else the machine does falls on all;
-    each is timed right after a call of its own, since memory that has lain idle while another ran
-    is slower, by a quarter on the machine measured."""
+    """Return the seconds of each call, made in turns, so that other load affects all of them.
+
+    Each call is timed right after another one of its own: memory that was idle while others ran is
+    slower, by a quarter on the machine that was measured.
+    """
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -74,7 +82,7 @@ def _blocked(call: Callable[..., jax.Array], *arguments: Any) -> Callable[[], ja
 
 
 def _normal(*shape: int, seed: int, dtype: str) -> tuple[jax.Array, Any]:
-    """Return the same values for both."""
+    """Return the same random values for JAX and for torch."""
     import torch
 
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -82,7 +90,7 @@ def _normal(*shape: int, seed: int, dtype: str) -> tuple[jax.Array, Any]:
 
 
 def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
-    """The transformer of the official widths, of a few blocks."""
+    """The transformer with the official widths and a few blocks."""
     import diffusers
     import torch
 
@@ -102,7 +110,7 @@ def flux(folder: Path, dtype: str, options: argparse.Namespace) -> Case:
     scalar = {
         "t": jnp.float32(0.5),
         "guidance": jnp.float32(4.0),
-    }  # exact in bfloat16, as theirs are
+    }  # both are exact in bfloat16, in which torch gets them
     arguments = {
         "hidden_states": their_x[None],
         "encoder_hidden_states": their_txt[None],
@@ -208,7 +216,7 @@ CASES: Mapping[str, Callable[[Path, str, argparse.Namespace], Case]] = {
 
 
 def ceiling(dtype: str) -> dict[str, Callable[[], Any]]:
-    """Return a product of the transformer's own size, on both."""
+    """Return a matmul of the transformer's own size in both libraries."""
     import torch
 
     (a, their_a), (b, their_b) = (
@@ -235,7 +243,7 @@ def _error(found: Any, expected: Any) -> float:
 
 
 def bench_cpu(options: argparse.Namespace) -> list[dict]:
-    """Compare each case in each dtype; a row that fails is told and the others go on."""
+    """Compare each case in each dtype; an error is a row as well, and the others go on."""
     import torch
 
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -272,7 +280,10 @@ def bench_cpu(options: argparse.Namespace) -> list[dict]:
 
 
 def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
-    """Return the medians of all, their spread, ours' relative error, and how many times faster it is than their best."""
+    """Return a case's median times and their spread, fluxjax's relative error and speed.
+
+    "ratio" is how many times faster fluxjax is than the fastest of torch's calls.
+    """
     calls = {"fluxjax": case.ours, **case.more, **case.theirs}
     error = _error(case.ours(), case.theirs["torch"]())
     spent = in_turns(calls, repeats)
@@ -296,9 +307,10 @@ def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add the sub-command."""
     cpu = commands.add_parser(
         "cpu",
-        help="the networks on a CPU beside diffusers and transformers on torch (extra `parity`)",
+        help="the networks on a CPU, compared with torch (needs the extra `parity`)",
     )
     cpu.set_defaults(run=bench_cpu)
     cpu.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -312,18 +324,22 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="(default: 1 2)",
     )
     cpu.add_argument(
-        "--unroll", action="store_true", help="the transformer with its blocks apart, too"
+        "--unroll", action="store_true", help="also the transformer with unrolled blocks"
     )
-    cpu.add_argument("--img-tokens", type=int, default=1024, help="a square (default: %(default)s)")
+    cpu.add_argument(
+        "--img-tokens", type=int, default=1024, help="a square number (default: %(default)s)"
+    )
     cpu.add_argument("--txt-tokens", type=int, default=512, help="(default: %(default)s)")
     cpu.add_argument(
         "--image",
         type=int,
         default=512,
-        help="pixels along a side, of the VAE (default: %(default)s)",
+        help="pixels along a side of the VAE's image (default: %(default)s)",
     )
-    cpu.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
-    cpu.add_argument("--threads", type=int, help="of torch (default: its own)")
+    cpu.add_argument(
+        "--repeats", type=int, default=5, help="timings of each call (default: %(default)s)"
+    )
+    cpu.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     cpu.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )

@@ -1,6 +1,8 @@
-"""Measure full-size sampling on a GPU: dev and schnell at 1024x1024 by batch, weights and
-attention, and the VAE's decoder, in turns with diffusers on torch. Random weights; what fails is a
-row too, and the next goes on."""
+"""Measure full-size sampling on a GPU with random weights, in turns with diffusers on torch.
+
+Dev and schnell at 1024x1024, by batch, format of the weights and attention; and the VAE's decoder.
+A failure is a row as well, and the other rows go on.
+"""
 
 import argparse
 import gc
@@ -34,11 +36,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 
 FORMATS = ("bfloat16", "int8", "fp8")
 BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
-"""diffusers' attentions that may be there; the fastest is taken."""
+"""Attention implementations that diffusers may have; the fastest is used."""
 
 
 class Contender(NamedTuple):
-    """A row, and what makes its call, adding to the row what making it shows."""
+    """A row of the results, and a function that prepares its call.
+
+    `make`: adds to the row what preparing the call shows (such as the compile time), and returns
+    the call.
+    """
 
     row: dict[str, Any]
     make: Callable[[dict[str, Any]], Callable[[], object]]
@@ -50,16 +56,12 @@ def matmul_ceiling(side: int, repeats: int) -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16) / side**0.5
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, length, lambda _, x: x @ b, a))
     jax.block_until_ready(chain(a, b))
-    return (
-        length
-        * 2
-        * side**3
-        / min(seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats))
-    )
+    spent = [seconds_of(lambda: jax.block_until_ready(chain(a, b))) for _ in range(repeats)]
+    return length * 2 * side**3 / min(spent)
 
 
 class Form(NamedTuple):
-    """How fluxjax is run: its weights, whether blocks are apart, and the attention."""
+    """How fluxjax is run: the format of its weights, whether blocks are unrolled, the attention."""
 
     weights: str
     unrolled: bool
@@ -67,7 +69,10 @@ class Form(NamedTuple):
 
 
 def forms(options: argparse.Namespace, first: bool) -> list[Form]:
-    """Return what is run, what matters most first; blocks apart and other attentions with the first batch alone."""
+    """Return the forms that are run, the most important first.
+
+    Unrolled blocks and further attention implementations are only run with the first batch.
+    """
     attention, *others = options.attention
     stacked = [Form(weights, False, attention) for weights in options.weights]
     weights = (options.apart or FORMATS) if options.unroll else ()
@@ -76,7 +81,10 @@ def forms(options: argparse.Namespace, first: bool) -> list[Form]:
 
 
 class Networks:
-    """A variant's networks, made when they are first asked for and kept: dev's are 24 GB in bfloat16 and 12 in 8 bits."""
+    """A variant's networks, created when they are first needed and then kept.
+
+    Dev's take 24 GB in bfloat16 and 12 GB in 8 bits.
+    """
 
     def __init__(self, config: FluxConfig, options: argparse.Namespace):
         self.config, self.options = config, options
@@ -85,6 +93,7 @@ class Networks:
         self.backend = ""
 
     def ours(self, weights: str, unrolled: bool) -> fluxjax.Flux:
+        """Return the transformer with this format of weights, its blocks stacked or unrolled."""
         if (weights, unrolled) not in self.made:
             if unrolled:
                 flux = unroll(self.ours(weights, False))
@@ -98,12 +107,15 @@ class Networks:
         return self.made[weights, unrolled]
 
     def theirs(self, inputs: dict[str, Any]) -> Any:
-        """diffusers' transformer with its fastest attention and compiled blocks, which `set_stance` turns off."""
+        """Return diffusers' transformer with its fastest attention and compiled blocks.
+
+        `torch.compiler.set_stance` turns compilation off again.
+        """
         import diffusers
         import torch
 
         if self.torch is None:
-            torch.set_default_dtype(torch.bfloat16)  # never a float32 copy
+            torch.set_default_dtype(torch.bfloat16)  # so that there is never a float32 copy
             try:
                 with torch.device(_torch_device()):
                     made = diffusers.FluxTransformer2DModel(
@@ -120,7 +132,7 @@ class Networks:
             made.compile_repeated_blocks(
                 mode=self.options.torch_mode, fullgraph=True, dynamic=False
             )
-            self.torch = made  # now that nothing of it has failed
+            self.torch = made  # kept only once all of this has succeeded
         return self.torch
 
 
@@ -131,6 +143,7 @@ def _torch_device() -> str:
 
 
 def _finish() -> None:
+    """Wait until the GPU has finished torch's work."""
     import torch
 
     if torch.cuda.is_available():
@@ -138,7 +151,7 @@ def _finish() -> None:
 
 
 def fastest(network: Any, inputs: dict[str, Any]) -> str:
-    """Return the name of the attention with which diffusers' transformer takes the least time, of those that work here."""
+    """Return the name of the fastest attention implementation of diffusers that works here."""
     import torch
 
     def call() -> None:
@@ -160,7 +173,7 @@ def fastest(network: Any, inputs: dict[str, Any]) -> str:
 def fluxjax_contender(
     networks: Networks, form: Form, batch: int, txt_tokens: int, steps: int
 ) -> Contender:
-    """The sampling loop, one compiled program."""
+    """Return the contender that runs fluxjax's sampling loop, one compiled program."""
     config, options = networks.config, networks.options
     tokens = (options.size // 16) ** 2
     heads = jax.ShapeDtypeStruct((tokens + txt_tokens, config.heads, config.head_dim), jnp.bfloat16)
@@ -192,7 +205,11 @@ def fluxjax_contender(
 def _compiled(
     row: dict[str, Any], folder: Path | None, function: Any, *arguments: Any, **options: Any
 ) -> Callable[[], object]:
-    """Return a compiled function's call; with a folder, write the program there as the compiler left it."""
+    """Compile a jitted function and return a call of it.
+
+    Adds the compile time and the memory to the row. With a folder, the optimized program is written
+    there.
+    """
     start = time.perf_counter()
     compiled = function.lower(*arguments, **options).compile()
     row["compile s"] = round(time.perf_counter() - start, 2)
@@ -219,7 +236,7 @@ def _compiled(
 def diffusers_contender(
     networks: Networks, compiled: bool, batch: int, txt_tokens: int, steps: int
 ) -> Contender:
-    """diffusers' transformer, as its pipeline calls it a step."""
+    """Return the contender that calls diffusers' transformer once for each step."""
     config, tokens = networks.config, (networks.options.size // 16) ** 2
 
     def make(row: dict[str, Any]) -> Callable[[], object]:
@@ -238,7 +255,7 @@ def diffusers_contender(
             }
         network = networks.theirs(inputs)
         row["attention"] = networks.backend
-        return _of_torch(row, lambda: network(**inputs), compiled, steps)
+        return _torch_call(row, lambda: network(**inputs), compiled, steps)
 
     row = {
         "what": "diffusers",
@@ -248,7 +265,7 @@ def diffusers_contender(
     return Contender(row, make)
 
 
-def _of_torch(
+def _torch_call(
     row: dict[str, Any], call: Callable[[], Any], compiled: bool, steps: int = 1
 ) -> Callable[[], object]:
     import torch
@@ -272,7 +289,10 @@ def _of_torch(
 def transformer_group(
     networks: Networks, name: str, batch: int, options: argparse.Namespace
 ) -> list[Contender]:
-    """Return the contenders of a variant and batch, in the order in which they are made while there is time."""
+    """Return the contenders of a variant and batch.
+
+    They are in the order in which they are prepared while there is time.
+    """
     _, txt_tokens, steps = VARIANTS[name]
     size = batch, txt_tokens, options.steps or steps
     ours = [
@@ -297,7 +317,7 @@ def transformer_group(
 
 
 def vae_group(options: argparse.Namespace) -> list[Contender]:
-    """Return the contenders of decoding an image."""
+    """Return the contenders for decoding an image."""
     side = options.size // 8
 
     def make_ours(row: dict[str, Any]) -> Callable[[], object]:
@@ -317,7 +337,7 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
                 latents = torch.randn(1, 16, side, side, dtype=torch.bfloat16)
             vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
             decoder = torch.compile(vae.decoder) if compiled else vae.decoder
-            return _of_torch(row, lambda: decoder(latents), compiled)
+            return _torch_call(row, lambda: decoder(latents), compiled)
 
         return make
 
@@ -333,10 +353,13 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
     return [Contender({**common, "what": "fluxjax", "weights": "bfloat16"}, make_ours), *theirs]
 
 
-def measured(
+def measure_in_turns(
     contenders: list[Contender], seconds: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Make the calls of all, in at most about 0.6 of the time, and then time them in turns, at least once."""
+    """Prepare all calls in at most about 0.6 of the time, then time them in turns, at least once.
+
+    **Arguments:** `seconds`: the time for all of this.
+    """
     begun, calls = time.perf_counter(), dict[int, Callable[[], object]]()
     for number, (row, make) in enumerate(contenders):
         if time.perf_counter() - begun > 0.6 * seconds:
@@ -345,7 +368,7 @@ def measured(
         print(f"making {row}", flush=True)
         try:
             calls[number] = make(row)
-            # Shown at once, so that a log has it even if a later contender never ends.
+            # Printed at once, so that the log has it even if a later contender hangs.
             print(f"made; {seconds_of(calls[number]):.3f} s the first time: {row}", flush=True)
         except Exception as error:
             calls.pop(number, None)
@@ -363,7 +386,7 @@ def measured(
     for number, call in calls.items():
         row = contenders[number].row
         row |= summarize_times(spent[number])
-        print(f"timed: {row}", flush=True)  # whatever a profiler does
+        print(f"timed: {row}", flush=True)  # printed before the profiler, which may crash
         if options.profile and row["what"] == "fluxjax":
             try:
                 with jax.profiler.trace(str(options.profile)):
@@ -378,7 +401,7 @@ def _line(error: Exception) -> str:
 
 
 def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, Any]]:
-    """Add the share of the ceiling, and to fluxjax's rows how many times faster they are than diffusers' fastest."""
+    """Add the share of the matmul ceiling, and fluxjax's speed relative to diffusers' fastest."""
     theirs = min(
         (row["seconds"] for row in rows if row["what"] == "diffusers" and "seconds" in row),
         default=None,
@@ -394,7 +417,7 @@ def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, A
 
 
 def bench_gpu(options: argparse.Namespace) -> list[dict]:
-    """Measure group after group, the VAE and then a variant and a batch each, and show its rows."""
+    """Measure the VAE, then each variant and batch, and print the rows of each at once."""
     end = time.perf_counter() + 60 * options.minutes
     ceiling = matmul_ceiling(options.matmul, options.repeats)
     common = {
@@ -406,7 +429,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
     rows: list[dict[str, Any]] = []
 
     def add(contenders: list[Contender], share: float) -> None:
-        found = measured(contenders, share * max(0.0, end - time.perf_counter()), options)
+        found = measure_in_turns(contenders, share * max(0.0, end - time.perf_counter()), options)
         for row in compared(found, ceiling):
             rows.append({**common, **row})
             print(rows[-1], flush=True)
@@ -420,7 +443,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         networks = Networks(config, options)
         for turn, batch in enumerate(options.batches):
             left = (len(options.variants) - number) * len(options.batches) - turn
-            # The first batch has more to compile.
+            # The first batch gets more time because it compiles more.
             add(
                 transformer_group(networks, name, batch, options),
                 (1.4 if left > 1 and not turn else 1) / left,
@@ -444,8 +467,9 @@ def _versions() -> dict[str, str]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add the sub-command."""
     gpu = commands.add_parser(
-        "gpu", help="full-size dev and schnell at 1024x1024, random weights, beside diffusers"
+        "gpu", help="full-size dev and schnell at 1024x1024, compared with diffusers"
     )
     gpu.set_defaults(run=bench_gpu)
     gpu.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -461,16 +485,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--minutes",
         type=float,
         default=7.0,
-        help="after which no row is begun (default: %(default)s)",
+        help="after which no new row is started (default: %(default)s)",
     )
     gpu.add_argument(
-        "--no-unroll", dest="unroll", action="store_false", help="leave blocks that are apart out"
+        "--no-unroll", dest="unroll", action="store_false", help="leave out unrolled blocks"
     )
     gpu.add_argument(
         "--apart",
         nargs="+",
         choices=FORMATS,
-        help="weights whose blocks are taken apart too (default: all)",
+        help="formats of weights that also run with unrolled blocks (default: all)",
     )
     gpu.add_argument(
         "--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"]
@@ -478,9 +502,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument(
         "--torch-mode",
         default="max-autotune-no-cudagraphs",
-        help="torch.compile's (default: %(default)s)",
+        help="mode of torch.compile (default: %(default)s)",
     )
-    gpu.add_argument("--no-diffusers", dest="beside", action="store_false", help="leave torch out")
+    gpu.add_argument(
+        "--no-diffusers", dest="beside", action="store_false", help="leave out diffusers"
+    )
     gpu.add_argument(
         "--size", type=int, default=1024, help="pixels along a side (default: %(default)s)"
     )
@@ -496,18 +522,18 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--repeats",
         type=int,
         default=3,
-        help="runs, of which the median counts (default: %(default)s)",
+        help="timings; the median counts (default: %(default)s)",
     )
     gpu.add_argument(
         "--matmul",
         type=int,
         default=8192,
-        help="side of the ceiling's matrices (default: %(default)s)",
+        help="side of the matrices that measure the matmul ceiling (default: %(default)s)",
     )
     gpu.add_argument(
-        "--profile", type=Path, metavar="DIR", help="write a trace of a run of each row"
+        "--profile", type=Path, metavar="DIR", help="write a profiler trace of each row's call"
     )
     gpu.add_argument(
-        "--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs there"
+        "--programs", type=Path, metavar="DIR", help="write fluxjax's compiled programs"
     )
     gpu.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")

@@ -31,8 +31,8 @@ from fluxjax.generate import TextStates
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.nets.quantized import EIGHT_BITS
 
-# From the data sheets: compute capability, multiprocessors and their GHz, bytes of memory, bytes per
-# second of memory bandwidth, bytes of L2 cache, and of shared memory that a thread block may use.
+# From the data sheets: compute capability, multiprocessors and their GHz, bytes of memory, bytes
+# per second of memory bandwidth, bytes of L2 cache, of shared memory that a thread block may use.
 GPUS: dict[str, dict[str, Any]] = {
     "h100": {
         "name": "NVIDIA H100 80GB HBM3",
@@ -108,7 +108,7 @@ gpu_device_info {{
 
 
 def gpu_topology(kind: str, devices: int = 1) -> Any:
-    """Return a topology of GPUs of a kind of `GPUS`; what is lowered for them compiles without one."""
+    """Return a topology of GPUs of a kind of `GPUS`, for which programs compile without one."""
     target = _TARGET.format(**GPUS[kind], per_core=GPUS[kind]["shared"] + 1024)
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=target, topology=f"1x1x{devices}"

@@ -37,7 +37,7 @@ def kernels(trace: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def summarize(path: Path, top_kernels: int) -> dict[str, Any]:
-    """Return a trace's milliseconds by group, and the kernels that take the top_kernels, with their calls."""
+    """Return a trace's milliseconds by group, and its longest kernels with their calls."""
     with gzip.open(path) as file:
         trace = json.load(file)
     spent, calls = defaultdict[str, float](float), defaultdict[str, int](int)
@@ -79,9 +79,8 @@ def main() -> None:
     for row in rows:
         print(row["trace"], row["module"], row["milliseconds"], "ms:", row["groups"])
         for kernel in row["kernels"]:
-            print(
-                f"    {kernel['milliseconds']:9.2f} ms  {kernel['calls']:6d} calls  {kernel['name'][:100]}"
-            )
+            times = f"{kernel['milliseconds']:9.2f} ms  {kernel['calls']:6d} calls"
+            print(f"    {times}  {kernel['name'][:100]}")
     if options.output:
         with options.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
