@@ -38,7 +38,6 @@ CONFIGS = {
         num_layers=1, num_single_layers=1, num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56),
         joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, in_channels=64,
     ),
-}  # fmt: skip
 HEIGHT, WIDTH, TXT_TOKENS = 48, 80, 7
 
 

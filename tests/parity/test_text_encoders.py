@@ -33,7 +33,6 @@ CLIPS = {
         vocab_size=200, hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12,
         max_position_embeddings=77, eos_token_id=2, hidden_act="quick_gelu",
     ),
-}  # fmt: skip
 T5S = {
     "odd depth": dict(
         vocab_size=90, d_model=48, d_kv=16, d_ff=100, num_layers=3, num_heads=5,
@@ -51,7 +50,6 @@ T5S = {
         vocab_size=100, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64,
         relative_attention_num_buckets=32, relative_attention_max_distance=128,
     ),
-}  # fmt: skip
 
 
 def ids(rows: int, tokens: int, below: int) -> np.ndarray:
