@@ -17,7 +17,8 @@ import fluxjax  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # For what is sharded; everything else stays on the first.
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling what runs for a moment takes most of the time: a third less so. Processes that tests start compile as users do.
+# Most of the tests' time is compilation, and without optimizations it takes a third less. Processes
+# that tests start compile as users do.
 jax.config.update("jax_disable_most_optimizations", True)
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("untimed")
@@ -31,6 +32,9 @@ def tiny() -> fluxjax.Models:
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_let_go_of():
-    """XLA:CPU maps some pages a compiled program, and a process may have 65,530 maps, which one of all tests would reach."""
+    """Drop compiled programs after each module.
+
+    XLA:CPU maps some pages for each program, and a process can have only 65,530 maps.
+    """
     yield
     jax.clear_caches()

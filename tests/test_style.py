@@ -1,4 +1,4 @@
-"""The measures of the code that the design sets: short lines, bodies and signatures, few dense ones."""
+"""The style that the design sets: short lines, bodies and signatures, few dense expressions."""
 
 import ast
 import re

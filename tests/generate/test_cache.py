@@ -1,4 +1,4 @@
-"""Step caching: bitwise nothing at threshold 0, one decision for a batch, the last output reused."""
+"""Step caching: exact at threshold 0, one decision for a batch, the last output reused."""
 
 import itertools
 from typing import NamedTuple
@@ -70,7 +70,8 @@ def stages(flux, x, t) -> Stages:
 def test_of_everything_but_the_first_evaluation_the_blocks_are_reused(flux, kind):
     result = run(flux, kind(float("inf")), step=Euler())
     assert int(result.memory.positive.reused) == len(TIMES) - 2
-    # By hand: what the blocks added at the first time, added again after the embedding (and the first block).
+    # By hand: what the blocks added at the first time, added again after the embedding (and the
+    # first block).
     x, added = NOISE, None
     for t, u in itertools.pairwise(TIMES):
         now = stages(flux, x, t)

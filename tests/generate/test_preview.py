@@ -46,7 +46,8 @@ def test_a_preview_of_the_tiny_model_shows_what_its_decoder_would(tiny):
         decoded, "images (rows a) (columns b) rgb -> images rows columns rgb", "mean", a=8, b=8
     )
     error, spread = jnp.mean(jnp.square(shown - cells)), jnp.mean(jnp.var(cells, axis=(1, 2)))
-    # The tiny model's decoder is far from linear: of images that it was not fitted to, 0.45 of the spread is missed.
+    # The tiny model's decoder is far from linear: the fit misses 0.45 of the spread of images that
+    # it was not fitted to.
     assert error < 0.5 * spread
 
 

@@ -1,4 +1,4 @@
-"""The shipped model, on real behaviour: what the prompt says is in the image, as an analytic checker finds it."""
+"""The shipped model draws what its prompts say, as an analytic checker finds it in the images."""
 
 from dataclasses import replace
 
@@ -147,7 +147,8 @@ def test_images_show_what_held_out_prompts_say(tiny):
         guidance=tiny.defaults.guidance,
         batch=20,
     )
-    # The card's figure is 96.6 %; of 60 prompts, fewer than 85 % would then be right once in some ten thousand draws.
+    # The model card says 96.6 %. Of 60 prompts, fewer than 85 % would then be right only once in
+    # some ten thousand draws.
     assert score(images, [scene for scene, _ in pairs])["all"] >= 85
 
 

@@ -25,7 +25,10 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request, monkeypatch):
-    """Make matmuls as on a platform: on GPUs those of bfloat16 write it, before a bias is added, however few the rows."""
+    """Make matmuls as on a platform.
+
+    On GPUs matmuls of bfloat16 are rounded to it before a bias is added, however few the rows.
+    """
     monkeypatch.setattr("fluxjax.nets.weight._MANY_ROWS", 0)
     monkeypatch.setattr(
         "fluxjax.nets.weight.default_device", lambda: SimpleNamespace(platform=request.param)

@@ -7,7 +7,7 @@ import torch
 
 
 def perturbed(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Return the network with every weight moved off its initial value, norm scales and biases too."""
+    """Return the network with every weight changed, also norm scales and biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -44,7 +44,8 @@ def as_bfloat16(x) -> jax.Array:
     return jnp.asarray(x, jnp.bfloat16)
 
 
-# float32 sums taken in another order differ by a few units in the last place a layer; see the numeric policy.
+# Float32 sums in another order differ by a few units in the last place in each layer; see the
+# numeric policy.
 FLOAT32_BOUND = 1e-5
 # Ours may be no further from float32 than 1.2 times the reference's own bfloat16 is.
 BFLOAT16_RATIO = 1.2

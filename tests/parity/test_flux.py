@@ -23,22 +23,51 @@ diffusers = pytest.importorskip("diffusers")
 
 CONFIGS = {
     "odd depths, guidance": dict(
-        num_layers=3, num_single_layers=5, num_attention_heads=3, attention_head_dim=32, axes_dims_rope=(8, 12, 12),
-        joint_attention_dim=40, pooled_projection_dim=24, guidance_embeds=True, in_channels=64,
+        num_layers=3,
+        num_single_layers=5,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        axes_dims_rope=(8, 12, 12),
+        joint_attention_dim=40,
+        pooled_projection_dim=24,
+        guidance_embeds=True,
+        in_channels=64,
     ),
     "one double block, no guidance": dict(
-        num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=16, axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=False, in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=False,
+        in_channels=16,
     ),
     "other channels out": dict(
-        num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=64, axes_dims_rope=(16, 24, 24),
-        joint_attention_dim=64, pooled_projection_dim=48, guidance_embeds=True, in_channels=96, out_channels=64,
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=64,
+        pooled_projection_dim=48,
+        guidance_embeds=True,
+        in_channels=96,
+        out_channels=64,
     ),
     "official width": dict(
-        num_layers=1, num_single_layers=1, num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56),
-        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        axes_dims_rope=(16, 56, 56),
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        in_channels=64,
     ),
-}  # fmt: skip
+}
 HEIGHT, WIDTH, TXT_TOKENS = 48, 80, 7
 
 

@@ -15,9 +15,16 @@ diffusers = pytest.importorskip("diffusers")
 
 HEIGHT, WIDTH, TXT_TOKENS, HEADS, HEAD_DIM = 32, 48, 7, 2, 16
 CONFIG = dict(
-    num_layers=3, num_single_layers=2, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, axes_dims_rope=(4, 6, 6),
-    joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=False, in_channels=16,
-)  # fmt: skip
+    num_layers=3,
+    num_single_layers=2,
+    num_attention_heads=HEADS,
+    attention_head_dim=HEAD_DIM,
+    axes_dims_rope=(4, 6, 6),
+    joint_attention_dim=24,
+    pooled_projection_dim=16,
+    guidance_embeds=False,
+    in_channels=16,
+)
 
 
 def test_isolated_attention_equals_that_of_the_reference_pag():
