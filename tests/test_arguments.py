@@ -245,33 +245,34 @@ def test_numbers_of_modules_are_finite(call, message):
 
 
 def test_one_number_for_each_image_is_what_each_image_alone_has(tiny):
-    options = dict(key=jax.random.key(0), steps=2, height=32, width=32)
-    prompts = ["a red star", "a blue ring"]
-    scales, cfgs, negatives = [1.0, 4.0], np.array([2.0, 3.0]), ["a star", "white"]
-    both = f.text_to_image(
-        tiny, prompts, guidance=scales, cfg=cfgs, negative_prompt=negatives, **options
-    )
+    prompts, key = ["a red star", "a blue ring"], jax.random.key(0)
+
+    def drawn(prompts, distilled, scale, negatives):
+        return f.text_to_image(
+            tiny,
+            prompts,
+            key=key,
+            negative_prompt=negatives,
+            settings=f.DrawSettings(steps=2, height=32, width=32, distilled_guidance=distilled),
+            guidance=f.Guidance(scale=scale),
+        )
+
+    both = drawn(prompts, [1.0, 4.0], np.array([2.0, 3.0]), ["a star", "white"])
     # The second image of a batch has its own noise: draw the prompt twice, compare the second.
-    alone = f.text_to_image(
-        tiny,
-        [prompts[1]] * 2,
-        guidance=np.float32(4),
-        cfg=jnp.float32(3),
-        negative_prompt=negatives[1],
-        **options,
-    )
+    alone = drawn([prompts[1]] * 2, np.float32(4), jnp.float32(3), "white")
     np.testing.assert_allclose(both[1], alone[1], atol=1e-4)
-    for name in ("guidance", "cfg", "strength"):
-        with pytest.raises(
-            ValueError,
-            match=rf"`text_to_image\({name}\)` takes one number, or one for each of the 2 images, "
-            "got 3",
-        ):
-            f.text_to_image(tiny, prompts, **{name: [1.0, 2.0, 3.0]}, **options)
-        with pytest.raises(ValueError, match=rf"`text_to_image\({name}\)` needs finite numbers"):
-            f.text_to_image(tiny, prompts, **{name: float("nan")}, **options)
+    three = [1.0, 2.0, 3.0]
+    for wrong in ((three, 2.0, ""), (1.0, three, "")):
+        with pytest.raises(ValueError, match="one for each of the 2 images, got 3"):
+            drawn(prompts, *wrong)
+    weak = f.WeakNetwork(f.DegradedBlocks(tiny.flux.config, double=(0,)), jnp.asarray(three))
+    with pytest.raises(ValueError, match=r"\(strength\)` .* one for each of the 2 images, got 3"):
+        f.text_to_image(tiny, prompts, key=key, guidance=f.Guidance(weak=weak))
+    for wrong in ((float("nan"), 2.0, ""), (1.0, float("nan"), "")):
+        with pytest.raises(ValueError, match="needs finite numbers"):
+            drawn(prompts, *wrong)
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
-        f.text_to_image(tiny, prompts, negative_prompt=["a"], cfg=2.0, **options)
+        drawn(prompts, 1.0, 2.0, ["a"])
 
 
 @pytest.mark.parametrize("form", [np.int64, jnp.int32, np.asarray, int])

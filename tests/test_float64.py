@@ -43,11 +43,11 @@ error = float(jnp.linalg.norm(slope - tangent) / jnp.linalg.norm(tangent))
 assert error <= 1e-8, error
 
 models = fluxjax.load_models("tiny")
-options = {"key": jax.random.key(0), "steps": 1, "height": 32, "width": 32}
-drawn = [
-    fluxjax.text_to_image(models, "a red star", dtype=dtype, **options)
-    for dtype in ("float64", "float32")
-]
+drawn = []
+for dtype in ("float64", "float32"):
+    settings = fluxjax.generate.DrawSettings(steps=1, height=32, width=32, dtype=dtype)
+    image = fluxjax.text_to_image(models, "a red star", key=jax.random.key(0), settings=settings)
+    drawn.append(image)
 assert all(image.dtype == jnp.float32 for image in drawn)
 np.testing.assert_allclose(*drawn, atol=1e-4)
 print("equal")

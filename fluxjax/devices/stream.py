@@ -65,7 +65,11 @@ def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:
     **Arguments** and **Raises:** as for `fluxjax.checkpoint.load.load`.
     """
 
-    def file_weight(name: str, shape: tuple[int, ...], target: np.dtype) -> FileWeight:
+    def file_weight(
+        name: str,
+        shape: tuple[int, ...],
+        target: np.dtype,
+    ) -> FileWeight:
         for block in range(shape[0]):
             plan.leaf(name, shape, target, block_index(shape, block))
         return FileWeight(jnp.arange(shape[0]), BlockReader(plan, name, shape, target))

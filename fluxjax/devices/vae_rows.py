@@ -11,7 +11,10 @@ from fluxjax.nets.vae import Decoder, Encoder, Vae
 from fluxjax.shapes import Array, Bool, Float
 
 
-def split_vae_rows(vae: Vae, axes: Sequence[str] = ("tensor", "context")) -> Vae:
+def split_vae_rows(
+    vae: Vae,
+    axes: Sequence[str] = ("tensor", "context"),
+) -> Vae:
     """Return a VAE whose rows are split among devices, for use inside of `jax.shard_map`.
 
     Every device gets and returns the whole image and latent, and runs a strip of its rows. All
@@ -68,6 +71,7 @@ class RowStrip(Rows):
     strip_rows: int = eqx.field(static=True)
 
     def pad(self, x: Cells, pad: Pad) -> tuple[PaddedCells, Pad]:
+        # The halo is all that a convolution reads: no rows of zeros are left to be added.
         above, below = pad
         return self.with_halo(x, above, below), (0, 0)
 
@@ -95,6 +99,7 @@ class RowStrip(Rows):
         return jnp.concatenate(parts)
 
     def channel_means(self, x: Cells) -> ChannelMeans:
+        # Sums and not means are exchanged: strips have different numbers of real rows.
         total = jnp.sum(jnp.where(self.is_real(x), x, 0), axis=(0, 1))
         cells = self.image_rows(x) * x.shape[1]
         return jax.lax.psum(total, self.axes) / cells

@@ -38,7 +38,10 @@ class GatheredWeight(FetchedWeight):
 
 
 class GatheredKernel(Kernel):
-    """A convolution's kernel whose outputs are split over "fsdp", gathered when it is used."""
+    """A convolution's kernel whose outputs are split over "fsdp", gathered when it is used.
+
+    `part`: of this device.
+    """
 
     part: Float[Array, "side side channels part_of_out"]
 

@@ -147,7 +147,7 @@ class WeakModel(eqx.Module):
 
     - `velocity`: (x, t, condition) -> dx/dt. The same network with blocks skipped (skip-layer
       guidance) or with their attention replaced (perturbed-attention guidance), as
-      `fluxjax.nets.Weaken` makes it; or another, weaker model (autoguidance).
+      `fluxjax.nets.DegradedBlocks` says; or another, weaker model (autoguidance).
     - `strength`: the factor of positive - weak. At 0 the degraded model is not evaluated.
     - `low`, `high`: it is used only at times from `low` to `high`.
 

@@ -6,12 +6,19 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, LayerNorm, Linear, check_ids, gelu
+from fluxjax.nets.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    check_ids,
+    gelu,
+    join_heads,
+    split_heads,
+)
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
@@ -113,13 +120,12 @@ class ClipBlock(eqx.Module):
         return x + self.down(hidden)
 
     def _attend(self, x: States) -> States:
-        q, k, v = (
-            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
-            for layer in (self.q, self.k, self.v)
-        )
+        q = split_heads(self.q(x), self.head_dim)
+        k = split_heads(self.k(x), self.head_dim)
+        v = split_heads(self.v(x), self.head_dim)
         # Of at most 77 tokens: a fused implementation would gain nothing.
         attended = attention(q, k, v, causal=True, implementation="xla")
-        return self.out(rearrange(attended, "t h d -> t (h d)"))
+        return self.out(join_heads(attended))
 
 
 class Clip(eqx.Module):
@@ -127,6 +133,8 @@ class Clip(eqx.Module):
 
     It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(clip))` encodes a batch of them.
 
+    `tokens`, `positions`: tables of vectors that are added up. `blocks`: stacked. `norm`: after
+    them.
     **Source:** Radford et al. 2021, section 2.4.
     """
 
@@ -149,7 +157,12 @@ class Clip(eqx.Module):
         return describe_network(self)
 
     @convert_arguments
-    def hidden_states(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
+    def hidden_states(
+        self,
+        ids: Tokens,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> States:
         """Return the hidden state of every token after the final norm.
 
         **Arguments:** and **Raises:** as for a call of the network.
@@ -166,7 +179,12 @@ class Clip(eqx.Module):
         return self.norm(x)
 
     @convert_arguments
-    def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> Float[Array, " width"]:
+    def __call__(
+        self,
+        ids: Tokens,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> Float[Array, " width"]:
         """Return the pooled state: the hidden state of the first end-of-text token.
 
         **Arguments:** `ids`: token ids, at most `positions` of them. `dtype`: of the activations,

@@ -62,8 +62,12 @@ class FluxOptions(TypedDict, total=False):
 class Flux(eqx.Module):
     """The transformer, blocks stacked.
 
-    It takes one example. `eqx.filter_vmap(flux)` is one of a batch, and can be jitted as such.
+    It takes one example. `eqx.filter_jit(eqx.filter_vmap(flux))` takes a batch.
 
+    `img_in`, `txt_in`: from the features of a token to the width of the blocks. `time_in`,
+    `vector_in`, `guidance_in`: of the time, the pooled text and the distilled guidance scale to the
+    conditioning vector, which is their sum; `guidance_in` is None for networks without guidance.
+    `double`, `single`: the blocks, stacked. `final`: to the prediction.
     **Source:** Black Forest Labs 2024, FLUX.1.
     """
 
@@ -215,7 +219,12 @@ class Flux(eqx.Module):
         img = self.img_in(x.astype(prepared.txt.dtype))
         return HiddenState(img, prepared.txt, prepared.at(t), prepared.rotation)
 
-    def first(self, hidden: HiddenState, *, attention: AttentionChoice = None) -> ImageAndText:
+    def first(
+        self,
+        hidden: HiddenState,
+        *,
+        attention: AttentionChoice = None,
+    ) -> ImageAndText:
         """Return the image's and the text's tokens after the first double block."""
         block = block_at(self.double, 0)
         modulation = block_at(hidden.modulation.double, 0)
@@ -281,7 +290,11 @@ class Flux(eqx.Module):
             total = total + embed(self.guidance_in, guidance)
         return total
 
-    def _modulation(self, conditioning: ConditioningVectors, remat: bool) -> Modulation:
+    def _modulation(
+        self,
+        conditioning: ConditioningVectors,
+        remat: bool,
+    ) -> Modulation:
         """Return the modulation of all layers.
 
         **Arguments:** `conditioning`: after its SiLU, which all blocks share.

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-from einops import rearrange
 from jaxtyping import PyTree
 
 from fluxjax.kernels.attention import Attention, resolve_implementation
@@ -18,6 +17,7 @@ from fluxjax.nets.heads import (
     prepare_rotation,
     query_key_value,
 )
+from fluxjax.nets.layers import join_heads
 from fluxjax.shapes import Array, Bool
 
 AttentionChoice = str | Attention | JointAttention | None
@@ -57,7 +57,10 @@ def block_runner(
     return run
 
 
-def block_attention(attention: AttentionChoice, hidden: HiddenState) -> BlockAttention:
+def block_attention(
+    attention: AttentionChoice,
+    hidden: HiddenState,
+) -> BlockAttention:
     """Return the joint attention of these tokens: q and k normalized and rotated, heads joined."""
     rotation = prepare_rotation(hidden.rotation)
     return partial(_attend, attention, rotation, len(hidden.txt))
@@ -84,4 +87,4 @@ def _attend(
     q, k, v = query_key_value(projections, rotation, width, fused=fused)
     run = attention if callable(attention) else Attention(attention)
     values = run(q, k, v, txt_tokens)
-    return rearrange(values, "tokens heads dim -> tokens (heads dim)")
+    return join_heads(values)

@@ -92,6 +92,7 @@ class Stream(eqx.Module):
     mlp: Mlp
 
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        """Make the layers of one block, with random weights."""
         modulation, qkv, out, mlp = jax.random.split(key, 4)
         width = config.width
         # adaLN-zero: the gates of a new block are zeros, so that it is the identity.
@@ -102,7 +103,11 @@ class Stream(eqx.Module):
         self.out = Linear(width, width, key=out)
         self.mlp = Mlp(width, config.mlp_width, width, key=mlp)
 
-    def project(self, x: TokenStates, modulation: StreamModulation) -> Projection:
+    def project(
+        self,
+        x: TokenStates,
+        modulation: StreamModulation,
+    ) -> Projection:
         """Return the projection of these tokens for the joint attention."""
         modulated = modulate(x, modulation.shift1, modulation.scale1)
         return Projection(self.qkv(modulated), self.query_norm, self.key_norm)
@@ -132,6 +137,7 @@ class DoubleBlock(eqx.Module):
     txt: Stream
 
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        """Make one block, with random weights."""
         img, txt = jax.random.split(key)
         self.img = Stream(config, key=img)
         self.txt = Stream(config, key=txt)
@@ -176,6 +182,7 @@ class SingleBlock(eqx.Module):
     linear2: Linear
 
     def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+        """Make one block, with random weights."""
         modulation, first, second = jax.random.split(key, 3)
         width, hidden = config.width, config.mlp_width
         # adaLN-zero, as in `Stream`.
@@ -208,7 +215,10 @@ class SingleBlock(eqx.Module):
 
 
 class FinalLayer(eqx.Module):
-    """Modulate the tokens, then project them to the output channels."""
+    """Modulate the tokens, then project them to the output channels.
+
+    `modulation`: from the conditioning vector to shift and scale.
+    """
 
     modulation: Linear
     linear: Linear

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.kernels.chips import default_device, tpu_chip_name
-from fluxjax.nets.layers import RmsNorm, Rotation, rotate
+from fluxjax.nets.layers import RmsNorm, Rotation, rotate, split_heads
 from fluxjax.shapes import Array, Float
 
 Heads = Float[Array, "tokens heads head_dim"]
@@ -98,7 +98,10 @@ def _unfused(
     return rotate(q, rotation), rotate(k, rotation), v
 
 
-def _split_and_normalize(projection: Projection, width: int) -> QueryKeyValue:
+def _split_and_normalize(
+    projection: Projection,
+    width: int,
+) -> QueryKeyValue:
     """Return q, k and v of one modality, where q and k are normalized."""
     q, k, v = rearrange(
         projection.projected[:, : 3 * width],
@@ -129,10 +132,7 @@ def _fused(
         operands.append((projection.projected, *scales))
     eps = projections[0].query_norm.eps
     results = fused_qkv_tpu(operands, kernel_rotation, width=width, eps=eps, chip=chip)
-    q, k, v = (
-        rearrange(x, "tokens (heads head_dim) -> tokens heads head_dim", head_dim=LANES)
-        for x in results
-    )
+    q, k, v = (split_heads(x, LANES) for x in results)
     return q, k, v
 
 

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.typing import DTypeLike
 
 from fluxjax.nets.weight import Dense, Weight
@@ -17,6 +18,7 @@ Features = Float[Array, "*batch features"]
 """Features along the last axis; each layer treats the other axes as a batch."""
 Outputs = Float[Array, "*batch out"]
 """What a layer makes of `Features`, with another number of them."""
+HeadFeatures = Float[Array, "tokens heads head_dim"]
 Vector = Float[Array, " features"]
 """One number for each feature, the same for the whole batch."""
 
@@ -122,7 +124,11 @@ class RmsNorm(eqx.Module):
         self.scale = jnp.ones(features)
         self.eps = eps
 
-    def __call__(self, x: Features, dtype: DTypeLike | None = None) -> Features:
+    def __call__(
+        self,
+        x: Features,
+        dtype: DTypeLike | None = None,
+    ) -> Features:
         """Normalize.
 
         **Arguments:** `dtype`: of the result, by default that of `x`. T5 has a residual stream that
@@ -215,6 +221,16 @@ def sinusoid(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def split_heads(x: Float[Array, "tokens columns"], head_dim: int) -> HeadFeatures:
+    """Return the features of each head, which are adjacent columns of x."""
+    return rearrange(x, "tokens (heads dim) -> tokens heads dim", dim=head_dim)
+
+
+def join_heads(x: HeadFeatures) -> Float[Array, "tokens columns"]:
+    """Return the features of all heads as columns, in the order of the heads."""
+    return rearrange(x, "tokens heads dim -> tokens (heads dim)")
+
+
 class Rotation(NamedTuple):
     """RoPE's rotation of each token: the cosine and sine of the angle of each feature pair."""
 
@@ -243,9 +259,9 @@ def rope(
 
 
 def rotate(
-    x: Float[Array, "tokens heads head_dim"],
+    x: HeadFeatures,
     rotation: Rotation,
-) -> Float[Array, "tokens heads head_dim"]:
+) -> HeadFeatures:
     """Rotate each pair of adjacent features by its token's angle (RoPE).
 
     **Returns:** the dtype of `x`; computed in float32 at least.

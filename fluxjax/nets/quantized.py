@@ -169,7 +169,10 @@ def eight_bit_dtype(format: str) -> jnp.dtype:
     return EIGHT_BITS[format]
 
 
-def empty_quantized(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedWeight:
+def empty_quantized(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> QuantizedWeight:
     """Return a stacked weight of zeros, for `put_block` to fill."""
     return QuantizedWeight(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1]))
 

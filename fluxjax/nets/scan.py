@@ -190,7 +190,10 @@ def _scan_prefetching(
 
     first, static = fetch_block(start)
 
-    def body(state: tuple[Carry, PyTree], scanned: PyTree) -> tuple[tuple[Carry, PyTree], PyTree]:
+    def body(
+        state: tuple[Carry, PyTree],
+        scanned: PyTree,
+    ) -> tuple[tuple[Carry, PyTree], PyTree]:
         carry, arrays = state
         number, row = scanned
         # It does not depend on `call`, so that XLA can overlap the two. The last iteration fetches

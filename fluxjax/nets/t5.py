@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu
+from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, join_heads, split_heads
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
@@ -52,7 +52,8 @@ class T5Config:
 class T5Block(eqx.Module):
     """Attention with a position bias and a gated MLP.
 
-    Each comes after an RMS norm and has a residual connection.
+    Each comes after an RMS norm and has a residual connection. `q`, `k`, `v`, `out`: of the
+    attention. `gate`, `up`, `down`: of the MLP, down(gelu(gate(x)) * up(x)).
     """
 
     norm1: RmsNorm
@@ -100,13 +101,12 @@ class T5Block(eqx.Module):
         return x + self.down(hidden.astype(x.dtype))
 
     def _attend(self, x: States, bias: PositionBias) -> States:
-        q, k, v = (
-            rearrange(layer(x), "t (h d) -> t h d", d=self.head_dim)
-            for layer in (self.q, self.k, self.v)
-        )
+        q = split_heads(self.q(x), self.head_dim)
+        k = split_heads(self.k(x), self.head_dim)
+        v = split_heads(self.v(x), self.head_dim)
         # Only xla takes a bias on every platform. T5 does not scale its scores.
         attended = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
-        return self.out(rearrange(attended, "t h d -> t (h d)"))
+        return self.out(join_heads(attended))
 
 
 class T5(eqx.Module):
@@ -114,6 +114,8 @@ class T5(eqx.Module):
 
     It takes one prompt. `eqx.filter_jit(eqx.filter_vmap(t5))` encodes a batch of them.
 
+    `tokens`: a table of vectors. `position_bias`: of all blocks. `blocks`: stacked. `norm`: after
+    them.
     **Source:** Raffel et al. 2020; version 1.1: Shazeer 2020.
     """
 
@@ -136,7 +138,12 @@ class T5(eqx.Module):
         return describe_network(self)
 
     @convert_arguments
-    def __call__(self, ids: Tokens, *, dtype: DTypeLike | None = None) -> States:
+    def __call__(
+        self,
+        ids: Tokens,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> States:
         """Return the hidden state of every token. Padding is not masked, as in FLUX.
 
         **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default that

@@ -59,7 +59,8 @@ Moments = Float[Array, "rows columns moments"]
 class Encoder(eqx.Module):
     """An image to the mean and log-variance of z.
 
-    `down`: from the finest level to the coarsest.
+    `conv_in`: from colours to features. `down`: from the finest level to the coarsest. `middle`: at
+    the coarsest. `conv_out`: to the moments of z.
     """
 
     conv_in: Conv
@@ -97,7 +98,8 @@ class Encoder(eqx.Module):
 class Decoder(eqx.Module):
     """A z to an image.
 
-    `up`: from the coarsest level to the finest.
+    `conv_in`: from z to features. `middle`: at the coarsest level. `up`: from the coarsest level to
+    the finest. `conv_out`: to colours.
     """
 
     conv_in: Conv
@@ -193,7 +195,12 @@ class Vae(eqx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     @convert_arguments
-    def encode(self, image: Image, *, key: PRNGKeyArray | None = None) -> Latent:
+    def encode(
+        self,
+        image: Image,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Latent:
         """Encode an image.
 
         **Arguments:** `image`: in [-1, 1], height and width multiples of 8. `key`: to sample the

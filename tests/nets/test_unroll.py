@@ -85,10 +85,7 @@ def test_adapted_and_sharded_networks_can_be_unrolled(flux):
     np.testing.assert_allclose(velocities(unroll(network), rows), expected, atol=1e-4)
     for sizes, shards_first in ((dict(fsdp=2), False), (dict(tensor=2), True)):
         mesh = mesh_of(**sizes)
-        if shards_first:
-            placed = unroll(shard(network, mesh))
-        else:
-            placed = shard(unroll(network), mesh)
+        placed = unroll(shard(network, mesh)) if shards_first else shard(unroll(network), mesh)
         np.testing.assert_allclose(velocities(placed, rows, mesh), expected, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import Guided, flow_times, image_ids, load_flux
 from fluxjax.flow import Projected, ZeroStar, sample
-from fluxjax.generate import CachedFlux, FirstBlock
+from fluxjax.generate import CachedFlux, Conditioning, FirstBlock
 from fluxjax.kernels import isolated_attention
 
 torch = pytest.importorskip("torch")
@@ -132,9 +132,8 @@ def test_the_first_block_cache_reuses_when_the_reference_does(tmp_path, threshol
                 return_dict=False,
             )[0]
             x = x + (u - t) * v
-    velocity = Guided(
-        CachedFlux(ours, FirstBlock(threshold), ids), (jnp.asarray(txt), jnp.asarray(vec))
-    )
+    conditioning = Conditioning(jnp.asarray(txt), jnp.asarray(vec), ids)
+    velocity = Guided(CachedFlux(ours, FirstBlock(threshold)), conditioning)
     result = sample(velocity, jnp.asarray(noise), times)
     assert (int(result.memory.positive.reused) > 0) == reuses
     assert relative_error(result.x, x[0]) <= FLOAT32_BOUND
