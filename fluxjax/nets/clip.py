@@ -173,8 +173,8 @@ class Clip(eqx.Module):
                 f"`Clip(ids)` takes at most {self.config.positions} tokens, got {len(ids)}. "
                 "Truncate the text, keeping its end token."
             )
-        positions = self.positions(jnp.arange(len(ids)), dtype)
-        x = self.tokens(ids, dtype) + positions
+        x = self.tokens(ids, dtype)
+        x = x + self.positions(jnp.arange(len(ids)), dtype)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x))
         return self.norm(x)
 
