@@ -69,7 +69,8 @@ def test_bfloat16_is_as_near_as_its_roundings(name):
     *inputs, grad = operands(256, 128, 1, 128, 4, dtype=jnp.bfloat16)
     implementation = IMPLEMENTATIONS[name]
     if name == "xla_chunked":  # by 16 chunks, over which gradients are summed
-        implementation = partial(implementation, block_sizes=BlockSizes(q=16))
+        chunks = Attention("xla_chunked", BlockSizes(q=16))
+        implementation = partial(attention, implementation=chunks)
     found_all = values_and_gradients(implementation)(grad, None, *inputs)
     for found, (expected, _) in zip(found_all, exact(*inputs, grad), strict=True):
         assert found.dtype == jnp.bfloat16
