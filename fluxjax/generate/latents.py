@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ _STEP_KEYS = 2**32 - 1
 """The number that is folded into a key for what the steps draw; no image has it."""
 
 
-def seed_key(seed: SupportsIndex) -> PRNGKeyArray:
+def seed_key(seed: object) -> PRNGKeyArray:
     """Return the key that `jax.random.key(seed)` gives with 64-bit integers enabled.
 
     Without them JAX keeps the seed's lowest 32 bits, so that seeds 2^32 apart would give the same
@@ -32,7 +31,7 @@ def seed_key(seed: SupportsIndex) -> PRNGKeyArray:
     **Raises:** `ValueError` for another seed.
     """
     try:
-        number = -1 if isinstance(seed, bool) else operator.index(seed)
+        number = -1 if isinstance(seed, bool) else operator.index(seed)  # type: ignore[arg-type]
     except TypeError:
         number = -1
     if not 0 <= number < SEEDS:

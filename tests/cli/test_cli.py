@@ -71,7 +71,7 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(run,
         ),
         (["--shift", "2"], "The timer model takes no shift"),
         (["--rule", "apg"], "--rule does nothing at --cfg 1"),
-        (["--cache", "half"], "'half' is no cache. Write a threshold"),
+        (["--cache", "half"], "'half' is not a step cache. Write a threshold"),
         (["--stream-blocks", "--quantize", "fp8"], "Leave out --quantize"),
         (["--stream-blocks", "--unroll"], "Leave out --unroll"),
         (

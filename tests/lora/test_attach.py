@@ -22,7 +22,7 @@ from adapters import (
 from fluxjax import Flux, WeightsError, attach, image_ids, init_lora, merge, read_lora
 from fluxjax.lora import trainable
 from fluxjax.lora.terms import HadamardTerm, KronTerm
-from fluxjax.nets.weight import Dense, Weight
+from fluxjax.nets.weight import Dense, LocalWeight, Weight
 from fluxjax.train.step import TrainState, make_step
 
 LOW_RANK = ("kohya", "peft, metadata", "onetrainer", "control", "xlabs", "loha")
@@ -118,7 +118,7 @@ def test_lohas_and_lokrs_are_products_of_the_rank_that_their_formula_says(make, 
     np.testing.assert_allclose(product, delta, rtol=1e-5, atol=1e-5)
 
 
-class Int8(Weight):
+class Int8(LocalWeight):
     """A weight of bytes with one scale per row, as a quantized network has."""
 
     value: jax.Array
