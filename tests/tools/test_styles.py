@@ -11,7 +11,7 @@ from styles import STYLES, adheres, distance, restyled, suits
 
 from fluxjax import read_lora
 from fluxjax.checkpoint.shipped import shipped_lora
-from fluxjax.cli.main import main as cli
+from fluxjax.cli import main as cli
 
 
 @pytest.mark.parametrize("style", STYLES)
