@@ -34,6 +34,7 @@ def fit_preview(vae: Vae, latents: Float[Array, "images latent_channels rows col
 
     **Arguments:** `latents`: of images of many colours, as `vae.encode` or `denoise` give them.
     """
+
     def mean_colours(latent: Latent) -> Image:
         decoded = jnp.clip(vae.decode(latent).astype(jnp.float32), -1, 1)
         side = decoded.shape[0] // latent.shape[1]  # pixels along a side of a cell

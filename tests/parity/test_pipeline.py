@@ -9,9 +9,10 @@ from reference import FLOAT32_BOUND, relative_error, to_torch
 import fluxjax
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
-from fluxjax.generate.draw import denoise
+from fluxjax.generate.draw import Recipe, denoise
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.generate.text_to_image import prompt_batch
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -53,6 +54,13 @@ def test_both_draw_the_same_image(pipeline, tiny, height, width):
         output_type="np",
     ).images[0]
     times = model_times(tiny.defaults, STEPS, height, width)
-    latent = denoise(tiny.flux, encoded(tiny, PROMPT), noise[None], times, jnp.float32(GUIDANCE))
+    batch = prompt_batch(
+        encoded(tiny, PROMPT),
+        None,
+        noise=noise[None],
+        keys=None,
+        distilled=jnp.float32(GUIDANCE),
+    )
+    latent = denoise(tiny.flux, batch, Recipe(times))
     ours = (np.asarray(decode(tiny.vae, latent, dtype=jnp.float32))[0] + 1) / 2
     assert -10 * np.log10(np.mean(np.square(ours - theirs))) >= 45
