@@ -18,15 +18,12 @@ from .checkpoint import (
     convert_weights as convert_weights,
     download as download,
     inspect_weights as inspect_weights,
-    load_defaults as load_defaults,
 )
 from .devices import (
-    fetch as fetch,
     make_mesh as make_mesh,
     offload as offload,
     on_mesh as on_mesh,
     shard as shard,
-    shardings as shardings,
     stream_blocks as stream_blocks,
 )
 from .flow import (
@@ -34,14 +31,11 @@ from .flow import (
     ClassifierFree as ClassifierFree,
     DPMpp2M as DPMpp2M,
     Euler as Euler,
-    Guided as Guided,
     Heun as Heun,
     UniPC2 as UniPC2,
-    Velocity as Velocity,
     flow_times as flow_times,
     sample as sample,
     stream as stream,
-    time_shift as time_shift,
 )
 from .generate import (
     Conditioning as Conditioning,
@@ -68,39 +62,30 @@ from .generate import (
     read_image as read_image,
     save as save,
     save_models as save_models,
-    seed_key as seed_key,
     text_to_image as text_to_image,
     tokenize as tokenize,
     unpack_latents as unpack_latents,
     write_png as write_png,
 )
 from .kernels import (
-    Attention as Attention,
-    BlockSizes as BlockSizes,
-    Nag as Nag,
     attention as attention,
 )
 from .lora import (
     Lora as Lora,
     attach as attach,
-    init_lora as init_lora,
     merge as merge,
     read_lora as read_lora,
-    unmerge as unmerge,
     write_lora as write_lora,
 )
 from .nets import (
     T5 as T5,
     Clip as Clip,
-    ClipConfig as ClipConfig,
     Flux as Flux,
     FluxConfig as FluxConfig,
-    T5Config as T5Config,
     Vae as Vae,
-    VaeConfig as VaeConfig,
     quantize as quantize,
     unroll as unroll,
 )
-from .zoo import ZOO as ZOO, Defaults as Defaults
+from .zoo import ZOO as ZOO
 
 __version__: str

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from layouts import write
 
-from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, Lora, T5Config, convert_weights
+from fluxjax import T5, Clip, Flux, FluxConfig, Lora, convert_weights
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora import merge_while_converting
 from fluxjax.lora.terms import FullTerm, LowRankTerm
+from fluxjax.nets import ClipConfig, T5Config
 from fluxjax.nets.stack import leaf_names
 from fluxjax.nets.weight import AdaptedWeight, Weight
 

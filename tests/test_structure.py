@@ -84,6 +84,12 @@ def test_every_folder_says_what_lives_there():
             assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
 
 
+def test_the_top_level_has_few_names():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    names = [name for name in fluxjax.__all__ if name not in folders]
+    assert len(names) <= 60, "put further names in their folders"
+
+
 def test_no_two_things_share_a_name():
     homes = defaultdict(list)
     for path in FILES:

@@ -9,17 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from layouts import export, random_network, write, write_gguf
 
-from fluxjax import (
-    T5,
-    T5Config,
-    WeightsError,
-    convert_weights,
-    inspect_weights,
-    load_flux,
-    load_t5,
-)
+from fluxjax import T5, WeightsError, convert_weights, inspect_weights, load_flux, load_t5
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.safetensors import read_header
+from fluxjax.nets import T5Config
 
 CONFIG = T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8)
 

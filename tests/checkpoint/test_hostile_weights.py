@@ -13,21 +13,11 @@ import numpy as np
 import pytest
 from layouts import export, random_network, write, write_gguf
 
-from fluxjax import (
-    T5,
-    Clip,
-    ClipConfig,
-    T5Config,
-    WeightsError,
-    inspect_weights,
-    load_clip,
-    load_flux,
-    load_t5,
-    load_vae,
-)
+from fluxjax import T5, Clip, WeightsError, inspect_weights, load_clip, load_flux, load_t5, load_vae
 from fluxjax.checkpoint import configs, names as tables
 from fluxjax.checkpoint.convert import convert_weights
 from fluxjax.checkpoint.finite import all_finite
+from fluxjax.nets import ClipConfig, T5Config
 
 CONFIG = T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8)
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")

@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 
-from fluxjax import WeightsError, load_defaults, load_tokenizers, tokenize
+from fluxjax import WeightsError, load_tokenizers, tokenize
+from fluxjax.checkpoint import load_defaults
 from fluxjax.checkpoint.defaults import DEFAULTS_FIELDS
 from fluxjax.checkpoint.shipped import tiny_folder
 

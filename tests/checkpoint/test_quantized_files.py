@@ -22,7 +22,6 @@ from fluxjax import (
     T5,
     Flux,
     FluxConfig,
-    T5Config,
     WeightsError,
     convert_weights,
     inspect_weights,
@@ -30,6 +29,7 @@ from fluxjax import (
     load_t5,
 )
 from fluxjax.checkpoint import names as tables
+from fluxjax.nets import T5Config
 
 CONFIG = FluxConfig(
     width=64,

@@ -15,21 +15,11 @@ from layouts import assert_same_network, cast_network, export, random_network, w
 from safetensors.numpy import load_file, save_file
 
 import fluxjax
-from fluxjax import (
-    Clip,
-    ClipConfig,
-    Flux,
-    FluxConfig,
-    Vae,
-    VaeConfig,
-    WeightsError,
-    load_clip,
-    load_flux,
-    load_vae,
-)
+from fluxjax import Clip, Flux, FluxConfig, Vae, WeightsError, load_clip, load_flux, load_vae
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.shipped import tiny_folder
+from fluxjax.nets import ClipConfig, VaeConfig
 
 CONFIG = FluxConfig(
     width=32,
@@ -249,7 +239,7 @@ def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tmp_path):
     shutil.copytree(tiny_folder(), tmp_path / "model")
     folder = tmp_path / "model"
     (folder / "fluxjax.json").unlink()
-    dev = fluxjax.load_defaults(folder)
+    dev = fluxjax.checkpoint.load_defaults(folder)
     assert (dev.steps, dev.guidance, dev.max_length, dev.shift) == (28, 3.5, 512, True)
     assert (dev.base_shift, dev.max_shift) == (2.0, 2.65)
     config, scheduler = (
@@ -258,7 +248,7 @@ def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tmp_path):
     )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
     scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 1.0}))
-    schnell = fluxjax.load_defaults(folder)
+    schnell = fluxjax.checkpoint.load_defaults(folder)
     assert (schnell.steps, schnell.guidance, schnell.max_length, schnell.shift) == (
         4,
         None,
@@ -267,7 +257,7 @@ def test_a_folder_without_defaults_is_sampled_as_its_configs_say(tmp_path):
     )
     scheduler.write_text(json.dumps({"use_dynamic_shifting": False, "shift": 3.0}))
     with pytest.raises(WeightsError, match=r"static shift of 3\.0"):
-        fluxjax.load_defaults(folder)
+        fluxjax.checkpoint.load_defaults(folder)
 
 
 MEMORY = """

@@ -9,9 +9,9 @@ from meshes import flux_inputs, mesh_of, velocities
 from small import CONFIG, small_flux
 
 import fluxjax
-from fluxjax import fetch, offload, shard, stream_blocks
+from fluxjax import offload, shard, stream_blocks
 from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
-from fluxjax.devices import residency
+from fluxjax.devices import fetch, residency
 from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight
 
 

@@ -8,14 +8,14 @@ from drawing import batch_of, encoded, recipe_of
 from meshes import flux_inputs, mesh_of, relative, velocities
 
 import fluxjax
-from fluxjax import Attention, BlockSizes, Nag, attention, make_mesh, shard
+from fluxjax import attention, make_mesh, shard
 from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.flow import DDIM
 from fluxjax.generate import FirstBlock, WeakNetwork
 from fluxjax.generate.draw import denoise
-from fluxjax.kernels import isolated_attention
+from fluxjax.kernels import Attention, BlockSizes, Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 from fluxjax.nets.weight import Dense
 
@@ -90,7 +90,7 @@ def test_the_encoders_on_a_mesh_are_those_on_one_device(tiny, name):
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor", "fsdp and tensor"])
 def test_merged_on_a_mesh_a_network_has_the_same_weights(tiny, name):
     lora = fluxjax.read_lora(shipped_lora("kraft"))
-    shardings = fluxjax.shardings(tiny.flux, mesh_of(**MESHES[name]))
+    shardings = fluxjax.devices.shardings(tiny.flux, mesh_of(**MESHES[name]))
     merged = jax.tree.leaves(fluxjax.merge(jax.device_put(tiny.flux, shardings), [lora]))
     expected = jax.tree.leaves(fluxjax.merge(tiny.flux, [lora]))
     for found, wanted in zip(merged, expected, strict=True):
@@ -201,7 +201,7 @@ def test_attached_adapters_are_split_as_their_weights(tiny, rows, expected):
     assert relative(wanted, expected[:4]) > 0.01
     # The rows of fused layers are reordered, and with them the adapters', or the merged weights'.
     mesh = mesh_of(fsdp=2, tensor=2)
-    placed = jax.device_put(tiny.flux, fluxjax.shardings(tiny.flux, mesh))
+    placed = jax.device_put(tiny.flux, fluxjax.devices.shardings(tiny.flux, mesh))
     for network in (adapted, fluxjax.merge(placed, [lora])):
         found = velocities(shard(network, mesh), first(rows, 4), mesh)
         assert relative(found, wanted) <= BOUND

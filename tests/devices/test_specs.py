@@ -7,10 +7,10 @@ from jax.sharding import PartitionSpec
 from meshes import mesh_of
 from small import CONFIG
 
-from fluxjax import T5, Flux, T5Config, Vae, VaeConfig
+from fluxjax import T5, Flux, Vae
 from fluxjax.devices import specs
 from fluxjax.devices.specs import TENSOR_SPLITS, array_role, tensor_axis
-from fluxjax.nets import leaf_names
+from fluxjax.nets import T5Config, VaeConfig, leaf_names
 from fluxjax.nets.flux_config import fused_features
 
 NETWORKS = {

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import ClassifierFree, Euler, Guided, Heun, flow_times, stream
-from fluxjax.flow import Projected, WeakModel, ZeroStar, sample, sample_ode
+from fluxjax import ClassifierFree, Euler, Heun, flow_times, stream
+from fluxjax.flow import Guided, Projected, WeakModel, ZeroStar, sample, sample_ode
 
 X = jnp.float32([0.4, -1.0, 2.0])
 POSITIVE, NEGATIVE = jnp.float32([1.0, 0.5, -0.3]), jnp.float32([-0.2, 0.1, 0.6])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fluxjax import flow_times, time_shift
+from fluxjax import flow_times
 from fluxjax.flow import (
     beta_times,
     custom_times,
@@ -16,6 +16,7 @@ from fluxjax.flow import (
     linear_quadratic_times,
     resolution_mu,
     static_times,
+    time_shift,
     uniform_times,
 )
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fluxjax import image_ids, initial_noise, pack_latents, seed_key, unpack_latents
+from fluxjax import image_ids, initial_noise, pack_latents, unpack_latents
+from fluxjax.generate import seed_key
 
 SIDES = st.integers(1, 6).map(lambda n: 16 * n)
 

@@ -12,9 +12,10 @@ from layouts import assert_same_network, cast_network, random_network
 from small import CONFIG
 
 import fluxjax
-from fluxjax import WeightsError, attach, init_lora, merge, quantize, save_models, unroll
+from fluxjax import WeightsError, attach, merge, quantize, save_models, unroll
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate import save
+from fluxjax.lora import init_lora
 from fluxjax.nets.stack import leaf_names
 
 LAYOUTS = [

@@ -8,12 +8,12 @@ import pytest
 from drawing import KEY
 
 import fluxjax
-from fluxjax import DDIM, DrawSettings, Guidance, Nag, text_to_image
+from fluxjax import DDIM, DrawSettings, Guidance, text_to_image
 from fluxjax.flow import uniform_times
 from fluxjax.generate import FirstBlock, WeakNetwork, model_times
 from fluxjax.generate.samplers import INTEGRATORS, TIMERS, integrator, timer
 from fluxjax.generate.text_to_image import batches, distilled_guidance
-from fluxjax.kernels import isolated_attention
+from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 # XLA:CPU's sums depend on the batch: some 1e-6 for a network, carried through steps and decoder.

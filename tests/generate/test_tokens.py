@@ -159,7 +159,7 @@ import locale, sys
 import fluxjax
 assert locale.getpreferredencoding(False) != "UTF-8", "the locale's encoding is UTF-8 here"
 ids = fluxjax.tokenize(fluxjax.load_tokenizers(sys.argv[1]), "caf\\xe9 \\u2b50")
-fluxjax.load_defaults(sys.argv[1])
+fluxjax.checkpoint.load_defaults(sys.argv[1])
 fluxjax.convert_weights(sys.argv[1], sys.argv[2], only="clip")
 print(*ids.clip)
 """

@@ -13,14 +13,13 @@ from fluxjax import (
     Flux,
     FluxConfig,
     Guidance,
-    Nag,
     flow_times,
     flux_velocity,
     sample,
 )
 from fluxjax.flow import DPMpp2S, Midpoint, evaluation_times
 from fluxjax.generate import FirstBlock, ReferenceTokens, WeakNetwork
-from fluxjax.kernels import isolated_attention
+from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 NOISE, TIMES = draw(IMAGE, 8), flow_times(3)

@@ -13,7 +13,8 @@ from jax._src.pallas.mosaic.interpret import thread_map
 # Public from JAX 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from fluxjax import Attention, attention
+from fluxjax import attention
+from fluxjax.kernels import Attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 from fluxjax.kernels.flash_tpu import flash_attention_tpu

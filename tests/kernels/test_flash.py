@@ -23,7 +23,8 @@ from implementations import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from fluxjax import Attention, attention
+from fluxjax import attention
+from fluxjax.kernels import Attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 
-from fluxjax import Nag, attention
-from fluxjax.kernels import isolated_attention
+from fluxjax import attention
+from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from implementations import flash_mosaic, flash_tpu, flash_triton
 
-from fluxjax import Attention, attention
-from fluxjax.kernels import select_attention
+from fluxjax import attention
+from fluxjax.kernels import Attention, select_attention
 from fluxjax.kernels.block_sizes import BlockSizes
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
 

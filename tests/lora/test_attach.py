@@ -19,8 +19,8 @@ from adapters import (
     saved,
 )
 
-from fluxjax import Flux, WeightsError, attach, image_ids, init_lora, merge, read_lora
-from fluxjax.lora import trainable
+from fluxjax import Flux, WeightsError, attach, image_ids, merge, read_lora
+from fluxjax.lora import init_lora, trainable
 from fluxjax.lora.terms import HadamardTerm, KronTerm
 from fluxjax.nets.weight import Dense, LocalWeight, Weight
 from fluxjax.train.step import TrainState, make_step

@@ -8,9 +8,9 @@ import pytest
 from adapters import Draw, dense_differences, leaves, random_clip, random_t5
 from small import small_flux
 
-from fluxjax import Flux, Lora, WeightsError, attach, init_lora, merge, read_lora, write_lora
+from fluxjax import Flux, Lora, WeightsError, attach, merge, read_lora, write_lora
 from fluxjax.checkpoint.weights import InMemoryWeights, parameters_of
-from fluxjax.lora import extract, extract_lora
+from fluxjax.lora import extract, extract_lora, init_lora
 from fluxjax.lora.adapter import Change
 from fluxjax.lora.extract import nearest_low_rank
 from fluxjax.lora.terms import FullTerm

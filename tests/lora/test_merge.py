@@ -27,7 +27,8 @@ from adapters import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fluxjax import Flux, WeightsError, merge, read_lora, unmerge
+from fluxjax import Flux, WeightsError, merge, read_lora
+from fluxjax.lora import unmerge
 
 # float32 against float64: the sums are of a few terms, so a few units in the last place.
 EXACT = 1e-6

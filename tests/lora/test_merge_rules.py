@@ -22,14 +22,13 @@ from fluxjax import (
     WeightsError,
     attach,
     convert_weights,
-    init_lora,
     load_flux,
     load_vae,
     merge,
-    unmerge,
 )
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.weights import InMemoryWeights, parameters_of
+from fluxjax.lora import init_lora, unmerge
 from fluxjax.lora.adapter import Change
 from fluxjax.lora.changes import changes_of
 from fluxjax.lora.merge import MergedWeights

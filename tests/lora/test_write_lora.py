@@ -25,8 +25,8 @@ from adapters import (
 )
 from safetensors.numpy import load_file
 
-from fluxjax import Flux, WeightsError, attach, init_lora, merge, read_lora, write_lora
-from fluxjax.lora import extract_lora
+from fluxjax import Flux, WeightsError, attach, merge, read_lora, write_lora
+from fluxjax.lora import extract_lora, init_lora
 
 # float32 against float64: the sums are of a few terms, so a few units in the last place.
 EXACT = 1e-6

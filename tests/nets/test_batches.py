@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import Clip, ClipConfig, Vae, VaeConfig
+from fluxjax import Clip, Vae
+from fluxjax.nets import ClipConfig, VaeConfig
 
 
 @pytest.fixture(scope="module")

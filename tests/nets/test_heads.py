@@ -12,9 +12,9 @@ import pytest
 from bench_parts import pretended
 
 import fluxjax
-from fluxjax import Flux, FluxConfig, Nag
+from fluxjax import Flux, FluxConfig
 from fluxjax.devices.context import RingAttention, UlyssesAttention
-from fluxjax.kernels import flash_tpu, qkv_tpu
+from fluxjax.kernels import Nag, flash_tpu, qkv_tpu
 from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.kernels.chips import TPU_CHIPS
 from fluxjax.kernels.guided_attention import isolated_attention

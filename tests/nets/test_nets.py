@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig, image_ids
-from fluxjax.nets import leaf_names
+from fluxjax import T5, Clip, Flux, FluxConfig, Vae, image_ids
+from fluxjax.nets import ClipConfig, T5Config, VaeConfig, leaf_names
 from fluxjax.nets.layers import Rotation, rope, rotate, sinusoid
 
 KEY = jax.random.key(0)

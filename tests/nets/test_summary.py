@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from small import CONFIG, small_flux
 
-from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig
-from fluxjax.nets import quantize, unroll
+from fluxjax import T5, Clip, Flux, FluxConfig, Vae
+from fluxjax.nets import ClipConfig, T5Config, VaeConfig, quantize, unroll
 
 
 @pytest.mark.parametrize(

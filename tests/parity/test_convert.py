@@ -10,9 +10,10 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from layouts import assert_same_network
 from safetensors.numpy import load_file
 
-from fluxjax import VaeConfig, convert_weights, inspect_weights, load_flux, load_vae
+from fluxjax import convert_weights, inspect_weights, load_flux, load_vae
 from fluxjax.checkpoint import configs
 from fluxjax.checkpoint.shipped import tiny_folder
+from fluxjax.nets import VaeConfig
 
 LAYOUTS = ("own", "comfy", "diffusers", "own", "diffusers")
 

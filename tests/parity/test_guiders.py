@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
-from fluxjax import Guided, flow_times, image_ids, load_flux
-from fluxjax.flow import Projected, ZeroStar, sample
+from fluxjax import flow_times, image_ids, load_flux
+from fluxjax.flow import Guided, Projected, ZeroStar, sample
 from fluxjax.generate import CachedFlux, Conditioning, FirstBlock
 from fluxjax.kernels import isolated_attention
 

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from fluxjax import T5, Clip, ClipConfig, Flux, FluxConfig, T5Config, Vae, VaeConfig
+from fluxjax import T5, Clip, Flux, FluxConfig, Vae
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
+from fluxjax.nets import ClipConfig, T5Config, VaeConfig
 
 HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
 FILL = FluxConfig(in_channels=384, out_channels=64)

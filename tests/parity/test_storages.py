@@ -10,9 +10,10 @@ import pytest
 import torch
 from layouts import export, random_network, write
 
-from fluxjax import T5, T5Config, WeightsError, inspect_weights, load_t5
+from fluxjax import T5, WeightsError, inspect_weights, load_t5
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.scaled_formats import untile
+from fluxjax.nets import T5Config
 
 CONFIG = T5Config(vocabulary=40, width=64, heads=4, head_dim=16, depth=2, mlp_width=96)
 NAME = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"

@@ -11,9 +11,9 @@ import pytest
 import train_lora
 from PIL import Image
 
-from fluxjax import Flux, FluxConfig, WeightsError, init_lora, read_lora, write_lora
+from fluxjax import Flux, FluxConfig, WeightsError, read_lora, write_lora
 from fluxjax.generate.text import TextStates
-from fluxjax.lora import trainable
+from fluxjax.lora import init_lora, trainable
 from fluxjax.nets.layers import Linear, gelu
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack

@@ -323,7 +323,7 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
     def make_ours(row: dict[str, Any]) -> Callable[[], object]:
         vae = jax.tree.map(
             lambda x: x.astype(jnp.bfloat16),
-            fluxjax.Vae(fluxjax.VaeConfig.flux(), key=jax.random.key(0)),
+            fluxjax.Vae(fluxjax.nets.VaeConfig.flux(), key=jax.random.key(0)),
         )
         latents = jax.random.normal(jax.random.key(1), (1, 16, side, side))
         return _compiled(row, options.programs, decode, vae, latents, dtype=jnp.bfloat16)

@@ -18,7 +18,7 @@ from fluxjax.nets.stack import leaf_names
 
 def random_lora(flux: Flux, rank: int) -> Lora:
     """Return an adapter of all blocks' attention and MLPs; its bfloat16 factors are not zero."""
-    lora = fluxjax.init_lora(flux, rank, key=jax.random.key(0))
+    lora = fluxjax.lora.init_lora(flux, rank, key=jax.random.key(0))
     return jax.tree.map(lambda x: (x + 0.01).astype(jnp.bfloat16) if x.ndim else x, lora)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fluxjax
-from fluxjax import DrawSettings, Guidance, ImageBatch, Nag, Recipe, denoise, text_to_image
+from fluxjax import DrawSettings, Guidance, ImageBatch, Recipe, denoise, text_to_image
 from fluxjax.flow import Euler, Projected, ZeroStar
 from fluxjax.flow.step import Step
 from fluxjax.generate import FirstBlock, TeaCache, WeakNetwork, prompt_batch
@@ -22,7 +22,7 @@ from fluxjax.generate.plots import plot_errors
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.generate.text_to_image import distilled_guidance
-from fluxjax.kernels import isolated_attention
+from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
