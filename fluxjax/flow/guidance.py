@@ -225,7 +225,7 @@ class Guided(StatefulVelocity):
         return GuidedMemory(rule_memory, memory, memory)
 
     def __call__(
-        self, x: X, t: Scalar, *condition: Condition, memory: GuidedMemory | None = None
+        self, x: X, t: ScalarLike, *condition: Condition, memory: GuidedMemory | None = None
     ) -> X | tuple[X, GuidedMemory]:
         scale = jnp.asarray(self.scale, x.dtype)
         t = jnp.asarray(t, x.dtype)

@@ -195,17 +195,19 @@ def test_segments_give_bitwise_the_result_of_one_run(kind):
     velocity, step = RUNS[kind]
     times, key = flow_times(6, mu=1.0), jax.random.key(1)
 
-    @jax.jit
     def whole(x):
         return sample(velocity, x, times, step=step, key=key, history=True)
 
     def advance(state, start, stop):
         return advance_sample(velocity, state, times, start, stop, step=step, key=key)
 
-    while_loop = jax.jit(lambda *arguments: advance(*arguments))
-    scan = jax.jit(advance, static_argnums=(1, 2))
-    result = whole(X)
-    begin = jax.jit(partial(begin_sample, velocity, times=times, step=step))(X)
+    # As users compile it: the faster compilation of the tests contracts products and sums otherwise
+    # in one program than in another.
+    jit = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    while_loop = jit(lambda *arguments: advance(*arguments))
+    scan = jit(advance, static_argnums=(1, 2))
+    result = jit(whole)(X)
+    begin = jit(partial(begin_sample, velocity, times=times, step=step))(X)
     history, times = np.asarray(result.history), np.asarray(times)
     for program, ends in ((while_loop, (0, 1, 1, 4, 6)), (scan, (0, 2, 6))):
         state = begin

@@ -79,9 +79,12 @@ def test_another_prompt_seed_scale_or_time_compiles_nothing(tiny, base):
     draw(tiny, **guided)
     draw(tiny, times=[1.0, 0.5, 0.0], steps=None)
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
-    )
+
+    def listen(event, seconds, fun_name=None, **_):
+        if "backend_compile" in event:
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     draw(tiny, "a small blue ring on black", key=jax.random.key(5), distilled_guidance=2.0)
     draw(tiny, negative_prompt="a star", guidance=Guidance(scale=3.5))
     draw(tiny, times=[1.0, 0.4, 0.0], steps=None)
