@@ -22,12 +22,26 @@ from fluxjax.flow.operators import (
     pseudo_inverse,
     solve_normal,
 )
+from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import (
     STRAIGHT,
     CustomPath,
     Discrete,
     VarianceExploding,
     VariancePreserving,
+)
+from fluxjax.flow.posterior import (
+    DDNM,
+    Conditioned,
+    ConditionedEvaluation,
+    Corrected,
+    Correction,
+    Gain,
+    NullSpace,
+    dps,
+    pigdm,
+    proximal,
+    tmpd,
 )
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
@@ -59,6 +73,7 @@ from fluxjax.flow.velocity import StatefulVelocity, Velocity, initial_memory
 __all__ = [
     "AB2",
     "DDIM",
+    "DDNM",
     "DEIS2",
     "ERSDE2",
     "RES2M",
@@ -69,6 +84,10 @@ __all__ = [
     "Churn",
     "ClassifierFree",
     "Composition",
+    "Conditioned",
+    "ConditionedEvaluation",
+    "Corrected",
+    "Correction",
     "CustomPath",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -77,6 +96,7 @@ __all__ = [
     "Discrete",
     "Downsample",
     "Euler",
+    "Gain",
     "Guided",
     "Heun",
     "LinearMap",
@@ -84,7 +104,9 @@ __all__ = [
     "Mask",
     "Measurement",
     "Midpoint",
+    "NullSpace",
     "Operator",
+    "Particles",
     "Progress",
     "Projected",
     "Renoise",
@@ -109,6 +131,7 @@ __all__ = [
     "beta_times",
     "convert_prediction",
     "custom_times",
+    "dps",
     "estimates",
     "evaluation_times",
     "exponential_times",
@@ -117,6 +140,8 @@ __all__ = [
     "karras_times",
     "linear_quadratic_times",
     "linearize",
+    "pigdm",
+    "proximal",
     "pseudo_inverse",
     "resolution_mu",
     "sample",
@@ -125,5 +150,7 @@ __all__ = [
     "static_times",
     "stream",
     "time_shift",
+    "tmpd",
+    "twisted_sample",
     "uniform_times",
 ]
