@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike, UInt32
 
 if TYPE_CHECKING:
     from beartype import BeartypeConf
@@ -69,6 +69,7 @@ __all__ = [
     "ScalarLike",
     "Times",
     "Tokens",
+    "UInt32",
     "beartype_conf",
     "checked",
 ]

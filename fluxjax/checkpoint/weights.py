@@ -169,7 +169,8 @@ def abstract(make: Callable[..., Module], config: object) -> Module:
     **Raises:** `WeightsError` for a config that the class can't be made with.
     """
     try:
-        return eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return eqx.filter_eval_shape(make, config, key=key)
     except Exception as error:  # a config from a damaged file can fail anywhere
         title = getattr(make, "__name__", "network")
         shown_config, reason = printable(str(config), 1000), printable(str(error))

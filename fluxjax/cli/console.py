@@ -168,18 +168,9 @@ def interruptible(
     """
     if threading.current_thread() is not threading.main_thread():
         return function(*arguments, **options)
-    future: Future[Result] = Future()
+    future = start_in_thread(function, *arguments, **options)
     done = threading.Event()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments, **options))
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            done.set()
-
-    _start_thread(work)
+    future.add_done_callback(lambda _: done.set())
     while not done.wait(_POLL_SECONDS):  # on Windows a wait without a time limit is uninterruptible
         # `Stopped` may have been lost: Python drops exceptions of signal handlers that run inside
         # a finalizer or a callback of the garbage collector.
@@ -188,9 +179,26 @@ def interruptible(
     return future.result()
 
 
-def _start_thread(work: Callable[[], None]) -> None:
+def start_in_thread(
+    function: Callable[Parameters, Result],
+    *arguments: Parameters.args,
+    **options: Parameters.kwargs,
+) -> "Future[Result]":
+    """Call a function in a worker thread, which does not keep the process from ending.
+
+    **Returns:** the future of what the function returns or raises.
+    """
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
     original_size = threading.stack_size(_WORKER_STACK)
     try:
         threading.Thread(target=work, daemon=True).start()
     finally:
         threading.stack_size(original_size)
+    return future

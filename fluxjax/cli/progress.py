@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -9,18 +10,17 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from fluxjax.cli.console import interruptible
-from fluxjax.generate.draw import DrawProgress
+from fluxjax.cli.console import interruptible, start_in_thread
+from fluxjax.generate.draw import DrawHooks, DrawProgress
 
 Result = TypeVar("Result")
 _BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"
 
 
-class Clock:
+class Clock(DrawHooks):
     """Runs the stages of drawing, times each, and shows a progress bar that names the present one.
 
-    It is the `DrawHooks` of the command line. What takes long runs in a worker thread, so that a
-    signal ends it at once.
+    What takes long runs in a worker thread, so that a signal ends it at once.
     """
 
     def __init__(self, steps: int, evaluations: int, *, silent: bool = False):
@@ -29,7 +29,7 @@ class Clock:
         self.steps = steps
         self.evaluations = evaluations
         self.seconds: dict[str, float] = {}
-        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.programs: dict[Any, Future[Callable[..., Any]]] = {}
         self.done = 0
         self.bar = tqdm(total=steps * evaluations, bar_format=_BAR, disable=silent)
 
@@ -62,15 +62,26 @@ class Clock:
         self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
     ) -> Result:
         """Return function(*inputs, **options) of a jitted function, whose inputs always have the
-        same shapes. It is compiled the first time; compiling is timed apart.
+        same shapes. It is compiled the first time; waiting for that is timed apart.
         """
-        if function not in self.compiled:
+        if function not in self.programs:
+            self.compile_ahead(function, *inputs, **options)
+        program = self.programs[function]
+        if not program.done():
             with self.measure("compile", stage):
-                lower = function.lower  # type: ignore[attr-defined]
-                self.compiled[function] = interruptible(lambda: lower(*inputs, **options).compile())
-        compiled = self.compiled[function]
+                interruptible(program.result)
+        compiled = program.result()
         with self.measure(stage):
             return interruptible(lambda: jax.block_until_ready(compiled(*inputs, **options)))
+
+    def compile_ahead(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> None:
+        """Start to compile a jitted function for inputs of these shapes, in another thread."""
+
+        def compile_function() -> Callable[..., Any]:
+            return function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
+
+        if function not in self.programs:
+            self.programs[function] = start_in_thread(compile_function)
 
     def progress(self, progress: DrawProgress) -> None:
         steps = progress.done - self.done

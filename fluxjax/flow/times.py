@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.numeric import check_finite
-from fluxjax.shapes import Array, Float, ScalarLike, Times
+from fluxjax.shapes import Array, Float, Scalar, ScalarLike, Times
 
 _MAX_STEPS = 2**24
 """With more equal steps, neighbouring nodes are equal in float32."""
@@ -27,9 +27,14 @@ def time_shift(t: Float[Array, "*shape"], mu: ScalarLike) -> Float[Array, "*shap
     exact.
     """
     check_finite("time_shift", t=t, mu=mu)
-    shift = jnp.exp(jnp.asarray(mu, t.dtype))
+    return _multiply_odds(t, jnp.asarray(mu, t.dtype))
+
+
+@jax.jit
+def _multiply_odds(t: Float[Array, "*shape"], log_factor: Scalar) -> Float[Array, "*shape"]:
+    factor = jnp.exp(log_factor)
     # In this form 0 stays 0 and 1 stays 1 without rounding.
-    return shift * t / (shift * t + (1 - t))
+    return factor * t / (factor * t + (1 - t))
 
 
 @convert_arguments

@@ -18,7 +18,7 @@ from PIL import ImageDraw, ImageFont
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.flow.step import Step
-from fluxjax.generate.draw import DrawProgress, ImageBatch, Recipe, draw_batch
+from fluxjax.generate.draw import DrawHooks, ImageBatch, Recipe, draw_batch
 from fluxjax.generate.image import next_number, to_bytes, write_png
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
@@ -149,7 +149,7 @@ class _Bench(NamedTuple):
         return drawn.latents, np.asarray(drawn.images[0]), hooks.seconds
 
 
-class _TimingHooks:
+class _TimingHooks(DrawHooks):
     """Hooks that compile each stage before it is run, and add up the seconds of denoising."""
 
     def __init__(self):
@@ -165,9 +165,6 @@ class _TimingHooks:
         if stage == "denoise":
             self.seconds += time.perf_counter() - start
         return result
-
-    def progress(self, progress: DrawProgress) -> None:
-        pass
 
 
 def _psnr(image: np.ndarray, reference: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -80,13 +80,17 @@ class DrawProgress(NamedTuple):
     estimate: Float[Array, "images img_tokens channels"]
 
 
-@runtime_checkable
-class DrawHooks(Protocol):
+class DrawHooks:
     """What the drawing loop calls as it goes: for progress, timing, previews, and to stay
-    interruptible."""
+    interruptible. Subclasses replace what they need."""
 
     def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
         """Return function(*inputs, **options), a jitted function. `stage`: "denoise", "decode"."""
+        return function(*inputs, **options)
+
+    def compile_ahead(self, function: Callable[..., Any], *inputs, **options) -> None:
+        """Called with a jitted function that `run` will be called with later, and with inputs of
+        the same shapes, so that it can be compiled in another thread meanwhile."""
 
     def progress(self, progress: DrawProgress) -> None:
         """Called between segments of the integration, at least a few times a second."""
@@ -136,7 +140,12 @@ def draw_batch(
         drawing = _denoise(flux, batch, recipe, mesh)
         images = decode(vae, drawing.latents, dtype=dtype, mesh=mesh)
     else:
-        drawing = _denoise_in_segments(flux, batch, recipe, mesh, hooks)
+
+        def compile_decoder() -> None:
+            if mesh is None:  # with one, how the latents are split is known only after denoising
+                hooks.compile_ahead(decode, vae, batch.noise, dtype=dtype, mesh=mesh)
+
+        drawing = _denoise_in_segments(flux, batch, recipe, mesh, hooks, compile_decoder)
         images = hooks.run("decode", decode, vae, drawing.latents, dtype=dtype, mesh=mesh)
     return DrawnBatch(images, drawing.latents, drawing.finite_steps, drawing.reused)
 
@@ -172,9 +181,17 @@ def _denoise(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -
 
 
 def _denoise_in_segments(
-    flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None, hooks: DrawHooks
+    flux: Flux,
+    batch: ImageBatch,
+    recipe: Recipe,
+    mesh: Mesh | None,
+    hooks: DrawHooks,
+    while_denoising: Callable[[], None],
 ) -> _Denoised:
-    """Integrate segment by segment, so that the host hears of progress between them."""
+    """Integrate segment by segment, so that progress can be reported between them.
+
+    `while_denoising` is called once the loop is compiled: from then on the host mostly waits.
+    """
     check_batch(flux, batch, recipe, mesh)
     drawing = hooks.run("denoise", _begin_jit, flux, batch, recipe, mesh)
     steps = len(recipe.times) - 1
@@ -186,6 +203,8 @@ def _denoise_in_segments(
         drawing = hooks.run("denoise", _advance_jit, flux, batch, recipe, drawing, bounds, mesh)
         jax.block_until_ready(drawing.state.x)
         seconds_per_step = (time.monotonic() - start) / (stop - done)
+        if done == 0:
+            while_denoising()
         done = stop
         hooks.progress(DrawProgress(done, steps, drawing.state.estimate))
         if jax.process_count() > 1:

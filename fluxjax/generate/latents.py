@@ -2,15 +2,17 @@
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import Churn
-from fluxjax.shapes import Array, Float, PRNGKeyArray
+from fluxjax.shapes import Array, Float, PRNGKeyArray, UInt32
 from fluxjax.zoo import FLUX1
 
 SEEDS = 2**63
@@ -66,11 +68,15 @@ def noise_batch(
 
     The noise of an image depends only on the key and on its number, not on the batch.
     """
-    noise = []
-    for number in numbers:
-        image_key = jax.random.fold_in(key, number)
-        noise.append(initial_noise(image_key, height, width, channels=channels))
-    return jnp.stack(noise)
+    return _noise_batch(key, np.asarray(numbers, np.uint32), height, width, channels)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _noise_batch(
+    key: PRNGKeyArray, numbers: UInt32[Array, " images"], height: int, width: int, channels: int
+) -> Float[Array, "images channels rows columns"]:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+    return jax.vmap(lambda key: initial_noise(key, height, width, channels=channels))(keys)
 
 
 def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
@@ -130,9 +136,9 @@ def image_ids(height: int, width: int) -> Float[Array, "img_tokens 3"]:
     **Arguments:** `height`, `width`: of the image, in pixels, multiples of 16.
     """
     rows, columns = _token_grid("image_ids", height, width)
-    row, column = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
-    ids = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
-    return ids.reshape(-1, 3).astype(jnp.float32)
+    # On the host: each operation of JAX outside of jit is a program of its own.
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    return jnp.asarray(np.stack([np.zeros_like(row), row, column], axis=-1), jnp.float32)
 
 
 def image_tokens(height: int, width: int) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -161,7 +160,7 @@ def check_finite_times(times: Any) -> None:
     """**Raises:** `ValueError` for sampling times that are NaN: a shift by resolution overflows for
     huge images.
     """
-    if not bool(jnp.isfinite(times).all()):
+    if not np.isfinite(np.asarray(times)).all():
         raise ValueError(
             "The sampling times overflow at this image size or shift. "
             "Choose a smaller one, or --timer uniform."

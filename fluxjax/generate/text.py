@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -32,8 +31,14 @@ class TextStates(NamedTuple):
 
     def rows(self, numbers: Sequence[int]) -> "TextStates":
         """Return the prompts of these numbers."""
-        index = np.asarray(numbers)
-        return TextStates(self.txt[index], self.vec[index])
+        if list(numbers) == list(range(len(self.txt))):
+            return self
+        return _take_rows(self, np.asarray(numbers))
+
+
+@jax.jit
+def _take_rows(states: TextStates, numbers: Int[Array, " rows"]) -> TextStates:
+    return TextStates(states.txt[numbers], states.vec[numbers])
 
 
 def prompt_ids(
@@ -60,7 +65,7 @@ def prompt_ids(
         ids = tokenize(tokenizers, prompt, prompt_2, max_length=max_length)
         clip_rows.append(ids.clip)
         t5_rows.append(ids.t5)
-    return PromptIds(jnp.asarray(np.stack(clip_rows)), jnp.asarray(np.stack(t5_rows)))
+    return PromptIds(*jax.device_put((np.stack(clip_rows), np.stack(t5_rows))))
 
 
 @eqx.filter_jit

@@ -8,11 +8,11 @@ from drawing import batch_of, recipe_of
 
 from fluxjax import DDIM, UniPC2, denoise, draw_batch
 from fluxjax.flow import Heun
-from fluxjax.generate import FirstBlock
+from fluxjax.generate import DrawHooks, FirstBlock
 from fluxjax.generate.conditioning import split_images
 
 
-class Listener:
+class Listener(DrawHooks):
     """Hooks that note what is run, and the progress."""
 
     def __init__(self):
