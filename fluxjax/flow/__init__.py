@@ -31,12 +31,26 @@ from fluxjax.flow.operators import (
     solve_normal,
 )
 from fluxjax.flow.optimize import pnp_flow, red_diff
+from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import (
     STRAIGHT,
     CustomPath,
     Discrete,
     VarianceExploding,
     VariancePreserving,
+)
+from fluxjax.flow.posterior import (
+    DDNM,
+    Conditioned,
+    ConditionedEvaluation,
+    Corrected,
+    Correction,
+    Gain,
+    NullSpace,
+    dps,
+    pigdm,
+    proximal,
+    tmpd,
 )
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
@@ -69,6 +83,7 @@ from fluxjax.flow.velocity import StatefulVelocity, Velocity, initial_memory
 __all__ = [
     "AB2",
     "DDIM",
+    "DDNM",
     "DEIS2",
     "ERSDE2",
     "RES2M",
@@ -79,6 +94,10 @@ __all__ = [
     "Churn",
     "ClassifierFree",
     "Composition",
+    "Conditioned",
+    "ConditionedEvaluation",
+    "Corrected",
+    "Correction",
     "CustomPath",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -89,6 +108,7 @@ __all__ = [
     "Downsample",
     "Euler",
     "FlowDPS",
+    "Gain",
     "Guided",
     "Heun",
     "LinearMap",
@@ -100,7 +120,9 @@ __all__ = [
     "NoisePrior",
     "NormalNoise",
     "Nudged",
+    "NullSpace",
     "Operator",
+    "Particles",
     "Progress",
     "Projected",
     "RadialNoise",
@@ -126,6 +148,7 @@ __all__ = [
     "beta_times",
     "convert_prediction",
     "custom_times",
+    "dps",
     "estimates",
     "evaluation_times",
     "exponential_times",
@@ -135,7 +158,9 @@ __all__ = [
     "linear_quadratic_times",
     "linearize",
     "optimize_noise",
+    "pigdm",
     "pnp_flow",
+    "proximal",
     "pseudo_inverse",
     "randomize_then_optimize",
     "red_diff",
@@ -146,5 +171,7 @@ __all__ = [
     "static_times",
     "stream",
     "time_shift",
+    "tmpd",
+    "twisted_sample",
     "uniform_times",
 ]
