@@ -6,6 +6,14 @@ dx/dt, with t falling from 1 (noise) to 0 (data).
 
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
+from fluxjax.flow.noise import (
+    NoiseFit,
+    NoisePrior,
+    NormalNoise,
+    RadialNoise,
+    optimize_noise,
+    randomize_then_optimize,
+)
 from fluxjax.flow.ode import sample_ode
 from fluxjax.flow.operators import (
     Blur,
@@ -22,6 +30,7 @@ from fluxjax.flow.operators import (
     pseudo_inverse,
     solve_normal,
 )
+from fluxjax.flow.optimize import pnp_flow, red_diff
 from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import (
     STRAIGHT,
@@ -44,6 +53,7 @@ from fluxjax.flow.posterior import (
     tmpd,
 )
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
+from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
 from fluxjax.flow.sample import (
     Sample,
@@ -93,9 +103,11 @@ __all__ = [
     "DPMpp2MSDE",
     "DPMpp2S",
     "Decoded",
+    "Decoupled",
     "Discrete",
     "Downsample",
     "Euler",
+    "FlowDPS",
     "Gain",
     "Guided",
     "Heun",
@@ -104,11 +116,16 @@ __all__ = [
     "Mask",
     "Measurement",
     "Midpoint",
+    "NoiseFit",
+    "NoisePrior",
+    "NormalNoise",
+    "Nudged",
     "NullSpace",
     "Operator",
     "Particles",
     "Progress",
     "Projected",
+    "RadialNoise",
     "Renoise",
     "ReverseSDE",
     "Rule",
@@ -140,9 +157,13 @@ __all__ = [
     "karras_times",
     "linear_quadratic_times",
     "linearize",
+    "optimize_noise",
     "pigdm",
+    "pnp_flow",
     "proximal",
     "pseudo_inverse",
+    "randomize_then_optimize",
+    "red_diff",
     "resolution_mu",
     "sample",
     "sample_ode",
