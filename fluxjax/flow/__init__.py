@@ -4,6 +4,13 @@ Nothing here knows a network. A velocity is any pytree that is called as velocit
 dx/dt, with t falling from 1 (noise) to 0 (data).
 """
 
+from fluxjax.flow.design import (
+    MeasurementChoice,
+    choose_measurements,
+    contrastive_gain,
+    moment_gain,
+    window_masks,
+)
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
 from fluxjax.flow.noise import (
@@ -115,6 +122,7 @@ __all__ = [
     "Linearized",
     "Mask",
     "Measurement",
+    "MeasurementChoice",
     "Midpoint",
     "NoiseFit",
     "NoisePrior",
@@ -146,6 +154,8 @@ __all__ = [
     "as_velocity",
     "begin_sample",
     "beta_times",
+    "choose_measurements",
+    "contrastive_gain",
     "convert_prediction",
     "custom_times",
     "dps",
@@ -157,6 +167,7 @@ __all__ = [
     "karras_times",
     "linear_quadratic_times",
     "linearize",
+    "moment_gain",
     "optimize_noise",
     "pigdm",
     "pnp_flow",
@@ -174,4 +185,5 @@ __all__ = [
     "tmpd",
     "twisted_sample",
     "uniform_times",
+    "window_masks",
 ]
