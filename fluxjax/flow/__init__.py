@@ -13,6 +13,7 @@ from fluxjax.flow.design import (
 )
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
+from fluxjax.flow.learned_times import fit_times, plan_times
 from fluxjax.flow.noise import (
     NoiseFit,
     NoisePrior,
@@ -162,6 +163,7 @@ __all__ = [
     "estimates",
     "evaluation_times",
     "exponential_times",
+    "fit_times",
     "flow_times",
     "initial_memory",
     "karras_times",
@@ -170,6 +172,7 @@ __all__ = [
     "moment_gain",
     "optimize_noise",
     "pigdm",
+    "plan_times",
     "pnp_flow",
     "proximal",
     "pseudo_inverse",
