@@ -4,6 +4,7 @@ Both compare with a teacher, which takes many small steps over a batch of noise.
 """
 
 from types import ModuleType
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def _jump_errors(
 
         def of_draw(x: Array) -> Array:
             wide = x.astype(nodes.dtype)
-            path = sample(velocity, wide, nodes, step=teacher, history=True).history
+            path = cast(Array, sample(velocity, wide, nodes, step=teacher, history=True).history)
 
             def from_node(inputs: tuple[Array, Scalar]) -> Array:
                 x, t = inputs

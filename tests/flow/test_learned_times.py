@@ -69,8 +69,8 @@ def test_a_path_through_all_nodes_is_the_nodes():
 
 
 def test_plans_for_a_mixture_reduce_the_error():
-    """By some 8 % for Euler, and by 17 to 40 % for 2M: most of the error is that of few draws, which
-    lie between two modes."""
+    """By some 8 % for Euler, and by 17 to 40 % for 2M: most of the error is that of few draws,
+    which lie between two modes."""
     velocity, noise = m8().prior, jax.random.normal(jax.random.key(1), (4096, PIXELS))
     few = jax.random.normal(jax.random.key(0), (256, PIXELS))
     even, planned = uniform_times(20), plan_times(velocity, few, 20)
@@ -127,7 +127,5 @@ def test_bad_arguments_are_refused():
         plan_times(velocity, noise, 4, decay=0.0)
     with pytest.raises(ValueError, match="draws no noise, got DDIM"):
         fit_times(velocity, noise, noise, times, step=DDIM())
-    with pytest.raises(
-        ValueError, match=r"takes a float array \[draws, \*shape\], got float64\[1, 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"takes a float array"):
         fit_times(velocity, noise, noise[:1], times)
