@@ -8,6 +8,7 @@ from fluxjax.cli.options import (
     MAX_STEPS,
     MAX_TOKENS,
     BlockSizesReader,
+    NameOrFile,
     OptionGroup,
     adapter,
     file_path,
@@ -132,11 +133,11 @@ def _add_sampling_options(group: OptionGroup) -> None:
     )
     group.add_argument(
         "--timer",
-        choices=TIMERS,
+        type=NameOrFile(TIMERS, ".json"),
         default="model",
         metavar="NAME",
-        help="spacing of the sampling times: %(choices)s (default: %(default)s, "
-        "the spacing that the model was made for)",
+        help="spacing of the sampling times: %(type)s (default: %(default)s, the spacing that "
+        "the model was made for), or a JSON file of times, which also sets their number",
     )
     group.add_argument(
         "--shift",

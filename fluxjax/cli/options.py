@@ -148,6 +148,28 @@ class NameList:
         return _without_repetition(names)
 
 
+class NameOrFile:
+    """A reader of one name, or of a path that ends in a suffix. Help as of `NameList`.
+
+    **Arguments:** `known`: the names that are accepted. `suffix`: of the files, such as ".json".
+    """
+
+    def __init__(self, known: Iterable[str], suffix: str):
+        self.known = known
+        self.suffix = suffix
+
+    def __str__(self) -> str:
+        return ", ".join(self.known)
+
+    def __call__(self, text: str) -> str:
+        if text.endswith(self.suffix) or text in self.known:
+            return text
+        raise argparse.ArgumentTypeError(
+            f"there is no {printable(text, _SHOWN)!r}; choose from {self}, or give a file "
+            f"*{self.suffix}"
+        )
+
+
 def _without_repetition(values: Sequence[Value]) -> list[Value]:
     """Return the values as a list. **Raises:** `argparse.ArgumentTypeError` if two are equal."""
     for value in values:

@@ -1,6 +1,7 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
@@ -22,9 +24,12 @@ from fluxjax.generate.limits import Demand, check_finite_times, check_memory, re
 from fluxjax.generate.load import LoadOptions, activation_dtype
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
 from fluxjax.generate.text_to_image import as_arrays
+from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
+from fluxjax.printable import printable
+from fluxjax.shapes import Times
 from fluxjax.version import __version__
 from fluxjax.zoo import FLUX1, Defaults
 
@@ -112,10 +117,14 @@ class Request:
 
 
 class _Sizes(NamedTuple):
-    """The numbers of what is drawn, with the model's defaults filled in; as in `Request`."""
+    """The numbers of what is drawn, with the model's defaults filled in; as in `Request`.
+
+    `times`: of the file that the timer names, if it names one.
+    """
 
     height: int
     width: int
+    times: Times | None
     steps: int
     max_length: int
     batch: int
@@ -168,19 +177,39 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
     else:
         # Never more rows than images: what is drawn beyond them would be thrown away.
         batch = min(_or_default(options.batch, options.images), options.images)
+    times = _times_of_file(options)
     return _Sizes(
         height=height,
         width=width,
-        steps=_or_default(options.steps, defaults.steps),
+        times=times,
+        steps=_or_default(options.steps, defaults.steps) if times is None else len(times) - 1,
         max_length=_or_default(options.max_sequence_length, defaults.max_length),
         batch=batch,
     )
 
 
+def _times_of_file(options: argparse.Namespace) -> Times | None:
+    """Return the times of the file that the timer names, if it names one."""
+    if not options.timer.endswith(TIMES_SUFFIX):
+        return None
+    times = read_times(options.timer)
+    steps = len(times) - 1
+    if options.steps not in (None, steps):
+        raise ValueError(
+            f"--timer {printable(options.timer)} has {steps} steps, and --steps is "
+            f"{options.steps}. Leave out --steps, or plan other times."
+        )
+    if options.shift is not None:
+        raise ValueError("--shift does nothing with a file of times. Leave it out.")
+    return times
+
+
 def _recipe(options: argparse.Namespace, sizes: _Sizes, defaults: Defaults) -> Recipe:
-    times = timer(
-        options.timer, sizes.steps, defaults, sizes.height, sizes.width, shift=options.shift
-    )
+    times = sizes.times
+    if times is None:
+        times = timer(
+            options.timer, sizes.steps, defaults, sizes.height, sizes.width, shift=options.shift
+        )
     check_finite_times(times)
     step = integrator(options.integrator, eta=options.eta)
     return Recipe(times, step, _guidance(options), _attention(options))
@@ -253,6 +282,10 @@ def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
     if options.eta is not None:
         about["integrator"] += f", eta {options.eta:g}"
     about["timer"] = options.timer
+    if sizes.times is not None:
+        # The file's name alone would not tell other times of the same name.
+        digest = hashlib.sha256(np.asarray(sizes.times).tobytes()).hexdigest()
+        about["timer"] = encodable(f"{Path(options.timer).name}, {digest[:8]}")
     if options.shift is not None:
         about["timer"] += f", shift {options.shift:g}"
     if options.cfg != 1:

@@ -146,6 +146,28 @@ def test_another_sampler_is_used_and_recorded(run, tmp_path):
     assert expected.items() <= read_text(tmp_path / "flux_1.png").items()
 
 
+def test_a_file_of_times_is_a_timer(run, tmp_path):
+    """The model's own times in a file give the image of the model's timer."""
+    times = fluxjax.generate.model_times(fluxjax.ZOO["tiny"].defaults, 2, 32, 32)
+    fluxjax.generate.write_times(tmp_path / "two.json", times)
+    size = ["--height", 32, "--width", 32]
+    assert run("generate", PROMPT, *size, "--steps", 2).code == 0
+    assert run("generate", PROMPT, *size, "--timer", "two.json").code == 0
+    images = [fluxjax.read_image(tmp_path / f"flux_{i}.png") for i in range(2)]
+    np.testing.assert_array_equal(*images)
+    text = read_text(tmp_path / "flux_1.png")
+    assert text["steps"] == "2"
+    assert text["timer"].startswith("two.json, ")
+    for extra, reason in (
+        (["--timer", "two.json", "--steps", 3], "two.json has 2 steps, and --steps is 3"),
+        (["--timer", "two.json", "--shift", 2], "--shift does nothing with a file of times"),
+        (["--timer", "none.json"], "No such file"),
+    ):
+        refused = run("generate", PROMPT, *size, *extra)
+        assert refused.code == 2
+        assert reason in refused.errors[0]
+
+
 def test_compare_writes_a_grid_and_a_table(run, tmp_path):
     samplers = ["--integrators", "euler,heun", "--timers", "uniform", "--steps", "2,6"]
     size = ["--reference-steps", "24", "--height", "32", "--width", "48"]
