@@ -133,7 +133,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
     )
     group.add_argument(
         "--timer",
-        type=NameOrFile(TIMERS, ".json"),
+        type=NameOrFile(TIMERS, ".json", "model"),
         default="model",
         metavar="NAME",
         help="spacing of the sampling times: %(type)s (default: %(default)s, the spacing that "

@@ -152,17 +152,19 @@ class NameOrFile:
     """A reader of one name, or of a path that ends in a suffix. Help as of `NameList`.
 
     **Arguments:** `known`: the names that are accepted. `suffix`: of the files, such as ".json".
+    `default`: one of the names; it is accepted without looking them up.
     """
 
-    def __init__(self, known: Iterable[str], suffix: str):
+    def __init__(self, known: Iterable[str], suffix: str, default: str):
         self.known = known
         self.suffix = suffix
+        self.default = default
 
     def __str__(self) -> str:
         return ", ".join(self.known)
 
     def __call__(self, text: str) -> str:
-        if text.endswith(self.suffix) or text in self.known:
+        if text == self.default or text.endswith(self.suffix) or text in self.known:
             return text
         raise argparse.ArgumentTypeError(
             f"there is no {printable(text, _SHOWN)!r}; choose from {self}, or give a file "
