@@ -51,8 +51,8 @@ class Decoupled(Step):
     are not linear are linearized at the estimate. No gradient of the velocity is needed.
 
     It is the default for restoration. The error falls with the number of steps, about as
-    steps^-0.7 (so `order` is 0). With few steps, times that are dense near 0 halve it at no cost,
-    such as those of a `mu` of log(1/3). A std of 0 is allowed: what is seen is then kept exactly.
+    steps^-0.7 (so `order` is 0). Spend the steps near 0: 28 steps of `flow_times(28, mu=-1.1)` do
+    about as well as 50 of uniform times. A std of 0 is allowed: what is seen is then kept exactly.
 
     **Arguments:**
 
