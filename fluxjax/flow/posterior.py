@@ -180,7 +180,13 @@ class Gain(Correction):
 
         variance = self._white_variance(t)
         outer = model_outer if self.outer == "model" else lambda w: variance * w
-        inner = {"model": model_inner, "white": variance, "none": jnp.zeros_like(t)}[self.inner]
+        inner: Map | Scalar
+        if self.inner == "model":
+            inner = model_inner
+        elif self.inner == "white":
+            inner = variance
+        else:
+            inner = jnp.zeros_like(t)
         estimate = x - t * velocity
         near = linearize(measurement.operator, estimate)
         residual = measurement.residual(near.value)
