@@ -52,7 +52,7 @@ class Decoupled(Step):
 
     It is the default for restoration. The error falls with the number of steps, about as
     steps^-0.7 (so `order` is 0). Spend the steps near 0: 28 steps of `flow_times(28, mu=-1.1)` do
-    about as well as 50 of uniform times. A std of 0 is allowed: what is seen is then kept exactly.
+    about as well as 40 of uniform times. A std of 0 is allowed: what is seen is then kept exactly.
 
     **Arguments:**
 

@@ -14,6 +14,7 @@ from fluxjax.flow import (
     Decoded,
     Decoupled,
     Downsample,
+    DPMpp2M,
     Euler,
     FlowDPS,
     Guided,
@@ -22,6 +23,7 @@ from fluxjax.flow import (
     Measurement,
     Midpoint,
     Nudged,
+    Projected,
     Step,
     flow_times,
     sample,
@@ -464,6 +466,19 @@ def test_a_guided_velocity_is_restored_with(kind):
     found = draw(guided, image_problem(), x, KEY, kind)
     expected = draw(lambda x, t: velocity(x, t) + 5, image_problem(), x, KEY, kind)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [Midpoint(), DDIM(0.5), DPMpp2M()], ids=["m", "ddim", "2m"])
+def test_a_nudge_of_size_0_is_the_step_itself(inner):
+    # A rule with a memory, and a step with a state.
+    guided = Guided(lambda x, t, condition: velocity(x, t) + condition, X, -X, 3.0)
+    remembering = eqx.tree_at(lambda guided: guided.rule, guided, Projected(momentum=-0.5))
+    for field, through in ((guided, "network"), (remembering, "estimate")):
+        step = Nudged(inner, MEASUREMENT, 0.0, through=through)
+        found = sample(field, X, flow_times(5), step=step, key=KEY)
+        plain = sample(field, X, flow_times(5), step=inner, key=KEY)
+        np.testing.assert_allclose(found.x, plain.x, rtol=1e-5)
+        assert found.evaluations == plain.evaluations
 
 
 def test_the_dtype_of_x_is_kept_and_the_run_is_in_float32():
