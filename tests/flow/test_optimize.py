@@ -111,7 +111,7 @@ def test_red_diff_rests_at_its_fixed_point_whose_errors_are_those_of_the_issue(o
                 rate = jnp.asarray(0.5)
                 noise = jnp.zeros(PIXELS)
                 share = rate * strength
-                return red_diff_update(prior, problem.measurement, x, t, noise, share, rate)
+                return red_diff_update(prior, problem.measurement, x, t, noise, share, rate, 5)
 
             return weights @ jax.vmap(at)(times)
 
