@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fluxjax.flow import (
     DDIM,
@@ -68,7 +69,7 @@ def test_the_moments_of_pnp_flow_are_those_of_the_issue(operator):
 
 def test_pnp_flow_on_a_mixture_is_worse_than_the_prior_itself():
     with jax.enable_x64(True):
-        problem, count = problems.m8(), 3000
+        problem, count = problems.m8(), 1000
         x_key, exact_key, prior_key = jax.random.split(jax.random.key(1), 3)
         times = problems.falling_times(100)
 
@@ -83,8 +84,8 @@ def test_pnp_flow_on_a_mixture_is_worse_than_the_prior_itself():
         exact = problem.posterior.draw(exact_key, count)
         # As a share of the prior's own distance, 0.53: another set of directions changes both.
         prior = problems.sliced_w2(problem.prior.draw(prior_key, count), exact)
-        assert problems.sliced_w2(points, exact) / prior == pytest.approx(0.755 / 0.53, rel=0.06)
-        assert problems.mode_distance(points, problem.posterior) == pytest.approx(0.39, abs=0.02)
+        assert problems.sliced_w2(points, exact) / prior == pytest.approx(0.755 / 0.53, rel=0.08)
+        assert problems.mode_distance(points, problem.posterior) == pytest.approx(0.39, abs=0.035)
 
 
 @pytest.mark.parametrize("operator", problems.OPERATORS)
@@ -110,7 +111,7 @@ def test_red_diff_rests_at_its_fixed_point_whose_errors_are_those_of_the_issue(o
                 rate = jnp.asarray(0.5)
                 noise = jnp.zeros(PIXELS)
                 share = rate * strength
-                return red_diff_update(prior, problem.measurement, x, t, noise, share, rate)
+                return red_diff_update(prior, problem.measurement, x, t, noise, share, rate, 5)
 
             return weights @ jax.vmap(at)(times)
 
@@ -150,29 +151,43 @@ def path_of(prior, times):
 
 
 @eqx.filter_jit
-def fit(prior, measurement, start, times, **options):
-    options = {"iterations": 400, "tolerance": 1e-9, **options}
-    return optimize_noise(prior, measurement, start, times, **options)
+def fit(velocity, measurement, start, times, **options):
+    options = {"iterations": 400, "tolerance": 1e-10, **options}
+    return optimize_noise(velocity, measurement, start, times, **options)
 
 
 @pytest.mark.parametrize("operator", problems.OPERATORS)
-def test_the_most_probable_noise_leads_to_the_mean_of_the_posterior(operator):
+def test_optimized_noise_leads_to_the_mean_of_the_posterior_or_to_draws_of_it(operator):
     with jax.enable_x64(True):
-        problem = problems.g8(operator)
-        times = problems.falling_times(5)
-        start = jnp.cos(3 * jnp.arange(PIXELS))
-        found = fit(problem.prior, problem.measurement, start, times)
+        problem, s = problems.g8(operator), 0.2
+        times, measurement = problems.falling_times(5), problem.measurement
+
+        # The optimum is affine in the center of the prior and in the noise of the measurement.
+        def restore(inputs):
+            center, noise = inputs[:PIXELS], inputs[PIXELS:]
+            perturbed = Measurement(measurement.operator, measurement.y + s * noise, s)
+            start = center + jnp.cos(3 * jnp.arange(PIXELS, dtype=jnp.float64))
+            prior = NormalNoise(center=center)
+            return fit(problem.prior, perturbed, start, times, prior=prior)
+
+        size = PIXELS + measurement.y.size
+        found = jax.vmap(restore)(jnp.concatenate([jnp.zeros((1, size)), jnp.eye(size)]))
+        assert found.iterations.max() < 100
+        assert found.gradient_norm.max() < 1e-6
+
         # The prior that five midpoint steps draw from.
         matrix, offset = path_of(problem.prior, times)
         drawn = problems.Normal(offset, matrix @ matrix.T)
-        expected = drawn.posterior(problem.matrix, problem.observed, 0.2)
-        np.testing.assert_allclose(found.x, expected.mean, atol=1e-8)
-        np.testing.assert_allclose(found.x, matrix @ found.noise + offset, atol=1e-12)
-        assert found.gradient_norm < 1e-9
-        assert found.iterations < 100
+        np.testing.assert_allclose(found.x, found.noise @ matrix.T + offset, atol=1e-12)
+        posterior = drawn.posterior(problem.matrix, problem.observed, s)
+        # The most probable noise leads to the mean, and randomized noise to draws.
+        columns = found.x[1:] - found.x[0]
+        moments = (found.x[0], columns.T @ columns)
+        assert max(problems.errors(moments, posterior)) < 1e-6
         # Five steps differ from the exact path by this much.
-        point = (found.x, jnp.zeros((PIXELS, PIXELS)))
-        assert problems.errors(point, problem.posterior)[0] < 1.2e-3
+        mean, covariance = problems.errors(moments, problem.posterior)
+        assert mean < 1.2e-3
+        assert covariance < 5e-3
 
 
 @pytest.mark.parametrize("operator", problems.OPERATORS)
@@ -201,32 +216,6 @@ def test_the_prior_of_the_norm_only_has_the_errors_of_the_issue(operator):
             assert error == pytest.approx(expected, abs=2e-3)
         spread = jnp.max(jnp.std(images, 0))
         assert (spread > 0.1) == (operator == "mask")
-
-
-@pytest.mark.parametrize("operator", problems.OPERATORS)
-def test_randomize_then_optimize_draws_from_the_posterior(operator):
-    with jax.enable_x64(True):
-        problem = problems.g8(operator)
-        times, s = problems.falling_times(5), 0.2
-        measurement = problem.measurement
-        size = measurement.y.size
-
-        # The optimum is affine in the drawn noise and in the noise of the measurement.
-        def restore(inputs):
-            center, noise = inputs[:PIXELS], inputs[PIXELS:]
-            perturbed = Measurement(measurement.operator, measurement.y + s * noise, s)
-            prior = NormalNoise(center=center)
-            return fit(problem.prior, perturbed, center, times, prior=prior).x
-
-        rows = jnp.concatenate([jnp.zeros((1, PIXELS + size)), jnp.eye(PIXELS + size)])
-        images = jax.vmap(restore)(rows)
-        columns = images[1:] - images[0]
-        matrix, offset = path_of(problem.prior, times)
-        drawn = problems.Normal(offset, matrix @ matrix.T)
-        posterior = drawn.posterior(problem.matrix, problem.observed, s)
-        assert max(problems.errors((images[0], columns.T @ columns), posterior)) < 1e-7
-        # That of the exact path differs by the error of five steps.
-        assert max(problems.errors((images[0], columns.T @ columns), problem.posterior)) < 5e-3
 
 
 def test_randomize_then_optimize_centers_at_its_noise_and_perturbs_the_measurement():
@@ -306,10 +295,15 @@ def test_optimizing_works_under_jit_and_vmap_and_with_a_decoder(run):
     def at(y, std):
         return run(velocity, Measurement(MEASUREMENT.operator, y, std), X)
 
-    ys = jnp.stack([MEASUREMENT.y, other.y])
-    together = jax.jit(jax.vmap(at))(ys, jnp.float32([0.2, 0.1]))
+    ys = MEASUREMENT.y + 0.3 * jnp.arange(8.0)[:, None] % 0.6
+    stds = jnp.float32([0.2, 0.1] * 4)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    together = jax.jit(jax.vmap(at))(*jax.device_put((ys, stds), rows))
+    assert len(together.sharding.device_set) == 8
     # One row of a batch differs by rounding, which the line search enlarges.
-    np.testing.assert_allclose(together, jnp.stack([one, two]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(together[:2], jnp.stack([one, two]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(together[:2], together[6:], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("run", RUNS[:2])
@@ -335,7 +329,7 @@ def test_the_residual_of_a_restoration_is_smaller_than_that_of_the_plain_image(r
     def misfit(x):
         return jnp.linalg.norm(MEASUREMENT.y - squared(x))
 
-    assert misfit(run(velocity, MEASUREMENT, X)) < 0.5 * misfit(plain)
+    assert misfit(run(velocity, MEASUREMENT, X)) < 0.6 * misfit(plain)
 
 
 @pytest.mark.parametrize("run", RUNS)
