@@ -36,8 +36,8 @@ class Mixed(StatefulVelocity):
     - `weights`: one for each velocity, at least 0, in a shape that broadcasts to that of x. At each
       entry of x at least one is above 0.
 
-    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no weight
-    covers (of traced ones, only their number and shapes are checked).
+    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no
+    weight covers (of traced ones, only their number and shapes are checked).
     **Source:** Bar-Tal et al. 2023, eq. 5.
     """
 
@@ -109,8 +109,8 @@ class SlidingWindows(StatefulVelocity):
     - `weights`: how much each entry of a window counts where several overlap, above 0, in a shape
       that broadcasts to the window's.
 
-    **Raises:** `ValueError` for strides outside 1 to `size`, weights that are not above 0, and, when
-    evaluated, for an x that is smaller than a window.
+    **Raises:** `ValueError` for strides outside 1 to `size`, weights that are not above 0, and,
+    when evaluated, for an x that is smaller than a window.
     **Source:** Bar-Tal et al. 2023, section 4.1.
     """
 
@@ -120,8 +120,11 @@ class SlidingWindows(StatefulVelocity):
     weights: Float[Array, "..."] = eqx.field(default_factory=lambda: jnp.ones(()))
 
     def __check_init__(self):
-        same = len(self.size) == len(self.stride) and len(self.size) > 0
-        if not (same and all(1 <= step <= size for step, size in zip(self.stride, self.size))):
+        fits = len(self.size) == len(self.stride) and len(self.size) > 0
+        if fits:
+            strides, sizes = np.array(self.stride), np.array(self.size)
+            fits = bool(np.all((strides >= 1) & (strides <= sizes)))
+        if not fits:
             raise ValueError(
                 "`SlidingWindows(size, stride)` needs a stride from 1 to the size for each axis, "
                 f"got {self.size} and {self.stride}."
@@ -137,13 +140,14 @@ class SlidingWindows(StatefulVelocity):
 
         **Raises:** `ValueError` for an x that is smaller than a window.
         """
-        along = []
-        if len(shape) < len(self.size) or any(map(np.less, shape, self.size)):
+        axes = len(self.size)
+        if len(shape) < axes or np.any(np.array(shape[:axes]) < np.array(self.size)):
             raise ValueError(
                 f"`SlidingWindows` of the size {self.size} got an x of the shape {tuple(shape)}, "
                 "which is smaller. Choose smaller windows."
             )
-        for length, size, stride in zip(shape, self.size, self.stride):
+        along = []
+        for length, size, stride in zip(shape[:axes], self.size, self.stride, strict=True):
             last = length - size
             along.append([*range(0, last, stride), last])
         return np.array(list(itertools.product(*along)), np.int32)
