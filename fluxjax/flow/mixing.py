@@ -1,7 +1,7 @@
 """Velocities made of several: mixed by weights, on windows, or guided by text and by an image."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -41,8 +41,8 @@ class Mixed(StatefulVelocity):
     **Source:** Bar-Tal et al. 2023, eq. 5.
     """
 
-    velocities: tuple[Velocity, ...]
-    weights: tuple[Float[Array, "..."], ...]
+    velocities: Sequence[Velocity]
+    weights: Sequence[Float[Array, "..."]]
 
     def __check_init__(self):
         if len(self.velocities) != len(self.weights) or not self.velocities:
