@@ -26,12 +26,26 @@ from fluxjax.flow.operators import (
     pseudo_inverse,
     solve_normal,
 )
+from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import (
     STRAIGHT,
     CustomPath,
     Discrete,
     VarianceExploding,
     VariancePreserving,
+)
+from fluxjax.flow.posterior import (
+    DDNM,
+    Conditioned,
+    ConditionedEvaluation,
+    Corrected,
+    Correction,
+    Gain,
+    NullSpace,
+    dps,
+    pigdm,
+    proximal,
+    tmpd,
 )
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
@@ -64,6 +78,7 @@ from fluxjax.flow.velocity import StatefulVelocity, Velocity, initial_memory
 __all__ = [
     "AB2",
     "DDIM",
+    "DDNM",
     "DEIS2",
     "ERSDE2",
     "RES2M",
@@ -74,6 +89,10 @@ __all__ = [
     "Churn",
     "ClassifierFree",
     "Composition",
+    "Conditioned",
+    "ConditionedEvaluation",
+    "Corrected",
+    "Correction",
     "CustomPath",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -84,6 +103,7 @@ __all__ = [
     "Euler",
     "FireFlow",
     "FlowEdit",
+    "Gain",
     "Guided",
     "Heun",
     "ImageGuided",
@@ -95,7 +115,9 @@ __all__ = [
     "Measurement",
     "Midpoint",
     "Mixed",
+    "NullSpace",
     "Operator",
+    "Particles",
     "Progress",
     "Projected",
     "Renoise",
@@ -123,6 +145,7 @@ __all__ = [
     "beta_times",
     "convert_prediction",
     "custom_times",
+    "dps",
     "edit_mask",
     "estimates",
     "evaluation_times",
@@ -133,6 +156,8 @@ __all__ = [
     "linear_quadratic_times",
     "linearize",
     "partial_times",
+    "pigdm",
+    "proximal",
     "pseudo_inverse",
     "resolution_mu",
     "sample",
@@ -143,5 +168,7 @@ __all__ = [
     "static_times",
     "stream",
     "time_shift",
+    "tmpd",
+    "twisted_sample",
     "uniform_times",
 ]
