@@ -1,5 +1,7 @@
 """Keeping a part of an image: exact errors on a Gaussian prior, and the laws of masks."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -108,7 +110,7 @@ def test_a_jump_splits_the_step_and_repeats_it_as_a_whole():
     expected = jnp.zeros(PIXELS), jnp.eye(PIXELS)
     run = eqx.filter_jit(moments_of_step)
     nodes = falling_times(4)
-    for t, u in zip(nodes[:-1], nodes[1:], strict=True):
+    for t, u in itertools.pairwise(nodes):
         for number in range(repeats):
             if number > 0:
                 scale = (1 - t) / (1 - u)

@@ -55,7 +55,7 @@ def test_shifted_times_start_much_later_than_the_strength(strength, start):
 def test_a_map_of_strengths_becomes_a_map_of_times():
     strengths = np.float32([[0.0, 0.3, 0.55], [0.6, 0.99, 1.0]])
     starts = start_time(TIMES, strengths)
-    for strength, start in zip(strengths.flat, starts.flat, strict=True):
+    for strength, start in zip(strengths.flat, np.asarray(starts).flat, strict=True):
         assert start == partial_times(TIMES, round(float(strength), 2))[0]
     np.testing.assert_array_equal(start_time(TIMES, strengths, "time"), strengths)
     np.testing.assert_array_equal(jax.jit(start_time)(TIMES, strengths), starts)
@@ -122,10 +122,10 @@ def test_another_image_or_strength_of_equally_many_steps_compiles_nothing():
         return sdedit(field, image, NOISE, times).x
 
     run(IMAGE, partial_times(TIMES, 0.6))
-    run(2 * IMAGE, partial_times(TIMES, 0.65))  # 6 of 10 steps as well
+    run(2 * IMAGE, partial_times(TIMES, 0.55))  # 6 of 10 steps, too
     run(IMAGE, partial_times(TIMES, 0.3, "time"))
     run(IMAGE, partial_times(TIMES, 0.8, "time"))
-    assert traced == [(7 + 0,), (8,), (11,)] or traced == [(7,), (11,)]
+    assert traced == [(7,), (11,)]
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), [0.5, 2.0]])
@@ -144,7 +144,7 @@ def test_misuse_names_the_remedy():
         partial_times(TIMES, 0.5, "share")
     with pytest.raises(ValueError, match="Call it outside jit"):
         jax.jit(partial_times)(TIMES, 0.5)
-    with pytest.raises(ValueError, match=r"`add_noise\(noise\)` needs the shape of x"):
+    with pytest.raises(ValueError, match=r"`add_noise\(noise\)` takes a float array"):
         add_noise(IMAGE, NOISE[:3], 0.5)
     with pytest.raises(ValueError, match=r"`add_noise\(t\)`"):
         add_noise(IMAGE, NOISE, 1.5)
