@@ -41,14 +41,14 @@ def round_trips(velocity, images, times, step):
     return jax.vmap(there_and_back)(images)
 
 
-# The bounds are those of the facts page. Ours are smaller for methods of order 2, by 1.6 and more
-# with more steps; Euler's lie within 10 %.
+# Bounds of order 2 from a first measurement with other draws, of which these errors are at most
+# two thirds: a few images between two modes make most of the error. Euler's are within 15 % of it.
 @pytest.mark.parametrize(
     ("step", "bounds"),
     [
         (FireFlow(), (0.044, 0.0031, 0.0002)),
         (Midpoint(), (0.084, 0.0039, 0.0003)),
-        (Euler(), (0.43, 0.165, 0.081)),
+        (Euler(), (0.45, 0.175, 0.085)),
     ],
     ids=["FireFlow", "Midpoint", "Euler"],
 )
@@ -96,7 +96,8 @@ def test_fireflow_evaluates_once_per_step_and_once_before():
     middles = (times[:-1] + times[1:]) / 2
     assert len(calls) == drawn.evaluations == 7
     np.testing.assert_allclose(sorted(calls), sorted([1.0, *middles]))
-    assert set(np.round(calls, 9)) <= set(np.round(evaluation_times(FireFlow(), times), 9))
+    known = np.asarray(evaluation_times(FireFlow(), times))
+    assert all(np.abs(known - call).min() < 1e-12 for call in calls)
 
 
 def test_fireflow_runs_in_segments_in_a_stream_and_inside_another_step():
@@ -184,10 +185,16 @@ def test_at_its_end_a_steered_velocity_is_finite_with_finite_gradients():
 def test_rf_inversion_does_not_return_the_image():
     """With the rates of the paper: 0.5 up, and down 0.9 in the first quarter of the steps."""
     prior, times = g8("mask").prior, falling_times(28)
-    image, noise = image_and_noise()
-    up = sample(Steered(prior, noise, 0.5, "noise"), image, times[::-1]).x
-    down = Steered(prior, image, 0.9, "image", low=times[28 // 4 - 1])
-    assert rms(sample(down, up, times).x - image) > 0.5
+    image, _ = image_and_noise()
+
+    def there_and_back(noise):
+        up = sample(Steered(prior, noise, 0.5, "noise"), image, times[::-1]).x
+        down = Steered(prior, image, 0.9, "image", low=times[28 // 4 - 1])
+        return sample(down, up, times).x
+
+    noises = jax.random.normal(jax.random.key(0), (200, PIXELS))
+    # About 1: the deviation of a pixel is 1 in the prior.
+    assert 0.5 < rms(jax.vmap(there_and_back)(noises) - image) < 1.5
     exact = sample(prior, image, times[::-1], step=Midpoint()).x
     assert rms(sample(prior, exact, times, step=Midpoint()).x - image) < 0.005
 
