@@ -186,7 +186,7 @@ class SlidingWindows(StatefulVelocity):
     def _window_shape(self, x: X) -> tuple[int, ...]:
         return (*self.size, *x.shape[len(self.size) :])
 
-    def _window(self, x: X, start: Array) -> X:
+    def _window(self, x: X, start: Array) -> Array:
         return jax.lax.dynamic_slice(x, _all_starts(x, start), self._window_shape(x))
 
 
@@ -194,7 +194,7 @@ def _all_starts(x: X, start: Array) -> tuple[Scalar | int, ...]:
     return (*start, *(0,) * (x.ndim - len(start)))
 
 
-def _add_window(x: X, window: X, start: Array) -> X:
+def _add_window(x: X, window: Array, start: Array) -> X:
     place = _all_starts(x, start)
     old = jax.lax.dynamic_slice(x, place, window.shape)
     return jax.lax.dynamic_update_slice(x, old + window, place)

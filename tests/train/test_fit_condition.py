@@ -18,6 +18,13 @@ IMAGE = jnp.float32([0.9, -0.4, 0.7])
 START = {"txt": jnp.zeros(3), "ids": jnp.arange(3)}
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """As users have it: optax relies on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def velocity(x, t, condition):
     """The velocity for data N(MATRIX txt + OFFSET, VARIANCE)."""
     mean = MATRIX @ condition["txt"] + OFFSET
@@ -80,15 +87,13 @@ def test_between_both_conditions_an_edit_keeps_a_part_of_the_image():
 
 
 def test_a_half_precision_image_is_fitted_in_float32():
-    with jax.numpy_dtype_promotion("standard"):
-        fitted = fit_condition(
-            velocity, START, IMAGE.astype(jnp.bfloat16), key=KEY, steps=3
-        ).condition
+    image = IMAGE.astype(jnp.bfloat16)
+    fitted = fit_condition(velocity, START, image, key=KEY, steps=3).condition
     assert fitted["txt"].dtype == jnp.float32
 
 
 def test_misuse_names_the_remedy():
     with pytest.raises(ValueError, match=r"`fit_condition\(steps\)` needs at least 1 step"):
-        fit(0)
+        fit_condition(velocity, START, IMAGE, key=KEY, steps=0)
     with pytest.raises(ValueError, match=r"`interpolate_conditions\(share\)` needs finite"):
         interpolate_conditions(START, START, float("nan"))
