@@ -23,6 +23,11 @@ def _evaluate(velocity: Callable, memory: Memory, x: X, *inputs: object) -> tupl
     return velocity(x, *inputs, memory=memory)
 
 
+def _as_arrays(weights: Sequence[ScalarLike | Array]) -> tuple[Array, ...]:
+    """Return weights as arrays, so that other numbers need no new compilation."""
+    return tuple(jnp.asarray(weight) for weight in weights)
+
+
 @convert_arguments
 class Mixed(StatefulVelocity):
     """The weighted mean of several velocities, sum w_i v_i / sum w_i, at each entry of x.
@@ -42,7 +47,7 @@ class Mixed(StatefulVelocity):
     """
 
     velocities: Sequence[Velocity]
-    weights: Sequence[Float[Array, "..."]]
+    weights: Sequence[ScalarLike | Float[Array, "..."]] = eqx.field(converter=_as_arrays)
 
     def __check_init__(self):
         if len(self.velocities) != len(self.weights) or not self.velocities:

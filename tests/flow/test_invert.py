@@ -1,5 +1,7 @@
 """Inversion: round trips on a mixture, and velocities that are steered to a known end."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -129,7 +131,7 @@ def test_a_memory_passes_through_the_first_evaluation_too():
     times, x, memory = falling_times(4), jnp.linspace(0.0, 1.0, 3), velocity.init(jnp.zeros(3))
     drawn = sample(velocity, x, times, step=FireFlow())
     middle, memory = velocity(x, times[0], memory=memory)
-    for t, u in zip(times, times[1:], strict=False):
+    for t, u in itertools.pairwise(times):
         half = (u - t) / 2
         middle, memory = velocity(x + half * middle, t + half, memory=memory)
         x = x + (u - t) * middle
