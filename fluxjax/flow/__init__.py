@@ -12,8 +12,12 @@ from fluxjax.flow.design import (
     window_masks,
 )
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+from fluxjax.flow.flow_edit import FlowEdit, edit_mask
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
+from fluxjax.flow.inpaint import Inpaint, KeepHistory
+from fluxjax.flow.invert import FireFlow, Steered
 from fluxjax.flow.learned_times import fit_times, plan_times
+from fluxjax.flow.mixing import ImageGuided, Mixed, SlidingWindows
 from fluxjax.flow.noise import (
     NoiseFit,
     NoisePrior,
@@ -40,13 +44,7 @@ from fluxjax.flow.operators import (
 )
 from fluxjax.flow.optimize import pnp_flow, red_diff
 from fluxjax.flow.particles import Particles, twisted_sample
-from fluxjax.flow.paths import (
-    STRAIGHT,
-    CustomPath,
-    Discrete,
-    VarianceExploding,
-    VariancePreserving,
-)
+from fluxjax.flow.paths import STRAIGHT, CustomPath, Discrete, VarianceExploding, VariancePreserving
 from fluxjax.flow.posterior import (
     DDNM,
     Conditioned,
@@ -74,6 +72,7 @@ from fluxjax.flow.sample import (
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
 from fluxjax.flow.stream import Progress, stream
+from fluxjax.flow.strength import add_noise, partial_times, sdedit, start_time
 from fluxjax.flow.times import (
     beta_times,
     custom_times,
@@ -115,16 +114,22 @@ __all__ = [
     "Discrete",
     "Downsample",
     "Euler",
+    "FireFlow",
     "FlowDPS",
+    "FlowEdit",
     "Gain",
     "Guided",
     "Heun",
+    "ImageGuided",
+    "Inpaint",
+    "KeepHistory",
     "LinearMap",
     "Linearized",
     "Mask",
     "Measurement",
     "MeasurementChoice",
     "Midpoint",
+    "Mixed",
     "NoiseFit",
     "NoisePrior",
     "NormalNoise",
@@ -140,7 +145,9 @@ __all__ = [
     "Rule",
     "Sample",
     "SampleState",
+    "SlidingWindows",
     "StatefulVelocity",
+    "Steered",
     "Step",
     "StochasticStep",
     "UniPC2",
@@ -149,6 +156,7 @@ __all__ = [
     "Velocity",
     "WeakModel",
     "ZeroStar",
+    "add_noise",
     "adjoint",
     "advance_sample",
     "ancestral",
@@ -160,6 +168,7 @@ __all__ = [
     "convert_prediction",
     "custom_times",
     "dps",
+    "edit_mask",
     "estimates",
     "evaluation_times",
     "exponential_times",
@@ -171,6 +180,7 @@ __all__ = [
     "linearize",
     "moment_gain",
     "optimize_noise",
+    "partial_times",
     "pigdm",
     "plan_times",
     "pnp_flow",
@@ -181,7 +191,9 @@ __all__ = [
     "resolution_mu",
     "sample",
     "sample_ode",
+    "sdedit",
     "solve_normal",
+    "start_time",
     "static_times",
     "stream",
     "time_shift",
