@@ -35,6 +35,7 @@ from fluxjax.generate.load import (
 )
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
+from fluxjax.generate.prompted import DrawSettings, prompt_batch
 from fluxjax.generate.samplers import (
     INTEGRATORS,
     RULES,
@@ -46,7 +47,7 @@ from fluxjax.generate.samplers import (
 )
 from fluxjax.generate.save import save, save_models
 from fluxjax.generate.text import PromptIds, TextStates, encode_text, prompt_ids
-from fluxjax.generate.text_to_image import DrawSettings, prompt_batch, text_to_image
+from fluxjax.generate.text_to_image import text_to_image
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 

@@ -21,7 +21,7 @@ from fluxjax.generate.latents import noise_batch
 from fluxjax.generate.plots import plot_errors
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
-from fluxjax.generate.text_to_image import distilled_guidance
+from fluxjax.generate.prompted import distilled_guidance
 from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 
