@@ -5,7 +5,11 @@ dx/dt, with t falling from 1 (noise) to 0 (data).
 """
 
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
+from fluxjax.flow.flow_edit import FlowEdit, edit_mask
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
+from fluxjax.flow.inpaint import Inpaint, KeepHistory
+from fluxjax.flow.invert import FireFlow, Steered
+from fluxjax.flow.mixing import ImageGuided, Mixed, SlidingWindows
 from fluxjax.flow.ode import sample_ode
 from fluxjax.flow.paths import (
     STRAIGHT,
@@ -27,6 +31,7 @@ from fluxjax.flow.sample import (
 from fluxjax.flow.step import Step, StochasticStep
 from fluxjax.flow.stochastic import DDIM, ERSDE2, Churn, DPMpp2MSDE, Renoise, ReverseSDE, ancestral
 from fluxjax.flow.stream import Progress, stream
+from fluxjax.flow.strength import add_noise, partial_times, sdedit, start_time
 from fluxjax.flow.times import (
     beta_times,
     custom_times,
@@ -58,9 +63,15 @@ __all__ = [
     "DPMpp2S",
     "Discrete",
     "Euler",
+    "FireFlow",
+    "FlowEdit",
     "Guided",
     "Heun",
+    "ImageGuided",
+    "Inpaint",
+    "KeepHistory",
     "Midpoint",
+    "Mixed",
     "Progress",
     "Projected",
     "Renoise",
@@ -68,7 +79,9 @@ __all__ = [
     "Rule",
     "Sample",
     "SampleState",
+    "SlidingWindows",
     "StatefulVelocity",
+    "Steered",
     "Step",
     "StochasticStep",
     "UniPC2",
@@ -77,6 +90,7 @@ __all__ = [
     "Velocity",
     "WeakModel",
     "ZeroStar",
+    "add_noise",
     "advance_sample",
     "ancestral",
     "as_velocity",
@@ -84,6 +98,7 @@ __all__ = [
     "beta_times",
     "convert_prediction",
     "custom_times",
+    "edit_mask",
     "estimates",
     "evaluation_times",
     "exponential_times",
@@ -91,9 +106,12 @@ __all__ = [
     "initial_memory",
     "karras_times",
     "linear_quadratic_times",
+    "partial_times",
     "resolution_mu",
     "sample",
     "sample_ode",
+    "sdedit",
+    "start_time",
     "static_times",
     "stream",
     "time_shift",

@@ -1,15 +1,19 @@
 """Checks of what a sampling run is given: its times, and the values of its velocity."""
 
-from typing import Any
+from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.flow.step import Step, time_dtype
 from fluxjax.flow.velocity import Memory, Velocity
-from fluxjax.numeric import check_finite
+from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Scalar
+
+Number = TypeVar("Number")
+"""A Python number or an array of numbers."""
 
 
 def check_times(
@@ -102,3 +106,54 @@ def cast_value(call: str, value: Any, x: Array) -> Array:
             "it returns."
         )
     return jnp.asarray(value, x.dtype)
+
+
+def checked_fraction(call: str, name: str, value: Number, meaning: str) -> Number:
+    """Return a number, or an array of numbers, after a check that all are in [0, 1].
+
+    **Arguments:** `call`, `name`: the call and the argument. `meaning`: of both ends, a sentence
+    for the message.
+    **Raises:** `ValueError` unless all are in [0, 1]; at run time for traced ones.
+    """
+    rule = f"`{call}({name})` needs numbers in [0, 1]"
+    if is_concrete_number(value):
+        numbers = np.asarray(value, np.float64)
+        # Written so that NaN fails.
+        inside = (numbers >= 0) & (numbers <= 1)
+        if not np.all(inside):
+            wrong = numbers[~inside].flat[0]
+            raise ValueError(f"{rule}, got {wrong:g}. {meaning}")
+        return value
+    array: Any = value
+    outside = ~jnp.all((array >= 0) & (array <= 1))
+    return eqx.error_if(value, outside, f"{rule}, and got others. {meaning}")
+
+
+def check_same_shape(call: str, x: Array, **arrays: Array | None) -> None:
+    """Check that arrays have the shape of x. None passes.
+
+    **Raises:** `ValueError` for another shape.
+    """
+    for name, array in arrays.items():
+        if array is not None and array.shape != x.shape:
+            raise ValueError(
+                f"`{call}({name})` needs the shape of x, {list(x.shape)}, got "
+                f"{list(array.shape)}. Pack and batch both in the same way."
+            )
+
+
+def check_broadcasts(call: str, x: Array, **arrays: Array) -> None:
+    """Check that arrays broadcast to the shape of x.
+
+    **Raises:** `ValueError` for a shape that does not, or that is larger.
+    """
+    for name, array in arrays.items():
+        try:
+            fits = np.broadcast_shapes(array.shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"`{call}({name})` needs the shape of x, {list(x.shape)}, or one that broadcasts "
+                f"to it, got {list(array.shape)}. Pack and batch both in the same way."
+            )

@@ -10,7 +10,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import OptionalKey, Step, StepState
-from fluxjax.flow.velocity import Memory, Velocity, initial_memory
+from fluxjax.flow.velocity import Memory, MemoryCarrier, Velocity, initial_memory
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 
 
@@ -85,11 +85,12 @@ def sample(
         return carry, (carry.x if history else None, log_prob)
 
     intervals = Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
-    end, (path, log_prob) = jax.lax.scan(body, first_carry(step, velocity, wide), intervals)
+    before = first_carry("sample", step, velocity, wide, times[0])
+    end, (path, log_prob) = jax.lax.scan(body, before, intervals)
     nodes = None
     if path is not None:
         nodes = jnp.concatenate([x[None], path.astype(x.dtype)])
-    evaluations = step.evaluations * (len(times) - 1)
+    evaluations = step.first_evaluations + step.evaluations * (len(times) - 1)
     return Sample(end.x.astype(x.dtype), nodes, evaluations, log_prob, end.memory)
 
 
@@ -126,7 +127,7 @@ def begin_sample(
     **Raises:** as `sample`.
     """
     times = checked_times("begin_sample", step, times, x)
-    carry = first_carry(step, velocity, x.astype(times.dtype))
+    carry = first_carry("begin_sample", step, velocity, x.astype(times.dtype), times[0])
     return SampleState(carry.x, carry.step_state, carry.memory, carry.x, jnp.int32(0))
 
 
@@ -191,9 +192,15 @@ def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
         )
 
 
-def first_carry(step: Step, velocity: Velocity, x: Array) -> Carry:
-    """Return what is passed to the first step."""
-    return Carry(x, step.init(x), initial_memory(velocity, x))
+def first_carry(call: str, step: Step, velocity: Velocity, x: Array, t: Scalar) -> Carry:
+    """Return what is passed to the first step, which starts at t."""
+    memory = initial_memory(velocity, x)
+    field = checked_velocity(call, velocity)
+    if memory is None:
+        return Carry(x, step.start(field, x, t), None)
+    carrier = MemoryCarrier(field, memory)
+    step_state = step.start(carrier, x, t)
+    return Carry(x, step_state, carrier.memory)
 
 
 def take_step(
@@ -205,21 +212,17 @@ def take_step(
     the step, one after another.
     """
     t, u, number = interval
-    memory = carry.memory
     # Folding in the number, instead of splitting a key at each step, gives a step the same key in
     # every segment of a run.
     if key is not None:
         key = jax.random.fold_in(key, number)
 
-    # Integrators know nothing of memories, so the memory goes around them in this closure.
-    def with_memory(x: Array, t: Scalar) -> Array:
-        nonlocal memory
-        value, memory = velocity(x, t, memory=memory)  # type: ignore[call-arg]
-        return value
-
-    field = velocity if memory is None else with_memory
-    x, step_state, log_prob = step(field, carry.x, t, u, carry.step_state, key=key)
-    return Carry(x, step_state, memory), log_prob
+    if carry.memory is None:
+        x, step_state, log_prob = step(velocity, carry.x, t, u, carry.step_state, key=key)
+        return Carry(x, step_state, None), log_prob
+    carrier = MemoryCarrier(velocity, carry.memory)
+    x, step_state, log_prob = step(carrier, carry.x, t, u, carry.step_state, key=key)
+    return Carry(x, step_state, carrier.memory), log_prob
 
 
 def straight_estimate(x: Array, end: Array, interval: Interval) -> Array:

@@ -33,18 +33,27 @@ class Step(eqx.Module):
 
     - `order`: of the global error.
     - `evaluations`: of the velocity, per step.
+    - `first_evaluations`: further ones, before the first step; see `start`.
     - `rising`: whether times may also rise, from image to noise, as in an inversion.
     - `span`: the least and the greatest time at which the step is defined.
     """
 
     order: ClassVar[int]
     evaluations: ClassVar[int]
+    first_evaluations: ClassVar[int] = 0
     rising: ClassVar[bool] = True
     span: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     @abstractmethod
     def init(self, x: X) -> StepState:
         """Return the state before the first step."""
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        """Return the state before the first step, which starts at t.
+
+        It is `init(x)`, except for a step whose first state needs an evaluation of the velocity.
+        """
+        return self.init(x)
 
     @abstractmethod
     def __call__(

@@ -268,8 +268,15 @@ class Churn(Step):
     def evaluations(self) -> int:  # type: ignore[override]
         return self.step.evaluations
 
+    @property
+    def first_evaluations(self) -> int:  # type: ignore[override]
+        return self.step.first_evaluations
+
     def init(self, x: X) -> StepState:
         return self.step.init(x)
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        return self.step.start(velocity, x, t)
 
     def noisier_time(self, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """Return the time with more noise, and how x is brought there.

@@ -54,13 +54,16 @@ def _steps(
     velocity: Velocity, x: Array, times: Array, step: Step, key: OptionalKey
 ) -> Iterator[Progress]:
     dtype = x.dtype
-    carry = first_carry(step, velocity, x.astype(times.dtype))
+    carry = _compiled_start("stream", step, velocity, x.astype(times.dtype), times[0])
     for index in range(len(times) - 1):
         # An array, since a Python number would be compiled anew for every step.
         number = jnp.asarray(index)
         interval = Interval(times[index], times[index + 1], number)
         carry, x0 = _compiled_step(step, velocity, carry, interval, key)
         yield Progress(index, interval.u, carry.x.astype(dtype), x0.astype(dtype))
+
+
+_compiled_start = eqx.filter_jit(first_carry)
 
 
 @eqx.filter_jit

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.times import time_shift
 from fluxjax.flow.velocity import Condition
+from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 
@@ -55,7 +56,7 @@ def flow_matching_loss(
     **Source:** Lipman et al. 2022, eq. 23; Esser et al. 2024, eq. 2.
     """
     predicted = velocity((1 - t) * x0 + t * noise, t)
-    return jnp.mean(jnp.square(predicted.astype(jnp.float32) - (noise - x0)))
+    return jnp.mean(jnp.square(predicted.astype(wide_dtype(predicted.dtype)) - (noise - x0)))
 
 
 @convert_arguments

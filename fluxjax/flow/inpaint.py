@@ -1,0 +1,260 @@
+"""Integrators that keep a part of an image while the velocity repaints the rest."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fluxjax.arguments import convert_arguments
+from fluxjax.flow.checks import check_broadcasts, check_same_shape, checked_fraction
+from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, StepState, X
+from fluxjax.flow.strength import noisy_image
+from fluxjax.flow.velocity import Velocity, scan_evaluations
+from fluxjax.shapes import Array, Float, Int, Scalar
+
+
+class _StepAround(Step):
+    """A step around another one, whose properties it shares."""
+
+    rising = False
+    span = (0.0, 1.0)
+    step: eqx.AbstractVar[Step]
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.step.order
+
+    @property
+    def evaluations(self) -> int:  # type: ignore[override]
+        return self.step.evaluations
+
+    @property
+    def first_evaluations(self) -> int:  # type: ignore[override]
+        return self.step.first_evaluations
+
+
+class _Round(NamedTuple):
+    """A result of going from t to u: x there, and the state of the inner step."""
+
+    x: X
+    state: StepState
+
+
+@convert_arguments
+class Inpaint(_StepAround):
+    """A step that keeps a part of an image: after each step, this part is the image with noise.
+
+    Blended latent diffusion, and the inpainting of diffusers (with one fixed `noise`). With
+    `repeats`, RePaint. With a mask of times, Differential Diffusion: where the mask is between 0
+    and 1, the image is kept down to that time, and repainted from there.
+
+    What is repainted fits what is kept the better, the more often it is repeated; without repeats
+    it is further from the model's own distribution, also with many steps. It costs
+    `repeats * jump` of the inner steps, and no gradient.
+
+    **Arguments:**
+
+    - `step`: the inner integrator. For `repeats` above 1, one that draws noise, as `DDIM(1.0)`.
+    - `image`: the known image, as a latent in the shape of x.
+    - `mask`: 1 where it is repainted, 0 where it is kept, in between the time in [0, 1] from which
+      on it is repainted; see `start_time`, which makes such a map of strengths. Its shape
+      broadcasts to that of x. Other masks and images of the same shapes need no new compilation.
+    - `noise`: the one that all steps add to the kept part. None draws it anew at each step.
+    - `repeats`: how often each step is taken, with noise added back in between.
+    - `jump`: into how many equal steps each step is split, all of which are repeated together.
+
+    **Raises:** `ValueError` for a mask outside [0, 1], less than 1 repeat or jump, no key where
+    noise is drawn, and, when a step is taken, for arrays that do not fit x.
+    **Source:** Avrahami et al. 2022, algorithm 1; Lugmayr et al. 2022, algorithm 1; Levin & Fried
+    2023, algorithm 1.
+    """
+
+    step: Step
+    image: Float[Array, "*shape"]
+    mask: Float[Array, "*mask_shape"]
+    noise: Float[Array, "*shape"] | None = None
+    repeats: int = eqx.field(static=True, default=1)
+    jump: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        # A traced mask is not checked, since that would need a call to the host at each step.
+        if not isinstance(self.mask, jax.core.Tracer):
+            checked_fraction("Inpaint", "mask", self.mask, "1 is repainted, 0 is kept.")
+        for name in ("repeats", "jump"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`Inpaint({name})` needs at least 1, got {getattr(self, name)}. 1 takes each "
+                    "step once."
+                )
+
+    @property
+    def evaluations(self) -> int:  # type: ignore[override]
+        return self.step.evaluations * self.repeats * self.jump
+
+    def init(self, x: X) -> StepState:
+        return self.step.init(x)
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        return self.step.start(velocity, x, t)
+
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
+        nodes = self._nodes(t, u)
+        known: EvaluationTimes = ()
+        for number in range(self.jump):
+            times = self.step.evaluation_times(nodes[number], nodes[number + 1])
+            if times is None:
+                return None
+            known += times
+        return known
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        x: X,
+        t: Scalar,
+        u: Scalar,
+        state: StepState,
+        *,
+        key: OptionalKey,
+    ) -> tuple[X, StepState, None]:
+        check_same_shape("Inpaint", x, image=self.image, noise=self.noise)
+        check_broadcasts("Inpaint", x, mask=self.mask)
+        draws = self.noise is None or self.repeats > 1
+        if key is None and draws:
+            raise ValueError("Inpaint draws noise. Pass key=jax.random.key(…) to `sample`.")
+        if self.repeats == 1:
+            return *self._down(velocity, x, t, u, state, key), None
+
+        def again(before: _Round, item: tuple[Array, Scalar]) -> _Round:
+            round_key, number = item
+            up_key, down_key = jax.random.split(round_key)
+            higher = _add_back(before.x, u, t, up_key)
+            # The first round starts at t itself.
+            start = jnp.where(number == 0, before.x, higher)
+            # Each starts with the state at t: what a round left behind belongs to u.
+            return self._down(velocity, start, t, u, state, down_key)
+
+        rounds = jax.random.split(key, self.repeats), jnp.arange(self.repeats)
+        after = scan_evaluations(velocity, again, _Round(x, state), rounds)
+        return after.x, after.state, None
+
+    def _nodes(self, t: Scalar, u: Scalar) -> Float[Array, " nodes"]:
+        shares = jnp.arange(self.jump + 1, dtype=t.dtype) / self.jump
+        # Written so that both ends are exact.
+        return (1 - shares) * t + shares * u
+
+    def _down(
+        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: StepState, key: OptionalKey
+    ) -> _Round:
+        """Go from t to u once, in `jump` steps."""
+        if self.jump == 1:
+            return self._inner_step(velocity, _Round(x, state), t, u, key)
+        nodes = self._nodes(t, u)
+        keys = key
+        if key is not None:
+            keys = jax.random.split(key, self.jump)
+
+        def step(before: _Round, item: tuple[Scalar, Scalar, OptionalKey]) -> _Round:
+            return self._inner_step(velocity, before, *item)
+
+        items = nodes[:-1], nodes[1:], keys
+        return scan_evaluations(velocity, step, _Round(x, state), items, length=self.jump)
+
+    def _inner_step(
+        self, velocity: Velocity, before: _Round, t: Scalar, u: Scalar, key: OptionalKey
+    ) -> _Round:
+        noise_key, step_key = None, None
+        if key is not None:
+            noise_key, step_key = jax.random.split(key)
+        repainted, state, _ = self.step(velocity, before.x, t, u, before.state, key=step_key)
+        noise = self.noise
+        if noise is None:
+            noise = jax.random.normal(noise_key, before.x.shape, before.x.dtype)
+        image = self.image.astype(before.x.dtype)
+        kept = noisy_image(image, noise.astype(before.x.dtype), u)
+        x = jnp.where(u >= self.mask.astype(u.dtype), kept, repainted)
+        return _Round(x, state)
+
+
+def _add_back(x: X, u: Scalar, t: Scalar, key: Array) -> X:
+    """Return x, which is at u, at the later time t, by the forward process."""
+    # At u = 1 there is nothing to add: all is noise already.
+    scale = jnp.where(u < 1, (1 - t) / jnp.where(u < 1, 1 - u, 1), 1)
+    deviation = jnp.sqrt(jnp.maximum(jnp.square(t) - jnp.square(scale * u), 0))
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    return (scale * x + deviation * noise).astype(x.dtype)
+
+
+class _Place(NamedTuple):
+    """The state of `KeepHistory`: that of the inner step, and the number of steps taken."""
+
+    state: StepState
+    number: Int[Array, ""]
+
+
+@convert_arguments
+class KeepHistory(_StepAround):
+    """A step that keeps a part of a run: after each step, this part is what it was in another run.
+
+    DiffEdit: invert the image to a time t, then sample from there toward the new prompt, and keep
+    outside of the mask what the inversion went through:
+
+    ```python
+    up = sample(source, image, times[::-1], step=FireFlow(), history=True)
+    step = KeepHistory(Euler(), up.history[::-1], edit_mask(source, target, image, key=key))
+    edited = sample(target, up.x, times, step=step).x      # times from t to 0
+    ```
+
+    **Arguments:**
+
+    - `step`: the inner integrator.
+    - `history`: the other run at all nodes, [nodes, ...], in the order in which this step goes.
+    - `mask`: 1 where the step's own result is used, 0 where the history is kept, in between a mean
+      of both with this weight. Its shape broadcasts to that of x.
+
+    **Raises:** `ValueError` for a mask outside [0, 1], and, when a step is taken, for arrays that do
+    not fit x. At run time, an error for more steps than the history has.
+    **Source:** Couairon et al. 2022, section 3.2.
+    """
+
+    step: Step
+    history: Float[Array, "nodes *shape"]
+    mask: Float[Array, "*mask_shape"]
+
+    def __check_init__(self):
+        if not isinstance(self.mask, jax.core.Tracer):
+            checked_fraction("KeepHistory", "mask", self.mask, "0 keeps the history.")
+
+    def init(self, x: X) -> _Place:
+        return _Place(self.step.init(x), jnp.int32(0))
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> _Place:
+        return _Place(self.step.start(velocity, x, t), jnp.int32(0))
+
+    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
+        return self.step.evaluation_times(t, u)
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        x: X,
+        t: Scalar,
+        u: Scalar,
+        state: _Place,
+        *,
+        key: OptionalKey,
+    ) -> tuple[X, _Place, None]:
+        check_same_shape("KeepHistory", x, history=self.history[0])
+        check_broadcasts("KeepHistory", x, mask=self.mask)
+        own, inner, _ = self.step(velocity, x, t, u, state.state, key=key)
+        number = eqx.error_if(
+            state.number + 1,
+            state.number + 1 >= len(self.history),
+            "`KeepHistory(history)` has fewer nodes than the run. Pass one run with the same nodes.",
+        )
+        mask = self.mask.astype(x.dtype)
+        kept = self.history.astype(x.dtype)[number]
+        # The ends are exact, also where the other one is not finite.
+        mixed = jnp.where(mask == 1, own, kept + mask * (own - kept))
+        return jnp.where(mask == 0, kept, mixed), _Place(inner, number), None
