@@ -17,7 +17,13 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
+from fluxjax.flow.sample import (
+    SampleState,
+    advance_sample,
+    begin_sample,
+    evaluation_times,
+    sample,
+)
 from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.autoencode import decode
@@ -35,7 +41,7 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, PerImage, Times
+from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
@@ -308,8 +314,10 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
         if prepares:
             conditions = _prepare(flux, conditions, row, shared)
         velocity, step = _field(flux, conditions, row, shared)
-        state = begin_sample(velocity, pack_latents(row.noise), recipe.times, step=step)
         first = jnp.asarray(recipe.first, jnp.int32)
+        # Some steps evaluate the velocity before the first one, at the first of the times.
+        times = recipe.times.at[0].set(recipe.times[first])
+        state = begin_sample(velocity, pack_latents(row.noise), times, step=step)
         state = eqx.tree_at(lambda state: state.finite_steps, state, first)
         return _Drawing(conditions, state)
 
@@ -352,10 +360,10 @@ def _conditions(flux: Transformer, row: _Rows, shared: _Shared) -> _AllCondition
         negative = eqx.combine(row.negative, shared.negative)
     guidance = eqx.combine(row.guidance, shared.guidance)
     own = prepare_conditions(flux, positive, negative, guidance=guidance, times=None)
-    source: Conditions | None = None
-    if row.source is not None:
-        source = eqx.combine(row.source, shared.source), None
-    return _AllConditions(own, source)
+    if row.source is None:
+        return _AllConditions(own, None)
+    source = eqx.combine(row.source, shared.source)
+    return _AllConditions(own, (cast(Conditioning, source), None))
 
 
 def _prepare(
@@ -378,17 +386,29 @@ def _field(
     image_axes: tuple[str, ...] = (),
 ) -> tuple[Velocity, Step]:
     """Return the velocity of an image and its integrator, changed as the recipe says."""
-    recipe = shared.recipe
+    velocity, source = _velocities(flux, conditions, row, shared, image_axes)
+    change, step = shared.recipe.change, shared.recipe.step
+    if change is None:
+        return velocity, step
+    return change(velocity, step, row.inputs, source)
+
+
+def _velocities(
+    flux: Transformer,
+    conditions: _AllConditions,
+    row: _Rows,
+    shared: _Shared,
+    image_axes: tuple[str, ...] = (),
+) -> tuple[Velocity, Velocity | None]:
+    """Return the guided velocity of an image, and that of its source, which is not guided."""
+    attention = shared.recipe.attention
     guidance = eqx.combine(row.guidance, shared.guidance)
-    own = guided_velocity(flux, conditions.own, guidance, recipe.attention, image_axes)
-    velocity = cast(Velocity, own)
-    if recipe.change is None:
-        return velocity, recipe.step
+    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes)
     source = None
     if conditions.source is not None:
-        unguided = guided_velocity(flux, conditions.source, Guidance(), recipe.attention)
+        unguided = guided_velocity(flux, conditions.source, Guidance(), attention)
         source = cast(Velocity, unguided)
-    return recipe.change(velocity, recipe.step, row.inputs, source)
+    return cast(Velocity, own), source
 
 
 def _for_each_image(
@@ -432,6 +452,67 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
         source_rows,
     )
     return rows, _Shared(positive, negative, guidance, recipe, source)
+
+
+@eqx.filter_jit
+def trajectories(
+    flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
+) -> Float[Array, "images nodes img_tokens channels"]:
+    """Return the packed latents of a batch at all times of the recipe, as of an inversion.
+
+    **Arguments:** as for `denoise`, of which all steps are taken.
+    """
+    check_batch(flux, batch, recipe, mesh)
+
+    def run(flux: Transformer, row: _Rows, shared: _Shared) -> Array:
+        conditions = _prepare(flux, _conditions(flux, row, shared), row, shared)
+        velocity, step = _field(flux, conditions, row, shared)
+        x, times = pack_latents(row.noise), shared.recipe.times
+        path = sample(velocity, x, times, step=step, key=row.key, history=True).history
+        assert path is not None
+        return path
+
+    rows, shared = _split(batch, recipe, mesh)
+    return _for_each_image(run, flux, (rows,), shared, mesh)
+
+
+class FieldFunction(eqx.Module):
+    """A function of the velocities of one image, for `apply_to_fields`."""
+
+    @abstractmethod
+    def __call__(
+        self, velocity: Velocity, source: Velocity | None, x: Packed, key: PRNGKeyArray | None
+    ) -> Array:
+        """Return what is computed of an image.
+
+        **Arguments:** `velocity`, `source`: of the image's conditions. `x`: its packed latent.
+        `key`: its own.
+        """
+
+
+@eqx.filter_jit
+def apply_to_fields(
+    flux: Flux,
+    batch: ImageBatch,
+    recipe: Recipe,
+    function: FieldFunction,
+    *,
+    mesh: Mesh | None = None,
+) -> Float[Array, "images ..."]:
+    """Return function(velocity, source, x, key) for each image of a batch.
+
+    **Arguments:** as for `denoise`; the recipe says how velocities are guided.
+    """
+    check_batch(flux, batch, recipe, mesh)
+
+    def apply(flux: Transformer, row: _Rows, inputs: tuple[_Shared, FieldFunction]) -> Array:
+        shared, function = inputs
+        conditions = _conditions(flux, row, shared)
+        velocity, source = _velocities(flux, conditions, row, shared)
+        return function(velocity, source, pack_latents(row.noise), row.key)
+
+    rows, shared = _split(batch, recipe, mesh)
+    return _for_each_image(apply, flux, (rows,), (shared, function), mesh)
 
 
 def _finish(batch: ImageBatch, drawing: _Drawing) -> _Denoised:

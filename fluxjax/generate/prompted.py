@@ -210,6 +210,32 @@ def prompted_drawing(
     )
 
 
+def negative_prompts(
+    call: str, negative_prompt: str | Sequence[str], prompts: int, guidance: Guidance
+) -> list[str] | None:
+    """Return one negative prompt for each prompt, or None if nothing is guided by them."""
+    if isinstance(negative_prompt, str):
+        negatives = [negative_prompt] * prompts
+    else:
+        negatives = list(negative_prompt)
+    if len(negatives) != prompts:
+        raise ValueError(
+            f"`{call}(negative_prompt)` takes one text, or one for each of {prompts} "
+            f"prompts, got {len(negatives)}."
+        )
+    # The value of an array may change from call to call, and may well be 1 at times.
+    scale = guidance.scale
+    unguided = guidance.nag is None and not isinstance(scale, jax.Array) and np.all(scale == 1)
+    if not unguided:
+        return negatives
+    if negative_prompt != "":
+        raise ValueError(
+            f"`{call}(negative_prompt)` does nothing without guidance away from it. "
+            "Pass guidance=Guidance(scale=3.0), or Guidance(nag=Nag())."
+        )
+    return None
+
+
 def _runner(hooks: DrawHooks | None) -> Runner:
     """Return what runs a jitted function: the hooks, or a call of it."""
     if hooks is not None:

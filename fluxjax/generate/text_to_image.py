@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
-import numpy as np
-
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.load import Models
-from fluxjax.generate.prompted import DrawSettings, PromptTexts, prompted_drawing
+from fluxjax.generate.prompted import DrawSettings, PromptTexts, negative_prompts, prompted_drawing
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
@@ -40,7 +37,7 @@ def text_to_image(
     that is not finite (unless it is traced).
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = _negative_prompts(negative_prompt, len(prompts), guidance)
+    negatives = negative_prompts("text_to_image", negative_prompt, len(prompts), guidance)
     seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2
     drawing = prompted_drawing(
         "text_to_image",
@@ -55,29 +52,3 @@ def text_to_image(
     for numbers in drawing.groups():
         drawn.append(drawing.draw(drawing.batch(numbers), drawing.recipe(numbers)))
     return drawing.images(drawn)
-
-
-def _negative_prompts(
-    negative_prompt: str | Sequence[str], prompts: int, guidance: Guidance
-) -> list[str] | None:
-    """Return one negative prompt for each prompt, or None if nothing is guided by them."""
-    if isinstance(negative_prompt, str):
-        negatives = [negative_prompt] * prompts
-    else:
-        negatives = list(negative_prompt)
-    if len(negatives) != prompts:
-        raise ValueError(
-            f"`text_to_image(negative_prompt)` takes one text, or one for each of {prompts} "
-            f"prompts, got {len(negatives)}."
-        )
-    # The value of an array may change from call to call, and may well be 1 at times.
-    scale = guidance.scale
-    unguided = guidance.nag is None and not isinstance(scale, jax.Array) and np.all(scale == 1)
-    if not unguided:
-        return negatives
-    if negative_prompt != "":
-        raise ValueError(
-            "`text_to_image(negative_prompt)` does nothing without guidance away from it. "
-            "Pass guidance=Guidance(scale=3.0), or Guidance(nag=Nag())."
-        )
-    return None
