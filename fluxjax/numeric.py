@@ -41,6 +41,38 @@ def check_finite(call: str, **values: object) -> None:
             )
 
 
+def check_positive(call: str, **values: object) -> None:
+    """Check that numbers are finite and above 0; traced ones pass, as in `check_finite`.
+
+    **Raises:** `ValueError` for others.
+    """
+    check_finite(call, **values)
+    for name, value in values.items():
+        if is_concrete_number(value) and not np.all(np.asarray(value) > 0):
+            raise ValueError(f"`{call}({name})` needs a positive number, got {value}.")
+
+
+def check_nonnegative(call: str, **values: object) -> None:
+    """Check that numbers are finite and at least 0; traced ones pass, as in `check_finite`.
+
+    **Raises:** `ValueError` for others.
+    """
+    check_finite(call, **values)
+    for name, value in values.items():
+        if is_concrete_number(value) and not np.all(np.asarray(value) >= 0):
+            raise ValueError(f"`{call}({name})` needs a number of at least 0, got {value}.")
+
+
+def check_count(call: str, **values: int) -> None:
+    """Check that whole numbers are at least 1.
+
+    **Raises:** `ValueError` for others.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"`{call}({name})` needs a whole number of at least 1, got {value}.")
+
+
 def _is_finite(value: object) -> bool:
     # Python integers have no bound, and NumPy makes an array of objects of the largest.
     if isinstance(value, int | float):
