@@ -12,7 +12,7 @@ from fluxjax.printable import printable
 from fluxjax.shapes import Array, Float, Image
 from fluxjax.zoo import FLUX1
 
-Mask = Float[Array, "height width"]
+PixelMask = Float[Array, "height width"]
 """How strongly each pixel is repainted: 1 wholly, 0 not at all."""
 
 _LAYOUT = FLUX1.latent
@@ -41,7 +41,7 @@ def read_mask(path: Path | str, *, size: tuple[int, int] | None = None) -> np.nd
     return np.clip(mask, 0, 1).astype(np.float32)
 
 
-def check_mask(call: str, mask: Mask, image: Image) -> None:
+def check_mask(call: str, mask: PixelMask, image: Image) -> None:
     """Check that a mask fits an image.
 
     **Raises:** `ValueError` for a mask of another size, or with values outside of [0, 1].
@@ -84,7 +84,7 @@ def pad_image(
 
 
 @convert_arguments
-def cell_mask(mask: Mask, *, margin: int = MARGIN) -> Float[Array, "rows columns"]:
+def cell_mask(mask: PixelMask, *, margin: int = MARGIN) -> Float[Array, "rows columns"]:
     """Return how strongly each latent cell is repainted: as its most repainted pixel.
 
     A cell covers 8x8 pixels. It counts as 0, as kept, only if no pixel in it and in the margin

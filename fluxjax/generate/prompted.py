@@ -134,7 +134,12 @@ class PromptedDrawing:
     def encode_prompt(self, prompt: str) -> TextStates:
         """Return another prompt encoded, as a batch of one."""
         texts = PromptTexts([prompt])
-        return _encode_prompts(self.models, texts, self.settings, _runner(self.hooks))[0]
+        return _encode_prompts(self.models, texts, self.settings, self.run)[0]
+
+    @property
+    def run(self) -> Runner:
+        """What runs a jitted function: the hooks, if there are any."""
+        return _runner(self.hooks)
 
     def encode_image(self, image: Image) -> Latent:
         """Return the latent of an image, whose sides are multiples of 16 pixels."""
@@ -142,9 +147,7 @@ class PromptedDrawing:
         # On a mesh each part of it gets a copy: it refuses to leave some idle.
         copies = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         images = jnp.broadcast_to(image, (copies, *image.shape))
-        latents = _runner(self.hooks)(
-            "encode", encode, self.models.vae, images, dtype=self.dtype, mesh=mesh
-        )
+        latents = self.run("encode", encode, self.models.vae, images, dtype=self.dtype, mesh=mesh)
         return latents[0]
 
     def draw(self, batch: ImageBatch, recipe: Recipe) -> DrawnBatch:
