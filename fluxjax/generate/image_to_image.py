@@ -162,6 +162,17 @@ def _release_times(
     return jnp.where(cells == 0, 0, release)
 
 
+def check_image(call: str, image: Image) -> None:
+    """**Raises:** `ValueError` for an image that is empty or not finite."""
+    values = np.asarray(image)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(
+            f"`{call}(image)` needs pixels that are finite numbers in [-1, 1], got an image of "
+            f"{values.shape[1]}x{values.shape[0]} that has none, or others. "
+            "Read it with `read_image`."
+        )
+
+
 def drawing_of_image(
     call: str,
     models: Models,
@@ -178,12 +189,7 @@ def drawing_of_image(
     **Raises:** `ValueError` for an image that is empty or not finite, and for sizes in the
     settings.
     """
-    values = np.asarray(image)
-    if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(
-            f"`{call}(image)` needs pixels that are finite numbers in [-1, 1], got an image of "
-            f"{values.shape[1]}x{values.shape[0]} with others. Read it by `read_image`."
-        )
+    check_image(call, image)
     if settings.height is not None or settings.width is not None:
         raise ValueError(
             f"`{call}` draws at the size of its image. Leave height and width out of the settings."
