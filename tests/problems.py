@@ -22,16 +22,19 @@ class Normal(eqx.Module):
 
     mean: jax.Array
     covariance: jax.Array
+    # The covariance's, so that all of its inverses are matrix products.
+    values: jax.Array
+    vectors: jax.Array
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = mean, covariance
+        self.values, self.vectors = jnp.linalg.eigh(covariance)
 
     def __call__(self, x, t):
-        mean, scatter, cross = self.parts(t)
-        return cross @ jnp.linalg.solve(scatter, x - mean) - self.mean
-
-    def parts(self, t):
-        """Return the mean and covariance of x_t, and cov(noise - x0, x_t)."""
-        eye = jnp.eye(len(self.mean))
-        scatter = (1 - t) ** 2 * self.covariance + t**2 * eye
-        return (1 - t) * self.mean, scatter, t * eye - (1 - t) * self.covariance
+        scatter = (1 - t) ** 2 * self.values + t**2
+        gain = (t - (1 - t) * self.values) / scatter
+        rotated = (x - (1 - t) * self.mean) @ self.vectors
+        return self.vectors @ (gain * rotated) - self.mean
 
     def posterior(self, matrix, y, std):
         """Return the normal distribution of x0 given y = matrix x0 + std noise."""
@@ -51,16 +54,24 @@ class Mixture(eqx.Module):
     means: jax.Array
     covariance: jax.Array
     weights: jax.Array
+    values: jax.Array
+    vectors: jax.Array
+
+    def __init__(self, means, covariance, weights):
+        self.means, self.covariance, self.weights = means, covariance, weights
+        self.values, self.vectors = jnp.linalg.eigh(covariance)
 
     def modes(self, t, x):
         """Return the probability of each mode given x_t = x."""
-        scatter = (1 - t) ** 2 * self.covariance + t**2 * jnp.eye(PIXELS)
-        off = x - (1 - t) * self.means
-        logits = jnp.log(self.weights) - 0.5 * jnp.sum(off * jnp.linalg.solve(scatter, off.T).T, 1)
-        return jax.nn.softmax(logits)
+        scatter = (1 - t) ** 2 * self.values + t**2
+        off = (x - (1 - t) * self.means) @ self.vectors
+        return jax.nn.softmax(jnp.log(self.weights) - 0.5 * off**2 @ (1 / scatter))
 
     def __call__(self, x, t):
-        each = jax.vmap(lambda mean: Normal(mean, self.covariance)(x, t))(self.means)
+        scatter = (1 - t) ** 2 * self.values + t**2
+        gain = (t - (1 - t) * self.values) / scatter
+        off = (x - (1 - t) * self.means) @ self.vectors
+        each = (gain * off) @ self.vectors.T - self.means
         return self.modes(t, x) @ each
 
     def posterior(self, matrix, y, std):

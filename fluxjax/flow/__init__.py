@@ -35,12 +35,26 @@ from fluxjax.flow.operators import (
     solve_normal,
 )
 from fluxjax.flow.optimize import pnp_flow, red_diff
+from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import (
     STRAIGHT,
     CustomPath,
     Discrete,
     VarianceExploding,
     VariancePreserving,
+)
+from fluxjax.flow.posterior import (
+    DDNM,
+    Conditioned,
+    ConditionedEvaluation,
+    Corrected,
+    Correction,
+    Gain,
+    NullSpace,
+    dps,
+    pigdm,
+    proximal,
+    tmpd,
 )
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
@@ -74,6 +88,7 @@ from fluxjax.flow.velocity import StatefulVelocity, Velocity, initial_memory
 __all__ = [
     "AB2",
     "DDIM",
+    "DDNM",
     "DEIS2",
     "ERSDE2",
     "RES2M",
@@ -84,6 +99,10 @@ __all__ = [
     "Churn",
     "ClassifierFree",
     "Composition",
+    "Conditioned",
+    "ConditionedEvaluation",
+    "Corrected",
+    "Correction",
     "CustomPath",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -96,6 +115,7 @@ __all__ = [
     "FireFlow",
     "FlowDPS",
     "FlowEdit",
+    "Gain",
     "Guided",
     "Heun",
     "ImageGuided",
@@ -111,7 +131,9 @@ __all__ = [
     "NoisePrior",
     "NormalNoise",
     "Nudged",
+    "NullSpace",
     "Operator",
+    "Particles",
     "Progress",
     "Projected",
     "RadialNoise",
@@ -140,6 +162,7 @@ __all__ = [
     "beta_times",
     "convert_prediction",
     "custom_times",
+    "dps",
     "edit_mask",
     "estimates",
     "evaluation_times",
@@ -151,7 +174,9 @@ __all__ = [
     "linearize",
     "optimize_noise",
     "partial_times",
+    "pigdm",
     "pnp_flow",
+    "proximal",
     "pseudo_inverse",
     "randomize_then_optimize",
     "red_diff",
@@ -164,5 +189,7 @@ __all__ = [
     "static_times",
     "stream",
     "time_shift",
+    "tmpd",
+    "twisted_sample",
     "uniform_times",
 ]

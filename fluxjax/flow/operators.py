@@ -1,5 +1,6 @@
 """Measurements y = A(x0) + std noise: their operators, exact adjoints and linear systems."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -20,6 +21,9 @@ Y = Float[Array, "*measured"]
 
 Map = Callable[[Array], Array]
 """A linear function of one array."""
+
+
+_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 
 class Operator(eqx.Module):
@@ -455,3 +459,14 @@ class Measurement(eqx.Module):
         """Return y - value, 0 where nothing was measured; `value` is operator(x0)."""
         difference = self.y.astype(value.dtype) - value
         return jnp.where(self.operator.observed(value) > 0, difference, 0)
+
+    def log_likelihood(self, x0: X) -> Scalar:
+        """Return the log-density of y given x0, of the entries that were measured.
+
+        **Raises:** `ValueError` for a std of 0.
+        """
+        residual = self.residual(self.operator(x0))
+        std = self.noise_std("log_likelihood", residual.dtype)
+        count = jnp.sum(self.operator.observed(residual))
+        squares = jnp.sum(jnp.square(residual / std))
+        return -0.5 * squares - count * (jnp.log(std) + _HALF_LOG_TAU)

@@ -93,15 +93,19 @@ class DDIM(StochasticStep):
         v = velocity(x, t)
         x0 = x - t * v
         noise = x + (1 - t) * v
-        # The variance that one step of the forward process, from u to t, would add. Both
-        # differences are positive but for rounding, and their roots must not be NaN.
-        forward_variance = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
-        forward_deviation = jnp.sqrt(jnp.maximum(forward_variance, 0))
-        deviation = self.eta * u / t * forward_deviation
-        noise_variance = jnp.square(u) - jnp.square(deviation)
-        noise_share = jnp.sqrt(jnp.maximum(noise_variance, 0))
-        mean = (1 - u) * x0 + noise_share * noise
-        return mean, jnp.asarray(deviation), None
+        noise_share, deviation = ddim_noise(t, u, self.eta)
+        return (1 - u) * x0 + noise_share * noise, deviation, None
+
+
+def ddim_noise(t: Scalar, u: Scalar, eta: ScalarLike) -> tuple[Scalar, Scalar]:
+    """Return what `DDIM` has of noise at u: the factor of the estimated, the deviation of fresh."""
+    # The variance that one step of the forward process, from u to t, would add. Both
+    # differences are positive but for rounding, and their roots must not be NaN.
+    forward_variance = jnp.square(t) - jnp.square(u * (1 - t) / (1 - u))
+    forward_deviation = jnp.sqrt(jnp.maximum(forward_variance, 0))
+    deviation = jnp.asarray(eta * u / t * forward_deviation)
+    noise_variance = jnp.square(u) - jnp.square(deviation)
+    return jnp.sqrt(jnp.maximum(noise_variance, 0)), deviation
 
 
 def ancestral() -> DDIM:
