@@ -25,8 +25,8 @@ from fluxjax.generate.image import read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import noise_batch, seed_key, step_keys
 from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load import load_network, load_tokenizers
+from fluxjax.generate.prompted import batches, distilled_guidance, prompt_batch
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
-from fluxjax.generate.text_to_image import batches, distilled_guidance, prompt_batch
 from fluxjax.generate.tokens import Tokenizers, token_counts
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.flux import Flux

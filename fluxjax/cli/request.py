@@ -22,8 +22,8 @@ from fluxjax.generate.draw import Recipe
 from fluxjax.generate.latents import check_size
 from fluxjax.generate.limits import Demand, check_finite_times, check_memory, read_configs
 from fluxjax.generate.load import LoadOptions, activation_dtype
+from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
-from fluxjax.generate.text_to_image import as_arrays
 from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention

@@ -35,6 +35,7 @@ from fluxjax.generate.load import (
 )
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
+from fluxjax.generate.prompted import DrawSettings, prompt_batch
 from fluxjax.generate.samplers import (
     INTEGRATORS,
     RULES,

@@ -22,9 +22,9 @@ from fluxjax.generate.draw import DrawHooks, ImageBatch, Recipe, draw_batch
 from fluxjax.generate.image import next_number, to_bytes, write_png
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
+from fluxjax.generate.prompted import distilled_guidance, prompt_batch
 from fluxjax.generate.samplers import integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
-from fluxjax.generate.text_to_image import distilled_guidance, prompt_batch
 from fluxjax.shapes import Array, Image, PRNGKeyArray, Times
 
 Result = TypeVar("Result")

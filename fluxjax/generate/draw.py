@@ -1,6 +1,7 @@
 """Drawing: from noise and conditioning to images, a batch at once. The one loop of the package."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
@@ -10,12 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.flow.sample import SampleState, advance_sample, begin_sample, evaluation_times
+from fluxjax.flow.sample import (
+    SampleState,
+    advance_sample,
+    begin_sample,
+    evaluation_times,
+    sample,
+)
 from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.autoencode import decode
@@ -33,7 +41,7 @@ from fluxjax.generate.velocity import (
 )
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.vae import Vae
-from fluxjax.shapes import Array, Float, Int, PerImage, Times
+from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
 IntLike = int | Int[Array, ""]
 Result = TypeVar("Result")
@@ -43,33 +51,61 @@ Result = TypeVar("Result")
 class ImageBatch(eqx.Module):
     """The images of a batch: what differs from one to the next.
 
-    `noise`: their latents at t = 1, from `initial_noise`. `positive`: what they are conditioned on,
-    a batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
-    for each image, for a step that draws noise.
+    `noise`: their latents at the time of the first step, which is t = 1 unless the recipe says
+    otherwise: then those are from `initial_noise`. `positive`: what they are conditioned on, a
+    batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
+    for each image, for a step that draws noise. `inputs`: what the recipe's `Change` takes of each
+    image, a pytree whose arrays have a row for each. `source`: another condition of each image, as
+    that of the image which is edited; the `Change` gets its velocity.
     """
 
     noise: Float[Array, "images latent_channels rows columns"]
     positive: Conditioning
     negative: Conditioning | None = None
     keys: Array | None = None
+    inputs: PyTree = None
+    source: Conditioning | None = None
+
+
+class Change(eqx.Module):
+    """How the velocity and the integrator of each image are changed by inputs of its own.
+
+    It is a pytree, so that its arrays are arguments of compiled programs.
+    """
+
+    @abstractmethod
+    def __call__(
+        self, velocity: Velocity, step: Step, inputs: PyTree, source: Velocity | None
+    ) -> tuple[Velocity, Step]:
+        """Return the velocity that is integrated for an image, and the integrator.
+
+        **Arguments:** `velocity`: of the image, guided. `step`: of the recipe. `inputs`: the
+        image's row of `ImageBatch.inputs`. `source`: the velocity of its `ImageBatch.source`.
+        """
 
 
 @convert_arguments
 class Recipe(eqx.Module):
     """How a batch is sampled: what is the same for all of its images.
 
-    `times`: nodes from `flow_times` or another timer, falling from 1 to 0. `step`: the integrator.
-    `guidance`: how velocities are combined. `attention`: as for `Flux`.
+    `times`: nodes from `flow_times` or another timer, falling from 1 to 0; rising ones invert an
+    image. `step`: the integrator. `guidance`: how velocities are combined. `attention`: as for
+    `Flux`. `change`: of velocity and integrator by the images' own inputs, if any. `first`: the
+    number of the first step that is taken: the batch's `noise` is then the state at
+    `times[first]`. An integer array compiles one program for all numbers, which has no gradient; a
+    Python integer compiles one for each.
     """
 
     times: Times
     step: Step = Euler()
     guidance: Guidance = Guidance()
     attention: AttentionChoice = None
+    change: Change | None = None
+    first: IntLike = 0
 
 
 class DrawProgress(NamedTuple):
-    """How far a batch is: `done` of `steps` steps, the image that each latent points to.
+    """How far a batch is: `done` of the steps that are taken, the image each latent points to.
 
     `estimate`: the images at t = 0 that the last step points to, as packed latents,
     [images, img_tokens, channels], float32.
@@ -85,7 +121,11 @@ class DrawHooks:
     interruptible. Subclasses replace what they need."""
 
     def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
-        """Return function(*inputs, **options), a jitted function. `stage`: "denoise", "decode"."""
+        """Return function(*inputs, **options) of a jitted function.
+
+        `stage`: "encode" for prompts and images, "denoise", "decode". One function may be run with
+        inputs of different shapes.
+        """
         return function(*inputs, **options)
 
     def compile_ahead(self, function: Callable[..., Any], *inputs, **options) -> None:
@@ -175,8 +215,9 @@ def denoise(
 def _denoise(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> _Denoised:
     check_batch(flux, batch, recipe, mesh)
     drawing = _begin(flux, batch, recipe, mesh)
-    # The bounds are Python integers, so that the loop is a scan and has a gradient.
-    drawing = _advance(flux, batch, recipe, drawing, (0, len(recipe.times) - 1), mesh)
+    # Bounds that are Python integers make the loop a scan, which has a gradient.
+    bounds = recipe.first, len(recipe.times) - 1
+    drawing = _advance(flux, batch, recipe, drawing, bounds, mesh)
     return _finish(batch, drawing)
 
 
@@ -193,9 +234,10 @@ def _denoise_in_segments(
     `while_denoising` is called once the loop is compiled: from then on the host mostly waits.
     """
     check_batch(flux, batch, recipe, mesh)
+    steps, first = len(recipe.times) - 1, int(recipe.first)
+    recipe = replace(recipe, first=jnp.int32(first))  # an argument of the compiled programs
     drawing = hooks.run("denoise", _begin_jit, flux, batch, recipe, mesh)
-    steps = len(recipe.times) - 1
-    done, count = 0, 1
+    done, count = first, 1
     while done < steps:
         start = time.monotonic()
         stop = min(done + count, steps)
@@ -203,10 +245,10 @@ def _denoise_in_segments(
         drawing = hooks.run("denoise", _advance_jit, flux, batch, recipe, drawing, bounds, mesh)
         jax.block_until_ready(drawing.state.x)
         seconds_per_step = (time.monotonic() - start) / (stop - done)
-        if done == 0:
+        if done == first:
             while_denoising()
         done = stop
-        hooks.progress(DrawProgress(done, steps, drawing.state.estimate))
+        hooks.progress(DrawProgress(done - first, steps - first, drawing.state.estimate))
         if jax.process_count() > 1:
             count = -(-steps // _SEGMENTS)
         else:
@@ -252,6 +294,8 @@ class _Rows(eqx.Module):
     negative: Conditioning | None
     guidance: Guidance
     key: Array | None
+    inputs: PyTree
+    source: Conditioning | None
 
 
 class _Shared(eqx.Module):
@@ -261,12 +305,20 @@ class _Shared(eqx.Module):
     negative: Conditioning | None
     guidance: Guidance
     recipe: Recipe
+    source: Conditioning | None
+
+
+class _AllConditions(NamedTuple):
+    """The conditions of an image, and of its source, if it has one."""
+
+    own: Conditions
+    source: Conditions | None
 
 
 class _Drawing(NamedTuple):
-    """A batch under way: both conditions of each image, and the state of its integration."""
+    """A batch under way: the conditions of each image, and the state of its integration."""
 
-    conditions: Conditions
+    conditions: _AllConditions
     state: SampleState
 
 
@@ -276,16 +328,17 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
     prepares = mesh is None or mesh.shape["context"] == 1
 
     def begin(flux: Transformer, row: _Rows, shared: _Shared) -> _Drawing:
-        positive, negative = _conditionings(row, shared)
-        guidance = eqx.combine(row.guidance, shared.guidance)
-        times, step = shared.recipe.times, shared.recipe.step
-        evaluations = evaluation_times(step, times) if prepares else None
-        conditions = prepare_conditions(
-            flux, positive, negative, guidance=guidance, times=evaluations
-        )
-        velocity = guided_velocity(flux, conditions, guidance, shared.recipe.attention)
-        x = pack_latents(row.noise)
-        return _Drawing(conditions, begin_sample(cast(Velocity, velocity), x, times, step=step))
+        recipe = shared.recipe
+        conditions = _conditions(flux, row, shared)
+        if prepares:
+            conditions = _prepare(flux, conditions, row, shared)
+        velocity, step = _field(flux, conditions, row, shared)
+        first = jnp.asarray(recipe.first, jnp.int32)
+        # Some steps evaluate the velocity before the first one, at the first of the times.
+        times = recipe.times.at[0].set(recipe.times[first])
+        state = begin_sample(velocity, pack_latents(row.noise), times, step=step)
+        state = eqx.tree_at(lambda state: state.finite_steps, state, first)
+        return _Drawing(conditions, state)
 
     rows, shared = _split(batch, recipe, mesh)
     return _for_each_image(begin, flux, (rows,), shared, mesh)
@@ -306,26 +359,75 @@ def _advance(
         flux: Transformer, row: _Rows, drawing: _Drawing, inputs: tuple[_Shared, tuple]
     ) -> SampleState:
         shared, (start, stop) = inputs
-        guidance = eqx.combine(row.guidance, shared.guidance)
-        recipe = shared.recipe
         conditions = drawing.conditions
         if isinstance(flux, TokenParallelFlux):
-            evaluations = evaluation_times(recipe.step, recipe.times)
-            conditions = prepare_joined(flux, conditions, evaluations)
-        velocity = guided_velocity(flux, conditions, guidance, recipe.attention, image_axes)
-        return advance_sample(
-            cast(Velocity, velocity),
-            drawing.state,
-            recipe.times,
-            start,
-            stop,
-            step=recipe.step,
-            key=row.key,
-        )
+            conditions = _prepare(flux, conditions, row, shared)
+        velocity, step = _field(flux, conditions, row, shared, image_axes)
+        times = shared.recipe.times
+        return advance_sample(velocity, drawing.state, times, start, stop, step=step, key=row.key)
 
     rows, shared = _split(batch, recipe, mesh)
     state = _for_each_image(advance, flux, (rows, drawing), (shared, bounds), mesh)
     return _Drawing(drawing.conditions, state)
+
+
+def _conditions(flux: Transformer, row: _Rows, shared: _Shared) -> _AllConditions:
+    """Return the conditions of an image and of its source, not yet prepared for any time."""
+    positive = eqx.combine(row.positive, shared.positive)
+    negative = None
+    if row.negative is not None:
+        negative = eqx.combine(row.negative, shared.negative)
+    guidance = eqx.combine(row.guidance, shared.guidance)
+    own = prepare_conditions(flux, positive, negative, guidance=guidance, times=None)
+    if row.source is None:
+        return _AllConditions(own, None)
+    source = eqx.combine(row.source, shared.source)
+    return _AllConditions(own, (cast(Conditioning, source), None))
+
+
+def _prepare(
+    flux: Transformer, conditions: _AllConditions, row: _Rows, shared: _Shared
+) -> _AllConditions:
+    """Return conditions prepared for all times at which the image's integrator evaluates them."""
+    _, step = _field(flux, conditions, row, shared)
+    evaluations = evaluation_times(step, shared.recipe.times)
+    source = conditions.source
+    if source is not None:
+        source = prepare_joined(flux, source, evaluations)
+    return _AllConditions(prepare_joined(flux, conditions.own, evaluations), source)
+
+
+def _field(
+    flux: Transformer,
+    conditions: _AllConditions,
+    row: _Rows,
+    shared: _Shared,
+    image_axes: tuple[str, ...] = (),
+) -> tuple[Velocity, Step]:
+    """Return the velocity of an image and its integrator, changed as the recipe says."""
+    velocity, source = _velocities(flux, conditions, row, shared, image_axes)
+    change, step = shared.recipe.change, shared.recipe.step
+    if change is None:
+        return velocity, step
+    return change(velocity, step, row.inputs, source)
+
+
+def _velocities(
+    flux: Transformer,
+    conditions: _AllConditions,
+    row: _Rows,
+    shared: _Shared,
+    image_axes: tuple[str, ...] = (),
+) -> tuple[Velocity, Velocity | None]:
+    """Return the guided velocity of an image, and that of its source, which is not guided."""
+    attention = shared.recipe.attention
+    guidance = eqx.combine(row.guidance, shared.guidance)
+    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes)
+    source = None
+    if conditions.source is not None:
+        unguided = guided_velocity(flux, conditions.source, Guidance(), attention)
+        source = cast(Velocity, unguided)
+    return cast(Velocity, own), source
 
 
 def _for_each_image(
@@ -350,21 +452,86 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
     negative_rows = negative = None
     if batch.negative is not None:
         negative_rows, negative = split_images(batch.negative)
+    source_rows = source = None
+    if batch.source is not None:
+        source_rows, source = split_images(batch.source)
     guidance = recipe.guidance
     if mesh is not None and guidance.nag is not None:
         # Its norms are over all heads of a token, which are split over this axis.
         nag = replace(guidance.nag, head_axes=("tensor",))
         guidance = replace(guidance, nag=nag)
     guidance_rows, guidance = split_scales(guidance)
-    rows = _Rows(batch.noise, positive_rows, negative_rows, guidance_rows, batch.keys)
-    return rows, _Shared(positive, negative, guidance, recipe)
+    rows = _Rows(
+        batch.noise,
+        positive_rows,
+        negative_rows,
+        guidance_rows,
+        batch.keys,
+        batch.inputs,
+        source_rows,
+    )
+    return rows, _Shared(positive, negative, guidance, recipe, source)
 
 
-def _conditionings(row: _Rows, shared: _Shared) -> tuple[Conditioning, Conditioning | None]:
-    positive = eqx.combine(row.positive, shared.positive)
-    if row.negative is None:
-        return positive, None
-    return positive, eqx.combine(row.negative, shared.negative)
+@eqx.filter_jit
+def trajectories(
+    flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
+) -> Float[Array, "images nodes img_tokens channels"]:
+    """Return the packed latents of a batch at all times of the recipe, as of an inversion.
+
+    **Arguments:** as for `denoise`, of which all steps are taken.
+    """
+    check_batch(flux, batch, recipe, mesh)
+
+    def run(flux: Transformer, row: _Rows, shared: _Shared) -> Array:
+        conditions = _prepare(flux, _conditions(flux, row, shared), row, shared)
+        velocity, step = _field(flux, conditions, row, shared)
+        x, times = pack_latents(row.noise), shared.recipe.times
+        path = sample(velocity, x, times, step=step, key=row.key, history=True).history
+        assert path is not None
+        return path
+
+    rows, shared = _split(batch, recipe, mesh)
+    return _for_each_image(run, flux, (rows,), shared, mesh)
+
+
+class FieldFunction(eqx.Module):
+    """A function of the velocities of one image, for `apply_to_fields`."""
+
+    @abstractmethod
+    def __call__(
+        self, velocity: Velocity, source: Velocity | None, x: Packed, key: PRNGKeyArray | None
+    ) -> Array:
+        """Return what is computed of an image.
+
+        **Arguments:** `velocity`, `source`: of the image's conditions. `x`: its packed latent.
+        `key`: its own.
+        """
+
+
+@eqx.filter_jit
+def apply_to_fields(
+    flux: Flux,
+    batch: ImageBatch,
+    recipe: Recipe,
+    function: FieldFunction,
+    *,
+    mesh: Mesh | None = None,
+) -> Float[Array, "images ..."]:
+    """Return function(velocity, source, x, key) for each image of a batch.
+
+    **Arguments:** as for `denoise`; the recipe says how velocities are guided.
+    """
+    check_batch(flux, batch, recipe, mesh)
+
+    def apply(flux: Transformer, row: _Rows, inputs: tuple[_Shared, FieldFunction]) -> Array:
+        shared, function = inputs
+        conditions = _conditions(flux, row, shared)
+        velocity, source = _velocities(flux, conditions, row, shared)
+        return function(velocity, source, pack_latents(row.noise), row.key)
+
+    rows, shared = _split(batch, recipe, mesh)
+    return _for_each_image(apply, flux, (rows,), (shared, function), mesh)
 
 
 def _finish(batch: ImageBatch, drawing: _Drawing) -> _Denoised:

@@ -82,11 +82,18 @@ def _noise_batch(
 def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | None:
     """Return one key for each image of these numbers, for what a stochastic step draws.
 
-    They differ from the keys of the initial noise.
     **Returns:** keys [images], or None for a step that draws nothing.
     """
     if not isinstance(step, StochasticStep | Churn):
         return None
+    return keys_of_steps(key, numbers)
+
+
+def keys_of_steps(key: PRNGKeyArray, numbers: Sequence[int]) -> Array:
+    """Return one key for each image of these numbers, which differ from those of the initial noise.
+
+    **Returns:** keys [images].
+    """
     root = jax.random.fold_in(key, _STEP_KEYS)
     return jnp.stack([jax.random.fold_in(root, number) for number in numbers])
 

@@ -11,8 +11,8 @@ import fluxjax
 from fluxjax import DDIM, DrawSettings, Guidance, text_to_image
 from fluxjax.flow import uniform_times
 from fluxjax.generate import FirstBlock, WeakNetwork, model_times
+from fluxjax.generate.prompted import batches, distilled_guidance
 from fluxjax.generate.samplers import INTEGRATORS, TIMERS, integrator, timer
-from fluxjax.generate.text_to_image import batches, distilled_guidance
 from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
 

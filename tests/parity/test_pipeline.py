@@ -10,9 +10,9 @@ import fluxjax
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.draw import Recipe, denoise
+from fluxjax.generate.prompted import prompt_batch
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import encode_text, prompt_ids
-from fluxjax.generate.text_to_image import prompt_batch
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
