@@ -47,7 +47,7 @@ from fluxjax.generate.samplers import (
 )
 from fluxjax.generate.save import save, save_models
 from fluxjax.generate.text import PromptIds, TextStates, encode_text, prompt_ids
-from fluxjax.generate.text_to_image import DrawSettings, prompt_batch, text_to_image
+from fluxjax.generate.text_to_image import text_to_image
 from fluxjax.generate.times_file import read_times, write_times
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
