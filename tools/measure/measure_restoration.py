@@ -1,0 +1,171 @@
+"""Measure methods of restoration on the tiny model: error, what is kept, and diversity.
+
+Each scene is drawn by code, degraded, and restored with its caption as the prompt. Results are JSON
+lines on standard output, one for each problem and method.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fluxjax
+from fluxjax.flow import DDIM
+from fluxjax.generate.degradations import Blurred, Hidden, Shrunk
+from fluxjax.generate.image_to_image import Repaint, image_to_image
+from fluxjax.generate.restore_image import Restoration, restore_image
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
+from evaluate_tiny import held_out_scenes  # found by the line above
+from scenes import Scene, check, render
+
+SIZE = 128
+NOISE = 0.02
+"""The standard deviation of the noise of a measurement, for images in [-1, 1]."""
+
+
+def half_mask() -> np.ndarray:
+    """Return the mask of an image whose right half is hidden."""
+    mask = np.zeros((SIZE, SIZE), np.float32)
+    mask[:, SIZE // 2 :] = 1
+    return mask
+
+
+def box_mask() -> np.ndarray:
+    """Return the mask of an image whose middle, a quarter of its area, is hidden."""
+    mask = np.zeros((SIZE, SIZE), np.float32)
+    mask[SIZE // 4 : -SIZE // 4, SIZE // 4 : -SIZE // 4] = 1
+    return mask
+
+
+MASKS = {"half": half_mask, "box": box_mask}
+DEGRADATIONS = {"sr4": lambda: Shrunk(4), "deblur": lambda: Blurred(2.0)}
+"""Block means of 4x4 pixels, and a Gaussian blur of 2 pixels."""
+MASK_METHODS = ("decoupled", "pigdm", "tmpd", "proximal", "ddnm", "flowdps", "flowchef")
+PIXEL_METHODS = ("decoupled", "pigdm", "flowdps", "flowchef")
+REPAINTING = {"inpaint": 1, "repaint": 5}
+"""Methods that keep the state instead of the estimate, with their repeats."""
+
+
+def problems() -> dict[str, tuple[str, ...]]:
+    """Return the methods of each problem."""
+    named = dict.fromkeys(MASKS, (*MASK_METHODS, *REPAINTING))
+    return named | dict.fromkeys(DEGRADATIONS, PIXEL_METHODS)
+
+
+def degrade(problem: str, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return what is left of an image; a mask's problem leaves all of it."""
+    if problem in MASKS:
+        return image
+    left = measure_pixels(problem, image)
+    return left + NOISE * rng.normal(size=left.shape).astype(np.float32)
+
+
+def measure_pixels(problem: str, image: np.ndarray) -> np.ndarray:
+    """Return what a problem of pixels leaves of an image [128, 128, 3], without noise."""
+    operator = DEGRADATIONS[problem]().operator(SIZE, SIZE)
+    return np.moveaxis(np.asarray(operator(jnp.moveaxis(jnp.asarray(image), -1, 0))), 0, -1)
+
+
+def restorer(models: fluxjax.Models, problem: str, method: str, steps: int) -> Callable:
+    """Return a function (left, prompt, key, images) -> restored images."""
+
+    def repaint(left: np.ndarray, prompt: str, key: jax.Array, images: int) -> np.ndarray:
+        settings = fluxjax.DrawSettings(steps=steps, images=images, step=DDIM(1.0))
+        again = Repaint(strength=1.0, mask=MASKS[problem](), repeats=REPAINTING[method])
+        return image_to_image(models, left, prompt, key=key, repaint=again, settings=settings)
+
+    def restore(left: np.ndarray, prompt: str, key: jax.Array, images: int) -> np.ndarray:
+        settings = fluxjax.DrawSettings(steps=steps, images=images)
+        if problem in MASKS:
+            restoration = Restoration(
+                degradation=Hidden(MASKS[problem]()), noise=NOISE, method=method
+            )
+        else:
+            restoration = Restoration(
+                degradation=DEGRADATIONS[problem](), noise=NOISE, method=method, iterations=3
+            )
+        return restore_image(
+            models, left, prompt, key=key, restoration=restoration, settings=settings
+        )
+
+    return repaint if method in REPAINTING else restore
+
+
+def seen_error(problem: str, restored: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Return the difference of what is seen of a restored image from what was measured."""
+    if problem in MASKS:
+        return (restored - left)[MASKS[problem]() == 0]
+    return measure_pixels(problem, restored) - left
+
+
+def psnr(error: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of an error between images in [-1, 1], in dB."""
+    return float(-10 * np.log10(np.mean(np.square(error / 2))))
+
+
+def hidden_part(problem: str) -> np.ndarray:
+    """Return 1 where the diversity of draws is measured."""
+    return MASKS[problem]() if problem in MASKS else np.ones((SIZE, SIZE), np.float32)
+
+
+def measure(
+    models: fluxjax.Models, problem: str, method: str, options: argparse.Namespace
+) -> dict[str, object]:
+    """Restore scenes by one method; return its row."""
+    restore = restorer(models, problem, method, options.steps)
+    scenes: list[tuple[Scene, str]] = held_out_scenes(options.scenes)
+    rng = np.random.default_rng(0)
+    adherence, seen, truth_error, spread, seconds = [], [], [], [], []
+    for number, (scene, prompt) in enumerate(scenes):
+        image = render(scene, SIZE, SIZE, rng)
+        left = degrade(problem, image, rng)
+        images = options.draws if number < options.diverse_scenes else 1
+        start = time.perf_counter()
+        drawn = np.asarray(restore(left, prompt, jax.random.key(number), images))
+        if images == 1:
+            seconds.append(time.perf_counter() - start)
+        adherence.append(check(drawn[0], scene)["all"])
+        seen.append(psnr(seen_error(problem, drawn[0], left)))
+        truth_error.append(psnr(drawn[0] - image))
+        if images > 1:
+            deviations = drawn.std(0).mean(-1)[hidden_part(problem) == 1]
+            spread.append(float(np.sqrt(np.mean(np.square(deviations)))))
+    return {
+        "problem": problem,
+        "method": method,
+        "scenes": options.scenes,
+        "steps": options.steps,
+        "adherence_percent": round(100 * float(np.mean(adherence)), 1),
+        "seen_psnr_db": round(float(np.mean(seen)), 2),
+        "psnr_db": round(float(np.mean(truth_error)), 2),
+        "diversity": round(float(np.mean(spread)), 3) if spread else None,
+        "seconds": round(float(np.median(seconds)), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problems", nargs="+", choices=problems(), default=[*problems()])
+    parser.add_argument("--methods", nargs="+", help="of each problem; by default all it has")
+    parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=8, help="of a scene, for the diversity")
+    parser.add_argument("--diverse-scenes", type=int, default=10, help="scenes with many draws")
+    parser.add_argument("--steps", type=int, default=28)
+    options = parser.parse_args()
+    models = fluxjax.load_models("tiny", dtype="float32")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    for problem in options.problems:
+        for method in problems()[problem]:
+            if options.methods is None or method in options.methods:
+                print(json.dumps(measure(models, problem, method, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
