@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.flow.checks import cast_value
 from fluxjax.flow.operators import (
     Linearized,
     Map,
@@ -236,12 +237,14 @@ def _measured_system(local: _Local, measurement: Measurement) -> _System:
     near, residual, inner = local.near, local.residual, local.inner
     variance = jnp.square(measurement.noise_std("twisted_sample", residual.dtype))
     if not callable(inner) and near.gram is not None:
-        return _System(None, (inner * near.gram).ravel(), variance)
+        values = inner.astype(residual.dtype) * near.gram.astype(residual.dtype)
+        return _System(None, values.ravel(), variance)
 
     def column(unit: Array) -> Array:
-        w = near.backward(unit.reshape(residual.shape))
+        # Inside `jax.shard_map` an adjoint takes only what varies over the axes of x.
+        w = near.backward(unit.reshape(residual.shape) + jnp.zeros_like(residual))
         spread = inner(w) if callable(inner) else inner * w
-        return near.forward(spread).ravel()
+        return near.forward(spread).ravel().astype(residual.dtype)
 
     # One column after another: a batch would hold the network's activations for each.
     columns = jax.lax.map(column, jnp.eye(residual.size, dtype=residual.dtype))
@@ -417,6 +420,9 @@ class Conditioned(StatefulVelocity):
     def evaluate(self, x: X, t: ScalarLike) -> ConditionedEvaluation:
         """Return the velocity with and without the measurement, and the measurement's likelihood.
 
+        The likelihood is meant for weights: with a covariance that is "model", its derivative is
+        NaN where eigenvalues are equal, as for the hidden pixels of a mask.
+
         **Raises:** as the call, and `ValueError` for a correction that has no likelihood, or a
         measurement whose std is 0.
         """
@@ -432,11 +438,13 @@ class Conditioned(StatefulVelocity):
                 field, wide, inner_t, self.measurement
             )
             conditioned = _toward(wide, inner_t, corrected)
-            return ConditionedEvaluation(corrected.velocity, conditioned, log_likelihood)
+            weight = log_likelihood.astype(wide.dtype)
+            return ConditionedEvaluation(corrected.velocity, conditioned, weight)
 
         def unguided() -> ConditionedEvaluation:
             value, _ = self._evaluate(wide, t, (), None)
-            return ConditionedEvaluation(value, value, jnp.zeros((), wide.dtype))
+            # Made from x, as `jax.shard_map` wants both branches to vary over the same axes.
+            return ConditionedEvaluation(value, value, jnp.sum(jnp.zeros_like(wide)))
 
         return jax.lax.cond(inside, guided, unguided)
 
@@ -446,7 +454,7 @@ class Conditioned(StatefulVelocity):
 
     def _guided_at(self, t: Scalar) -> tuple[Array, Scalar]:
         """Return whether the velocity is guided at t, and a time at which it can be."""
-        inside = (t > 0) & (t < 1) & (t <= self.high)
+        inside = (t > 0) & (t < 1) & (t <= jnp.asarray(self.high, t.dtype))
         # Under `jax.vmap` both branches are evaluated, and NaN would spoil the gradient of both.
         return inside, jnp.where(inside, t, 0.5)
 
@@ -454,9 +462,9 @@ class Conditioned(StatefulVelocity):
         self, x: X, t: Scalar, condition: tuple[Condition, ...], memory: Memory
     ) -> tuple[X, Memory]:
         if memory is None:
-            return self.velocity(x, t, *condition).astype(x.dtype), None
+            return cast_value("Conditioned", self.velocity(x, t, *condition), x), None
         value, after = self.velocity(x, t, *condition, memory=memory)  # type: ignore[call-arg]
-        return value.astype(x.dtype), after
+        return cast_value("Conditioned", value, x), after
 
 
 def _widened(x: X, t: ScalarLike) -> tuple[X, Scalar]:
@@ -510,5 +518,5 @@ class DDNM(StochasticStep):
         correction = NullSpace(self.iterations)
         v, estimate = correction(lambda x: velocity(x, t), x, t, self.measurement)
         noise = x + (1 - t) * v
-        noise_share, deviation = ddim_noise(t, u, self.eta)
+        noise_share, deviation = ddim_noise(t, u, jnp.asarray(self.eta, u.dtype))
         return (1 - u) * estimate + noise_share * noise, deviation, None
