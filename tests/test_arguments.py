@@ -42,6 +42,14 @@ CALLS = {
     f.beta_times: ({"times": [1.0, 0.5, 0.0], "alpha": 0.5, "beta": 0.5}, {}),
     f.linear_quadratic_times: ({"steps": 4, "threshold": 0.1}, {}),
     f.custom_times: ({"nodes": [1.0, 0.5, 0.0]}, {}),
+    f.add_noise: ({"x0": X, "noise": -X, "t": 0.3}, {}),
+    f.start_time: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.partial_times: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.sdedit: ({"image": X, "noise": -X, "times": [0.5, 0.0]}, {"velocity": straight}),
+    f.edit_mask: (
+        {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
+        {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
+    ),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
@@ -55,6 +63,10 @@ CALLS = {
     f.isolated_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "txt_tokens": 1}, {}),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
+    train.interpolate_conditions: (
+        {"share": 0.3},
+        {"fitted": [np.float32(X)], "target": [np.float32(-X)]},
+    ),
     train.guided_target: ({"conditional": X, "unconditional": X, "scale": 2.0}, {}),
 }
 # With networks, files or devices: tested in their folders, or below.
@@ -79,6 +91,7 @@ ELSEWHERE = {
     train.make_step,
     train.average,
     train.drop_captions,
+    train.fit_condition,
 }
 FORMS = {
     "NumPy": lambda value: np.int64(value) if isinstance(value, int) else np.asarray(value)[()],
