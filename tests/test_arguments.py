@@ -59,6 +59,7 @@ CALLS = {
     f.beta_times: ({"times": [1.0, 0.5, 0.0], "alpha": 0.5, "beta": 0.5}, {}),
     f.linear_quadratic_times: ({"steps": 4, "threshold": 0.1}, {}),
     f.custom_times: ({"nodes": [1.0, 0.5, 0.0]}, {}),
+<<<<<<< HEAD
     f.pnp_flow: ({"x": X, "times": [1.0, 0.5, 0.0], "rate": 0.5, "draws": 2}, RESTORATION),
     f.red_diff: ({"x": X, "times": [1.0, 0.5, 0.0], "strength": 0.5}, RESTORATION),
     f.randomize_then_optimize: (
@@ -68,6 +69,15 @@ CALLS = {
     f.optimize_noise: (
         {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
         {"velocity": straight, "measurement": MEASUREMENT},
+=======
+    f.add_noise: ({"x0": X, "noise": -X, "t": 0.3}, {}),
+    f.start_time: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.partial_times: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.sdedit: ({"image": X, "noise": -X, "times": [0.5, 0.0]}, {"velocity": straight}),
+    f.edit_mask: (
+        {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
+        {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
+>>>>>>> edit
     ),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
@@ -100,6 +110,10 @@ CALLS = {
     ),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
+    train.interpolate_conditions: (
+        {"share": 0.3},
+        {"fitted": [np.float32(X)], "target": [np.float32(-X)]},
+    ),
     train.guided_target: ({"conditional": X, "unconditional": X, "scale": 2.0}, {}),
 }
 # With networks, files or devices: tested in their folders, or below.
@@ -126,6 +140,7 @@ ELSEWHERE = {
     train.make_step,
     train.average,
     train.drop_captions,
+    train.fit_condition,
 }
 FORMS = {
     "NumPy": lambda value: np.int64(value) if isinstance(value, int) else np.asarray(value)[()],

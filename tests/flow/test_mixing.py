@@ -82,7 +82,7 @@ def test_windows_end_where_x_ends_and_cover_every_entry():
     starts = windows.starts((9, 5, 3))
     assert sorted({row for row, _ in starts.tolist()}) == [0, 3, 5]
     assert sorted({column for _, column in starts.tolist()}) == [0, 2, 3]
-    assert windows.count((9, 5, 3)) == 9
+    assert len(starts) == 9
 
 
 def test_window_weights_decide_where_windows_overlap():
