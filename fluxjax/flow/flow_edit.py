@@ -50,8 +50,8 @@ class FlowEdit(Step):
     - `image`: as a latent, in the shape of x.
     - `averages`: over how many draws of noise the difference is averaged at each step.
 
-    **Raises:** `ValueError` for less than 1 average, without a key, and, when a step is taken, for an
-    image that does not have the shape of x.
+    **Raises:** `ValueError` for less than 1 average, without a key, and, when a step is taken, for
+    an image that does not have the shape of x.
     **Source:** Kulikov et al. 2024, algorithm 1.
     """
 

@@ -129,8 +129,10 @@ class Projected(Rule):
         estimate = x - t * positive
         # The difference of the estimates is -t times that of the velocities: no division by t.
         length = t * jnp.linalg.norm(difference)
-        shrink = self.bound / jnp.where(length > 0, length, 1)
-        difference = difference * jnp.where(length > self.bound, shrink, 1)
+        too_long = length > self.bound
+        # An infinite bound stays out of the division, whose gradient would be NaN.
+        shrink = jnp.where(too_long, self.bound, 1) / jnp.where(too_long, length, 1)
+        difference = difference * shrink
         # An estimate of 0 has no direction; then nothing is along it.
         square = jnp.vdot(estimate, estimate)
         share = jnp.vdot(difference, estimate) / jnp.where(square > 0, square, 1)

@@ -123,7 +123,7 @@ class Inpaint(_StepAround):
         draws = self.noise is None or self.repeats > 1
         if key is None and draws:
             raise ValueError("Inpaint draws noise. Pass key=jax.random.key(…) to `sample`.")
-        if self.repeats == 1:
+        if key is None or self.repeats == 1:
             return *self._down(velocity, x, t, u, state, key), None
 
         def again(before: _Round, item: tuple[Array, Scalar]) -> _Round:
@@ -168,13 +168,16 @@ class Inpaint(_StepAround):
         if key is not None:
             noise_key, step_key = jax.random.split(key)
         repainted, state, _ = self.step(velocity, before.x, t, u, before.state, key=step_key)
-        noise = self.noise
-        if noise is None:
-            noise = jax.random.normal(noise_key, before.x.shape, before.x.dtype)
         image = self.image.astype(before.x.dtype)
-        kept = noisy_image(image, noise.astype(before.x.dtype), u)
+        kept = noisy_image(image, self._noise(image, noise_key), u)
         x = jnp.where(u >= self.mask.astype(u.dtype), kept, repainted)
         return _Round(x, state)
+
+    def _noise(self, image: X, key: OptionalKey) -> X:
+        """Return the noise of the kept part, like `image`. With a fixed one, no key is needed."""
+        if self.noise is None and key is not None:
+            return jax.random.normal(key, image.shape, image.dtype)
+        return jnp.asarray(self.noise, image.dtype)
 
 
 def _add_back(x: X, u: Scalar, t: Scalar, key: Array) -> X:
@@ -213,8 +216,8 @@ class KeepHistory(_StepAround):
     - `mask`: 1 where the step's own result is used, 0 where the history is kept, in between a mean
       of both with this weight. Its shape broadcasts to that of x.
 
-    **Raises:** `ValueError` for a mask outside [0, 1], and, when a step is taken, for arrays that do
-    not fit x. At run time, an error for more steps than the history has.
+    **Raises:** `ValueError` for a mask outside [0, 1], and, when a step is taken, for arrays that
+    do not fit x. At run time, an error for more steps than the history has.
     **Source:** Couairon et al. 2022, section 3.2.
     """
 
@@ -251,7 +254,7 @@ class KeepHistory(_StepAround):
         number = eqx.error_if(
             state.number + 1,
             state.number + 1 >= len(self.history),
-            "`KeepHistory(history)` has fewer nodes than the run. Pass one run with the same nodes.",
+            "`KeepHistory(history)` has fewer nodes than this run. Pass that of the same times.",
         )
         mask = self.mask.astype(x.dtype)
         kept = self.history.astype(x.dtype)[number]

@@ -1,7 +1,7 @@
 """Velocities made of several: mixed by weights, on windows, or guided by text and by an image."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -23,6 +23,11 @@ def _evaluate(velocity: Callable, memory: Memory, x: X, *inputs: object) -> tupl
     return velocity(x, *inputs, memory=memory)
 
 
+def _as_arrays(weights: Sequence[ScalarLike | Array]) -> tuple[Array, ...]:
+    """Return weights as arrays, so that other numbers need no new compilation."""
+    return tuple(jnp.asarray(weight) for weight in weights)
+
+
 @convert_arguments
 class Mixed(StatefulVelocity):
     """The weighted mean of several velocities, sum w_i v_i / sum w_i, at each entry of x.
@@ -36,13 +41,13 @@ class Mixed(StatefulVelocity):
     - `weights`: one for each velocity, at least 0, in a shape that broadcasts to that of x. At each
       entry of x at least one is above 0.
 
-    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no weight
-    covers (of traced ones, only their number and shapes are checked).
+    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no
+    weight covers (of traced ones, only their number and shapes are checked).
     **Source:** Bar-Tal et al. 2023, eq. 5.
     """
 
-    velocities: tuple[Velocity, ...]
-    weights: tuple[Float[Array, "..."], ...]
+    velocities: Sequence[Velocity]
+    weights: Sequence[ScalarLike | Float[Array, "..."]] = eqx.field(converter=_as_arrays)
 
     def __check_init__(self):
         if len(self.velocities) != len(self.weights) or not self.velocities:
@@ -109,8 +114,8 @@ class SlidingWindows(StatefulVelocity):
     - `weights`: how much each entry of a window counts where several overlap, above 0, in a shape
       that broadcasts to the window's.
 
-    **Raises:** `ValueError` for strides outside 1 to `size`, weights that are not above 0, and, when
-    evaluated, for an x that is smaller than a window.
+    **Raises:** `ValueError` for strides outside 1 to `size`, weights that are not above 0, and,
+    when evaluated, for an x that is smaller than a window.
     **Source:** Bar-Tal et al. 2023, section 4.1.
     """
 
@@ -120,8 +125,11 @@ class SlidingWindows(StatefulVelocity):
     weights: Float[Array, "..."] = eqx.field(default_factory=lambda: jnp.ones(()))
 
     def __check_init__(self):
-        same = len(self.size) == len(self.stride) and len(self.size) > 0
-        if not (same and all(1 <= step <= size for step, size in zip(self.stride, self.size))):
+        fits = len(self.size) == len(self.stride) and len(self.size) > 0
+        if fits:
+            strides, sizes = np.array(self.stride), np.array(self.size)
+            fits = bool(np.all((strides >= 1) & (strides <= sizes)))
+        if not fits:
             raise ValueError(
                 "`SlidingWindows(size, stride)` needs a stride from 1 to the size for each axis, "
                 f"got {self.size} and {self.stride}."
@@ -137,13 +145,14 @@ class SlidingWindows(StatefulVelocity):
 
         **Raises:** `ValueError` for an x that is smaller than a window.
         """
-        along = []
-        if len(shape) < len(self.size) or any(map(np.less, shape, self.size)):
+        axes = len(self.size)
+        if len(shape) < axes or np.any(np.array(shape[:axes]) < np.array(self.size)):
             raise ValueError(
                 f"`SlidingWindows` of the size {self.size} got an x of the shape {tuple(shape)}, "
                 "which is smaller. Choose smaller windows."
             )
-        for length, size, stride in zip(shape, self.size, self.stride):
+        along = []
+        for length, size, stride in zip(shape[:axes], self.size, self.stride, strict=True):
             last = length - size
             along.append([*range(0, last, stride), last])
         return np.array(list(itertools.product(*along)), np.int32)
@@ -182,7 +191,7 @@ class SlidingWindows(StatefulVelocity):
     def _window_shape(self, x: X) -> tuple[int, ...]:
         return (*self.size, *x.shape[len(self.size) :])
 
-    def _window(self, x: X, start: Array) -> X:
+    def _window(self, x: X, start: Array) -> Array:
         return jax.lax.dynamic_slice(x, _all_starts(x, start), self._window_shape(x))
 
 
@@ -190,7 +199,7 @@ def _all_starts(x: X, start: Array) -> tuple[Scalar | int, ...]:
     return (*start, *(0,) * (x.ndim - len(start)))
 
 
-def _add_window(x: X, window: X, start: Array) -> X:
+def _add_window(x: X, window: Array, start: Array) -> X:
     place = _all_starts(x, start)
     old = jax.lax.dynamic_slice(x, place, window.shape)
     return jax.lax.dynamic_update_slice(x, old + window, place)

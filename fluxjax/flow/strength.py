@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.checks import check_same_shape, check_times, checked_fraction
+from fluxjax.flow.checks import check_times, checked_fraction
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import Sample, sample
 from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity, initial_memory
-from fluxjax.numeric import is_concrete_number
+from fluxjax.numeric import is_concrete_number, wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
 STRENGTH_RULES = ("steps", "time")
@@ -26,13 +26,15 @@ def add_noise(
 
     **Arguments:** `x0`: the image, as a latent. `noise`: drawn from N(0, 1), in the shape of x0.
     `t`: the time, in [0, 1].
-    **Returns:** at 0 exactly x0, at 1 exactly the noise; in the wider dtype of both.
+    **Returns:** at 0 exactly x0, at 1 exactly the noise; in the dtype of both, or if those differ
+    in at least float32.
     **Raises:** `ValueError` for another shape or a t outside [0, 1] (at run time if it is traced).
     """
-    check_same_shape("add_noise", x0, noise=noise)
     t = checked_fraction("add_noise", "t", t, "0 is the image, 1 is noise.")
-    dtype = jnp.promote_types(x0.dtype, noise.dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.promote_types(wide_dtype(x0.dtype), wide_dtype(noise.dtype))
+    dtype = wide
+    if x0.dtype == noise.dtype:
+        dtype = x0.dtype
     return noisy_image(x0.astype(wide), noise.astype(wide), t).astype(dtype)
 
 
