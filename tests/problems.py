@@ -87,9 +87,12 @@ class Mixture(eqx.Module):
         return jax.nn.logsumexp(jnp.log(self.weights) + jnp.stack(each))
 
     def draw(self, key, count):
-        mode_key, noise_key = jax.random.split(key)
-        modes = jax.random.choice(mode_key, len(self.weights), (count,), p=self.weights)
-        noise = jax.random.normal(noise_key, (count, PIXELS))
+        """Return draws whose shares of modes are the weights, but for rounding."""
+        edges = jnp.cumsum(self.weights)
+        modes = jnp.searchsorted(
+            edges, (jnp.arange(count, dtype=edges.dtype) + 0.5) / count * edges[-1]
+        )
+        noise = jax.random.normal(key, (count, PIXELS))
         return self.means[modes] + noise @ jnp.linalg.cholesky(self.covariance).T
 
 
@@ -118,7 +121,7 @@ def _problem(prior, operator, y, std):
 
 
 def _decaying(scale):
-    i = jnp.arange(PIXELS)
+    i = jnp.arange(PIXELS, dtype=jnp.float64)
     return jnp.asarray(scale, jnp.float64) ** jnp.abs(i[:, None] - i)
 
 

@@ -393,8 +393,9 @@ def _conjugate_gradients(semidefinite: Map, shift: Array, r: Array, iterations: 
         return _Search(solution, residual, residual + ratio * p, running), None
 
     # What is left below this is rounding; where S is singular, it would be divided by almost 0.
-    rounding = jnp.square(8 * jnp.finfo(r.dtype).eps) * jnp.vdot(r, r)
-    start = _Search(jnp.zeros_like(r), r, r, jnp.asarray(True))
+    square = jnp.vdot(r, r)
+    rounding = jnp.square(8 * jnp.finfo(r.dtype).eps) * square
+    start = _Search(jnp.zeros_like(r), r, r, square > 0)
     end, _ = jax.lax.scan(improve, start, length=iterations)
     return end.solution
 

@@ -71,9 +71,15 @@ class _Group(eqx.Module):
             return values
         return jax.lax.all_gather(values, self.axis, tiled=True)
 
+    def shared(self, value: Array) -> Array:
+        """Return a value that is the same on all devices, and known to `shard_map` as such."""
+        if self.axis is None:
+            return value
+        return jax.lax.pmean(value, self.axis)
+
     def own_numbers(self, own: int) -> Int[Array, " own"]:
         """Return the numbers, among all particles, of those on this device."""
-        numbers = jnp.arange(own)
+        numbers = jnp.arange(own, dtype=jnp.int32)
         if self.axis is None:
             return numbers
         return numbers + own * jax.lax.axis_index(self.axis)
@@ -127,9 +133,8 @@ def twisted_sample(
     def body(swarm: _Swarm, interval: _Interval) -> tuple[_Swarm, Scalar]:
         return _advance(conditioned, step, group, swarm, interval, key)
 
-    zeros = jnp.zeros_like(wide, shape=len(x))
-    # Made from x, so that inside `shard_map` it varies over the same axes as what replaces it.
-    zeros = zeros + 0 * jnp.sum(wide.reshape(len(x), -1), 1)
+    # Made from x, so that inside `shard_map` they vary over the same axes as what replaces them.
+    zeros = jnp.sum(jnp.zeros_like(wide).reshape(len(x), -1), 1)
     start = _Swarm(wide, jax.vmap(step.init)(wide), zeros, zeros, jnp.sum(group.gather(zeros)))
     intervals = _Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
     end, sizes = jax.lax.scan(body, start, intervals)
@@ -137,11 +142,12 @@ def twisted_sample(
     log_weights = end.log_weights + likelihood - end.log_likelihood
     everyone = group.gather(log_weights)
     total = jax.nn.logsumexp(everyone)
+    log_evidence = end.log_evidence + total - jnp.log(jnp.asarray(len(everyone), total.dtype))
     return Particles(
         end.x.astype(x.dtype),
         log_weights - total,
-        end.log_evidence + total - jnp.log(jnp.asarray(len(everyone), total.dtype)),
-        jnp.append(sizes, _effective_size(everyone)),
+        group.shared(log_evidence),
+        group.shared(jnp.append(sizes, _effective_size(everyone))),
     )
 
 
@@ -179,7 +185,9 @@ def _advance(
     everyone = group.gather(log_weights)
     size = _effective_size(everyone)
     resampled = size < len(everyone) / 2
-    ancestors = jnp.where(resampled, _systematic(everyone, resample_key), jnp.arange(len(everyone)))
+    ancestors = jnp.where(
+        resampled, _systematic(everyone, resample_key), jnp.arange(len(everyone), dtype=jnp.int32)
+    )
     own = group.own_numbers(len(log_weights))
     x, state, evaluation = group.take((swarm.x, swarm.step_state, evaluation), ancestors[own])
     # Equal weights after resampling: what they had in common goes into the evidence.
@@ -231,4 +239,4 @@ def _systematic(log_weights: Array, key: PRNGKeyArray) -> Int[Array, " particles
     offset = jax.random.uniform(key, (), log_weights.dtype)
     positions = (jnp.arange(count, dtype=log_weights.dtype) + offset) / count
     # The last sum may be rounded to less than the last position.
-    return jnp.minimum(jnp.searchsorted(cumulative, positions), count - 1)
+    return jnp.minimum(jnp.searchsorted(cumulative, positions), count - 1).astype(jnp.int32)

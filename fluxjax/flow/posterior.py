@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.flow.checks import cast_value
 from fluxjax.flow.operators import (
     Linearized,
     Map,
@@ -180,7 +181,13 @@ class Gain(Correction):
 
         variance = self._white_variance(t)
         outer = model_outer if self.outer == "model" else lambda w: variance * w
-        inner = {"model": model_inner, "white": variance, "none": jnp.zeros_like(t)}[self.inner]
+        inner: Map | Scalar
+        if self.inner == "model":
+            inner = model_inner
+        elif self.inner == "white":
+            inner = variance
+        else:
+            inner = jnp.zeros_like(t)
         estimate = x - t * velocity
         near = linearize(measurement.operator, estimate)
         residual = measurement.residual(near.value)
@@ -233,7 +240,8 @@ def _measured_system(local: _Local, measurement: Measurement) -> _System:
         return _System(None, (inner * near.gram).ravel(), variance)
 
     def column(unit: Array) -> Array:
-        w = near.backward(unit.reshape(residual.shape))
+        # Inside `jax.shard_map` an adjoint takes only what varies over the axes of x.
+        w = near.backward(unit.reshape(residual.shape) + jnp.zeros_like(residual))
         spread = inner(w) if callable(inner) else inner * w
         return near.forward(spread).ravel()
 
@@ -411,6 +419,9 @@ class Conditioned(StatefulVelocity):
     def evaluate(self, x: X, t: ScalarLike) -> ConditionedEvaluation:
         """Return the velocity with and without the measurement, and the measurement's likelihood.
 
+        The likelihood is meant for weights: with a covariance that is "model", its derivative is
+        NaN where eigenvalues are equal, as for the hidden pixels of a mask.
+
         **Raises:** as the call, and `ValueError` for a correction that has no likelihood, or a
         measurement whose std is 0.
         """
@@ -430,7 +441,8 @@ class Conditioned(StatefulVelocity):
 
         def unguided() -> ConditionedEvaluation:
             value, _ = self._evaluate(wide, t, (), None)
-            return ConditionedEvaluation(value, value, jnp.zeros((), wide.dtype))
+            # Made from x, as `jax.shard_map` wants both branches to vary over the same axes.
+            return ConditionedEvaluation(value, value, jnp.sum(jnp.zeros_like(wide)))
 
         return jax.lax.cond(inside, guided, unguided)
 
@@ -448,9 +460,9 @@ class Conditioned(StatefulVelocity):
         self, x: X, t: Scalar, condition: tuple[Condition, ...], memory: Memory
     ) -> tuple[X, Memory]:
         if memory is None:
-            return self.velocity(x, t, *condition).astype(x.dtype), None
+            return cast_value("Conditioned", self.velocity(x, t, *condition), x), None
         value, after = self.velocity(x, t, *condition, memory=memory)  # type: ignore[call-arg]
-        return value.astype(x.dtype), after
+        return cast_value("Conditioned", value, x), after
 
 
 def _widened(x: X, t: ScalarLike) -> tuple[X, Scalar]:
