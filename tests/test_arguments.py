@@ -27,6 +27,8 @@ def straight(x, t):
     return -x
 
 
+MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
+RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
 # For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
@@ -42,6 +44,16 @@ CALLS = {
     f.beta_times: ({"times": [1.0, 0.5, 0.0], "alpha": 0.5, "beta": 0.5}, {}),
     f.linear_quadratic_times: ({"steps": 4, "threshold": 0.1}, {}),
     f.custom_times: ({"nodes": [1.0, 0.5, 0.0]}, {}),
+    f.pnp_flow: ({"x": X, "times": [1.0, 0.5, 0.0], "rate": 0.5, "draws": 2}, RESTORATION),
+    f.red_diff: ({"x": X, "times": [1.0, 0.5, 0.0], "strength": 0.5}, RESTORATION),
+    f.randomize_then_optimize: (
+        {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
+        RESTORATION,
+    ),
+    f.optimize_noise: (
+        {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
+        {"velocity": straight, "measurement": MEASUREMENT},
+    ),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),

@@ -12,8 +12,6 @@ from fluxjax.flow.velocity import Velocity, initial_memory
 from fluxjax.numeric import check_count, check_nonnegative, check_positive
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
-_ITERATIONS = 5
-
 
 @convert_arguments
 def pnp_flow(
@@ -91,6 +89,7 @@ def red_diff(
     key: PRNGKeyArray,
     strength: ScalarLike = 0.25,
     rate: ScalarLike = 1.0,
+    iterations: int = 5,
 ) -> Float[Array, "*shape"]:
     """RED-diff: the image that fits the measurement, and that noising and denoising leaves.
 
@@ -110,15 +109,17 @@ def red_diff(
     - `strength`: the weight of the regularization.
     - `rate`: of the descent; each step moves x to the estimate by the share rate * strength, which
       should not exceed 1. A small one averages over more noise, and needs more steps.
+    - `iterations`: of conjugate gradients, in each step; masks and block means need none.
 
     **Returns:** the restored x0.
     **Raises:** `ValueError` for bad times, a strength that is negative, a rate that is not
-    positive, and a velocity with a memory.
+    positive, fewer than 1 iteration, and a velocity with a memory.
     **Source:** Mardani et al. 2023 (RED-diff), algorithm 1 with the weight t / (1 - t), and
     proximal steps instead of Adam.
     """
     check_nonnegative("red_diff", strength=strength)
     check_positive("red_diff", rate=rate)
+    check_count("red_diff", iterations=iterations)
     times = _checked("red_diff", velocity, measurement, x, times)
     wide = x.astype(times.dtype)
     step_rate = jnp.asarray(rate, wide.dtype)
@@ -127,7 +128,8 @@ def red_diff(
     def improve(x: Array, number_and_time: tuple[Scalar, Scalar]) -> tuple[Array, None]:
         number, t = number_and_time
         noise = jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
-        return red_diff_update(velocity, measurement, x, t, noise, share, step_rate), None
+        updated = red_diff_update(velocity, measurement, x, t, noise, share, step_rate, iterations)
+        return updated, None
 
     numbers = jnp.arange(len(times) - 1)
     restored, _ = jax.lax.scan(improve, wide, (numbers, times[:-1]))
@@ -142,6 +144,7 @@ def red_diff_update(
     noise: Float[Array, "*shape"],
     share: Scalar,
     rate: Scalar,
+    iterations: int,
 ) -> Float[Array, "*shape"]:
     """Return x after one step of `red_diff`; `share` is rate * strength."""
     estimate = _estimate("red_diff", velocity, (1 - t) * x + t * noise, t)
@@ -156,7 +159,7 @@ def red_diff_update(
         rate,
         measurement.std,
         residual,
-        _ITERATIONS,
+        iterations,
         gram=linear.gram,
     )
     return moved + rate * linear.backward(solved).astype(x.dtype)
