@@ -39,6 +39,7 @@ class LazyChoices(Collection[str]):
 
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
 BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
+EDIT_METHODS = LazyChoices("fluxjax.generate.edit_methods:EDIT_METHODS")
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
 LAYOUTS = LazyChoices("fluxjax.checkpoint.layouts:LAYOUTS")
 LORA_FORMATS = LazyChoices("fluxjax.lora.write:FORMATS")
@@ -46,6 +47,7 @@ MESH_AXES = LazyChoices("fluxjax.devices.mesh:AXES")
 NETWORKS = LazyChoices("fluxjax.checkpoint.kinds:KINDS")
 QUANTIZATIONS = LazyChoices("fluxjax.nets.quantized:EIGHT_BITS")
 RULES = LazyChoices("fluxjax.generate.samplers:RULES")
+SOLVERS = LazyChoices("fluxjax.generate.restore_image:SOLVERS")
 TIMERS = LazyChoices("fluxjax.generate.samplers:TIMERS")
 
 DTYPES = ("float32", "bfloat16", "float16")

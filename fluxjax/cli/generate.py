@@ -18,11 +18,14 @@ from fluxjax.cli.console import complain
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
-from fluxjax.cli.request import Request, read_request
+from fluxjax.cli.request import Request, check_request_memory, read_request
+from fluxjax.cli.starts import StartFacts, StartImage, describe_start, read_start, start_facts
 from fluxjax.devices.offload import fetch, offload, residency
-from fluxjax.generate.draw import draw_batch
+from fluxjax.generate.autoencode import encode
+from fluxjax.generate.draw import ImageBatch, Recipe, draw_batch
 from fluxjax.generate.image import read_metadata, write_numbered, write_png
-from fluxjax.generate.latents import noise_batch, seed_key, step_keys
+from fluxjax.generate.image_to_image import Start, begin_from_images
+from fluxjax.generate.latents import keys_of_steps, noise_batch, seed_key, step_keys
 from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load import load_network, load_tokenizers
 from fluxjax.generate.prompted import batches, distilled_guidance, prompt_batch
@@ -85,18 +88,40 @@ class _Images(NamedTuple):
     """Drawn images on this host. `lost`: for each, the first stage after which it is not finite.
     `reused`: how many evaluations a step cache skipped."""
 
-    images: np.ndarray
+    images: list[np.ndarray]
     lost: list[str | None]
     reused: int
+
+
+class _Group(NamedTuple):
+    """Images that are drawn together.
+
+    `numbers`: of the images of a prompt, or of the lines of a file. `request`: for their size.
+    `facts`: of one of the images that are drawn again, or None; all begin at the same time.
+    """
+
+    numbers: list[int]
+    request: Request
+    facts: StartFacts | None
+
+    @property
+    def start(self) -> Start:
+        """Where sampling starts."""
+        times = self.request.recipe.times
+        return Start(times, 0) if self.facts is None else self.facts.repaint.start_of(times)
 
 
 def _draw_prompt(request: Request, line: Line) -> None:
     """Draw the images of one prompt: encode it, free the encoders, draw, a batch at a time."""
     is_writer = jax.process_index() == 0
-    groups = batches(request.images, request.batch)
+    facts, start = start_facts(line, request.start, request.timer), read_start(line)
+    if facts is not None:
+        request = request.at_size(*facts.padded)
+        check_request_memory(request)
+    groups = [_Group(one, request, facts) for one in batches(request.images, request.batch)]
     written: list[Path] = []
     reused = 0
-    with _clock(request, len(groups), silent=not is_writer) as clock:
+    with _clock(request, groups, silent=not is_writer) as clock:
         stages = _Stages(clock, request)
         encoders = stages.load_encoders()
         stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
@@ -106,41 +131,39 @@ def _draw_prompt(request: Request, line: Line) -> None:
         del encoders
         networks = stages.load_networks()
         stages.show_memory(kept, networks)
-        key = seed_key(line.seed)
         for group in groups:
-            noise = noise_batch(
-                key,
-                group,
-                request.height,
-                request.width,
-                channels=networks.vae.config.latent_channels,
-            )
-            keys = step_keys(key, group, request.recipe.step)
-            drawn = stages.draw(networks, prompts.rows([0] * len(group)), noise, keys)
+            numbers = group.numbers
+            seeds = [(line.seed, number) for number in numbers]
+            starts = [start] * len(numbers)
+            rows = prompts.rows([0] * len(numbers))
+            drawn = stages.draw(networks, rows, group, seeds, starts)
             reused += drawn.reused
             # The last group repeats its last number.
             for number, image, lost in zip(
-                dict.fromkeys(group), drawn.images, drawn.lost, strict=False
+                dict.fromkeys(numbers), drawn.images, drawn.lost, strict=False
             ):
                 if lost is not None:
                     raise ValueError(f"Image {number} {_not_finite(lost)}")
-                metadata = request.metadata(line, networks.guidance_text)
+                changes = {} if facts is None else facts.description
+                metadata = request.metadata(line, networks.guidance_text, changes)
                 metadata["image"] = str(number)
                 if is_writer:
                     written.append(write_numbered(image, request.folder, metadata))
     if is_writer:
-        print(_report(clock, request, reused, len(groups)))
+        _print_report(clock, request, reused, groups)
         print("\n".join(str(path) for path in written))
 
 
 class _Work(NamedTuple):
     """What a process has to do for a file of prompts.
 
-    `lines`: to draw. `replaced`: the ids of those whose images are there and are replaced.
-    `present`: how many images are there already. `problems`: why some lines are not drawn.
+    `lines`: to draw. `facts`: by the id of a line, of the image that it names, if it names one.
+    `replaced`: the ids of those whose images are there and are replaced. `present`: how many images
+    are there already. `problems`: why some lines are not drawn.
     """
 
     lines: list[Line]
+    facts: dict[str, StartFacts]
     replaced: set[str]
     present: int
     problems: list[str]
@@ -157,21 +180,21 @@ def _draw_file(request: Request, path: Path) -> None:
     problems += work.problems
     written = 0
     if work.lines:
-        groups = batches(len(work.lines), min(request.batch, max(len(lines), 1)))
+        groups = _group_lines(request, work, min(request.batch, max(len(lines), 1)))
         reused = 0
-        with _clock(request, len(groups)) as clock:
+        with _clock(request, groups) as clock:
             stages = _Stages(clock, request)
             encoders, networks = stages.load_encoders(), stages.load_networks()
             stages.note_cut_prompts(encoders.tokenizers, work.lines)
             stages.show_memory(encoders, networks)
             for group in groups:
-                chosen = [work.lines[number] for number in group]
-                drawn = _draw_lines(stages, encoders, networks, chosen)
+                chosen = [work.lines[number] for number in group.numbers]
+                drawn = _draw_lines(stages, encoders, networks, group, chosen)
                 reused += drawn.reused
-                count, more = _write_lines(request, networks, chosen, drawn, work.replaced)
+                count, more = _write_lines(request, networks, chosen, drawn, work)
                 written += count
                 problems += more
-        print(_report(clock, request, reused, len(groups)))
+        _print_report(clock, request, reused, groups)
     print(
         f"{written} images written to {request.folder}, {work.present} were there, "
         f"{len(lines)} lines in all"
@@ -181,15 +204,23 @@ def _draw_file(request: Request, path: Path) -> None:
 
 def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
     """Sort lines by whether their images are there, and are theirs."""
-    work = _Work([], set(), 0, [])
+    work = _Work([], {}, set(), 0, [])
     present = 0
     for line in lines:
         path = line.image(request.folder)
+        try:
+            facts = start_facts(line, request.start, request.timer)
+        except (ValueError, OSError) as error:
+            work.problems.append(f"line {line.number}: {error}")
+            continue
+        if facts is not None:
+            work.facts[line.id] = facts
         if not path.exists() and not path.is_symlink():
             work.lines.append(line)
             continue
         found = read_metadata(path)
-        expected = request.metadata(line, request.expected_guidance(found))
+        changes = {} if facts is None else facts.description
+        expected = request.metadata(line, request.expected_guidance(found), changes)
         reason = difference(found, expected)
         if reason is None:
             present += 1
@@ -203,21 +234,37 @@ def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
     return work._replace(present=present)
 
 
+def _group_lines(request: Request, work: _Work, size: int) -> list[_Group]:
+    """Return the lines' numbers in batches, whose images have one size and begin at one time."""
+    alike: dict[tuple, list[int]] = {}
+    for number, line in enumerate(work.lines):
+        facts = work.facts.get(line.id)
+        kind: tuple = ()
+        if facts is not None:
+            kind = (*facts.padded, facts.repaint.strength, facts.repaint.rule, facts.has_mask)
+        alike.setdefault(kind, []).append(number)
+    groups = []
+    for numbers in alike.values():
+        facts = work.facts.get(work.lines[numbers[0]].id)
+        sized = request if facts is None else request.at_size(*facts.padded)
+        check_request_memory(sized)
+        for places in batches(len(numbers), size):
+            groups.append(_Group([numbers[place] for place in places], sized, facts))
+    return groups
+
+
 def _draw_lines(
-    stages: "_Stages", encoders: _Encoders, networks: _Networks, lines: Sequence[Line]
+    stages: "_Stages",
+    encoders: _Encoders,
+    networks: _Networks,
+    group: _Group,
+    lines: Sequence[Line],
 ) -> _Images:
     """Draw a batch of lines, each with the noise of its own seed."""
-    request, channels = stages.request, networks.vae.config.latent_channels
-    noise, keys = [], []
-    for line in lines:
-        key = seed_key(line.seed)
-        noise.append(noise_batch(key, [0], request.height, request.width, channels=channels))
-        line_keys = step_keys(key, [0], request.recipe.step)
-        if line_keys is not None:
-            keys.append(line_keys)
     prompts = stages.encode(encoders, lines)
-    step_key_batch = jnp.concatenate(keys) if keys else None
-    return stages.draw(networks, prompts, jnp.concatenate(noise), step_key_batch)
+    seeds = [(line.seed, 0) for line in lines]
+    starts = [read_start(line) for line in lines]
+    return stages.draw(networks, prompts, group, seeds, starts)
 
 
 def _write_lines(
@@ -225,7 +272,7 @@ def _write_lines(
     networks: _Networks,
     lines: Sequence[Line],
     drawn: _Images,
-    replaced: set[str],
+    work: _Work,
 ) -> tuple[int, list[str]]:
     """Write a batch of lines; return how many were written, and what is wrong with the others."""
     written, problems = 0, []
@@ -235,8 +282,11 @@ def _write_lines(
             problems.append(f"line {line.number}: its image {_not_finite(lost)}")
             continue
         with suppress(FileExistsError):  # another process has drawn it since
-            metadata = request.metadata(line, networks.guidance_text)
-            write_png(image, line.image(request.folder), metadata, overwrite=line.id in replaced)
+            facts = work.facts.get(line.id)
+            changes = {} if facts is None else facts.description
+            metadata = request.metadata(line, networks.guidance_text, changes)
+            overwrite = line.id in work.replaced
+            write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
             written += 1
     return written, problems
 
@@ -256,18 +306,26 @@ def _not_finite(stage: str) -> str:
     )
 
 
-def _clock(request: Request, groups: int, *, silent: bool = False) -> Clock:
-    return Clock(request.steps * groups, request.recipe.step.evaluations, silent=silent)
+def _clock(request: Request, groups: Sequence[_Group], *, silent: bool = False) -> Clock:
+    steps = sum(group.start.steps for group in groups)
+    return Clock(steps, request.recipe.step.evaluations * request.start.repeats, silent=silent)
 
 
-def _report(clock: Clock, request: Request, reused: int, groups: int) -> str:
-    """Return what was spent on each stage, and how many evaluations a step cache skipped."""
+def _print_report(clock: Clock, request: Request, reused: int, groups: Sequence[_Group]) -> None:
+    """Print when drawing starts, what was spent on each stage, and how many evaluations a step
+    cache skipped."""
+    notes: dict[str, None] = {}
+    for group in groups:
+        if group.facts is not None:
+            notes.setdefault(describe_start(group.facts.repaint, group.start))
+    for note in notes:
+        print(note)
     report = clock.report()
-    if request.recipe.guidance.cache is None:
-        return report
-    sides = 2 if request.guides_by_scale else 1
-    evaluations = request.steps * request.recipe.step.evaluations * groups * sides
-    return f"{report}, cache: {reused} of {evaluations} evaluations skipped"
+    if request.recipe.guidance.cache is not None:
+        sides = 2 if request.guides_by_scale else 1
+        evaluations = clock.steps * clock.evaluations * sides
+        report += f", cache: {reused} of {evaluations} evaluations skipped"
+    print(report)
 
 
 class _Stages(NamedTuple):
@@ -341,22 +399,29 @@ class _Stages(NamedTuple):
         return _Prompts(positive, encode(negatives, negatives))
 
     def draw(
-        self, networks: _Networks, prompts: _Prompts, noise: Array, keys: Array | None
+        self,
+        networks: _Networks,
+        prompts: _Prompts,
+        group: _Group,
+        seeds: Sequence[tuple[int, int]],
+        starts: Sequence[StartImage | None],
     ) -> _Images:
-        """Denoise and decode a batch."""
-        request = self.request
-        batch = prompt_batch(
-            prompts.positive,
-            prompts.negative,
-            noise=noise,
-            keys=keys,
-            distilled=networks.guidance,
-        )
+        """Denoise and decode a batch.
+
+        **Arguments:** `seeds`: the seed and the number of each image. `starts`: the images that are
+        drawn again, or None for each.
+        """
+        request = group.request
+        batch = self._batch(networks, prompts, request, seeds)
+        recipe = request.recipe
+        if group.facts is not None:
+            loaded = [start for start in starts if start is not None]
+            batch, recipe = self._begin(networks, batch, group, seeds, loaded)
         drawn = draw_batch(
             networks.flux,
             networks.vae,
             batch,
-            request.recipe,
+            recipe,
             dtype=request.dtype,
             mesh=request.load.mesh,
             hooks=self.clock,
@@ -374,7 +439,65 @@ class _Stages(NamedTuple):
             if stage == "denoising":
                 stage = f"denoising (step {finite_steps[row] + 1} of {request.steps})"
             lost.append(stage)
-        return _Images(images, lost, int(_on_host(drawn.reused)))
+        finished = []
+        for image, start in zip(images, starts, strict=False):
+            finished.append(image if start is None else start.finish(image))
+        return _Images(finished, lost, int(_on_host(drawn.reused)))
+
+    def _batch(
+        self,
+        networks: _Networks,
+        prompts: _Prompts,
+        request: Request,
+        seeds: Sequence[tuple[int, int]],
+    ) -> ImageBatch:
+        """Return the batch that begins with the noise of each image at t = 1."""
+        channels = networks.vae.config.latent_channels
+        noise, keys = [], []
+        for seed, number in seeds:
+            key = seed_key(seed)
+            size = request.height, request.width
+            noise.append(noise_batch(key, [number], *size, channels=channels))
+            image_keys = step_keys(key, [number], request.recipe.step)
+            if image_keys is not None:
+                keys.append(image_keys)
+        return prompt_batch(
+            prompts.positive,
+            prompts.negative,
+            noise=jnp.concatenate(noise),
+            keys=jnp.concatenate(keys) if keys else None,
+            distilled=networks.guidance,
+        )
+
+    def _begin(
+        self,
+        networks: _Networks,
+        batch: ImageBatch,
+        group: _Group,
+        seeds: Sequence[tuple[int, int]],
+        starts: Sequence[StartImage],
+    ) -> tuple[ImageBatch, Recipe]:
+        """Return the batch that begins with images, and its recipe."""
+        assert group.facts is not None
+        images = jnp.stack([start.padded_image() for start in starts])
+        latents = self.clock.run(
+            "encode",
+            encode,
+            networks.vae,
+            images,
+            dtype=self.request.dtype,
+            mesh=self.request.load.mesh,
+        )
+        cells = [mask for mask in (start.cells() for start in starts) if mask is not None]
+        keys = [keys_of_steps(seed_key(seed), [number]) for seed, number in seeds]
+        return begin_from_images(
+            batch,
+            group.request.recipe,
+            latents,
+            group.facts.repaint,
+            cells=jnp.stack(cells) if cells else None,
+            keys=jnp.concatenate(keys),
+        )
 
 
 def _on_host(x: Array) -> np.ndarray:

@@ -35,7 +35,8 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax generate` to its parser."""
     _add_prompt_options(parser.add_argument_group("prompt"))
     _add_image_options(parser.add_argument_group("images"))
-    _add_model_options(parser.add_argument_group("model"))
+    _add_start_options(parser.add_argument_group("images drawn again"))
+    add_model_options(parser.add_argument_group("model"))
     _add_sampling_options(parser.add_argument_group("sampling"))
     _add_guidance_options(parser.add_argument_group("guidance"))
     _add_speed_options(parser.add_argument_group("speed"))
@@ -51,7 +52,7 @@ def _add_prompt_options(group: OptionGroup) -> None:
         type=file_path,
         metavar="FILE",
         help="draw an image for each line of a file instead: a JSON object with prompt and, "
-        "optionally, prompt_2, negative_prompt, id and seed",
+        "optionally, prompt_2, negative_prompt, id, seed, init_image, mask and strength",
     )
     group.add_argument(
         "--prompt-2",
@@ -98,7 +99,45 @@ def _add_image_options(group: OptionGroup) -> None:
     )
 
 
-def _add_model_options(group: OptionGroup) -> None:
+def _add_start_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--init-image",
+        type=file_path,
+        metavar="FILE",
+        help="draw this image again as the prompt says, at its own size; see --strength",
+    )
+    group.add_argument(
+        "--mask",
+        type=file_path,
+        metavar="FILE",
+        help="an image of the same size that says what is drawn again: white wholly, black not at "
+        "all, gray by a share of the strength (default: all)",
+    )
+    strengths = group.add_mutually_exclusive_group()
+    strengths.add_argument(
+        "--strength",
+        type=finite_number(0, 1),
+        help="share of the steps that are taken from the image on: 0 keeps it, 1 replaces it "
+        "(default: 0.6)",
+    )
+    strengths.add_argument(
+        "--start-time",
+        type=finite_number(0, 1),
+        metavar="TIME",
+        help="take all steps instead, from this time on: 0 is the image, 1 is noise",
+    )
+    group.add_argument(
+        "--repeats",
+        type=step_count,
+        default=1,
+        metavar="COUNT",
+        help="with --mask, how often each step is taken (RePaint), for integrators that draw "
+        "noise, as ancestral (default: %(default)s)",
+    )
+
+
+def add_model_options(group: OptionGroup) -> None:
+    """Add the options of the model, its dtype and its adapters."""
     add_model(group)
     add_dtype(group)
     group.add_argument(

@@ -37,6 +37,7 @@ def check_together(options: argparse.Namespace) -> None:
     for one, other, message in _EXCLUSIVE:
         if getattr(options, one) and getattr(options, other):
             raise ValueError(message)
+    _check_start_options(options)
     if options.prompts is None:
         _check_prompt_options(options)
     else:
@@ -61,8 +62,35 @@ def _check_prompt_options(options: argparse.Namespace) -> None:
         )
 
 
+def _check_start_options(options: argparse.Namespace) -> None:
+    """Check the options of images that are drawn again."""
+    has_image = options.init_image is not None
+    values = {
+        "--mask": options.mask is not None,
+        "--strength": options.strength is not None and options.prompts is None,
+        "--start-time": options.start_time is not None and options.prompts is None,
+        "--repeats": options.repeats != 1 and options.prompts is None,
+    }
+    useless = [name for name, is_given in values.items() if is_given]
+    if useless and not has_image:
+        raise ValueError(
+            f"{', '.join(useless)} does nothing without --init-image. Give the image to start from."
+        )
+    if options.repeats != 1 and options.mask is None and options.prompts is None:
+        raise ValueError(
+            "--repeats does nothing without --mask: it fits what is repainted to what is kept. "
+            "Leave it out."
+        )
+    if has_image and (options.height is not None or options.width is not None):
+        raise ValueError(
+            "--height and --width do nothing with --init-image: images have its size. "
+            "Leave them out, or resize the file."
+        )
+
+
 def _check_file_options(options: argparse.Namespace) -> None:
     values = {
+        "--init-image": options.init_image is not None,
         "--prompt-2": options.prompt_2 is not None,
         "--seed": options.seed is not None,
         "--images": options.images != 1,

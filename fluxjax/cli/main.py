@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fluxjax.cli.compare_options import add_compare_options
 from fluxjax.cli.console import interruptible, run_command
+from fluxjax.cli.edit_options import add_edit_options, add_outpaint_options, add_restore_options
 from fluxjax.cli.generate_options import add_generate_options
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
@@ -50,6 +51,27 @@ COMMANDS = (
         "Draw images of a prompt, or of each prompt in a file.",
         add_generate_options,
         "fluxjax.cli.generate:generate",
+    ),
+    Command(
+        "edit",
+        "change an image as prompts say",
+        "Change an image to what a prompt says, and keep the rest of it.",
+        add_edit_options,
+        "fluxjax.cli.edit:run_edit",
+    ),
+    Command(
+        "outpaint",
+        "draw what lies around an image",
+        "Draw what lies around an image, as a prompt of the whole new image says.",
+        add_outpaint_options,
+        "fluxjax.cli.edit:run_outpaint",
+    ),
+    Command(
+        "restore",
+        "restore a blurred, shrunk or partly hidden picture",
+        "Draw what a picture may have been before it was blurred, shrunk or partly hidden.",
+        add_restore_options,
+        "fluxjax.cli.edit:run_restore",
     ),
     Command(
         "compare",

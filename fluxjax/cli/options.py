@@ -239,6 +239,25 @@ def _is_axis_size(text: str) -> bool:
     return int(text) == -1 or 1 <= int(text) <= MAX_DEVICES
 
 
+class OperatorText(NamedTuple):
+    """What has happened to a picture: `kind`, "blur", "downsample" or "mask", with its `value`."""
+
+    kind: str
+    value: str
+
+
+def picture_operator(text: str) -> OperatorText:
+    """Read what has happened to a picture: blur:PIXELS, downsample:FACTOR, or mask:FILE."""
+    kind, colon, value = text.partition(":")
+    if not colon or not value or kind not in ("blur", "downsample", "mask") or "\0" in value:
+        raise _wrong_value(text, "blur:PIXELS, downsample:FACTOR, or mask:FILE")
+    if kind == "blur":
+        positive_number(value)
+    if kind == "downsample":
+        step_count(value)
+    return OperatorText(kind, value)
+
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}
 
 

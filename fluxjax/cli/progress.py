@@ -1,8 +1,12 @@
 """Progress of a drawing command: a bar over evaluations of the network, and seconds of stages."""
 
 import time
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+=======
+from collections.abc import Callable, Hashable, Iterator
+>>>>>>> images
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -61,6 +65,7 @@ class Clock(DrawHooks):
     def run(
         self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
     ) -> Result:
+<<<<<<< HEAD
         """Return function(*inputs, **options) of a jitted function, whose inputs always have the
         same shapes. It is compiled the first time; waiting for that is timed apart.
         """
@@ -71,6 +76,18 @@ class Clock(DrawHooks):
             with self.measure("compile", stage):
                 interruptible(program.result)
         compiled = program.result()
+=======
+        """Return function(*inputs, **options) of a jitted function.
+
+        It is compiled at the first inputs of their shapes; compiling is timed apart.
+        """
+        kind = function, _shapes((inputs, options))
+        if kind not in self.compiled:
+            with self.measure("compile", stage):
+                lower = function.lower  # type: ignore[attr-defined]
+                self.compiled[kind] = interruptible(lambda: lower(*inputs, **options).compile())
+        compiled = self.compiled[kind]
+>>>>>>> images
         with self.measure(stage):
             return interruptible(lambda: jax.block_until_ready(compiled(*inputs, **options)))
 
@@ -91,5 +108,16 @@ class Clock(DrawHooks):
     def report(self) -> str:
         """Return the seconds of each stage, on one line."""
         parts = [f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items()]
-        per_step = self.seconds["denoise"] / self.steps
+        per_step = self.seconds["denoise"] / max(self.steps, 1)
         return f"{', '.join(parts)} ({per_step:.3f} s per step)"
+
+
+def _shapes(tree: Any) -> Hashable:
+    """Return what a compiled program is for: the structure of its inputs, their shapes and dtypes,
+    and the leaves that are not arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = []
+    for leaf in leaves:
+        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        kinds.append((leaf.shape, leaf.dtype) if is_array else leaf)
+    return structure, tuple(kinds)

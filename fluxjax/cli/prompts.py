@@ -9,8 +9,8 @@ from typing import NamedTuple, NoReturn
 from fluxjax.generate.latents import SEEDS
 from fluxjax.printable import printable
 
-_TEXT_FIELDS = ("prompt", "prompt_2", "negative_prompt", "id")
-_FIELDS = (*_TEXT_FIELDS, "seed")
+_TEXT_FIELDS = ("prompt", "prompt_2", "negative_prompt", "id", "init_image", "mask")
+_FIELDS = (*_TEXT_FIELDS, "seed", "strength")
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_ID = 251
 """Characters of an id: file names have at most 255 bytes, and ".png" takes four."""
@@ -28,7 +28,9 @@ class Line(NamedTuple):
     `prompt`: for both text encoders. `prompt_2`: for T5 instead, if there is one.
     `negative_prompt`: what the image is guided away from; None for that of the command line.
     `id`: the file name of the image, without its ending. `seed`: of the noise. `number`: of the
-    line in the file, from 1.
+    line in the file, from 1. `init_image`, `mask`: paths of the image that is drawn again, and of
+    what is repainted of it, from `folder` on. `strength`: how strongly; None for that of the
+    command line.
     """
 
     prompt: str
@@ -37,6 +39,10 @@ class Line(NamedTuple):
     id: str
     seed: int
     number: int = 0
+    init_image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    folder: Path = Path()
 
     def image(self, folder: Path) -> Path:
         """Return the path of the line's image in a folder."""
@@ -57,14 +63,15 @@ class _Fields(NamedTuple):
 
     texts: dict[str, str]
     seed: int | None
+    strength: float | None
 
 
 def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], list[str]]:
     """Read a file of prompts in UTF-8, with or without a byte-order mark.
 
-    A line is a JSON object with `prompt` and, optionally, `prompt_2`, `negative_prompt`, `id` and
-    `seed`. The last two are by default the number of the line, counted from 0. Empty lines are
-    skipped.
+    A line is a JSON object with `prompt` and, optionally, `prompt_2`, `negative_prompt`, `id`,
+    `seed`, `init_image`, `mask` and `strength`. `id` and `seed` are by default the number of the
+    line, counted from 0. Paths begin at the folder of the file. Empty lines are skipped.
 
     **Arguments:** `path`: the file. `guided`: whether negative prompts are used. If not, a line
     with one is an error.
@@ -79,7 +86,7 @@ def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], 
         if not data.strip():
             continue
         try:
-            line = _read_line(data, number)
+            line = _read_line(data, number)._replace(folder=Path(path).parent)
             if line.negative_prompt is not None and not guided:
                 raise ValueError("its negative_prompt does nothing at --cfg 1 without --nag")
             earlier = numbers_by_id.get(line.id.lower())
@@ -115,8 +122,20 @@ def _read_line(data: bytes, number: int) -> Line:
     if not 0 <= seed < SEEDS:
         shown = str(seed) if abs(seed) < 10**30 else "a number of many digits"
         raise ValueError(f"its seed is not in [0, 2^63), got {shown}")
+    starts = {"mask": "mask" in texts, "strength": fields.strength is not None}
+    for field, is_given in starts.items():
+        if is_given and "init_image" not in texts:
+            raise ValueError(f"its {field} does nothing without an init_image")
     return Line(
-        texts["prompt"], texts.get("prompt_2"), texts.get("negative_prompt"), name, seed, number
+        texts["prompt"],
+        texts.get("prompt_2"),
+        texts.get("negative_prompt"),
+        name,
+        seed,
+        number,
+        texts.get("init_image"),
+        texts.get("mask"),
+        fields.strength,
     )
 
 
@@ -136,16 +155,18 @@ def _read_fields(data: bytes) -> _Fields:
     if not isinstance(parsed, dict) or "prompt" not in parsed:
         raise ValueError('it is not an object with a prompt; write {"prompt": "a red star"}')
     texts: dict[str, str] = {}
-    seed = None
+    seed = strength = None
     for name, value in parsed.items():
         if name in _TEXT_FIELDS:
             texts[name] = _check_text(name, value)
         elif name == "seed":
             seed = _check_seed(value)
+        elif name == "strength":
+            strength = _check_strength(value)
         else:
             shown = printable(name, _SHOWN)
             raise ValueError(f"it has an unknown field '{shown}'; there are {', '.join(_FIELDS)}")
-    return _Fields(texts, seed)
+    return _Fields(texts, seed, strength)
 
 
 def _check_text(name: str, value: object) -> str:
@@ -165,6 +186,13 @@ def _check_seed(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError("its seed is not a whole number")
     return value
+
+
+def _check_strength(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError("its strength is not a number from 0 to 1")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _parse_json(data: bytes) -> object:

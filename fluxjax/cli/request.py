@@ -1,10 +1,16 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
+<<<<<<< HEAD
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+=======
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+>>>>>>> images
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -17,8 +23,10 @@ from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
+from fluxjax.cli.starts import start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
+from fluxjax.generate.image_to_image import Repaint
 from fluxjax.generate.latents import check_size
 from fluxjax.generate.limits import Demand, check_finite_times, check_memory, read_configs
 from fluxjax.generate.load import LoadOptions, activation_dtype
@@ -28,7 +36,10 @@ from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
+<<<<<<< HEAD
 from fluxjax.printable import printable
+=======
+>>>>>>> images
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
 from fluxjax.zoo import FLUX1, Defaults
@@ -41,9 +52,11 @@ class Request:
     """What is to be drawn, how, and where it is written.
 
     `model`: its name, folder or hub id. `defaults`: of the model. `line`: the prompt, unless
-    `prompts` names a file of them. `negative_prompt`: of lines that have none of their own; None if
-    the option is not given. `images`, `batch`: how many, and how many at once. `height`, `width`:
-    in pixels. `max_length`: T5 tokens. `recipe`: how they are sampled. `distilled`: the distilled
+    `prompts` names a file of them. `start`: how images are drawn again that lines name, without
+    their masks. `timer`: the times for another image size. `negative_prompt`: of lines that have
+    none of their own; None if the option is not given. `images`, `batch`: how many, and how many at
+    once. `height`, `width`: in pixels, unless a line's own image is drawn again. `max_length`: T5
+    tokens. `recipe`: how they are sampled. `distilled`: the distilled
     guidance scale; None takes the model's. `load`: how networks are loaded. `dtype`: of the
     activations. `description`: what each image's metadata say of the options, in order.
     """
@@ -52,6 +65,8 @@ class Request:
     defaults: Defaults
     line: Line | None
     prompts: Path | None
+    start: Repaint
+    timer: Callable[[int, int], Times]
     negative_prompt: str | None
     images: int
     batch: int
@@ -89,16 +104,29 @@ class Request:
                 return text
         return ""
 
-    def metadata(self, line: Line, guidance: str) -> dict[str, str]:
-        """Return what an image's metadata say: everything that determines the image."""
+    def at_size(self, height: int, width: int) -> "Request":
+        """Return the request for another image size, in pixels, with the times for it."""
+        recipe = replace(self.recipe, times=self.timer(height, width))
+        return replace(self, height=height, width=width, recipe=recipe)
+
+    def metadata(
+        self, line: Line, guidance: str, changes: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, str]:
+        """Return what an image's metadata say: everything that determines the image.
+
+        `changes`: what they say of the image that it is drawn from, and of its own size.
+        """
         entries = {"prompt": line.prompt}
         if line.prompt_2 is not None:
             entries["prompt_2"] = line.prompt_2
         entries["seed"] = str(line.seed)
+        for name, value in changes.items():
+            if name not in self.description:
+                entries[name] = value
         for name, value in self.description.items():
             if name in ("cache", "size") and self.is_guided:
                 entries.setdefault("negative_prompt", self.negative_of(line))
-            entries[name] = value
+            entries[name] = changes.get(name, value)
             if name == "steps":
                 entries["guidance"] = guidance
         return entries
@@ -140,15 +168,27 @@ def read_request(options: argparse.Namespace) -> Request:
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
-    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
-    check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
-    recipe = _recipe(options, sizes, defaults)
+    # An image that is drawn again has its own size, which is checked when it is read.
+    if options.init_image is None:
+        demand = Demand(
+            sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype
+        )
+        check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
+    timer = _timer(options, sizes.steps, defaults)
+    recipe = Recipe(
+        timer(sizes.height, sizes.width),
+        integrator(options.integrator, eta=options.eta),
+        _guidance(options),
+        _attention(options),
+    )
     folder = writable(options.output_dir)
     return Request(
         model=options.model,
         defaults=defaults,
         line=_line(options),
         prompts=options.prompts,
+        start=start_of_options(options),
+        timer=timer,
         negative_prompt=options.negative_prompt,
         images=options.images,
         batch=sizes.batch,
@@ -166,6 +206,20 @@ def read_request(options: argparse.Namespace) -> Request:
         show_memory=options.show_memory,
         description=_description(options, sizes),
     )
+
+
+def check_request_memory(request: Request) -> None:
+    """**Raises:** `ValueError` if what is requested can't fit in memory, at another image size."""
+    demand = Demand(
+        request.batch,
+        request.height,
+        request.width,
+        request.steps,
+        request.max_length,
+        request.dtype,
+    )
+    mesh = request.load.mesh
+    check_memory(demand, read_configs(request.model), devices=1 if mesh is None else mesh.size)
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
@@ -188,6 +242,7 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
     )
 
 
+<<<<<<< HEAD
 def _times_of_file(options: argparse.Namespace) -> Times | None:
     """Return the times of the file that the timer names, if it names one."""
     if not options.timer.endswith(TIMES_SUFFIX):
@@ -213,6 +268,19 @@ def _recipe(options: argparse.Namespace, sizes: _Sizes, defaults: Defaults) -> R
     check_finite_times(times)
     step = integrator(options.integrator, eta=options.eta)
     return Recipe(times, step, _guidance(options), _attention(options))
+=======
+def _timer(
+    options: argparse.Namespace, steps: int, defaults: Defaults
+) -> Callable[[int, int], Times]:
+    """Return the function that gives the times for a height and a width."""
+
+    def times(height: int, width: int) -> Times:
+        nodes = timer(options.timer, steps, defaults, height, width, shift=options.shift)
+        check_finite_times(nodes)
+        return nodes
+
+    return times
+>>>>>>> images
 
 
 def _line(options: argparse.Namespace) -> Line | None:
@@ -220,7 +288,11 @@ def _line(options: argparse.Namespace) -> Line | None:
     if options.prompts is not None:
         return None
     seed = _or_default(options.seed, 0)
-    return Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
+    line = Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
+    if options.init_image is None:
+        return line
+    mask = None if options.mask is None else str(options.mask)
+    return line._replace(init_image=str(options.init_image), mask=mask)
 
 
 def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:

@@ -2,9 +2,12 @@
 
 from fluxjax.generate.autoencode import decode, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
+from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.compare import Comparison, compare
 from fluxjax.generate.conditioning import Conditioning, PreparedConditioning, ReferenceTokens
+from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
+    Change,
     DrawHooks,
     DrawnBatch,
     DrawProgress,
@@ -12,8 +15,26 @@ from fluxjax.generate.draw import (
     Recipe,
     denoise,
     draw_batch,
+    trajectories,
+)
+from fluxjax.generate.edit_image import edit_image
+from fluxjax.generate.edit_methods import (
+    EDIT_METHODS,
+    DiffEditing,
+    EditMethod,
+    FireFlowEditing,
+    FlowEditing,
+    RFInverting,
+    SDEditing,
 )
 from fluxjax.generate.image import read_image, write_png
+from fluxjax.generate.image_to_image import (
+    Repaint,
+    Start,
+    begin_from_images,
+    image_to_image,
+    outpaint,
+)
 from fluxjax.generate.latents import (
     image_ids,
     initial_noise,
@@ -33,9 +54,11 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
+from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
+from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
     RULES,
@@ -53,41 +76,64 @@ from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 
 __all__ = [
+    "EDIT_METHODS",
     "INTEGRATORS",
     "RULES",
+    "SOLVERS",
     "TIMERS",
+    "Blurred",
     "CachedFlux",
+    "Change",
     "Comparison",
     "Conditioning",
+    "DecodePixels",
+    "Degradation",
+    "DiffEditing",
     "DrawHooks",
     "DrawProgress",
     "DrawSettings",
     "DrawnBatch",
+    "EditMethod",
+    "FireFlowEditing",
     "FirstBlock",
+    "FlowEditing",
     "Guidance",
+    "Hidden",
     "ImageBatch",
     "LoadOptions",
+    "Margins",
     "Models",
     "PreparedConditioning",
     "Preview",
     "PromptIds",
+    "RFInverting",
     "Recipe",
     "ReferenceTokens",
+    "Repaint",
+    "Restoration",
+    "SDEditing",
+    "Shrunk",
+    "Start",
     "StepCache",
     "TeaCache",
     "TextStates",
     "Tokenizers",
     "WeakNetwork",
     "activation_dtype",
+    "begin_from_images",
+    "cell_mask",
     "compare",
     "decode",
     "denoise",
     "draw_batch",
+    "edit_image",
     "encode",
     "encode_text",
+    "extend_canvas",
     "fit_preview",
     "flux_velocity",
     "image_ids",
+    "image_to_image",
     "initial_noise",
     "integrator",
     "load_clip",
@@ -97,14 +143,21 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "mask_tokens",
     "model_times",
+    "outpaint",
     "pack_latents",
+    "pad_image",
+    "paste_kept",
     "plot_errors",
     "plot_times",
     "prompt_batch",
     "prompt_ids",
     "read_image",
+    "read_mask",
     "read_times",
+    "restoration_times",
+    "restore_image",
     "save",
     "save_models",
     "seed_key",
@@ -112,6 +165,7 @@ __all__ = [
     "text_to_image",
     "timer",
     "tokenize",
+    "trajectories",
     "unpack_latents",
     "write_png",
     "write_times",

@@ -22,6 +22,7 @@ from fluxjax.flow.posterior import (
 from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
+from fluxjax.flow.times import static_times
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
 from fluxjax.generate.draw import Change, DrawHooks
@@ -37,7 +38,7 @@ from fluxjax.generate.prompted import (
     prompted_drawing,
 )
 from fluxjax.generate.velocity import Guidance
-from fluxjax.shapes import Array, Float, Image, PRNGKeyArray, Scalar
+from fluxjax.shapes import Array, Float, Image, PRNGKeyArray, Scalar, Times
 
 
 class SolverNumbers(NamedTuple):
@@ -101,7 +102,7 @@ SOLVERS: Mapping[str, Solver] = {
     "flowchef": _flowchef,
 }
 """The methods of restoration by name."""
-_WITH_OWN_STEP = ("decoupled", "ddnm", "flowdps")
+WITH_OWN_STEP = ("decoupled", "ddnm", "flowdps")
 """Methods that are integrators themselves."""
 _WITH_SIZE = ("flowdps", "flowchef")
 """Methods whose result depends on the size of their gradient steps."""
@@ -152,6 +153,18 @@ class Restoration:
             )
 
 
+def restoration_times(method: str, times: Times) -> Times:
+    """Return the times at which a method restores best, as many as the model's own.
+
+    Decoupled's error falls with steps near t = 0; the others integrate the model's path.
+
+    **Arguments:** `times`: the model's own.
+    """
+    if method != "decoupled":
+        return times
+    return static_times(len(times) - 1, shift=1 / 3)
+
+
 class Measured(Change):
     """A change to the posterior of each image, given a measurement of it.
 
@@ -192,7 +205,8 @@ def restore_image(
 
     **Arguments:** `image`: what is left of the picture, in [-1, 1], of any size. `prompt`:
     describes the picture; it may be empty. `restoration`: what has happened to it, and the method.
-    The rest as for `text_to_image`; guidance leads away from the empty prompt.
+    The rest as for `text_to_image`, but that times are by default those of `restoration_times`;
+    guidance leads away from the empty prompt.
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
     **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
@@ -205,15 +219,19 @@ def restore_image(
     _check_settings_of(restoration, models, settings)
     height, width = degradation.restored_size(*image.shape[:2])
     rows, columns = padded_size(height, width)
+    settings = replace(settings, height=rows, width=columns)
     drawing = prompted_drawing(
         "restore_image",
         models,
         PromptTexts([prompt], None, negative_prompts("restore_image", "", 1, guidance)),
         key=key,
-        settings=replace(settings, height=rows, width=columns),
+        settings=settings,
         guidance=guidance,
         hooks=hooks,
     )
+    if settings.times is None:
+        times = restoration_times(restoration.method, drawing.times)
+        drawing = replace(drawing, times=times)
     images = _draw_posterior(drawing, image, restoration)[:, :height, :width]
     if isinstance(degradation, Hidden) and restoration.noise == 0:
         return paste_kept(images, image, degradation.mask)
@@ -226,7 +244,7 @@ def _check_settings_of(restoration: Restoration, models: Models, settings: DrawS
             "`restore_image` draws at the size of the picture. Leave height and width out of the "
             "settings."
         )
-    if restoration.method in _WITH_OWN_STEP and not isinstance(settings.step, Euler):
+    if restoration.method in WITH_OWN_STEP and not isinstance(settings.step, Euler):
         raise ValueError(
             f"`restore_image` by {restoration.method} has an integrator of its own, which "
             f"{type(settings.step).__name__} would replace. Leave the step out of the settings."

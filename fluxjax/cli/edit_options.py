@@ -1,0 +1,280 @@
+"""The options of `fluxjax edit`, `outpaint` and `restore`."""
+
+import argparse
+
+from fluxjax.cli.choices import EDIT_METHODS, INTEGRATORS, QUANTIZATIONS, RULES, SOLVERS, TIMERS
+from fluxjax.cli.generate_options import add_model_options
+from fluxjax.cli.options import (
+    MAX_FLOAT32,
+    MAX_IMAGES,
+    MAX_STEPS,
+    OptionGroup,
+    file_path,
+    finite_number,
+    image_count,
+    picture_operator,
+    positive_number,
+    seed,
+    step_count,
+    token_count,
+    unicode_text,
+    whole_number,
+)
+from fluxjax.cli.shared_options import add_compilation_cache, add_guidance, add_output_folder
+
+_MAX_MARGIN = 2**15
+"""Pixels that are added on a side."""
+_DEFAULTS_OF_GENERATE = {
+    "height": None,
+    "width": None,
+    "prompts": None,
+    "prompt_2": None,
+    "negative_prompt": None,
+    "init_image": None,
+    "mask": None,
+    "strength": None,
+    "start_time": None,
+    "repeats": 1,
+    "overwrite": False,
+    "integrator": "euler",
+    "eta": None,
+    "nag": None,
+    "cache": None,
+    "attention": None,
+    "flash_block_sizes": None,
+    "unroll": False,
+    "keep_encoders": False,
+    "offload_encoders": False,
+    "stream_blocks": False,
+    "show_memory": False,
+    "mesh": None,
+    "distributed": False,
+}
+"""Options of `fluxjax generate` that these commands do not have: the same requests are made."""
+
+
+def add_edit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax edit` to its parser."""
+    # `strength` is an option here, but one of the method and not of the request.
+    parser.set_defaults(**_DEFAULTS_OF_GENERATE)
+    _add_picture(parser, "the image that is edited")
+    parser.add_argument("prompt", type=unicode_text, help="describes the image as it is to be")
+    _add_method_options(parser.add_argument_group("method"))
+    _add_common_options(parser, "edit")
+
+
+def _add_method_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--method",
+        choices=EDIT_METHODS,
+        default="flowedit",
+        metavar="NAME",
+        help="%(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--source-prompt",
+        type=unicode_text,
+        metavar="TEXT",
+        help="describes the image as it is; sdedit takes none, and for rf-inversion it may be left "
+        "out",
+    )
+    group.add_argument(
+        "--strength",
+        dest="method_strength",
+        type=finite_number(0, 1),
+        help="share of the steps that are taken, and through which it is inverted: 0 keeps the "
+        "image (default: flowedit 0.857, sdedit and diffedit 0.75, the others 1)",
+    )
+    group.add_argument(
+        "--source-guidance",
+        type=finite_number(),
+        metavar="SCALE",
+        help="distilled guidance of the source prompt (default: flowedit 1.5, others 1)",
+    )
+    group.add_argument(
+        "--averages",
+        type=whole_number(1, MAX_STEPS),
+        metavar="COUNT",
+        help="draws of noise, in each step of flowedit (default: 1), for the mask of diffedit "
+        "(default: 10)",
+    )
+    numbers = {
+        "--noise-rate": "how strongly the inversion of rf-inversion leads to noise (default: 0.5)",
+        "--image-rate": "how strongly its way back leads to the image (default: 0.9)",
+        "--image-share": "in which share of the steps back (default: 0.25)",
+        "--mask-time": "the time at which diffedit compares both prompts (default: 0.5)",
+    }
+    for name, text in numbers.items():
+        group.add_argument(name, type=finite_number(0, 1), metavar="NUMBER", help=text)
+    group.add_argument(
+        "--ratio",
+        type=positive_number,
+        metavar="NUMBER",
+        help="how far above its mean the prompts' difference is where diffedit draws; larger ones "
+        "give smaller masks (default: 1.5)",
+    )
+
+
+def add_outpaint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax outpaint` to its parser."""
+    parser.set_defaults(**_DEFAULTS_OF_GENERATE)
+    _add_picture(parser, "the image around which is drawn")
+    parser.add_argument("prompt", type=unicode_text, help="describes the whole new image")
+    sides = parser.add_argument_group("canvas")
+    for side in ("left", "right", "top", "bottom"):
+        sides.add_argument(
+            f"--{side}",
+            type=whole_number(0, _MAX_MARGIN),
+            default=0,
+            metavar="PIXELS",
+            help=f"pixels that are added at the {side} (default: none)",
+        )
+    _add_integrator(parser.add_argument_group("integrator"))
+    _add_common_options(parser, "outpaint")
+
+
+def add_restore_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax restore` to its parser."""
+    parser.set_defaults(**_DEFAULTS_OF_GENERATE)
+    _add_picture(parser, "what is left of the picture")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        default="",
+        type=unicode_text,
+        help="describes the picture (default: the empty prompt)",
+    )
+    group = parser.add_argument_group("restoration")
+    group.add_argument(
+        "--operator",
+        type=picture_operator,
+        required=True,
+        metavar="OPERATOR",
+        help="what has happened to it: blur:PIXELS (the deviation of a Gaussian), "
+        "downsample:FACTOR, or mask:FILE (black is known, anything else is hidden)",
+    )
+    group.add_argument(
+        "--noise",
+        type=finite_number(0, MAX_FLOAT32),
+        default=0.02,
+        metavar="DEVIATION",
+        help="standard deviation of the noise, where black is -1 and white is 1; with a mask, in "
+        "the latent (default: %(default)s)",
+    )
+    group.add_argument(
+        "--method",
+        choices=SOLVERS,
+        default="decoupled",
+        metavar="NAME",
+        help="%(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--iterations",
+        type=whole_number(1, MAX_STEPS),
+        default=5,
+        metavar="COUNT",
+        help="conjugate gradients in each step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--size",
+        type=finite_number(0, MAX_FLOAT32),
+        metavar="NUMBER",
+        help="of the gradient steps of flowdps and flowchef (default: 0.3)",
+    )
+    _add_common_options(parser, "restore")
+    # Decoupled needs other times than drawing.
+    parser.set_defaults(timer=None)
+
+
+def _add_picture(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "picture",
+        type=file_path,
+        metavar="FILE",
+        help=f"{text}, of any size: PNG, JPEG, WebP, TIFF, …",
+    )
+
+
+def _add_integrator(group: OptionGroup) -> None:
+    group.add_argument(
+        "--integrator",
+        choices=INTEGRATORS,
+        default="euler",
+        metavar="NAME",
+        help="numerical integrator: %(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eta",
+        type=finite_number(0, 1),
+        help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde "
+        "(default: 0 for ddim, 1 for the others)",
+    )
+
+
+def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--images",
+        type=image_count,
+        default=1,
+        metavar="COUNT",
+        help=f"number of images, up to {MAX_IMAGES} (default: %(default)s)",
+    )
+    images.add_argument("--seed", type=seed, help="seed of the noise, below 2^63 (default: 0)")
+    images.add_argument(
+        "--batch", type=image_count, metavar="COUNT", help="images per forward pass (default: all)"
+    )
+    add_output_folder(images, f"{stem}_N.png")
+    model = parser.add_argument_group("model")
+    add_model_options(model)
+    model.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        metavar="DTYPE",
+        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
+        "(default: in the dtype of the weights)",
+    )
+    model.add_argument(
+        "--max-sequence-length",
+        type=token_count,
+        metavar="TOKENS",
+        help="length to which T5's tokens of a prompt are padded or cut (default: the model's)",
+    )
+    add_compilation_cache(model)
+    _add_sampling_options(parser.add_argument_group("sampling"))
+
+
+def _add_sampling_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--steps",
+        type=step_count,
+        help=f"number of steps, up to {MAX_STEPS} (default: the model's)",
+    )
+    group.add_argument(
+        "--timer",
+        choices=TIMERS,
+        default="model",
+        metavar="NAME",
+        help="spacing of the sampling times: %(choices)s (default: model; for restore by "
+        "decoupled, flux_static with --shift 0.333)",
+    )
+    group.add_argument(
+        "--shift",
+        type=positive_number,
+        help="shift factor of the timer flux_static (default: 3)",
+    )
+    add_guidance(group)
+    group.add_argument(
+        "--cfg",
+        type=finite_number(),
+        default=1.0,
+        metavar="SCALE",
+        help="classifier-free guidance scale, away from the empty prompt (default: 1, none)",
+    )
+    group.add_argument(
+        "--rule",
+        choices=RULES,
+        default="cfg",
+        metavar="NAME",
+        help="how --cfg combines the two velocities: %(choices)s (default: %(default)s)",
+    )
