@@ -27,23 +27,12 @@ def straight(x, t):
     return -x
 
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
-RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
-=======
-=======
->>>>>>> restore
 def double(x):
     return 2 * x
 
 
-<<<<<<< HEAD
->>>>>>> posterior
-=======
 MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
 RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
->>>>>>> restore
 # For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
@@ -59,7 +48,6 @@ CALLS = {
     f.beta_times: ({"times": [1.0, 0.5, 0.0], "alpha": 0.5, "beta": 0.5}, {}),
     f.linear_quadratic_times: ({"steps": 4, "threshold": 0.1}, {}),
     f.custom_times: ({"nodes": [1.0, 0.5, 0.0]}, {}),
-<<<<<<< HEAD
     f.pnp_flow: ({"x": X, "times": [1.0, 0.5, 0.0], "rate": 0.5, "draws": 2}, RESTORATION),
     f.red_diff: ({"x": X, "times": [1.0, 0.5, 0.0], "strength": 0.5}, RESTORATION),
     f.randomize_then_optimize: (
@@ -69,7 +57,7 @@ CALLS = {
     f.optimize_noise: (
         {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
         {"velocity": straight, "measurement": MEASUREMENT},
-=======
+    ),
     f.add_noise: ({"x0": X, "noise": -X, "t": 0.3}, {}),
     f.start_time: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
     f.partial_times: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
@@ -77,7 +65,6 @@ CALLS = {
     f.edit_mask: (
         {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
         {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
->>>>>>> edit
     ),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),

@@ -1,12 +1,8 @@
 """Progress of a drawing command: a bar over evaluations of the network, and seconds of stages."""
 
 import time
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-=======
 from collections.abc import Callable, Hashable, Iterator
->>>>>>> images
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -33,7 +29,7 @@ class Clock(DrawHooks):
         self.steps = steps
         self.evaluations = evaluations
         self.seconds: dict[str, float] = {}
-        self.programs: dict[Any, Future[Callable[..., Any]]] = {}
+        self.programs: dict[Hashable, Future[Callable[..., Any]]] = {}
         self.done = 0
         self.bar = tqdm(total=steps * evaluations, bar_format=_BAR, disable=silent)
 
@@ -65,40 +61,34 @@ class Clock(DrawHooks):
     def run(
         self, stage: str, function: Callable[..., Result], *inputs: Any, **options: Any
     ) -> Result:
-<<<<<<< HEAD
-        """Return function(*inputs, **options) of a jitted function, whose inputs always have the
-        same shapes. It is compiled the first time; waiting for that is timed apart.
+        """Return function(*inputs, **options) of a jitted function.
+
+        It is compiled at the first inputs of their shapes; waiting for that is timed apart.
         """
-        if function not in self.programs:
-            self.compile_ahead(function, *inputs, **options)
-        program = self.programs[function]
+        program = self._program(function, inputs, options)
         if not program.done():
             with self.measure("compile", stage):
                 interruptible(program.result)
         compiled = program.result()
-=======
-        """Return function(*inputs, **options) of a jitted function.
-
-        It is compiled at the first inputs of their shapes; compiling is timed apart.
-        """
-        kind = function, _shapes((inputs, options))
-        if kind not in self.compiled:
-            with self.measure("compile", stage):
-                lower = function.lower  # type: ignore[attr-defined]
-                self.compiled[kind] = interruptible(lambda: lower(*inputs, **options).compile())
-        compiled = self.compiled[kind]
->>>>>>> images
         with self.measure(stage):
             return interruptible(lambda: jax.block_until_ready(compiled(*inputs, **options)))
 
     def compile_ahead(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> None:
         """Start to compile a jitted function for inputs of these shapes, in another thread."""
+        self._program(function, inputs, options)
+
+    def _program(
+        self, function: Callable[..., Any], inputs: tuple, options: dict[str, Any]
+    ) -> "Future[Callable[..., Any]]":
+        """Return the compiled function for inputs of these shapes, or what is to become of it."""
 
         def compile_function() -> Callable[..., Any]:
             return function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
 
-        if function not in self.programs:
-            self.programs[function] = start_in_thread(compile_function)
+        kind = function, _shapes((inputs, options))
+        if kind not in self.programs:
+            self.programs[kind] = start_in_thread(compile_function)
+        return self.programs[kind]
 
     def progress(self, progress: DrawProgress) -> None:
         steps = progress.done - self.done

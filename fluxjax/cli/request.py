@@ -1,14 +1,9 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
-<<<<<<< HEAD
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-=======
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
->>>>>>> images
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
@@ -36,10 +31,7 @@ from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
-<<<<<<< HEAD
 from fluxjax.printable import printable
-=======
->>>>>>> images
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
 from fluxjax.zoo import FLUX1, Defaults
@@ -174,9 +166,9 @@ def read_request(options: argparse.Namespace) -> Request:
             sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype
         )
         check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
-    timer = _timer(options, sizes.steps, defaults)
+    times = _timer(options, sizes, defaults)
     recipe = Recipe(
-        timer(sizes.height, sizes.width),
+        times(sizes.height, sizes.width),
         integrator(options.integrator, eta=options.eta),
         _guidance(options),
         _attention(options),
@@ -188,7 +180,7 @@ def read_request(options: argparse.Namespace) -> Request:
         line=_line(options),
         prompts=options.prompts,
         start=start_of_options(options),
-        timer=timer,
+        timer=times,
         negative_prompt=options.negative_prompt,
         images=options.images,
         batch=sizes.batch,
@@ -242,7 +234,6 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
     )
 
 
-<<<<<<< HEAD
 def _times_of_file(options: argparse.Namespace) -> Times | None:
     """Return the times of the file that the timer names, if it names one."""
     if not options.timer.endswith(TIMES_SUFFIX):
@@ -259,28 +250,19 @@ def _times_of_file(options: argparse.Namespace) -> Times | None:
     return times
 
 
-def _recipe(options: argparse.Namespace, sizes: _Sizes, defaults: Defaults) -> Recipe:
-    times = sizes.times
-    if times is None:
-        times = timer(
-            options.timer, sizes.steps, defaults, sizes.height, sizes.width, shift=options.shift
-        )
-    check_finite_times(times)
-    step = integrator(options.integrator, eta=options.eta)
-    return Recipe(times, step, _guidance(options), _attention(options))
-=======
 def _timer(
-    options: argparse.Namespace, steps: int, defaults: Defaults
+    options: argparse.Namespace, sizes: _Sizes, defaults: Defaults
 ) -> Callable[[int, int], Times]:
     """Return the function that gives the times for a height and a width."""
 
     def times(height: int, width: int) -> Times:
-        nodes = timer(options.timer, steps, defaults, height, width, shift=options.shift)
+        if sizes.times is not None:
+            return sizes.times
+        nodes = timer(options.timer, sizes.steps, defaults, height, width, shift=options.shift)
         check_finite_times(nodes)
         return nodes
 
     return times
->>>>>>> images
 
 
 def _line(options: argparse.Namespace) -> Line | None:
