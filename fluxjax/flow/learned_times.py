@@ -31,7 +31,7 @@ def plan_times(
     nodes: Times | None = None,
     decay: float = 0.95,
     teacher: Step = Heun(),
-) -> Times:
+) -> Float[Array, " planned"]:
     """Choose times out of the nodes of a teacher, so that Euler's jumps between them err least.
 
     The error of the jump from one node to another is measured on the teacher's path, and dynamic
