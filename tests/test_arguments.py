@@ -27,6 +27,10 @@ def straight(x, t):
     return -x
 
 
+def double(x):
+    return 2 * x
+
+
 # For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
@@ -61,6 +65,24 @@ CALLS = {
     ),
     f.attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "scale": 0.5, "key_length": 2}, {}),
     f.isolated_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "txt_tokens": 1}, {}),
+    f.solve_normal: (
+        {"covariance": 0.7, "std": 0.5, "r": X, "iterations": 3},
+        {"forward": double, "backward": double},
+    ),
+    f.pseudo_inverse: ({"r": X, "iterations": 3}, {"forward": double, "backward": double}),
+    f.tmpd: ({"iterations": 3}, {}),
+    f.pigdm: ({"iterations": 3, "prior_std": 1.5}, {}),
+    f.proximal: ({"iterations": 3, "prior_std": 1.5}, {}),
+    f.twisted_sample: (
+        {"x": np.stack([X, -X]), "times": [1.0, 0.5, 0.0]},
+        {
+            "conditioned": f.Conditioned(
+                straight, f.Measurement(f.Mask([1.0, 0.0, 1.0]), X, 0.1), f.proximal()
+            ),
+            "step": f.DDIM(),
+            "key": jax.random.key(0),
+        },
+    ),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
     train.interpolate_conditions: (
@@ -76,6 +98,8 @@ ELSEWHERE = {
     f.fit_preview,
     f.make_mesh,
     f.sample_ode,
+    f.adjoint,
+    f.linearize,
     f.begin_sample,
     f.flux_velocity,
     f.advance_sample,
@@ -129,7 +153,7 @@ def test_every_function_that_converts_its_arguments_is_tested():
     # All of these folders, but for those that take no numbers, or are for other folders.
     public = [getattr(folder, name) for folder in (flow, train) for name in folder.__all__]
     plain = {one.__name__ for one in public if inspect.isfunction(one) and one not in decorated}
-    assert plain == {"ancestral", "initial_memory"}
+    assert plain == {"ancestral", "dps", "initial_memory"}
 
 
 def test_networks_take_what_fluxjax_itself_returns(tiny):

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.step import X
-from fluxjax.numeric import check_finite, is_concrete_number
+from fluxjax.numeric import check_finite, is_concrete_number, wide_dtype
 from fluxjax.shapes import Array, Bool, Float, Scalar, ScalarLike
 
 Y = Float[Array, "*measured"]
@@ -457,10 +457,15 @@ class Measurement(eqx.Module):
         return eqx.error_if(std, std <= 0, message)
 
     def residual(self, value: Y) -> Y:
-        """Return y - value, 0 where nothing was measured; `value` is operator(x0)."""
-        difference = self.y.astype(value.dtype) - value
+        """Return y - value in at least float32, 0 where nothing was measured.
+
+        **Arguments:** `value`: operator(x0).
+        """
+        wide = value.astype(wide_dtype(value.dtype))
+        difference = self.y.astype(wide.dtype) - wide
         return jnp.where(self.operator.observed(value) > 0, difference, 0)
 
+    @convert_arguments
     def log_likelihood(self, x0: X) -> Scalar:
         """Return the log-density of y given x0, of the entries that were measured.
 

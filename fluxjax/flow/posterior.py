@@ -237,13 +237,14 @@ def _measured_system(local: _Local, measurement: Measurement) -> _System:
     near, residual, inner = local.near, local.residual, local.inner
     variance = jnp.square(measurement.noise_std("twisted_sample", residual.dtype))
     if not callable(inner) and near.gram is not None:
-        return _System(None, (inner * near.gram).ravel(), variance)
+        values = inner.astype(residual.dtype) * near.gram.astype(residual.dtype)
+        return _System(None, values.ravel(), variance)
 
     def column(unit: Array) -> Array:
         # Inside `jax.shard_map` an adjoint takes only what varies over the axes of x.
         w = near.backward(unit.reshape(residual.shape) + jnp.zeros_like(residual))
         spread = inner(w) if callable(inner) else inner * w
-        return near.forward(spread).ravel()
+        return near.forward(spread).ravel().astype(residual.dtype)
 
     # One column after another: a batch would hold the network's activations for each.
     columns = jax.lax.map(column, jnp.eye(residual.size, dtype=residual.dtype))
@@ -437,7 +438,8 @@ class Conditioned(StatefulVelocity):
                 field, wide, inner_t, self.measurement
             )
             conditioned = _toward(wide, inner_t, corrected)
-            return ConditionedEvaluation(corrected.velocity, conditioned, log_likelihood)
+            weight = log_likelihood.astype(wide.dtype)
+            return ConditionedEvaluation(corrected.velocity, conditioned, weight)
 
         def unguided() -> ConditionedEvaluation:
             value, _ = self._evaluate(wide, t, (), None)
@@ -452,7 +454,7 @@ class Conditioned(StatefulVelocity):
 
     def _guided_at(self, t: Scalar) -> tuple[Array, Scalar]:
         """Return whether the velocity is guided at t, and a time at which it can be."""
-        inside = (t > 0) & (t < 1) & (t <= self.high)
+        inside = (t > 0) & (t < 1) & (t <= jnp.asarray(self.high, t.dtype))
         # Under `jax.vmap` both branches are evaluated, and NaN would spoil the gradient of both.
         return inside, jnp.where(inside, t, 0.5)
 
@@ -516,5 +518,5 @@ class DDNM(StochasticStep):
         correction = NullSpace(self.iterations)
         v, estimate = correction(lambda x: velocity(x, t), x, t, self.measurement)
         noise = x + (1 - t) * v
-        noise_share, deviation = ddim_noise(t, u, self.eta)
+        noise_share, deviation = ddim_noise(t, u, jnp.asarray(self.eta, u.dtype))
         return (1 - u) * estimate + noise_share * noise, deviation, None
