@@ -41,7 +41,10 @@ def _check_mask(call: str, mask: Array, meaning: str) -> None:
 
 
 class _Round(NamedTuple):
-    """A result of going from t to u: x there, and the state of the inner step."""
+    """A result of going from t to u.
+
+    `x`: there. `state`: that of the inner step.
+    """
 
     x: X
     state: StepState
@@ -96,12 +99,15 @@ class Inpaint(_StepAround):
         return self.step.evaluations * self.repeats * self.jump
 
     def init(self, x: X) -> StepState:
+        """Return the first state of the inner step."""
         return self.step.init(x)
 
     def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        """Return the first state of the inner step, which may evaluate the velocity."""
         return self.step.start(velocity, x, t)
 
     def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
+        """Return the times of the inner steps, of which there are `jump`; repeats add none."""
         nodes = self._nodes(t, u)
         by_stage = jax.vmap(self.step.evaluation_times)(nodes[:-1], nodes[1:])
         if by_stage is None:
@@ -120,9 +126,11 @@ class Inpaint(_StepAround):
     ) -> tuple[X, StepState, None]:
         check_same_shape("Inpaint", x, image=self.image, noise=self.noise)
         check_broadcasts("Inpaint", x, mask=self.mask)
-        draws = self.noise is None or self.repeats > 1
-        if key is None and draws:
-            raise ValueError("Inpaint draws noise. Pass key=jax.random.key(…) to `sample`.")
+        if key is None and (self.noise is None or self.repeats > 1):
+            raise ValueError(
+                "Inpaint draws noise, for the kept part or to repeat a step. "
+                "Pass key=jax.random.key(…) to `sample`."
+            )
 
         def again(before: _Round, item: tuple[OptionalKey, Scalar]) -> _Round:
             down_key, number = item
@@ -190,7 +198,10 @@ def _split(key: OptionalKey, count: int) -> Array | None:
 
 
 def _add_back(x: X, u: Scalar, t: Scalar, key: Array) -> X:
-    """Return x, which is at u, at the later time t, by the forward process."""
+    """Return x, which is at u, at a time t with more noise.
+
+    The forward process scales its image to 1 - t, and fills up the noise to the variance t^2.
+    """
     # Times fall strictly, so that u < 1.
     scale = (1 - t) / (1 - u)
     # Positive but for rounding, and its root must not be NaN.
@@ -201,7 +212,11 @@ def _add_back(x: X, u: Scalar, t: Scalar, key: Array) -> X:
 
 
 class _Place(NamedTuple):
-    """The state of `KeepHistory`: that of the inner step, and the number of steps taken."""
+    """The state of `KeepHistory`.
+
+    `state`: that of the inner step. `number`: how many steps were taken, which is where the
+    history is read.
+    """
 
     state: StepState
     number: Int[Array, ""]

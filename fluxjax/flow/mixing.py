@@ -79,7 +79,9 @@ class Mixed(StatefulVelocity):
         *condition: Condition,
         memory: Memory = None,
     ) -> X | tuple[X, Memory]:
-        before = memory or [None] * len(self.velocities)
+        before = memory
+        if before is None:
+            before = [None] * len(self.velocities)
         mixed = total = jnp.zeros_like(x)
         after = []
         for velocity, weight, old in zip(self.velocities, self.weights, before, strict=True):
@@ -230,11 +232,9 @@ class ImageGuided(StatefulVelocity):
         )
 
     def init(self, x: X) -> Memory:
-        """Return the memories of the three conditions, or None if the velocity has none."""
+        """Return the memories of the three conditions along a first axis, if there are any."""
         memory = initial_memory(self.velocity, x)
-        if memory is None:
-            return None
-        return [memory, memory, memory]
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), memory)
 
     def __call__(
         self,
@@ -243,29 +243,26 @@ class ImageGuided(StatefulVelocity):
         *condition: Condition,
         memory: Memory = None,
     ) -> X | tuple[X, Memory]:
-        before = memory or self.init(x)
         time = jnp.asarray(t, x.dtype)
-        (plain, of_image, of_both), after = self._evaluate(x, time, before)
-        text = jnp.asarray(self.text_scale, x.dtype) - 1
-        image = jnp.asarray(self.image_scale, x.dtype) - 1
+        before = memory
+        if before is None:
+            before = self.init(x)
+
+        def evaluate(item: tuple[Condition, Memory]) -> tuple[X, Memory]:
+            condition, old = item
+            return evaluate_with_memory(self.velocity, old, x, time, condition)
+
+        evaluate_all = jax.vmap(evaluate)
+        if before is not None:
+            # A memory may decide which parts are evaluated, so that a batch would evaluate all.
+            evaluate_all = partial(jax.lax.map, evaluate)
+        conditions = self.neither, self.image, self.both
+        batch = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
+        (plain, of_image, of_both), after = evaluate_all((batch, before))
         # Written so that scales of 1 give v_IT exactly.
-        image_part = image * (of_image - plain)
-        text_part = text * (of_both - of_image)
+        image_part = (jnp.asarray(self.image_scale, x.dtype) - 1) * (of_image - plain)
+        text_part = (jnp.asarray(self.text_scale, x.dtype) - 1) * (of_both - of_image)
         guided = of_both + image_part + text_part
         if memory is None:
             return guided
         return guided, after
-
-    def _evaluate(self, x: X, t: Scalar, memory: Memory) -> tuple[list[X], Memory]:
-        """Return the velocities of all three conditions, and their new memories."""
-        conditions = self.neither, self.image, self.both
-        if memory is None:
-            batch = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
-            evaluate_all = jax.vmap(self.velocity, in_axes=(None, None, 0))
-            return list(evaluate_all(x, t, batch)), None
-        values, after = [], []
-        for condition, old in zip(conditions, memory, strict=True):
-            value, new = evaluate_with_memory(self.velocity, old, x, t, condition)
-            values.append(value)
-            after.append(new)
-        return values, after

@@ -14,9 +14,11 @@ from fluxjax import DDIM, DPMpp2M, Euler, flow_times
 from fluxjax.flow import (
     AB2,
     FireFlow,
+    Guided,
     Inpaint,
     KeepHistory,
     Midpoint,
+    Projected,
     add_noise,
     evaluation_times,
     partial_times,
@@ -172,6 +174,24 @@ def test_from_a_partial_start_masks_work_alike():
         for mask in (HALF, HALF * 0.7)
     ]
     np.testing.assert_array_equal(*ends)
+
+
+def test_a_memory_passes_through_the_inner_loops():
+    """A jump of 3 everywhere repainted is sampling at three times as many nodes."""
+
+    def network(x, t, condition):
+        return condition - t * x
+
+    ones = jnp.ones(PIXELS)
+    momentum = Projected(momentum=-0.5)
+    velocity = Guided(network, ones, -ones, 2.0, momentum)
+    step = Inpaint(Euler(), known(), 1.0, noise(), jump=3)
+    coarse = sample(velocity, noise(), falling_times(4), step=step)
+    fine = sample(velocity, noise(), falling_times(12))
+    np.testing.assert_allclose(coarse.x, fine.x, rtol=1e-12)
+    np.testing.assert_allclose(coarse.memory.rule, fine.memory.rule, rtol=1e-12)
+    plain = sample(Guided(network, ones, -ones, 2.0), noise(), falling_times(12)).x
+    assert jnp.abs(plain - fine.x).max() > 1e-3
 
 
 def test_evaluations_and_their_times_are_passed_on():
