@@ -1,0 +1,116 @@
+"""Measure learned times on the tiny model: their error, beside the model's own and uniform times.
+
+Times are planned and fitted on some prompts, and measured on held-out ones. Prints a Markdown
+table; with --write, keeps the fitted times in JSON files, which `fluxjax generate --timer` reads.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fluxjax
+from fluxjax import AB2, DPMpp2M, Euler, flow, generate
+from fluxjax.flow.step import Step
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
+from evaluate_tiny import held_out_scenes  # found by the line above
+
+SIZE = 128
+REFERENCE_STEPS = 200
+STEPS = (4, 8, 16)
+INTEGRATORS = {"euler": Euler(), "ab2": AB2(), "dpmpp_2m": DPMpp2M()}
+
+
+class PromptVelocity(eqx.Module):
+    """The velocity of one of several prompts, which the state carries in its last entry.
+
+    `plan_times` and `fit_times` take one velocity for all draws; here each draw has its own prompt.
+    """
+
+    flux: fluxjax.Flux
+    conditions: fluxjax.Conditioning
+
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        number = x[-1, 0].astype(jnp.int32)
+        axes = jax.tree.map(lambda leaf: leaf[number], self.conditions)
+        velocity = fluxjax.flux_velocity(self.flux, axes)
+        return jnp.concatenate([velocity(x[:-1], t), jnp.zeros_like(x[-1:])])
+
+
+def prompts_as_draws(
+    models: fluxjax.Models, prompts: Sequence[str], seed: int
+) -> tuple[PromptVelocity, jax.Array]:
+    """Return the velocity of prompts, and the noise of each, which ends with its number."""
+    ids = generate.prompt_ids(models.tokenizers, prompts, max_length=models.defaults.max_length)
+    text = fluxjax.encode_text(models.clip, models.t5, ids, dtype=jnp.float32)
+    count = len(prompts)
+    positions = jnp.broadcast_to(fluxjax.image_ids(SIZE, SIZE), (count, (SIZE // 16) ** 2, 3))
+    guidance = jnp.full(count, 3.5)
+    conditions = fluxjax.Conditioning(text.txt, text.vec, positions, guidance)
+    noise = generate.latents.noise_batch(
+        jax.random.key(seed), range(count), SIZE, SIZE, channels=16
+    )
+    packed = jax.vmap(fluxjax.pack_latents)(noise)
+    numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32)[:, None, None], (count, 1, 64))
+    return PromptVelocity(models.flux, conditions), jnp.concatenate([packed, numbers], 1)
+
+
+@eqx.filter_jit
+def ends(velocity: PromptVelocity, noise: jax.Array, times: jax.Array, step: Step) -> jax.Array:
+    """Return the latents of all draws at the last time, [draws, tokens, channels]."""
+    return jax.vmap(lambda x: fluxjax.sample(velocity, x, times, step=step).x[:-1])(noise)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=16, help="to learn from")
+    parser.add_argument("--held-out", type=int, default=32, help="draws to measure on")
+    parser.add_argument("--iterations", type=int, default=40, help="of the fit")
+    parser.add_argument("--write", type=Path, help="folder for the fitted times")
+    options = parser.parse_args()
+    models = fluxjax.load_models("tiny", dtype="float32")
+    prompts = [caption for _, caption in held_out_scenes(options.draws + options.held_out)]
+    train, noise = prompts_as_draws(models, prompts[: options.draws], 0)
+    test, test_noise = prompts_as_draws(models, prompts[options.draws :], 1)
+    many = generate.model_times(models.defaults, REFERENCE_STEPS, SIZE, SIZE)
+    target, exact = ends(train, noise, many, flow.Heun()), ends(test, test_noise, many, flow.Heun())
+    whole_target = jnp.concatenate([target, noise[:, -1:]], 1)
+    print("| steps | integrator | model's times | uniform | planned | fitted |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for steps in STEPS:
+        planned = flow.plan_times(train, noise, steps)
+        for name, step in INTEGRATORS.items():
+            fitted = fit(train, noise, whole_target, planned, step, options.iterations)
+            own = generate.model_times(models.defaults, steps, SIZE, SIZE)
+            row = [own, flow.uniform_times(steps), planned, fitted]
+            errors = [
+                np.sqrt(jnp.mean((ends(test, test_noise, t, step) - exact) ** 2)) for t in row
+            ]
+            cells = " | ".join(f"{error:.4f}" for error in errors)
+            print(f"| {steps} | {name} | {cells} |", flush=True)
+            if options.write is not None:
+                about = {"model": "tiny", "integrator": name, "size": f"{SIZE}x{SIZE}"}
+                generate.write_times(options.write / f"{name}_{steps}.json", fitted, about)
+
+
+@eqx.filter_jit
+def fit(
+    velocity: PromptVelocity,
+    noise: jax.Array,
+    target: jax.Array,
+    times: jax.Array,
+    step: Step,
+    iterations: int,
+) -> jax.Array:
+    """Return fitted times, in one compiled program."""
+    return flow.fit_times(velocity, noise, target, times, step=step, iterations=iterations)
+
+
+if __name__ == "__main__":
+    main()
