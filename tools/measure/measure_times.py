@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fluxjax
-from fluxjax import AB2, DPMpp2M, Euler, flow, generate
-from fluxjax.flow.step import Step
+from fluxjax import DPMpp2M, Euler, flow, generate
+from fluxjax.flow import AB2, Step
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
 from evaluate_tiny import held_out_scenes  # found by the line above
