@@ -1,4 +1,13 @@
-"""Measurements y = A(x0) + std noise: their operators, exact adjoints and linear systems."""
+"""Measurements y = A(x0) + std noise: their operators, exact adjoints and linear systems.
+
+    Measurement(Mask(mask), mask * image, std=0.05)                      # inpainting
+    Measurement(Downsample(4, axes=(0, 1)), small_image, std=0.05)       # super-resolution
+    Measurement(Blur(kernel, axes=(0, 1)), blurred_image, std=0.05)      # deblurring
+    Measurement(Decoded(decode, Mask(mask)), mask * pixels, std=0.05)    # pixels of a latent
+
+An operator sees x as the velocity does. For packed latents, pack masks and images alike, or
+measure what is decoded.
+"""
 
 import math
 from abc import abstractmethod
@@ -367,7 +376,12 @@ def divide_or_zero(numerator: Array, denominator: Array) -> Array:
 
 
 class _Search(NamedTuple):
-    """Conjugate gradients between two iterations."""
+    """Conjugate gradients between two iterations.
+
+    - `residual`: of the solution so far, r - (S + shift) solution.
+    - `direction`: of the next step.
+    - `running`: whether no iteration has stopped the search.
+    """
 
     solution: Array
     residual: Array

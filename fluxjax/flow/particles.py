@@ -1,6 +1,12 @@
 """Twisted sequential Monte Carlo: weighted particles that sample the posterior of a measurement.
 
+    conditioned = Conditioned(velocity, measurement, tmpd())
+    noise = jax.random.normal(noise_key, (16, *shape))
+    particles = twisted_sample(conditioned, noise, times, step=DDIM(1.0), key=key)
+    x0 = particles.draw(1, key=draw_key)[0]
+
 Methods that only correct the estimate of x0 keep the prior's shares of modes; weights repair them.
+The log-evidence compares priors, or operators, for one measurement.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,21 @@
 """Velocities of the posterior: a prior's velocity, conditioned on a measurement y = A(x0) + noise.
 
+    measurement = Measurement(Mask(mask), mask * image, std=0.05)
+    conditioned = Conditioned(velocity, measurement, tmpd())
+    x0 = sample(conditioned, noise, times, step=Midpoint()).x
+
 With g the gradient of log p(y | x_t), the exact velocity is v - t / (1 - t) g: the estimate of x0
 moves by t^2 / (1 - t) g, and the estimate of the noise by -t g. Methods differ in how they correct
-the estimate.
+the estimate of x0:
+
+- `tmpd()` is exact for Gaussian data. It costs the most, and is best with `Midpoint`.
+- `pigdm()` costs 3 evaluations per step. It is best with steps that draw noise, `DDIM(1.0)`.
+- `dps()` costs the same. It has a larger error, and diverges in few steps with little noise.
+- `proximal()` and `NullSpace()` need no derivative of the velocity, and 1 evaluation per step.
+- `DDNM` is a step for measurements without noise: inpainting and super-resolution.
+
+No correction of the estimate gives modes of the data their posterior shares; see
+`fluxjax.flow.particles`.
 """
 
 import math
@@ -75,7 +88,14 @@ class Correction(eqx.Module):
 
 
 class _Local(NamedTuple):
-    """Everything that a gain knows at one x and t: C is the covariance of x0 given x_t."""
+    """Everything that a gain knows at one x and t.
+
+    - `velocity`, `estimate`: v, and x - t v.
+    - `near`: the operator, linearized at the estimate.
+    - `residual`: y - A(estimate).
+    - `outer`: w -> O w.
+    - `inner`: w -> I w, or a number whose multiple of the identity I is.
+    """
 
     velocity: Array
     estimate: Array
