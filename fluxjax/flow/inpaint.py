@@ -8,30 +8,10 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import check_broadcasts, check_same_shape, checked_fraction
-from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, StepState, X
+from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, StepAround, StepState, X
 from fluxjax.flow.strength import noisy_image
 from fluxjax.flow.velocity import Velocity, scan_evaluations
 from fluxjax.shapes import Array, Float, Int, Scalar
-
-
-class _StepAround(Step):
-    """A step around another one, whose properties it shares."""
-
-    rising = False
-    span = (0.0, 1.0)
-    step: eqx.AbstractVar[Step]
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self.step.order
-
-    @property
-    def evaluations(self) -> int:  # type: ignore[override]
-        return self.step.evaluations
-
-    @property
-    def first_evaluations(self) -> int:  # type: ignore[override]
-        return self.step.first_evaluations
 
 
 def _check_mask(call: str, mask: Array, meaning: str) -> None:
@@ -51,7 +31,7 @@ class _Round(NamedTuple):
 
 
 @convert_arguments
-class Inpaint(_StepAround):
+class Inpaint(StepAround):
     """A step that keeps a part of an image: after each step, this part is the image with noise.
 
     Blended latent diffusion, and the inpainting of diffusers (with one fixed `noise`). With
@@ -97,14 +77,6 @@ class Inpaint(_StepAround):
     @property
     def evaluations(self) -> int:  # type: ignore[override]
         return self.step.evaluations * self.repeats * self.jump
-
-    def init(self, x: X) -> StepState:
-        """Return the first state of the inner step."""
-        return self.step.init(x)
-
-    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
-        """Return the first state of the inner step, which may evaluate the velocity."""
-        return self.step.start(velocity, x, t)
 
     def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
         """Return the times of the inner steps, of which there are `jump`; repeats add none."""
@@ -223,7 +195,7 @@ class _Place(NamedTuple):
 
 
 @convert_arguments
-class KeepHistory(_StepAround):
+class KeepHistory(StepAround):
     """A step that keeps a part of a run: after each step, this part is what it was in another run.
 
     DiffEdit: invert the image to a time t, then sample from there toward the new prompt, and keep
@@ -283,6 +255,6 @@ class KeepHistory(_StepAround):
         )
         mask = self.mask.astype(x.dtype)
         kept = self.history.astype(x.dtype)[number]
-        # The ends are exact, also where the other one is not finite.
+        # Written so that both ends are exact.
         mixed = jnp.where(mask == 1, own, kept + mask * (own - kept))
-        return jnp.where(mask == 0, kept, mixed), _Place(inner, number), None
+        return mixed, _Place(inner, number), None

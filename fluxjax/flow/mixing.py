@@ -39,11 +39,11 @@ class Mixed(StatefulVelocity):
     **Arguments:**
 
     - `velocities`: (x, t) -> dx/dt, each for all of x.
-    - `weights`: one for each velocity, at least 0, in a shape that broadcasts to that of x. At each
-      entry of x at least one is above 0.
+    - `weights`: one for each velocity, in a shape that broadcasts to that of x. At each entry of x
+      their sum is above 0.
 
-    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no
-    weight covers (of traced ones, only their number and shapes are checked).
+    **Raises:** `ValueError` for another number of weights, and for entries at which their sum is
+    not above 0 (of traced ones, only their number and shapes are checked).
     **Source:** Bar-Tal et al. 2023, eq. 5.
     """
 
@@ -56,14 +56,11 @@ class Mixed(StatefulVelocity):
                 f"`Mixed(velocities, weights)` needs one weight for each velocity, got "
                 f"{len(self.velocities)} velocities and {len(self.weights)} weights."
             )
-        for weight in self.weights:
-            _check_weights("Mixed", weight)
-        total = sum(self.weights)
-        if is_concrete_number(total) and np.any(np.asarray(total) == 0):
-            raise ValueError(
-                "`Mixed(weights)` are all 0 at some entries. Give each entry a weight above 0; one "
-                "velocity may have the weight 1 everywhere, as a background."
-            )
+        _check_positive(
+            "`Mixed(weights)` needs a sum above 0 at each entry",
+            sum(self.weights),
+            "One velocity may have the weight 1 everywhere, as a background.",
+        )
 
     def init(self, x: X) -> Memory:
         """Return the memories of all velocities, or None if none of them has one."""
@@ -96,12 +93,18 @@ class Mixed(StatefulVelocity):
         return mixed / total, after
 
 
-def _check_weights(call: str, weight: ScalarLike | Array) -> None:
-    check_finite(call, weights=weight)
-    if is_concrete_number(weight) and np.any(np.asarray(weight) < 0):
-        raise ValueError(
-            f"`{call}(weights)` needs numbers of at least 0, got {np.min(np.asarray(weight)):g}."
-        )
+def _check_positive(rule: str, weights: object, remedy: str) -> None:
+    """Check weights; traced ones pass.
+
+    **Raises:** `ValueError` unless all are finite and above 0.
+    """
+    if not is_concrete_number(weights):
+        return
+    numbers = np.asarray(weights)
+    least = numbers.min()
+    # Written so that NaN fails.
+    if not (least > 0 and numbers.max() < np.inf):
+        raise ValueError(f"{rule}, got {least:g}. {remedy}")
 
 
 @convert_arguments
@@ -131,17 +134,18 @@ class SlidingWindows(StatefulVelocity):
     weights: Float[Array, "..."] = eqx.field(default_factory=lambda: jnp.ones(()))
 
     def __check_init__(self):
-        fits = len(self.size) == len(self.stride) and len(self.size) > 0
-        for size, stride in zip(self.size, self.stride, strict=False):
-            fits = fits and 1 <= stride <= size
-        if not fits:
+        sizes, strides = np.array(self.size), np.array(self.stride)
+        same = sizes.shape == strides.shape != (0,)
+        if not (same and np.all((strides >= 1) & (strides <= sizes))):
             raise ValueError(
                 "`SlidingWindows(size, stride)` needs a stride from 1 to the size for each axis, "
                 f"got {self.size} and {self.stride}."
             )
-        _check_weights("SlidingWindows", self.weights)
-        if is_concrete_number(self.weights) and np.any(np.asarray(self.weights) == 0):
-            raise ValueError("`SlidingWindows(weights)` needs numbers above 0, got 0.")
+        _check_positive(
+            "`SlidingWindows(weights)` needs finite numbers above 0",
+            self.weights,
+            "Leave them out to count all entries of a window alike.",
+        )
 
     def starts(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return where the windows of an x of this shape start, [windows, axes].

@@ -31,6 +31,10 @@ def add_noise(
     **Raises:** `ValueError` for another shape or a t outside [0, 1] (at run time if it is traced).
     """
     t = checked_fraction("add_noise", "t", t, "0 is the image, 1 is noise.")
+    return _add_noise(x0, noise, t)
+
+
+def _add_noise(x0: Array, noise: Array, t: ScalarLike) -> Array:
     wide = jnp.promote_types(wide_dtype(x0.dtype), wide_dtype(noise.dtype))
     dtype = wide
     if x0.dtype == noise.dtype:
@@ -149,10 +153,14 @@ def sdedit(
     - `times`: from `partial_times`. A single node, of strength 0, returns the image itself.
 
     **Returns:** as `sample`.
-    **Raises:** as `sample` and `add_noise`.
+    **Raises:** as `sample`, and `ValueError` for times outside [0, 1].
     **Source:** Meng et al. 2021, algorithm 2.
     """
-    x = add_noise(image, noise, times[0])
+    # Traced times are not checked: that would put a call to the host into the program, which JAX
+    # would then not keep in its compilation cache.
+    if is_concrete_number(times):
+        checked_fraction("sdedit", "times", times, "1 is noise, 0 the image.")
+    x = _add_noise(image, noise, times[0])
     if len(times) == 1:
         nodes = x[None] if history else None
         return Sample(x, nodes, 0, None, initial_memory(velocity, x))

@@ -148,5 +148,7 @@ def test_misuse_names_the_remedy():
         add_noise(IMAGE, NOISE[:3], 0.5)
     with pytest.raises(ValueError, match=r"`add_noise\(t\)`"):
         add_noise(IMAGE, NOISE, 1.5)
+    with pytest.raises(ValueError, match=r"`sdedit\(times\)` needs numbers in \[0, 1\], got 1.5"):
+        sdedit(field, IMAGE, NOISE, [1.5, 0.0])
     with pytest.raises(ValueError, match="rising times"):
         partial_times(TIMES[::-1], 0.5)
