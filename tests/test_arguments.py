@@ -30,6 +30,10 @@ def straight(x, t):
 
 MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
 RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
+def double(x):
+    return 2 * x
+
+
 # For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),
@@ -54,6 +58,13 @@ CALLS = {
     f.optimize_noise: (
         {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
         {"velocity": straight, "measurement": MEASUREMENT},
+    f.add_noise: ({"x0": X, "noise": -X, "t": 0.3}, {}),
+    f.start_time: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.partial_times: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
+    f.sdedit: ({"image": X, "noise": -X, "times": [0.5, 0.0]}, {"velocity": straight}),
+    f.edit_mask: (
+        {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
+        {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
     ),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
@@ -74,8 +85,30 @@ CALLS = {
     ),
     f.attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "scale": 0.5, "key_length": 2}, {}),
     f.isolated_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "txt_tokens": 1}, {}),
+    f.solve_normal: (
+        {"covariance": 0.7, "std": 0.5, "r": X, "iterations": 3},
+        {"forward": double, "backward": double},
+    ),
+    f.pseudo_inverse: ({"r": X, "iterations": 3}, {"forward": double, "backward": double}),
+    f.tmpd: ({"iterations": 3}, {}),
+    f.pigdm: ({"iterations": 3, "prior_std": 1.5}, {}),
+    f.proximal: ({"iterations": 3, "prior_std": 1.5}, {}),
+    f.twisted_sample: (
+        {"x": np.stack([X, -X]), "times": [1.0, 0.5, 0.0]},
+        {
+            "conditioned": f.Conditioned(
+                straight, f.Measurement(f.Mask([1.0, 0.0, 1.0]), X, 0.1), f.proximal()
+            ),
+            "step": f.DDIM(),
+            "key": jax.random.key(0),
+        },
+    ),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
+    train.interpolate_conditions: (
+        {"share": 0.3},
+        {"fitted": [np.float32(X)], "target": [np.float32(-X)]},
+    ),
     train.guided_target: ({"conditional": X, "unconditional": X, "scale": 2.0}, {}),
 }
 # With networks, files or devices: tested in their folders, or below.
@@ -90,6 +123,8 @@ ELSEWHERE = {
     f.fit_preview,
     f.make_mesh,
     f.sample_ode,
+    f.adjoint,
+    f.linearize,
     f.begin_sample,
     f.flux_velocity,
     f.advance_sample,
@@ -105,6 +140,7 @@ ELSEWHERE = {
     train.make_step,
     train.average,
     train.drop_captions,
+    train.fit_condition,
 }
 FORMS = {
     "NumPy": lambda value: np.int64(value) if isinstance(value, int) else np.asarray(value)[()],
@@ -142,7 +178,7 @@ def test_every_function_that_converts_its_arguments_is_tested():
     # All of these folders, but for those that take no numbers, or are for other folders.
     public = [getattr(folder, name) for folder in (flow, train) for name in folder.__all__]
     plain = {one.__name__ for one in public if inspect.isfunction(one) and one not in decorated}
-    assert plain == {"ancestral", "initial_memory"}
+    assert plain == {"ancestral", "dps", "initial_memory"}
 
 
 def test_networks_take_what_fluxjax_itself_returns(tiny):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import check_same_shape, checked_fraction, checked_velocity
-from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, X, time_dtype
+from fluxjax.flow.step import OptionalKey, Step, X, start_time_only, time_dtype
 from fluxjax.flow.strength import noisy_image
 from fluxjax.flow.velocity import (
     Memory,
@@ -72,12 +72,11 @@ class FlowEdit(Step):
     def evaluations(self) -> int:  # type: ignore[override]
         return 2 * self.averages
 
+    evaluation_times = start_time_only
+
     def init(self, x: X) -> _Difference:
         check_same_shape("FlowEdit", x, image=self.image)
         return _Difference(x - self.image.astype(x.dtype), initial_memory(self.source, x))
-
-    def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes:
-        return (t,)
 
     def __call__(
         self,

@@ -8,41 +8,30 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import check_broadcasts, check_same_shape, checked_fraction
-from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, StepState, X
+from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, StepAround, StepState, X
 from fluxjax.flow.strength import noisy_image
 from fluxjax.flow.velocity import Velocity, scan_evaluations
 from fluxjax.shapes import Array, Float, Int, Scalar
 
 
-class _StepAround(Step):
-    """A step around another one, whose properties it shares."""
-
-    rising = False
-    span = (0.0, 1.0)
-    step: eqx.AbstractVar[Step]
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self.step.order
-
-    @property
-    def evaluations(self) -> int:  # type: ignore[override]
-        return self.step.evaluations
-
-    @property
-    def first_evaluations(self) -> int:  # type: ignore[override]
-        return self.step.first_evaluations
+def _check_mask(call: str, mask: Array, meaning: str) -> None:
+    # A traced mask is not checked, since that would need a call to the host at each step.
+    if not isinstance(mask, jax.core.Tracer):
+        checked_fraction(call, "mask", mask, meaning)
 
 
 class _Round(NamedTuple):
-    """A result of going from t to u: x there, and the state of the inner step."""
+    """A result of going from t to u.
+
+    `x`: there. `state`: that of the inner step.
+    """
 
     x: X
     state: StepState
 
 
 @convert_arguments
-class Inpaint(_StepAround):
+class Inpaint(StepAround):
     """A step that keeps a part of an image: after each step, this part is the image with noise.
 
     Blended latent diffusion, and the inpainting of diffusers (with one fixed `noise`). With
@@ -78,35 +67,24 @@ class Inpaint(_StepAround):
     jump: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        # A traced mask is not checked, since that would need a call to the host at each step.
-        if not isinstance(self.mask, jax.core.Tracer):
-            checked_fraction("Inpaint", "mask", self.mask, "1 is repainted, 0 is kept.")
-        for name in ("repeats", "jump"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`Inpaint({name})` needs at least 1, got {getattr(self, name)}. 1 takes each "
-                    "step once."
-                )
+        _check_mask("Inpaint", self.mask, "1 is repainted, 0 is kept.")
+        if min(self.repeats, self.jump) < 1:
+            raise ValueError(
+                "`Inpaint(repeats, jump)` needs at least 1 for both, got "
+                f"{self.repeats} and {self.jump}. 1 takes each step once."
+            )
 
     @property
     def evaluations(self) -> int:  # type: ignore[override]
         return self.step.evaluations * self.repeats * self.jump
 
-    def init(self, x: X) -> StepState:
-        return self.step.init(x)
-
-    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
-        return self.step.start(velocity, x, t)
-
     def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
+        """Return the times of the inner steps, of which there are `jump`; repeats add none."""
         nodes = self._nodes(t, u)
-        known: EvaluationTimes = ()
-        for number in range(self.jump):
-            times = self.step.evaluation_times(nodes[number], nodes[number + 1])
-            if times is None:
-                return None
-            known += times
-        return known
+        by_stage = jax.vmap(self.step.evaluation_times)(nodes[:-1], nodes[1:])
+        if by_stage is None:
+            return None
+        return tuple(jnp.concatenate(by_stage))
 
     def __call__(
         self,
@@ -120,22 +98,23 @@ class Inpaint(_StepAround):
     ) -> tuple[X, StepState, None]:
         check_same_shape("Inpaint", x, image=self.image, noise=self.noise)
         check_broadcasts("Inpaint", x, mask=self.mask)
-        draws = self.noise is None or self.repeats > 1
-        if key is None and draws:
-            raise ValueError("Inpaint draws noise. Pass key=jax.random.key(…) to `sample`.")
-        if key is None or self.repeats == 1:
-            return *self._down(velocity, x, t, u, state, key), None
+        if key is None and (self.noise is None or self.repeats > 1):
+            raise ValueError(
+                "Inpaint draws noise, for the kept part or to repeat a step. "
+                "Pass key=jax.random.key(…) to `sample`."
+            )
 
-        def again(before: _Round, item: tuple[Array, Scalar]) -> _Round:
-            round_key, number = item
-            up_key, down_key = jax.random.split(round_key)
-            higher = _add_back(before.x, u, t, up_key)
-            # The first round starts at t itself.
-            start = jnp.where(number == 0, before.x, higher)
+        def again(before: _Round, item: tuple[OptionalKey, Scalar]) -> _Round:
+            down_key, number = item
+            start = before.x
+            if self.repeats > 1 and down_key is not None:
+                up_key, down_key = jax.random.split(down_key)
+                # The first round starts at t itself.
+                start = jnp.where(number == 0, start, _add_back(start, u, t, up_key))
             # Each starts with the state at t: what a round left behind belongs to u.
-            return self._down(velocity, start, t, u, state, down_key)
+            return self._down(velocity, _Round(start, state), t, u, down_key)
 
-        rounds = jax.random.split(key, self.repeats), jnp.arange(self.repeats)
+        rounds = _split(key, self.repeats), jnp.arange(self.repeats)
         after = scan_evaluations(velocity, again, _Round(x, state), rounds)
         return after.x, after.state, None
 
@@ -145,33 +124,36 @@ class Inpaint(_StepAround):
         return (1 - shares) * t + shares * u
 
     def _down(
-        self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: StepState, key: OptionalKey
+        self,
+        velocity: Velocity,
+        before: _Round,
+        t: Scalar,
+        u: Scalar,
+        key: OptionalKey,
     ) -> _Round:
         """Go from t to u once, in `jump` steps."""
-        if self.jump == 1:
-            return self._inner_step(velocity, _Round(x, state), t, u, key)
-        nodes = self._nodes(t, u)
-        keys = key
-        if key is not None:
-            keys = jax.random.split(key, self.jump)
+        image = self.image.astype(before.x.dtype)
+        mask = self.mask.astype(u.dtype)
 
         def step(before: _Round, item: tuple[Scalar, Scalar, OptionalKey]) -> _Round:
-            return self._inner_step(velocity, before, *item)
+            start, end, one_key = item
+            noise_key, step_key = None, None
+            if one_key is not None:
+                noise_key, step_key = jax.random.split(one_key)
+            repainted, state, _ = self.step(
+                velocity,
+                before.x,
+                start,
+                end,
+                before.state,
+                key=step_key,
+            )
+            kept = noisy_image(image, self._noise(image, noise_key), end)
+            return _Round(jnp.where(end >= mask, kept, repainted), state)
 
-        items = nodes[:-1], nodes[1:], keys
-        return scan_evaluations(velocity, step, _Round(x, state), items, length=self.jump)
-
-    def _inner_step(
-        self, velocity: Velocity, before: _Round, t: Scalar, u: Scalar, key: OptionalKey
-    ) -> _Round:
-        noise_key, step_key = None, None
-        if key is not None:
-            noise_key, step_key = jax.random.split(key)
-        repainted, state, _ = self.step(velocity, before.x, t, u, before.state, key=step_key)
-        image = self.image.astype(before.x.dtype)
-        kept = noisy_image(image, self._noise(image, noise_key), u)
-        x = jnp.where(u >= self.mask.astype(u.dtype), kept, repainted)
-        return _Round(x, state)
+        nodes = self._nodes(t, u)
+        items = nodes[:-1], nodes[1:], _split(key, self.jump)
+        return scan_evaluations(velocity, step, before, items)
 
     def _noise(self, image: X, key: OptionalKey) -> X:
         """Return the noise of the kept part, like `image`. With a fixed one, no key is needed."""
@@ -180,24 +162,40 @@ class Inpaint(_StepAround):
         return jnp.asarray(self.noise, image.dtype)
 
 
+def _split(key: OptionalKey, count: int) -> Array | None:
+    """Return keys for the iterations of a loop; None for a run without noise."""
+    if key is None:
+        return None
+    return jax.random.split(key, count)
+
+
 def _add_back(x: X, u: Scalar, t: Scalar, key: Array) -> X:
-    """Return x, which is at u, at the later time t, by the forward process."""
-    # At u = 1 there is nothing to add: all is noise already.
-    scale = jnp.where(u < 1, (1 - t) / jnp.where(u < 1, 1 - u, 1), 1)
-    deviation = jnp.sqrt(jnp.maximum(jnp.square(t) - jnp.square(scale * u), 0))
+    """Return x, which is at u, at a time t with more noise.
+
+    The forward process scales its image to 1 - t, and fills up the noise to the variance t^2.
+    """
+    # Times fall strictly, so that u < 1.
+    scale = (1 - t) / (1 - u)
+    # Positive but for rounding, and its root must not be NaN.
+    variance = jnp.square(t) - jnp.square(scale * u)
+    deviation = jnp.sqrt(jnp.maximum(variance, 0))
     noise = jax.random.normal(key, x.shape, x.dtype)
     return (scale * x + deviation * noise).astype(x.dtype)
 
 
 class _Place(NamedTuple):
-    """The state of `KeepHistory`: that of the inner step, and the number of steps taken."""
+    """The state of `KeepHistory`.
+
+    `state`: that of the inner step. `number`: how many steps were taken, which is where the
+    history is read.
+    """
 
     state: StepState
     number: Int[Array, ""]
 
 
 @convert_arguments
-class KeepHistory(_StepAround):
+class KeepHistory(StepAround):
     """A step that keeps a part of a run: after each step, this part is what it was in another run.
 
     DiffEdit: invert the image to a time t, then sample from there toward the new prompt, and keep
@@ -226,8 +224,7 @@ class KeepHistory(_StepAround):
     mask: Float[Array, "*mask_shape"]
 
     def __check_init__(self):
-        if not isinstance(self.mask, jax.core.Tracer):
-            checked_fraction("KeepHistory", "mask", self.mask, "0 keeps the history.")
+        _check_mask("KeepHistory", self.mask, "0 keeps the history.")
 
     def init(self, x: X) -> _Place:
         return _Place(self.step.init(x), jnp.int32(0))
@@ -258,6 +255,6 @@ class KeepHistory(_StepAround):
         )
         mask = self.mask.astype(x.dtype)
         kept = self.history.astype(x.dtype)[number]
-        # The ends are exact, also where the other one is not finite.
+        # Written so that both ends are exact.
         mixed = jnp.where(mask == 1, own, kept + mask * (own - kept))
-        return jnp.where(mask == 0, kept, mixed), _Place(inner, number), None
+        return mixed, _Place(inner, number), None

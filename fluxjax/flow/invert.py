@@ -6,7 +6,13 @@ import jax.numpy as jnp
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import check_same_shape
 from fluxjax.flow.step import EvaluationTimes, OptionalKey, Step, X
-from fluxjax.flow.velocity import Memory, StatefulVelocity, Velocity, initial_memory
+from fluxjax.flow.velocity import (
+    Memory,
+    StatefulVelocity,
+    Velocity,
+    evaluate_with_memory,
+    initial_memory,
+)
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
@@ -102,10 +108,7 @@ class Steered(StatefulVelocity):
     ) -> X | tuple[X, Memory]:
         check_same_shape("Steered", x, target=self.target)
         time = jnp.asarray(t, x.dtype)
-        if memory is None:
-            v, after = self.velocity(x, time, *condition), None
-        else:
-            v, after = self.velocity(x, time, *condition, memory=memory)  # type: ignore[call-arg]
+        v, after = evaluate_with_memory(self.velocity, memory, x, time, *condition)
         straight, left = self._straight(x, time)
         used = (self.low <= time) & (time <= self.high) & (left > 0)
         rate = jnp.where(used, jnp.asarray(self.rate, x.dtype), 0)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -11,21 +12,21 @@ import numpy as np
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import check_broadcasts
 from fluxjax.flow.step import X
-from fluxjax.flow.velocity import Condition, Memory, StatefulVelocity, Velocity, initial_memory
-from fluxjax.numeric import check_finite
+from fluxjax.flow.velocity import (
+    Condition,
+    Memory,
+    StatefulVelocity,
+    Velocity,
+    evaluate_with_memory,
+    initial_memory,
+)
+from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Float, Scalar, ScalarLike
 
 
-def _evaluate(velocity: Callable, memory: Memory, x: X, *inputs: object) -> tuple[X, Memory]:
-    """Return the value of a velocity and its new memory, both with and without one."""
-    if memory is None:
-        return velocity(x, *inputs), None
-    return velocity(x, *inputs, memory=memory)
-
-
-def _as_arrays(weights: Sequence[ScalarLike | Array]) -> tuple[Array, ...]:
+def _as_arrays(weights: Sequence) -> tuple[Array, ...]:
     """Return weights as arrays, so that other numbers need no new compilation."""
-    return tuple(jnp.asarray(weight) for weight in weights)
+    return tuple(map(jnp.asarray, weights))
 
 
 @convert_arguments
@@ -38,16 +39,16 @@ class Mixed(StatefulVelocity):
     **Arguments:**
 
     - `velocities`: (x, t) -> dx/dt, each for all of x.
-    - `weights`: one for each velocity, at least 0, in a shape that broadcasts to that of x. At each
-      entry of x at least one is above 0.
+    - `weights`: one for each velocity, in a shape that broadcasts to that of x. At each entry of x
+      their sum is above 0.
 
-    **Raises:** `ValueError` for another number of weights, negative ones, and entries that no
-    weight covers (of traced ones, only their number and shapes are checked).
+    **Raises:** `ValueError` for another number of weights, and for entries at which their sum is
+    not above 0 (of traced ones, only their number and shapes are checked).
     **Source:** Bar-Tal et al. 2023, eq. 5.
     """
 
     velocities: Sequence[Velocity]
-    weights: Sequence[ScalarLike | Float[Array, "..."]] = eqx.field(converter=_as_arrays)
+    weights: Sequence[ScalarLike | Array] = eqx.field(converter=_as_arrays)
 
     def __check_init__(self):
         if len(self.velocities) != len(self.weights) or not self.velocities:
@@ -55,46 +56,55 @@ class Mixed(StatefulVelocity):
                 f"`Mixed(velocities, weights)` needs one weight for each velocity, got "
                 f"{len(self.velocities)} velocities and {len(self.weights)} weights."
             )
-        if any(isinstance(weight, jax.core.Tracer) for weight in self.weights):
-            return
-        for weight in self.weights:
-            _check_weights("Mixed", weight)
-        if np.any(sum(np.asarray(weight) for weight in self.weights) == 0):
-            raise ValueError(
-                "`Mixed(weights)` are all 0 at some entries. Give each entry a weight above 0; one "
-                "velocity may have the weight 1 everywhere, as a background."
-            )
+        _check_positive(
+            "`Mixed(weights)` needs a sum above 0 at each entry",
+            sum(self.weights),
+            "One velocity may have the weight 1 everywhere, as a background.",
+        )
 
-    def init(self, x: X) -> tuple[Memory, ...] | None:
-        memories = tuple(initial_memory(velocity, x) for velocity in self.velocities)
-        if all(memory is None for memory in memories):
+    def init(self, x: X) -> Memory:
+        """Return the memories of all velocities, or None if none of them has one."""
+        memories = [initial_memory(velocity, x) for velocity in self.velocities]
+        if not jax.tree.leaves(memories):
             return None
         return memories
 
     def __call__(
-        self, x: X, t: ScalarLike, *condition: Condition, memory: tuple[Memory, ...] | None = None
-    ) -> X | tuple[X, tuple[Memory, ...]]:
+        self,
+        x: X,
+        t: ScalarLike,
+        *condition: Condition,
+        memory: Memory = None,
+    ) -> X | tuple[X, Memory]:
         before = memory
         if before is None:
-            before = (None,) * len(self.velocities)
-        mixed, whole, after = jnp.zeros_like(x), jnp.zeros_like(x), []
-        for velocity, weight, one in zip(self.velocities, self.weights, before, strict=True):
-            check_broadcasts("Mixed", x, weights=weight)
-            value, new = _evaluate(velocity, one, x, t, *condition)
-            mixed = mixed + weight.astype(x.dtype) * value.astype(x.dtype)
-            whole = whole + weight.astype(x.dtype)
+            before = [None] * len(self.velocities)
+        mixed = total = jnp.zeros_like(x)
+        after = []
+        for velocity, weight, old in zip(self.velocities, self.weights, before, strict=True):
+            array = jnp.asarray(weight, x.dtype)
+            check_broadcasts("Mixed", x, weights=array)
+            value, new = evaluate_with_memory(velocity, old, x, t, *condition)
+            mixed = mixed + array * value.astype(x.dtype)
+            total = total + array
             after.append(new)
         if memory is None:
-            return mixed / whole
-        return mixed / whole, tuple(after)
+            return mixed / total
+        return mixed / total, after
 
 
-def _check_weights(call: str, weight: Array) -> None:
-    check_finite(call, weights=weight)
-    if np.any(np.asarray(weight) < 0):
-        raise ValueError(
-            f"`{call}(weights)` needs numbers of at least 0, got {np.min(np.asarray(weight)):g}."
-        )
+def _check_positive(rule: str, weights: object, remedy: str) -> None:
+    """Check weights; traced ones pass.
+
+    **Raises:** `ValueError` unless all are finite and above 0.
+    """
+    if not is_concrete_number(weights):
+        return
+    numbers = np.asarray(weights)
+    least = numbers.min()
+    # Written so that NaN fails.
+    if not (least > 0 and numbers.max() < np.inf):
+        raise ValueError(f"{rule}, got {least:g}. {remedy}")
 
 
 @convert_arguments
@@ -103,8 +113,7 @@ class SlidingWindows(StatefulVelocity):
 
     MultiDiffusion for panoramas: where windows overlap, their velocities are averaged. Nothing in
     x is coherent over more than a window, and overlaps blur: the mean of several velocities is that
-    of no draw. It costs one evaluation of a window for each of `count(shape)` windows, one after
-    another.
+    of no draw. It costs one evaluation for each of the `starts`, one after another.
 
     **Arguments:**
 
@@ -125,84 +134,73 @@ class SlidingWindows(StatefulVelocity):
     weights: Float[Array, "..."] = eqx.field(default_factory=lambda: jnp.ones(()))
 
     def __check_init__(self):
-        fits = len(self.size) == len(self.stride) and len(self.size) > 0
-        if fits:
-            strides, sizes = np.array(self.stride), np.array(self.size)
-            fits = bool(np.all((strides >= 1) & (strides <= sizes)))
-        if not fits:
+        sizes, strides = np.array(self.size), np.array(self.stride)
+        same = sizes.shape == strides.shape != (0,)
+        if not (same and np.all((strides >= 1) & (strides <= sizes))):
             raise ValueError(
                 "`SlidingWindows(size, stride)` needs a stride from 1 to the size for each axis, "
                 f"got {self.size} and {self.stride}."
             )
-        if isinstance(self.weights, jax.core.Tracer):
-            return
-        _check_weights("SlidingWindows", self.weights)
-        if np.any(np.asarray(self.weights) == 0):
-            raise ValueError("`SlidingWindows(weights)` needs numbers above 0, got 0.")
+        _check_positive(
+            "`SlidingWindows(weights)` needs finite numbers above 0",
+            self.weights,
+            "Leave them out to count all entries of a window alike.",
+        )
 
     def starts(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return where the windows of an x of this shape start, [windows, axes].
 
         **Raises:** `ValueError` for an x that is smaller than a window.
         """
-        axes = len(self.size)
-        if len(shape) < axes or np.any(np.array(shape[:axes]) < np.array(self.size)):
+        lengths = shape[: len(self.size)]
+        if len(lengths) < len(self.size) or np.any(np.array(lengths) < np.array(self.size)):
             raise ValueError(
                 f"`SlidingWindows` of the size {self.size} got an x of the shape {tuple(shape)}, "
                 "which is smaller. Choose smaller windows."
             )
         along = []
-        for length, size, stride in zip(shape[:axes], self.size, self.stride, strict=True):
+        for length, size, stride in zip(lengths, self.size, self.stride, strict=True):
             last = length - size
             along.append([*range(0, last, stride), last])
-        return np.array(list(itertools.product(*along)), np.int32)
-
-    def count(self, shape: tuple[int, ...]) -> int:
-        """Return the number of windows of an x of this shape."""
-        return len(self.starts(shape))
+        return np.array(list(itertools.product(*along)))
 
     def init(self, x: X) -> Memory:
-        starts = jnp.asarray(self.starts(x.shape))
-        if initial_memory(self.velocity, self._window(x, starts[0])) is None:
-            return None
-        # One memory for each window.
-        return jax.vmap(lambda start: initial_memory(self.velocity, self._window(x, start)))(starts)
+        """Return the memories of the windows, one for each along the first axis."""
+        return jax.vmap(partial(initial_memory, self.velocity))(self._cut(x))
 
     def __call__(
-        self, x: X, t: ScalarLike, *condition: Condition, memory: Memory = None
+        self,
+        x: X,
+        t: ScalarLike,
+        *condition: Condition,
+        memory: Memory = None,
     ) -> X | tuple[X, Memory]:
-        starts = self.starts(x.shape)
-        window_shape = self._window_shape(x)
-        weights = jnp.broadcast_to(self.weights.astype(x.dtype), window_shape)
+        def evaluate(item: tuple[Array, Memory]) -> tuple[Array, Memory]:
+            window, old = item
+            return evaluate_with_memory(self.velocity, old, window, t, *condition)
 
-        def add(before: tuple[X, X], item: tuple[Array, Memory]) -> tuple[tuple[X, X], Memory]:
-            mixed, whole = before
-            start, one = item
-            value, new = _evaluate(self.velocity, one, self._window(x, start), t, *condition)
-            mixed = _add_window(mixed, weights * value.astype(x.dtype), start)
-            return (mixed, _add_window(whole, weights, start)), new
-
-        zeros = jnp.zeros_like(x)
-        (mixed, whole), after = jax.lax.scan(add, (zeros, zeros), (jnp.asarray(starts), memory))
+        windows = self._cut(x)
+        values, after = jax.lax.map(evaluate, (windows, memory))
+        weights = jnp.broadcast_to(self.weights.astype(x.dtype), windows.shape)
+        # The transpose of cutting x into windows adds them up where they lie.
+        add_up = jax.linear_transpose(self._cut, x)
+        weighted = weights * values.astype(x.dtype)
+        (mixed,) = add_up(weighted)
+        (total,) = add_up(weights)
         if memory is None:
-            return mixed / whole
-        return mixed / whole, after
+            return mixed / total
+        return mixed / total, after
 
-    def _window_shape(self, x: X) -> tuple[int, ...]:
-        return (*self.size, *x.shape[len(self.size) :])
+    def _cut(self, x: X) -> Float[Array, "windows *window"]:
+        """Return all windows, which overlap, along a new first axis."""
+        axes = len(self.size)
+        size = (*self.size, *x.shape[axes:])
 
-    def _window(self, x: X, start: Array) -> Array:
-        return jax.lax.dynamic_slice(x, _all_starts(x, start), self._window_shape(x))
+        def window(start: Array) -> Array:
+            padded = jnp.pad(start, (0, x.ndim - axes))
+            return jax.lax.dynamic_slice(x, padded, size)
 
-
-def _all_starts(x: X, start: Array) -> tuple[Scalar | int, ...]:
-    return (*start, *(0,) * (x.ndim - len(start)))
-
-
-def _add_window(x: X, window: Array, start: Array) -> X:
-    place = _all_starts(x, start)
-    old = jax.lax.dynamic_slice(x, place, window.shape)
-    return jax.lax.dynamic_update_slice(x, old + window, place)
+        return jax.vmap(window)(jnp.asarray(self.starts(x.shape)))
 
 
 @convert_arguments
@@ -231,41 +229,44 @@ class ImageGuided(StatefulVelocity):
     text_scale: ScalarLike = 7.5
 
     def __check_init__(self):
-        check_finite("ImageGuided", image_scale=self.image_scale, text_scale=self.text_scale)
+        check_finite(
+            "ImageGuided",
+            image_scale=self.image_scale,
+            text_scale=self.text_scale,
+        )
 
-    def init(self, x: X) -> tuple[Memory, Memory, Memory] | None:
+    def init(self, x: X) -> Memory:
+        """Return the memories of the three conditions along a first axis, if there are any."""
         memory = initial_memory(self.velocity, x)
-        if memory is None:
-            return None
-        return memory, memory, memory
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), memory)
 
     def __call__(
-        self, x: X, t: ScalarLike, *condition: Condition, memory: Memory = None
+        self,
+        x: X,
+        t: ScalarLike,
+        *condition: Condition,
+        memory: Memory = None,
     ) -> X | tuple[X, Memory]:
         time = jnp.asarray(t, x.dtype)
-        conditions = self.neither, self.image, self.both
         before = memory
         if before is None:
             before = self.init(x)
-        if before is None:
-            batch = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
-            values = jax.vmap(self.velocity, in_axes=(None, None, 0))(x, time, batch)
-            plain, of_image, of_both = values
-            after = None
-        else:
-            pairs = [
-                _evaluate(self.velocity, one, x, time, each)
-                for one, each in zip(before, conditions, strict=True)
-            ]
-            (plain, of_image, of_both), after = zip(*pairs, strict=True)
-        image_scale = jnp.asarray(self.image_scale, x.dtype)
-        text_scale = jnp.asarray(self.text_scale, x.dtype)
-        # Written so that both scales of 1 give v_IT but for rounding of zeros.
-        guided = (
-            of_both
-            + (image_scale - 1) * (of_image - plain)
-            + (text_scale - 1) * (of_both - of_image)
-        )
+
+        def evaluate(item: tuple[Condition, Memory]) -> tuple[X, Memory]:
+            condition, old = item
+            return evaluate_with_memory(self.velocity, old, x, time, condition)
+
+        evaluate_all = jax.vmap(evaluate)
+        if before is not None:
+            # A memory may decide which parts are evaluated, so that a batch would evaluate all.
+            evaluate_all = partial(jax.lax.map, evaluate)
+        conditions = self.neither, self.image, self.both
+        batch = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
+        (plain, of_image, of_both), after = evaluate_all((batch, before))
+        # Written so that scales of 1 give v_IT exactly.
+        image_part = (jnp.asarray(self.image_scale, x.dtype) - 1) * (of_image - plain)
+        text_part = (jnp.asarray(self.text_scale, x.dtype) - 1) * (of_both - of_image)
+        guided = of_both + image_part + text_part
         if memory is None:
             return guided
         return guided, after

@@ -1,4 +1,13 @@
-"""Measurements y = A(x0) + std noise: their operators, exact adjoints and linear systems."""
+"""Measurements y = A(x0) + std noise: their operators, exact adjoints and linear systems.
+
+    Measurement(Mask(mask), mask * image, std=0.05)                      # inpainting
+    Measurement(Downsample(4, axes=(0, 1)), small_image, std=0.05)       # super-resolution
+    Measurement(Blur(kernel, axes=(0, 1)), blurred_image, std=0.05)      # deblurring
+    Measurement(Decoded(decode, Mask(mask)), mask * pixels, std=0.05)    # pixels of a latent
+
+An operator sees x as the velocity does. For packed latents, pack masks and images alike, or
+measure what is decoded.
+"""
 
 import math
 from abc import abstractmethod
@@ -13,7 +22,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.step import X
-from fluxjax.numeric import check_finite, is_concrete_number
+from fluxjax.numeric import check_finite, is_concrete_number, wide_dtype
 from fluxjax.shapes import Array, Bool, Float, Scalar, ScalarLike
 
 Y = Float[Array, "*measured"]
@@ -367,7 +376,12 @@ def divide_or_zero(numerator: Array, denominator: Array) -> Array:
 
 
 class _Search(NamedTuple):
-    """Conjugate gradients between two iterations."""
+    """Conjugate gradients between two iterations.
+
+    - `residual`: of the solution so far, r - (S + shift) solution.
+    - `direction`: of the next step.
+    - `running`: whether no iteration has stopped the search.
+    """
 
     solution: Array
     residual: Array
@@ -457,10 +471,15 @@ class Measurement(eqx.Module):
         return eqx.error_if(std, std <= 0, message)
 
     def residual(self, value: Y) -> Y:
-        """Return y - value, 0 where nothing was measured; `value` is operator(x0)."""
-        difference = self.y.astype(value.dtype) - value
+        """Return y - value in at least float32, 0 where nothing was measured.
+
+        **Arguments:** `value`: operator(x0).
+        """
+        wide = value.astype(wide_dtype(value.dtype))
+        difference = self.y.astype(wide.dtype) - wide
         return jnp.where(self.operator.observed(value) > 0, difference, 0)
 
+    @convert_arguments
     def log_likelihood(self, x0: X) -> Scalar:
         """Return the log-density of y given x0, of the entries that were measured.
 

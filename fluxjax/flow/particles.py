@@ -1,6 +1,12 @@
 """Twisted sequential Monte Carlo: weighted particles that sample the posterior of a measurement.
 
+    conditioned = Conditioned(velocity, measurement, tmpd())
+    noise = jax.random.normal(noise_key, (16, *shape))
+    particles = twisted_sample(conditioned, noise, times, step=DDIM(1.0), key=key)
+    x0 = particles.draw(1, key=draw_key)[0]
+
 Methods that only correct the estimate of x0 keep the prior's shares of modes; weights repair them.
+The log-evidence compares priors, or operators, for one measurement.
 """
 
 from typing import NamedTuple
@@ -12,7 +18,9 @@ import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times
+from fluxjax.flow.operators import Measurement
 from fluxjax.flow.posterior import Conditioned, ConditionedEvaluation
+from fluxjax.flow.sample import Interval
 from fluxjax.flow.step import StepState, StochasticStep
 from fluxjax.flow.velocity import initial_memory
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
@@ -52,12 +60,6 @@ class _Swarm(NamedTuple):
     log_weights: Array
     log_likelihood: Array
     log_evidence: Scalar
-
-
-class _Interval(NamedTuple):
-    t: Scalar
-    u: Scalar
-    number: Scalar
 
 
 class _Group(eqx.Module):
@@ -103,7 +105,8 @@ def twisted_sample(
 
     The weights make up for what the conditioned velocity approximates: with more particles, x is
     distributed as a run of the same steps with the prior's velocity, given y. Each step costs one
-    evaluation of the conditioned velocity per particle.
+    `Conditioned.evaluate` per particle. With a covariance that is "model", as of `tmpd()`, that
+    includes a Jacobian-vector product of the velocity for each entry of y.
 
     Resampling is systematic, whenever the effective size is below half of the particles.
 
@@ -126,38 +129,45 @@ def twisted_sample(
     (systematic resampling).
     """
     times = checked_times("twisted_sample", step, times, x)
-    _check(conditioned, step, times, x[0])
+    _check(conditioned, step, times, x)
     wide = x.astype(times.dtype)
     group = _Group(axis)
-
-    def body(swarm: _Swarm, interval: _Interval) -> tuple[_Swarm, Scalar]:
-        return _advance(conditioned, step, group, swarm, interval, key)
-
     # Made from x, so that inside `shard_map` they vary over the same axes as what replaces them.
     zeros = jnp.sum(jnp.zeros_like(wide).reshape(len(x), -1), 1)
+    run = _Run(conditioned, step, group, key)
     start = _Swarm(wide, jax.vmap(step.init)(wide), zeros, zeros, jnp.sum(group.gather(zeros)))
-    intervals = _Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
-    end, sizes = jax.lax.scan(body, start, intervals)
+    intervals = Interval(times[:-1], times[1:], jnp.arange(len(times) - 1))
+    # Not the method itself, which JAX would have to hash with the arrays of its run.
+    end, sizes = jax.lax.scan(lambda swarm, node: run.advance(swarm, node), start, intervals)
+    # At t = 0 the approximate likelihood gives way to the exact one.
     likelihood = jax.vmap(conditioned.measurement.log_likelihood)(end.x)
-    log_weights = end.log_weights + likelihood - end.log_likelihood
-    everyone = group.gather(log_weights)
-    total = jax.nn.logsumexp(everyone)
-    log_evidence = end.log_evidence + total - jnp.log(jnp.asarray(len(everyone), total.dtype))
+    own_weights = end.log_weights + likelihood - end.log_likelihood
+    weights = group.gather(own_weights)
+    sizes = jnp.append(sizes, _effective_size(weights))
     return Particles(
         end.x.astype(x.dtype),
-        log_weights - total,
-        group.shared(log_evidence),
-        group.shared(jnp.append(sizes, _effective_size(everyone))),
+        own_weights - jax.nn.logsumexp(weights),
+        group.shared(end.log_evidence + _log_mean(weights)),
+        group.shared(sizes),
     )
 
 
 def _check(conditioned: Conditioned, step: StochasticStep, times: Array, x: Array) -> None:
+    name = type(step).__name__
+    if len(x) == 0:
+        raise ValueError("`twisted_sample(x)` needs at least 1 row, one per particle, got none.")
     if step.evaluations != 1:
         raise ValueError(
             "`twisted_sample(step)` needs a step that evaluates the velocity once, got "
-            f"{type(step).__name__} with {step.evaluations}. Use `DDIM(1.0)`."
+            f"{name} with {step.evaluations}. Use `DDIM(1.0)`."
         )
-    if initial_memory(conditioned, x) is not None:
+    if any(map(_is_measurement, jax.tree.leaves(step, is_leaf=_is_measurement))):
+        # The particles would be weighted as if they were drawn from the prior.
+        raise ValueError(
+            f"`twisted_sample(step)` needs a step of the prior, and {name} holds a measurement "
+            "itself. Use `DDIM(1.0)`."
+        )
+    if initial_memory(conditioned, x[0]) is not None:
         raise ValueError(
             "`twisted_sample(conditioned)` evaluates many particles and keeps no memory. Leave out "
             f"the cache or momentum of its {type(conditioned.velocity).__name__}."
@@ -169,62 +179,99 @@ def _check(conditioned: Conditioned, step: StochasticStep, times: Array, x: Arra
         )
 
 
-def _advance(
-    conditioned: Conditioned,
-    step: StochasticStep,
-    group: _Group,
-    swarm: _Swarm,
-    interval: _Interval,
-    key: PRNGKeyArray,
-) -> tuple[_Swarm, Scalar]:
-    """Weigh the particles at t, resample them, and draw them at u. Return their effective size."""
-    t, u, number = interval
-    noise_key, resample_key = jax.random.split(jax.random.fold_in(key, number))
-    evaluation = jax.vmap(lambda x: conditioned.evaluate(x, t))(swarm.x)
-    log_weights = swarm.log_weights + evaluation.log_likelihood - swarm.log_likelihood
-    everyone = group.gather(log_weights)
-    size = _effective_size(everyone)
-    resampled = size < len(everyone) / 2
-    ancestors = jnp.where(
-        resampled, _systematic(everyone, resample_key), jnp.arange(len(everyone), dtype=jnp.int32)
-    )
-    own = group.own_numbers(len(log_weights))
-    x, state, evaluation = group.take((swarm.x, swarm.step_state, evaluation), ancestors[own])
-    # Equal weights after resampling: what they had in common goes into the evidence.
-    total = jax.nn.logsumexp(everyone) - jnp.log(jnp.asarray(len(everyone), everyone.dtype))
-    log_weights = jnp.where(resampled, 0, log_weights)
-    log_evidence = swarm.log_evidence + jnp.where(resampled, total, 0)
+def _is_measurement(node: object) -> bool:
+    return isinstance(node, Measurement)
 
-    def move(
-        x: Array, state: StepState, evaluation: ConditionedEvaluation, number: Scalar
-    ) -> tuple[Array, StepState, Scalar]:
-        noise = jax.random.normal(jax.random.fold_in(noise_key, number), x.shape, x.dtype)
-        return _move(step, x, state, evaluation, (t, u), noise)
 
-    x, state, ratio = jax.vmap(move)(x, state, evaluation, own)
-    log_likelihood = evaluation.log_likelihood
-    return _Swarm(x, state, log_weights + ratio, log_likelihood, log_evidence), size
+class _Run(eqx.Module):
+    """What stays the same over all steps."""
+
+    conditioned: Conditioned
+    step: StochasticStep
+    group: _Group
+    key: PRNGKeyArray
+
+    def advance(self, swarm: _Swarm, interval: Interval) -> tuple[_Swarm, Scalar]:
+        """Weigh the particles at t, resample them, and draw them at u.
+
+        **Returns:** the particles, and their effective size before they were resampled.
+        """
+        t, u, number = interval
+        noise_key, resample_key = jax.random.split(jax.random.fold_in(self.key, number))
+        evaluation = jax.vmap(lambda x: self.conditioned.evaluate(x, t))(swarm.x)
+        change = evaluation.log_likelihood - swarm.log_likelihood
+        own_weights = swarm.log_weights + change
+        weights = self.group.gather(own_weights)
+        size = _effective_size(weights)
+        resampled = size < len(weights) / 2
+        same = jnp.arange(len(weights), dtype=jnp.int32)
+        ancestors = jnp.where(resampled, _systematic(weights, resample_key), same)
+        numbers = self.group.own_numbers(len(own_weights))
+        before = (swarm.x, swarm.step_state, evaluation)
+        x, state, evaluation = self.group.take(before, ancestors[numbers])
+
+        def move(
+            x: Array, state: StepState, evaluation: ConditionedEvaluation, number: Scalar
+        ) -> _Moved:
+            noise = jax.random.normal(jax.random.fold_in(noise_key, number), x.shape, x.dtype)
+            return _move(self.step, _Particle(x, state, evaluation), (t, u), noise)
+
+        moved = jax.vmap(move)(x, state, evaluation, numbers)
+        # Weights are equal after resampling: their mean goes into the evidence.
+        kept_weights = jnp.where(resampled, 0, own_weights)
+        log_evidence = swarm.log_evidence + jnp.where(resampled, _log_mean(weights), 0)
+        swarm = _Swarm(
+            moved.x,
+            moved.step_state,
+            kept_weights + moved.log_ratio,
+            evaluation.log_likelihood,
+            log_evidence,
+        )
+        return swarm, size
+
+
+class _Particle(NamedTuple):
+    """One particle at t, with the velocity there."""
+
+    x: Array
+    step_state: StepState
+    evaluation: ConditionedEvaluation
+
+
+class _Moved(NamedTuple):
+    """One particle at u.
+
+    - `log_ratio`: log N(x; without the measurement) - log N(x; with it), of the two steps that
+      could have drawn x.
+    """
+
+    x: Array
+    step_state: StepState
+    log_ratio: Scalar
 
 
 def _move(
-    step: StochasticStep,
-    x: Array,
-    state: StepState,
-    evaluation: ConditionedEvaluation,
-    ends: tuple[Scalar, Scalar],
-    noise: Array,
-) -> tuple[Array, StepState, Scalar]:
-    """Return one particle at u, and log N(x; without the measurement) - log N(x; with it)."""
+    step: StochasticStep, particle: _Particle, ends: tuple[Scalar, Scalar], noise: Array
+) -> _Moved:
+    """Draw a particle by the step of the conditioned velocity."""
     t, u = ends
+    x, state, evaluation = particle
     # The step evaluates the velocity once, at x and t, where its value is known.
     plain, deviation, plain_state = step.moments(lambda *_: evaluation.velocity, x, t, u, state)
     mean, _, _ = step.moments(lambda *_: evaluation.conditioned, x, t, u, state)
     noisy = deviation > 0
     # Without noise no weight can make up for another mean.
-    moved = jnp.where(noisy, mean + deviation * noise, plain)
+    end = jnp.where(noisy, mean + deviation * noise, plain)
     shift = (mean - plain) / jnp.where(noisy, deviation, 1)
-    ratio = -jnp.sum(noise * shift) - 0.5 * jnp.sum(jnp.square(shift))
-    return moved.astype(x.dtype), plain_state, jnp.where(noisy, ratio, 0).astype(x.dtype)
+    log_ratio = -jnp.sum(noise * shift) - 0.5 * jnp.sum(jnp.square(shift))
+    log_ratio = jnp.where(noisy, log_ratio, 0)
+    return _Moved(end.astype(x.dtype), plain_state, log_ratio.astype(x.dtype))
+
+
+def _log_mean(log_weights: Array) -> Scalar:
+    """Return log(mean(weights))."""
+    count = jnp.asarray(len(log_weights), log_weights.dtype)
+    return jax.nn.logsumexp(log_weights) - jnp.log(count)
 
 
 def _effective_size(log_weights: Array) -> Scalar:

@@ -1,8 +1,21 @@
 """Velocities of the posterior: a prior's velocity, conditioned on a measurement y = A(x0) + noise.
 
+    measurement = Measurement(Mask(mask), mask * image, std=0.05)
+    conditioned = Conditioned(velocity, measurement, tmpd())
+    x0 = sample(conditioned, noise, times, step=Midpoint()).x
+
 With g the gradient of log p(y | x_t), the exact velocity is v - t / (1 - t) g: the estimate of x0
 moves by t^2 / (1 - t) g, and the estimate of the noise by -t g. Methods differ in how they correct
-the estimate.
+the estimate of x0:
+
+- `tmpd()` is exact for Gaussian data. It costs the most, and is best with `Midpoint`.
+- `pigdm()` costs 3 evaluations per step. It is best with steps that draw noise, `DDIM(1.0)`.
+- `dps()` costs the same. It has a larger error, and diverges in few steps with little noise.
+- `proximal()` and `NullSpace()` need no derivative of the velocity, and 1 evaluation per step.
+- `DDNM` is a step for measurements without noise: inpainting and super-resolution.
+
+No correction of the estimate gives modes of the data their posterior shares; see
+`fluxjax.flow.particles`.
 """
 
 import math
@@ -75,7 +88,14 @@ class Correction(eqx.Module):
 
 
 class _Local(NamedTuple):
-    """Everything that a gain knows at one x and t: C is the covariance of x0 given x_t."""
+    """Everything that a gain knows at one x and t.
+
+    - `velocity`, `estimate`: v, and x - t v.
+    - `near`: the operator, linearized at the estimate.
+    - `residual`: y - A(estimate).
+    - `outer`: w -> O w.
+    - `inner`: w -> I w, or a number whose multiple of the identity I is.
+    """
 
     velocity: Array
     estimate: Array
@@ -237,13 +257,14 @@ def _measured_system(local: _Local, measurement: Measurement) -> _System:
     near, residual, inner = local.near, local.residual, local.inner
     variance = jnp.square(measurement.noise_std("twisted_sample", residual.dtype))
     if not callable(inner) and near.gram is not None:
-        return _System(None, (inner * near.gram).ravel(), variance)
+        values = inner.astype(residual.dtype) * near.gram.astype(residual.dtype)
+        return _System(None, values.ravel(), variance)
 
     def column(unit: Array) -> Array:
         # Inside `jax.shard_map` an adjoint takes only what varies over the axes of x.
         w = near.backward(unit.reshape(residual.shape) + jnp.zeros_like(residual))
         spread = inner(w) if callable(inner) else inner * w
-        return near.forward(spread).ravel()
+        return near.forward(spread).ravel().astype(residual.dtype)
 
     # One column after another: a batch would hold the network's activations for each.
     columns = jax.lax.map(column, jnp.eye(residual.size, dtype=residual.dtype))
@@ -437,7 +458,8 @@ class Conditioned(StatefulVelocity):
                 field, wide, inner_t, self.measurement
             )
             conditioned = _toward(wide, inner_t, corrected)
-            return ConditionedEvaluation(corrected.velocity, conditioned, log_likelihood)
+            weight = log_likelihood.astype(wide.dtype)
+            return ConditionedEvaluation(corrected.velocity, conditioned, weight)
 
         def unguided() -> ConditionedEvaluation:
             value, _ = self._evaluate(wide, t, (), None)
@@ -452,7 +474,7 @@ class Conditioned(StatefulVelocity):
 
     def _guided_at(self, t: Scalar) -> tuple[Array, Scalar]:
         """Return whether the velocity is guided at t, and a time at which it can be."""
-        inside = (t > 0) & (t < 1) & (t <= self.high)
+        inside = (t > 0) & (t < 1) & (t <= jnp.asarray(self.high, t.dtype))
         # Under `jax.vmap` both branches are evaluated, and NaN would spoil the gradient of both.
         return inside, jnp.where(inside, t, 0.5)
 
@@ -516,5 +538,5 @@ class DDNM(StochasticStep):
         correction = NullSpace(self.iterations)
         v, estimate = correction(lambda x: velocity(x, t), x, t, self.measurement)
         noise = x + (1 - t) * v
-        noise_share, deviation = ddim_noise(t, u, self.eta)
+        noise_share, deviation = ddim_noise(t, u, jnp.asarray(self.eta, u.dtype))
         return (1 - u) * estimate + noise_share * noise, deviation, None

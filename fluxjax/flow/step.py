@@ -86,6 +86,34 @@ def start_time_only(step: Step, t: Scalar, u: Scalar) -> EvaluationTimes:
     return (t,)
 
 
+class StepAround(Step):
+    """A step from noise to image that takes another one, whose properties and state it has."""
+
+    rising: ClassVar[bool] = False
+    span: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    step: eqx.AbstractVar[Step]
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.step.order
+
+    @property
+    def evaluations(self) -> int:  # type: ignore[override]
+        return self.step.evaluations
+
+    @property
+    def first_evaluations(self) -> int:  # type: ignore[override]
+        return self.step.first_evaluations
+
+    def init(self, x: X) -> StepState:
+        """Return the first state of the inner step."""
+        return self.step.init(x)
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        """Return the first state of the inner step, which may evaluate the velocity."""
+        return self.step.start(velocity, x, t)
+
+
 class StochasticStep(Step):
     """A step whose result is drawn from a normal distribution.
 

@@ -18,6 +18,7 @@ from fluxjax.flow.step import (
     EvaluationTimes,
     OptionalKey,
     Step,
+    StepAround,
     StepState,
     StochasticStep,
     X,
@@ -237,7 +238,7 @@ def _noise_scale(sigma: Float[Array, "*points"]) -> Float[Array, "*points"]:
 
 
 @convert_arguments
-class Churn(Step):
+class Churn(StepAround):
     """A deterministic step that first adds noise, and so starts from a time with more noise.
 
     **Arguments:**
@@ -251,8 +252,6 @@ class Churn(Step):
     `inflation` is S_noise.
     """
 
-    rising = False
-    span = (0.0, 1.0)
     step: Step
     rate: ScalarLike = math.sqrt(2) - 1
     low: ScalarLike = 0.0
@@ -263,24 +262,6 @@ class Churn(Step):
         check_finite(
             "Churn", rate=self.rate, low=self.low, high=self.high, inflation=self.inflation
         )
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self.step.order
-
-    @property
-    def evaluations(self) -> int:  # type: ignore[override]
-        return self.step.evaluations
-
-    @property
-    def first_evaluations(self) -> int:  # type: ignore[override]
-        return self.step.first_evaluations
-
-    def init(self, x: X) -> StepState:
-        return self.step.init(x)
-
-    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
-        return self.step.start(velocity, x, t)
 
     def noisier_time(self, t: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """Return the time with more noise, and how x is brought there.

@@ -50,6 +50,15 @@ def initial_memory(velocity: Callable[..., Any], x: Float[Array, "*shape"]) -> M
     return None
 
 
+def evaluate_with_memory(
+    velocity: Callable[..., Any], memory: Memory, *inputs: Any
+) -> tuple[Array, Memory]:
+    """Return velocity(*inputs) and its new memory; a memory of None stays None."""
+    if memory is None:
+        return velocity(*inputs), None
+    return velocity(*inputs, memory=memory)
+
+
 class MemoryCarrier:
     """A velocity with its memory, which passes through all evaluations of one step.
 

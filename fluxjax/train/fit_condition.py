@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fluxjax.arguments import convert_arguments
@@ -11,6 +12,7 @@ from fluxjax.flow.velocity import Condition
 from fluxjax.numeric import check_finite, wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 from fluxjax.train.loss import flow_matching_loss, logit_normal_times
+from fluxjax.train.step import Leaf, Trainable
 
 
 class FittedCondition(eqx.Module):
@@ -30,6 +32,7 @@ def fit_condition(
     steps: int = 500,
     optimizer: optax.GradientTransformation | None = None,
     mu: ScalarLike = 0.0,
+    trainable: Trainable = eqx.is_inexact_array,
 ) -> FittedCondition:
     """Fit a condition to an image: the flow-matching loss at this one image is minimized.
 
@@ -44,14 +47,16 @@ def fit_condition(
     **Arguments:**
 
     - `velocity`: (x, t, condition) -> dx/dt.
-    - `condition`: where the fit starts: that of the wanted text. Its floating-point arrays are
-      fitted, everything else stays.
+    - `condition`: where the fit starts: that of the wanted text.
     - `image`: as a latent.
     - `steps`: at least 1; the paper takes 100 to 500.
     - `optimizer`: of optax; by default Adam with a learning rate of 1e-3.
     - `mu`: the log-shift of the drawn times, as `time_shift`.
+    - `trainable`: which leaves of the condition are fitted, as a function of one leaf or a pytree
+      of booleans; by default all floating-point arrays. Of a `Conditioning` fit the text alone, and
+      not the positions of the image's tokens.
 
-    **Raises:** `ValueError` for fewer than 1 step.
+    **Raises:** `ValueError` for fewer than 1 step, or if nothing is trainable.
     **Source:** Kawar et al. 2022, section 3.2, stage A.
     """
     check_finite("fit_condition", mu=mu)
@@ -59,7 +64,12 @@ def fit_condition(
         raise ValueError(f"`fit_condition(steps)` needs at least 1 step, got {steps}.")
     if optimizer is None:
         optimizer = optax.adam(1e-3)
-    fitted, fixed = eqx.partition(condition, eqx.is_inexact_array)
+    fitted, fixed = eqx.partition(jax.tree.map(_as_jax, condition), trainable)
+    if not jax.tree.leaves(fitted):
+        raise ValueError(
+            "`fit_condition(condition)` has no trainable leaf. Pass the text states as arrays of "
+            "floating-point numbers."
+        )
     dtype = wide_dtype(image.dtype)
     x0 = image.astype(dtype)
 
@@ -97,9 +107,16 @@ def interpolate_conditions(fitted: Condition, target: Condition, share: ScalarLi
     """
     check_finite("interpolate_conditions", share=share)
 
-    def mix(start: Array, end: Array) -> Array:
+    def mix(start: Leaf, end: Leaf) -> Leaf:
         if not eqx.is_inexact_array(end):
             return end
         return start + jnp.asarray(share, end.dtype) * (end - start)
 
-    return jax.tree.map(mix, fitted, target)
+    return jax.tree.map(mix, jax.tree.map(_as_jax, fitted), jax.tree.map(_as_jax, target))
+
+
+def _as_jax(leaf: Leaf) -> Leaf:
+    """Return a NumPy array as a JAX array, which is fitted and mixed alike."""
+    if isinstance(leaf, np.ndarray):
+        return jnp.asarray(leaf)
+    return leaf

@@ -14,9 +14,11 @@ from fluxjax import DDIM, DPMpp2M, Euler, flow_times
 from fluxjax.flow import (
     AB2,
     FireFlow,
+    Guided,
     Inpaint,
     KeepHistory,
     Midpoint,
+    Projected,
     add_noise,
     evaluation_times,
     partial_times,
@@ -27,6 +29,9 @@ from fluxjax.flow import (
 
 KEY = jax.random.key(0)
 HALF = np.float32([0, 0, 0, 0, 1, 1, 1, 1])
+# Where a step without repeats draws noise: for the kept part, and in the inner step. Its key is
+# split into rounds, jumps, and these two.
+ONCE = (branch(0, 0, 0), branch(0, 0, 1))
 HIDDEN = slice(PIXELS // 2, PIXELS)
 
 
@@ -75,7 +80,7 @@ def test_one_fixed_noise_has_the_known_error():
 @pytest.mark.parametrize(("steps", "mean_error"), [(100, 0.454), (1000, 0.453)])
 def test_fresh_noise_has_the_known_error_which_more_steps_do_not_cure(steps, mean_error):
     step = Inpaint(Euler(), known(), HALF)
-    found = hidden_errors(run_moments(step, steps, (branch(0),)))
+    found = hidden_errors(run_moments(step, steps, ONCE))
     assert found[0] == pytest.approx(mean_error, abs=0.0006)
     if steps == 100:
         assert found[1] == pytest.approx(0.352, abs=0.0006)
@@ -86,10 +91,10 @@ def test_fresh_noise_has_the_known_error_which_more_steps_do_not_cure(steps, mea
     [(1, (0.346, 0.214)), (5, (0.133, 0.039)), (10, (0.077, 0.041)), (20, (0.042, 0.073))],
 )
 def test_repeats_have_the_known_error(repeats, expected):
-    names = [branch(0), branch(1)]
+    names = ONCE
     if repeats > 1:
         # Each round draws noise to go back up, for the kept part, and in the inner step.
-        leaves = [(0,), (1, 0), (1, 1)]
+        leaves = [(0,), (1, 0, 0), (1, 0, 1)]
         names = [branch(number, *leaf) for number in range(repeats) for leaf in leaves]
     step = Inpaint(DDIM(1.0), known(), HALF, repeats=repeats)
     found = hidden_errors(run_moments(step, 100, tuple(names)))
@@ -117,7 +122,7 @@ def test_a_jump_splits_the_step_and_repeats_it_as_a_whole():
                 fresh = jnp.eye(PIXELS) * (t**2 - (scale * u) ** 2)
                 expected = scale * expected[0], scale**2 * expected[1] + fresh
             down = jnp.stack([t, (t + u) / 2, u])
-            expected = run(single, prior, down, (branch(0), branch(1)), expected)
+            expected = run(single, prior, down, ONCE, expected)
     np.testing.assert_allclose(mean, expected[0], atol=1e-12)  # rounding
     np.testing.assert_allclose(covariance, expected[1], atol=1e-12)
 
@@ -171,6 +176,24 @@ def test_from_a_partial_start_masks_work_alike():
     np.testing.assert_array_equal(*ends)
 
 
+def test_a_memory_passes_through_the_inner_loops():
+    """A jump of 3 everywhere repainted is sampling at three times as many nodes."""
+
+    def network(x, t, condition):
+        return condition - t * x
+
+    ones = jnp.ones(PIXELS)
+    momentum = Projected(momentum=-0.5)
+    velocity = Guided(network, ones, -ones, 2.0, momentum)
+    step = Inpaint(Euler(), known(), 1.0, noise(), jump=3)
+    coarse = sample(velocity, noise(), falling_times(4), step=step)
+    fine = sample(velocity, noise(), falling_times(12))
+    np.testing.assert_allclose(coarse.x, fine.x, rtol=1e-12)
+    np.testing.assert_allclose(coarse.memory.rule, fine.memory.rule, rtol=1e-12)
+    plain = sample(Guided(network, ones, -ones, 2.0), noise(), falling_times(12)).x
+    assert jnp.abs(plain - fine.x).max() > 1e-3
+
+
 def test_evaluations_and_their_times_are_passed_on():
     times = falling_times(6)
     step = Inpaint(Midpoint(), known(), HALF, repeats=3, jump=2)
@@ -220,7 +243,7 @@ def test_misuse_names_the_remedy():
         Inpaint(Euler(), known(), 1.5)
     with pytest.raises(ValueError, match=r"`KeepHistory\(mask\)` needs numbers in \[0, 1\]"):
         KeepHistory(Euler(), known()[None], -1.0)
-    with pytest.raises(ValueError, match=r"`Inpaint\(repeats\)` needs at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"needs at least 1 for both, got 0 and 1"):
         Inpaint(Euler(), known(), HALF, repeats=0)
     with pytest.raises(ValueError, match=r"Pass key=jax.random.key"):
         sample(prior, noise(), times, step=Inpaint(Euler(), known(), HALF))

@@ -82,7 +82,7 @@ def test_windows_end_where_x_ends_and_cover_every_entry():
     starts = windows.starts((9, 5, 3))
     assert sorted({row for row, _ in starts.tolist()}) == [0, 3, 5]
     assert sorted({column for _, column in starts.tolist()}) == [0, 2, 3]
-    assert windows.count((9, 5, 3)) == 9
+    assert len(starts) == 9
 
 
 def test_window_weights_decide_where_windows_overlap():
@@ -185,10 +185,10 @@ def test_an_image_guided_velocity_with_memories_equals_the_one_without():
 def test_misuse_names_the_remedy():
     with pytest.raises(ValueError, match="got 2 velocities and 1 weights"):
         Mixed([first, second], [1.0])
-    with pytest.raises(ValueError, match="are all 0 at some entries"):
+    with pytest.raises(ValueError, match="needs a sum above 0 at each entry, got 0"):
         Mixed([first, second], [np.float32([0, 1]), np.float32([0, 2])])
-    with pytest.raises(ValueError, match=r"needs numbers of at least 0, got -1"):
-        Mixed([first], [-1.0])
+    with pytest.raises(ValueError, match="needs a sum above 0 at each entry, got nan"):
+        Mixed([first], [float("nan")])
     with pytest.raises(ValueError, match=r"`Mixed\(weights\)` needs the shape of x, \[6\]"):
         Mixed([first], [jnp.ones(5)])(X, T)
     for size, stride in (((4,), (5,)), ((4,), (0,)), ((4,), (2, 2)), ((), ())):
@@ -196,7 +196,7 @@ def test_misuse_names_the_remedy():
             SlidingWindows(first, size, stride)
     with pytest.raises(ValueError, match="which is smaller"):
         SlidingWindows(first, (8,), (4,))(X, T)
-    with pytest.raises(ValueError, match="needs numbers above 0, got 0"):
+    with pytest.raises(ValueError, match="needs finite numbers above 0, got 0"):
         SlidingWindows(first, (4,), (2,), np.float32([1, 0, 1, 1]))
     with pytest.raises(ValueError, match=r"`ImageGuided\(text_scale\)` needs finite numbers"):
         image_guided(text_scale=float("nan"))

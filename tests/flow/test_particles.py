@@ -20,6 +20,7 @@ from problems import (
 from fluxjax import make_mesh
 from fluxjax.flow import (
     DDIM,
+    DDNM,
     Churn,
     Conditioned,
     Downsample,
@@ -252,6 +253,12 @@ class Remembered(StatefulVelocity):
         return -x if memory is None else (-x, memory)
 
 
+class TwoEvaluations(DDIM):
+    """A step that says it evaluates the velocity twice."""
+
+    evaluations = 2
+
+
 def run_with(**changes):
     parts = {
         "velocity": lambda x, t: -x,
@@ -259,11 +266,16 @@ def run_with(**changes):
         "correction": proximal(),
         "times": [1.0, 0.5, 0.0],
         "step": DDIM(1.0),
+        "particles": 3,
     }
     parts = {**parts, **changes}
     field = Conditioned(parts["velocity"], parts["measurement"], parts["correction"])
     return twisted_sample(
-        field, jnp.ones((3, 4)), parts["times"], step=parts["step"], key=jax.random.key(0)
+        field,
+        jnp.ones((parts["particles"], 4)),
+        parts["times"],
+        step=parts["step"],
+        key=jax.random.key(0),
     )
 
 
@@ -274,6 +286,12 @@ def run_with(**changes):
         ({"times": [0.0, 1.0]}, "rising times"),
         ({"step": Euler()}, "StochasticStep"),
         ({"step": Churn(Euler())}, "StochasticStep"),
+        ({"particles": 0}, "at least 1 row"),
+        ({"step": TwoEvaluations()}, "evaluates the velocity once, got TwoEvaluations with 2"),
+        (
+            {"step": DDNM(Measurement(Downsample(2, axes=(0,)), jnp.ones(2), 0.1))},
+            "DDNM holds a measurement itself",
+        ),
         ({"correction": NullSpace()}, "NullSpace approximates no likelihood"),
         ({"velocity": Remembered()}, "cache or momentum of its Remembered"),
         (

@@ -524,6 +524,21 @@ def test_a_nonlinear_decoder_is_linearized_at_the_estimate():
         np.testing.assert_allclose(field(x, t), (x - estimate - change) / t, atol=1e-10)
 
 
+def test_a_bfloat16_decoder_is_solved_in_float32():
+    std = jnp.float32(1.0)
+    prior = Normal(jnp.zeros(PIXELS), jnp.eye(PIXELS))
+    decoded = Decoded(lambda z: z.astype(jnp.bfloat16), Downsample(2, axes=(0,)))
+    x = jnp.float32(x_at())
+    found, exact = (
+        Conditioned(prior, Measurement(operator, jnp.ones(4), std), tmpd(4)).evaluate(x, 0.6)
+        for operator in (decoded, Downsample(2, axes=(0,)))
+    )
+    # bfloat16 rounds what is decoded by 2^-9 of it.
+    np.testing.assert_allclose(found.conditioned, exact.conditioned, atol=0.03)
+    np.testing.assert_allclose(found.log_likelihood, exact.log_likelihood, rtol=0.01)
+    assert found.log_likelihood.dtype == jnp.float32
+
+
 class Counted(StatefulVelocity):
     """A velocity whose memory counts its evaluations and pushes x a little more each time."""
 

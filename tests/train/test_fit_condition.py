@@ -86,6 +86,16 @@ def test_between_both_conditions_an_edit_keeps_a_part_of_the_image():
     np.testing.assert_allclose(draw(0.7), 0.3 * draw(0.0) + 0.7 * draw(1.0), atol=1e-5)
 
 
+def test_only_trainable_leaves_are_fitted_and_numpy_arrays_are_too():
+    start = {"txt": np.zeros(3, np.float32), "ids": np.ones(3, np.float32)}
+    trainable = {"txt": True, "ids": False}
+    fitted = fit_condition(velocity, start, IMAGE, key=KEY, steps=2, trainable=trainable)
+    assert jnp.all(fitted.condition["txt"] != 0)
+    np.testing.assert_array_equal(fitted.condition["ids"], 1)
+    with pytest.raises(ValueError, match="has no trainable leaf"):
+        fit_condition(velocity, {"txt": jnp.arange(3)}, IMAGE, key=KEY)
+
+
 def test_a_half_precision_image_is_fitted_in_float32():
     image = IMAGE.astype(jnp.bfloat16)
     fitted = fit_condition(velocity, START, image, key=KEY, steps=3).condition
