@@ -34,6 +34,8 @@ def double(x):
     return 2 * x
 
 
+MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
+RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
 # For each public function with numbers or arrays: those by name, and its other arguments.
 CALLS = {
     f.sample: ({"x": X, "times": [1.0, 0.5, 0.0]}, {"velocity": straight}),

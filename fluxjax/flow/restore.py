@@ -143,10 +143,11 @@ def correct_draw(
     **Source:** Papandreou & Yuille 2010 (perturb and optimize).
     """
     linear = linearize(measurement.operator, estimate)
-    value = linear.value + linear.forward(offset).astype(linear.value.dtype)
-    # The decoder may compute in bfloat16; the solve is in the dtype of x.
-    residual = measurement.residual(value).astype(estimate.dtype)
-    std = jnp.asarray(measurement.std, estimate.dtype)
+    # A decoder may compute in bfloat16; the rest is in the dtype of x, at least float32.
+    dtype = estimate.dtype
+    value = linear.value.astype(dtype) + linear.forward(offset).astype(dtype)
+    residual = measurement.residual(value)
+    std = jnp.asarray(measurement.std, dtype)
     noise = std * jax.random.normal(key, residual.shape, residual.dtype)
     # Noise where nothing is measured would take conjugate gradients for nothing.
     seen = measurement.operator.observed(residual) > 0
@@ -159,11 +160,11 @@ def correct_draw(
         iterations,
         gram=linear.gram,
     )
-    correction = linear.backward(solved).astype(estimate.dtype)
+    correction = linear.backward(solved).astype(dtype)
     if callable(covariance):
         correction = covariance(correction)
     else:
-        correction = jnp.asarray(covariance, estimate.dtype) * correction
+        correction = jnp.asarray(covariance, dtype) * correction
     return estimate + offset + correction
 
 
