@@ -28,8 +28,6 @@ def straight(x, t):
     return -x
 
 
-MEASUREMENT = f.Measurement(f.Mask(1.0), jnp.float32([0.1, 0.2, 0.3]), 0.5)
-RESTORATION = {"velocity": straight, "measurement": MEASUREMENT, "key": jax.random.key(0)}
 def double(x):
     return 2 * x
 
@@ -60,6 +58,7 @@ CALLS = {
     f.optimize_noise: (
         {"noise": X, "times": [1.0, 0.5, 0.0], "iterations": 1, "tolerance": 0.1},
         {"velocity": straight, "measurement": MEASUREMENT},
+    ),
     f.add_noise: ({"x0": X, "noise": -X, "t": 0.3}, {}),
     f.start_time: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),
     f.partial_times: ({"times": [1.0, 0.5, 0.0], "strength": 0.5}, {}),

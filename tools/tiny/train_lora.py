@@ -35,8 +35,8 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
-from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.generate.prompted import distilled_guidance
+from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import BLOCKS, init_lora, trainable
