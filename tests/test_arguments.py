@@ -18,6 +18,7 @@ PUBLIC = {name: getattr(folder, name) for folder in FOLDERS for name in folder._
 f = SimpleNamespace(**PUBLIC)
 
 IMAGE = np.linspace(-1, 1, 16 * 16 * 3).reshape(16, 16, 3)  # float64, as NumPy's are
+HALF = np.tile([0.0, 1.0], (16, 8))
 LATENT = np.zeros((16, 2, 2))
 X = np.array([0.5, -1.0, 2.0])
 HEADS = np.linspace(0, 1, 24).reshape(3, 2, 4)
@@ -84,6 +85,14 @@ CALLS = {
     f.pack_latents: ({"latent": LATENT}, {}),
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
     f.image_ids: ({"height": 32, "width": 16}, {}),
+    f.pad_image: ({"image": IMAGE[:9, :5]}, {}),
+    f.extend_canvas: ({"image": IMAGE}, {"margins": f.Margins(left=3)}),
+    f.cell_mask: ({"mask": IMAGE[..., 0] / 2 + 0.5, "margin": 3}, {}),
+    f.mask_tokens: ({"cells": LATENT[0], "channels": 4}, {}),
+    f.paste_kept: (
+        {"drawn": -IMAGE, "image": IMAGE, "mask": HALF},
+        {},
+    ),
     f.estimates: ({"prediction": X, "x": X, "t": 0.5}, {"kind": "velocity"}),
     f.convert_prediction: (
         {"prediction": X, "x": X, "t": 0.5},
@@ -120,6 +129,11 @@ CALLS = {
 # With networks, files or devices: tested in their folders, or below.
 ELSEWHERE = {
     f.text_to_image,
+    f.image_to_image,
+    f.begin_from_images,
+    f.outpaint,
+    f.edit_image,
+    f.restore_image,
     f.load_models,
     f.fit_preview,
     f.make_mesh,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -254,7 +255,11 @@ def _settings(request: Request) -> DrawSettings:
 
 
 def _load(request: Request, clock: Clock) -> Models:
-    """Load every network; text encoders stay in host memory except while prompts are encoded."""
+    """Load every network.
+
+    Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
+    """
+    offloads = jax.default_backend() != "cpu"
     family = family_of(request.model)
     tokenizers = clock.load("tokenizers", lambda: load_tokenizers(request.model))
     networks = {}
@@ -262,7 +267,7 @@ def _load(request: Request, clock: Clock) -> Models:
 
         def load(name: str = name):
             network = load_network(name, request.model, request.load, note=complain)
-            return offload(network) if name in family.text_encoders else network
+            return offload(network) if offloads and name in family.text_encoders else network
 
         networks[name] = clock.load(name, load)
     return Models(tokenizers, **networks, defaults=request.defaults, mesh=request.load.mesh)

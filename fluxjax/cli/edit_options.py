@@ -91,6 +91,10 @@ def _add_method_options(group: OptionGroup) -> None:
         metavar="SCALE",
         help="distilled guidance of the source prompt (default: flowedit 1.5, others 1)",
     )
+    _add_method_numbers(group)
+
+
+def _add_method_numbers(group: OptionGroup) -> None:
     group.add_argument(
         "--averages",
         type=whole_number(1, MAX_STEPS),
@@ -144,7 +148,13 @@ def add_restore_options(parser: argparse.ArgumentParser) -> None:
         type=unicode_text,
         help="describes the picture (default: the empty prompt)",
     )
-    group = parser.add_argument_group("restoration")
+    _add_restoration_options(parser.add_argument_group("restoration"))
+    _add_common_options(parser, "restore")
+    # Decoupled needs other times than drawing.
+    parser.set_defaults(timer=None)
+
+
+def _add_restoration_options(group: OptionGroup) -> None:
     group.add_argument(
         "--operator",
         type=picture_operator,
@@ -181,9 +191,6 @@ def add_restore_options(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="of the gradient steps of flowdps and flowchef (default: 0.3)",
     )
-    _add_common_options(parser, "restore")
-    # Decoupled needs other times than drawing.
-    parser.set_defaults(timer=None)
 
 
 def _add_picture(parser: argparse.ArgumentParser, text: str) -> None:

@@ -86,7 +86,9 @@ def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], 
         if not data.strip():
             continue
         try:
-            line = _read_line(data, number)._replace(folder=Path(path).parent)
+            line = _read_line(data, number)
+            if line.init_image is not None:
+                line = line._replace(folder=Path(path).parent)
             if line.negative_prompt is not None and not guided:
                 raise ValueError("its negative_prompt does nothing at --cfg 1 without --nag")
             earlier = numbers_by_id.get(line.id.lower())

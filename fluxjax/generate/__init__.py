@@ -7,7 +7,7 @@ from fluxjax.generate.compare import Comparison, compare
 from fluxjax.generate.conditioning import Conditioning, PreparedConditioning, ReferenceTokens
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
-    Change,
+    DrawChange,
     DrawHooks,
     DrawnBatch,
     DrawProgress,
@@ -83,12 +83,12 @@ __all__ = [
     "TIMERS",
     "Blurred",
     "CachedFlux",
-    "Change",
     "Comparison",
     "Conditioning",
     "DecodePixels",
     "Degradation",
     "DiffEditing",
+    "DrawChange",
     "DrawHooks",
     "DrawProgress",
     "DrawSettings",

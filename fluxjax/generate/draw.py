@@ -54,9 +54,9 @@ class ImageBatch(eqx.Module):
     `noise`: their latents at the time of the first step, which is t = 1 unless the recipe says
     otherwise: then those are from `initial_noise`. `positive`: what they are conditioned on, a
     batch of `Conditioning`. `negative`: what they are guided away from, if anything. `keys`: one
-    for each image, for a step that draws noise. `inputs`: what the recipe's `Change` takes of each
+    for each image, for a step that draws noise. `inputs`: what the recipe's change takes of each
     image, a pytree whose arrays have a row for each. `source`: another condition of each image, as
-    that of the image which is edited; the `Change` gets its velocity.
+    that of the image which is edited; the change gets its velocity.
     """
 
     noise: Float[Array, "images latent_channels rows columns"]
@@ -67,7 +67,7 @@ class ImageBatch(eqx.Module):
     source: Conditioning | None = None
 
 
-class Change(eqx.Module):
+class DrawChange(eqx.Module):
     """How the velocity and the integrator of each image are changed by inputs of its own.
 
     It is a pytree, so that its arrays are arguments of compiled programs.
@@ -100,7 +100,7 @@ class Recipe(eqx.Module):
     step: Step = Euler()
     guidance: Guidance = Guidance()
     attention: AttentionChoice = None
-    change: Change | None = None
+    change: DrawChange | None = None
     first: IntLike = 0
 
 

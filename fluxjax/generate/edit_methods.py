@@ -18,7 +18,7 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.conditioning import Conditioning
 from fluxjax.generate.draw import (
-    Change,
+    DrawChange,
     DrawnBatch,
     DrawProgress,
     FieldFunction,
@@ -178,7 +178,7 @@ class SDEditing(EditMethod):
         return drawing.draw(batch, recipe)
 
 
-class ByDifference(Change):
+class ByDifference(DrawChange):
     """A change to `fluxjax.flow.FlowEdit`, between the source's velocity and the image's own.
 
     Its inputs are the packed latents of the images that are edited.
@@ -265,7 +265,7 @@ class FireFlowEditing(EditMethod):
         return edit.drawing.draw(batch, replace(recipe, times=times))
 
 
-class SteerTo(Change):
+class SteerTo(DrawChange):
     """A change to a velocity that leads to a known end, by `fluxjax.flow.Steered`.
 
     `rate`, `low`, `towards`: as there. Its inputs are the packed latents of the ends.
@@ -349,7 +349,7 @@ class PromptDifference(FieldFunction):
         )
 
 
-class KeepPath(Change):
+class KeepPath(DrawChange):
     """A change that keeps the path of an inversion outside a mask, by `fluxjax.flow.KeepHistory`.
 
     Its inputs are the packed paths, [images, nodes, ...], and the masks of the tokens.

@@ -13,7 +13,7 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.strength import STRENGTH_RULES, add_noise, partial_times, start_time
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.canvas import Margins, extend_canvas
-from fluxjax.generate.draw import Change, DrawHooks, ImageBatch, Recipe
+from fluxjax.generate.draw import DrawChange, DrawHooks, ImageBatch, Recipe
 from fluxjax.generate.latents import keys_of_steps, pack_latents
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import (
@@ -33,7 +33,7 @@ from fluxjax.generate.prompted import (
     prompted_drawing,
 )
 from fluxjax.generate.velocity import Guidance
-from fluxjax.shapes import Array, Float, Image, Packed, PRNGKeyArray, Times
+from fluxjax.shapes import Array, Float, Image, PRNGKeyArray, Times
 
 
 @convert_arguments
@@ -105,11 +105,11 @@ class Start:
 class _Kept(eqx.Module):
     """What an image keeps: its packed latent, and the time from which each entry is repainted."""
 
-    image: Packed
-    mask: Packed
+    image: Float[Array, "... img_tokens channels"]
+    mask: Float[Array, "... img_tokens channels"]
 
 
-class KeepImage(Change):
+class KeepImage(DrawChange):
     """A change that keeps the masked part of each image, by `fluxjax.flow.Inpaint`."""
 
     repeats: int = eqx.field(static=True, default=1)

@@ -41,7 +41,7 @@ def read_mask(path: Path | str, *, size: tuple[int, int] | None = None) -> np.nd
     return np.clip(mask, 0, 1).astype(np.float32)
 
 
-def check_mask(call: str, mask: PixelMask, image: Image) -> None:
+def check_mask(call: str, mask: Float[Array, "mask_height mask_width"], image: Image) -> None:
     """Check that a mask fits an image.
 
     **Raises:** `ValueError` for a mask of another size, or with values outside of [0, 1].

@@ -25,7 +25,7 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.times import static_times
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
-from fluxjax.generate.draw import Change, DrawHooks
+from fluxjax.generate.draw import DrawChange, DrawHooks
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.latents import keys_of_steps
 from fluxjax.generate.load import Models
@@ -165,7 +165,7 @@ def restoration_times(method: str, times: Times) -> Times:
     return static_times(len(times) - 1, shift=1 / 3)
 
 
-class Measured(Change):
+class Measured(DrawChange):
     """A change to the posterior of each image, given a measurement of it.
 
     Its inputs are the measured values of the images. `operator`: of a packed latent. `std`: of
@@ -197,7 +197,7 @@ def restore_image(
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance = Guidance(),
     hooks: DrawHooks | None = None,
-) -> Float[Array, "images height width 3"]:
+) -> Float[Array, "images restored_height restored_width 3"]:
     """Draw what a picture may have been before it was blurred, shrunk, or partly hidden.
 
     Each image is an approximate draw of the posterior: of the pictures that the model draws for the

@@ -1,0 +1,205 @@
+"""Commands that draw from a picture: what they write, what they print, and their mistakes."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from fluxjax import read_image
+
+SIZE = (25, 30)
+STEPS = ["--steps", "2"]
+STAR, RING = "a red star", "a blue ring"
+
+
+def pixels(path):
+    with PIL.Image.open(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+def text_of(path):
+    with PIL.Image.open(path) as file:
+        return file.text
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A smooth picture in the folder of the test, whose sides are no multiples of 16."""
+    y, x = np.meshgrid(*map(np.arange, SIZE), indexing="ij")
+    waves = np.stack([np.sin(y / 9), np.cos(x / 7), 0.3 * np.sin((x + y) / 8)], -1)
+    PIL.Image.fromarray(np.uint8(waves * 127 + 128)).save(tmp_path / "in.png")
+    return tmp_path / "in.png"
+
+
+@pytest.fixture
+def mask(tmp_path):
+    """A mask beside it, white on the right."""
+    levels = np.zeros(SIZE, np.uint8)
+    levels[:, 16:] = 255
+    PIL.Image.fromarray(levels).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def test_strength_1_is_what_generate_draws_and_0_is_the_image(run, tmp_path, picture):
+    size = ["--height", "32", "--width", "32"]
+    assert run("generate", RING, *STEPS, *size, "--seed", "5").code == 0
+    common = ["generate", RING, *STEPS, "--seed", "5", "--init-image", picture]
+    finished = run(*common, "--strength", "1")
+    assert "strength 1 starts at t = 1.000 and takes 2 of 2 steps" in finished.output
+    plain, again = pixels(tmp_path / "flux_0.png"), pixels(tmp_path / "flux_1.png")
+    np.testing.assert_array_equal(again, plain[:25, :30])
+    finished = run(*common, "--strength", "0")
+    assert "strength 0 starts at t = 0.000 and takes 0 of 2 steps" in finished.output
+    kept = read_image(tmp_path / "flux_2.png")
+    drawn = read_image(tmp_path / "flux_1.png")
+    # What is left is the VAE's error on a picture unlike those that it was trained on.
+    original = read_image(picture)
+    assert np.abs(kept - original).mean() < np.abs(drawn - original).mean() / 2
+
+
+def test_kept_pixels_are_the_files_own_and_the_metadata_say_all(run, tmp_path, picture, mask):
+    command = ["generate", RING, *STEPS, "--init-image", picture, "--mask", mask]
+    assert run(*command, "--strength", "0.5").code == 0
+    assert run(*command, "--start-time", "0.9").code == 0
+    for name in ("flux_0.png", "flux_1.png"):
+        np.testing.assert_array_equal(pixels(tmp_path / name)[:, :16], pixels(picture)[:, :16])
+    found = text_of(tmp_path / "flux_0.png")
+    assert found["strength"] == "0.5"
+    assert found["size"] == "30x25"
+    assert found["start"].endswith(", 1 steps")
+    for name in ("init_image", "mask"):
+        file = {"init_image": "in.png", "mask": "mask.png"}[name]
+        assert found[name].startswith(f"{file}, sha256 ")
+    assert text_of(tmp_path / "flux_1.png")["start"] == "t 0.9000, 2 steps"
+
+
+def test_lines_of_a_file_have_images_of_their_own(run, tmp_path, picture, mask):
+    lines = [
+        {"prompt": RING, "id": "plain"},
+        {"prompt": RING, "id": "again", "init_image": "in.png", "strength": 0.5},
+        {"prompt": RING, "id": "part", "init_image": "in.png", "mask": "mask.png"},
+        {"prompt": RING, "id": "lost", "init_image": "nothing.png"},
+        {"prompt": RING, "id": "wrong", "strength": 0.5},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = ["--height", "32", "--width", "32", "--output-dir", tmp_path / "out"]
+    command = ["generate", "--prompts", tmp_path / "lines.jsonl", *STEPS, *size]
+    finished = run(*command)
+    assert finished.code == 2
+    assert any("line 4: " in error and "nothing.png" in error for error in finished.errors)
+    assert any("line 5: its strength does nothing" in error for error in finished.errors)
+    names = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
+    assert names == ["again", "part", "plain"]
+    part = pixels(tmp_path / "out" / "part.png")
+    np.testing.assert_array_equal(part[:, :16], pixels(picture)[:, :16])
+    assert text_of(tmp_path / "out" / "again.png")["strength"] == "0.5"
+    # Nothing is drawn anew, unless the image that it was drawn from is another one.
+    assert "0 images written" in run(*command).output
+    PIL.Image.fromarray(255 - pixels(picture)).save(picture)
+    finished = run(*command)
+    assert any("line 2: its image exists with init_image" in error for error in finished.errors)
+
+
+def test_outpaint_keeps_the_image_on_a_larger_canvas(run, tmp_path, picture):
+    finished = run("outpaint", picture, RING, *STEPS, "--left", "2", "--bottom", "7")
+    assert finished.code == 0
+    assert finished.output.endswith("outpaint_0.png\n")
+    np.testing.assert_array_equal(pixels(tmp_path / "outpaint_0.png")[:25, 2:], pixels(picture))
+    assert text_of(tmp_path / "outpaint_0.png")["margins"] == "left 2, bottom 7"
+
+
+def test_edit_writes_each_image_with_the_numbers_of_its_method(run, tmp_path, picture):
+    finished = run(
+        *("edit", picture, RING, "--source-prompt", STAR, *STEPS),
+        *("--images", "2", "--batch", "1", "--seed", "9"),
+    )
+    assert finished.code == 0
+    assert "strength 0.857143 starts at t = 1.000 and takes 2 of 2 steps" in finished.output
+    assert "8/8 evaluations" in finished.progress  # of two prompts, twice, for two images
+    first, second = pixels(tmp_path / "edit_0.png"), pixels(tmp_path / "edit_1.png")
+    assert first.shape == (*SIZE, 3)
+    assert not np.array_equal(first, second)
+    found = text_of(tmp_path / "edit_1.png")
+    expected = {
+        "prompt": RING,
+        "source_prompt": STAR,
+        "method": "flowedit",
+        "source_guidance": "1.5",
+        "guidance": "5.5",
+        "integrator": "flowedit",
+        "seed": "9",
+        "image": "1",
+    }
+    assert expected.items() <= found.items()
+
+
+def test_restore_keeps_what_is_known(run, tmp_path, picture, mask):
+    command = ["restore", picture, STAR, "--operator", f"mask:{mask}", "--noise", "0", *STEPS]
+    assert run(*command).code == 0
+    found = pixels(tmp_path / "restore_0.png")
+    np.testing.assert_array_equal(found[:, :16], pixels(picture)[:, :16])
+    about = text_of(tmp_path / "restore_0.png")
+    assert about["method"] == "decoupled"
+    assert about["timer"] == "restoration"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["generate", RING, "--strength", "0.5"], "--strength does nothing without --init-image"),
+        (["generate", RING, "--mask", "mask.png"], "--mask does nothing without --init-image"),
+        (["generate", RING, "--init-image", "in.png", "--strength", "1.5"], "from 0 to 1, got"),
+        (["generate", RING, "--init-image", "in.png", "--strength", "nan"], "from 0 to 1, got"),
+        (["generate", RING, "--init-image", "in.png", "--height", "32"], "images have its size"),
+        (["generate", RING, "--init-image", "in.png", "--repeats", "2"], "without --mask"),
+        (["generate", RING, "--init-image", "none.png"], "none.png"),
+        (["generate", RING, "--init-image", "text.txt"], "can't read text.txt"),
+        (["generate", RING, "--init-image", "."], "is not one. Pass an image file"),
+        (
+            ["generate", RING, "--init-image", "in.png", "--mask", "other.png"],
+            "30x25 pixels, and other.png has 4x3",
+        ),
+        (["generate", "--prompts", "x.jsonl", "--init-image", "in.png"], "--init-image does"),
+        (["outpaint", "in.png", RING], "where the image grows"),
+        (["outpaint", "in.png", RING, "--left", "-1"], "from 0 to"),
+        (["edit", "in.png", RING], "compares two prompts"),
+        (["edit", "in.png", RING, "--method", "magic"], "invalid choice: 'magic'"),
+        (["edit", "in.png", RING, "--method", "sdedit", "--ratio", "2"], "--ratio does nothing"),
+        (["edit", "in.png", RING, "--source-prompt", STAR, "--strength", "2"], "from 0 to 1"),
+        (
+            [
+                "edit",
+                "in.png",
+                RING,
+                "--source-prompt",
+                STAR,
+                "--method",
+                "fireflow",
+                "--images",
+                "2",
+            ],
+            "which draws no noise",
+        ),
+        (["edit", "none.png", RING, "--method", "sdedit"], "none.png"),
+        (["restore", "in.png", "--operator", "blur"], "blur:PIXELS, downsample:FACTOR"),
+        (["restore", "in.png", "--operator", "blur:40"], "reaches 120 pixels far"),
+        (["restore", "in.png", "--operator", "mask:other.png"], "other.png has 4x3"),
+        (["restore", "in.png", "--operator", "blur:1", "--noise", "-1"], "from 0 on"),
+        (["restore", "in.png", "--operator", "blur:1", "--method", "magic"], "invalid choice"),
+        (
+            ["restore", "in.png", "--operator", "blur:1", "--noise", "0", "--method", "tmpd"],
+            "above 0, got 0",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, picture, mask, words, reason):
+    PIL.Image.new("L", (4, 3)).save(tmp_path / "other.png")
+    (tmp_path / "text.txt").write_text("no image")
+    before = sorted(tmp_path.iterdir())
+    finished = run(*words)
+    assert finished.code == 2
+    assert len(finished.errors) == 1
+    assert reason in finished.errors[0]
+    assert "Traceback" not in finished.progress
+    assert sorted(tmp_path.iterdir()) == before
