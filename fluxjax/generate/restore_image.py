@@ -106,6 +106,8 @@ WITH_OWN_STEP = ("decoupled", "ddnm", "flowdps")
 """Methods that are integrators themselves."""
 _WITH_SIZE = ("flowdps", "flowchef")
 """Methods whose result depends on the size of their gradient steps."""
+_AT_MODEL_TIMES = ("proximal", "ddnm", "flowdps")
+"""Methods that restore no better at other times than the model's own."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
 """Methods that take measurements without noise."""
 
@@ -156,11 +158,12 @@ class Restoration:
 def restoration_times(method: str, times: Times) -> Times:
     """Return the times at which a method restores best, as many as the model's own.
 
-    Decoupled's error falls with steps near t = 0; the others integrate the model's path.
+    Most methods are right near t = 0, and the models' own times spend few steps there. On the tiny
+    model, times whose odds are a third of the uniform ones' are better for them, by far.
 
     **Arguments:** `times`: the model's own.
     """
-    if method != "decoupled":
+    if method in _AT_MODEL_TIMES:
         return times
     return static_times(len(times) - 1, shift=1 / 3)
 

@@ -143,7 +143,8 @@ def measure(
         "scenes": options.scenes,
         "steps": options.steps,
         "adherence_percent": round(100 * float(np.mean(adherence)), 1),
-        "seen_psnr_db": round(float(np.mean(seen)), 2),
+        # JSON has no infinity: what is pasted back is exact.
+        "seen_psnr_db": round(float(np.mean(seen)), 2) if np.all(np.isfinite(seen)) else None,
         "psnr_db": round(float(np.mean(truth_error)), 2),
         "diversity": round(float(np.mean(spread)), 3) if spread else None,
         "seconds": round(float(np.median(seconds)), 2),
