@@ -26,6 +26,7 @@ FENCE = re.compile(
 )
 WRITTEN = {
     "README.md": ["star.png"],
+    "sampling.md": ["six.json"],
     "weights.md": ["tiny-own/flux.safetensors", "flux.safetensors", "my-model/fluxjax.json"],
 }
 """Files that the programs of a page write."""
