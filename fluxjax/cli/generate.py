@@ -86,7 +86,7 @@ class _Prompts(NamedTuple):
 
 class _Images(NamedTuple):
     """Drawn images on this host. `lost`: for each, the first stage after which it is not finite.
-    `reused`: how many evaluations a step cache skipped."""
+    `reused`: the number of evaluations of the network that a step cache skipped."""
 
     images: list[np.ndarray]
     lost: list[str | None]
@@ -157,9 +157,11 @@ def _draw_prompt(request: Request, line: Line) -> None:
 class _Work(NamedTuple):
     """What a process has to do for a file of prompts.
 
-    `lines`: to draw. `facts`: by the id of a line, of the image that it names, if it names one.
-    `replaced`: the ids of those whose images are there and are replaced. `present`: how many images
-    are there already. `problems`: why some lines are not drawn.
+    - `lines`: the lines whose images it draws.
+    - `facts`: for lines that start from an image, what was read of that image, by the line's id.
+    - `replaced`: the ids of lines whose existing images are overwritten.
+    - `present`: the number of images that exist already and are kept.
+    - `problems`: error messages of the lines that can't be drawn.
     """
 
     lines: list[Line]
@@ -312,8 +314,8 @@ def _clock(request: Request, groups: Sequence[_Group], *, silent: bool = False) 
 
 
 def _print_report(clock: Clock, request: Request, reused: int, groups: Sequence[_Group]) -> None:
-    """Print when drawing starts, what was spent on each stage, and how many evaluations a step
-    cache skipped."""
+    """Print the time t that drawing started from (for images that are drawn again), the seconds of
+    each stage, and the number of evaluations that a step cache skipped."""
     notes: dict[str, None] = {}
     for group in groups:
         if group.facts is not None:

@@ -43,14 +43,20 @@ Value = TypeVar("Value")
 class Request:
     """What is to be drawn, how, and where it is written.
 
-    `model`: its name, folder or hub id. `defaults`: of the model. `line`: the prompt, unless
-    `prompts` names a file of them. `start`: how images are drawn again that lines name, without
-    their masks. `timer`: the times for another image size. `negative_prompt`: of lines that have
-    none of their own; None if the option is not given. `images`, `batch`: how many, and how many at
-    once. `height`, `width`: in pixels, unless a line's own image is drawn again. `max_length`: T5
-    tokens. `recipe`: how they are sampled. `distilled`: the distilled
-    guidance scale; None takes the model's. `load`: how networks are loaded. `dtype`: of the
-    activations. `description`: what each image's metadata say of the options, in order.
+    - `model`: its name, folder or hub id; `defaults`: its default settings.
+    - `line`: the prompt of the command line, or None if `prompts` names a file of prompts.
+    - `start`: strength and repeats for lines that start from an image of their own. Their masks are
+      read later.
+    - `timer`: a function of height and width (pixels) that returns the sampling times.
+    - `negative_prompt`: for lines without one; None if the option is not given.
+    - `images`, `batch`: the number of images, and how many of them are drawn at once.
+    - `height`, `width`: of the images in pixels. An image that a line starts from is drawn at its
+      own size instead.
+    - `max_length`: the number of T5 tokens.
+    - `recipe`: times, integrator and guidance.
+    - `distilled`: the distilled guidance scale; None takes the model's.
+    - `load`: how networks are loaded; `dtype`: of the activations.
+    - `description`: the entries of each image's metadata that describe the options, in order.
     """
 
     model: str
@@ -337,7 +343,8 @@ def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
         about["integrator"] += f", eta {options.eta:g}"
     about["timer"] = options.timer
     if sizes.times is not None:
-        # The file's name alone would not tell other times of the same name.
+        # With a hash of the times: a file of the same name may hold other times in the next run, and
+        # existing images are compared by this entry.
         digest = hashlib.sha256(np.asarray(sizes.times).tobytes()).hexdigest()
         about["timer"] = encodable(f"{Path(options.timer).name}, {digest[:8]}")
     if options.shift is not None:

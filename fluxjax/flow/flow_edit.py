@@ -40,9 +40,10 @@ class FlowEdit(Step):
     edited = sample(target, image, times[4:], step=step, key=key).x       # the last 24 of 28 steps
     ```
 
-    The later the first time, the more is kept. Both velocities are usually guided, the target's
-    more strongly (in the paper by 1.5 and 5.5). Where both are the same function, the image stays
-    the same to the last bit. It costs `2 * averages` evaluations a step.
+    The smaller the first time, the more of the image is kept. Usually both velocities are guided,
+    in the paper by a scale of 1.5 for the source and 5.5 for the target. If both are the same
+    function, the result equals the image bit by bit. Each step evaluates the source's velocity and
+    the target's `averages` times each.
 
     **Arguments:**
 
