@@ -262,8 +262,8 @@ def _add_sampling_options(group: OptionGroup) -> None:
         choices=TIMERS,
         default="model",
         metavar="NAME",
-        help="spacing of the sampling times: %(choices)s (default: model; for restore by "
-        "decoupled, flux_static with --shift 0.333)",
+        help="spacing of the sampling times: %(choices)s (default: model; for restore, except by "
+        "proximal, ddnm and flowdps, flux_static with --shift 0.333)",
     )
     group.add_argument(
         "--shift",

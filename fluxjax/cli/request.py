@@ -343,8 +343,8 @@ def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
         about["integrator"] += f", eta {options.eta:g}"
     about["timer"] = options.timer
     if sizes.times is not None:
-        # With a hash of the times: a file of the same name may hold other times in the next run, and
-        # existing images are compared by this entry.
+        # With a hash of the times: a file of the same name may hold other times in the next run,
+        # and existing images are compared by this entry.
         digest = hashlib.sha256(np.asarray(sizes.times).tobytes()).hexdigest()
         about["timer"] = encodable(f"{Path(options.timer).name}, {digest[:8]}")
     if options.shift is not None:
