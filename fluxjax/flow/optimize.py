@@ -1,5 +1,7 @@
 """Restorations that optimize the image itself: points, not draws from the posterior."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -50,16 +52,12 @@ def pnp_flow(
     times = _checked("pnp_flow", velocity, measurement, x, times)
     wide = x.astype(times.dtype)
 
-    def improve(x: Array, number_and_time: tuple[Scalar, Scalar]) -> tuple[Array, None]:
-        number, t = number_and_time
-        noise_key = jax.random.fold_in(key, number)
-        noise = jax.random.normal(noise_key, (draws, *x.shape), x.dtype)
+    def update(x: Array, t: Scalar, key: PRNGKeyArray) -> Array:
+        noise = jax.random.normal(key, (draws, *x.shape), x.dtype)
         size = jnp.asarray(rate, x.dtype) * t ** jnp.asarray(power, x.dtype)
-        return pnp_flow_update(velocity, measurement, x, t, noise, size), None
+        return pnp_flow_update(velocity, measurement, x, t, noise, size)
 
-    numbers = jnp.arange(len(times) - 1)
-    restored, _ = jax.lax.scan(improve, wide, (numbers, times[:-1]))
-    return restored.astype(x.dtype)
+    return _update_at_each_time(update, wide, times, key).astype(x.dtype)
 
 
 def pnp_flow_update(
@@ -125,15 +123,11 @@ def red_diff(
     step_rate = jnp.asarray(rate, wide.dtype)
     share = step_rate * jnp.asarray(strength, wide.dtype)
 
-    def improve(x: Array, number_and_time: tuple[Scalar, Scalar]) -> tuple[Array, None]:
-        number, t = number_and_time
-        noise = jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
-        updated = red_diff_update(velocity, measurement, x, t, noise, share, step_rate, iterations)
-        return updated, None
+    def update(x: Array, t: Scalar, key: PRNGKeyArray) -> Array:
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return red_diff_update(velocity, measurement, x, t, noise, share, step_rate, iterations)
 
-    numbers = jnp.arange(len(times) - 1)
-    restored, _ = jax.lax.scan(improve, wide, (numbers, times[:-1]))
-    return restored.astype(x.dtype)
+    return _update_at_each_time(update, wide, times, key).astype(x.dtype)
 
 
 def red_diff_update(
@@ -163,6 +157,21 @@ def red_diff_update(
         gram=linear.gram,
     )
     return moved + rate * linear.backward(solved).astype(x.dtype)
+
+
+def _update_at_each_time(
+    update: Callable[[Array, Scalar, PRNGKeyArray], Array],
+    x: Array,
+    times: Array,
+    key: PRNGKeyArray,
+) -> Array:
+    """Return x after update(x, t, key) at each time but the last, each with a key of its own."""
+
+    def body(x: Array, number_and_time: tuple[Scalar, Scalar]) -> tuple[Array, None]:
+        number, t = number_and_time
+        return update(x, t, jax.random.fold_in(key, number)), None
+
+    return jax.lax.scan(body, x, (jnp.arange(len(times) - 1), times[:-1]))[0]
 
 
 def _estimate(call: str, velocity: Velocity, x: Array, t: Scalar) -> Array:

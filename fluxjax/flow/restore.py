@@ -24,6 +24,7 @@ from fluxjax.flow.step import (
     EvaluationTimes,
     OptionalKey,
     Step,
+    StepAround,
     StepState,
     StochasticStep,
     X,
@@ -252,7 +253,7 @@ class FlowDPS(StochasticStep):
 
 
 @convert_arguments
-class Nudged(Step):
+class Nudged(StepAround):
     """Another step whose result is then moved toward a measurement: FlowChef, or DPS.
 
     The residual is that of the estimate x - t v of the step's own first evaluation. With
@@ -284,7 +285,6 @@ class Nudged(Step):
     """
 
     order = 0
-    rising = False
     step: Step
     measurement: Measurement
     size: ScalarLike = 0.3
@@ -296,17 +296,13 @@ class Nudged(Step):
         check_nonnegative("Nudged", size=self.size)
         check_count("Nudged", iterations=self.iterations)
 
-    @property
-    def evaluations(self) -> int:  # type: ignore[override]
-        return self.step.evaluations
-
-    @property
-    def span(self) -> tuple[float, float]:  # type: ignore[override]
-        return self.step.span
-
     def init(self, x: X) -> StepState:
         self.measurement.check(x)
-        return self.step.init(x)
+        return super().init(x)
+
+    def start(self, velocity: Velocity, x: X, t: Scalar) -> StepState:
+        self.measurement.check(x)
+        return super().start(velocity, x, t)
 
     def __call__(
         self,

@@ -65,7 +65,7 @@ def test_windows_blur_and_are_coherent_only_within_one(stride, seam, variance, d
         mean, covariance = jax.jit(lambda: moments_of_affine(draw, 16))()
     assert covariance[7, 8] == pytest.approx(seam, abs=0.005)
     assert covariance[7, 7] == pytest.approx(variance, abs=0.0055)
-    # The facts page rounds to two places; pixels differ in the third.
+    # The expected values are rounded to two places; pixels differ in the third.
     assert np.mean(np.diagonal(covariance, 10)) == pytest.approx(distant, abs=0.0055)
     np.testing.assert_allclose(mean, 0, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""Restorations by optimization, on problems whose solutions are known; numbers of the issue."""
+"""Restorations by optimization, on problems whose solutions are known."""
 
 import equinox as eqx
 import jax
@@ -193,7 +193,7 @@ def test_optimized_noise_leads_to_the_mean_of_the_posterior_or_to_draws_of_it(op
 @pytest.mark.parametrize("operator", problems.OPERATORS)
 def test_the_prior_of_the_norm_only_has_the_errors_of_the_issue(operator):
     # With the mask, a sphere of points fits and has the probable norm, each this far from the mean
-    # of the posterior; the issue's 0.226 is the error of the mean over some starts.
+    # of the posterior; the mean over many starts is nearer, 0.226.
     expected = cell_of([0.516, 0.500, 0.397], operator)
     with jax.enable_x64(True):
         problem = problems.g8(operator)

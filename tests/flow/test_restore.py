@@ -1,4 +1,4 @@
-"""Steps that restore, on problems whose posterior is known; numbers are those of the issue."""
+"""Steps that restore, on problems whose posterior is known."""
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from fluxjax.flow import (
     Downsample,
     DPMpp2M,
     Euler,
+    FireFlow,
     FlowDPS,
     Guided,
     LinearMap,
@@ -33,7 +34,7 @@ from fluxjax.flow.restore import correct_draw
 
 PIXELS = problems.PIXELS
 KEY = jax.random.key(0)
-# The issue's numbers have three digits.
+# The errors are known to three digits.
 ROUNDING = 6e-4
 
 
@@ -524,3 +525,18 @@ def test_bad_inputs_are_reported():
         Nudged(Euler(), good, float("nan"))
     with pytest.raises(ValueError, match=r"`Nudged.*\(direction\)` takes"):
         Nudged(Euler(), good, direction="sideways")
+
+
+@pytest.mark.parametrize("through", ["estimate", "network"])
+@pytest.mark.parametrize("step", [Euler(), FireFlow()], ids=["Euler", "FireFlow"])
+def test_nudging_by_a_size_of_0_leaves_the_step_as_it_is(step, through):
+    """FireFlow also evaluates before its first step, which is passed on and counted."""
+    with jax.enable_x64(True):
+        problem = problems.g8("mask")
+        times = problems.falling_times(6)
+        nudged = Nudged(step, problem.measurement, 0.0, through=through)
+        x = jnp.linspace(-1.0, 1.0, 8)
+        found = sample(problem.prior, x, times, step=nudged)
+        plain = sample(problem.prior, x, times, step=step)
+        np.testing.assert_allclose(found.x, plain.x, rtol=1e-12)
+        assert found.evaluations == plain.evaluations

@@ -120,7 +120,7 @@ def test_other_images_masks_and_strengths_compile_nothing(tiny, image, compiled)
 
 
 def test_both_meanings_of_strength_start_where_they_say(tiny):
-    """At 1024x1024 and 28 steps diffusers starts at t = 0.83 for 0.6, as the facts page has it."""
+    """At 1024x1024 and 28 steps diffusers starts at t = 0.83 for 0.6."""
     defaults = type(tiny.defaults)()
     times = model_times(defaults, 28, 1024, 1024)
     start = Repaint(strength=0.6).start_of(times)
