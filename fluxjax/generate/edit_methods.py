@@ -232,9 +232,47 @@ class FlowEditing(EditMethod):
         return edit.drawing.draw(batch, recipe)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InvertingMethod(EditMethod):
+    """A method that integrates from the image to noise under its own prompt, and then back.
+
+    - `step`: the integrator of both directions.
+    - `source_prompt`: describes the image as it is.
+    - `source_guidance`: the distilled scale of the inversion.
+    """
+
+    phases = 2
+    step: ClassVar[Step] = FireFlow()
+    source_prompt: str
+    source_guidance: float = 1.0
+
+    @property
+    def source_text(self) -> str:
+        return self.source_prompt
+
+    def draw(self, edit: Edit, numbers: Sequence[int]) -> DrawnBatch:
+        batch = edit.batch(numbers)
+        recipe = replace(edit.drawing.recipe(numbers), step=self.step)
+        start = self.start_of(recipe.times)
+        if start.steps == 0:
+            return edit.drawing.draw(batch, replace(recipe, first=jnp.int32(start.first)))
+        recipe = replace(recipe, times=start.times[start.first :])
+        return self.draw_back(edit, numbers, batch, recipe)
+
+    @abstractmethod
+    def draw_back(
+        self, edit: Edit, numbers: Sequence[int], batch: ImageBatch, recipe: Recipe
+    ) -> DrawnBatch:
+        """Invert the images of these numbers, and draw them again.
+
+        **Arguments:** `batch`: its state is the image itself. `recipe`: the way back, with falling
+        times from where the inversion ends.
+        """
+
+
 @convert_arguments
 @dataclass(frozen=True, kw_only=True)
-class FireFlowEditing(EditMethod):
+class FireFlowEditing(InvertingMethod):
     """Inversion by FireFlow under the source prompt, and back under the new one.
 
     `source_prompt`: describes the image as it is. `strength`: the share of the steps through which
@@ -244,25 +282,13 @@ class FireFlowEditing(EditMethod):
 
     name = "fireflow"
     draws = False
-    phases = 2
-    source_prompt: str
     strength: float = 1.0
-    source_guidance: float = 1.0
 
-    @property
-    def source_text(self) -> str:
-        return self.source_prompt
-
-    def draw(self, edit: Edit, numbers: Sequence[int]) -> DrawnBatch:
-        batch, recipe = edit.batch(numbers), edit.drawing.recipe(numbers)
-        start = self.start_of(recipe.times)
-        recipe = replace(recipe, step=FireFlow())
-        if start.steps == 0:
-            return edit.drawing.draw(batch, replace(recipe, first=jnp.int32(start.first)))
-        times = start.times[start.first :]
-        path = edit.path_to_noise(batch, replace(recipe, times=times[::-1]))
-        batch = replace(batch, noise=edit.unpack(path[:, -1]))
-        return edit.drawing.draw(batch, replace(recipe, times=times))
+    def draw_back(
+        self, edit: Edit, numbers: Sequence[int], batch: ImageBatch, recipe: Recipe
+    ) -> DrawnBatch:
+        path = edit.path_to_noise(batch, replace(recipe, times=recipe.times[::-1]))
+        return edit.drawing.draw(replace(batch, noise=edit.unpack(path[:, -1])), recipe)
 
 
 class SteerTo(DrawChange):
@@ -284,7 +310,7 @@ class SteerTo(DrawChange):
 
 @convert_arguments
 @dataclass(frozen=True, kw_only=True)
-class RFInverting(EditMethod):
+class RFInverting(InvertingMethod):
     """RF-Inversion: inversion steered to noise, and back steered to the image at first.
 
     `source_prompt`: of the inversion, usually empty. `strength`: the share of the steps through
@@ -295,38 +321,30 @@ class RFInverting(EditMethod):
     """
 
     name = "rf-inversion"
-    phases = 2
+    step = Euler()
     source_prompt: str = ""
     strength: float = 1.0
     noise_rate: float = 0.5
     image_rate: float = 0.9
     image_share: float = 0.25
-    source_guidance: float = 1.0
 
-    @property
-    def source_text(self) -> str:
-        return self.source_prompt
-
-    def draw(self, edit: Edit, numbers: Sequence[int]) -> DrawnBatch:
-        drawing = edit.drawing
-        batch, recipe = edit.batch(numbers), drawing.recipe(numbers)
-        start = self.start_of(recipe.times)
-        recipe = replace(recipe, step=Euler())
-        if start.steps == 0:
-            return drawing.draw(batch, replace(recipe, first=jnp.int32(start.first)))
-        times = start.times[start.first :]
+    def draw_back(
+        self, edit: Edit, numbers: Sequence[int], batch: ImageBatch, recipe: Recipe
+    ) -> DrawnBatch:
+        drawing, times = edit.drawing, recipe.times
+        steps = len(times) - 1
         noise = jax.vmap(pack_latents)(drawing.batch(numbers).noise)
         to_noise = SteerTo(jnp.float32(self.noise_rate), jnp.float32(0), "noise")
         path = edit.path_to_noise(
             replace(batch, inputs=noise), replace(recipe, times=times[::-1], change=to_noise)
         )
         # Steps that begin above this time are the first ones.
-        steered = min(round(self.image_share * start.steps), start.steps)
+        steered = min(round(self.image_share * steps), steps)
         low = times[steered - 1] if steered > 0 else jnp.full((), 2, times.dtype)
         to_image = SteerTo(jnp.float32(self.image_rate), low, "image")
         images = jax.vmap(pack_latents)(batch.noise)
         batch = replace(batch, noise=edit.unpack(path[:, -1]), inputs=images)
-        return drawing.draw(batch, replace(recipe, times=times, change=to_image))
+        return drawing.draw(batch, replace(recipe, change=to_image))
 
 
 class PromptDifference(FieldFunction):
@@ -368,41 +386,30 @@ class KeepPath(DrawChange):
 
 @convert_arguments
 @dataclass(frozen=True, kw_only=True)
-class DiffEditing(EditMethod):
+class DiffEditing(InvertingMethod):
     """DiffEdit: only where the two prompts' velocities differ is the inverted image drawn again.
 
     `source_prompt`: describes the image as it is. `strength`: the share of the steps through which
     it is inverted. `ratio`: how far above its mean the difference must be; larger ones give smaller
-    masks. `mask_time`: where prompts are compared. `averages`: draws of noise for it.
+    masks. `mask_time`: the time t at which both velocities are compared. `averages`: the number of
+    draws of noise over which that difference is averaged.
     `source_guidance`: the distilled scale of the source prompt.
     **Source:** Couairon et al. 2022, section 3.2.
     """
 
     name = "diffedit"
-    phases = 2
-    source_prompt: str
     strength: float = 0.75
     ratio: float = 1.5
     mask_time: float = 0.5
     averages: int = 10
-    source_guidance: float = 1.0
 
-    @property
-    def source_text(self) -> str:
-        return self.source_prompt
-
-    def draw(self, edit: Edit, numbers: Sequence[int]) -> DrawnBatch:
-        drawing = edit.drawing
-        batch, recipe = edit.batch(numbers), drawing.recipe(numbers)
-        start = self.start_of(recipe.times)
-        recipe = replace(recipe, step=FireFlow())
-        if start.steps == 0:
-            return drawing.draw(batch, replace(recipe, first=jnp.int32(start.first)))
+    def draw_back(
+        self, edit: Edit, numbers: Sequence[int], batch: ImageBatch, recipe: Recipe
+    ) -> DrawnBatch:
         masks = self._masks(edit, batch, recipe)
-        times = start.times[start.first :]
-        path = edit.path_to_noise(batch, replace(recipe, times=times[::-1]))
+        path = edit.path_to_noise(batch, replace(recipe, times=recipe.times[::-1]))
         batch = replace(batch, noise=edit.unpack(path[:, -1]), inputs=(path[:, ::-1], masks))
-        return drawing.draw(batch, replace(recipe, times=times, change=KeepPath()))
+        return edit.drawing.draw(batch, replace(recipe, change=KeepPath()))
 
     def _masks(
         self, edit: Edit, batch: ImageBatch, recipe: Recipe
