@@ -2,7 +2,7 @@
 
 import argparse
 
-from fluxjax.cli.choices import EDIT_METHODS, INTEGRATORS, QUANTIZATIONS, RULES, SOLVERS, TIMERS
+from fluxjax.cli.choices import EDIT_METHODS, SOLVERS, TIMERS
 from fluxjax.cli.generate_options import add_model_options
 from fluxjax.cli.options import (
     MAX_FLOAT32,
@@ -20,7 +20,15 @@ from fluxjax.cli.options import (
     unicode_text,
     whole_number,
 )
-from fluxjax.cli.shared_options import add_compilation_cache, add_guidance, add_output_folder
+from fluxjax.cli.shared_options import (
+    add_compilation_cache,
+    add_guidance,
+    add_integrator,
+    add_output_folder,
+    add_quantize,
+    add_rule,
+    add_shift,
+)
 
 _MAX_MARGIN = 2**15
 """Pixels that are added on a side."""
@@ -133,7 +141,7 @@ def add_outpaint_options(parser: argparse.ArgumentParser) -> None:
             metavar="PIXELS",
             help=f"pixels that are added at the {side} (default: none)",
         )
-    _add_integrator(parser.add_argument_group("integrator"))
+    add_integrator(parser.add_argument_group("integrator"))
     _add_common_options(parser, "outpaint")
 
 
@@ -202,22 +210,6 @@ def _add_picture(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def _add_integrator(group: OptionGroup) -> None:
-    group.add_argument(
-        "--integrator",
-        choices=INTEGRATORS,
-        default="euler",
-        metavar="NAME",
-        help="numerical integrator: %(choices)s (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eta",
-        type=finite_number(0, 1),
-        help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde "
-        "(default: 0 for ddim, 1 for the others)",
-    )
-
-
 def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:
     images = parser.add_argument_group("images")
     images.add_argument(
@@ -234,13 +226,7 @@ def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:
     add_output_folder(images, f"{stem}_N.png")
     model = parser.add_argument_group("model")
     add_model_options(model)
-    model.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        metavar="DTYPE",
-        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
-        "(default: in the dtype of the weights)",
-    )
+    add_quantize(model)
     model.add_argument(
         "--max-sequence-length",
         type=token_count,
@@ -265,11 +251,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
         help="spacing of the sampling times: %(choices)s (default: model; for restore, except by "
         "proximal, ddnm and flowdps, flux_static with --shift 0.333)",
     )
-    group.add_argument(
-        "--shift",
-        type=positive_number,
-        help="shift factor of the timer flux_static (default: 3)",
-    )
+    add_shift(group)
     add_guidance(group)
     group.add_argument(
         "--cfg",
@@ -278,10 +260,4 @@ def _add_sampling_options(group: OptionGroup) -> None:
         metavar="SCALE",
         help="classifier-free guidance scale, away from the empty prompt (default: 1, none)",
     )
-    group.add_argument(
-        "--rule",
-        choices=RULES,
-        default="cfg",
-        metavar="NAME",
-        help="how --cfg combines the two velocities: %(choices)s (default: %(default)s)",
-    )
+    add_rule(group)

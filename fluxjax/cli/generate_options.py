@@ -2,7 +2,7 @@
 
 import argparse
 
-from fluxjax.cli.choices import ATTENTIONS, INTEGRATORS, QUANTIZATIONS, RULES, TIMERS
+from fluxjax.cli.choices import ATTENTIONS, TIMERS
 from fluxjax.cli.options import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -15,7 +15,6 @@ from fluxjax.cli.options import (
     finite_number,
     image_count,
     mesh_sizes,
-    positive_number,
     seed,
     step_count,
     token_count,
@@ -25,8 +24,12 @@ from fluxjax.cli.shared_options import (
     add_compilation_cache,
     add_dtype,
     add_guidance,
+    add_integrator,
     add_model,
     add_output_folder,
+    add_quantize,
+    add_rule,
+    add_shift,
     add_size,
 )
 
@@ -157,19 +160,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
         type=step_count,
         help=f"number of integration steps, up to {MAX_STEPS} (default: the model's)",
     )
-    group.add_argument(
-        "--integrator",
-        choices=INTEGRATORS,
-        default="euler",
-        metavar="NAME",
-        help="numerical integrator: %(choices)s (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eta",
-        type=finite_number(0, 1),
-        help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde, "
-        "from 0 to 1 (default: 0 for ddim, 1 for the others)",
-    )
+    add_integrator(group)
     group.add_argument(
         "--timer",
         type=NameOrFile(TIMERS, ".json", "model"),
@@ -178,11 +169,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
         help="spacing of the sampling times: %(type)s (default: %(default)s, the spacing that "
         "the model was made for), or a JSON file of times, which also sets their number",
     )
-    group.add_argument(
-        "--shift",
-        type=positive_number,
-        help="shift factor of the timer flux_static (default: 3)",
-    )
+    add_shift(group)
 
 
 def _add_guidance_options(group: OptionGroup) -> None:
@@ -195,13 +182,7 @@ def _add_guidance_options(group: OptionGroup) -> None:
         help="classifier-free guidance scale; other values than 1 double the work "
         "(default: 1, no guidance)",
     )
-    group.add_argument(
-        "--rule",
-        choices=RULES,
-        default="cfg",
-        metavar="NAME",
-        help="how --cfg combines the two velocities: %(choices)s (default: %(default)s)",
-    )
+    add_rule(group)
     group.add_argument(
         "--nag",
         type=finite_number(),
@@ -218,13 +199,7 @@ def _add_speed_options(group: OptionGroup) -> None:
         help="skip transformer blocks in steps that change less than a threshold: 0.1 "
         "(first_block), or teacache:0.4 (default: skip none)",
     )
-    group.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        metavar="DTYPE",
-        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
-        "(default: in the dtype of the weights)",
-    )
+    add_quantize(group)
     group.add_argument(
         "--attention",
         choices=ATTENTIONS,

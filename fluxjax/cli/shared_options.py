@@ -2,9 +2,24 @@
 
 from pathlib import Path
 
-from fluxjax.cli.choices import DTYPES, FILE_DTYPES, LAYOUTS, NETWORKS
+from fluxjax.cli.choices import (
+    DTYPES,
+    FILE_DTYPES,
+    INTEGRATORS,
+    LAYOUTS,
+    NETWORKS,
+    QUANTIZATIONS,
+    RULES,
+)
 from fluxjax.cli.compilation_cache import default_cache_folder
-from fluxjax.cli.options import MAX_PIXELS, OptionGroup, file_path, finite_number, pixel_count
+from fluxjax.cli.options import (
+    MAX_PIXELS,
+    OptionGroup,
+    file_path,
+    finite_number,
+    pixel_count,
+    positive_number,
+)
 from fluxjax.zoo import ZOO
 
 SOURCE_HELP = "a file or folder in any layout, a model's name, or a hub id"
@@ -49,6 +64,54 @@ def add_guidance(group: OptionGroup) -> None:
         type=finite_number(),
         metavar="SCALE",
         help="distilled guidance scale, an input of the network (default: the model's)",
+    )
+
+
+def add_rule(group: OptionGroup) -> None:
+    """Add the option that chooses the rule of classifier-free guidance."""
+    group.add_argument(
+        "--rule",
+        choices=RULES,
+        default="cfg",
+        metavar="NAME",
+        help="how --cfg combines the two velocities: %(choices)s (default: %(default)s)",
+    )
+
+
+def add_integrator(group: OptionGroup) -> None:
+    """Add the options that choose the integrator and how much noise it draws."""
+    group.add_argument(
+        "--integrator",
+        choices=INTEGRATORS,
+        default="euler",
+        metavar="NAME",
+        help="numerical integrator: %(choices)s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eta",
+        type=finite_number(0, 1),
+        help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde, "
+        "from 0 to 1 (default: 0 for ddim, 1 for the others)",
+    )
+
+
+def add_shift(group: OptionGroup) -> None:
+    """Add the option that shifts the timer flux_static."""
+    group.add_argument(
+        "--shift",
+        type=positive_number,
+        help="shift factor of the timer flux_static (default: 3)",
+    )
+
+
+def add_quantize(group: OptionGroup) -> None:
+    """Add the option that multiplies in 8 bits."""
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        metavar="DTYPE",
+        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
+        "(default: in the dtype of the weights)",
     )
 
 
