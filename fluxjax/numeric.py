@@ -49,7 +49,9 @@ def check_positive(call: str, **values: object) -> None:
     check_finite(call, **values)
     for name, value in values.items():
         if is_concrete_number(value) and not np.all(np.asarray(value) > 0):
-            raise ValueError(f"`{call}({name})` needs a positive number, got {value}.")
+            raise ValueError(
+                f"`{call}({name})` needs a positive number, got {value}. Choose one above 0."
+            )
 
 
 def check_nonnegative(call: str, **values: object) -> None:
@@ -60,7 +62,9 @@ def check_nonnegative(call: str, **values: object) -> None:
     check_finite(call, **values)
     for name, value in values.items():
         if is_concrete_number(value) and not np.all(np.asarray(value) >= 0):
-            raise ValueError(f"`{call}({name})` needs a number of at least 0, got {value}.")
+            raise ValueError(
+                f"`{call}({name})` needs a number of at least 0, got {value}. Choose 0 or more."
+            )
 
 
 def check_count(call: str, **values: int) -> None:
@@ -70,7 +74,10 @@ def check_count(call: str, **values: int) -> None:
     """
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"`{call}({name})` needs a whole number of at least 1, got {value}.")
+            raise ValueError(
+                f"`{call}({name})` needs a whole number of at least 1, got {value}. "
+                "Choose 1 or more."
+            )
 
 
 def _is_finite(value: object) -> bool:

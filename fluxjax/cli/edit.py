@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -126,10 +126,11 @@ def run_restore(options: argparse.Namespace) -> None:
         about["integrator"] = options.method
     if options.size is not None:
         about["step_size"] = f"{options.size:g}"
-    if own_times and options.method == "decoupled":
+    if own_times:
         times = restoration_times(options.method, request.recipe.times)
-        request = replace(request, recipe=replace(request.recipe, times=times))
-        about["timer"] = "restoration"
+        if times is not request.recipe.times:
+            request = replace(request, recipe=replace(request.recipe, times=times))
+            about["timer"] = "restoration"
     draw = partial(restore_image, image=image, prompt=options.prompt, restoration=restoration)
     _run(request, _Job("restore", draw, size, about, request.steps, 1))
 
@@ -151,7 +152,8 @@ def _edit_method(options: argparse.Namespace) -> EditMethod:
                 f"--{name.replace('_', '-')} does nothing with --method {options.method}. "
                 "Leave it out."
             )
-    needs_source = options.method in ("flowedit", "fireflow", "diffedit")
+    source = known.get("source_prompt")
+    needs_source = source is not None and source.default is MISSING
     if needs_source and "source_prompt" not in numbers:
         raise ValueError(
             f"--method {options.method} compares two prompts. Describe the image as it is with "

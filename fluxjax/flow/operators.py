@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.step import X
-from fluxjax.numeric import check_finite, is_concrete_number, wide_dtype
+from fluxjax.numeric import check_count, check_finite, is_concrete_number, wide_dtype
 from fluxjax.shapes import Array, Bool, Float, Scalar, ScalarLike
 
 Y = Float[Array, "*measured"]
@@ -327,7 +327,7 @@ def solve_normal(
     **Raises:** `ValueError` for fewer than 1 iteration.
     **Source:** Hestenes & Stiefel 1952.
     """
-    _check_iterations("solve_normal", iterations)
+    check_count("solve_normal", iterations=iterations)
     variance = jnp.square(jnp.asarray(std, r.dtype))
     if callable(covariance):
         apply_covariance = covariance
@@ -356,17 +356,12 @@ def pseudo_inverse(
     **Raises:** `ValueError` for fewer than 1 iteration.
     **Source:** Hestenes & Stiefel 1952 (least squares).
     """
-    _check_iterations("pseudo_inverse", iterations)
+    check_count("pseudo_inverse", iterations=iterations)
     if gram is not None:
         return backward(divide_or_zero(r, gram.astype(r.dtype)))
     projected = backward(r)
     none = jnp.zeros((), projected.dtype)
     return _conjugate_gradients(lambda x: backward(forward(x)), none, projected, iterations)
-
-
-def _check_iterations(call: str, iterations: int) -> None:
-    if iterations < 1:
-        raise ValueError(f"`{call}(iterations)` needs at least 1, got {iterations}. 5 are usual.")
 
 
 def divide_or_zero(numerator: Array, denominator: Array) -> Array:

@@ -41,7 +41,13 @@ from fluxjax.flow.operators import (
 from fluxjax.flow.step import StochasticStep, X, start_time_only
 from fluxjax.flow.stochastic import ddim_noise
 from fluxjax.flow.velocity import Condition, Memory, StatefulVelocity, Velocity, initial_memory
-from fluxjax.numeric import check_finite, is_concrete_number, wide_dtype
+from fluxjax.numeric import (
+    check_count,
+    check_finite,
+    check_positive,
+    is_concrete_number,
+    wide_dtype,
+)
 from fluxjax.shapes import Array, Scalar, ScalarLike
 
 CovarianceName = Literal["model", "white", "none"]
@@ -139,16 +145,8 @@ class Gain(Correction):
     prior_std: ScalarLike = 1.0
 
     def __check_init__(self):
-        check_finite("Gain", prior_std=self.prior_std)
-        if self.iterations < 1:
-            raise ValueError(
-                f"`Gain(iterations)` needs at least 1, got {self.iterations}. 5 are usual."
-            )
-        if is_concrete_number(self.prior_std) and not np.all(np.asarray(self.prior_std) > 0):
-            raise ValueError(
-                f"`Gain(prior_std)` needs a positive number, got {self.prior_std}. FLUX's latents "
-                "have a deviation of about 1."
-            )
+        check_positive("Gain", prior_std=self.prior_std)
+        check_count("Gain", iterations=self.iterations)
 
     @property
     def differentiates(self) -> bool:  # type: ignore[override]
@@ -337,10 +335,7 @@ class NullSpace(Correction):
     iterations: int = eqx.field(default=5, static=True)
 
     def __check_init__(self):
-        if self.iterations < 1:
-            raise ValueError(
-                f"`NullSpace(iterations)` needs at least 1, got {self.iterations}. 5 are usual."
-            )
+        check_count("NullSpace", iterations=self.iterations)
 
     def __call__(self, field: Field, x: X, t: Scalar, measurement: Measurement) -> Corrected:
         velocity = field(x)

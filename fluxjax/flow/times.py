@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.numeric import check_finite
+from fluxjax.numeric import check_finite, check_positive
 from fluxjax.shapes import Array, Float, Scalar, ScalarLike, Times
 
 _MAX_STEPS = 2**24
@@ -158,7 +158,7 @@ def karras_times(times: Times, *, rho: float = 7.0) -> Times:
     **Raises:** `ValueError` for other nodes, or a rho that is not positive.
     **Source:** Karras et al. 2022, eq. 5, applied to t.
     """
-    _check_positive("karras_times", rho=rho)
+    check_positive("karras_times", rho=rho)
 
     def place(ramp: np.ndarray, first: float, last: float) -> np.ndarray:
         first_root, last_root = first ** (1 / rho), last ** (1 / rho)
@@ -193,22 +193,13 @@ def beta_times(times: Times, *, alpha: float = 0.6, beta: float = 0.6) -> Times:
     **Raises:** `ValueError` for other nodes, or parameters that are not positive.
     **Source:** Lee et al. 2024, "Beta Sampling is All You Need".
     """
-    _check_positive("beta_times", alpha=alpha, beta=beta)
+    check_positive("beta_times", alpha=alpha, beta=beta)
     from scipy.special import betaincinv  # takes a tenth of a second to import
 
     def place(ramp: np.ndarray, first: float, last: float) -> np.ndarray:
         return last + betaincinv(alpha, beta, 1 - ramp) * (first - last)
 
     return _respaced("beta_times", times, place)
-
-
-def _check_positive(call: str, **values: float) -> None:
-    check_finite(call, **values)
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(
-                f"`{call}({name})` needs a positive number, got {value}. Choose one above 0."
-            )
 
 
 def _respaced(

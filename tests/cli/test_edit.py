@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fluxjax import read_image
+from fluxjax import DrawSettings, generate, load_models, read_image
 
 SIZE = (25, 30)
 STEPS = ["--steps", "2"]
@@ -142,6 +142,26 @@ def test_restore_keeps_what_is_known(run, tmp_path, picture, mask):
     about = text_of(tmp_path / "restore_0.png")
     assert about["method"] == "decoupled"
     assert about["timer"] == "restoration"
+
+
+@pytest.mark.parametrize(("method", "timer"), [("flowchef", "restoration"), ("ddnm", "model")])
+def test_restore_draws_what_the_function_draws(run, tmp_path, picture, mask, method, timer):
+    """In particular at the same times, which are not the model's own for every method."""
+    command = ["restore", picture, STAR, "--operator", f"mask:{mask}", "--method", method, *STEPS]
+    assert run(*command).code == 0
+    assert text_of(tmp_path / "restore_0.png")["timer"] == timer
+    hidden = generate.Hidden(generate.read_mask(mask))
+    (expected,) = generate.restore_image(
+        load_models("tiny"),
+        read_image(picture),
+        STAR,
+        key=generate.seed_key(0),
+        restoration=generate.Restoration(degradation=hidden, method=method),
+        settings=DrawSettings(steps=2),
+    )
+    found = read_image(tmp_path / "restore_0.png")
+    # A level of 255 apart at most, where rounding falls the other way.
+    np.testing.assert_allclose(found, np.clip(expected, -1, 1), atol=1.01 / 127.5)
 
 
 @pytest.mark.parametrize(
