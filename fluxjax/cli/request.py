@@ -1,7 +1,6 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
@@ -18,7 +16,7 @@ from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
-from fluxjax.cli.starts import start_of_options
+from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
@@ -343,10 +341,9 @@ def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
         about["integrator"] += f", eta {options.eta:g}"
     about["timer"] = options.timer
     if sizes.times is not None:
-        # With a hash of the times: a file of the same name may hold other times in the next run,
-        # and existing images are compared by this entry.
-        digest = hashlib.sha256(np.asarray(sizes.times).tobytes()).hexdigest()
-        about["timer"] = encodable(f"{Path(options.timer).name}, {digest[:8]}")
+        # With a hash: a file of the same name may hold other times in the next run, and existing
+        # images are compared by this entry.
+        about["timer"] = describe_file(Path(options.timer))
     if options.shift is not None:
         about["timer"] += f", shift {options.shift:g}"
     if options.cfg != 1:

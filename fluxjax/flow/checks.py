@@ -1,5 +1,6 @@
 """Checks of what a sampling run is given: its times, and the values of its velocity."""
 
+from types import ModuleType
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -157,3 +158,17 @@ def check_broadcasts(call: str, x: Array, **arrays: Array) -> None:
                 f"`{call}({name})` needs the shape of x, {list(x.shape)}, or one that broadcasts "
                 f"to it, got {list(array.shape)}. Pack and batch both in the same way."
             )
+
+
+def import_optax(call: str) -> ModuleType:
+    """Return optax, which is in the optional dependencies `fluxjax[train]`.
+
+    **Raises:** `ImportError` without it.
+    """
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            f"`{call}` needs optax. Install it with: pip install 'fluxjax[train]'"
+        ) from error
+    return optax

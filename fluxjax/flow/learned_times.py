@@ -3,7 +3,6 @@
 Both compare with a teacher, which takes many small steps over a batch of noise.
 """
 
-from types import ModuleType
 from typing import cast
 
 import jax
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.checks import cast_value, check_times
+from fluxjax.flow.checks import cast_value, check_times, import_optax
 from fluxjax.flow.runge_kutta import Euler, Heun
 from fluxjax.flow.sample import sample
-from fluxjax.flow.step import Step, StochasticStep, time_dtype
-from fluxjax.flow.stochastic import Churn
+from fluxjax.flow.step import Step, time_dtype
+from fluxjax.flow.stochastic import check_draws_no_noise
 from fluxjax.flow.times import uniform_times
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_count, check_positive
@@ -55,7 +54,7 @@ def plan_times(
     """
     check_count("plan_times", steps=steps)
     check_positive("plan_times", decay=decay)
-    _check_deterministic("plan_times", teacher)
+    check_draws_no_noise("plan_times", teacher, name="teacher")
     if nodes is None:
         nodes = uniform_times(64)
     check_times("plan_times", nodes)
@@ -97,10 +96,10 @@ def fit_times(
     iterations; as `sample`. `ImportError` without optax (extra `train`).
     **Source:** Xia et al. 2023 (2312.02443), with the mean squared error of x as the objective.
     """
-    optax = _import_optax()
+    optax = import_optax("fit_times")
     check_count("fit_times", iterations=iterations)
     check_positive("fit_times", learning_rate=learning_rate)
-    _check_deterministic("fit_times", step)
+    check_draws_no_noise("fit_times", step)
     check_times("fit_times", times)
     times = times.astype(time_dtype(noise))
     first, last = times[0], times[-1]
@@ -176,21 +175,3 @@ def _cheapest_path(errors: np.ndarray, steps: int, decay: float) -> np.ndarray:
     for choice in reversed(following):
         path.append(int(choice[path[-1]]))
     return np.array(path)
-
-
-def _check_deterministic(call: str, step: Step) -> None:
-    if isinstance(step, StochasticStep | Churn):
-        raise ValueError(
-            f"`{call}` needs an integrator that draws no noise, got {type(step).__name__}. Choose "
-            "another, such as Heun."
-        )
-
-
-def _import_optax() -> ModuleType:
-    try:
-        import optax
-    except ImportError as error:
-        raise ImportError(
-            "`fit_times` needs optax. Install it with: pip install 'fluxjax[train]'"
-        ) from error
-    return optax

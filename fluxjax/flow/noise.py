@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.checks import checked_times
+from fluxjax.flow.checks import checked_times, import_optax
 from fluxjax.flow.operators import Measurement
 from fluxjax.flow.optimize import check_no_memory
 from fluxjax.flow.runge_kutta import Midpoint
 from fluxjax.flow.sample import sample
-from fluxjax.flow.step import Step, StochasticStep
+from fluxjax.flow.step import Step
+from fluxjax.flow.stochastic import check_draws_no_noise
 from fluxjax.flow.velocity import Velocity
 from fluxjax.numeric import check_count, check_finite, check_nonnegative
 from fluxjax.shapes import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike
@@ -131,7 +132,7 @@ def optimize_noise(
     fewer than 1 iteration, and as `sample`. `ImportError` without optax.
     **Source:** Ben-Hamu et al. 2024 (D-Flow), algorithm 1.
     """
-    optax = _import_optax()
+    optax = import_optax("optimize_noise")
     check_count("optimize_noise", iterations=iterations)
     check_nonnegative("optimize_noise", tolerance=tolerance)
     times = checked_times("optimize_noise", step, times, noise)
@@ -256,18 +257,4 @@ def _check_path(
 ) -> None:
     measurement.check(x)
     check_no_memory(call, velocity, x)
-    if isinstance(step, StochasticStep):
-        raise ValueError(
-            f"`{call}(step)` needs a step that draws no noise, got {type(step).__name__}. Choose "
-            "Midpoint() or Euler()."
-        )
-
-
-def _import_optax() -> ModuleType:
-    try:
-        import optax
-    except ImportError as error:
-        raise ImportError(
-            "`optimize_noise` needs optax. Install it with `pip install 'fluxjax[train]'`."
-        ) from error
-    return optax
+    check_draws_no_noise(call, step)

@@ -298,3 +298,20 @@ class Churn(StepAround):
     def evaluation_times(self, t: Scalar, u: Scalar) -> EvaluationTimes | None:
         noisier, _, _ = self.noisier_time(t)
         return self.step.evaluation_times(noisier, u)
+
+
+def draws_noise(step: Step) -> bool:
+    """Return whether a step of sampling draws noise, and so needs a key."""
+    return isinstance(step, StochasticStep | Churn)
+
+
+def check_draws_no_noise(call: str, step: Step, *, name: str = "step") -> None:
+    """Check an integrator that is the argument `name` of a call.
+
+    **Raises:** `ValueError` for one that draws noise.
+    """
+    if draws_noise(step):
+        raise ValueError(
+            f"`{call}({name})` needs an integrator that draws no noise, got "
+            f"{type(step).__name__}. Choose another, such as Midpoint() or Euler()."
+        )

@@ -10,8 +10,8 @@ import numpy as np
 from einops import rearrange
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.step import Step, StochasticStep
-from fluxjax.flow.stochastic import Churn
+from fluxjax.flow.step import Step
+from fluxjax.flow.stochastic import draws_noise
 from fluxjax.shapes import Array, Float, PRNGKeyArray, UInt32
 from fluxjax.zoo import FLUX1
 
@@ -84,7 +84,7 @@ def step_keys(key: PRNGKeyArray, numbers: Sequence[int], step: Step) -> Array | 
 
     **Returns:** keys [images], or None for a step that draws nothing.
     """
-    if not isinstance(step, StochasticStep | Churn):
+    if not draws_noise(step):
         return None
     return keys_of_steps(key, numbers)
 

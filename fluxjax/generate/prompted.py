@@ -241,9 +241,7 @@ def negative_prompts(
 
 def _runner(hooks: DrawHooks | None) -> Runner:
     """Return what runs a jitted function: the hooks, or a call of it."""
-    if hooks is not None:
-        return hooks.run
-    return lambda stage, function, *inputs, **options: function(*inputs, **options)
+    return (DrawHooks() if hooks is None else hooks).run
 
 
 def prompt_batch(
