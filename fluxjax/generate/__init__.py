@@ -4,7 +4,12 @@ from fluxjax.generate.autoencode import decode, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.compare import Comparison, compare
-from fluxjax.generate.conditioning import Conditioning, PreparedConditioning, ReferenceTokens
+from fluxjax.generate.conditioning import (
+    AddedCondition,
+    Conditioning,
+    PreparedConditioning,
+    ReferenceTokens,
+)
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DrawChange,
@@ -81,6 +86,7 @@ __all__ = [
     "RULES",
     "SOLVERS",
     "TIMERS",
+    "AddedCondition",
     "Blurred",
     "CachedFlux",
     "Comparison",

@@ -1,5 +1,7 @@
 """What an image is conditioned on, as one value: all inputs of the transformer but the noise."""
 
+from abc import abstractmethod
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,24 @@ class Conditioning(eqx.Module):
     guidance: PerImage | None = None
     concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
+
+
+class AddedCondition(eqx.Module):
+    """What images are conditioned on beside a prompt: a pytree that adds itself to a conditioning.
+
+    A member of the FLUX.1 family that takes an image as well as a prompt is one of these.
+    """
+
+    @abstractmethod
+    def add(self, conditioning: Conditioning) -> Conditioning:
+        """Return a conditioning, of one image or of a batch, with this added for all of them.
+
+        **Raises:** `ValueError` if it does not fit, as for another number of image tokens.
+        """
+
+    def add_to_negative(self, conditioning: Conditioning) -> Conditioning:
+        """Return a conditioning that images are guided away from, with this added."""
+        return self.add(conditioning)
 
 
 _RANKS = {

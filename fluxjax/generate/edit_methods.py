@@ -151,7 +151,10 @@ def source_conditioning(
         guidance = None
     scale = distilled_guidance(flux, drawing.models.defaults, guidance)
     ids = image_ids(drawing.height, drawing.width)
-    return Conditioning(states.txt[0], states.vec[0], ids, scale)
+    conditioning = Conditioning(states.txt[0], states.vec[0], ids, scale)
+    for condition in drawing.settings.conditions:
+        conditioning = condition.add(conditioning)
+    return conditioning
 
 
 @convert_arguments

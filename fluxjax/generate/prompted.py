@@ -16,7 +16,7 @@ from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
 from fluxjax.generate.autoencode import encode
 from fluxjax.generate.cache import AttentionChoice
-from fluxjax.generate.conditioning import Conditioning
+from fluxjax.generate.conditioning import AddedCondition, Conditioning
 from fluxjax.generate.draw import (
     DrawHooks,
     DrawnBatch,
@@ -50,7 +50,8 @@ class DrawSettings:
     own timer, or `times`: nodes of another. `step`: the integrator. `distilled_guidance`: the scale
     that guidance-distilled networks take, one number or one for each image. `max_length`: T5 tokens
     for each prompt. `batch`: images in a forward pass; None draws all at once. `dtype`: of the
-    activations; None takes that of `activation_dtype`. `attention`: as for `Flux`.
+    activations; None takes that of `activation_dtype`. `attention`: as for `Flux`. `conditions`:
+    what images are conditioned on beside their prompts, such as an image that is edited.
     """
 
     height: int | None = None
@@ -64,6 +65,7 @@ class DrawSettings:
     batch: int | None = None
     dtype: DTypeLike | None = None
     attention: AttentionChoice = None
+    conditions: tuple[AddedCondition, ...] = ()
 
 
 class PromptTexts(NamedTuple):
@@ -124,6 +126,7 @@ class PromptedDrawing:
             noise=noise.astype(wide_dtype(jnp.dtype(self.dtype))),
             keys=step_keys(self.key, numbers, self.settings.step),
             distilled=_select_images(self.distilled, numbers),
+            conditions=self.settings.conditions,
         )
 
     def recipe(self, numbers: Sequence[int]) -> Recipe:
@@ -251,19 +254,23 @@ def prompt_batch(
     noise: Float[Array, "images latent_channels rows columns"],
     keys: Array | None,
     distilled: PerImage | None,
+    conditions: Sequence[AddedCondition] = (),
 ) -> ImageBatch:
     """Return the batch of images of encoded prompts, one for each.
 
     **Arguments:** `negative`: prompts to guide away from, if any. `distilled`: the distilled
-    guidance scale, for a network that takes one.
+    guidance scale, for a network that takes one. `conditions`: what is added to both, in order.
     """
     ids = image_ids(*image_size(noise))
     positive = Conditioning(states.txt, states.vec, ids, distilled)
+    for condition in conditions:
+        positive = condition.add(positive)
     if negative is None:
         return ImageBatch(noise, positive, None, keys)
-    return ImageBatch(
-        noise, positive, Conditioning(negative.txt, negative.vec, ids, distilled), keys
-    )
+    guided_away = Conditioning(negative.txt, negative.vec, ids, distilled)
+    for condition in conditions:
+        guided_away = condition.add_to_negative(guided_away)
+    return ImageBatch(noise, positive, guided_away, keys)
 
 
 def distilled_guidance(
