@@ -41,6 +41,7 @@ from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
+from fluxjax.lora.widen import adapted_config
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
@@ -113,6 +114,8 @@ class Request:
 
         **Raises:** `ValueError` for those that it does not take, or one that it lacks.
         """
+        if flux is not None:
+            flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
         facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
         check_conditions(self.conditions, facts)
 
@@ -189,10 +192,7 @@ def read_request(options: argparse.Namespace) -> Request:
     mesh = _mesh(options)
     # An image that is drawn again has its own size, which is checked when it is read.
     if options.init_image is None:
-        demand = Demand(
-            sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype
-        )
-        check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
+        _check_sizes_memory(options.model, sizes, dtype, mesh)
     times = _timer(options, sizes, defaults)
     recipe = Recipe(
         times(sizes.height, sizes.width),
@@ -228,6 +228,14 @@ def read_request(options: argparse.Namespace) -> Request:
     )
     request.check_conditions(known_flux_config(options.model))
     return replace(request, folder=writable(options.output_dir))
+
+
+def _check_sizes_memory(
+    model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
+) -> None:
+    """**Raises:** `ValueError` if what is drawn can't fit in memory."""
+    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
+    check_memory(demand, read_configs(model), devices=1 if mesh is None else mesh.size)
 
 
 def check_request_memory(request: Request) -> None:
