@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import equinox as eqx
 
@@ -29,7 +29,8 @@ def widen_for_changes(model: Network, changes: WeightChanges) -> Network:
     if not isinstance(model, Flux) or INPUT_WEIGHT not in changes:
         return model
     columns = max(change.term.columns or 0 for change, _ in changes[INPUT_WEIGHT])
-    return widen_input(model, max(0, columns - model.config.in_channels))
+    wide = widen_input(model, max(0, columns - model.config.in_channels))
+    return cast(Network, wide)
 
 
 def adapted_config(config: FluxConfig, loras: Sequence[Lora]) -> FluxConfig:
