@@ -13,8 +13,11 @@ from fluxjax.generate.fill import Mask, fill_image
 from fluxjax.generate.image import read_image
 from fluxjax.generate.limits import check_devices
 from fluxjax.generate.masks import read_mask
-from fluxjax.shapes import Image
+from fluxjax.shapes import Array, Float, Image
 from fluxjax.zoo import APPENDED_FEATURES
+
+Canvas = Float[Array, "new_height new_width 3"]
+"""An image, larger than the picture where it is drawn around."""
 
 
 def run_fill(options: argparse.Namespace) -> None:
@@ -35,7 +38,7 @@ def run_fill(options: argparse.Namespace) -> None:
     run_job(request, PictureJob("fill", draw, size_of(image), about, request.steps, evaluations))
 
 
-def _canvas(options: argparse.Namespace, picture: Image) -> tuple[Image, Mask]:
+def _canvas(options: argparse.Namespace, picture: Image) -> tuple[Canvas, Mask]:
     """Return what is drawn on, and the mask of what is drawn."""
     if options.outpaint is not None:
         if options.binary_mask:
