@@ -131,10 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--edits", nargs="+", choices=EDITS, default=[*EDITS])
+    parser.add_argument("--methods", nargs="+", choices=methods(""), default=[*methods("")])
     options = parser.parse_args()
     models = fluxjax.load_models("tiny", dtype="float32")
     for edit in options.edits:
-        for method in methods(""):
+        for method in options.methods:
             print(json.dumps(measure(models, edit, method, options.steps)), flush=True)
 
 
