@@ -3,13 +3,16 @@
 from fluxjax.generate.autoencode import decode, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
 from fluxjax.generate.canvas import Margins, extend_canvas
+from fluxjax.generate.channels import ConcatCondition
 from fluxjax.generate.compare import Comparison, compare
+from fluxjax.generate.condition_images import encode_image, resize_image
 from fluxjax.generate.conditioning import (
     AddedCondition,
     Conditioning,
     PreparedConditioning,
     ReferenceTokens,
 )
+from fluxjax.generate.control import control_condition
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DrawChange,
@@ -22,6 +25,7 @@ from fluxjax.generate.draw import (
     draw_batch,
     trajectories,
 )
+from fluxjax.generate.edges import canny_edges
 from fluxjax.generate.edit_image import edit_image
 from fluxjax.generate.edit_methods import (
     EDIT_METHODS,
@@ -32,6 +36,7 @@ from fluxjax.generate.edit_methods import (
     RFInverting,
     SDEditing,
 )
+from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
 from fluxjax.generate.image_to_image import (
     Repaint,
@@ -39,6 +44,13 @@ from fluxjax.generate.image_to_image import (
     begin_from_images,
     image_to_image,
     outpaint,
+)
+from fluxjax.generate.kontext import (
+    ReferenceCondition,
+    References,
+    kontext_condition,
+    kontext_image,
+    preferred_size,
 )
 from fluxjax.generate.latents import (
     image_ids,
@@ -63,6 +75,7 @@ from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
+from fluxjax.generate.reference_ids import reference_ids
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
@@ -90,6 +103,7 @@ __all__ = [
     "Blurred",
     "CachedFlux",
     "Comparison",
+    "ConcatCondition",
     "Conditioning",
     "DecodePixels",
     "Degradation",
@@ -114,7 +128,9 @@ __all__ = [
     "PromptIds",
     "RFInverting",
     "Recipe",
+    "ReferenceCondition",
     "ReferenceTokens",
+    "References",
     "Repaint",
     "Restoration",
     "SDEditing",
@@ -127,21 +143,29 @@ __all__ = [
     "WeakNetwork",
     "activation_dtype",
     "begin_from_images",
+    "canny_edges",
     "cell_mask",
     "compare",
+    "control_condition",
     "decode",
     "denoise",
     "draw_batch",
     "edit_image",
     "encode",
+    "encode_image",
     "encode_text",
     "extend_canvas",
+    "fill_around",
+    "fill_condition",
+    "fill_image",
     "fit_preview",
     "flux_velocity",
     "image_ids",
     "image_to_image",
     "initial_noise",
     "integrator",
+    "kontext_condition",
+    "kontext_image",
     "load_clip",
     "load_flux",
     "load_models",
@@ -149,6 +173,7 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "mask_features",
     "mask_tokens",
     "model_times",
     "outpaint",
@@ -157,11 +182,14 @@ __all__ = [
     "paste_kept",
     "plot_errors",
     "plot_times",
+    "preferred_size",
     "prompt_batch",
     "prompt_ids",
     "read_image",
     "read_mask",
     "read_times",
+    "reference_ids",
+    "resize_image",
     "restoration_times",
     "restore_image",
     "save",

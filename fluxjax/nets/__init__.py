@@ -15,6 +15,7 @@ from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.widen import widen_input
 
 __all__ = [
     "T5",
@@ -35,4 +36,5 @@ __all__ = [
     "leaf_names",
     "quantize",
     "unroll",
+    "widen_input",
 ]

@@ -17,6 +17,7 @@ from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets import ClipConfig, T5Config, VaeConfig
 
 HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
+FAMILY_HEADERS = HEADERS.with_name("family_headers.json.gz")
 FILL = FluxConfig(in_channels=384, out_channels=64)
 DEPTH = FluxConfig(in_channels=128, out_channels=64)
 CASES = {
@@ -25,6 +26,12 @@ CASES = {
     "diffusers/flux1-schnell.transformer": (Flux, FluxConfig.schnell(), tables.FLUX_DIFFUSERS),
     "diffusers/flux1-fill-dev.transformer": (Flux, FILL, tables.FLUX_DIFFUSERS),
     "diffusers/flux1-depth-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "bfl/flux1-fill-dev": (Flux, FILL, tables.FLUX_BFL),
+    "bfl/flux1-canny-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-depth-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-kontext-dev": (Flux, FluxConfig.dev(), tables.FLUX_BFL),
+    "diffusers/flux1-canny-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
@@ -36,7 +43,10 @@ CASES = {
 def headers():
     if not HEADERS.exists():
         pytest.skip(f"{HEADERS} with the official headers is not there")
-    return json.loads(gzip.decompress(HEADERS.read_bytes()))
+    found = {}
+    for path in (HEADERS, FAMILY_HEADERS):
+        found |= json.loads(gzip.decompress(path.read_bytes()))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
