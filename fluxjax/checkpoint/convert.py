@@ -17,7 +17,7 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import DEFAULTS_FILE, MODEL_FOLDERS, TOKENIZER_FOLDERS
 from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.inspect import list_names
-from fluxjax.checkpoint.kinds import CLIP, FLUX, KINDS, T5_XXL
+from fluxjax.checkpoint.kinds import CLIP, FLUX, KINDS, MODEL_KINDS, T5_XXL
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, NetworkToWrite, check_layout
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.weights import Weights
@@ -199,7 +199,8 @@ def _write_rest(
     if defaults is None:
         return
     # diffusers reads its index only together with all of the folders that it names.
-    is_complete = len(kinds) == len(KINDS) and len(copied) == len(TOKENIZER_FOLDERS)
+    has_all_networks = all(kind in kinds for kind in MODEL_KINDS)
+    is_complete = has_all_networks and len(copied) == len(TOKENIZER_FOLDERS)
     if layout == "diffusers" and is_complete:
         write_pipeline(folder, defaults)
     else:

@@ -10,7 +10,7 @@ from fluxjax.checkpoint.gguf import read_gguf
 from fluxjax.checkpoint.gguf_header import GGUF_MAGIC
 from fluxjax.checkpoint.identify import AnyFoundNetwork, FoundNetwork, identify_networks
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.kinds import KINDS, Kind
+from fluxjax.checkpoint.kinds import KINDS, MODEL_KINDS, Kind
 from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.shards import read_index
@@ -78,11 +78,12 @@ def open_source(path: Path) -> Source:
             f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder."
         )
     groups: list[FileGroup] = []
-    for kind in KINDS.values():
-        if (path / kind.folder).is_dir():
-            groups += _file_groups(path / kind.folder)
+    # Both vision encoders have the same folder.
+    for folder in dict.fromkeys(kind.folder for kind in KINDS.values()):
+        if (path / folder).is_dir():
+            groups += _file_groups(path / folder)
     source = _collect(path, groups)
-    if source.networks.keys() == KINDS.keys():
+    if source.networks.keys() >= {kind.name for kind in MODEL_KINDS}:
         return source
     # Files in the folder itself, such as BFL's or ComfyUI's, add what is missing.
     beside = _collect(path, _file_groups(path))

@@ -1,16 +1,26 @@
-"""The four networks as files hold them: folders, key tables, configs."""
+"""The networks as files hold them: folders, key tables, configs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from fluxjax.checkpoint import configs, folders, names as tables, shape_configs
+from fluxjax.checkpoint import (
+    configs,
+    folders,
+    image_prompt_configs,
+    image_prompt_names,
+    names as tables,
+    shape_configs,
+)
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.own_configs import Config, NetworkConfig
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.redux import Redux, ReduxConfig
+from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 
@@ -20,13 +30,13 @@ OWN_METADATA = "fluxjax"
 It is the layout, the networks' configs, and the files that they come from.
 """
 
-Network = Flux | T5 | Clip | Vae
-"""One of the four networks, with arrays or with shapes as leaves."""
+Network = Flux | T5 | Clip | Vae | Siglip | ClipVision | Redux
+"""A network, with arrays or with shapes as leaves."""
 
 
 @dataclass(frozen=True)
 class Kind(Generic[Config]):
-    """One of the four networks, and how files hold it.
+    """A kind of network, and how files hold it.
 
     `title`: what messages call it. `folder`, `stem`: its folder in a diffusers checkpoint, and the
     name of the file there. `dialects`: how its keys may be named; of the transformer's and the
@@ -102,9 +112,52 @@ VAE = Kind(
     to_json=configs.vae_to_json,
     from_shapes=shape_configs.vae_from_shapes,
 )
+SIGLIP = Kind(
+    name="siglip",
+    title="SigLIP vision encoder",
+    folder=folders.IMAGE_ENCODER_FOLDER,
+    stem="model",
+    network=Siglip,
+    config=SiglipConfig,
+    dialects=(image_prompt_names.SIGLIP_TRANSFORMERS,),
+    prefixes=("clip_vision.", ""),
+    from_json=image_prompt_configs.siglip_from_json,
+    to_json=image_prompt_configs.siglip_to_json,
+    from_shapes=image_prompt_configs.siglip_from_shapes,
+)
+CLIP_VISION = Kind(
+    name="clip_vision",
+    title="CLIP vision encoder",
+    folder=folders.IMAGE_ENCODER_FOLDER,
+    stem="model",
+    network=ClipVision,
+    config=ClipVisionConfig,
+    dialects=(image_prompt_names.CLIP_VISION_TRANSFORMERS,),
+    prefixes=("clip_vision.", ""),
+    from_json=image_prompt_configs.clip_vision_from_json,
+    to_json=image_prompt_configs.clip_vision_to_json,
+    from_shapes=image_prompt_configs.clip_vision_from_shapes,
+)
+REDUX = Kind(
+    name="redux",
+    title="Redux embedder",
+    folder=folders.IMAGE_EMBEDDER_FOLDER,
+    stem="diffusion_pytorch_model",
+    network=Redux,
+    config=ReduxConfig,
+    dialects=(image_prompt_names.REDUX_BFL,),
+    prefixes=("style_model.", ""),
+    from_json=image_prompt_configs.redux_from_json,
+    to_json=image_prompt_configs.redux_to_json,
+    from_shapes=image_prompt_configs.redux_from_shapes,
+)
 AnyKind = Kind[Any]
 """A kind of network, whichever it is."""
-KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE)}
+MODEL_KINDS: tuple[AnyKind, ...] = (FLUX, T5_XXL, CLIP, VAE)
+"""The networks of a whole model."""
+KINDS: Mapping[str, AnyKind] = {
+    kind.name: kind for kind in (*MODEL_KINDS, SIGLIP, CLIP_VISION, REDUX)
+}
 
 
 def kind_of_network(network: Network) -> AnyKind:
@@ -112,7 +165,7 @@ def kind_of_network(network: Network) -> AnyKind:
     for kind in KINDS.values():
         if isinstance(network, kind.network):
             return kind
-    raise TypeError(f"{type(network).__name__} is not a Flux, T5, Clip or Vae.")
+    raise TypeError(f"{type(network).__name__} is not a network of FLUX.")
 
 
 def dialect_for(dialect: Dialect, config: NetworkConfig) -> Dialect:

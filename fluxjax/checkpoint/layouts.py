@@ -138,22 +138,28 @@ def _version() -> str:
 def _dialect_of(network: NetworkToWrite, layout: str) -> Dialect:
     """Return the key table that a layout has for a network."""
     kind = network.kind
-    if kind.name in ("clip", "t5"):
-        if layout == "bfl":
-            raise WeightsError(
-                f"The BFL layout has no {kind.title}. "
-                "Write the flux or the vae only, or the comfy layout."
-            )
-        return kind.dialects[0]
-    bfl, diffusers = kind.dialects
-    return dialect_for(diffusers if layout == "diffusers" else bfl, network.config)
+    if layout == "bfl" and kind.name not in _WITH_BFL_NAMES:
+        raise WeightsError(
+            f"The BFL layout has no {kind.title}. "
+            f"Write one of {', '.join(_WITH_BFL_NAMES)} only, or the comfy layout."
+        )
+    has_diffusers_names = kind.name in ("flux", "vae") and layout == "diffusers"
+    return dialect_for(kind.dialects[1 if has_diffusers_names else 0], network.config)
 
 
+_WITH_BFL_NAMES = ("flux", "vae", "redux")
 _BFL_NAMES = {
     "dev": "flux1-dev",
     "schnell": "flux1-schnell",
     "Fill": "flux1-fill-dev",
     "Canny/Depth": "flux1-control-dev",
+}
+_COMFY_NAMES = {
+    "vae": "ae",
+    "clip": "clip_l",
+    "siglip": "sigclip_vision_patch14_384",
+    "clip_vision": "clip_vision_l",
+    "redux": "flux1-redux-dev",
 }
 _COMFY_DTYPES = {
     "float16": "fp16",
@@ -177,7 +183,7 @@ def _file_name(network: NetworkToWrite, layout: str, dtype: np.dtype | None) -> 
     if kind.name == "t5":
         stored = str(dtype or network.weights.dtype("blocks.0.q.weight"))
         return f"t5xxl_{_COMFY_DTYPES.get(stored, stored)}.safetensors"
-    return "clip_l.safetensors" if kind.name == "clip" else "ae.safetensors"
+    return f"{_COMFY_NAMES[kind.name]}.safetensors"
 
 
 def dialect_tensors(

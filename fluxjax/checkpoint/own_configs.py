@@ -20,12 +20,17 @@ from fluxjax.checkpoint.config_fields import (
 )
 from fluxjax.checkpoint.settings import Field
 from fluxjax.nets.clip import ClipConfig
+from fluxjax.nets.clip_vision import ClipVisionConfig
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.redux import ReduxConfig
+from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
-NetworkConfig = FluxConfig | T5Config | ClipConfig | VaeConfig
-"""The config of one of the four networks."""
+NetworkConfig = (
+    FluxConfig | T5Config | ClipConfig | VaeConfig | SiglipConfig | ClipVisionConfig | ReduxConfig
+)
+"""The config of a network."""
 Config = TypeVar("Config", bound=NetworkConfig)
 
 _BY_NAME: Mapping[str, Field] = {
