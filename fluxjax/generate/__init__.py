@@ -32,6 +32,7 @@ from fluxjax.generate.edit_methods import (
     RFInverting,
     SDEditing,
 )
+from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.generate.image import read_image, write_png
 from fluxjax.generate.image_to_image import (
     Repaint,
@@ -59,10 +60,19 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
+from fluxjax.generate.load_image_encoders import load_clip_vision, load_redux, load_siglip
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
+from fluxjax.generate.redux import (
+    REDUX_GUIDANCE,
+    REDUX_RULES,
+    REDUX_STEPS,
+    ReduxCondition,
+    redux_condition,
+    redux_tokens,
+)
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
@@ -83,6 +93,9 @@ from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 __all__ = [
     "EDIT_METHODS",
     "INTEGRATORS",
+    "REDUX_GUIDANCE",
+    "REDUX_RULES",
+    "REDUX_STEPS",
     "RULES",
     "SOLVERS",
     "TIMERS",
@@ -114,6 +127,7 @@ __all__ = [
     "PromptIds",
     "RFInverting",
     "Recipe",
+    "ReduxCondition",
     "ReferenceTokens",
     "Repaint",
     "Restoration",
@@ -128,6 +142,7 @@ __all__ = [
     "activation_dtype",
     "begin_from_images",
     "cell_mask",
+    "clip_pixels",
     "compare",
     "decode",
     "denoise",
@@ -143,9 +158,12 @@ __all__ = [
     "initial_noise",
     "integrator",
     "load_clip",
+    "load_clip_vision",
     "load_flux",
     "load_models",
     "load_network",
+    "load_redux",
+    "load_siglip",
     "load_t5",
     "load_tokenizers",
     "load_vae",
@@ -162,11 +180,14 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_times",
+    "redux_condition",
+    "redux_tokens",
     "restoration_times",
     "restore_image",
     "save",
     "save_models",
     "seed_key",
+    "siglip_pixels",
     "step_cache",
     "text_to_image",
     "timer",

@@ -26,6 +26,5 @@ def check_pixels(call: str, pixels: Pixels, image_size: int) -> None:
     if pixels.shape[:2] != (image_size, image_size):
         raise ValueError(
             f"`{call}(pixels)` takes {image_size}x{image_size} pixels, got "
-            f"{pixels.shape[0]}x{pixels.shape[1]}. Resize the image, as "
-            "`fluxjax.generate.encoder_pixels` does."
+            f"{pixels.shape[0]}x{pixels.shape[1]}. Make them with `siglip_pixels` or `clip_pixels`."
         )

@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import image_prompt_names, names as tables
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
-from fluxjax.nets import ClipConfig, T5Config, VaeConfig
+from fluxjax.nets import (
+    ClipConfig,
+    Redux,
+    ReduxConfig,
+    Siglip,
+    SiglipConfig,
+    T5Config,
+    VaeConfig,
+)
 
-HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
+FOLDER = Path(__file__).parents[3] / "shared" / "reference"
+HEADERS = (FOLDER / "headers.json.gz", FOLDER / "family_headers.json.gz")
+SIGLIP = (Siglip, SiglipConfig.so400m(), image_prompt_names.SIGLIP_TRANSFORMERS)
+REDUX = (Redux, ReduxConfig.dev(), image_prompt_names.REDUX_BFL)
 FILL = FluxConfig(in_channels=384, out_channels=64)
 DEPTH = FluxConfig(in_channels=128, out_channels=64)
 CASES = {
@@ -29,14 +40,21 @@ CASES = {
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
     "transformers/t5-xxl.text_encoder_2": (T5, T5Config.xxl(), tables.T5_TRANSFORMERS),
+    "diffusers/flux1-redux-dev.image_encoder": SIGLIP,
+    "comfyui/sigclip_vision_patch14_384": SIGLIP,
+    "diffusers/flux1-redux-dev.image_embedder": REDUX,
+    "bfl/flux1-redux-dev": REDUX,
 }
 
 
 @pytest.fixture(scope="module")
 def headers():
-    if not HEADERS.exists():
-        pytest.skip(f"{HEADERS} with the official headers is not there")
-    return json.loads(gzip.decompress(HEADERS.read_bytes()))
+    found = {}
+    for path in HEADERS:
+        if not path.exists():
+            pytest.skip(f"{path} with the official headers is not there")
+        found |= json.loads(gzip.decompress(path.read_bytes()))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
