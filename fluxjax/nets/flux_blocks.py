@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.heads import Projection
 from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, modulate
 from fluxjax.nets.weight import materialize
@@ -91,7 +91,7 @@ class Stream(eqx.Module):
     out: Linear
     mlp: Mlp
 
-    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """Make the layers of one block, with random weights."""
         modulation, qkv, out, mlp = jax.random.split(key, 4)
         width = config.width
@@ -136,7 +136,7 @@ class DoubleBlock(eqx.Module):
     img: Stream
     txt: Stream
 
-    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """Make one block, with random weights."""
         img, txt = jax.random.split(key)
         self.img = Stream(config, key=img)
@@ -181,7 +181,7 @@ class SingleBlock(eqx.Module):
     key_norm: RmsNorm
     linear2: Linear
 
-    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """Make one block, with random weights."""
         modulation, first, second = jax.random.split(key, 3)
         width, hidden = config.width, config.mlp_width

@@ -15,11 +15,14 @@ Times = Float[Array, " times"]
 
 
 class Modulation(NamedTuple):
-    """The modulation of the whole network, at one time or at several."""
+    """The modulation of the whole network, at one time or at several.
+
+    `final` is None in networks without a final layer.
+    """
 
     double: DoubleModulation  # of arrays [double_depth, *times, six_width]
     single: Float[Array, "single_depth *times three_width"]
-    final: Float[Array, "*times two_width"]
+    final: Float[Array, "*times two_width"] | None
 
 
 class Prepared(NamedTuple):
@@ -38,12 +41,7 @@ class Prepared(NamedTuple):
         """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
         distance = jnp.abs(self.times - jnp.asarray(t, self.times.dtype))
         index = jnp.argmin(distance)
-        double, single, final = self.modulation
-        nearest = Modulation(
-            DoubleModulation(double.img[:, index], double.txt[:, index]),
-            single[:, index],
-            final[index],
-        )
+        nearest = jax.tree.map(lambda x: x[..., index, :], self.modulation)
         # No error can be raised for a traced t, and another time's modulation would go unnoticed.
         return jax.tree.map(lambda x: jnp.where(distance[index] <= 1e-6, x, jnp.nan), nearest)
 

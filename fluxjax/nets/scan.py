@@ -55,6 +55,21 @@ def scan_blocks(
     return _scan(blocks, carry, step, inputs, start, remat)[0]
 
 
+def scan_blocks_with_results(
+    blocks: Block,
+    carry: Carry,
+    call: Callable[..., tuple[Carry, Result]],
+    *,
+    inputs: Inputs = (),
+    remat: bool = False,
+) -> tuple[Carry, Result]:
+    """Return what `scan_blocks` returns, and a result of each block, stacked along a leading axis.
+
+    **Arguments:** `call`: (block, carry, *row) -> (carry, result). The others as for `scan_blocks`.
+    """
+    return _scan(blocks, carry, call, inputs, 0, remat)
+
+
 def map_blocks(
     blocks: Block,
     call: Callable[[Block], Result],
