@@ -1,16 +1,18 @@
 """Configs of the networks that read image prompts: in `config.json`, and read off shapes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import isqrt
 
 from fluxjax.checkpoint.config_fields import (
     DEPTH,
     EPS,
+    FLAG,
     SIZE,
     TEXT,
     JsonObject,
     needed,
+    nullable,
     read_fields,
 )
 from fluxjax.checkpoint.configs import activation_from_json, activation_to_json
@@ -19,6 +21,7 @@ from fluxjax.checkpoint.folders import IMAGE_ENCODER_FOLDER
 from fluxjax.checkpoint.settings import Field
 from fluxjax.checkpoint.shape_configs import Shapes, count_indices, shape_of
 from fluxjax.nets.clip_vision import ClipVisionConfig
+from fluxjax.nets.ip_adapter import IpAdapterConfig
 from fluxjax.nets.redux import ReduxConfig
 from fluxjax.nets.siglip import SiglipConfig
 
@@ -35,6 +38,17 @@ _VISION_FIELDS: Mapping[str, Field] = {
     "projection_dim": SIZE,
     "hidden_act": TEXT,
     "layer_norm_eps": EPS,
+}
+_IP_ADAPTER_FIELDS: Mapping[str, Field] = {
+    "features": SIZE,
+    "hidden": nullable(SIZE),
+    "tokens": SIZE,
+    "context": SIZE,
+    "width": SIZE,
+    "head_dim": SIZE,
+    "double_depth": DEPTH,
+    "single_depth": DEPTH,
+    "joins_attention": FLAG,
 }
 _REDUX_FIELDS: Mapping[str, Field] = {"redux_dim": SIZE, "txt_in_features": SIZE}
 
@@ -191,4 +205,49 @@ def redux_from_shapes(shapes: Shapes) -> ReduxConfig:
     hidden, features = shape_of(shapes, "up.weight")
     return ReduxConfig(
         features=features, hidden=hidden, context=shape_of(shapes, "down.weight")[0]
+    )
+
+
+def ip_adapter_from_json(config: JsonObject) -> IpAdapterConfig:
+    """Return the config of an IP-Adapter that fluxjax wrote; other programs write none."""
+    values = read_fields(config, _IP_ADAPTER_FIELDS)
+    return IpAdapterConfig(**values)
+
+
+def ip_adapter_to_json(config: IpAdapterConfig) -> JsonObject:
+    """Return an IP-Adapter's config with the names of its fields."""
+    return asdict(config)
+
+
+def ip_adapter_from_shapes(shapes: Shapes) -> IpAdapterConfig:
+    """Return the config of XLabs' or InstantX's IP-Adapter; its heads are FLUX.1's.
+
+    **Raises:** `WeightsError` for an adapter like InstantX's of another number of blocks, which
+    does not tell how many of them are double blocks.
+    """
+    rows, features = shape_of(shapes, "project.weight")
+    (context,) = shape_of(shapes, "norm.scale", axes=1)
+    config = IpAdapterConfig(
+        features=features,
+        tokens=rows // max(context, 1),
+        context=context,
+        width=shape_of(shapes, "blocks.0.k.weight")[0],
+        double_depth=count_indices(shapes, "blocks."),
+    )
+    if "up.weight" not in shapes:
+        return config
+    official = IpAdapterConfig.instantx()
+    if config.double_depth != official.double_depth + official.single_depth:
+        raise WeightsError(
+            f"An IP-Adapter for {config.double_depth} blocks is not FLUX.1's, and the file does "
+            "not tell how many of them are double blocks. Pass config=IpAdapterConfig(…)."
+        )
+    hidden, features = shape_of(shapes, "up.weight")
+    return replace(
+        config,
+        features=features,
+        hidden=hidden,
+        double_depth=official.double_depth,
+        single_depth=official.single_depth,
+        joins_attention=True,
     )

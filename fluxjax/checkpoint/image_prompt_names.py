@@ -1,4 +1,4 @@
-"""The key tables of the networks that read image prompts: SigLIP, CLIP's vision encoder, Redux."""
+"""The key tables of image prompts: SigLIP, CLIP's vision encoder, Redux, IP-Adapters."""
 
 from fluxjax.checkpoint.dialect import Dialect, Row
 
@@ -67,3 +67,34 @@ REDUX_BFL = Dialect(
     (Row("redux_up.{p}", "up.{p}"), Row("redux_down.{p}", "down.{p}")),
 )
 """diffusers' names are the same."""
+
+IP_ADAPTER_XLABS = Dialect(
+    "xlabs",
+    "ip_adapter_proj_model.proj.weight",
+    (
+        Row("ip_adapter_proj_model.proj.{p}", "project.{p}"),
+        *_norm("ip_adapter_proj_model.norm", "norm"),
+        Row(
+            "double_blocks.{i}.processor.ip_adapter_double_stream_k_proj.{p}",
+            "blocks.{i}.k.{p}",
+        ),
+        Row(
+            "double_blocks.{i}.processor.ip_adapter_double_stream_v_proj.{p}",
+            "blocks.{i}.v.{p}",
+        ),
+    ),
+)
+"""diffusers and ComfyUI read these names."""
+
+IP_ADAPTER_INSTANTX = Dialect(
+    "instantx",
+    "image_proj.proj.0.weight",
+    (
+        Row("image_proj.proj.0.{p}", "up.{p}"),
+        Row("image_proj.proj.2.{p}", "project.{p}"),
+        *_norm("image_proj.norm", "norm"),
+        # The double blocks, then the single ones.
+        Row("ip_adapter.{i}.to_k_ip.weight", "blocks.{i}.k.weight"),
+        Row("ip_adapter.{i}.to_v_ip.weight", "blocks.{i}.v.weight"),
+    ),
+)

@@ -19,6 +19,7 @@ from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
 from fluxjax.nets.redux import Redux, ReduxConfig
 from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.nets.t5 import T5, T5Config
@@ -30,7 +31,7 @@ OWN_METADATA = "fluxjax"
 It is the layout, the networks' configs, and the files that they come from.
 """
 
-Network = Flux | T5 | Clip | Vae | Siglip | ClipVision | Redux
+Network = Flux | T5 | Clip | Vae | Siglip | ClipVision | Redux | IpAdapter
 """A network, with arrays or with shapes as leaves."""
 
 
@@ -151,12 +152,25 @@ REDUX = Kind(
     to_json=image_prompt_configs.redux_to_json,
     from_shapes=image_prompt_configs.redux_from_shapes,
 )
+IP_ADAPTER = Kind(
+    name="ip_adapter",
+    title="IP-Adapter",
+    folder=folders.IP_ADAPTER_FOLDER,
+    stem="ip_adapter",
+    network=IpAdapter,
+    config=IpAdapterConfig,
+    dialects=(image_prompt_names.IP_ADAPTER_XLABS, image_prompt_names.IP_ADAPTER_INSTANTX),
+    prefixes=("ip_adapter.", ""),
+    from_json=image_prompt_configs.ip_adapter_from_json,
+    to_json=image_prompt_configs.ip_adapter_to_json,
+    from_shapes=image_prompt_configs.ip_adapter_from_shapes,
+)
 AnyKind = Kind[Any]
 """A kind of network, whichever it is."""
 MODEL_KINDS: tuple[AnyKind, ...] = (FLUX, T5_XXL, CLIP, VAE)
 """The networks of a whole model."""
 KINDS: Mapping[str, AnyKind] = {
-    kind.name: kind for kind in (*MODEL_KINDS, SIGLIP, CLIP_VISION, REDUX)
+    kind.name: kind for kind in (*MODEL_KINDS, SIGLIP, CLIP_VISION, REDUX, IP_ADAPTER)
 }
 
 
@@ -171,8 +185,11 @@ def kind_of_network(network: Network) -> AnyKind:
 def dialect_for(dialect: Dialect, config: NetworkConfig) -> Dialect:
     """Return a dialect for a network of this config.
 
-    Only BFL's names of a VAE depend on it: they number the decoder's levels from the other end.
+    BFL's names of a VAE depend on it, since they number the decoder's levels from the other end;
+    and the names of an IP-Adapter, which are those of its maker.
     """
+    if isinstance(config, IpAdapterConfig) and dialect.name in ("xlabs", "instantx"):
+        return IP_ADAPTER.dialects[1 if config.joins_attention else 0]
     if dialect.name == "bfl" and isinstance(config, VaeConfig):
         return tables.vae_bfl(len(config.channels))
     return dialect

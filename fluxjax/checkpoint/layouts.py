@@ -160,6 +160,7 @@ _COMFY_NAMES = {
     "siglip": "sigclip_vision_patch14_384",
     "clip_vision": "clip_vision_l",
     "redux": "flux1-redux-dev",
+    "ip_adapter": "flux1-ip-adapter",
 }
 _COMFY_DTYPES = {
     "float16": "fp16",

@@ -16,19 +16,28 @@ from fluxjax.checkpoint.config_fields import (
     TOKEN,
     VOCABULARY,
     JsonObject,
+    nullable,
     read_fields,
 )
 from fluxjax.checkpoint.settings import Field
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.clip_vision import ClipVisionConfig
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.ip_adapter import IpAdapterConfig
 from fluxjax.nets.redux import ReduxConfig
 from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
 NetworkConfig = (
-    FluxConfig | T5Config | ClipConfig | VaeConfig | SiglipConfig | ClipVisionConfig | ReduxConfig
+    FluxConfig
+    | T5Config
+    | ClipConfig
+    | VaeConfig
+    | SiglipConfig
+    | ClipVisionConfig
+    | ReduxConfig
+    | IpAdapterConfig
 )
 """The config of a network."""
 Config = TypeVar("Config", bound=NetworkConfig)
@@ -41,6 +50,7 @@ _BY_NAME: Mapping[str, Field] = {
     "resnets": RESNETS,
     "eps": EPS,
     "eos_token": TOKEN,
+    "hidden": nullable(SIZE),
 }
 _BY_TYPE: Mapping[object, Field] = {int: SIZE, float: NUMBER, bool: FLAG, str: TEXT}
 

@@ -60,7 +60,12 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
-from fluxjax.generate.load_image_encoders import load_clip_vision, load_redux, load_siglip
+from fluxjax.generate.load_image_encoders import (
+    load_clip_vision,
+    load_ip_adapter,
+    load_redux,
+    load_siglip,
+)
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
@@ -160,6 +165,7 @@ __all__ = [
     "load_clip",
     "load_clip_vision",
     "load_flux",
+    "load_ip_adapter",
     "load_models",
     "load_network",
     "load_redux",

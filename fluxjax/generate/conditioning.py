@@ -10,6 +10,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
+from fluxjax.nets.image_prompt import ImagePrompt, for_image_tokens
 from fluxjax.shapes import Array, Float, PerImage
 
 Transformer = Flux | TokenParallelFlux
@@ -40,7 +41,8 @@ class Conditioning(eqx.Module):
     `img_ids`: positions of the image's tokens, from `image_ids`. `guidance`: the distilled guidance
     scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
     of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
-    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
+    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `image_prompts`:
+    keys and values that the blocks attend to as well, of IP-Adapters.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -49,6 +51,7 @@ class Conditioning(eqx.Module):
     guidance: PerImage | None = None
     concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 class AddedCondition(eqx.Module):
@@ -77,6 +80,10 @@ _RANKS = {
     "concat": 2,
     "tokens": 2,
     "ids": 2,
+    "k": 4,
+    "v": 4,
+    "scales": 1,
+    "token_weights": 1,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -125,6 +132,12 @@ def prepare_conditioning(
         img_ids=ids,
         guidance=conditioning.guidance,
     )
+    if conditioning.image_prompts:
+        own = len(conditioning.img_ids)
+        prompts = []
+        for prompt in conditioning.image_prompts:
+            prompts.append(for_image_tokens(prompt, own, len(ids) - own))
+        prepared = flux.with_image_prompts(prepared, prompts)  # type: ignore[arg-type]
     tokens = None if reference is None else reference.tokens
     return PreparedConditioning(prepared, conditioning.concat, tokens)
 

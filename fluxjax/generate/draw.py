@@ -40,6 +40,7 @@ from fluxjax.generate.velocity import (
     split_scales,
 )
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
@@ -448,6 +449,8 @@ def _for_each_image(
 
 def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows, _Shared]:
     """Split a batch into what each image has of its own, and what all share."""
+    if mesh is not None:
+        batch = _with_split_heads(batch)
     positive_rows, positive = split_images(batch.positive)
     negative_rows = negative = None
     if batch.negative is not None:
@@ -471,6 +474,18 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
         source_rows,
     )
     return rows, _Shared(positive, negative, guidance, recipe, source)
+
+
+def _with_split_heads(batch: ImageBatch) -> ImageBatch:
+    """Return a batch whose image prompts are for a transformer with heads split over "tensor"."""
+
+    def is_prompt(node: PyTree) -> bool:
+        return isinstance(node, ImagePrompt)
+
+    def split(node: PyTree) -> PyTree:
+        return replace(node, head_axis="tensor") if is_prompt(node) else node
+
+    return jax.tree.map(split, batch, is_leaf=is_prompt)
 
 
 @eqx.filter_jit

@@ -11,6 +11,8 @@ from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.image_prompt import ImagePrompt
+from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
 from fluxjax.nets.quantized import QuantizedWeight, quantize
 from fluxjax.nets.redux import Redux, ReduxConfig
 from fluxjax.nets.siglip import Siglip, SiglipConfig
@@ -30,6 +32,9 @@ __all__ = [
     "Dense",
     "Flux",
     "FluxConfig",
+    "ImagePrompt",
+    "IpAdapter",
+    "IpAdapterConfig",
     "Prepared",
     "QuantizedWeight",
     "Redux",

@@ -16,6 +16,8 @@ from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets import (
     ClipConfig,
+    IpAdapter,
+    IpAdapterConfig,
     Redux,
     ReduxConfig,
     Siglip,
@@ -44,6 +46,21 @@ CASES = {
     "comfyui/sigclip_vision_patch14_384": SIGLIP,
     "diffusers/flux1-redux-dev.image_embedder": REDUX,
     "bfl/flux1-redux-dev": REDUX,
+    "xlabs/flux-ip-adapter": (
+        IpAdapter,
+        IpAdapterConfig.xlabs(),
+        image_prompt_names.IP_ADAPTER_XLABS,
+    ),
+    "xlabs/flux-ip-adapter-v2": (
+        IpAdapter,
+        IpAdapterConfig.xlabs(tokens=16),
+        image_prompt_names.IP_ADAPTER_XLABS,
+    ),
+    "instantx/flux1-ip-adapter": (
+        IpAdapter,
+        IpAdapterConfig.instantx(),
+        image_prompt_names.IP_ADAPTER_INSTANTX,
+    ),
 }
 
 
