@@ -41,6 +41,7 @@ from fluxjax.generate.image_to_image import (
     image_to_image,
     outpaint,
 )
+from fluxjax.generate.ip_adapter import ImagePromptCondition, ip_adapter_condition
 from fluxjax.generate.latents import (
     image_ids,
     initial_noise,
@@ -124,6 +125,7 @@ __all__ = [
     "Guidance",
     "Hidden",
     "ImageBatch",
+    "ImagePromptCondition",
     "LoadOptions",
     "Margins",
     "Models",
@@ -162,6 +164,7 @@ __all__ = [
     "image_to_image",
     "initial_noise",
     "integrator",
+    "ip_adapter_condition",
     "load_clip",
     "load_clip_vision",
     "load_flux",
