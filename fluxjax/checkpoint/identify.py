@@ -14,6 +14,7 @@ from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import (
+    CONTROLNET,
     KINDS,
     OWN_METADATA,
     T5_XXL,
@@ -27,6 +28,7 @@ from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.shape_configs import Shapes
 from fluxjax.checkpoint.tensors import MOST_TENSORS, StoredTensor, Tensor, TensorFile
+from fluxjax.checkpoint.unknown import is_inpainting_control
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.printable import printable, printable_path, quote_name
@@ -38,6 +40,9 @@ _IGNORED = {
     "text_encoders.clip_l.text_projection.weight",
 }
 _DECODED_METHODS = ("bitsandbytes", "bfl")
+_SEARCHED = (CONTROLNET, *(kind for kind in KINDS.values() if kind is not CONTROLNET))
+"""The kinds in the order in which they are looked for: a ControlNet has the transformer's keys, and
+some of its own."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,11 @@ def identify_networks(
     _check_quantization(settings, paths)
     # Before keys are compared: scales beside a weight would be unknown tensors.
     tensors = combine_packed(tensors, files)
+    if is_inpainting_control(tensors):
+        return [], sorted(tensors)
     own: JsonObject = {} if metadata is None else metadata["parts"]
     networks: list[AnyFoundNetwork] = []
-    for kind in KINDS.values():
+    for kind in _SEARCHED:
         found = _find_dialect(kind, tensors)
         if found is None:
             continue
@@ -244,6 +251,9 @@ def _find_dialect(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Di
             marker = dialect.marker
             if prefix + marker in tensors or prefix + dialect.prefix + marker in tensors:
                 return prefix, dialect
+    if kind is CONTROLNET:
+        # Most of its keys are those of the transformer too.
+        return None
     for prefix in kind.prefixes:
         keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
         # The prefix "" is the last one, so that a file of several networks is not taken for one.

@@ -16,7 +16,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.dtypes import check_dtype
-from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.kinds import CLIP, CONTROLNET, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
@@ -28,6 +28,8 @@ from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.controlnet import ControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
@@ -103,6 +105,24 @@ def load_vae(
     return _load(VAE, source, config, dtype, _Storage(sharding))
 
 
+def load_controlnet(
+    source: str | Path,
+    *,
+    config: ControlNetConfig | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: ShardingChoice = None,
+    stream: bool = False,
+    quantize: str | None = None,
+) -> ControlNet:
+    """Load a ControlNet: InstantX's or Shakker's, or one of XLabs in its own layout or diffusers'.
+
+    **Arguments:** `source`: a file, a folder, or a hub id, as
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0". The others as for `load_flux`.
+    **Raises:** as `load_flux`; `WeightsError` for a ControlNet for inpainting.
+    """
+    return _load(CONTROLNET, source, config, dtype, _Storage(sharding, stream, quantize))
+
+
 class _Storage(NamedTuple):
     """Where and how the weights are kept; at most one of the three. As for `load_flux`."""
 
@@ -121,7 +141,7 @@ def _load(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
+    plan = open_source(find_part(source, kind.hub_folder)).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:

@@ -7,9 +7,12 @@ Blocks of one kind are stacked along a leading axis.
 """
 
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.controlnet import ControlNet, PreparedControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_control import ControlResiduals
 from fluxjax.nets.quantized import QuantizedWeight, quantize
 from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
@@ -21,11 +24,15 @@ __all__ = [
     "AdaptedWeight",
     "Clip",
     "ClipConfig",
+    "ControlNet",
+    "ControlNetConfig",
+    "ControlResiduals",
     "DegradedBlocks",
     "Dense",
     "Flux",
     "FluxConfig",
     "Prepared",
+    "PreparedControlNet",
     "QuantizedWeight",
     "T5Config",
     "Unrolled",
