@@ -62,8 +62,8 @@ def convert_weights(
     stacked as in memory), "diffusers" (a folder), "bfl" or "comfy". `dtype`: of the weights; None
     keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for the
     matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux",
-    "t5", "clip", "vae", "controlnet". `shard_size`: the most bytes of a file, for a folder of the own or the
-    diffusers layout. `transform`: changes the weights on the way, such as
+    "t5", "clip", "vae", "controlnet". `shard_size`: the most bytes of a file, for a folder of the
+    own or the diffusers layout. `transform`: changes the weights on the way, such as
     `merge_while_converting(loras)`. `progress`: is called with the bytes written so far and their
     total.
     **Returns:** the destination.

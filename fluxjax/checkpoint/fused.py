@@ -10,7 +10,7 @@ FusedRows = Mapping[str, slice]
 
 
 def fused_parts(config: NetworkConfig) -> FusedRows:
-    """Return the rows of the parts of a network's fused weights; only those of FLUX's blocks are."""
+    """Return the rows of the parts of a network's fused weights, which only FLUX's blocks have."""
     if isinstance(config, TransformerConfig):
         return fused_rows(config.width, config.mlp_width)
     return {}

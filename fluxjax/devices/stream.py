@@ -31,14 +31,14 @@ def stream_blocks(network: Network) -> Network:
     Each block's are copied to the device while the block before it runs, so that it holds two
     blocks at once. Everything else is on the device.
 
-    **Arguments:** `network`: a `Flux`, `T5` or `Clip`, on the device or from `offload`, with which
-    it is never on the device as a whole. Merge adapters before, or attach them.
+    **Arguments:** `network`: a `Flux`, `ControlNet`, `T5` or `Clip`, on the device or from
+    `offload`, with which it is never on the device as a whole. Merge adapters before, or attach them.
     **Raises:** `ValueError` for another network, or for quantized weights.
     """
     if not isinstance(network, Flux | ControlNet | T5 | Clip):
         raise ValueError(
-            "`stream_blocks(network)` takes a Flux, ControlNet, T5 or Clip, whose blocks are stacked, "
-            f"got a {type(network).__name__}. Keep others on the device."
+            "`stream_blocks(network)` takes a network whose blocks are stacked, a Flux, ControlNet, "
+            f"T5 or Clip, got a {type(network).__name__}. Keep others on the device."
         )
 
     def place(path: KeyPath, node: PyTree) -> PyTree:

@@ -108,8 +108,8 @@ def check_residuals(img: TokenStates, control: Sequence[ControlResiduals]) -> No
         tokens, width = residuals.double.shape[1:]
         if width != img.shape[-1] or tokens > len(img):
             raise ValueError(
-                f"`Flux(control)` got residuals for {tokens} tokens of width {width}, and its image "
-                f"has {len(img)} tokens of width {img.shape[-1]}. Use a ControlNet of this "
+                f"`Flux(control)` got residuals for {tokens} tokens of width {width}, and its "
+                f"image has {len(img)} tokens of width {img.shape[-1]}. Use a ControlNet of this "
                 "transformer's width, and the image's own size."
             )
 
