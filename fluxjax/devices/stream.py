@@ -32,13 +32,14 @@ def stream_blocks(network: Network) -> Network:
     blocks at once. Everything else is on the device.
 
     **Arguments:** `network`: a `Flux`, `ControlNet`, `T5` or `Clip`, on the device or from
-    `offload`, with which it is never on the device as a whole. Merge adapters before, or attach them.
+    `offload`, with which it is never on the device as a whole. Merge adapters before, or attach
+    them.
     **Raises:** `ValueError` for another network, or for quantized weights.
     """
     if not isinstance(network, Flux | ControlNet | T5 | Clip):
         raise ValueError(
-            "`stream_blocks(network)` takes a network whose blocks are stacked, a Flux, ControlNet, "
-            f"T5 or Clip, got a {type(network).__name__}. Keep others on the device."
+            "`stream_blocks(network)` takes a network of stacked blocks (a Flux, ControlNet, "
+            f"T5 or Clip), got a {type(network).__name__}. Keep others on the device."
         )
 
     def place(path: KeyPath, node: PyTree) -> PyTree:

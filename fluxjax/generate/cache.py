@@ -16,7 +16,7 @@ from fluxjax.generate.conditioning import (
     network_input,
     prepare_conditioning,
 )
-from fluxjax.generate.control import ControlSources
+from fluxjax.generate.controls import ControlNetSet
 from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_control import add_after_first
@@ -144,7 +144,7 @@ class CachedFlux(StatefulVelocity):
     attention: AttentionChoice = None
     image_axes: tuple[str, ...] = eqx.field(static=True, default=())
     reference_tokens: int = eqx.field(static=True, default=0)
-    control: ControlSources | None = None
+    control: ControlNetSet | None = None
 
     def __check_init__(self):
         if self.flux.config.double_depth < 1:
@@ -219,7 +219,7 @@ def condition_at(
     flux: Transformer,
     condition: Conditioning | PreparedConditioning,
     t: Scalar,
-    control: ControlSources | None = None,
+    control: ControlNetSet | None = None,
 ) -> PreparedConditioning:
     """Return a condition that is prepared for t, here if it is not yet.
 

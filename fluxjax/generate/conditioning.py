@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
-from fluxjax.generate.control import (
+from fluxjax.generate.controls import (
     Control,
     PreparedControl,
     prepare_control,

@@ -13,7 +13,7 @@ from fluxjax.generate.conditioning import (
     bind_control,
     prepare_conditioning,
 )
-from fluxjax.generate.control import (
+from fluxjax.generate.controls import (
     Control,
     ControlInput,
     PreparedControl,

@@ -37,7 +37,7 @@ from fluxjax.generate.conditions import (
     nets_of,
     prepare_joined,
 )
-from fluxjax.generate.control import without_networks
+from fluxjax.generate.controls import without_networks
 from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
 from fluxjax.generate.velocity import Guidance, check_guidance, guided_velocity, split_scales
 from fluxjax.nets.flux import Flux

@@ -28,7 +28,7 @@ from fluxjax.generate.conditions import (
     nets_of,
     prepare_joined,
 )
-from fluxjax.generate.control import ControlNets, ControlSources, control_attention
+from fluxjax.generate.controls import ControlNets, ControlNetSet, control_attention
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks
@@ -93,7 +93,7 @@ class ConditionalFlux(eqx.Module):
     flux: Transformer
     attention: AttentionChoice = None
     degraded: DegradedBlocks | None = None
-    control: ControlSources | None = None
+    control: ControlNetSet | None = None
 
     def __call__(
         self, x: Float[Array, "img_tokens channels"], t: Scalar, condition: Condition
@@ -117,7 +117,7 @@ class ConditionalFlux(eqx.Module):
 class ControlledVelocity(StatefulVelocity):
     """A guided velocity whose conditions share ControlNets, which are evaluated once for all.
 
-    `guided`: of networks that hold the ControlNets' `ControlSources`.
+    `guided`: of networks that hold the ControlNets' `ControlNetSet`.
     """
 
     guided: Guided
@@ -185,7 +185,7 @@ def guided_velocity(
     control = None
     if shared or nets.own:
         named = control_attention(attention)
-        control = ControlSources(ControlNets(nets.shared, shared, named), nets.own, named)
+        control = ControlNetSet(ControlNets(nets.shared, shared, named), nets.own, named)
     if guidance.nag is not None:
         named = guidance.nag.implementation if attention is None else attention
         attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
@@ -252,7 +252,7 @@ def check_guidance(
         )
 
 
-def _controls(guided: Guided) -> list[ControlSources]:
+def _controls(guided: Guided) -> list[ControlNetSet]:
     """Return the ControlNets beside the networks of a guided velocity."""
     networks = [guided.velocity]
     if guided.weak is not None:

@@ -107,7 +107,7 @@ class ControlNets(eqx.Module):
         return sum_alike(residuals)
 
 
-class ControlSources(eqx.Module):
+class ControlNetSet(eqx.Module):
     """The ControlNets beside a transformer that is evaluated for several conditions.
 
     `shared`: those whose inputs are the same for all conditions, or what they add at the current x
@@ -129,11 +129,11 @@ class ControlSources(eqx.Module):
         own = ControlNets(self.nets, inputs, self.attention)
         return sum_alike((*control, *own(x, t)))  # type: ignore[misc]  # `at` has evaluated it
 
-    def at(self, x: Float[Array, "img_tokens channels"], t: Scalar) -> "ControlSources":
+    def at(self, x: Float[Array, "img_tokens channels"], t: Scalar) -> "ControlNetSet":
         """Return these with what is shared evaluated."""
         if not isinstance(self.shared, ControlNets):
             return self
-        return ControlSources(self.shared(x, t), self.nets, self.attention)
+        return ControlNetSet(self.shared(x, t), self.nets, self.attention)
 
 
 def _residuals(
