@@ -3,13 +3,16 @@
 from fluxjax.generate.autoencode import decode, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
 from fluxjax.generate.canvas import Margins, extend_canvas
+from fluxjax.generate.channels import ConcatCondition
 from fluxjax.generate.compare import Comparison, compare
+from fluxjax.generate.condition_images import encode_image, resize_image
 from fluxjax.generate.conditioning import (
     AddedCondition,
     Conditioning,
     PreparedConditioning,
     ReferenceTokens,
 )
+from fluxjax.generate.control import control_condition
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DrawChange,
@@ -91,6 +94,7 @@ __all__ = [
     "Blurred",
     "CachedFlux",
     "Comparison",
+    "ConcatCondition",
     "Conditioning",
     "DecodePixels",
     "Degradation",
@@ -130,11 +134,13 @@ __all__ = [
     "begin_from_images",
     "cell_mask",
     "compare",
+    "control_condition",
     "decode",
     "denoise",
     "draw_batch",
     "edit_image",
     "encode",
+    "encode_image",
     "encode_text",
     "extend_canvas",
     "fit_preview",
@@ -164,6 +170,7 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_times",
+    "resize_image",
     "restoration_times",
     "restore_image",
     "save",

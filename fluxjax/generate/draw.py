@@ -28,6 +28,7 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.cache import AttentionChoice, CacheMemory
+from fluxjax.generate.channels import check_features
 from fluxjax.generate.conditioning import Conditioning, Transformer, split_images
 from fluxjax.generate.conditions import (
     Conditions,
@@ -265,6 +266,8 @@ def check_batch(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
     images, guidance = len(batch.noise), recipe.guidance
     splits_tokens = mesh is not None and mesh.shape["context"] > 1
     network = TokenParallelFlux(flux) if splits_tokens else flux
+    concat = batch.positive.concat
+    check_features("`denoise`", flux.config, 0 if concat is None else concat.shape[-1])
     has_negative = batch.negative is not None
     check_guidance(network, guidance, recipe.attention, has_negative=has_negative)
     check_control(network, batch.positive, batch.negative)

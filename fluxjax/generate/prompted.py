@@ -14,8 +14,8 @@ from fluxjax.devices.offload import fetch
 from fluxjax.flow.checks import check_times
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
-from fluxjax.generate.autoencode import encode
 from fluxjax.generate.cache import AttentionChoice
+from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
 from fluxjax.generate.draw import (
     DrawHooks,
@@ -146,12 +146,8 @@ class PromptedDrawing:
 
     def encode_image(self, image: Image) -> Latent:
         """Return the latent of an image, whose sides are multiples of 16 pixels."""
-        mesh = self.models.mesh
-        # On a mesh each part of it gets a copy: it refuses to leave some idle.
-        copies = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        images = jnp.broadcast_to(image, (copies, *image.shape))
-        latents = self.run("encode", encode, self.models.vae, images, dtype=self.dtype, mesh=mesh)
-        return latents[0]
+        models = self.models
+        return encode_image(models.vae, image, dtype=self.dtype, mesh=models.mesh, hooks=self.hooks)
 
     def draw(self, batch: ImageBatch, recipe: Recipe) -> DrawnBatch:
         """Denoise and decode a batch."""

@@ -18,6 +18,7 @@ from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.widen import widen_input
 
 __all__ = [
     "T5",
@@ -42,4 +43,5 @@ __all__ = [
     "leaf_names",
     "quantize",
     "unroll",
+    "widen_input",
 ]
