@@ -90,8 +90,8 @@ def download(
     parts = list(parts)
     patterns = [MODEL_INDEX_FILE]
     for part in parts:
-        folder = f"{part}/" if part else ""
-        patterns += [folder + pattern for pattern in _DOWNLOADED]
+        place = f"{part}/" if part else ""
+        patterns += [place + pattern for pattern in _DOWNLOADED]
     with explain_hub_errors(name, repository, cached):
         folder, was_requested = _repository_files(repository, patterns, cached, verify)
     missing = [part for part in parts if not (folder / part).is_dir()]

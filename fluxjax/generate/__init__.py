@@ -13,6 +13,13 @@ from fluxjax.generate.conditioning import (
     ReferenceTokens,
 )
 from fluxjax.generate.control import control_condition
+from fluxjax.generate.controlnet import (
+    CONTROL_MODES,
+    ControlNetCondition,
+    ControlSettings,
+    controlnet_condition,
+)
+from fluxjax.generate.controls import Control, control_times
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DrawChange,
@@ -85,6 +92,7 @@ from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 
 __all__ = [
+    "CONTROL_MODES",
     "EDIT_METHODS",
     "INTEGRATORS",
     "RULES",
@@ -96,6 +104,9 @@ __all__ = [
     "Comparison",
     "ConcatCondition",
     "Conditioning",
+    "Control",
+    "ControlNetCondition",
+    "ControlSettings",
     "DecodePixels",
     "Degradation",
     "DiffEditing",
@@ -135,6 +146,8 @@ __all__ = [
     "cell_mask",
     "compare",
     "control_condition",
+    "control_times",
+    "controlnet_condition",
     "decode",
     "denoise",
     "draw_batch",

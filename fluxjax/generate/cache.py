@@ -195,7 +195,7 @@ class CachedFlux(StatefulVelocity):
             return img, (img - hidden.img).astype(jnp.float32)
 
         img, residual = jax.lax.cond(skip, add_last, run_blocks)
-        value = self.flux.final(img, hidden.modulation.final).astype(x.dtype)[: len(x)]
+        value = self.flux.predict(img, hidden).astype(x.dtype)[: len(x)]
         if memory is None:
             return value
         new = CacheMemory(

@@ -16,7 +16,6 @@ from fluxjax.generate.conditioning import (
 from fluxjax.generate.controls import (
     Control,
     ControlInput,
-    PreparedControl,
     networks_of,
     prepare_control,
 )
@@ -91,33 +90,45 @@ def _switched_off(control: Control) -> Control:
 def prepare_joined(
     flux: Transformer,
     conditions: Conditions,
-    times: Float[Array, " evaluations"],
+    times: Float[Array, " evaluations"] | None,
     nets: Nets = Nets(),
 ) -> Conditions:
-    """Return conditions from `join_conditions` prepared for all times of evaluation."""
+    """Return conditions from `join_conditions` prepared for all times of evaluation, if known."""
+    if times is None:
+        return conditions
     positive, negative, shared = conditions
     if isinstance(positive, Conditioning):
         positive = prepare_conditioning(flux, positive, times, nets.own)
     if isinstance(negative, Conditioning):
         negative = prepare_conditioning(flux, negative, times, nets.own)
-    inputs = []
+    inputs: list[ControlInput] = []
     for net, control in zip(nets.shared, shared, strict=True):
-        is_ready = isinstance(control, PreparedControl)
-        inputs.append(control if is_ready else prepare_control(net, control, times))
+        if isinstance(control, Control):
+            control = prepare_control(net, control, times)
+        inputs.append(control)
     return Conditions(positive, negative, tuple(inputs))
 
 
 def check_control(flux: Transformer, positive: Conditioning, negative: Conditioning | None) -> None:
     """Check that the controls of both conditions go together, and with the transformer.
 
-    **Raises:** `ValueError` where tokens are split over devices; for a negative conditioning with
-    other controls than those of the positive one that are not shared.
+    **Raises:** `ValueError` where tokens are split over devices; for a ControlNet of another width;
+    for a negative conditioning with other controls than those of the positive one that are not
+    shared.
     """
-    if positive.control and isinstance(flux, TokenParallelFlux):
+    if not positive.control and (negative is None or not negative.control):
+        return
+    if isinstance(flux, TokenParallelFlux):
         raise ValueError(
             "`Conditioning(control)` adds to all tokens of an image, and here they are split over "
             "devices. Use a mesh of context=1 with it."
         )
+    for net in networks_of(positive.control):
+        if net.config.width != flux.config.width:
+            raise ValueError(
+                f"`Conditioning(control)` has a ControlNet of width {net.config.width}, and the "
+                f"transformer has {flux.config.width}. Use one that was made for this transformer."
+            )
     own = [one for one in positive.control if not one.shared]
     of_negative = [] if negative is None else list(negative.control)
     if of_negative and len(of_negative) != len(own):

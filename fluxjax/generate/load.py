@@ -222,9 +222,9 @@ class LoadOptions:
 
     `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
     with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
-    for the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them
-    in host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
-    rather than merged; compile each block by itself.
+    for the blocks of the transformer, of T5 and of ControlNets: round their matrices to "int8" or
+    "fp8"; keep them in host memory (on a CPU: in their files) and fetch one block at a time, with
+    adapters attached rather than merged; compile each block by itself.
     """
 
     dtype: DTypeLike | None = None
@@ -244,8 +244,9 @@ _LOADERS: Mapping[str, Callable[..., Any]] = {
     "clip": load_clip,
     "t5": load_t5,
     "vae": load_vae,
+    "controlnet": load_controlnet,
 }
-_WITH_LARGE_BLOCKS = ("flux", "t5")
+_WITH_LARGE_BLOCKS = ("flux", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
 
@@ -258,8 +259,8 @@ def load_network(
 ) -> Any:
     """Load one network for drawing.
 
-    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part
-    of an adapter that has no effect.
+    **Arguments:** `name`: "flux", "clip", "t5", "vae" or "controlnet". `note`: called with a line
+    for each part of an adapter that has no effect.
     """
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS

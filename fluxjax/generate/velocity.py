@@ -167,8 +167,7 @@ def flux_velocity(
     check_control(flux, positive, negative)
     nets = nets_of(positive)
     joined = join_conditions(positive, negative, texts=guidance.nag is not None)
-    if times is not None:
-        joined = prepare_joined(flux, joined, times, nets)
+    joined = prepare_joined(flux, joined, times, nets)
     return guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets)
 
 

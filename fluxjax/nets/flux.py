@@ -215,7 +215,16 @@ class Flux(eqx.Module):
         img = self.blocks(
             hidden, attention=attention, degraded=degraded, control=control, remat=remat
         )
-        return self.final(img, hidden.modulation.final).astype(x.dtype)
+        return self.predict(img, hidden).astype(x.dtype)
+
+    def predict(self, img: ImgStates, hidden: HiddenState) -> ImgVelocity:
+        """Return the prediction from the image's tokens after the blocks.
+
+        **Arguments:** `hidden`: from `embed`.
+        """
+        modulation = hidden.modulation.final
+        assert modulation is not None  # `prepare` computes it
+        return self.final(img, modulation)
 
     def embed(
         self,
