@@ -29,12 +29,28 @@ class Defaults:
     max_shift: float = 1.15
 
 
+APPENDED_FEATURES: Mapping[str, int] = {"fill": 320, "control": 64}
+"""Features beside those of the latent that each image token has, by what a model is conditioned on:
+the latent of an image and its mask, 64 + 256, or the latent of a control image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A named model: its hub id, or None for the one that ships with the package."""
+    """A named model.
+
+    `repository`: its hub id, or None for the one that ships with the package. `takes`: what it is
+    conditioned on beside a prompt: "fill" for an image and a mask, "control" for edges or depth,
+    "reference" for an image that is edited, None for nothing.
+    """
 
     repository: str | None
     defaults: Defaults
+    takes: str | None = None
+
+    @property
+    def appended_features(self) -> int:
+        """Features beside those of the latent that each image token has."""
+        return APPENDED_FEATURES.get(self.takes or "", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +130,26 @@ FLUX1 = Family(
         "krea": Model(
             repository="black-forest-labs/FLUX.1-Krea-dev", defaults=Defaults(guidance=4.5)
         ),
+        "fill": Model(
+            repository="black-forest-labs/FLUX.1-Fill-dev",
+            defaults=Defaults(steps=50, guidance=30.0),
+            takes="fill",
+        ),
+        "canny": Model(
+            repository="black-forest-labs/FLUX.1-Canny-dev",
+            defaults=Defaults(steps=50, guidance=30.0),
+            takes="control",
+        ),
+        "depth": Model(
+            repository="black-forest-labs/FLUX.1-Depth-dev",
+            defaults=Defaults(steps=50, guidance=10.0),
+            takes="control",
+        ),
+        "kontext": Model(
+            repository="black-forest-labs/FLUX.1-Kontext-dev",
+            defaults=Defaults(guidance=2.5),
+            takes="reference",
+        ),
     },
 )
 FAMILIES: tuple[Family, ...] = (FLUX1,)
@@ -121,6 +157,14 @@ ZOO: Mapping[str, Model] = {
     name: model for family in FAMILIES for name, model in family.models.items()
 }
 """Every named model."""
+
+
+def named_model(source: str) -> Model | None:
+    """Return the model of a name or a hub id, or None for any other source."""
+    for name, model in ZOO.items():
+        if source in (name, model.repository):
+            return model
+    return None
 
 
 def family_of(source: str) -> Family:

@@ -1,5 +1,7 @@
 """Configs in `config.json`: those of diffusers and transformers, read and written."""
 
+from typing import Any
+
 from fluxjax.checkpoint.config_fields import (
     CLIP_FIELDS,
     FLUX_FIELDS,
@@ -11,7 +13,7 @@ from fluxjax.checkpoint.config_fields import (
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import CLIP_FOLDER
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.printable import quote_name
@@ -28,27 +30,51 @@ def flux_from_json(config: JsonObject) -> FluxConfig:
     **Raises:** `WeightsError` for a field that is missing or has a value that it can't have.
     """
     values = read_fields(config, FLUX_FIELDS)
-    width = values["num_attention_heads"] * values["attention_head_dim"]
     return FluxConfig(
-        in_channels=values["in_channels"],
+        **transformer_from_json(values),
         # null stands for as many as come in.
         out_channels=values.get("out_channels") or values["in_channels"],
-        width=width,
-        heads=values["num_attention_heads"],
-        double_depth=values["num_layers"],
-        single_depth=values["num_single_layers"],
-        mlp_width=_FLUX_MLP_RATIO * width,
-        context=values["joint_attention_dim"],
-        pooled=values["pooled_projection_dim"],
-        rope_axes=tuple(values.get("axes_dims_rope", (16, 56, 56))),
-        guidance_embed=values.get("guidance_embeds", False),
     )
+
+
+def transformer_from_json(values: JsonObject) -> dict[str, Any]:
+    """Return the fields of a `TransformerConfig`.
+
+    **Arguments:** `values`: the fields of a config.json that are in `FLUX_FIELDS`, checked.
+    """
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    return {
+        "in_channels": values["in_channels"],
+        "width": width,
+        "heads": values["num_attention_heads"],
+        "double_depth": values["num_layers"],
+        "single_depth": values["num_single_layers"],
+        "mlp_width": _FLUX_MLP_RATIO * width,
+        "context": values["joint_attention_dim"],
+        "pooled": values["pooled_projection_dim"],
+        "rope_axes": tuple(values.get("axes_dims_rope", (16, 56, 56))),
+        "guidance_embed": values.get("guidance_embeds", False),
+    }
 
 
 def flux_to_json(config: FluxConfig) -> JsonObject:
     """Return a transformer's config as diffusers' `FluxTransformer2DModel` has it.
 
     **Raises:** `WeightsError` for a network that this class can't be.
+    """
+    same_channels = config.out_channels == config.in_channels
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        **transformer_to_json(config),
+        "out_channels": None if same_channels else config.out_channels,
+        "patch_size": 1,
+    }
+
+
+def transformer_to_json(config: TransformerConfig) -> JsonObject:
+    """Return the fields that diffusers' FLUX and its ControlNet have in common.
+
+    **Raises:** `WeightsError` for a network that these classes can't be.
     """
     expressible = (
         config.mlp_width == _FLUX_MLP_RATIO * config.width
@@ -62,9 +88,7 @@ def flux_to_json(config: FluxConfig) -> JsonObject:
             f"width {config.width}, mlp_width {config.mlp_width}, rope_theta {config.rope_theta} "
             f"and time_width {config.time_width}. Write another layout."
         )
-    same_channels = config.out_channels == config.in_channels
     return {
-        "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": config.head_dim,
         "axes_dims_rope": list(config.rope_axes),
         "guidance_embeds": config.guidance_embed,
@@ -73,8 +97,6 @@ def flux_to_json(config: FluxConfig) -> JsonObject:
         "num_attention_heads": config.heads,
         "num_layers": config.double_depth,
         "num_single_layers": config.single_depth,
-        "out_channels": None if same_channels else config.out_channels,
-        "patch_size": 1,
         "pooled_projection_dim": config.pooled,
     }
 

@@ -10,13 +10,14 @@ from fluxjax.checkpoint.gguf import read_gguf
 from fluxjax.checkpoint.gguf_header import GGUF_MAGIC
 from fluxjax.checkpoint.identify import AnyFoundNetwork, FoundNetwork, identify_networks
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.kinds import KINDS, MODEL_KINDS, Kind
+from fluxjax.checkpoint.kinds import KINDS, Kind
 from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.shards import read_index
 from fluxjax.checkpoint.tensors import TensorFile, check_regular_file
 from fluxjax.checkpoint.unknown import describe_unknown_file
 from fluxjax.printable import printable, printable_path
+from fluxjax.zoo import FLUX1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def open_source(path: Path) -> Source:
         if (path / folder).is_dir():
             groups += _file_groups(path / folder)
     source = _collect(path, groups)
-    if source.networks.keys() >= {kind.name for kind in MODEL_KINDS}:
+    if FLUX1.networks.keys() <= source.networks.keys():
         return source
     # Files in the folder itself, such as BFL's or ComfyUI's, add what is missing.
     beside = _collect(path, _file_groups(path))

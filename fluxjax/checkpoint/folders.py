@@ -10,6 +10,7 @@ IP_ADAPTER_FOLDER = "ip_adapter"
 CLIP_TOKENIZER_FOLDER = "tokenizer"
 T5_TOKENIZER_FOLDER = "tokenizer_2"
 SCHEDULER_FOLDER = "scheduler"
+CONTROLNET_FOLDER = "controlnet"
 
 TOKENIZER_FOLDERS: tuple[str, ...] = (CLIP_TOKENIZER_FOLDER, T5_TOKENIZER_FOLDER)
 MODEL_FOLDERS: tuple[str, ...] = (
@@ -20,7 +21,7 @@ MODEL_FOLDERS: tuple[str, ...] = (
     *TOKENIZER_FOLDERS,
     SCHEDULER_FOLDER,
 )
-"""All folders that fluxjax reads, in the order in which they are downloaded."""
+"""All folders of a model that fluxjax reads, in the order in which they are downloaded."""
 
 MODEL_INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"

@@ -16,6 +16,7 @@ from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import (
     CLIP,
     CLIP_VISION,
+    CONTROLNET,
     KINDS,
     OWN_METADATA,
     SIGLIP,
@@ -30,6 +31,7 @@ from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.shape_configs import Shapes
 from fluxjax.checkpoint.tensors import MOST_TENSORS, StoredTensor, Tensor, TensorFile
+from fluxjax.checkpoint.unknown import is_inpainting_control
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.printable import printable, printable_path, quote_name
@@ -41,8 +43,11 @@ _IGNORED = {
     "text_encoders.clip_l.text_projection.weight",
 }
 _DECODED_METHODS = ("bitsandbytes", "bfl")
-# First, since a file of the whole SigLIP or CLIP holds a text encoder named as CLIP's too.
-_SEARCHED = sorted(KINDS.values(), key=lambda kind: kind not in (SIGLIP, CLIP_VISION))
+# A ControlNet has the transformer's keys, and some of its own. A file of the whole SigLIP or CLIP
+# holds a text encoder named as CLIP's too.
+_FIRST = (CONTROLNET, SIGLIP, CLIP_VISION)
+_SEARCHED = (*_FIRST, *(kind for kind in KINDS.values() if kind not in _FIRST))
+"""The kinds in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ def identify_networks(
     _check_quantization(settings, paths)
     # Before keys are compared: scales beside a weight would be unknown tensors.
     tensors = combine_packed(tensors, files)
+    if is_inpainting_control(tensors):
+        return [], sorted(tensors)
     own: JsonObject = {} if metadata is None else metadata["parts"]
     networks: list[AnyFoundNetwork] = []
     # A complete network has its dialect's marker. One without it is found by the names of its other
@@ -256,6 +263,9 @@ def _find_by_other_keys(
     kind: AnyKind, tensors: Mapping[str, Tensor]
 ) -> tuple[str, Dialect] | None:
     """Return the prefix and the dialect of a network that most of the tensors are of, else None."""
+    if kind is CONTROLNET:
+        # Most of its keys are those of the transformer too.
+        return None
     for prefix in kind.prefixes:
         keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
         # The prefix "" is the last one, so that a file of several networks is not taken for one.

@@ -13,10 +13,19 @@ from fluxjax.checkpoint import (
     shape_configs,
 )
 from fluxjax.checkpoint.config_fields import JsonObject
+from fluxjax.checkpoint.controlnet_configs import (
+    controlnet_from_json,
+    controlnet_from_shapes,
+    controlnet_to_json,
+    controlnet_variant,
+)
+from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.own_configs import Config, NetworkConfig
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
+from fluxjax.nets.controlnet import ControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
@@ -31,19 +40,20 @@ OWN_METADATA = "fluxjax"
 It is the layout, the networks' configs, and the files that they come from.
 """
 
-Network = Flux | T5 | Clip | Vae | Siglip | ClipVision | Redux | IpAdapter
-"""A network, with arrays or with shapes as leaves."""
+Network = Flux | T5 | Clip | Vae | ControlNet | Siglip | ClipVision | Redux | IpAdapter
+"""One of the networks, with arrays or with shapes as leaves."""
 
 
 @dataclass(frozen=True)
 class Kind(Generic[Config]):
-    """A kind of network, and how files hold it.
+    """One of the networks, and how files hold it.
 
     `title`: what messages call it. `folder`, `stem`: its folder in a diffusers checkpoint, and the
     name of the file there. `dialects`: how its keys may be named; of the transformer's and the
     VAE's, BFL's is first and diffusers' second. `prefixes`: what its keys may begin with in a file
     of several networks; ComfyUI's is first. `from_json`, `to_json`: read and write its config.json.
-    `from_shapes`: makes its config for a file without one.
+    `from_shapes`: makes its config for a file without one. `at_root`: whether a repository on the
+    hub holds it in its root, and not in the folder.
     """
 
     name: str
@@ -57,6 +67,12 @@ class Kind(Generic[Config]):
     from_json: Callable[[JsonObject], Config]
     to_json: Callable[[Config], JsonObject]
     from_shapes: Callable[[shape_configs.Shapes], Config]
+    at_root: bool = False
+
+    @property
+    def hub_folder(self) -> str:
+        """Its folder in a repository on the hub; "" for the root."""
+        return "" if self.at_root else self.folder
 
 
 FLUX = Kind(
@@ -164,14 +180,27 @@ IP_ADAPTER = Kind(
     from_json=image_prompt_configs.ip_adapter_from_json,
     to_json=image_prompt_configs.ip_adapter_to_json,
     from_shapes=image_prompt_configs.ip_adapter_from_shapes,
+    at_root=True,
+)
+CONTROLNET = Kind(
+    name="controlnet",
+    title="ControlNet",
+    folder=folders.CONTROLNET_FOLDER,
+    stem="diffusion_pytorch_model",
+    network=ControlNet,
+    config=ControlNetConfig,
+    dialects=(CONTROLNET_XLABS, CONTROLNET_DIFFUSERS),
+    prefixes=("controlnet.", ""),
+    from_json=controlnet_from_json,
+    to_json=controlnet_to_json,
+    from_shapes=controlnet_from_shapes,
+    at_root=True,
 )
 AnyKind = Kind[Any]
 """A kind of network, whichever it is."""
-MODEL_KINDS: tuple[AnyKind, ...] = (FLUX, T5_XXL, CLIP, VAE)
-"""The networks of a whole model."""
-KINDS: Mapping[str, AnyKind] = {
-    kind.name: kind for kind in (*MODEL_KINDS, SIGLIP, CLIP_VISION, REDUX, IP_ADAPTER)
-}
+_ALL = (FLUX, T5_XXL, CLIP, VAE, CONTROLNET, SIGLIP, CLIP_VISION, REDUX, IP_ADAPTER)
+KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in _ALL}
+"""All kinds, by name."""
 
 
 def kind_of_network(network: Network) -> AnyKind:
@@ -199,11 +228,13 @@ _VARIANTS_BY_CHANNELS = {384: "Fill", 128: "Canny/Depth"}
 
 
 def flux_variant(config: NetworkConfig) -> str | None:
-    """Return which of FLUX.1's transformers a config is of; None for another network.
+    """Return which of FLUX.1's networks a config is of; None for the encoders and the VAE.
 
     It is "dev" (which Krea and Kontext share), "schnell", "Fill" or "Canny/Depth", followed by
     ", of another size" for other widths or depths.
     """
+    if isinstance(config, ControlNetConfig):
+        return controlnet_variant(config)
     if not isinstance(config, FluxConfig):
         return None
     # Fill and Canny/Depth append the features of their condition to those of the image's tokens.

@@ -22,6 +22,7 @@ from fluxjax.checkpoint.config_fields import (
 from fluxjax.checkpoint.settings import Field
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.clip_vision import ClipVisionConfig
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.ip_adapter import IpAdapterConfig
 from fluxjax.nets.redux import ReduxConfig
@@ -34,12 +35,13 @@ NetworkConfig = (
     | T5Config
     | ClipConfig
     | VaeConfig
+    | ControlNetConfig
     | SiglipConfig
     | ClipVisionConfig
     | ReduxConfig
     | IpAdapterConfig
 )
-"""The config of a network."""
+"""The config of one of the networks."""
 Config = TypeVar("Config", bound=NetworkConfig)
 
 _BY_NAME: Mapping[str, Field] = {
@@ -51,6 +53,7 @@ _BY_NAME: Mapping[str, Field] = {
     "eps": EPS,
     "eos_token": TOKEN,
     "hidden": nullable(SIZE),
+    "modes": nullable(SIZE),
 }
 _BY_TYPE: Mapping[object, Field] = {int: SIZE, float: NUMBER, bool: FLAG, str: TEXT}
 

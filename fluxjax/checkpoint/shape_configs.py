@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
@@ -24,27 +25,37 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
 
     **Raises:** `WeightsError` for other heads, or a tensor that is missing.
     """
+    return FluxConfig(
+        **transformer_from_shapes(shapes),
+        out_channels=shape_of(shapes, "final.linear.weight")[0],
+    )
+
+
+def transformer_from_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of a `TransformerConfig`.
+
+    **Raises:** `WeightsError` for other heads than FLUX.1's, or a tensor that is missing.
+    """
     width, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double.0.img.query_norm.scale", axes=1)
-    if head_dim != sum(FluxConfig().rope_axes):
+    if head_dim != sum(TransformerConfig().rope_axes):
         raise WeightsError(
             f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE "
-            "axes. Pass config=FluxConfig(…)."
+            "axes. Pass config=FluxConfig(…), or the config of this network."
         )
-    return FluxConfig(
-        in_channels=in_channels,
-        out_channels=shape_of(shapes, "final.linear.weight")[0],
-        width=width,
-        heads=width // head_dim,
+    return {
+        "in_channels": in_channels,
+        "width": width,
+        "heads": width // head_dim,
         # Indices are counted; if one is missing, the plan lists what it should hold.
-        double_depth=count_indices(shapes, "double."),
-        single_depth=count_indices(shapes, "single."),
-        mlp_width=shape_of(shapes, "double.0.img.mlp.up.weight")[0],
-        context=shape_of(shapes, "txt_in.weight")[1],
-        pooled=shape_of(shapes, "vector_in.up.weight")[1],
-        time_width=shape_of(shapes, "time_in.up.weight")[1],
-        guidance_embed="guidance_in.up.weight" in shapes,
-    )
+        "double_depth": count_indices(shapes, "double."),
+        "single_depth": count_indices(shapes, "single."),
+        "mlp_width": shape_of(shapes, "double.0.img.mlp.up.weight")[0],
+        "context": shape_of(shapes, "txt_in.weight")[1],
+        "pooled": shape_of(shapes, "vector_in.up.weight")[1],
+        "time_width": shape_of(shapes, "time_in.up.weight")[1],
+        "guidance_embed": "guidance_in.up.weight" in shapes,
+    }
 
 
 def vae_from_shapes(shapes: Shapes) -> VaeConfig:
@@ -106,9 +117,9 @@ def t5_from_shapes(shapes: Shapes) -> T5Config:
 
 
 def shape_of(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
-    """Return the shape of a tensor, by its name in fluxjax.
+    """Return the shape of a parameter.
 
-    **Raises:** `WeightsError` if it is not there, or has another number of axes.
+    **Raises:** `WeightsError` if it is missing, or has another number of axes.
     """
     if name not in shapes:
         raise WeightsError(

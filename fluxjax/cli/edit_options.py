@@ -3,6 +3,7 @@
 import argparse
 
 from fluxjax.cli.choices import EDIT_METHODS, SOLVERS, TIMERS
+from fluxjax.cli.condition_options import CONDITION_DEFAULTS
 from fluxjax.cli.generate_options import add_model_options
 from fluxjax.cli.options import (
     MAX_FLOAT32,
@@ -57,6 +58,7 @@ _DEFAULTS_OF_GENERATE = {
     "show_memory": False,
     "mesh": None,
     "distributed": False,
+    **CONDITION_DEFAULTS,
 }
 """Options of `fluxjax generate` that these commands do not have: the same requests are made."""
 

@@ -14,6 +14,7 @@ from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 from fluxjax.cli.compilation_cache import use_cache
+from fluxjax.cli.conditions import ConditionOfSize, ConditionParts, load_conditions
 from fluxjax.cli.console import complain
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.progress import Clock
@@ -62,11 +63,13 @@ class _Encoders(NamedTuple):
 
 
 class _Networks(NamedTuple):
-    """What a batch is drawn with. `guidance`: the distilled scale, for a network that takes one."""
+    """What a batch is drawn with. `guidance`: the distilled scale, for a network that takes one.
+    `conditions`: make what images of a size are conditioned on beside their prompts."""
 
     flux: Flux
     vae: Vae
     guidance: Float[Array, ""] | None
+    conditions: tuple[ConditionOfSize, ...]
 
     @property
     def guidance_text(self) -> str:
@@ -347,10 +350,21 @@ class _Stages(NamedTuple):
         return _Encoders(tokenizers, *networks)
 
     def load_networks(self) -> _Networks:
-        """Load the transformer and the VAE."""
+        """Load the transformer, the VAE, and what images are conditioned on."""
+        request = self.request
         flux = self._load("flux")
-        scale = distilled_guidance(flux, self.request.defaults, self.request.distilled)
-        return _Networks(flux, self._load("vae"), scale)
+        request.check_conditions(flux.config)
+        scale = distilled_guidance(flux, request.defaults, request.distilled)
+        vae = self._load("vae")
+        parts = ConditionParts(
+            flux=flux,
+            vae=vae,
+            load=request.load,
+            dtype=request.dtype,
+            hooks=self.clock,
+            time_load=self.clock.load,
+        )
+        return _Networks(flux, vae, scale, load_conditions(request.conditions, parts))
 
     def _load(self, name: str) -> Any:
         request = self.request
@@ -469,6 +483,7 @@ class _Stages(NamedTuple):
             noise=jnp.concatenate(noise),
             keys=jnp.concatenate(keys) if keys else None,
             distilled=networks.guidance,
+            conditions=[of_size(request.height, request.width) for of_size in networks.conditions],
         )
 
     def _begin(

@@ -3,6 +3,7 @@
 import argparse
 
 from fluxjax.cli.choices import ATTENTIONS, TIMERS
+from fluxjax.cli.condition_options import add_condition_options
 from fluxjax.cli.options import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -39,6 +40,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     _add_prompt_options(parser.add_argument_group("prompt"))
     _add_image_options(parser.add_argument_group("images"))
     _add_start_options(parser.add_argument_group("images drawn again"))
+    add_condition_options(parser.add_argument_group("conditions beside the prompt"))
     add_model_options(parser.add_argument_group("model"))
     _add_sampling_options(parser.add_argument_group("sampling"))
     _add_guidance_options(parser.add_argument_group("guidance"))

@@ -1,7 +1,7 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,12 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.conditions import (
+    ConditionFacts,
+    ConditionSource,
+    check_conditions,
+    condition_sources,
+)
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
@@ -21,7 +27,13 @@ from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
 from fluxjax.generate.latents import check_size
-from fluxjax.generate.limits import Demand, check_finite_times, check_memory, read_configs
+from fluxjax.generate.limits import (
+    Demand,
+    check_finite_times,
+    check_memory,
+    known_flux_config,
+    read_configs,
+)
 from fluxjax.generate.load import LoadOptions, activation_dtype
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
@@ -29,6 +41,8 @@ from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
+from fluxjax.lora.widen import adapted_config
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
@@ -54,6 +68,7 @@ class Request:
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
     - `load`: how networks are loaded; `dtype`: of the activations.
+    - `conditions`: what all images are conditioned on beside their prompts.
     - `description`: the entries of each image's metadata that describe the options, in order.
     """
 
@@ -73,6 +88,7 @@ class Request:
     distilled: float | None
     load: LoadOptions
     dtype: DTypeLike
+    conditions: tuple[ConditionSource, ...]
     folder: Path
     overwrite: bool
     keep_encoders: bool
@@ -92,6 +108,16 @@ class Request:
     @property
     def guides_by_scale(self) -> bool:
         return "cfg" in self.description
+
+    def check_conditions(self, flux: FluxConfig | None) -> None:
+        """Check the conditions against the transformer's config, if that is known.
+
+        **Raises:** `ValueError` for those that it does not take, or one that it lacks.
+        """
+        if flux is not None:
+            flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
+        facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
+        check_conditions(self.conditions, facts)
 
     def negative_of(self, line: Line) -> str:
         """Return what a line is guided away from: its own negative prompt, the command's, or ""."""
@@ -166,10 +192,7 @@ def read_request(options: argparse.Namespace) -> Request:
     mesh = _mesh(options)
     # An image that is drawn again has its own size, which is checked when it is read.
     if options.init_image is None:
-        demand = Demand(
-            sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype
-        )
-        check_memory(demand, read_configs(options.model), devices=1 if mesh is None else mesh.size)
+        _check_sizes_memory(options.model, sizes, dtype, mesh)
     times = _timer(options, sizes, defaults)
     recipe = Recipe(
         times(sizes.height, sizes.width),
@@ -177,8 +200,8 @@ def read_request(options: argparse.Namespace) -> Request:
         _guidance(options),
         _attention(options),
     )
-    folder = writable(options.output_dir)
-    return Request(
+    conditions = condition_sources(options)
+    request = Request(
         model=options.model,
         defaults=defaults,
         line=_line(options),
@@ -195,13 +218,24 @@ def read_request(options: argparse.Namespace) -> Request:
         distilled=options.guidance,
         load=_load_options(options, mesh),
         dtype=dtype,
-        folder=folder,
+        conditions=conditions,
+        folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,
         offload_encoders=options.offload_encoders,
         show_memory=options.show_memory,
-        description=_description(options, sizes),
+        description=_description(options, sizes, conditions),
     )
+    request.check_conditions(known_flux_config(options.model))
+    return replace(request, folder=writable(options.output_dir))
+
+
+def _check_sizes_memory(
+    model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
+) -> None:
+    """**Raises:** `ValueError` if what is drawn can't fit in memory."""
+    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
+    check_memory(demand, read_configs(model), devices=1 if mesh is None else mesh.size)
 
 
 def check_request_memory(request: Request) -> None:
@@ -333,7 +367,9 @@ def _attention(options: argparse.Namespace) -> Attention | None:
     return Attention(options.attention, options.flash_block_sizes)
 
 
-def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
+def _description(
+    options: argparse.Namespace, sizes: _Sizes, conditions: Sequence[ConditionSource]
+) -> dict[str, str]:
     """Return what images say of the options, in the order in which their metadata have them."""
     about = {"steps": str(sizes.steps)}
     about["integrator"] = options.integrator
@@ -363,5 +399,7 @@ def _description(options: argparse.Namespace, sizes: _Sizes) -> dict[str, str]:
     if options.lora:
         adapters = [f"{adapter.name}:{adapter.scale:g}" for adapter in options.lora]
         about["lora"] = encodable(", ".join(adapters))
+    for condition in conditions:
+        about |= condition.describe()
     about["version"] = f"fluxjax {__version__}"
     return about

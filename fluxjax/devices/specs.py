@@ -32,6 +32,8 @@ TENSOR_SPLITS: Mapping[str, TensorSplit] = {
     "down": "in",
     "linear2": "in",
     "modulation": "out_gathered",
+    "double_residual": "out_gathered",
+    "single_residual": "out_gathered",
 }
 """How the layers of blocks are split, by name. A test holds that these are all of them."""
 _TENSOR_AXES: Mapping[tuple[TensorSplit, str], int] = {

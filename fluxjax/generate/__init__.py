@@ -3,13 +3,23 @@
 from fluxjax.generate.autoencode import decode, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
 from fluxjax.generate.canvas import Margins, extend_canvas
+from fluxjax.generate.channels import ConcatCondition
 from fluxjax.generate.compare import Comparison, compare
+from fluxjax.generate.condition_images import encode_image, resize_image
 from fluxjax.generate.conditioning import (
     AddedCondition,
     Conditioning,
     PreparedConditioning,
     ReferenceTokens,
 )
+from fluxjax.generate.control import control_condition
+from fluxjax.generate.controlnet import (
+    CONTROL_MODES,
+    ControlNetCondition,
+    ControlSettings,
+    controlnet_condition,
+)
+from fluxjax.generate.controls import Control, control_times
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DrawChange,
@@ -54,6 +64,7 @@ from fluxjax.generate.load import (
     Models,
     activation_dtype,
     load_clip,
+    load_controlnet,
     load_flux,
     load_models,
     load_network,
@@ -97,6 +108,7 @@ from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.generate.velocity import Guidance, WeakNetwork, flux_velocity
 
 __all__ = [
+    "CONTROL_MODES",
     "EDIT_METHODS",
     "INTEGRATORS",
     "REDUX_GUIDANCE",
@@ -109,7 +121,11 @@ __all__ = [
     "Blurred",
     "CachedFlux",
     "Comparison",
+    "ConcatCondition",
     "Conditioning",
+    "Control",
+    "ControlNetCondition",
+    "ControlSettings",
     "DecodePixels",
     "Degradation",
     "DiffEditing",
@@ -151,11 +167,15 @@ __all__ = [
     "cell_mask",
     "clip_pixels",
     "compare",
+    "control_condition",
+    "control_times",
+    "controlnet_condition",
     "decode",
     "denoise",
     "draw_batch",
     "edit_image",
     "encode",
+    "encode_image",
     "encode_text",
     "extend_canvas",
     "fit_preview",
@@ -167,6 +187,7 @@ __all__ = [
     "ip_adapter_condition",
     "load_clip",
     "load_clip_vision",
+    "load_controlnet",
     "load_flux",
     "load_ip_adapter",
     "load_models",
@@ -191,6 +212,7 @@ __all__ = [
     "read_times",
     "redux_condition",
     "redux_tokens",
+    "resize_image",
     "restoration_times",
     "restore_image",
     "save",

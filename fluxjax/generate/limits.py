@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fluxjax.generate.latents import image_tokens
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
-from fluxjax.zoo import ZOO
+from fluxjax.zoo import ZOO, named_model
 
 
 class Demand(NamedTuple):
@@ -49,16 +50,39 @@ def read_configs(source: str | Path) -> Configs:
 
     **Raises:** as `load_flux` for a local source.
     """
+    if not _is_local(source):
+        return Configs(T5Config(), known_flux_config(source) or FluxConfig(), VaeConfig())
+    _read_config(source, CLIP)  # raises if it is missing
+    t5, flux, vae = (_read_config(source, kind) for kind in (T5_XXL, FLUX, VAE))
+    return Configs(t5, flux, vae)
+
+
+def known_flux_config(source: str | Path) -> FluxConfig | None:
+    """Return the config of a model's transformer, as far as it is known without a download.
+
+    **Returns:** None for a hub id that is not a named model's.
+    **Raises:** as `load_flux` for a local source.
+    """
+    if _is_local(source):
+        return _read_config(source, FLUX)
+    model = named_model(str(source))
+    if model is None:
+        return None
+    base = FluxConfig()
+    return replace(
+        base,
+        in_channels=base.in_channels + model.appended_features,
+        guidance_embed=model.defaults.guidance is not None,
+    )
+
+
+def _is_local(source: str | Path) -> bool:
     model = ZOO.get(str(source))
-    is_local = Path(source).exists() if model is None else model.repository is None
-    if not is_local:
-        return Configs(T5Config(), FluxConfig(), VaeConfig())
+    return Path(source).exists() if model is None else model.repository is None
 
-    def config(kind: Kind) -> Any:
-        return open_source(find_part(source, kind.folder)).network(kind).config
 
-    config(CLIP)  # raises if it is missing
-    return Configs(config(T5_XXL), config(FLUX), config(VAE))
+def _read_config(source: str | Path, kind: Kind) -> Any:
+    return open_source(find_part(source, kind.folder)).network(kind).config
 
 
 def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:

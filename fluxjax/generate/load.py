@@ -16,7 +16,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.dtypes import check_dtype
-from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.kinds import CLIP, CONTROLNET, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
@@ -28,6 +28,8 @@ from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.controlnet import ControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
@@ -103,6 +105,24 @@ def load_vae(
     return load_kind(VAE, source, config, dtype, Storage(sharding))
 
 
+def load_controlnet(
+    source: str | Path,
+    *,
+    config: ControlNetConfig | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: ShardingChoice = None,
+    stream: bool = False,
+    quantize: str | None = None,
+) -> ControlNet:
+    """Load a ControlNet: InstantX's or Shakker's, or one of XLabs in its own layout or diffusers'.
+
+    **Arguments:** `source`: a file, a folder, or a hub id, as
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0". The others as for `load_flux`.
+    **Raises:** as `load_flux`; `WeightsError` for a ControlNet for inpainting.
+    """
+    return load_kind(CONTROLNET, source, config, dtype, Storage(sharding, stream, quantize))
+
+
 class Storage(NamedTuple):
     """Where and how the weights are kept; at most one of the three. As for `load_flux`."""
 
@@ -122,7 +142,7 @@ def load_kind(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
+    plan = open_source(find_part(source, kind.hub_folder)).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
@@ -203,9 +223,9 @@ class LoadOptions:
 
     `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
     with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
-    for the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them
-    in host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
-    rather than merged; compile each block by itself.
+    for the blocks of the transformer, of T5 and of ControlNets: round their matrices to "int8" or
+    "fp8"; keep them in host memory (on a CPU: in their files) and fetch one block at a time, with
+    adapters attached rather than merged; compile each block by itself.
     """
 
     dtype: DTypeLike | None = None
@@ -225,8 +245,9 @@ _LOADERS: Mapping[str, Callable[..., Any]] = {
     "clip": load_clip,
     "t5": load_t5,
     "vae": load_vae,
+    "controlnet": load_controlnet,
 }
-_WITH_LARGE_BLOCKS = ("flux", "t5")
+_WITH_LARGE_BLOCKS = ("flux", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
 
@@ -239,8 +260,8 @@ def load_network(
 ) -> Any:
     """Load one network for drawing.
 
-    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part
-    of an adapter that has no effect.
+    **Arguments:** `name`: "flux", "clip", "t5", "vae" or "controlnet". `note`: called with a line
+    for each part of an adapter that has no effect.
     """
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS

@@ -1,7 +1,7 @@
 """Drawing of encoded prompts: what all functions share that draw images of prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,8 +14,8 @@ from fluxjax.devices.offload import fetch
 from fluxjax.flow.checks import check_times
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
-from fluxjax.generate.autoencode import encode
 from fluxjax.generate.cache import AttentionChoice
+from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
 from fluxjax.generate.draw import (
     DrawHooks,
@@ -146,12 +146,8 @@ class PromptedDrawing:
 
     def encode_image(self, image: Image) -> Latent:
         """Return the latent of an image, whose sides are multiples of 16 pixels."""
-        mesh = self.models.mesh
-        # On a mesh each part of it gets a copy: it refuses to leave some idle.
-        copies = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        images = jnp.broadcast_to(image, (copies, *image.shape))
-        latents = self.run("encode", encode, self.models.vae, images, dtype=self.dtype, mesh=mesh)
-        return latents[0]
+        models = self.models
+        return encode_image(models.vae, image, dtype=self.dtype, mesh=models.mesh, hooks=self.hooks)
 
     def draw(self, batch: ImageBatch, recipe: Recipe) -> DrawnBatch:
         """Denoise and decode a batch."""
@@ -199,11 +195,12 @@ def prompted_drawing(
     times = _times(call, settings, defaults, height, width)
     states, negative = _encode_prompts(models, texts, settings, _runner(hooks))
     distilled = distilled_guidance(models.flux, defaults, settings.distilled_guidance)
+    conditions = tuple(condition.for_times(times) for condition in settings.conditions)
     return PromptedDrawing(
         call=call,
         models=models,
         key=key,
-        settings=settings,
+        settings=replace(settings, conditions=conditions),
         guidance=as_arrays(guidance),
         hooks=hooks,
         states=states,

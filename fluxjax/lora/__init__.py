@@ -5,12 +5,13 @@ from fluxjax.lora.attach import attach
 from fluxjax.lora.convert import adapter_notes, merge_while_converting
 from fluxjax.lora.describe import describe_lora
 from fluxjax.lora.extract import extract_lora
-from fluxjax.lora.init import init_lora, trainable
+from fluxjax.lora.init import BLOCKS, init_lora, trainable
 from fluxjax.lora.merge import merge, unmerge
 from fluxjax.lora.read import read_lora
 from fluxjax.lora.write import write_lora
 
 __all__ = [
+    "BLOCKS",
     "Lora",
     "adapter_notes",
     "attach",

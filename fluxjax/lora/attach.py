@@ -21,6 +21,7 @@ from fluxjax.lora.factors import Factor, combined_factors
 from fluxjax.lora.merge import merge_changes
 from fluxjax.lora.networks import is_weight
 from fluxjax.lora.scales import Scales, check_scales
+from fluxjax.lora.widen import widen_for_changes
 from fluxjax.nets.stack import is_stacked, leaf_names
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
 from fluxjax.shapes import Array
@@ -60,12 +61,15 @@ def attach(
     - `loras`: any number of adapters.
     - `scales`: as for `merge`; they may be traced.
 
-    **Returns:** a network of the same kind, whose adapted matrices are `AdaptedWeight`.
+    **Returns:** a network of the same kind, whose adapted matrices are `AdaptedWeight`. Its input
+    is wider if an adapter adds input features, as those of FLUX.1 Canny and Depth do.
     **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, OFT,
-    a LoKr whose second factor is whole, full differences, a widened input): merge it instead.
+    a LoKr whose second factor is whole, full differences): merge it instead.
     """
     shapes = _as_dense_shapes(model)
     changes = changes_of(shapes, loras, check_scales("attach", len(loras), scales))
+    model = widen_for_changes(model, changes)
+    shapes = _as_dense_shapes(model)
     slots = parameters_of(shapes)
     names = leaf_names(shapes)
     # Vectors are changed as they are; matrices get factors beside them, by leaf and block.

@@ -38,8 +38,7 @@ def combined_factors(
 
     **Returns:** down [ranks, columns], the downs of all changes above each other; and up
     [rows, ranks], their ups beside each other, scaled and placed in the rows that they change.
-    **Raises:** `WeightsError` for a change that has no low-rank form, or that is wider than the
-    weight.
+    **Raises:** `WeightsError` for a change that has no low-rank form.
     """
     downs: list[Factor] = []
     ups: list[Factor] = []
@@ -52,11 +51,6 @@ def combined_factors(
             )
         up, down = (xp.asarray(factor) for factor in factors)
         missing = shape[1] - down.shape[1]
-        if missing < 0:
-            raise WeightsError(
-                f"An adapter widens {name}, which is not possible beside the weight. "
-                "Merge it instead."
-            )
         start, stop = row_range(change, shape, parts)
         up = xp.float32(scale) * up
         if change.swap:

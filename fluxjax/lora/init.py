@@ -16,6 +16,8 @@ from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.networks import LOOKUP_TABLES, network_kind
 from fluxjax.lora.terms import LowRankTerm
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.widen import widen_input
 from fluxjax.shapes import PRNGKeyArray
 
 BLOCKS = (r"(double|single|blocks)\..*\.(qkv|out|up|down|gate|linear1|linear2|q|k|v)",)
@@ -31,6 +33,7 @@ def init_lora(
     targets: str | Sequence[str] = BLOCKS,
     *,
     alpha: float | None = None,
+    extra_features: int = 0,
     key: PRNGKeyArray,
 ) -> Lora:
     """Return a LoRA that changes nothing yet.
@@ -41,6 +44,10 @@ def init_lora(
 
         init_lora(flux, 16, [r"double\\..*\\.(qkv|out)"], key=jax.random.key(0))
 
+    or for a transformer that also reads a control image, as FLUX.1 Canny and Depth do:
+
+        init_lora(flux, 16, [*BLOCKS, "img_in"], extra_features=64, key=jax.random.key(0))
+
     **Arguments:**
 
     - `model`: a `Flux`, `Clip` or `T5`, or its shapes.
@@ -48,10 +55,15 @@ def init_lora(
     - `targets`: regular expressions, or one of them. A weight is chosen if one matches its whole
       name without ".weight", as in "double.0.img.qkv".
     - `alpha`: the factor of the product is alpha / rank; the rank by default.
+    - `extra_features`: of each image token, which the adapted transformer reads beside the base's:
+      64 for a control image, 320 for an image and its mask. The down of "img_in", which has to be
+      one of the targets, is then [rank, in_channels + extra_features]. `attach` and `merge` widen
+      the base by zeros.
     - `key`: for the draws.
 
     **Raises:** `ValueError` for a rank below 1 or larger than every chosen matrix, an alpha that
-    is not finite, or a pattern that is not valid or matches no matrix.
+    is not finite, a pattern that is not valid or matches no matrix, and extra features without
+    "img_in" among the targets or of another network than a `Flux`.
 
     **Source:** Hu et al. 2021, section 4.1.
     """
@@ -64,7 +76,14 @@ def init_lora(
         )
     network = network_kind("init_lora", model)
     patterns = [targets] if isinstance(targets, str) else targets
+    if extra_features:
+        model = _widened_shapes(model, extra_features)
     chosen = _choose(_matrices(model), patterns)
+    if extra_features and "img_in" not in chosen:
+        raise ValueError(
+            f"`init_lora(extra_features={extra_features})` needs img_in among the targets, which "
+            f'reads them. Pass targets=[*BLOCKS, "img_in"].'
+        )
     largest = max(min(shape) for shape in chosen.values())
     if rank > largest:
         raise ValueError(
@@ -81,6 +100,19 @@ def init_lora(
         term = LowRankTerm(jnp.zeros((rows, rank)), down, factor)
         changes[f"{name}.weight"] = (Change(term, None, False),)
     return Lora({network: changes}, "new")
+
+
+def _widened_shapes(model: eqx.Module, features: int) -> Flux:
+    """Return the shapes of a transformer whose input is widened.
+
+    **Raises:** `ValueError` for another network, or a negative number.
+    """
+    if not isinstance(model, Flux):
+        raise ValueError(
+            f"`init_lora(extra_features)` widens the input of a Flux, got {type(model).__name__}. "
+            "Leave it out."
+        )
+    return eqx.filter_eval_shape(widen_input, model, features)
 
 
 def _matrices(model: eqx.Module) -> dict[str, tuple[int, ...]]:

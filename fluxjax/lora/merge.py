@@ -1,7 +1,6 @@
 """Adapters merged into weights, in memory or as files are read: added in float32, cast once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import equinox as eqx
@@ -12,9 +11,9 @@ import numpy as np
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.weights import Weights, abstract, cast, parameters_of
+from fluxjax.checkpoint.weights import Weights, cast, parameters_of
 from fluxjax.lora.adapter import Lora
-from fluxjax.lora.changes import INPUT_WEIGHT, WeightChanges, changes_of, effective_changes
+from fluxjax.lora.changes import WeightChanges, changes_of, effective_changes
 from fluxjax.lora.networks import check_plain, network_kind
 from fluxjax.lora.scales import (
     CheckedScale,
@@ -32,8 +31,7 @@ from fluxjax.lora.weight_update import (
     round_compiled,
     terms_and_rows,
 )
-from fluxjax.nets.flux import Flux
-from fluxjax.nets.stack import leaf_names
+from fluxjax.lora.widen import widen_for_changes
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -178,7 +176,7 @@ def merge_changes(
 
     **Raises:** `WeightsError` for a result that the weights' dtype can't represent, unless traced.
     """
-    model = widen_input(model, changes)
+    model = widen_for_changes(model, changes)
     parts = fused_parts(model.config)  # type: ignore[attr-defined]
     slots = parameters_of(model)
     leaves, structure = jax.tree.flatten(model)
@@ -208,31 +206,6 @@ def _check_largest(largest: Mapping[str, Array], dtypes: Mapping[str, jnp.dtype]
         check_representable(name, dtypes[name], float(value))
 
 
-def widen_input(model: Network, changes: WeightChanges) -> Network:
-    """Return a network with zeros for the input features that an adapter adds.
-
-    BFL's Control adapters add those of a condition. Other networks are returned as they are.
-
-    **Arguments:**
-
-    - `model`: a network, or the shapes of one while tracing.
-    - `changes`: that fit the network, from `changes_of`.
-    """
-    if not isinstance(model, Flux) or INPUT_WEIGHT not in changes:
-        return model
-    columns = max(change.term.columns or 0 for change, _ in changes[INPUT_WEIGHT])
-    extra = columns - model.config.in_channels
-    if extra <= 0:
-        return model
-    config = replace(model.config, in_channels=columns, out_channels=model.config.out_channels)
-    leaves = []
-    for name, leaf in zip(leaf_names(model), jax.tree.leaves(model), strict=True):
-        widened = jnp.pad(leaf, ((0, 0), (0, extra))) if name == INPUT_WEIGHT else leaf
-        leaves.append(widened)
-    # The structure of a new network, because the config is part of it.
-    return jax.tree.unflatten(jax.tree.structure(abstract(Flux, config)), leaves)
-
-
 class MergedWeights(Weights):
     """Weights with adapters added as they are read, so that merging needs memory for one tensor.
 
@@ -247,7 +220,7 @@ class MergedWeights(Weights):
     def __init__(self, base: Weights, changes: WeightChanges):
         self.base = base
         self.changes = changes
-        self.network = eqx.filter_eval_shape(widen_input, base.network, dict(changes))
+        self.network = eqx.filter_eval_shape(widen_for_changes, base.network, dict(changes))
         self.slots = parameters_of(self.network)
         self.parts = fused_parts(self.network.config)  # type: ignore[attr-defined]
 

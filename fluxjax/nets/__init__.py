@@ -8,9 +8,12 @@ Blocks of one kind are stacked along a leading axis.
 
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
+from fluxjax.nets.controlnet import ControlNet, PreparedControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_control import ControlResiduals
 from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
 from fluxjax.nets.quantized import QuantizedWeight, quantize
@@ -20,6 +23,7 @@ from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.widen import widen_input
 
 __all__ = [
     "T5",
@@ -28,6 +32,9 @@ __all__ = [
     "ClipConfig",
     "ClipVision",
     "ClipVisionConfig",
+    "ControlNet",
+    "ControlNetConfig",
+    "ControlResiduals",
     "DegradedBlocks",
     "Dense",
     "Flux",
@@ -36,6 +43,7 @@ __all__ = [
     "IpAdapter",
     "IpAdapterConfig",
     "Prepared",
+    "PreparedControlNet",
     "QuantizedWeight",
     "Redux",
     "ReduxConfig",
@@ -49,4 +57,5 @@ __all__ = [
     "leaf_names",
     "quantize",
     "unroll",
+    "widen_input",
 ]

@@ -56,9 +56,10 @@ class FluxOptions(TypedDict, total=False):
     block sizes too, or a custom function over the text's and the image's tokens. `degraded`: blocks
     to skip, or to run with another attention. `control`: residuals of ControlNets, each of which is
     added after its blocks, skipped ones too. `image_prompts`: of IP-Adapters, which blocks attend
-    to as well; those that are skipped do not. `dtype`: of the activations, by default that of `txt`,
-    so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only the
-    input of each block and compute the block again: a third more work, and the memory of one block.
+    to as well; those that are skipped do not. `dtype`: of the activations, by default that of
+    `txt`, so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only
+    the input of each block and compute the block again: a third more work, and the memory of one
+    block.
     """
 
     attention: AttentionChoice
@@ -227,7 +228,16 @@ class Flux(eqx.Module):
         img = self.blocks(
             hidden, attention=attention, degraded=degraded, control=control, remat=remat
         )
-        return self.final(img, hidden.modulation.final).astype(x.dtype)
+        return self.predict(img, hidden).astype(x.dtype)
+
+    def predict(self, img: ImgStates, hidden: HiddenState) -> ImgVelocity:
+        """Return the prediction from the image's tokens after the blocks.
+
+        **Arguments:** `hidden`: from `embed`.
+        """
+        modulation = hidden.modulation.final
+        assert modulation is not None  # `prepare` computes it
+        return self.final(img, modulation)
 
     def embed(
         self,

@@ -11,7 +11,7 @@ from fluxjax.nets.flux_blocks import ImageAndText, TokenStates
 from fluxjax.shapes import Array, Float, Int
 
 RunBlock = Callable[..., PyTree]
-"""(block, tokens, modulation, *flag) -> tokens, as `block_runner` makes it."""
+"""(block, tokens, modulation, image_prompts, *flag) -> tokens, as `block_runner` makes it."""
 Stack = Float[Array, "residuals img_tokens width"]
 """Residuals of one kind of blocks."""
 Numbers = tuple[Int[Array, " depth"], ...]
@@ -108,8 +108,8 @@ def check_residuals(img: TokenStates, control: Sequence[ControlResiduals]) -> No
         tokens, width = residuals.double.shape[1:]
         if width != img.shape[-1] or tokens > len(img):
             raise ValueError(
-                f"`Flux(control)` got residuals for {tokens} tokens of width {width}, and its image "
-                f"has {len(img)} tokens of width {img.shape[-1]}. Use a ControlNet of this "
+                f"`Flux(control)` got residuals for {tokens} tokens of width {width}, and its "
+                f"image has {len(img)} tokens of width {img.shape[-1]}. Use a ControlNet of this "
                 "transformer's width, and the image's own size."
             )
 

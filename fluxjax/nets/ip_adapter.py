@@ -88,7 +88,7 @@ class IpAdapter(eqx.Module):
 
     `up`: from the embedding to the hidden features; None for a single layer. `project`: to the
     tokens of the image. `norm`: of each token. `blocks`: to keys and values.
-    **Source:** Ye et al. 2023 (2308.06721); XLabs 2024, x-flux; InstantX 2024, FLUX.1-dev-IP-Adapter.
+    **Source:** Ye et al. 2023 (2308.06721); XLabs 2024, x-flux; InstantX 2024.
     """
 
     config: IpAdapterConfig = eqx.field(static=True)

@@ -1,0 +1,178 @@
+"""What images are conditioned on beside a prompt, as options of the command line name it.
+
+Each option, or group of options that belong together, becomes one `ConditionSource`: a record of
+plain values, made once by a function that is listed in `_READERS`. Another one needs its options
+(in `condition_options.py`, with their defaults), a subclass, and its reader in that list; then it
+works for one prompt and for the lines of a file, on a mesh and in several processes.
+"""
+
+import argparse
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from fluxjax.cli.console import interruptible
+from fluxjax.cli.starts import describe_file
+from fluxjax.generate.channels import check_features
+from fluxjax.generate.condition_images import resize_image
+from fluxjax.generate.conditioning import AddedCondition
+from fluxjax.generate.control import control_condition
+from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.image import read_image
+from fluxjax.generate.load import LoadOptions
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.vae import Vae
+from fluxjax.printable import printable
+from fluxjax.shapes import Image
+from fluxjax.zoo import APPENDED_FEATURES
+
+ConditionOfSize = Callable[[int, int], AddedCondition]
+"""(height, width) in pixels -> the condition of images of this size."""
+
+
+class ConditionFacts(NamedTuple):
+    """What a source is checked against before anything is written.
+
+    `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
+    is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
+    `load`: how networks are loaded, with the mesh.
+    """
+
+    model: str
+    flux: FluxConfig | None
+    is_guided: bool
+    load: LoadOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionParts:
+    """What a condition is made with, once the networks are loaded.
+
+    `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
+    of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
+    (name, function) -> function(), whose time is counted as loading.
+    """
+
+    flux: Flux
+    vae: Vae
+    load: LoadOptions
+    dtype: DTypeLike
+    hooks: DrawHooks
+    time_load: Callable[[str, Callable], object]
+
+
+class ConditionSource:
+    """A condition as plain values, before anything is loaded.
+
+    It applies to every image that the command draws: those of one prompt, or of all lines of a
+    file. `features`: how many it appends to each image token.
+    """
+
+    @property
+    def features(self) -> int:
+        return 0
+
+    def check(self, facts: ConditionFacts) -> None:
+        """Check that the model can use it; called when the options are read, and once more with
+        the config of the loaded transformer if that was not known.
+
+        **Raises:** `ValueError` if it can't.
+        """
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, str]:
+        """Return what images' metadata say of it, by name; files with `describe_file`."""
+
+    @abstractmethod
+    def load(self, parts: ConditionParts) -> ConditionOfSize:
+        """Load what it needs, once; return the function that makes the condition of a size."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlSource(ConditionSource):
+    """A control image. `image`: in [-1, 1], of any size; it is resized to that of the images."""
+
+    path: Path
+    image: Image
+
+    @property
+    def features(self) -> int:
+        return APPENDED_FEATURES["control"]
+
+    def describe(self) -> Mapping[str, str]:
+        return {"control": describe_file(self.path)}
+
+    def load(self, parts: ConditionParts) -> ConditionOfSize:
+        def condition(height: int, width: int) -> AddedCondition:
+            note_stretched(str(self.path), self.image, height, width)
+            return control_condition(
+                parts.vae,
+                resize_image(self.image, height, width),
+                dtype=parts.dtype,
+                mesh=parts.load.mesh,
+                hooks=parts.hooks,
+            )
+
+        return condition
+
+
+def _read_control(options: argparse.Namespace) -> ConditionSource | None:
+    if options.control is None:
+        return None
+    image = jnp.asarray(interruptible(read_image, options.control))
+    return ControlSource(path=options.control, image=image)
+
+
+_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (_read_control,)
+"""Functions that return the source that the options name, or None if they name none."""
+
+
+def condition_sources(options: argparse.Namespace) -> tuple[ConditionSource, ...]:
+    """Return what the options condition images on, in the order in which it is added.
+
+    **Raises:** `ValueError` or `OSError` for a file that can't be read.
+    """
+    sources = []
+    for read in _READERS:
+        source = read(options)
+        if source is not None:
+            sources.append(source)
+    return tuple(sources)
+
+
+def check_conditions(sources: Sequence[ConditionSource], facts: ConditionFacts) -> None:
+    """**Raises:** `ValueError` for conditions that the model does not take, or that it lacks."""
+    for source in sources:
+        source.check(facts)
+    if facts.flux is not None:
+        features = sum(source.features for source in sources)
+        check_features(f"--model {facts.model}", facts.flux, features)
+
+
+def load_conditions(
+    sources: Sequence[ConditionSource], parts: ConditionParts
+) -> tuple[ConditionOfSize, ...]:
+    """Load what all sources need; each returned function keeps the condition of its last size."""
+    return tuple(lru_cache(maxsize=1)(source.load(parts)) for source in sources)
+
+
+def note_stretched(name: str, image: Image, height: int, width: int) -> None:
+    """Print a note if an image has other proportions than the images that are drawn."""
+    own_height, own_width = image.shape[:2]
+    change = (width * own_height) / (height * own_width)
+    if jax.process_index() == 0 and not 0.95 < change < 1.05:
+        tqdm.write(
+            f"fluxjax: {printable(name)} is {own_width}x{own_height} and stretched to "
+            f"{width}x{height}; --height and --width can keep its proportions",
+            file=sys.stderr,
+        )
