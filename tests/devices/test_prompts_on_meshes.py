@@ -1,0 +1,55 @@
+"""Image prompts on a mesh are those on one device: heads are split, and tokens."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from drawing import batch_of, recipe_of
+from layouts import random_network
+from meshes import mesh_of, relative
+from small import draw
+
+from fluxjax import image_ids, shard
+from fluxjax.generate import ImageBatch, ReferenceTokens
+from fluxjax.generate.draw import denoise
+from fluxjax.nets import IpAdapter, IpAdapterConfig
+
+# Sums in another order, through six blocks.
+BOUND = 1e-5
+MESHES = {
+    "tensor": dict(tensor=2),
+    "context": dict(context=2),
+    "data and tensor and context": dict(data=2, tensor=2, context=2),
+}
+
+
+def prompted(tiny, joins: bool) -> ImageBatch:
+    """Return a batch of two images with a prompt, and a reference that it does nothing to."""
+    sizes = tiny.flux.config
+    config = IpAdapterConfig(
+        features=5,
+        hidden=6 if joins else None,
+        tokens=3,
+        context=7,
+        width=sizes.width,
+        head_dim=sizes.head_dim,
+        double_depth=sizes.double_depth,
+        single_depth=sizes.single_depth if joins else 0,
+        joins_attention=joins,
+    )
+    prompt = random_network(IpAdapter, config, scale=0.3)(draw(5))
+    batch = batch_of(tiny, 2, height=32, width=48)
+    reference = ReferenceTokens(draw(3, 64), image_ids(16, 48))
+    positive = replace(batch.positive, image_prompts=(prompt,), reference=reference)
+    return replace(batch, positive=positive)
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["xlabs", "instantx"])
+def test_drawing_with_a_prompt_on_a_mesh_is_that_on_one_device(tiny, joins):
+    batch = prompted(tiny, joins)
+    expected = denoise(tiny.flux, batch, recipe_of(1))
+    assert jnp.isfinite(expected).all()
+    for sizes in MESHES.values():
+        mesh = mesh_of(**sizes)
+        found = denoise(shard(tiny.flux, mesh), batch, recipe_of(1), mesh=mesh)
+        assert relative(found, expected) <= BOUND
