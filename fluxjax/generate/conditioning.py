@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
@@ -111,9 +112,7 @@ def split_images(conditioning: Conditioning) -> tuple[Conditioning, Conditioning
     Each part has None in the place of the other's arrays; `eqx.combine` joins them again.
     """
 
-    def has_rows(
-        path: tuple[jax.tree_util.GetAttrKey, ...], node: Array | float | Control
-    ) -> bool | Control:
+    def has_rows(path: jax.tree_util.KeyPath, node: Array | float | Control) -> bool | Control:
         if isinstance(node, Control):
             return node.rows()
         return jnp.ndim(node) > _RANKS[path[-1].name]

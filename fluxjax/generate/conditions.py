@@ -1,5 +1,6 @@
 """The conditions of an image together: their texts joined, their controls taken out, prepared."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -67,7 +68,7 @@ def join_conditions(
     joined = positive
     if texts and negative is not None:
         joined = _with_negative_text(positive, negative)
-    joined = eqx.tree_at(lambda one: one.control, joined, own)
+    joined = replace(joined, control=own)
     if negative is None:
         return Conditions(joined, None, shared)
     own_negative = bind_control(negative)
@@ -76,7 +77,7 @@ def join_conditions(
         own_negative = tuple(_switched_off(one) for one in own)
     if texts:
         negative = _with_negative_text(negative, negative)
-    return Conditions(joined, eqx.tree_at(lambda one: one.control, negative, own_negative), shared)
+    return Conditions(joined, replace(negative, control=own_negative), shared)
 
 
 def _switched_off(control: Control) -> Control:

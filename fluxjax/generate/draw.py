@@ -504,9 +504,12 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
 
 def _split_condition(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:
     """Return `split_images` of a condition, without the networks of its controls."""
+
+    def without_nets(part: Conditioning) -> Conditioning:
+        return eqx.tree_at(lambda one: one.control, part, without_networks(part.control))
+
     rows, shared = split_images(conditioning)
-    control = without_networks(shared.control)
-    return rows, eqx.tree_at(lambda one: one.control, shared, control)
+    return without_nets(rows), without_nets(shared)
 
 
 def _with_split_heads(batch: ImageBatch) -> ImageBatch:

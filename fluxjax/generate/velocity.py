@@ -132,9 +132,11 @@ class ControlledVelocity(StatefulVelocity):
         *condition: Conditioning,
         memory: Memory = None,
     ) -> Array | tuple[Array, Memory]:
-        time = jnp.asarray(t, x.dtype)
-        control = self.guided.velocity.control.at(x, time)  # type: ignore[attr-defined]
-        guided = eqx.tree_at(_controls, self.guided, [control] * len(_controls(self.guided)))
+        guided = self.guided
+        control = guided.velocity.control.at(x, jnp.asarray(t, x.dtype))  # type: ignore[attr-defined]
+        guided = eqx.tree_at(lambda one: one.velocity.control, guided, control)
+        if guided.weak is not None:
+            guided = eqx.tree_at(lambda one: one.weak.velocity.control, guided, control)
         return guided(x, t, memory=memory)
 
 
@@ -249,14 +251,6 @@ def check_guidance(
             "`Guidance(cache)` compares all tokens of an image, and here they are split over "
             "devices. Use a mesh of context=1 with it."
         )
-
-
-def _controls(guided: Guided) -> list[ControlNetSet]:
-    """Return the ControlNets beside the networks of a guided velocity."""
-    networks = [guided.velocity]
-    if guided.weak is not None:
-        networks.append(guided.weak.velocity)
-    return [network.control for network in networks]  # type: ignore[attr-defined]
 
 
 def _reference_tokens(condition: Condition) -> int:

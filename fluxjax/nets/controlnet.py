@@ -24,14 +24,14 @@ from fluxjax.nets.flux_prepare import (
     joint_rotation,
     without_modulation,
 )
-from fluxjax.nets.flux_state import HiddenState, Modulation, Prepared, Times
+from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
 from fluxjax.nets.layers import Embedding, Linear
 from fluxjax.nets.scan import scan_blocks_with_results
 from fluxjax.nets.stack import stack, zip_blocks
 from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, Image, Int, PRNGKeyArray, ScalarLike
 
-Condition = Float[Array, "img_tokens in_channels"] | Float[Array, "height width 3"]
+Condition = Float[Array, "img_tokens in_channels"] | Float[Array, "pixel_rows pixel_columns 3"]
 """A packed latent, or for a network of `hint_image` an image in [-1, 1]."""
 Mode = int | Int[Array, ""]
 BlockAndResidual = tuple[PyTree, Linear]
@@ -236,13 +236,13 @@ class ControlNet(eqx.Module):
 
         def run_double(
             block: BlockAndResidual, tokens: ImageAndText, modulation: PyTree
-        ) -> tuple[ImageAndText, TokenStates]:
+        ) -> tuple[ImageAndText, ImgStates]:
             img, txt = run(block[0], tokens, modulation)
             return (img, txt), block[1](img)
 
         def run_single(
             block: BlockAndResidual, tokens: TokenStates, modulation: PyTree
-        ) -> tuple[TokenStates, TokenStates]:
+        ) -> tuple[TokenStates, ImgStates]:
             tokens = run(block[0], tokens, modulation)
             return tokens, block[1](tokens[txt_tokens:])
 
