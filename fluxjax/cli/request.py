@@ -13,12 +13,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.adapters import read_adapter
-from fluxjax.cli.conditions import (
-    ConditionFacts,
-    ConditionSource,
-    check_conditions,
-    condition_sources,
-)
+from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
+from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
@@ -188,7 +184,10 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     **Arguments:** `features`: how many the command itself appends to each image token.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
+    conditions = condition_sources(options)
     defaults = interruptible(load_defaults, options.model)
+    for condition in conditions:
+        defaults = condition.change_defaults(defaults)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -203,7 +202,6 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         _guidance(options),
         _attention(options),
     )
-    conditions = condition_sources(options)
     request = Request(
         model=options.model,
         defaults=defaults,

@@ -53,7 +53,11 @@ from fluxjax.generate.image_to_image import (
     image_to_image,
     outpaint,
 )
-from fluxjax.generate.ip_adapter import ImagePromptCondition, ip_adapter_condition
+from fluxjax.generate.ip_adapter import (
+    CombinedCondition,
+    ImagePromptCondition,
+    ip_adapter_condition,
+)
 from fluxjax.generate.kontext import (
     ReferenceCondition,
     References,
@@ -130,6 +134,7 @@ __all__ = [
     "AddedCondition",
     "Blurred",
     "CachedFlux",
+    "CombinedCondition",
     "Comparison",
     "ConcatCondition",
     "Conditioning",
