@@ -1,9 +1,11 @@
 """Options of what images are conditioned on beside a prompt."""
 
+from collections.abc import Mapping
+
 from fluxjax.cli.choices import REDUX_RULES
 from fluxjax.cli.options import OptionGroup, file_path, finite_number, image_prompt
 
-CONDITION_DEFAULTS = {
+CONDITION_DEFAULTS: Mapping[str, object] = {
     "control": None,
     "canny": False,
     "image_prompt": [],

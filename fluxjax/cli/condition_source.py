@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
 
@@ -47,7 +47,7 @@ class ConditionParts:
     load: LoadOptions
     dtype: DTypeLike
     hooks: DrawHooks
-    time_load: Callable[[str, Callable], object]
+    time_load: Callable[[str, Callable], Any]
 
 
 class ConditionSource:

@@ -28,9 +28,7 @@ from fluxjax.nets import (
     SiglipConfig,
 )
 
-CLIP = ClipVisionConfig(
-    image_size=8, patch=4, width=8, heads=2, depth=1, mlp_width=6, embedding=5
-)
+CLIP = ClipVisionConfig(image_size=8, patch=4, width=8, heads=2, depth=1, mlp_width=6, embedding=5)
 SIGLIP = SiglipConfig(image_size=9, patch=4, width=8, heads=2, depth=1, mlp_width=6)
 SIZES = dict(tokens=3, context=7, width=32, head_dim=16, double_depth=3)
 XLABS = IpAdapterConfig(features=5, **SIZES)
