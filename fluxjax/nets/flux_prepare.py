@@ -74,8 +74,8 @@ def joint_rotation(
 
 
 def block_modulation(
-    double: DoubleBlock,
-    single: SingleBlock,
+    double: PyTree,
+    single: PyTree,
     conditioning: ConditioningVectors,
     remat: bool,
 ) -> tuple[DoubleModulation, Float[Array, "single_depth times three_width"]]:
@@ -96,7 +96,7 @@ def block_modulation(
     )
 
 
-def without_modulation(double: DoubleBlock, single: SingleBlock) -> tuple[PyTree, PyTree]:
+def without_modulation(double: PyTree, single: PyTree) -> tuple[PyTree, PyTree]:
     """Return blocks without the layers of `block_modulation`, so that no loop fetches them."""
 
     def double_part(block: DoubleBlock) -> DoubleBlock:
