@@ -10,13 +10,15 @@ import pytest
 
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae
 from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
-from fluxjax.nets import ClipConfig, T5Config, VaeConfig
+from fluxjax.nets import ClipConfig, ControlNet, ControlNetConfig, T5Config, VaeConfig
 
-HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
+HEADERS = Path(__file__).parents[3] / "shared" / "reference"
+FILES = ("headers.json.gz", "family_headers.json.gz")
 FILL = FluxConfig(in_channels=384, out_channels=64)
 DEPTH = FluxConfig(in_channels=128, out_channels=64)
 CASES = {
@@ -25,6 +27,22 @@ CASES = {
     "diffusers/flux1-schnell.transformer": (Flux, FluxConfig.schnell(), tables.FLUX_DIFFUSERS),
     "diffusers/flux1-fill-dev.transformer": (Flux, FILL, tables.FLUX_DIFFUSERS),
     "diffusers/flux1-depth-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "diffusers/instantx-flux1-controlnet-union": (
+        ControlNet,
+        ControlNetConfig.union(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "diffusers/shakker-flux1-controlnet-union-pro-2": (
+        ControlNet,
+        ControlNetConfig.union_pro_2(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "diffusers/xlabs-flux1-controlnet": (
+        ControlNet,
+        ControlNetConfig.xlabs(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
@@ -36,7 +54,10 @@ CASES = {
 def headers():
     if not HEADERS.exists():
         pytest.skip(f"{HEADERS} with the official headers is not there")
-    return json.loads(gzip.decompress(HEADERS.read_bytes()))
+    found = {}
+    for file in FILES:
+        found |= json.loads(gzip.decompress((HEADERS / file).read_bytes()))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
