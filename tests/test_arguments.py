@@ -93,6 +93,12 @@ CALLS = {
         {"drawn": -IMAGE, "image": IMAGE, "mask": HALF},
         {},
     ),
+    f.siglip_pixels: ({"image": IMAGE}, {"config": f.SiglipConfig(image_size=5, patch=2)}),
+    f.clip_pixels: ({"image": IMAGE}, {"config": f.ClipVisionConfig(image_size=5, patch=2)}),
+    f.redux_condition: (
+        {"tokens": LATENT[:3], "weights": [0.5, 1.0, 2.0], "text_weight": 0.3},
+        {},
+    ),
     f.estimates: ({"prediction": X, "x": X, "t": 0.5}, {"kind": "velocity"}),
     f.convert_prediction: (
         {"prediction": X, "x": X, "t": 0.5},
@@ -131,7 +137,9 @@ ELSEWHERE = {
     f.text_to_image,
     f.image_to_image,
     f.begin_from_images,
+    f.ip_adapter_condition,
     f.outpaint,
+    f.redux_tokens,
     f.edit_image,
     f.restore_image,
     f.load_models,
