@@ -2,7 +2,7 @@
 
 from fluxjax.cli.options import OptionGroup, file_path
 
-CONDITION_DEFAULTS = {"control": None}
+CONDITION_DEFAULTS = {"control": None, "canny": False}
 """The values of these options where they are not given: for commands that lack them."""
 
 
@@ -14,4 +14,10 @@ def add_condition_options(group: OptionGroup) -> None:
         metavar="FILE",
         help="edges or depth that the images follow, for FLUX.1 Canny or Depth (near is bright); "
         "it is resized to the size of the images, all of which it applies to",
+    )
+    group.add_argument(
+        "--canny",
+        action="store_true",
+        help="with --control, draw along the edges of that image, which are detected (needs the "
+        "extra canny)",
     )

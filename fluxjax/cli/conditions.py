@@ -27,6 +27,7 @@ from fluxjax.generate.condition_images import resize_image
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.control import control_condition
 from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
 from fluxjax.generate.load import LoadOptions
 from fluxjax.nets.flux import Flux
@@ -100,24 +101,35 @@ class ConditionSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlSource(ConditionSource):
-    """A control image. `image`: in [-1, 1], of any size; it is resized to that of the images."""
+    """A control image.
+
+    `image`: in [-1, 1], of any size; it is resized to that of the images. `is_canny`: whether its
+    edges are the control, and not the image itself.
+    """
 
     path: Path
     image: Image
+    is_canny: bool
 
     @property
     def features(self) -> int:
         return APPENDED_FEATURES["control"]
 
     def describe(self) -> Mapping[str, str]:
-        return {"control": describe_file(self.path)}
+        about = {"control": describe_file(self.path)}
+        if self.is_canny:
+            about["control"] += ", canny edges"
+        return about
 
     def load(self, parts: ConditionParts) -> ConditionOfSize:
         def condition(height: int, width: int) -> AddedCondition:
             note_stretched(str(self.path), self.image, height, width)
+            image = resize_image(self.image, height, width)
+            # Of the resized image: the thresholds are for edges at the size that is drawn.
+            control = canny_edges(image) if self.is_canny else image
             return control_condition(
                 parts.vae,
-                resize_image(self.image, height, width),
+                control,
                 dtype=parts.dtype,
                 mesh=parts.load.mesh,
                 hooks=parts.hooks,
@@ -128,9 +140,20 @@ class ControlSource(ConditionSource):
 
 def _read_control(options: argparse.Namespace) -> ConditionSource | None:
     if options.control is None:
+        if options.canny:
+            raise ValueError("--canny does nothing without --control. Give an image.")
         return None
     image = jnp.asarray(interruptible(read_image, options.control))
-    return ControlSource(path=options.control, image=image)
+    if options.canny:
+        _check_opencv()  # before the networks are loaded
+    return ControlSource(path=options.control, image=image, is_canny=options.canny)
+
+
+def _check_opencv() -> None:
+    try:
+        import_opencv()
+    except ImportError as error:
+        raise ValueError(str(error)) from None
 
 
 _READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (_read_control,)
@@ -150,12 +173,18 @@ def condition_sources(options: argparse.Namespace) -> tuple[ConditionSource, ...
     return tuple(sources)
 
 
-def check_conditions(sources: Sequence[ConditionSource], facts: ConditionFacts) -> None:
-    """**Raises:** `ValueError` for conditions that the model does not take, or that it lacks."""
+def check_conditions(
+    sources: Sequence[ConditionSource], facts: ConditionFacts, *, features: int = 0
+) -> None:
+    """Check that a model takes what it is given.
+
+    **Arguments:** `features`: appended to each token beside those of the sources.
+    **Raises:** `ValueError` for conditions that the model does not take, or that it lacks.
+    """
     for source in sources:
         source.check(facts)
     if facts.flux is not None:
-        features = sum(source.features for source in sources)
+        features += sum(source.features for source in sources)
         check_features(f"--model {facts.model}", facts.flux, features)
 
 

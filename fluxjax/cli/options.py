@@ -25,6 +25,9 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
+MAX_MARGIN = 2**15
+"""Pixels that an image grows by on a side."""
+SIDES = ("left", "right", "top", "bottom")
 MAX_IMAGES = 1_000_000
 MAX_TOKENS = 2**16
 """Tokens of a prompt, and in a block of attention."""
@@ -237,6 +240,17 @@ def _is_axis_size(text: str) -> bool:
     if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
         return False
     return int(text) == -1 or 1 <= int(text) <= MAX_DEVICES
+
+
+def canvas_margins(text: str) -> dict[str, int]:
+    """Read the pixels that an image grows by on its sides, as in "left=64,top=128"."""
+    sides: dict[str, int] = {}
+    for part in text.split(","):
+        side, _, count = part.partition("=")
+        if side not in SIDES or side in sides or re.fullmatch(r"[0-9]{1,9}", count) is None:
+            raise _wrong_value(text, f"pixels by side ({', '.join(SIDES)}), as left=64,top=128")
+        sides[side] = whole_number(1, MAX_MARGIN)(count)
+    return sides
 
 
 class OperatorText(NamedTuple):

@@ -68,7 +68,8 @@ class Request:
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
     - `load`: how networks are loaded; `dtype`: of the activations.
-    - `conditions`: what all images are conditioned on beside their prompts.
+    - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
+      the command itself appends to each image token.
     - `description`: the entries of each image's metadata that describe the options, in order.
     """
 
@@ -89,6 +90,7 @@ class Request:
     load: LoadOptions
     dtype: DTypeLike
     conditions: tuple[ConditionSource, ...]
+    features: int
     folder: Path
     overwrite: bool
     keep_encoders: bool
@@ -117,7 +119,7 @@ class Request:
         if flux is not None:
             flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
         facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
-        check_conditions(self.conditions, facts)
+        check_conditions(self.conditions, facts, features=self.features)
 
     def negative_of(self, line: Line) -> str:
         """Return what a line is guided away from: its own negative prompt, the command's, or ""."""
@@ -180,9 +182,10 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace) -> Request:
+def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     """Return the options as values, before anything is loaded.
 
+    **Arguments:** `features`: how many the command itself appends to each image token.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
     defaults = interruptible(load_defaults, options.model)
@@ -219,6 +222,7 @@ def read_request(options: argparse.Namespace) -> Request:
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
+        features=features,
         folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,

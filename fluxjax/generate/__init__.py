@@ -32,6 +32,7 @@ from fluxjax.generate.draw import (
     draw_batch,
     trajectories,
 )
+from fluxjax.generate.edges import canny_edges
 from fluxjax.generate.edit_image import edit_image
 from fluxjax.generate.edit_methods import (
     EDIT_METHODS,
@@ -42,6 +43,7 @@ from fluxjax.generate.edit_methods import (
     RFInverting,
     SDEditing,
 )
+from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
 from fluxjax.generate.image_to_image import (
     Repaint,
@@ -49,6 +51,13 @@ from fluxjax.generate.image_to_image import (
     begin_from_images,
     image_to_image,
     outpaint,
+)
+from fluxjax.generate.kontext import (
+    ReferenceCondition,
+    References,
+    kontext_condition,
+    kontext_image,
+    preferred_size,
 )
 from fluxjax.generate.latents import (
     image_ids,
@@ -74,6 +83,7 @@ from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
+from fluxjax.generate.reference_ids import reference_ids
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
@@ -130,7 +140,9 @@ __all__ = [
     "PromptIds",
     "RFInverting",
     "Recipe",
+    "ReferenceCondition",
     "ReferenceTokens",
+    "References",
     "Repaint",
     "Restoration",
     "SDEditing",
@@ -143,6 +155,7 @@ __all__ = [
     "WeakNetwork",
     "activation_dtype",
     "begin_from_images",
+    "canny_edges",
     "cell_mask",
     "compare",
     "control_condition",
@@ -156,12 +169,17 @@ __all__ = [
     "encode_image",
     "encode_text",
     "extend_canvas",
+    "fill_around",
+    "fill_condition",
+    "fill_image",
     "fit_preview",
     "flux_velocity",
     "image_ids",
     "image_to_image",
     "initial_noise",
     "integrator",
+    "kontext_condition",
+    "kontext_image",
     "load_clip",
     "load_controlnet",
     "load_flux",
@@ -170,6 +188,7 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "mask_features",
     "mask_tokens",
     "model_times",
     "outpaint",
@@ -178,11 +197,13 @@ __all__ = [
     "paste_kept",
     "plot_errors",
     "plot_times",
+    "preferred_size",
     "prompt_batch",
     "prompt_ids",
     "read_image",
     "read_mask",
     "read_times",
+    "reference_ids",
     "resize_image",
     "restoration_times",
     "restore_image",

@@ -17,8 +17,8 @@ from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets import ClipConfig, ControlNet, ControlNetConfig, T5Config, VaeConfig
 
-HEADERS = Path(__file__).parents[3] / "shared" / "reference"
-FILES = ("headers.json.gz", "family_headers.json.gz")
+HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
+FAMILY_HEADERS = HEADERS.with_name("family_headers.json.gz")
 FILL = FluxConfig(in_channels=384, out_channels=64)
 DEPTH = FluxConfig(in_channels=128, out_channels=64)
 CASES = {
@@ -43,6 +43,12 @@ CASES = {
         CONTROLNET_DIFFUSERS,
     ),
     "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
+    "bfl/flux1-fill-dev": (Flux, FILL, tables.FLUX_BFL),
+    "bfl/flux1-canny-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-depth-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-kontext-dev": (Flux, FluxConfig.dev(), tables.FLUX_BFL),
+    "diffusers/flux1-canny-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
@@ -55,8 +61,8 @@ def headers():
     if not HEADERS.exists():
         pytest.skip(f"{HEADERS} with the official headers is not there")
     found = {}
-    for file in FILES:
-        found |= json.loads(gzip.decompress((HEADERS / file).read_bytes()))
+    for path in (HEADERS, FAMILY_HEADERS):
+        found |= json.loads(gzip.decompress(path.read_bytes()))
     return found
 
 
