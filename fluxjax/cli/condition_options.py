@@ -1,8 +1,19 @@
 """Options of what images are conditioned on beside a prompt."""
 
-from fluxjax.cli.options import OptionGroup, file_path
+from fluxjax.cli.choices import CONTROL_MODES
+from fluxjax.cli.options import OptionGroup, file_path, finite_number, unicode_text
 
-CONDITION_DEFAULTS = {"control": None, "canny": False}
+CONDITION_DEFAULTS = {
+    "control": None,
+    "canny": False,
+    "controlnet": [],
+    "controlnet_image": [],
+    "controlnet_scale": [],
+    "controlnet_mode": [],
+    "controlnet_start": [],
+    "controlnet_end": [],
+    "controlnet_negative": "shared",
+}
 """The values of these options where they are not given: for commands that lack them."""
 
 
@@ -20,4 +31,59 @@ def add_condition_options(group: OptionGroup) -> None:
         action="store_true",
         help="with --control, draw along the edges of that image, which are detected (needs the "
         "extra canny)",
+    )
+    _add_controlnet_options(group)
+
+
+def _add_controlnet_options(group: OptionGroup) -> None:
+    """Add the options of ControlNets. Each may be repeated, for several of them."""
+    group.add_argument(
+        "--controlnet",
+        action="append",
+        type=unicode_text,
+        default=[],
+        metavar="SOURCE",
+        help="a ControlNet of InstantX, Shakker or XLabs: a file, a folder or a hub id; repeat it "
+        "and the options below for several, whose effects add up",
+    )
+    group.add_argument(
+        "--controlnet-image",
+        action="append",
+        type=file_path,
+        default=[],
+        metavar="FILE",
+        help="what the ControlNet follows, such as edges, depth or a pose; it is resized to the "
+        "size of the images",
+    )
+    group.add_argument(
+        "--controlnet-scale",
+        action="append",
+        type=finite_number(),
+        default=[],
+        metavar="SCALE",
+        help="how strongly; 0.3 to 0.9 are usual (default: 0.7)",
+    )
+    group.add_argument(
+        "--controlnet-mode",
+        action="append",
+        choices=CONTROL_MODES,
+        default=[],
+        metavar="MODE",
+        help="what the image shows, for a Union: %(choices)s",
+    )
+    for name, moment, default in (("start", "from", 0), ("end", "until", 1)):
+        group.add_argument(
+            f"--controlnet-{name}",
+            action="append",
+            type=finite_number(0, 1),
+            default=[],
+            metavar="SHARE",
+            help=f"use it {moment} this share of the steps (default: {default})",
+        )
+    group.add_argument(
+        "--controlnet-negative",
+        choices=("shared", "own"),
+        default="shared",
+        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
+        "(as diffusers) or its own (as XLabs; default: %(default)s)",
     )
