@@ -81,6 +81,7 @@ CALLS = {
         {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
         {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
     ),
+    f.control_times: ({"times": [1.0, 0.5, 0.0], "start": 0.5, "end": 1.0}, {}),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
@@ -137,6 +138,7 @@ CALLS = {
 # With networks, files or devices: tested in their folders, or below.
 ELSEWHERE = {
     f.text_to_image,
+    f.controlnet_condition,
     f.image_to_image,
     f.begin_from_images,
     f.ip_adapter_condition,

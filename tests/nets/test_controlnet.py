@@ -161,6 +161,8 @@ def test_without_single_blocks_there_are_no_single_residuals(flux):
     assert residuals.single.shape == (0, IMAGE, 32)
     assert np.abs(velocity(flux, (residuals,)) - velocity(flux)).max() > 1e-3
     np.testing.assert_allclose(residuals_of(unroll(net)).double, residuals.double, atol=1e-5)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), net)
+    np.testing.assert_allclose(residuals_of(half).double, residuals.double, rtol=0.1, atol=0.2)
 
 
 def test_an_image_is_reduced_to_the_image_tokens():
