@@ -10,8 +10,8 @@ from fluxjax.nets.weight import Dense, Weight
 LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices whose rows are looked up, so they are never multiplied by activations."""
 
-_ADAPTED = ("flux", "clip", "t5")
-"""The networks that adapter formats have names for."""
+_ADAPTED = ("flux", "controlnet", "clip", "t5")
+"""The networks that adapters can be attached to; formats of files have names for some of them."""
 
 
 def network_kind(call: str, model: eqx.Module) -> str:
