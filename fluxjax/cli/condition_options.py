@@ -1,9 +1,11 @@
 """Options of what images are conditioned on beside a prompt."""
 
+from collections.abc import Mapping
+
 from fluxjax.cli.choices import CONTROL_MODES
 from fluxjax.cli.options import OptionGroup, file_path, finite_number, unicode_text
 
-CONDITION_DEFAULTS = {
+CONDITION_DEFAULTS: Mapping[str, object] = {
     "control": None,
     "canny": False,
     "controlnet": [],
@@ -55,6 +57,18 @@ def _add_controlnet_options(group: OptionGroup) -> None:
         help="what the ControlNet follows, such as edges, depth or a pose; it is resized to the "
         "size of the images",
     )
+    _add_controlnet_numbers(group)
+    group.add_argument(
+        "--controlnet-negative",
+        choices=("shared", "own"),
+        default="shared",
+        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
+        "(as diffusers) or its own (as XLabs; default: %(default)s)",
+    )
+
+
+def _add_controlnet_numbers(group: OptionGroup) -> None:
+    """Add the options that are given once for all ControlNets, or once for each."""
     group.add_argument(
         "--controlnet-scale",
         action="append",
@@ -80,10 +94,3 @@ def _add_controlnet_options(group: OptionGroup) -> None:
             metavar="SHARE",
             help=f"use it {moment} this share of the steps (default: {default})",
         )
-    group.add_argument(
-        "--controlnet-negative",
-        choices=("shared", "own"),
-        default="shared",
-        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
-        "(as diffusers) or its own (as XLabs; default: %(default)s)",
-    )
