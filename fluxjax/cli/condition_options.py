@@ -117,6 +117,18 @@ def _add_controlnet_options(group: OptionGroup) -> None:
         help="what the ControlNet follows, such as edges, depth or a pose; it is resized to the "
         "size of the images",
     )
+    _add_controlnet_numbers(group)
+    group.add_argument(
+        "--controlnet-negative",
+        choices=("shared", "own"),
+        default="shared",
+        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
+        "(as diffusers) or its own (as XLabs; default: %(default)s)",
+    )
+
+
+def _add_controlnet_numbers(group: OptionGroup) -> None:
+    """Add the options that are given once for all ControlNets, or once for each."""
     group.add_argument(
         "--controlnet-scale",
         action="append",
@@ -142,10 +154,3 @@ def _add_controlnet_options(group: OptionGroup) -> None:
             metavar="SHARE",
             help=f"use it {moment} this share of the steps (default: {default})",
         )
-    group.add_argument(
-        "--controlnet-negative",
-        choices=("shared", "own"),
-        default="shared",
-        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
-        "(as diffusers) or its own (as XLabs; default: %(default)s)",
-    )
