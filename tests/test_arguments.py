@@ -81,6 +81,7 @@ CALLS = {
         {"image": X, "t": 0.3, "draws": 2, "ratio": 1.2, "axis": 0},
         {"source": straight, "target": lambda x, t: x, "key": jax.random.key(0)},
     ),
+    f.control_times: ({"times": [1.0, 0.5, 0.0], "start": 0.5, "end": 1.0}, {}),
     f.initial_noise: ({"height": 32, "width": 16}, {"key": jax.random.key(0)}),
     f.pack_latents: ({"latent": LATENT}, {}),
     f.unpack_latents: ({"packed": np.zeros((1, 64)), "height": 16, "width": 16}, {}),
@@ -93,6 +94,12 @@ CALLS = {
     f.resize_image: ({"image": IMAGE, "height": 8, "width": 24}, {}),
     f.paste_kept: (
         {"drawn": -IMAGE, "image": IMAGE, "mask": HALF},
+        {},
+    ),
+    f.siglip_pixels: ({"image": IMAGE}, {"config": f.SiglipConfig(image_size=5, patch=2)}),
+    f.clip_pixels: ({"image": IMAGE}, {"config": f.ClipVisionConfig(image_size=5, patch=2)}),
+    f.redux_condition: (
+        {"tokens": LATENT[:3], "weights": [0.5, 1.0, 2.0], "text_weight": 0.3},
         {},
     ),
     f.estimates: ({"prediction": X, "x": X, "t": 0.5}, {"kind": "velocity"}),
@@ -131,9 +138,12 @@ CALLS = {
 # With networks, files or devices: tested in their folders, or below.
 ELSEWHERE = {
     f.text_to_image,
+    f.controlnet_condition,
     f.image_to_image,
     f.begin_from_images,
+    f.ip_adapter_condition,
     f.outpaint,
+    f.redux_tokens,
     f.edit_image,
     f.restore_image,
     f.canny_edges,

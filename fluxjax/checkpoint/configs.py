@@ -1,5 +1,7 @@
 """Configs in `config.json`: those of diffusers and transformers, read and written."""
 
+from typing import Any
+
 from fluxjax.checkpoint.config_fields import (
     CLIP_FIELDS,
     FLUX_FIELDS,
@@ -9,8 +11,9 @@ from fluxjax.checkpoint.config_fields import (
     read_fields,
 )
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import CLIP_FOLDER
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.printable import quote_name
@@ -27,27 +30,51 @@ def flux_from_json(config: JsonObject) -> FluxConfig:
     **Raises:** `WeightsError` for a field that is missing or has a value that it can't have.
     """
     values = read_fields(config, FLUX_FIELDS)
-    width = values["num_attention_heads"] * values["attention_head_dim"]
     return FluxConfig(
-        in_channels=values["in_channels"],
+        **transformer_from_json(values),
         # null stands for as many as come in.
         out_channels=values.get("out_channels") or values["in_channels"],
-        width=width,
-        heads=values["num_attention_heads"],
-        double_depth=values["num_layers"],
-        single_depth=values["num_single_layers"],
-        mlp_width=_FLUX_MLP_RATIO * width,
-        context=values["joint_attention_dim"],
-        pooled=values["pooled_projection_dim"],
-        rope_axes=tuple(values.get("axes_dims_rope", (16, 56, 56))),
-        guidance_embed=values.get("guidance_embeds", False),
     )
+
+
+def transformer_from_json(values: JsonObject) -> dict[str, Any]:
+    """Return the fields of a `TransformerConfig`.
+
+    **Arguments:** `values`: the fields of a config.json that are in `FLUX_FIELDS`, checked.
+    """
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    return {
+        "in_channels": values["in_channels"],
+        "width": width,
+        "heads": values["num_attention_heads"],
+        "double_depth": values["num_layers"],
+        "single_depth": values["num_single_layers"],
+        "mlp_width": _FLUX_MLP_RATIO * width,
+        "context": values["joint_attention_dim"],
+        "pooled": values["pooled_projection_dim"],
+        "rope_axes": tuple(values.get("axes_dims_rope", (16, 56, 56))),
+        "guidance_embed": values.get("guidance_embeds", False),
+    }
 
 
 def flux_to_json(config: FluxConfig) -> JsonObject:
     """Return a transformer's config as diffusers' `FluxTransformer2DModel` has it.
 
     **Raises:** `WeightsError` for a network that this class can't be.
+    """
+    same_channels = config.out_channels == config.in_channels
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        **transformer_to_json(config),
+        "out_channels": None if same_channels else config.out_channels,
+        "patch_size": 1,
+    }
+
+
+def transformer_to_json(config: TransformerConfig) -> JsonObject:
+    """Return the fields that diffusers' FLUX and its ControlNet have in common.
+
+    **Raises:** `WeightsError` for a network that these classes can't be.
     """
     expressible = (
         config.mlp_width == _FLUX_MLP_RATIO * config.width
@@ -61,9 +88,7 @@ def flux_to_json(config: FluxConfig) -> JsonObject:
             f"width {config.width}, mlp_width {config.mlp_width}, rope_theta {config.rope_theta} "
             f"and time_width {config.time_width}. Write another layout."
         )
-    same_channels = config.out_channels == config.in_channels
     return {
-        "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": config.head_dim,
         "axes_dims_rope": list(config.rope_axes),
         "guidance_embeds": config.guidance_embed,
@@ -72,8 +97,6 @@ def flux_to_json(config: FluxConfig) -> JsonObject:
         "num_attention_heads": config.heads,
         "num_layers": config.double_depth,
         "num_single_layers": config.single_depth,
-        "out_channels": None if same_channels else config.out_channels,
-        "patch_size": 1,
         "pooled_projection_dim": config.pooled,
     }
 
@@ -122,12 +145,31 @@ def vae_to_json(config: VaeConfig) -> JsonObject:
     }
 
 
-_CLIP_ACTIVATIONS = {
+_ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+
+
+def activation_from_json(title: str, activation: str, folder: str) -> str:
+    """Return fluxjax's name of an activation of transformers' encoders.
+
+    **Arguments:** `title`: of the encoder, and `folder`: of the one to pass, for the message.
+    **Raises:** `WeightsError` for an activation that fluxjax does not have.
+    """
+    if activation not in _ACTIVATIONS:
+        raise WeightsError(
+            f"{title}'s hidden_act {quote_name(activation)} is not one of "
+            f"{', '.join(_ACTIVATIONS)}. Pass FLUX.1's {folder}."
+        )
+    return _ACTIVATIONS[activation]
+
+
+def activation_to_json(activation: str) -> str:
+    """Return transformers' name of an activation."""
+    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
 
 
 def clip_from_json(config: JsonObject) -> ClipConfig:
@@ -139,11 +181,6 @@ def clip_from_json(config: JsonObject) -> ClipConfig:
     values = read_fields(config.get("text_config", config), CLIP_FIELDS)
     eos = values.get("eos_token_id", 49407)
     activation = values.get("hidden_act", "quick_gelu")
-    if activation not in _CLIP_ACTIVATIONS:
-        raise WeightsError(
-            f"CLIP's hidden_act {quote_name(activation)} is not one of "
-            f"{', '.join(_CLIP_ACTIVATIONS)}. Pass FLUX.1's text_encoder."
-        )
     return ClipConfig(
         vocabulary=values["vocab_size"],
         positions=values.get("max_position_embeddings", 77),
@@ -153,21 +190,20 @@ def clip_from_json(config: JsonObject) -> ClipConfig:
         mlp_width=values["intermediate_size"],
         # 2 is a mistake of old configs; the EOS is then the token of the largest id.
         eos_token=None if eos == 2 else eos,
-        activation=_CLIP_ACTIVATIONS[activation],
+        activation=activation_from_json("CLIP", activation, CLIP_FOLDER),
         eps=values.get("layer_norm_eps", 1e-5),
     )
 
 
 def clip_to_json(config: ClipConfig) -> JsonObject:
     """Return a CLIP's config as transformers' `CLIPTextModel` has it."""
-    activation = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "bos_token_id": config.vocabulary - 2,
         "eos_token_id": 2 if config.eos_token is None else config.eos_token,
         "pad_token_id": 1,
-        "hidden_act": activation,
+        "hidden_act": activation_to_json(config.activation),
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
         "layer_norm_eps": config.eps,

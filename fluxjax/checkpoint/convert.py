@@ -22,14 +22,14 @@ from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, NetworkToWrite, check_lay
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.weights import Weights
 from fluxjax.checkpoint.write import Progress, check_target, write_json, write_networks
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import FLUX1, Defaults
 
 
 @runtime_checkable
 class WeightsTransform(Protocol):
     """A change of weights while they are converted, such as merging adapters.
 
-    `networks`: the names of the networks that it changes, out of "flux", "t5", "clip" and "vae".
+    `networks`: the names of the networks that it changes, such as "flux".
     """
 
     @property
@@ -62,10 +62,10 @@ def convert_weights(
     stacked as in memory), "diffusers" (a folder), "bfl" or "comfy". `dtype`: of the weights; None
     keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for the
     matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux",
-    "t5", "clip", "vae". `shard_size`: the most bytes of a file, for a folder of the own or the
-    diffusers layout. `transform`: changes the weights on the way, such as
-    `merge_while_converting(loras)`. `progress`: is called with the bytes written so far and their
-    total.
+    "t5", "clip", "vae", "controlnet", "siglip", "clip_vision", "redux", "ip_adapter". `shard_size`:
+    the most bytes of a file, for a folder of the own or the diffusers layout. `transform`: changes
+    the weights on the way, such as `merge_while_converting(loras)`. `progress`: is called with the
+    bytes written so far and their total.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are incomplete or that the layout can't hold, a full
     disk, or tensors of none of the networks; `FileExistsError` if there is something at the
@@ -77,7 +77,7 @@ def convert_weights(
     check_free(target.path)
     stored = check_written_dtype("convert_weights", dtype)
     chosen = _chosen_kinds(only)
-    folders = MODEL_FOLDERS if chosen is None else [KINDS[name].folder for name in chosen]
+    folders = MODEL_FOLDERS if chosen is None else [KINDS[name].hub_folder for name in chosen]
     path = find_source(source, folders)
     networks = _chosen_networks(open_source(path), chosen)
     _check_transform(transform, networks)
@@ -199,7 +199,8 @@ def _write_rest(
     if defaults is None:
         return
     # diffusers reads its index only together with all of the folders that it names.
-    is_complete = len(kinds) == len(KINDS) and len(copied) == len(TOKENIZER_FOLDERS)
+    has_networks = FLUX1.networks.keys() <= {kind.name for kind in kinds}
+    is_complete = has_networks and len(copied) == len(TOKENIZER_FOLDERS)
     if layout == "diffusers" and is_complete:
         write_pipeline(folder, defaults)
     else:

@@ -17,6 +17,7 @@ from fluxjax.checkpoint.shards import read_index
 from fluxjax.checkpoint.tensors import TensorFile, check_regular_file
 from fluxjax.checkpoint.unknown import describe_unknown_file
 from fluxjax.printable import printable, printable_path
+from fluxjax.zoo import FLUX1
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def open_source(path: Path) -> Source:
             f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder."
         )
     groups: list[FileGroup] = []
-    for kind in KINDS.values():
-        if (path / kind.folder).is_dir():
-            groups += _file_groups(path / kind.folder)
+    # Both vision encoders have the same folder.
+    for folder in dict.fromkeys(kind.folder for kind in KINDS.values()):
+        if (path / folder).is_dir():
+            groups += _file_groups(path / folder)
     source = _collect(path, groups)
-    if source.networks.keys() == KINDS.keys():
+    if FLUX1.networks.keys() <= source.networks.keys():
         return source
     # Files in the folder itself, such as BFL's or ComfyUI's, add what is missing.
     beside = _collect(path, _file_groups(path))

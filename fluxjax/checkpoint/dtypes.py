@@ -6,7 +6,13 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.checkpoint.weights import LOADED_DTYPES, Weights, parameter_names, widest
+from fluxjax.checkpoint.weights import (
+    LOADED_DTYPES,
+    Weights,
+    parameter_names,
+    parameters_of,
+    widest,
+)
 from fluxjax.printable import printable
 
 
@@ -77,7 +83,9 @@ def loaded_dtype(
     of float64 where JAX's 64-bit mode is off.
     """
     if dtype is None:
-        target = widest(weights.dtype(parameter) for parameter in parameter_names(name, shape))
+        # A stack of no blocks holds no parameter; it gets the dtype of the network's first.
+        names = parameter_names(name, shape) or list(parameters_of(weights.network))[:1]
+        target = widest(weights.dtype(parameter) for parameter in names)
     else:
         target = np.dtype(dtype)
     if target == np.float64 and not jax.config.read("jax_enable_x64"):

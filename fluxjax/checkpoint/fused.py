@@ -1,17 +1,17 @@
-"""Which rows of the transformer's fused weights are those of q, k, v and the MLP."""
+"""Which rows of the fused weights of FLUX's blocks are those of q, k, v and the MLP."""
 
 from collections.abc import Mapping
 
 from fluxjax.checkpoint.own_configs import NetworkConfig
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import TransformerConfig
 
 FusedRows = Mapping[str, slice]
 """The rows that each part of a fused weight takes, by the name of the part."""
 
 
 def fused_parts(config: NetworkConfig) -> FusedRows:
-    """Return the rows of the parts of a network's fused weights; only the transformer has any."""
-    if isinstance(config, FluxConfig):
+    """Return the rows of the parts of a network's fused weights, which only FLUX's blocks have."""
+    if isinstance(config, TransformerConfig):
         return fused_rows(config.width, config.mlp_width)
     return {}
 

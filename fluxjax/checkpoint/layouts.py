@@ -13,7 +13,14 @@ from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.dialect import Dialect, Row
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.kinds import OWN_METADATA, VAE, AnyKind, dialect_for, flux_variant
+from fluxjax.checkpoint.kinds import (
+    CONTROLNET,
+    OWN_METADATA,
+    VAE,
+    AnyKind,
+    dialect_for,
+    flux_variant,
+)
 from fluxjax.checkpoint.own_configs import NetworkConfig
 from fluxjax.checkpoint.safetensors_writer import OutputTensor
 from fluxjax.checkpoint.tensor_layout import shape_in_file, to_file
@@ -24,7 +31,7 @@ LAYOUTS = ("own", "diffusers", "bfl", "comfy")
 """fluxjax's own, with leaves as in memory; diffusers' folder; BFL's files; ComfyUI's files."""
 FOLDER_LAYOUTS = ("own", "diffusers")
 """The layouts of which a folder can hold a whole model, with its tokenizers."""
-_TABLES = frozenset(("tokens.weight", "positions.weight", "position_bias.weight"))
+_TABLES = frozenset(("tokens.weight", "positions.weight", "position_bias.weight", "mode_in.weight"))
 
 
 @dataclass(frozen=True)
@@ -138,22 +145,39 @@ def _version() -> str:
 def _dialect_of(network: NetworkToWrite, layout: str) -> Dialect:
     """Return the key table that a layout has for a network."""
     kind = network.kind
-    if kind.name in ("clip", "t5"):
+    if layout == "bfl" and kind.name not in _WITH_BFL_NAMES:
+        raise WeightsError(
+            f"The BFL layout has no {kind.title}. "
+            f"Write one of {', '.join(_WITH_BFL_NAMES)} only, or the comfy layout."
+        )
+    if kind is CONTROLNET and not network.config.hint_image:  # type: ignore[union-attr]
         if layout == "bfl":
             raise WeightsError(
-                f"The BFL layout has no {kind.title}. "
-                "Write the flux or the vae only, or the comfy layout."
+                "The BFL layout has XLabs' ControlNets only, whose condition is an image. Write "
+                "another layout."
             )
-        return kind.dialects[0]
-    bfl, diffusers = kind.dialects
-    return dialect_for(diffusers if layout == "diffusers" else bfl, network.config)
+        return kind.dialects[1]  # which ComfyUI reads too
+    has_diffusers_names = kind.name in _WITH_DIFFUSERS_NAMES and layout == "diffusers"
+    return dialect_for(kind.dialects[1 if has_diffusers_names else 0], network.config)
 
 
+_WITH_BFL_NAMES = ("flux", "vae", "controlnet", "redux")
+_WITH_DIFFUSERS_NAMES = ("flux", "vae", "controlnet")
+"""Kinds whose second dialect is diffusers'."""
 _BFL_NAMES = {
     "dev": "flux1-dev",
     "schnell": "flux1-schnell",
     "Fill": "flux1-fill-dev",
     "Canny/Depth": "flux1-control-dev",
+}
+_FILE_NAMES = {
+    "clip": "clip_l.safetensors",
+    "vae": "ae.safetensors",
+    "controlnet": "flux1-controlnet.safetensors",
+    "siglip": "sigclip_vision_patch14_384.safetensors",
+    "clip_vision": "clip_vision_l.safetensors",
+    "redux": "flux1-redux-dev.safetensors",
+    "ip_adapter": "flux1-ip-adapter.safetensors",
 }
 _COMFY_DTYPES = {
     "float16": "fp16",
@@ -177,7 +201,7 @@ def _file_name(network: NetworkToWrite, layout: str, dtype: np.dtype | None) -> 
     if kind.name == "t5":
         stored = str(dtype or network.weights.dtype("blocks.0.q.weight"))
         return f"t5xxl_{_COMFY_DTYPES.get(stored, stored)}.safetensors"
-    return "clip_l.safetensors" if kind.name == "clip" else "ae.safetensors"
+    return _FILE_NAMES[kind.name]
 
 
 def dialect_tensors(
@@ -234,6 +258,8 @@ def stacked_tensors(network: NetworkToWrite, dtype: np.dtype | None) -> dict[str
     for leaf_name, leaf in zip(leaf_names(weights.network), leaves, strict=True):
         shape = leaf.shape[1:] if is_stacked(leaf_name) else leaf.shape
         names = parameter_names(leaf_name, leaf.shape)
+        if not names:  # a stack of no blocks
+            continue
         # The blocks of a leaf lie in one tensor, which has one dtype.
         target = widest(_written_dtype(network, name, shape, dtype) for name in names)
         chunks = _ParameterStack(weights, names, shape, target)

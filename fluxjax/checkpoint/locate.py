@@ -70,7 +70,8 @@ def download(
     are complete are kept.
 
     **Arguments:** `name`: a name of the zoo, or a hub id of a repository in the diffusers layout.
-    `parts`: the folders to download; the default is all that fluxjax reads. `cached`: return what
+    `parts`: the folders to download, "" for all that is in the repository; the default is all that
+    a model has. `cached`: return what
     is in the cache, without a request to the hub. `verify`: compare files that are in the cache
     with their checksums, and download those again that differ (dev's 34 GB take about a minute).
     **Returns:** the folder that holds them.
@@ -89,7 +90,8 @@ def download(
     parts = list(parts)
     patterns = [MODEL_INDEX_FILE]
     for part in parts:
-        patterns += [f"{part}/{pattern}" for pattern in _DOWNLOADED]
+        place = f"{part}/" if part else ""
+        patterns += [place + pattern for pattern in _DOWNLOADED]
     with explain_hub_errors(name, repository, cached):
         folder, was_requested = _repository_files(repository, patterns, cached, verify)
     missing = [part for part in parts if not (folder / part).is_dir()]

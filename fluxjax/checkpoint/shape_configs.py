@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
@@ -24,27 +25,37 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
 
     **Raises:** `WeightsError` for other heads, or a tensor that is missing.
     """
-    width, in_channels = _shape(shapes, "img_in.weight")
-    (head_dim,) = _shape(shapes, "double.0.img.query_norm.scale", axes=1)
-    if head_dim != sum(FluxConfig().rope_axes):
+    return FluxConfig(
+        **transformer_from_shapes(shapes),
+        out_channels=shape_of(shapes, "final.linear.weight")[0],
+    )
+
+
+def transformer_from_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of a `TransformerConfig`.
+
+    **Raises:** `WeightsError` for other heads than FLUX.1's, or a tensor that is missing.
+    """
+    width, in_channels = shape_of(shapes, "img_in.weight")
+    (head_dim,) = shape_of(shapes, "double.0.img.query_norm.scale", axes=1)
+    if head_dim != sum(TransformerConfig().rope_axes):
         raise WeightsError(
             f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE "
-            "axes. Pass config=FluxConfig(…)."
+            "axes. Pass config=FluxConfig(…), or the config of this network."
         )
-    return FluxConfig(
-        in_channels=in_channels,
-        out_channels=_shape(shapes, "final.linear.weight")[0],
-        width=width,
-        heads=width // head_dim,
+    return {
+        "in_channels": in_channels,
+        "width": width,
+        "heads": width // head_dim,
         # Indices are counted; if one is missing, the plan lists what it should hold.
-        double_depth=_count_indices(shapes, "double."),
-        single_depth=_count_indices(shapes, "single."),
-        mlp_width=_shape(shapes, "double.0.img.mlp.up.weight")[0],
-        context=_shape(shapes, "txt_in.weight")[1],
-        pooled=_shape(shapes, "vector_in.up.weight")[1],
-        time_width=_shape(shapes, "time_in.up.weight")[1],
-        guidance_embed="guidance_in.up.weight" in shapes,
-    )
+        "double_depth": count_indices(shapes, "double."),
+        "single_depth": count_indices(shapes, "single."),
+        "mlp_width": shape_of(shapes, "double.0.img.mlp.up.weight")[0],
+        "context": shape_of(shapes, "txt_in.weight")[1],
+        "pooled": shape_of(shapes, "vector_in.up.weight")[1],
+        "time_width": shape_of(shapes, "time_in.up.weight")[1],
+        "guidance_embed": "guidance_in.up.weight" in shapes,
+    }
 
 
 def vae_from_shapes(shapes: Shapes) -> VaeConfig:
@@ -53,9 +64,9 @@ def vae_from_shapes(shapes: Shapes) -> VaeConfig:
     **Raises:** `WeightsError` for other channels than FLUX.1's, since the rest would differ too.
     """
     channels = []
-    for level in range(_count_indices(shapes, "encoder.down.")):
+    for level in range(count_indices(shapes, "encoder.down.")):
         name = f"encoder.down.{level}.resnets.0.conv1.weight"
-        channels.append(_shape(shapes, name, axes=4)[0])
+        channels.append(shape_of(shapes, name, axes=4)[0])
     if tuple(channels) != VaeConfig().channels:
         raise WeightsError(
             f"A VAE of {tuple(channels)} channels is not FLUX.1's, and the file does not tell its "
@@ -63,8 +74,8 @@ def vae_from_shapes(shapes: Shapes) -> VaeConfig:
         )
     return VaeConfig(
         channels=tuple(channels),
-        resnets=_count_indices(shapes, "encoder.down.0.resnets."),
-        latent_channels=_shape(shapes, "decoder.conv_in.weight", axes=4)[1],
+        resnets=count_indices(shapes, "encoder.down.0.resnets."),
+        latent_channels=shape_of(shapes, "decoder.conv_in.weight", axes=4)[1],
     )
 
 
@@ -73,7 +84,7 @@ def clip_from_shapes(shapes: Shapes) -> ClipConfig:
 
     **Raises:** `WeightsError` for another width than CLIP-L's, which does not tell the heads.
     """
-    vocabulary, width = _shape(shapes, "tokens.weight")
+    vocabulary, width = shape_of(shapes, "tokens.weight")
     large = ClipConfig.large()
     if width != large.width:
         raise WeightsError(
@@ -83,29 +94,33 @@ def clip_from_shapes(shapes: Shapes) -> ClipConfig:
     return replace(
         large,
         vocabulary=vocabulary,
-        positions=_shape(shapes, "positions.weight")[0],
-        depth=_count_indices(shapes, "blocks."),
-        mlp_width=_shape(shapes, "blocks.0.up.weight")[0],
+        positions=shape_of(shapes, "positions.weight")[0],
+        depth=count_indices(shapes, "blocks."),
+        mlp_width=shape_of(shapes, "blocks.0.up.weight")[0],
     )
 
 
 def t5_from_shapes(shapes: Shapes) -> T5Config:
     """Return the config of a T5 encoder; its largest distance and eps are those of T5 1.1."""
-    vocabulary, width = _shape(shapes, "tokens.weight")
-    buckets, heads = _shape(shapes, "position_bias.weight")
+    vocabulary, width = shape_of(shapes, "tokens.weight")
+    buckets, heads = shape_of(shapes, "position_bias.weight")
     return T5Config(
         vocabulary=vocabulary,
         width=width,
         heads=heads,
         # A damaged file can have no heads; the config's own checks refuse that.
-        head_dim=_shape(shapes, "blocks.0.q.weight")[0] // max(heads, 1),
-        depth=_count_indices(shapes, "blocks."),
-        mlp_width=_shape(shapes, "blocks.0.up.weight")[0],
+        head_dim=shape_of(shapes, "blocks.0.q.weight")[0] // max(heads, 1),
+        depth=count_indices(shapes, "blocks."),
+        mlp_width=shape_of(shapes, "blocks.0.up.weight")[0],
         buckets=buckets,
     )
 
 
-def _shape(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
+    """Return the shape of a parameter.
+
+    **Raises:** `WeightsError` if it is missing, or has another number of axes.
+    """
     if name not in shapes:
         raise WeightsError(
             f"The network is not whole: it lacks {name} (its name in fluxjax), so its size is not "
@@ -119,7 +134,7 @@ def _shape(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
     return shapes[name]
 
 
-def _count_indices(shapes: Shapes, prefix: str) -> int:
+def count_indices(shapes: Shapes, prefix: str) -> int:
     """Return how many different fields follow a prefix: the number of blocks or levels."""
     indices = set()
     for name in shapes:

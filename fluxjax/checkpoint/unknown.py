@@ -1,9 +1,9 @@
 """What a file is that holds no network of FLUX.1, judged by the names of its tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fluxjax.checkpoint.tensors import TensorFile
+from fluxjax.checkpoint.tensors import Tensor, TensorFile
 from fluxjax.printable import printable, printable_path
 
 _ADAPTER_FIELDS = frozenset(
@@ -29,11 +29,24 @@ _OTHER_MODELS = {
     "joint_blocks": "Stable Diffusion 3",
     "input_blocks": "Stable Diffusion 1, 2 or XL",
     "down_blocks.0.attentions": "Stable Diffusion's UNet",
-    "controlnet_blocks": "a ControlNet",
-    "controlnet_double_blocks": "a ControlNet",
-    "vision_model": "a CLIP vision encoder",
+    "controlnet_blocks": "a ControlNet of another model",
+    "controlnet_double_blocks": "a ControlNet of another model",
+    "vision_model": "a vision encoder without its projection",
 }
 """Other models, by a text that the names of their tensors hold."""
+_CONTROL_INPUTS = ("controlnet_x_embedder", "x_embedder")
+"""The layers of a ControlNet that take the condition's and the noisy image's tokens."""
+
+
+def is_inpainting_control(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are those of a ControlNet for inpainting.
+
+    The features of its condition are those of a packed latent, and four of a mask.
+    """
+    condition, image = (tensors.get(f"{name}.weight") for name in _CONTROL_INPUTS)
+    if condition is None or image is None or condition.shape[:1] != image.shape[:1]:
+        return False
+    return condition.shape[1:] == tuple(size + 4 for size in image.shape[1:])
 
 
 def describe_unknown_file(path: Path, files: Sequence[TensorFile]) -> str:
@@ -56,6 +69,12 @@ def describe_unknown_file(path: Path, files: Sequence[TensorFile]) -> str:
         )
     if fields & _ADAPTER_FIELDS or any(name.startswith("lora_") for name in names):
         return f"{where} is a LoRA, not a model. Pass the model that it adapts."
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    if is_inpainting_control(tensors):
+        return (
+            f"{where} is a ControlNet for inpainting, whose condition has a mask, which fluxjax "
+            "does not run. Pass a ControlNet without one, or inpaint with FLUX.1 Fill."
+        )
     for text, model in _OTHER_MODELS.items():
         if any(text in name for name in names):
             return f"{where} holds {model}, which is not FLUX.1. Pass a FLUX.1 checkpoint."

@@ -8,95 +8,38 @@ works for one prompt and for the lines of a file, on a mesh and in several proce
 
 import argparse
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from fluxjax.cli.condition_source import (
+    ConditionFacts,
+    ConditionOfSize,
+    ConditionParts,
+    ConditionSource,
+)
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.image_prompts import read_image_prompts
+from fluxjax.cli.output import encodable
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.channels import check_features
 from fluxjax.generate.condition_images import resize_image
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.control import control_condition
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.controlnet import ControlSettings, controlnet_condition
 from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
-from fluxjax.generate.load import LoadOptions
-from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.vae import Vae
+from fluxjax.generate.load import load_network
+from fluxjax.nets.controlnet import ControlNet
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
 from fluxjax.zoo import APPENDED_FEATURES
-
-ConditionOfSize = Callable[[int, int], AddedCondition]
-"""(height, width) in pixels -> the condition of images of this size."""
-
-
-class ConditionFacts(NamedTuple):
-    """What a source is checked against before anything is written.
-
-    `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
-    is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
-    `load`: how networks are loaded, with the mesh.
-    """
-
-    model: str
-    flux: FluxConfig | None
-    is_guided: bool
-    load: LoadOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionParts:
-    """What a condition is made with, once the networks are loaded.
-
-    `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
-    of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
-    (name, function) -> function(), whose time is counted as loading.
-    """
-
-    flux: Flux
-    vae: Vae
-    load: LoadOptions
-    dtype: DTypeLike
-    hooks: DrawHooks
-    time_load: Callable[[str, Callable], object]
-
-
-class ConditionSource:
-    """A condition as plain values, before anything is loaded.
-
-    It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token.
-    """
-
-    @property
-    def features(self) -> int:
-        return 0
-
-    def check(self, facts: ConditionFacts) -> None:
-        """Check that the model can use it; called when the options are read, and once more with
-        the config of the loaded transformer if that was not known.
-
-        **Raises:** `ValueError` if it can't.
-        """
-
-    @abstractmethod
-    def describe(self) -> Mapping[str, str]:
-        """Return what images' metadata say of it, by name; files with `describe_file`."""
-
-    @abstractmethod
-    def load(self, parts: ConditionParts) -> ConditionOfSize:
-        """Load what it needs, once; return the function that makes the condition of a size."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,6 +92,99 @@ def _read_control(options: argparse.Namespace) -> ConditionSource | None:
     return ControlSource(path=options.control, image=image, is_canny=options.canny)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlNetSource(ConditionSource):
+    """A ControlNet and the image that it follows.
+
+    `number`: which of the command's it is, from 1. `source`: as for `load_controlnet`. `image`: in
+    [-1, 1], of any size; it is resized to that of the images. `loaded`: the networks by source,
+    shared by all, so that each is loaded once.
+    """
+
+    number: int
+    source: str
+    path: Path
+    image: Image
+    settings: ControlSettings
+    loaded: dict[str, ControlNet]
+
+    def check(self, facts: ConditionFacts) -> None:
+        mesh = facts.load.mesh
+        if mesh is not None and mesh.shape["context"] > 1:
+            raise ValueError(
+                "--controlnet adds to all tokens of an image, and --mesh splits them. "
+                "Use context=1 with it."
+            )
+
+    def describe(self) -> Mapping[str, str]:
+        settings = self.settings
+        parts = [printable(self.source), describe_file(self.path), f"scale {settings.scale:g}"]
+        if settings.mode is not None:
+            parts.append(f"mode {settings.mode}")
+        if (settings.start, settings.end) != (0, 1):
+            parts.append(f"from {settings.start:g} to {settings.end:g} of the steps")
+        if not settings.shared:
+            parts.append("own negative")
+        name = "controlnet" if self.number == 1 else f"controlnet {self.number}"
+        return {name: encodable(", ".join(parts))}
+
+    def load(self, parts: ConditionParts) -> ConditionOfSize:
+        if self.source not in self.loaded:
+            load = partial(load_network, "controlnet", self.source, parts.load)
+            self.loaded[self.source] = cast(ControlNet, parts.time_load("controlnet", load))
+        net = self.loaded[self.source]
+
+        def condition(height: int, width: int) -> AddedCondition:
+            note_stretched(str(self.path), self.image, height, width)
+            return controlnet_condition(
+                net,
+                parts.vae,
+                resize_image(self.image, height, width),
+                self.settings,
+                dtype=parts.dtype,
+                mesh=parts.load.mesh,
+                hooks=parts.hooks,
+            )
+
+        return condition
+
+
+def _controlnet_sources(options: argparse.Namespace) -> Sequence[ConditionSource]:
+    """Return the ControlNets that the options name, with the values of each."""
+    count = len(options.controlnet)
+    if len(options.controlnet_image) != count:
+        raise ValueError(
+            f"--controlnet takes one --controlnet-image for each, got {count} and "
+            f"{len(options.controlnet_image)}. Repeat both as often."
+        )
+    values: list[dict] = [{"shared": options.controlnet_negative == "shared"} for _ in range(count)]
+    for name in ("scale", "mode", "start", "end"):
+        given = getattr(options, f"controlnet_{name}")
+        if given and (count == 0 or len(given) not in (1, count)):
+            raise ValueError(
+                f"--controlnet-{name} is given once for all --controlnet, or once for each, got "
+                f"{len(given)} for {count}. Repeat it as often as these."
+            )
+        for index, own in enumerate(values if given else ()):
+            own[name] = given[index % len(given)]
+    loaded: dict[str, ControlNet] = {}
+    sources = []
+    for index, (source, path) in enumerate(
+        zip(options.controlnet, options.controlnet_image, strict=True)
+    ):
+        sources.append(
+            ControlNetSource(
+                number=index + 1,
+                source=source,
+                path=path,
+                image=jnp.asarray(interruptible(read_image, path)),
+                settings=ControlSettings(**values[index]),
+                loaded=loaded,
+            )
+        )
+    return sources
+
+
 def _check_opencv() -> None:
     try:
         import_opencv()
@@ -156,7 +192,10 @@ def _check_opencv() -> None:
         raise ValueError(str(error)) from None
 
 
-_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (_read_control,)
+_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (
+    _read_control,
+    read_image_prompts,
+)
 """Functions that return the source that the options name, or None if they name none."""
 
 
@@ -170,7 +209,7 @@ def condition_sources(options: argparse.Namespace) -> tuple[ConditionSource, ...
         source = read(options)
         if source is not None:
             sources.append(source)
-    return tuple(sources)
+    return (*sources, *_controlnet_sources(options))
 
 
 def check_conditions(

@@ -14,7 +14,8 @@ from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 from fluxjax.cli.compilation_cache import use_cache
-from fluxjax.cli.conditions import ConditionOfSize, ConditionParts, load_conditions
+from fluxjax.cli.condition_source import ConditionOfSize, ConditionParts
+from fluxjax.cli.conditions import load_conditions
 from fluxjax.cli.console import complain
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.progress import Clock
@@ -477,13 +478,14 @@ class _Stages(NamedTuple):
             image_keys = step_keys(key, [number], request.recipe.step)
             if image_keys is not None:
                 keys.append(image_keys)
+        size, times = (request.height, request.width), request.recipe.times
         return prompt_batch(
             prompts.positive,
             prompts.negative,
             noise=jnp.concatenate(noise),
             keys=jnp.concatenate(keys) if keys else None,
             distilled=networks.guidance,
-            conditions=[of_size(request.height, request.width) for of_size in networks.conditions],
+            conditions=[of_size(*size).for_times(times) for of_size in networks.conditions],
         )
 
     def _begin(

@@ -89,5 +89,5 @@ def run_download(options: argparse.Namespace) -> None:
     """Download a model, or some of its networks, and print the folder."""
     parts = MODEL_FOLDERS
     if options.only is not None:
-        parts = tuple(KINDS[name].folder for name in options.only)
+        parts = tuple(KINDS[name].hub_folder for name in options.only)
     print(interruptible(download, options.name, parts))

@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from fluxjax.devices.specs import Network, array_role, specs, tensor_axis
+from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_config import FluxConfig, fused_features
+from fluxjax.nets.flux_config import TransformerConfig, fused_features
 from fluxjax.shapes import Array
 
 
@@ -25,7 +26,7 @@ def shard(network: Network, mesh: Mesh) -> Network:
     **Arguments:** `mesh`: from `make_mesh`.
     **Raises:** `ValueError` if "tensor" does not divide the heads or the hidden features.
     """
-    config = network.config if isinstance(network, Flux) else None
+    config = network.config if isinstance(network, Flux | ControlNet) else None
 
     def place(
         path: KeyPath,
@@ -44,7 +45,7 @@ def shard(network: Network, mesh: Mesh) -> Network:
 def _reordered(
     path: KeyPath,
     leaf: Array,
-    config: FluxConfig,
+    config: TransformerConfig,
     devices: int,
 ) -> Array:
     """Return an array with what belongs to one device next to each other, if its layer is fused."""

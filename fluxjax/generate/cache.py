@@ -16,8 +16,10 @@ from fluxjax.generate.conditioning import (
     network_input,
     prepare_conditioning,
 )
+from fluxjax.generate.controls import ControlNetSet
 from fluxjax.kernels.attention import Attention
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_control import add_after_first
 from fluxjax.nets.flux_state import HiddenState, Prepared
 from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
@@ -133,7 +135,8 @@ class CachedFlux(StatefulVelocity):
     `flux`: the network. `cache`: `FirstBlock` or `TeaCache`. `attention`: as for the network.
     `image_axes`: names of the axes, of `jax.vmap` or `jax.shard_map`, over which all images skip
     blocks together; a decision for each image of a batch would compute both branches.
-    `reference_tokens`: how many tokens the condition adds to the noisy ones.
+    `reference_tokens`: how many tokens the condition adds to the noisy ones. `control`:
+    ControlNets beside the network, which are skipped with its blocks.
     """
 
     flux: Flux
@@ -141,6 +144,7 @@ class CachedFlux(StatefulVelocity):
     attention: AttentionChoice = None
     image_axes: tuple[str, ...] = eqx.field(static=True, default=())
     reference_tokens: int = eqx.field(static=True, default=0)
+    control: ControlNetSet | None = None
 
     def __check_init__(self):
         if self.flux.config.double_depth < 1:
@@ -166,7 +170,7 @@ class CachedFlux(StatefulVelocity):
         | tuple[Float[Array, "img_tokens out_channels"], CacheMemory]
     ):
         old = self.init(x) if memory is None else memory
-        prepared = condition_at(self.flux, condition[0], t)
+        prepared = condition_at(self.flux, condition[0], t, self.control)
         # A cache is refused where tokens are split, so that this is prepared for all of them.
         shared: Prepared = prepared.prepared  # type: ignore[assignment]
         embedded = self.flux.embed(network_input(x, prepared), t, shared)
@@ -182,11 +186,16 @@ class CachedFlux(StatefulVelocity):
             return hidden.img + old.residual.astype(hidden.img.dtype), old.residual
 
         def run_blocks() -> tuple[Tokens, Tokens]:
-            img = self.flux.blocks(hidden, attention=self.attention, start=start)
+            # What ControlNets add is in the residual too, so that they are skipped with the blocks.
+            control = () if self.control is None else self.control(x, t, prepared.control)
+            first = hidden
+            if start and control:
+                first = hidden._replace(img=add_after_first(hidden.img, control))
+            img = self.flux.blocks(first, attention=self.attention, control=control, start=start)
             return img, (img - hidden.img).astype(jnp.float32)
 
         img, residual = jax.lax.cond(skip, add_last, run_blocks)
-        value = self.flux.final(img, hidden.modulation.final).astype(x.dtype)[: len(x)]
+        value = self.flux.predict(img, hidden).astype(x.dtype)[: len(x)]
         if memory is None:
             return value
         new = CacheMemory(
@@ -207,12 +216,19 @@ class CachedFlux(StatefulVelocity):
 
 
 def condition_at(
-    flux: Transformer, condition: Conditioning | PreparedConditioning, t: Scalar
+    flux: Transformer,
+    condition: Conditioning | PreparedConditioning,
+    t: Scalar,
+    control: ControlNetSet | None = None,
 ) -> PreparedConditioning:
-    """Return a condition that is prepared for t, here if it is not yet."""
+    """Return a condition that is prepared for t, here if it is not yet.
+
+    **Arguments:** `control`: the ControlNets beside the transformer.
+    """
     if isinstance(condition, PreparedConditioning):
         return condition
-    return prepare_conditioning(flux, condition, jnp.asarray(t)[None])
+    nets = () if control is None else control.nets
+    return prepare_conditioning(flux, condition, jnp.asarray(t)[None], nets)
 
 
 def _relative_change(new: Tokens, old: Tokens) -> Scalar:

@@ -1,6 +1,7 @@
 """What an image is conditioned on, as one value: all inputs of the transformer but the noise."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -8,9 +9,17 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux
+from fluxjax.generate.controls import (
+    Control,
+    PreparedControl,
+    prepare_control,
+    without_networks,
+)
+from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
-from fluxjax.shapes import Array, Float, PerImage
+from fluxjax.nets.image_prompt import ImagePrompt, for_image_tokens
+from fluxjax.shapes import Array, Float, PerImage, Times
 
 Transformer = Flux | TokenParallelFlux
 """A transformer on one device, or with its tokens split over several."""
@@ -40,7 +49,9 @@ class Conditioning(eqx.Module):
     `img_ids`: positions of the image's tokens, from `image_ids`. `guidance`: the distilled guidance
     scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
     of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
-    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them.
+    `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `control`:
+    ControlNets, whose residuals are added up. `image_prompts`: of IP-Adapters, keys and values that
+    the blocks attend to as well.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -49,6 +60,8 @@ class Conditioning(eqx.Module):
     guidance: PerImage | None = None
     concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
+    control: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 class AddedCondition(eqx.Module):
@@ -68,6 +81,13 @@ class AddedCondition(eqx.Module):
         """Return a conditioning that images are guided away from, with this added."""
         return self.add(conditioning)
 
+    def for_times(self, times: Times) -> "AddedCondition":
+        """Return this condition for a sampling of these nodes, by default itself.
+
+        One that is on for a share of the steps translates it into times here.
+        """
+        return self
+
 
 _RANKS = {
     "txt": 2,
@@ -77,6 +97,10 @@ _RANKS = {
     "concat": 2,
     "tokens": 2,
     "ids": 2,
+    "k": 4,
+    "v": 4,
+    "scales": 1,
+    "token_weights": 1,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -87,11 +111,31 @@ def split_images(conditioning: Conditioning) -> tuple[Conditioning, Conditioning
     Each part has None in the place of the other's arrays; `eqx.combine` joins them again.
     """
 
-    def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], leaf: Array | float) -> bool:
-        return jnp.ndim(leaf) > _RANKS[path[-1].name]
+    def has_rows(path: jax.tree_util.KeyPath, node: Array | float | Control) -> bool | Control:
+        if isinstance(node, Control):
+            return node.rows()
+        return jnp.ndim(node) > _RANKS[path[-1].name]
 
-    rows = jax.tree_util.tree_map_with_path(has_rows, conditioning)
+    rows = jax.tree_util.tree_map_with_path(
+        has_rows, conditioning, is_leaf=lambda node: isinstance(node, Control)
+    )
     return eqx.partition(conditioning, rows)
+
+
+def bind_control(conditioning: Conditioning) -> tuple[Control, ...]:
+    """Return the controls of one image, without their networks, with all that these read."""
+    return tuple(_bound(one, conditioning) for one in without_networks(conditioning.control))
+
+
+def _bound(control: Control, conditioning: Conditioning) -> Control:
+    names = ("txt", "vec", "img_ids", "guidance")
+    missing = [name for name in names if getattr(control, name) is None]
+    return eqx.tree_at(
+        lambda one: [getattr(one, name) for name in missing],
+        control,
+        [getattr(conditioning, name) for name in missing],
+        is_leaf=lambda node: node is None,
+    )
 
 
 class PreparedConditioning(eqx.Module):
@@ -104,15 +148,20 @@ class PreparedConditioning(eqx.Module):
     prepared: Prepared | PreparedShard
     concat: Float[Array, "... img_tokens features"] | None = None
     reference_tokens: Float[Array, "... reference_tokens channels"] | None = None
+    control: tuple[PreparedControl, ...] = ()
 
 
 def prepare_conditioning(
-    flux: Transformer, conditioning: Conditioning, times: Float[Array, " times"]
+    flux: Transformer,
+    conditioning: Conditioning,
+    times: Float[Array, " times"],
+    nets: Sequence[ControlNet] = (),
 ) -> PreparedConditioning:
     """Compute what does not depend on the noisy image, for all times of evaluation at once.
 
     **Arguments:** `conditioning`: of one image. `times`: every time at which the network will be
-    evaluated; at any other the velocity is NaN.
+    evaluated; at any other the velocity is NaN. `nets`: those of the conditioning's controls, which
+    are from `bind_control`.
     """
     ids = conditioning.img_ids
     reference = conditioning.reference
@@ -125,8 +174,17 @@ def prepare_conditioning(
         img_ids=ids,
         guidance=conditioning.guidance,
     )
+    if conditioning.image_prompts:
+        own = len(conditioning.img_ids)
+        prompts = []
+        for prompt in conditioning.image_prompts:
+            prompts.append(for_image_tokens(prompt, own, len(ids) - own))
+        prepared = flux.with_image_prompts(prepared, prompts)  # type: ignore[arg-type]
     tokens = None if reference is None else reference.tokens
-    return PreparedConditioning(prepared, conditioning.concat, tokens)
+    control = []
+    for net, one in zip(nets, conditioning.control, strict=True):
+        control.append(prepare_control(net, one, times))
+    return PreparedConditioning(prepared, conditioning.concat, tokens, tuple(control))
 
 
 def network_input(

@@ -30,17 +30,19 @@ from fluxjax.generate.autoencode import decode
 from fluxjax.generate.cache import AttentionChoice, CacheMemory
 from fluxjax.generate.channels import check_features
 from fluxjax.generate.conditioning import Conditioning, Transformer, split_images
-from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
-from fluxjax.generate.velocity import (
+from fluxjax.generate.conditions import (
     Conditions,
-    Guidance,
-    check_guidance,
-    guided_velocity,
-    prepare_conditions,
+    Nets,
+    check_control,
+    join_conditions,
+    nets_of,
     prepare_joined,
-    split_scales,
 )
+from fluxjax.generate.controls import without_networks
+from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
+from fluxjax.generate.velocity import Guidance, check_guidance, guided_velocity, split_scales
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
@@ -269,6 +271,7 @@ def check_batch(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
     check_features("`denoise`", flux.config, 0 if concat is None else concat.shape[-1])
     has_negative = batch.negative is not None
     check_guidance(network, guidance, recipe.attention, has_negative=has_negative)
+    check_control(network, batch.positive, batch.negative)
     scales: dict[str, PerImage | None] = {
         "guidance": batch.positive.guidance,
         "scale": guidance.scale,
@@ -311,6 +314,14 @@ class _Shared(eqx.Module):
     source: Conditioning | None
 
 
+class _Networks(NamedTuple):
+    """The transformer, and the networks of the controls of an image and of its source."""
+
+    flux: Transformer
+    own: Nets
+    source: Nets
+
+
 class _AllConditions(NamedTuple):
     """The conditions of an image, and of its source, if it has one."""
 
@@ -330,12 +341,12 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
     # Tokens that are split over devices are prepared where they are used, in every segment.
     prepares = mesh is None or mesh.shape["context"] == 1
 
-    def begin(flux: Transformer, row: _Rows, shared: _Shared) -> _Drawing:
+    def begin(networks: _Networks, row: _Rows, shared: _Shared) -> _Drawing:
         recipe = shared.recipe
-        conditions = _conditions(flux, row, shared)
+        conditions = _conditions(row, shared)
         if prepares:
-            conditions = _prepare(flux, conditions, row, shared)
-        velocity, step = _field(flux, conditions, row, shared)
+            conditions = _prepare(networks, conditions, row, shared)
+        velocity, step = _field(networks, conditions, row, shared)
         first = jnp.asarray(recipe.first, jnp.int32)
         # Some steps evaluate the velocity before the first one, at the first of the times.
         times = recipe.times.at[0].set(recipe.times[first])
@@ -344,7 +355,7 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
         return _Drawing(conditions, state)
 
     rows, shared = _split(batch, recipe, mesh)
-    return _for_each_image(begin, flux, (rows,), shared, mesh)
+    return _for_each_image(begin, _networks(flux, batch), (rows,), shared, mesh)
 
 
 def _advance(
@@ -359,56 +370,62 @@ def _advance(
     image_axes = ("images",) if mesh is None else ("images", "data", "fsdp")
 
     def advance(
-        flux: Transformer, row: _Rows, drawing: _Drawing, inputs: tuple[_Shared, tuple]
+        networks: _Networks, row: _Rows, drawing: _Drawing, inputs: tuple[_Shared, tuple]
     ) -> SampleState:
         shared, (start, stop) = inputs
         conditions = drawing.conditions
-        if isinstance(flux, TokenParallelFlux):
-            conditions = _prepare(flux, conditions, row, shared)
-        velocity, step = _field(flux, conditions, row, shared, image_axes)
+        if isinstance(networks.flux, TokenParallelFlux):
+            conditions = _prepare(networks, conditions, row, shared)
+        velocity, step = _field(networks, conditions, row, shared, image_axes)
         times = shared.recipe.times
         return advance_sample(velocity, drawing.state, times, start, stop, step=step, key=row.key)
 
     rows, shared = _split(batch, recipe, mesh)
-    state = _for_each_image(advance, flux, (rows, drawing), (shared, bounds), mesh)
+    networks = _networks(flux, batch)
+    state = _for_each_image(advance, networks, (rows, drawing), (shared, bounds), mesh)
     return _Drawing(drawing.conditions, state)
 
 
-def _conditions(flux: Transformer, row: _Rows, shared: _Shared) -> _AllConditions:
+def _networks(flux: Flux, batch: ImageBatch) -> _Networks:
+    return _Networks(flux, nets_of(batch.positive), nets_of(batch.source))
+
+
+def _conditions(row: _Rows, shared: _Shared) -> _AllConditions:
     """Return the conditions of an image and of its source, not yet prepared for any time."""
     positive = eqx.combine(row.positive, shared.positive)
     negative = None
     if row.negative is not None:
         negative = eqx.combine(row.negative, shared.negative)
     guidance = eqx.combine(row.guidance, shared.guidance)
-    own = prepare_conditions(flux, positive, negative, guidance=guidance, times=None)
+    own = join_conditions(positive, negative, texts=guidance.nag is not None)
     if row.source is None:
         return _AllConditions(own, None)
-    source = eqx.combine(row.source, shared.source)
-    return _AllConditions(own, (cast(Conditioning, source), None))
+    source = cast(Conditioning, eqx.combine(row.source, shared.source))
+    return _AllConditions(own, join_conditions(source, None, texts=False))
 
 
 def _prepare(
-    flux: Transformer, conditions: _AllConditions, row: _Rows, shared: _Shared
+    networks: _Networks, conditions: _AllConditions, row: _Rows, shared: _Shared
 ) -> _AllConditions:
     """Return conditions prepared for all times at which the image's integrator evaluates them."""
-    _, step = _field(flux, conditions, row, shared)
+    _, step = _field(networks, conditions, row, shared)
     evaluations = evaluation_times(step, shared.recipe.times)
-    source = conditions.source
+    flux, source = networks.flux, conditions.source
     if source is not None:
-        source = prepare_joined(flux, source, evaluations)
-    return _AllConditions(prepare_joined(flux, conditions.own, evaluations), source)
+        source = prepare_joined(flux, source, evaluations, networks.source)
+    own = prepare_joined(flux, conditions.own, evaluations, networks.own)
+    return _AllConditions(own, source)
 
 
 def _field(
-    flux: Transformer,
+    networks: _Networks,
     conditions: _AllConditions,
     row: _Rows,
     shared: _Shared,
     image_axes: tuple[str, ...] = (),
 ) -> tuple[Velocity, Step]:
     """Return the velocity of an image and its integrator, changed as the recipe says."""
-    velocity, source = _velocities(flux, conditions, row, shared, image_axes)
+    velocity, source = _velocities(networks, conditions, row, shared, image_axes)
     change, step = shared.recipe.change, shared.recipe.step
     if change is None:
         return velocity, step
@@ -416,7 +433,7 @@ def _field(
 
 
 def _velocities(
-    flux: Transformer,
+    networks: _Networks,
     conditions: _AllConditions,
     row: _Rows,
     shared: _Shared,
@@ -425,39 +442,48 @@ def _velocities(
     """Return the guided velocity of an image, and that of its source, which is not guided."""
     attention = shared.recipe.attention
     guidance = eqx.combine(row.guidance, shared.guidance)
-    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes)
+    flux = networks.flux
+    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes, networks.own)
     source = None
     if conditions.source is not None:
-        unguided = guided_velocity(flux, conditions.source, Guidance(), attention)
+        unguided = guided_velocity(
+            flux, conditions.source, Guidance(), attention, (), networks.source
+        )
         source = cast(Velocity, unguided)
     return cast(Velocity, own), source
 
 
 def _for_each_image(
-    function: Callable[..., Result], flux: Flux, rows: tuple, shared: object, mesh: Mesh | None
+    function: Callable[..., Result],
+    networks: _Networks,
+    rows: tuple,
+    shared: object,
+    mesh: Mesh | None,
 ) -> Result:
-    """Return function(flux, *row, shared) for each image of a batch, on a mesh if there is one."""
+    """Return function(networks, *row, shared) of each image, on a mesh if there is one."""
 
-    def batched(flux: Transformer, rows: tuple, shared: object) -> Result:
-        if mesh is not None and mesh.shape["context"] > 1 and isinstance(flux, Flux):
-            flux = TokenParallelFlux(flux)
-        by_row = jax.vmap(lambda *row: function(flux, *row, shared), axis_name="images")
+    def batched(networks: _Networks, rows: tuple, shared: object) -> Result:
+        if mesh is not None and mesh.shape["context"] > 1 and isinstance(networks.flux, Flux):
+            networks = networks._replace(flux=TokenParallelFlux(networks.flux))
+        by_row = jax.vmap(lambda *row: function(networks, *row, shared), axis_name="images")
         return by_row(*rows)
 
     if mesh is None:
-        return batched(flux, rows, shared)
-    return on_mesh(batched, mesh, flux, rows, shared)
+        return batched(networks, rows, shared)
+    return on_mesh(batched, mesh, networks, rows, shared)
 
 
 def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows, _Shared]:
     """Split a batch into what each image has of its own, and what all share."""
-    positive_rows, positive = split_images(batch.positive)
+    if mesh is not None:
+        batch = _with_split_heads(batch)
+    positive_rows, positive = _split_condition(batch.positive)
     negative_rows = negative = None
     if batch.negative is not None:
-        negative_rows, negative = split_images(batch.negative)
+        negative_rows, negative = _split_condition(batch.negative)
     source_rows = source = None
     if batch.source is not None:
-        source_rows, source = split_images(batch.source)
+        source_rows, source = _split_condition(batch.source)
     guidance = recipe.guidance
     if mesh is not None and guidance.nag is not None:
         # Its norms are over all heads of a token, which are split over this axis.
@@ -476,6 +502,28 @@ def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows,
     return rows, _Shared(positive, negative, guidance, recipe, source)
 
 
+def _split_condition(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Return `split_images` of a condition, without the networks of its controls."""
+
+    def without_nets(part: Conditioning) -> Conditioning:
+        return eqx.tree_at(lambda one: one.control, part, without_networks(part.control))
+
+    rows, shared = split_images(conditioning)
+    return without_nets(rows), without_nets(shared)
+
+
+def _with_split_heads(batch: ImageBatch) -> ImageBatch:
+    """Return a batch whose image prompts are for a transformer with heads split over "tensor"."""
+
+    def is_prompt(node: PyTree) -> bool:
+        return isinstance(node, ImagePrompt)
+
+    def split(node: PyTree) -> PyTree:
+        return replace(node, head_axis="tensor") if is_prompt(node) else node
+
+    return jax.tree.map(split, batch, is_leaf=is_prompt)
+
+
 @eqx.filter_jit
 def trajectories(
     flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
@@ -486,16 +534,16 @@ def trajectories(
     """
     check_batch(flux, batch, recipe, mesh)
 
-    def run(flux: Transformer, row: _Rows, shared: _Shared) -> Array:
-        conditions = _prepare(flux, _conditions(flux, row, shared), row, shared)
-        velocity, step = _field(flux, conditions, row, shared)
+    def run(networks: _Networks, row: _Rows, shared: _Shared) -> Array:
+        conditions = _prepare(networks, _conditions(row, shared), row, shared)
+        velocity, step = _field(networks, conditions, row, shared)
         x, times = pack_latents(row.noise), shared.recipe.times
         path = sample(velocity, x, times, step=step, key=row.key, history=True).history
         assert path is not None
         return path
 
     rows, shared = _split(batch, recipe, mesh)
-    return _for_each_image(run, flux, (rows,), shared, mesh)
+    return _for_each_image(run, _networks(flux, batch), (rows,), shared, mesh)
 
 
 class FieldFunction(eqx.Module):
@@ -527,14 +575,14 @@ def apply_to_fields(
     """
     check_batch(flux, batch, recipe, mesh)
 
-    def apply(flux: Transformer, row: _Rows, inputs: tuple[_Shared, FieldFunction]) -> Array:
+    def apply(networks: _Networks, row: _Rows, inputs: tuple[_Shared, FieldFunction]) -> Array:
         shared, function = inputs
-        conditions = _conditions(flux, row, shared)
-        velocity, source = _velocities(flux, conditions, row, shared)
+        conditions = _conditions(row, shared)
+        velocity, source = _velocities(networks, conditions, row, shared)
         return function(velocity, source, pack_latents(row.noise), row.key)
 
     rows, shared = _split(batch, recipe, mesh)
-    return _for_each_image(apply, flux, (rows,), (shared, function), mesh)
+    return _for_each_image(apply, _networks(flux, batch), (rows,), (shared, function), mesh)
 
 
 def _finish(batch: ImageBatch, drawing: _Drawing) -> _Denoised:

@@ -16,7 +16,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.dtypes import check_dtype
-from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.kinds import CLIP, CONTROLNET, FLUX, T5_XXL, VAE, Kind
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
@@ -28,6 +28,8 @@ from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.controlnet import ControlNet
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
@@ -65,7 +67,7 @@ def load_flux(
     no such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
     `sharding`, `stream` and `quantize`.
     """
-    return _load(FLUX, source, config, dtype, _Storage(sharding, stream, quantize))
+    return load_kind(FLUX, source, config, dtype, Storage(sharding, stream, quantize))
 
 
 def load_clip(
@@ -76,7 +78,7 @@ def load_clip(
     sharding: ShardingChoice = None,
 ) -> Clip:
     """Load CLIP's text encoder. Arguments and errors as for `load_flux`."""
-    return _load(CLIP, source, config, dtype, _Storage(sharding))
+    return load_kind(CLIP, source, config, dtype, Storage(sharding))
 
 
 def load_t5(
@@ -89,7 +91,7 @@ def load_t5(
     quantize: str | None = None,
 ) -> T5:
     """Load T5's encoder. Arguments and errors as for `load_flux`."""
-    return _load(T5_XXL, source, config, dtype, _Storage(sharding, stream, quantize))
+    return load_kind(T5_XXL, source, config, dtype, Storage(sharding, stream, quantize))
 
 
 def load_vae(
@@ -100,10 +102,28 @@ def load_vae(
     sharding: ShardingChoice = None,
 ) -> Vae:
     """Load the VAE. Arguments and errors as for `load_flux`."""
-    return _load(VAE, source, config, dtype, _Storage(sharding))
+    return load_kind(VAE, source, config, dtype, Storage(sharding))
 
 
-class _Storage(NamedTuple):
+def load_controlnet(
+    source: str | Path,
+    *,
+    config: ControlNetConfig | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: ShardingChoice = None,
+    stream: bool = False,
+    quantize: str | None = None,
+) -> ControlNet:
+    """Load a ControlNet: InstantX's or Shakker's, or one of XLabs in its own layout or diffusers'.
+
+    **Arguments:** `source`: a file, a folder, or a hub id, as
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0". The others as for `load_flux`.
+    **Raises:** as `load_flux`; `WeightsError` for a ControlNet for inpainting.
+    """
+    return load_kind(CONTROLNET, source, config, dtype, Storage(sharding, stream, quantize))
+
+
+class Storage(NamedTuple):
     """Where and how the weights are kept; at most one of the three. As for `load_flux`."""
 
     sharding: ShardingChoice = None
@@ -111,9 +131,10 @@ class _Storage(NamedTuple):
     quantize: str | None = None
 
 
-def _load(
-    kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, storage: _Storage
+def load_kind(
+    kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, storage: Storage
 ) -> Any:
+    """Load a network of any kind. Arguments and errors as for `load_flux`."""
     dtype = check_dtype(f"load_{kind.name}", dtype)
     sharding, stream, eight_bits = storage
     if (sharding is not None) + stream + (eight_bits is not None) > 1:
@@ -121,7 +142,7 @@ def _load(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.folder)).network(kind).plan(config)
+    plan = open_source(find_part(source, kind.hub_folder)).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
@@ -202,9 +223,9 @@ class LoadOptions:
 
     `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
     with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
-    for the blocks of the transformer and of T5: round their matrices to "int8" or "fp8"; keep them
-    in host memory (on a CPU: in their files) and fetch one block at a time, with adapters attached
-    rather than merged; compile each block by itself.
+    for the blocks of the transformer, of T5 and of ControlNets: round their matrices to "int8" or
+    "fp8"; keep them in host memory (on a CPU: in their files) and fetch one block at a time, with
+    adapters attached rather than merged; compile each block by itself.
     """
 
     dtype: DTypeLike | None = None
@@ -224,8 +245,9 @@ _LOADERS: Mapping[str, Callable[..., Any]] = {
     "clip": load_clip,
     "t5": load_t5,
     "vae": load_vae,
+    "controlnet": load_controlnet,
 }
-_WITH_LARGE_BLOCKS = ("flux", "t5")
+_WITH_LARGE_BLOCKS = ("flux", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
 
@@ -238,8 +260,8 @@ def load_network(
 ) -> Any:
     """Load one network for drawing.
 
-    **Arguments:** `name`: "flux", "clip", "t5" or "vae". `note`: called with a line for each part
-    of an adapter that has no effect.
+    **Arguments:** `name`: "flux", "clip", "t5", "vae" or "controlnet". `note`: called with a line
+    for each part of an adapter that has no effect.
     """
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS

@@ -1,7 +1,7 @@
 """Drawing of encoded prompts: what all functions share that draw images of prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -195,11 +195,12 @@ def prompted_drawing(
     times = _times(call, settings, defaults, height, width)
     states, negative = _encode_prompts(models, texts, settings, _runner(hooks))
     distilled = distilled_guidance(models.flux, defaults, settings.distilled_guidance)
+    conditions = tuple(condition.for_times(times) for condition in settings.conditions)
     return PromptedDrawing(
         call=call,
         models=models,
         key=key,
-        settings=settings,
+        settings=replace(settings, conditions=conditions),
         guidance=as_arrays(guidance),
         hooks=hooks,
         states=states,

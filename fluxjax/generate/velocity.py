@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,22 +12,29 @@ import numpy as np
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Conditional, Guided, Rule, WeakModel
+from fluxjax.flow.velocity import Memory, StatefulVelocity
 from fluxjax.generate.cache import AttentionChoice, CachedFlux, StepCache, condition_at
 from fluxjax.generate.conditioning import (
     Conditioning,
-    PreparedConditioning,
     Transformer,
     network_input,
-    prepare_conditioning,
 )
+from fluxjax.generate.conditions import (
+    Condition,
+    Conditions,
+    Nets,
+    check_control,
+    join_conditions,
+    nets_of,
+    prepare_joined,
+)
+from fluxjax.generate.controls import ControlNets, ControlNetSet, control_attention
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
-
-Condition = Conditioning | PreparedConditioning
 
 
 @convert_arguments
@@ -78,26 +86,58 @@ class Guidance(eqx.Module):
 class ConditionalFlux(eqx.Module):
     """The transformer as a function (x, t, condition) -> dx/dt.
 
-    `attention`: as for `Flux`. `degraded`: blocks that are skipped or attend otherwise.
+    `attention`: as for `Flux`. `degraded`: blocks that are skipped or attend otherwise. `control`:
+    ControlNets beside it.
     """
 
     flux: Transformer
     attention: AttentionChoice = None
     degraded: DegradedBlocks | None = None
+    control: ControlNetSet | None = None
 
     def __call__(
         self, x: Float[Array, "img_tokens channels"], t: Scalar, condition: Condition
     ) -> Float[Array, "img_tokens out_channels"]:
-        prepared = condition_at(self.flux, condition, t)
+        prepared = condition_at(self.flux, condition, t, self.control)
         tokens = network_input(x, prepared)
+        added: dict[str, Any] = {}
+        if self.control is not None:
+            added["control"] = self.control(x, t, prepared.control)
         velocity = self.flux.velocity(
             tokens,
             t,
             prepared.prepared,  # type: ignore[arg-type]  # prepared by the same transformer
             attention=self.attention,
             degraded=self.degraded,
+            **added,  # refused where tokens are split
         )
         return velocity[: len(x)]
+
+
+class ControlledVelocity(StatefulVelocity):
+    """A guided velocity whose conditions share ControlNets, which are evaluated once for all.
+
+    `guided`: of networks that hold the ControlNets' `ControlNetSet`.
+    """
+
+    guided: Guided
+
+    def init(self, x: Float[Array, "img_tokens channels"]) -> Memory:
+        return self.guided.init(x)
+
+    def __call__(
+        self,
+        x: Float[Array, "img_tokens channels"],
+        t: ScalarLike,
+        *condition: Conditioning,
+        memory: Memory = None,
+    ) -> Array | tuple[Array, Memory]:
+        guided, time = self.guided, jnp.asarray(t, x.dtype)
+        control = guided.velocity.control.at(x, time)  # type: ignore[attr-defined]
+        guided = eqx.tree_at(lambda one: one.velocity.control, guided, control)
+        if guided.weak is not None:
+            guided = eqx.tree_at(lambda one: one.weak.velocity.control, guided, control)
+        return guided(x, t, memory=memory)
 
 
 @convert_arguments
@@ -110,7 +150,7 @@ def flux_velocity(
     times: Float[Array, " evaluations"] | None = None,
     attention: AttentionChoice = None,
     image_axes: Sequence[str] = (),
-) -> Guided:
+) -> Guided | ControlledVelocity:
     """Return the guided velocity of one image: a pytree, called as velocity(x, t), for `sample`.
 
     It works under `jit`, `vmap`, `grad` and `scan`, and inside `on_mesh`. `x` is a packed latent,
@@ -126,44 +166,11 @@ def flux_velocity(
     attention, and for a cache where tokens are split over devices.
     """
     check_guidance(flux, guidance, attention, has_negative=negative is not None)
-    conditions = prepare_conditions(flux, positive, negative, guidance=guidance, times=times)
-    return guided_velocity(flux, conditions, guidance, attention, tuple(image_axes))
-
-
-Conditions = tuple[Condition, Condition | None]
-"""The positive and the negative condition of an image."""
-
-
-def prepare_conditions(
-    flux: Transformer,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    *,
-    guidance: Guidance,
-    times: Float[Array, " evaluations"] | None,
-) -> Conditions:
-    """Return both conditions as `guided_velocity` takes them.
-
-    Their texts are joined for NAG, and they are prepared for the times, if these are known.
-    """
-    if guidance.nag is not None and negative is not None:
-        positive = _with_negative_text(positive, negative)
-        negative = _with_negative_text(negative, negative)
-    return prepare_joined(flux, (positive, negative), times)
-
-
-def prepare_joined(
-    flux: Transformer, conditions: Conditions, times: Float[Array, " evaluations"] | None
-) -> Conditions:
-    """Return conditions, whose texts are joined already, prepared for the times, if any."""
-    positive, negative = conditions
-    if times is None:
-        return conditions
-    if isinstance(positive, Conditioning):
-        positive = prepare_conditioning(flux, positive, times)
-    if isinstance(negative, Conditioning):
-        negative = prepare_conditioning(flux, negative, times)
-    return positive, negative
+    check_control(flux, positive, negative)
+    nets = nets_of(positive)
+    joined = join_conditions(positive, negative, texts=guidance.nag is not None)
+    joined = prepare_joined(flux, joined, times, nets)
+    return guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets)
 
 
 def guided_velocity(
@@ -172,13 +179,18 @@ def guided_velocity(
     guidance: Guidance,
     attention: AttentionChoice = None,
     image_axes: tuple[str, ...] = (),
-) -> Guided:
-    """Return the guided velocity of conditions from `prepare_conditions`."""
-    positive, negative = conditions
+    nets: Nets = Nets(),
+) -> Guided | ControlledVelocity:
+    """Return the guided velocity of conditions from `join_conditions` or `prepare_joined`."""
+    positive, negative, shared = conditions
+    control = None
+    if shared or nets.own:
+        named = control_attention(attention)
+        control = ControlNetSet(ControlNets(nets.shared, shared, named), nets.own, named)
     if guidance.nag is not None:
         named = guidance.nag.implementation if attention is None else attention
         attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
-    network: Conditional = ConditionalFlux(flux, attention)
+    network: Conditional = ConditionalFlux(flux, attention, None, control)
     if guidance.cache is not None and isinstance(flux, Flux):
         network = CachedFlux(  # type: ignore[assignment]  # it takes a memory, too
             flux,
@@ -186,14 +198,15 @@ def guided_velocity(
             attention,
             image_axes,
             reference_tokens=_reference_tokens(positive),
+            control=control,
         )
     weak = None
     if guidance.weak is not None:
-        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks)
+        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks, control)
         weak = WeakModel(
             degraded, guidance.weak.strength, low=guidance.weak.low, high=guidance.weak.high
         )
-    return Guided(
+    guided = Guided(
         network,
         positive,
         negative,
@@ -203,6 +216,10 @@ def guided_velocity(
         high=guidance.high,
         weak=weak,
     )
+    # A cache decides for each condition whether the ControlNets are run.
+    if shared and isinstance(network, ConditionalFlux):
+        return ControlledVelocity(guided)
+    return guided
 
 
 def check_guidance(
@@ -234,12 +251,6 @@ def check_guidance(
             "`Guidance(cache)` compares all tokens of an image, and here they are split over "
             "devices. Use a mesh of context=1 with it."
         )
-
-
-def _with_negative_text(conditioning: Conditioning, negative: Conditioning) -> Conditioning:
-    """Return a conditioning with the negative text before its own, as `Nag` takes it."""
-    text = jnp.concatenate([negative.txt, conditioning.txt])
-    return eqx.tree_at(lambda one: one.txt, conditioning, text)
 
 
 def _reference_tokens(condition: Condition) -> int:

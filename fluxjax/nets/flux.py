@@ -1,5 +1,6 @@
 """The FLUX transformer: a velocity dx/dt of noisy image tokens, text and time."""
 
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import equinox as eqx
@@ -11,21 +12,29 @@ from jaxtyping import PyTree
 from fluxjax.arguments import convert_arguments
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux_attention import AttentionChoice, block_attention, block_runner
-from fluxjax.nets.flux_blocks import (
-    DoubleBlock,
-    DoubleModulation,
-    FinalLayer,
-    ImageAndText,
-    Mlp,
-    SingleBlock,
-)
+from fluxjax.nets.flux_blocks import DoubleBlock, FinalLayer, ImageAndText, Mlp, SingleBlock
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_control import (
+    ControlResiduals,
+    add_after_double,
+    add_after_single,
+    check_residuals,
+)
+from fluxjax.nets.flux_prepare import (
+    Embedders,
+    block_modulation,
+    check_distilled_scale,
+    check_widths,
+    in_wide_dtype,
+    joint_rotation,
+    without_modulation,
+)
 from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
-from fluxjax.nets.layers import Linear, rope, sinusoid
-from fluxjax.nets.scan import map_blocks, scan_blocks
-from fluxjax.nets.stack import block_at, map_part, stack
+from fluxjax.nets.image_prompt import ImagePrompt, check_image_prompts
+from fluxjax.nets.layers import Linear
+from fluxjax.nets.scan import scan_blocks
+from fluxjax.nets.stack import block_at, stack
 from fluxjax.nets.summary import describe_network
-from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
 ImgTokens = Float[Array, "img_tokens in_channels"]
@@ -38,8 +47,6 @@ Pooled = Float[Array, " pooled"]
 """The pooled state of CLIP."""
 ImgIds = Float[Array, "img_tokens axes"]
 TxtIds = Float[Array, "txt_tokens axes"]
-ConditioningVectors = Float[Array, "times width"]
-"""One vector for each time, of the time, the pooled text and the guidance scale."""
 
 
 class FluxOptions(TypedDict, total=False):
@@ -47,7 +54,9 @@ class FluxOptions(TypedDict, total=False):
 
     `attention`: the name of an implementation of `fluxjax.attention`, an `Attention`, which has
     block sizes too, or a custom function over the text's and the image's tokens. `degraded`: blocks
-    to skip, or to run with another attention. `dtype`: of the activations, by default that of
+    to skip, or to run with another attention. `control`: residuals of ControlNets, each of which is
+    added after its blocks, skipped ones too. `image_prompts`: of IP-Adapters, which blocks attend
+    to as well; those that are skipped do not. `dtype`: of the activations, by default that of
     `txt`, so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only
     the input of each block and compute the block again: a third more work, and the memory of one
     block.
@@ -55,6 +64,8 @@ class FluxOptions(TypedDict, total=False):
 
     attention: AttentionChoice
     degraded: DegradedBlocks | None
+    control: Sequence[ControlResiduals]
+    image_prompts: Sequence[ImagePrompt]
     dtype: DTypeLike | None
     remat: bool
 
@@ -129,9 +140,9 @@ class Flux(eqx.Module):
         of the config.
         """
         # All inputs at once, for one message about all of them.
-        _check_widths(self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
+        check_widths("Flux", self.config, x=x, txt=txt, vec=vec, img_ids=img_ids)
         prepared = self.prepare(
-            _wide(t)[None],
+            in_wide_dtype(t)[None],
             txt=txt,
             vec=vec,
             img_ids=img_ids,
@@ -143,9 +154,10 @@ class Flux(eqx.Module):
         return self.velocity(
             x,
             t,
-            prepared,
+            self.with_image_prompts(prepared, options.get("image_prompts", ())),
             attention=options.get("attention"),
             degraded=options.get("degraded"),
+            control=options.get("control", ()),
             remat=options.get("remat", False),
         )
 
@@ -171,18 +183,29 @@ class Flux(eqx.Module):
         call of the network.
         **Raises:** `ValueError` as for a call of the network.
         """
-        _check_widths(self.config, txt=txt, vec=vec, img_ids=img_ids)
-        _check_guidance(self.config, guidance)
+        check_widths("Flux", self.config, txt=txt, vec=vec, img_ids=img_ids)
+        check_distilled_scale("Flux", guidance, taken=self.config.guidance_embed)
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
-        # The text's tokens come first in the joint attention.
-        ids = jnp.concatenate([txt_ids, img_ids]).astype(wide_dtype(jnp.dtype(dtype)))
-        rotation = rope(ids, self.config.rope_axes, self.config.rope_theta)
-        times = _wide(times)
-        conditioning = jax.nn.silu(self._conditioning(times, vec.astype(dtype), guidance))
-        modulation = self._modulation(conditioning, remat)
+        rotation = joint_rotation(self.config, txt_ids, img_ids, dtype)
+        times = in_wide_dtype(times)
+        embedders = Embedders(self.time_in, self.vector_in, self.guidance_in)
+        conditioning = embedders(times, vec.astype(dtype), guidance, self.config.time_width)
+        modulation = Modulation(
+            *block_modulation(self.double, self.single, conditioning, remat),
+            self.final.modulation(conditioning),
+        )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
+
+    def with_image_prompts(self, prepared: Prepared, prompts: Sequence[ImagePrompt]) -> Prepared:
+        """Return what was prepared, with image prompts that the blocks attend to as well.
+
+        **Arguments:** `prepared`: from `prepare`. `prompts`: of IP-Adapters.
+        **Raises:** `ValueError` for prompts that were made for other blocks.
+        """
+        check_image_prompts(self.config, prompts)
+        return prepared._replace(image_prompts=tuple(prompts))
 
     @convert_arguments
     def velocity(
@@ -193,6 +216,7 @@ class Flux(eqx.Module):
         *,
         attention: AttentionChoice = None,
         degraded: DegradedBlocks | None = None,
+        control: Sequence[ControlResiduals] = (),
         remat: bool = False,
     ) -> ImgVelocity:
         """Return the velocity at one of the times that were prepared.
@@ -201,8 +225,19 @@ class Flux(eqx.Module):
         **Returns:** dx/dt in the dtype of `x`; NaN at any other time.
         """
         hidden = self.embed(x, t, prepared)
-        img = self.blocks(hidden, attention=attention, degraded=degraded, remat=remat)
-        return self.final(img, hidden.modulation.final).astype(x.dtype)
+        img = self.blocks(
+            hidden, attention=attention, degraded=degraded, control=control, remat=remat
+        )
+        return self.predict(img, hidden).astype(x.dtype)
+
+    def predict(self, img: ImgStates, hidden: HiddenState) -> ImgVelocity:
+        """Return the prediction from the image's tokens after the blocks.
+
+        **Arguments:** `hidden`: from `embed`.
+        """
+        modulation = hidden.modulation.final
+        assert modulation is not None  # `prepare` computes it
+        return self.final(img, modulation)
 
     def embed(
         self,
@@ -215,9 +250,11 @@ class Flux(eqx.Module):
         **Arguments:** as for `velocity`.
         **Raises:** `ValueError` if the width of `x` is not that of the config.
         """
-        _check_widths(self.config, x=x)
+        check_widths("Flux", self.config, x=x)
         img = self.img_in(x.astype(prepared.txt.dtype))
-        return HiddenState(img, prepared.txt, prepared.at(t), prepared.rotation)
+        return HiddenState(
+            img, prepared.txt, prepared.at(t), prepared.rotation, prepared.image_prompts
+        )
 
     def first(
         self,
@@ -227,9 +264,10 @@ class Flux(eqx.Module):
     ) -> ImageAndText:
         """Return the image's and the text's tokens after the first double block."""
         block = block_at(self.double, 0)
-        modulation = block_at(hidden.modulation.double, 0)
+        in_double, _ = hidden.prompts_in_blocks()
+        modulation, prompts = block_at((hidden.modulation.double, in_double), 0)
         tokens = (hidden.img, hidden.txt)
-        return block(tokens, modulation, block_attention(attention, hidden))
+        return block(tokens, modulation, block_attention(attention, hidden), prompts)
 
     def blocks(
         self,
@@ -237,125 +275,39 @@ class Flux(eqx.Module):
         *,
         attention: AttentionChoice = None,
         degraded: DegradedBlocks | None = None,
+        control: Sequence[ControlResiduals] = (),
         start: int = 0,
         remat: bool = False,
     ) -> ImgStates:
         """Return the image's tokens after the blocks.
 
-        **Arguments:** `hidden`: from `embed`. `start`: number of the first double block to run. The
-        others are as for a call of the network.
+        **Arguments:** `hidden`: from `embed`. `start`: number of the first double block to run;
+        what is added after those before it is in `hidden`. The others are as for a call of the
+        network.
         """
-        run = block_runner(hidden, attention, degraded)
-        double_inputs: tuple[PyTree, ...] = (hidden.modulation.double,)
-        single_inputs: tuple[PyTree, ...] = (hidden.modulation.single,)
+        run_double = run_single = block_runner(hidden, attention, degraded)
+        in_double, in_single = hidden.prompts_in_blocks()
+        double_inputs: tuple[PyTree, ...] = (hidden.modulation.double, in_double)
+        single_inputs: tuple[PyTree, ...] = (hidden.modulation.single, in_single)
         if degraded is not None:
             # Without flags the program has no branches.
             double_inputs += (degraded.double,)
             single_inputs += (degraded.single,)
-        double, single = self._blocks_without_modulation()
+        if control:
+            check_residuals(hidden.img, control)
+            config, txt_tokens = self.config, len(hidden.txt)
+            run_double, numbers = add_after_double(run_double, control, config.double_depth)
+            double_inputs += (numbers,)
+            run_single, numbers = add_after_single(
+                run_single, control, config.single_depth, txt_tokens
+            )
+            single_inputs += (numbers,)
+        double, single = without_modulation(self.double, self.single)
         tokens = (hidden.img, hidden.txt)
-        img, txt = scan_blocks(double, tokens, run, inputs=double_inputs, start=start, remat=remat)
+        img, txt = scan_blocks(
+            double, tokens, run_double, inputs=double_inputs, start=start, remat=remat
+        )
         # From here on text and image are one sequence, of which the image is kept in the end.
         joint = jnp.concatenate([txt, img])
-        joint = scan_blocks(single, joint, run, inputs=single_inputs, remat=remat)
+        joint = scan_blocks(single, joint, run_single, inputs=single_inputs, remat=remat)
         return joint[len(hidden.txt) :]
-
-    def _blocks_without_modulation(self) -> tuple[PyTree, PyTree]:
-        """Return the blocks without the layers that `prepare` ran, so that no loop fetches them."""
-
-        def double_part(block: DoubleBlock) -> DoubleBlock:
-            return eqx.tree_at(_double_modulation_layers, block, (None, None))
-
-        def single_part(block: SingleBlock) -> SingleBlock:
-            return eqx.tree_at(_single_modulation_layer, block, None)
-
-        return map_part(self.double, double_part), map_part(self.single, single_part)
-
-    def _conditioning(
-        self,
-        times: Times,
-        vec: Pooled,
-        guidance: ScalarLike | None,
-    ) -> ConditioningVectors:
-        """Return the vectors of times, pooled text and guidance that modulate every block."""
-
-        def embed(mlp: Mlp, value: Array | ScalarLike) -> Array:
-            # The sinusoid is cast after it is computed: 1000 t has no exact bfloat16.
-            wave = sinusoid(1000 * _wide(value), self.config.time_width)
-            return mlp(wave.astype(vec.dtype), jax.nn.silu)
-
-        # The text's vector is the same at all times.
-        total = embed(self.time_in, times) + self.vector_in(vec, jax.nn.silu)
-        if self.guidance_in is not None and guidance is not None:
-            total = total + embed(self.guidance_in, guidance)
-        return total
-
-    def _modulation(
-        self,
-        conditioning: ConditioningVectors,
-        remat: bool,
-    ) -> Modulation:
-        """Return the modulation of all layers.
-
-        **Arguments:** `conditioning`: after its SiLU, which all blocks share.
-        """
-
-        def double_modulation(layers: tuple[Linear, Linear]) -> DoubleModulation:
-            return DoubleModulation(*(layer(conditioning) for layer in layers))
-
-        def single_modulation(layer: Linear) -> Float[Array, "times three_width"]:
-            return layer(conditioning)
-
-        double_layers = map_part(self.double, _double_modulation_layers)
-        single_layers = map_part(self.single, _single_modulation_layer)
-        return Modulation(
-            map_blocks(double_layers, double_modulation, remat=remat),
-            map_blocks(single_layers, single_modulation, remat=remat),
-            self.final.modulation(conditioning),
-        )
-
-
-def _double_modulation_layers(block: DoubleBlock) -> tuple[Linear, Linear]:
-    return block.img.modulation, block.txt.modulation
-
-
-def _single_modulation_layer(block: SingleBlock) -> Linear:
-    return block.modulation
-
-
-def _wide(value: Array | ScalarLike) -> Float[Array, "*shape"]:
-    """Return times, or a guidance scale, in float32, or in float64 if that is their dtype."""
-    array = jnp.asarray(value)
-    return array.astype(wide_dtype(array.dtype))
-
-
-def _check_widths(config: FluxConfig, **inputs: Array) -> None:
-    """**Raises:** `ValueError` that names all inputs whose last axis does not fit the config."""
-    widths = {
-        "x": config.in_channels,
-        "txt": config.context,
-        "vec": config.pooled,
-        "img_ids": len(config.rope_axes),
-    }
-    problems = []
-    for name, value in inputs.items():
-        if value.shape[-1] != widths[name]:
-            problems.append(f"{name} has {value.shape[-1]} features, not {widths[name]}")
-    if problems:
-        raise ValueError(
-            f"`Flux` got inputs that do not fit its config: {'; '.join(problems)}. Load the config "
-            "that belongs to them, or make them with this model's encoders and VAE."
-        )
-
-
-def _check_guidance(config: FluxConfig, guidance: ScalarLike | None) -> None:
-    """**Raises:** `ValueError` if guidance is missing, or is not taken."""
-    if config.guidance_embed and guidance is None:
-        raise ValueError(
-            "This `Flux` is guidance-distilled and needs `guidance=`. Pass guidance=3.5, the "
-            "default of FLUX.1-dev."
-        )
-    if not config.guidance_embed and guidance is not None:
-        raise ValueError(
-            "This `Flux` has no guidance embedder, as schnell has none. Pass guidance=None."
-        )

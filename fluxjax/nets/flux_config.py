@@ -1,23 +1,22 @@
-"""The sizes of a FLUX transformer."""
+"""The sizes of a FLUX transformer, and of the networks that are made of its blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxConfig:
-    """The sizes of a FLUX transformer; the defaults are those of FLUX.1-dev.
+class TransformerConfig:
+    """The sizes of FLUX's blocks and of the layers before them; the defaults are FLUX.1-dev's.
 
-    `in_channels`, `out_channels`: features of an image token, read and predicted. `width`: features
-    of a token in the blocks. `heads`: of the attention. `double_depth`, `single_depth`: numbers of
-    blocks. `mlp_width`: hidden features of the MLPs. `context`: features of a text token. `pooled`:
-    features of the pooled text vector. `rope_axes`: for each id column, how many features of a head
-    it rotates. `rope_theta`: base of RoPE's frequencies. `time_width`: features of the sinusoid of
-    times. `guidance_embed`: whether the network takes a distilled guidance scale.
+    `in_channels`: features of an image token. `width`: features of a token in the blocks. `heads`:
+    of the attention. `double_depth`, `single_depth`: numbers of blocks. `mlp_width`: hidden
+    features of the MLPs. `context`: features of a text token. `pooled`: features of the pooled text
+    vector. `rope_axes`: for each id column, how many features of a head it rotates. `rope_theta`:
+    base of RoPE's frequencies. `time_width`: features of the sinusoid of times. `guidance_embed`:
+    whether the network takes a distilled guidance scale.
     """
 
     in_channels: int = 64
-    out_channels: int = 64
     width: int = 3072
     heads: int = 24
     double_depth: int = 19
@@ -34,7 +33,7 @@ class FluxConfig:
         odd = any(axis % 2 for axis in self.rope_axes)
         if odd or self.heads * sum(self.rope_axes) != self.width:
             raise ValueError(
-                "`FluxConfig` needs even rope_axes whose sum times heads is width, got "
+                f"`{type(self).__name__}` needs even rope_axes whose sum times heads is width, got "
                 f"rope_axes={self.rope_axes}, heads={self.heads}, width={self.width}."
             )
 
@@ -42,6 +41,17 @@ class FluxConfig:
     def head_dim(self) -> int:
         """Features of a head."""
         return self.width // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig(TransformerConfig):
+    """The sizes of a FLUX transformer; the defaults are those of FLUX.1-dev.
+
+    `out_channels`: features of an image token that are predicted. The rest as in
+    `TransformerConfig`.
+    """
+
+    out_channels: int = 64
 
     @classmethod
     def dev(cls) -> "FluxConfig":
@@ -54,7 +64,7 @@ class FluxConfig:
         return replace(cls.dev(), guidance_embed=False)
 
 
-def fused_features(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
+def fused_features(config: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
     """Return the sizes of the parts of the blocks' fused layers, by the layer's name.
 
     They are parts of the outputs of `qkv` and `linear1`, and of the inputs of `linear2`.

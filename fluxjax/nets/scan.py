@@ -55,6 +55,21 @@ def scan_blocks(
     return _scan(blocks, carry, step, inputs, start, remat)[0]
 
 
+def scan_blocks_with_results(
+    blocks: Block,
+    carry: Carry,
+    call: Callable[..., tuple[Carry, Result]],
+    *,
+    inputs: Inputs = (),
+    remat: bool = False,
+) -> tuple[Carry, Result]:
+    """Return what `scan_blocks` returns, and a result of each block, stacked along a leading axis.
+
+    **Arguments:** `call`: (block, carry, *row) -> (carry, result). The others as for `scan_blocks`.
+    """
+    return _scan(blocks, carry, call, inputs, 0, remat)
+
+
 def map_blocks(
     blocks: Block,
     call: Callable[[Block], Result],
@@ -129,7 +144,7 @@ def _slice_in_place(
     three times the memory. It can't where the stack looks loop-variant, behind a barrier together
     with the loop's counter. Gradients go to `row`, by scan's own rule.
     """
-    if stacked.dtype.itemsize != 2 or default_device().platform != "cpu":
+    if stacked.dtype.itemsize != 2 or default_device().platform != "cpu" or len(stacked) == 0:
         return row
     # The gradient of a slice by number would be a whole stack for each block.
     stacked = jax.lax.stop_gradient(stacked)

@@ -14,7 +14,7 @@ from fluxjax.shapes import Array, Int, PRNGKeyArray
 Block = TypeVar("Block")
 Network = TypeVar("Network", bound=eqx.Module)
 
-_STACKED = ("double", "single", "blocks")
+_STACKED = ("double", "single", "blocks", "double_residual", "single_residual")
 """The fields of the networks that hold stacked blocks; everything else asks `is_stacked`."""
 
 
@@ -49,6 +49,16 @@ def map_part(blocks: PyTree, part: Callable[[PyTree], PyTree]) -> PyTree:
     if isinstance(blocks, Unrolled):
         return Unrolled(tuple(map(part, blocks.blocks)))
     return part(blocks)
+
+
+def zip_blocks(first: PyTree, second: PyTree) -> PyTree:
+    """Return blocks that are pairs: each block of one kind with the one of the other.
+
+    **Arguments:** `first`, `second`: as many of each, both stacked or both unrolled.
+    """
+    if isinstance(first, Unrolled):
+        return Unrolled(tuple(zip(first.blocks, second.blocks, strict=True)))
+    return first, second
 
 
 def depth_of(blocks: PyTree) -> int:

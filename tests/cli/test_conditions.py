@@ -7,13 +7,15 @@ import numpy as np
 import PIL.Image
 import pytest
 from channels import with_appended
+from layouts import random_network
 from small import draw
 from test_jobs import write_lines
 
 import fluxjax
 from fluxjax.cli import conditions
-from fluxjax.generate import canny_edges, resize_image, save_models, write_png
+from fluxjax.generate import canny_edges, resize_image, save, save_models, write_png
 from fluxjax.lora import init_lora, write_lora
+from fluxjax.nets import ControlNet, ControlNetConfig
 
 PROMPT = "a red star on white"
 STEP = ["--steps", "1", "--dtype", "float32"]
@@ -177,3 +179,53 @@ def test_what_a_model_does_not_take_or_lacks_is_one_line(run, tmp_path, canny, a
         (error,) = finished.errors
         assert reason in error
         assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def controlnets(tiny, canny):
+    """Folders of two ControlNets for the tiny model: with modes, and one that takes an image."""
+    sizes = {**vars(tiny.flux.config), "double_depth": 1, "single_depth": 0}
+    del sizes["out_channels"]
+    configs = {
+        "union": ControlNetConfig(**sizes, modes=7),
+        "xlabs": ControlNetConfig(**sizes, modes=None, hint_image=True),
+    }
+    for name, config in configs.items():
+        save(random_network(ControlNet, config, scale=0.2), canny.parent / name)
+    return [canny.parent / name for name in configs]
+
+
+def test_controlnets_change_the_image_in_their_share_of_the_steps(
+    run, tmp_path, controlnets, edges
+):
+    union, xlabs = ["--controlnet", controlnets[0]], ["--controlnet", controlnets[1]]
+    image = ["--controlnet-image", edges]
+    both = [*union, *image, *xlabs, *image]
+    modes = ["--controlnet-mode", "depth"]
+    base = ["generate", PROMPT, *SMALL, "--steps", "2", "--seed", "3"]
+    commands = [
+        [*base, *union, *image, *modes, "--controlnet-end", "0.4"],  # less than one step
+        [*base, *union, *image, *modes, "--controlnet-scale", "0.6"],
+        base,
+    ]
+    for command in commands:
+        assert run(*command).code == 0
+    off, on, plain = (fluxjax.read_image(tmp_path / f"flux_{number}.png") for number in range(3))
+    np.testing.assert_array_equal(off, plain)
+    assert np.abs(on - plain).max() > 0.1
+    about = text_of(tmp_path / "flux_1.png")["controlnet"]
+    assert about.endswith("scale 0.6, mode depth")
+    assert "union, edges.png, sha256 " in about
+    assert text_of(tmp_path / "flux_0.png")["controlnet"].endswith("from 0 to 0.4 of the steps")
+    cases = [
+        ([*union], "one --controlnet-image for each, got 1 and 0"),
+        (["--controlnet-scale", "1"], "got 1 for 0"),
+        ([*both, *(["--controlnet-scale", "1"] * 3)], "got 3 for 2"),
+        ([*union, *image, "--controlnet-start", "0.5", "--controlnet-end", "0.1"], "got 0.5 and"),
+        ([*union, *image], "has modes 0 to 6"),
+        ([*union, *image, *modes, "--mesh", "context=8"], "Use context=1 with it"),
+    ]
+    for arguments, reason in cases:
+        finished = run(*base, *arguments, "--output-dir", tmp_path / "new")
+        assert finished.code == 2, arguments
+        assert reason in finished.errors[-1]
