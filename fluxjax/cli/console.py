@@ -5,9 +5,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -81,6 +82,17 @@ def complain(message: str) -> None:
     """
     line = " ".join(message.split())
     print(f"fluxjax: {printable(line, _MAX_MESSAGE)}", file=sys.stderr)
+
+
+def raise_problems(path: Path, problems: Sequence[str]) -> None:
+    """Print what is wrong with each line of a file.
+
+    **Raises:** `ValueError` with the last of them, if there are any.
+    """
+    for problem in problems[:-1]:
+        complain(f"{path}: {problem}")
+    if problems:
+        raise ValueError(f"{path}: {problems[-1]}")
 
 
 def _explain_machine_error(error: Exception) -> str | None:

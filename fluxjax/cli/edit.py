@@ -7,18 +7,23 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from fluxjax.cli.console import interruptible
-from fluxjax.cli.kontext import METHOD as KONTEXT, edit_by_instruction, edit_method_name
+from fluxjax.cli.kontext import METHOD as KONTEXT, edit_method_name, kontext_job
 from fluxjax.cli.options import OperatorText
-from fluxjax.cli.picture import PictureJob, request_of_size, run_job, size_of
+from fluxjax.cli.picture import (
+    PictureJob,
+    draw_pictures,
+    prompt_of,
+    read_picture,
+    request_of_size,
+    size_of,
+)
+from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file, describe_start
 from fluxjax.generate.canvas import Margins
 from fluxjax.generate.degradations import Blurred, Degradation, Hidden, Shrunk
 from fluxjax.generate.edit_image import edit_image
 from fluxjax.generate.edit_methods import EDIT_METHODS, EditMethod
-from fluxjax.generate.image import read_image
 from fluxjax.generate.image_to_image import Repaint, outpaint
-from fluxjax.generate.limits import check_devices
 from fluxjax.generate.masks import read_mask
 from fluxjax.generate.restore_image import (
     WITH_OWN_STEP,
@@ -41,13 +46,23 @@ _METHOD_NUMBERS = (
 
 
 def run_edit(options: argparse.Namespace) -> None:
-    """Edit an image by prompts, and write the results."""
-    check_devices()
-    image = jnp.asarray(interruptible(read_image, options.picture))
+    """Edit images by prompts, and write the results."""
     options.method = edit_method_name(options)
-    if options.method == KONTEXT:
-        edit_by_instruction(options, image)
-        return
+    draw_pictures(options, kontext_job if options.method == KONTEXT else _edit_job)
+
+
+def run_outpaint(options: argparse.Namespace) -> None:
+    """Draw what lies around images, and write the results."""
+    draw_pictures(options, _outpaint_job)
+
+
+def run_restore(options: argparse.Namespace) -> None:
+    """Restore pictures from what is left of them, and write the results."""
+    draw_pictures(options, _restore_job)
+
+
+def _edit_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    image, prompt = read_picture(options), prompt_of(options)
     method = _edit_method(options)
     if options.images > 1 and not method.draws:
         raise ValueError(
@@ -64,7 +79,7 @@ def run_edit(options: argparse.Namespace) -> None:
     about["start"] = f"t {start.time:.4f}, {start.steps} steps"
     job = PictureJob(
         "edit",
-        partial(edit_image, image=image, prompt=options.prompt, method=method),
+        partial(edit_image, image=image, prompt=prompt, method=method),
         size_of(image),
         about,
         steps=start.steps * method.phases,
@@ -72,13 +87,11 @@ def run_edit(options: argparse.Namespace) -> None:
         guidance=method.target_guidance,
         note=describe_start(Repaint(strength=method.strength), start),
     )
-    run_job(request, job)
+    return request, job
 
 
-def run_outpaint(options: argparse.Namespace) -> None:
-    """Draw what lies around an image, and write the results."""
-    check_devices()
-    image = jnp.asarray(interruptible(read_image, options.picture))
+def _outpaint_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    image, prompt = read_picture(options), prompt_of(options)
     sides = {name: getattr(options, name) for name in ("left", "right", "top", "bottom")}
     if max(sides.values()) == 0:
         raise ValueError(
@@ -91,17 +104,19 @@ def run_outpaint(options: argparse.Namespace) -> None:
     request = request_of_size(options, (height, width))
     about = {"init_image": describe_file(options.picture)}
     about["margins"] = ", ".join(f"{name} {count}" for name, count in sides.items() if count)
-    draw = partial(outpaint, image=image, prompt=options.prompt, margins=margins)
+    draw = partial(outpaint, image=image, prompt=prompt, margins=margins)
     evaluations = request.recipe.step.evaluations
-    run_job(
-        request, PictureJob("outpaint", draw, (height, width), about, request.steps, evaluations)
-    )
+    size = (height, width)
+    return request, PictureJob("outpaint", draw, size, about, request.steps, evaluations)
 
 
-def run_restore(options: argparse.Namespace) -> None:
-    """Restore a picture from what is left of it, and write the results."""
-    check_devices()
-    image = jnp.asarray(interruptible(read_image, options.picture))
+def _restore_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    if options.operator is None:
+        raise ValueError(
+            "`fluxjax restore` needs to know what has happened to the picture. Give --operator, as "
+            "--operator blur:2."
+        )
+    image, prompt = read_picture(options), options.prompt or ""
     degradation = _degradation(options.operator, image)
     restoration = Restoration(
         degradation=degradation,
@@ -113,7 +128,9 @@ def run_restore(options: argparse.Namespace) -> None:
     degradation.check(image)
     size = degradation.restored_size(*size_of(image))
     own_times = options.timer is None
-    options.timer = options.timer or "model"
+    # A copy: the next line of a file has times of its own again.
+    options = argparse.Namespace(**{**vars(options), "timer": options.timer or "model"})
+    options.prompt = prompt
     request = request_of_size(options, size)
     about = {"init_image": describe_file(options.picture), "operator": _described(options.operator)}
     about |= {"noise": f"{options.noise:g}", "method": options.method}
@@ -127,8 +144,8 @@ def run_restore(options: argparse.Namespace) -> None:
         if times is not request.recipe.times:
             request = replace(request, recipe=replace(request.recipe, times=times))
             about["timer"] = "restoration"
-    draw = partial(restore_image, image=image, prompt=options.prompt, restoration=restoration)
-    run_job(request, PictureJob("restore", draw, size, about, request.steps, 1))
+    draw = partial(restore_image, image=image, prompt=prompt, restoration=restoration)
+    return request, PictureJob("restore", draw, size, about, request.steps, 1)
 
 
 def _edit_method(options: argparse.Namespace) -> EditMethod:

@@ -1,6 +1,7 @@
 """The options of `fluxjax edit`, `fill`, `outpaint` and `restore`."""
 
 import argparse
+from collections.abc import Mapping
 
 from fluxjax.cli.choices import EDIT_METHODS, PLACEMENTS, SOLVERS, TIMERS
 from fluxjax.cli.condition_options import CONDITION_DEFAULTS
@@ -11,6 +12,7 @@ from fluxjax.cli.options import (
     MAX_MARGIN,
     MAX_STEPS,
     SIDES,
+    LineField,
     OptionGroup,
     canvas_margins,
     file_path,
@@ -63,14 +65,23 @@ _DEFAULTS_OF_GENERATE = {
     **CONDITION_DEFAULTS,
 }
 """Options of `fluxjax generate` that these commands do not have: the same requests are made."""
+_LINE_FIELDS = {
+    "picture": LineField("picture", file_path, is_path=True),
+    "prompt": LineField("prompt", unicode_text),
+    "seed": LineField("seed", seed),
+}
+"""What lines of a file of pictures may say to all of these commands, beside their id."""
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax edit` to its parser."""
     # `strength` is an option here, but one of the method and not of the request.
     parser.set_defaults(**_DEFAULTS_OF_GENERATE)
-    _add_picture(parser, "the image that is edited")
-    parser.add_argument("prompt", type=unicode_text, help="describes the image as it is to be")
+    fields = {
+        "source_prompt": LineField("source_prompt", unicode_text),
+        "strength": LineField("method_strength", finite_number(0, 1)),
+    }
+    _add_picture(parser, "the image that is edited", "describes the image as it is to be", fields)
     _add_method_options(parser.add_argument_group("method"))
     _add_kontext_options(parser.add_argument_group("method kontext"))
     _add_common_options(parser, "edit")
@@ -166,10 +177,10 @@ def _add_kontext_options(group: OptionGroup) -> None:
 def add_fill_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax fill` to its parser."""
     parser.set_defaults(**_DEFAULTS_OF_GENERATE)
-    _add_picture(parser, "the image of which a part is drawn")
-    parser.add_argument("prompt", type=unicode_text, help="describes the whole image")
+    fields = {"mask": LineField("mask", file_path, is_path=True)}
+    _add_picture(parser, "the image of which a part is drawn", "describes the whole image", fields)
     group = parser.add_argument_group("mask")
-    where = group.add_mutually_exclusive_group(required=True)
+    where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--mask",
         type=file_path,
@@ -194,8 +205,8 @@ def add_fill_options(parser: argparse.ArgumentParser) -> None:
 def add_outpaint_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax outpaint` to its parser."""
     parser.set_defaults(**_DEFAULTS_OF_GENERATE)
-    _add_picture(parser, "the image around which is drawn")
-    parser.add_argument("prompt", type=unicode_text, help="describes the whole new image")
+    fields = {side: LineField(side, whole_number(0, MAX_MARGIN)) for side in SIDES}
+    _add_picture(parser, "the image around which is drawn", "describes the whole new image", fields)
     sides = parser.add_argument_group("canvas")
     for side in SIDES:
         sides.add_argument(
@@ -212,13 +223,12 @@ def add_outpaint_options(parser: argparse.ArgumentParser) -> None:
 def add_restore_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax restore` to its parser."""
     parser.set_defaults(**_DEFAULTS_OF_GENERATE)
-    _add_picture(parser, "what is left of the picture")
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        default="",
-        type=unicode_text,
-        help="describes the picture (default: the empty prompt)",
+    fields = {"operator": LineField("operator", picture_operator)}
+    _add_picture(
+        parser,
+        "what is left of the picture",
+        "describes the picture (default: the empty prompt)",
+        fields,
     )
     _add_restoration_options(parser.add_argument_group("restoration"))
     _add_common_options(parser, "restore")
@@ -230,7 +240,6 @@ def _add_restoration_options(group: OptionGroup) -> None:
     group.add_argument(
         "--operator",
         type=picture_operator,
-        required=True,
         metavar="OPERATOR",
         help="what has happened to it: blur:PIXELS (the deviation of a Gaussian), "
         "downsample:FACTOR, or mask:FILE (black is known, anything else is hidden)",
@@ -265,13 +274,32 @@ def _add_restoration_options(group: OptionGroup) -> None:
     )
 
 
-def _add_picture(parser: argparse.ArgumentParser, text: str) -> None:
+def _add_picture(
+    parser: argparse.ArgumentParser, picture: str, prompt: str, fields: Mapping[str, LineField]
+) -> None:
+    """Add the picture and its prompt, or a file of them.
+
+    **Arguments:** `picture`, `prompt`: their help. `fields`: of the file's lines, beside those that
+    all commands have.
+    """
     parser.add_argument(
         "picture",
+        nargs="?",
         type=file_path,
         metavar="FILE",
-        help=f"{text}, of any size: PNG, JPEG, WebP, TIFF, …",
+        help=f"{picture}, of any size: PNG, JPEG, WebP, TIFF, …",
     )
+    parser.add_argument("prompt", nargs="?", type=unicode_text, help=prompt)
+    known = {**_LINE_FIELDS, **fields}
+    parser.add_argument(
+        "--pictures",
+        type=file_path,
+        metavar="FILE",
+        help="draw from each picture of a file instead. Its lines are JSON objects with "
+        f"{', '.join(known)} and id, the name of the written image. Images that are there already "
+        "are not drawn again",
+    )
+    parser.set_defaults(line_fields=known)
 
 
 def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:

@@ -6,12 +6,18 @@ from functools import partial
 import jax.numpy as jnp
 
 from fluxjax.cli.console import interruptible
-from fluxjax.cli.picture import PictureJob, request_of_size, run_job, size_of
+from fluxjax.cli.picture import (
+    PictureJob,
+    draw_pictures,
+    prompt_of,
+    read_picture,
+    request_of_size,
+    size_of,
+)
+from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.fill import Mask, fill_image
-from fluxjax.generate.image import read_image
-from fluxjax.generate.limits import check_devices
 from fluxjax.generate.masks import read_mask
 from fluxjax.shapes import Array, Float, Image
 from fluxjax.zoo import APPENDED_FEATURES
@@ -21,9 +27,16 @@ Canvas = Float[Array, "new_height new_width 3"]
 
 
 def run_fill(options: argparse.Namespace) -> None:
-    """Draw the masked part of a picture, or what lies around it, and write the results."""
-    check_devices()
-    picture = jnp.asarray(interruptible(read_image, options.picture))
+    """Draw the masked part of pictures, or what lies around them, and write the results."""
+    draw_pictures(options, _fill_job)
+
+
+def _fill_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    picture, prompt = read_picture(options), prompt_of(options)
+    if options.mask is None and options.outpaint is None:
+        raise ValueError(
+            "`fluxjax fill` needs to know what is drawn. Give --mask FILE, or --outpaint SIDES."
+        )
     image, mask = _canvas(options, picture)
     about = {"init_image": describe_file(options.picture)}
     if options.outpaint is not None:
@@ -33,9 +46,10 @@ def run_fill(options: argparse.Namespace) -> None:
         if options.binary_mask:
             about["mask"] += ", binary"
     request = request_of_size(options, size_of(image), features=APPENDED_FEATURES["fill"])
-    draw = partial(fill_image, image=image, mask=mask, prompt=options.prompt)
+    draw = partial(fill_image, image=image, mask=mask, prompt=prompt)
     evaluations = request.recipe.step.evaluations
-    run_job(request, PictureJob("fill", draw, size_of(image), about, request.steps, evaluations))
+    size = size_of(image)
+    return request, PictureJob("fill", draw, size, about, request.steps, evaluations)
 
 
 def _canvas(options: argparse.Namespace, picture: Image) -> tuple[Canvas, Mask]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.condition_source import ConditionOfSize, ConditionParts
 from fluxjax.cli.conditions import load_conditions
-from fluxjax.cli.console import complain
+from fluxjax.cli.console import complain, raise_problems
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
@@ -205,7 +205,7 @@ def _draw_file(request: Request, path: Path) -> None:
         f"{written} images written to {request.folder}, {work.present} were there, "
         f"{len(lines)} lines in all"
     )
-    _raise_problems(path, problems)
+    raise_problems(path, problems)
 
 
 def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
@@ -295,14 +295,6 @@ def _write_lines(
             write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
             written += 1
     return written, problems
-
-
-def _raise_problems(path: Path, problems: Sequence[str]) -> None:
-    """Print what is wrong with each line. **Raises:** `ValueError` with the last of them."""
-    for problem in problems[:-1]:
-        complain(f"{path}: {problem}")
-    if problems:
-        raise ValueError(f"{path}: {problems[-1]}")
 
 
 def _not_finite(stage: str) -> str:

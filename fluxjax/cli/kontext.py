@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 from fluxjax.checkpoint.members import member_of_source
 from fluxjax.cli.console import interruptible
-from fluxjax.cli.picture import PictureJob, request_of_size, run_job, size_of
+from fluxjax.cli.picture import PictureJob, prompt_of, read_picture, request_of_size, size_of
+from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.image import read_image
 from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
 from fluxjax.generate.latents import check_size
 from fluxjax.generate.load import Models
 from fluxjax.generate.prompted import DrawSettings
-from fluxjax.shapes import Array, Image
+from fluxjax.shapes import Array
 
 METHOD = "kontext"
 """Its name on the command line, beside those of `EDIT_METHODS`."""
@@ -50,8 +51,9 @@ def edit_method_name(options: argparse.Namespace) -> str:
     return name
 
 
-def edit_by_instruction(options: argparse.Namespace, picture: Image) -> None:
-    """Edit a picture by FLUX.1 Kontext, and write the results."""
+def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    """Return how a picture is edited by FLUX.1 Kontext."""
+    picture, prompt = read_picture(options), prompt_of(options)
     images = [picture]
     for path in options.reference:
         images.append(jnp.asarray(interruptible(read_image, path)))
@@ -72,12 +74,13 @@ def edit_by_instruction(options: argparse.Namespace, picture: Image) -> None:
     draw = partial(
         _draw,
         images=images,
-        prompt=options.prompt,
+        prompt=prompt,
         size=(height, width),
         references=references,
     )
     evaluations = request.recipe.step.evaluations
-    run_job(request, PictureJob("edit", draw, (height, width), about, request.steps, evaluations))
+    size = (height, width)
+    return request, PictureJob("edit", draw, size, about, request.steps, evaluations)
 
 
 def _draw(

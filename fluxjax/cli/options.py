@@ -260,6 +260,18 @@ class OperatorText(NamedTuple):
     value: str
 
 
+class LineField(NamedTuple):
+    """A field of a line of a file of pictures, in place of an option of the command.
+
+    `option`: the name of the parsed option. `read`: makes its value of a text, as on the command
+    line. `is_path`: whether the text is a path, which begins at the folder of the file.
+    """
+
+    option: str
+    read: Callable[[str], object]
+    is_path: bool = False
+
+
 def picture_operator(text: str) -> OperatorText:
     """Read what has happened to a picture: blur:PIXELS, downsample:FACTOR, or mask:FILE."""
     kind, colon, value = text.partition(":")

@@ -2,18 +2,23 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.cli.compilation_cache import use_cache
-from fluxjax.cli.console import complain
+from fluxjax.cli.console import complain, interruptible, raise_problems
+from fluxjax.cli.picture_lines import read_picture_lines
 from fluxjax.cli.progress import Clock
+from fluxjax.cli.prompts import difference
 from fluxjax.cli.request import Request, read_request
 from fluxjax.devices.offload import offload
-from fluxjax.generate.image import write_numbered
+from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
+from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load import Models, load_network, load_tokenizers
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
@@ -52,31 +57,106 @@ class PictureJob(NamedTuple):
     note: str | None = None
 
 
-def run_job(request: Request, job: PictureJob) -> None:
+MakeJob = Callable[[argparse.Namespace], tuple[Request, PictureJob]]
+"""Reads the picture of the options; returns the request, and what is drawn."""
+
+
+def draw_pictures(options: argparse.Namespace, make_job: MakeJob) -> None:
+    """Draw from the picture of a command line, or from each picture of a file.
+
+    **Raises:** `ValueError` if neither or both are given, or for lines that could not be drawn.
+    """
+    check_devices()
+    if options.pictures is None:
+        if options.picture is None:
+            raise ValueError("Give a picture, or a file of them by --pictures FILE.")
+        _draw_one(*make_job(options))
+        return
+    if options.picture is not None or options.prompt is not None:
+        raise ValueError(
+            "With --pictures, the lines of the file name the pictures and their prompts. "
+            "Leave out those of the command line."
+        )
+    if options.images > 1 or options.seed is not None:
+        raise ValueError(
+            "--images and --seed do nothing with --pictures: each line is one image, and may have "
+            "a seed. Leave them out."
+        )
+    _draw_lines(options, make_job)
+
+
+def _draw_one(request: Request, job: PictureJob) -> None:
     """Load the models, draw, write the images, and print the times and the paths."""
-    line = request.line
-    assert line is not None
     groups = batches(request.images, request.batch)
     with Clock(job.steps * len(groups), job.evaluations) as clock:
         models = _load(request, clock)
-        request.check_conditions(models.flux.config)
-        images = np.asarray(
-            job.draw(
-                models,
-                key=seed_key(line.seed),
-                settings=_settings(request),
-                guidance=request.recipe.guidance,
-                hooks=clock,
-            )
-        )
-    guidance = _guidance_text(request, job, models)
-    changes = {**job.about, "size": f"{job.size[1]}x{job.size[0]}"}
+        images = _draw(request, job, models, clock)
     if job.note is not None:
         print(job.note)
     print(clock.report())
+    metadata = _metadata(request, job, _guidance_text(request, job, models))
     for number, image in enumerate(images):
-        metadata = request.metadata(line, guidance, changes) | {"image": str(number)}
-        print(write_numbered(image, request.folder, metadata, stem=job.stem))
+        about = metadata | {"image": str(number)}
+        print(write_numbered(image, request.folder, about, stem=job.stem))
+
+
+def _draw_lines(options: argparse.Namespace, make_job: MakeJob) -> None:
+    """Draw one image from the picture of each line that has none yet, with models loaded once."""
+    lines, problems = read_picture_lines(options)
+    models: Models | None = None
+    written = present = 0
+    for line in lines:
+        try:
+            request, job = make_job(line.options)
+            path = request.folder / f"{line.id}.png"
+            if path.exists() or path.is_symlink():
+                _check_present(path, request, job)
+                present += 1
+                continue
+            with Clock(job.steps, job.evaluations) as clock:
+                models = _load(request, clock) if models is None else models
+                image = _draw(request, job, models, clock)[0]
+            metadata = _metadata(request, job, _guidance_text(request, job, models))
+            write_png(image, path, metadata | {"image": "0"})
+        except (ValueError, OSError) as error:
+            problems.append(f"line {line.number}: {error}")
+            continue
+        written += 1
+        print(path)
+    print(f"{written} images written, {present} were there, {len(lines)} lines in all")
+    raise_problems(options.pictures, problems)
+
+
+def _check_present(path: Path, request: Request, job: PictureJob) -> None:
+    """**Raises:** `ValueError` if an existing image is not the one that a line would write."""
+    found = read_metadata(path)
+    guidance = request.expected_guidance(found)
+    if request.distilled is None and job.guidance is not None and found.get("guidance") != "none":
+        guidance = f"{job.guidance:g}"
+    reason = difference(found, _metadata(request, job, guidance) | {"image": "0"})
+    if reason is not None:
+        raise ValueError(f"{reason}; remove {path.name}, or give the line another id")
+
+
+def _draw(request: Request, job: PictureJob, models: Models, clock: Clock) -> np.ndarray:
+    """Return the images of a job."""
+    assert request.line is not None
+    request.check_conditions(models.flux.config)
+    images = job.draw(
+        models,
+        key=seed_key(request.line.seed),
+        settings=_settings(request),
+        guidance=request.recipe.guidance,
+        hooks=clock,
+    )
+    return np.asarray(images)
+
+
+def _metadata(request: Request, job: PictureJob, guidance: str) -> dict[str, str]:
+    """Return what images say of how they were drawn. `guidance`: the distilled scale."""
+    assert request.line is not None
+    changes = {**job.about, "size": f"{job.size[1]}x{job.size[0]}"}
+    return request.metadata(request.line, guidance, changes)
 
 
 def _guidance_text(request: Request, job: PictureJob, models: Models) -> str:
@@ -86,6 +166,18 @@ def _guidance_text(request: Request, job: PictureJob, models: Models) -> str:
         scale = job.guidance
     distilled = distilled_guidance(models.flux, request.defaults, scale)
     return "none" if distilled is None else f"{float(distilled):g}"
+
+
+def read_picture(options: argparse.Namespace) -> Image:
+    """Return the picture of a command, in [-1, 1]."""
+    return jnp.asarray(interruptible(read_image, options.picture))
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """Return the prompt of a command. **Raises:** `ValueError` if there is none."""
+    if options.prompt is None:
+        raise ValueError("A prompt is missing. Give one after the picture, or in each line.")
+    return options.prompt
 
 
 def size_of(image: Image) -> tuple[int, int]:

@@ -82,7 +82,7 @@ def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], 
     problems: list[str] = []
     # Some file systems do not distinguish capital letters, so two ids must differ without them.
     numbers_by_id: dict[str, int] = {}
-    for number, data in enumerate(_read_content(Path(path)).split(b"\n"), 1):
+    for number, data in enumerate(read_content(Path(path), "--prompts").split(b"\n"), 1):
         if not data.strip():
             continue
         try:
@@ -102,11 +102,15 @@ def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], 
     return lines, problems
 
 
-def _read_content(path: Path) -> bytes:
-    """Return the bytes of a file, without a byte-order mark."""
+def read_content(path: Path, option: str) -> bytes:
+    """Return the bytes of a file of lines, without a byte-order mark.
+
+    **Arguments:** `option`: that names the file, for messages.
+    **Raises:** `OSError` if it can't be read, `ValueError` if it is no file, or in UTF-16 or -32.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(
-            f"--prompts needs a file, and {path} is not one. Write the lines to a file."
+            f"{option} needs a file, and {path} is not one. Write the lines to a file."
         )
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
@@ -119,7 +123,7 @@ def _read_line(data: bytes, number: int) -> Line:
     fields = _read_fields(data)
     texts = fields.texts
     name = texts.get("id", str(number - 1))
-    _check_id(name)
+    check_id(name)
     seed = number - 1 if fields.seed is None else fields.seed
     if not 0 <= seed < SEEDS:
         shown = str(seed) if abs(seed) < 10**30 else "a number of many digits"
@@ -141,7 +145,8 @@ def _read_line(data: bytes, number: int) -> Line:
     )
 
 
-def _check_id(name: str) -> None:
+def check_id(name: str) -> None:
+    """**Raises:** `ValueError` for an id that is no file name on all systems."""
     if not _ID.fullmatch(name):
         raise ValueError(
             f"its id '{printable(name, _SHOWN)}' is not a file name of letters, digits, '_', '-' "
@@ -153,14 +158,14 @@ def _check_id(name: str) -> None:
 
 def _read_fields(data: bytes) -> _Fields:
     """Return the fields of a line's JSON object, after checking their names and types."""
-    parsed = _parse_json(data)
+    parsed = parse_json(data)
     if not isinstance(parsed, dict) or "prompt" not in parsed:
         raise ValueError('it is not an object with a prompt; write {"prompt": "a red star"}')
     texts: dict[str, str] = {}
     seed = strength = None
     for name, value in parsed.items():
         if name in _TEXT_FIELDS:
-            texts[name] = _check_text(name, value)
+            texts[name] = check_text(name, value)
         elif name == "seed":
             seed = _check_seed(value)
         elif name == "strength":
@@ -171,7 +176,8 @@ def _read_fields(data: bytes) -> _Fields:
     return _Fields(texts, seed, strength)
 
 
-def _check_text(name: str, value: object) -> str:
+def check_text(name: str, value: object) -> str:
+    """Return a field's text. **Raises:** `ValueError` if it is none."""
     if not isinstance(value, str):
         raise ValueError(f"its {name} is not a text")
     try:
@@ -197,7 +203,7 @@ def _check_strength(value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _parse_json(data: bytes) -> object:
+def parse_json(data: bytes) -> object:
     """Return the JSON value of a line. **Raises:** `ValueError` that says what is wrong with it."""
     if len(data) > _MAX_LINE:
         raise ValueError(f"it has {len(data)} bytes; a line has at most {_MAX_LINE}")

@@ -223,3 +223,50 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, picture, mask, wor
     assert reason in finished.errors[0]
     assert "Traceback" not in finished.progress
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_each_line_of_a_file_of_pictures_is_drawn_once(run, tmp_path, picture, mask):
+    lines = [
+        {"picture": "in.png", "prompt": RING, "source_prompt": STAR, "id": "ring"},
+        {"picture": "in.png", "prompt": RING, "source_prompt": STAR, "strength": 0.5, "seed": 7},
+        {"picture": "none.png", "prompt": RING, "source_prompt": STAR},
+        {"picture": "in.png", "prompt": RING, "size": 3},
+        {"picture": "in.png", "prompt": RING, "source_prompt": STAR, "strength": 2},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["edit", "--pictures", "lines.jsonl", *STEPS]
+    finished = run(*command)
+    assert finished.code == 2
+    for message in (
+        "2 images written, 0 were there, 3 lines in all",
+        "line 3: ",
+        "line 4: it has an unknown field 'size'; there are id, picture, prompt, seed, ",
+        "line 5: its strength is not valid: ",
+    ):
+        assert message in finished.output + finished.progress
+    alone = ["edit", "in.png", RING, "--source-prompt", STAR, "--strength", "0.5", "--seed", "7"]
+    assert run(*alone, *STEPS).code == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "1.png"), pixels(tmp_path / "edit_0.png"))
+    assert text_of(tmp_path / "1.png") == text_of(tmp_path / "edit_0.png")
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    finished = run(*command)
+    assert finished.code == 0
+    assert "0 images written, 2 were there" in finished.output
+    finished = run("edit", "--pictures", "lines.jsonl", "--steps", "1")
+    assert finished.code == 2
+    assert "line 1: its image exists with " in finished.progress
+    assert "steps '2' instead of '1'; remove ring.png, or give the line another id" in (
+        finished.progress
+    )
+
+
+def test_masks_in_a_file_of_pictures_lie_beside_it(run, tmp_path, picture, mask):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in (picture, mask):
+        path.rename(folder / path.name)
+    line = {"picture": "in.png", "operator": "mask:mask.png"}
+    (folder / "lines.jsonl").write_text(json.dumps(line))
+    assert run("restore", "--pictures", "pictures/lines.jsonl", "--noise", "0", *STEPS).code == 0
+    kept = pixels(folder / "in.png")[:, :16]
+    np.testing.assert_array_equal(pixels(tmp_path / "0.png")[:, :16], kept)
