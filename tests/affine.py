@@ -59,11 +59,12 @@ def moments_of_step(step, velocity, times, names, start):
             noise = inputs[PIXELS:].reshape(places, PIXELS)
             with _named_noise(names, noise):
                 x = inputs[:PIXELS]
-                return step(velocity, x, *interval, step.init(x), key=_key(0))[0]
+                end = step(velocity, x, *interval, step.init(x), key=_key(0))[0]
+            return end, end
 
         inputs = jnp.concatenate([mean, jnp.zeros(places * PIXELS)])
-        columns = jax.jacfwd(move)(inputs)
+        columns, end = jax.jacfwd(move, has_aux=True)(inputs)
         of_x, of_noise = columns[:, :PIXELS], columns[:, PIXELS:]
-        return (move(inputs), of_x @ covariance @ of_x.T + of_noise @ of_noise.T), None
+        return (end, of_x @ covariance @ of_x.T + of_noise @ of_noise.T), None
 
     return jax.lax.scan(advance, start, (times[:-1], times[1:]))[0]

@@ -3,6 +3,7 @@
 All in float64: use them inside `jax.enable_x64(True)`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Normal(eqx.Module):
         rotated = (x - (1 - t) * self.mean) @ self.vectors
         return self.vectors @ (gain * rotated) - self.mean
 
+    @eqx.filter_jit
     def posterior(self, matrix, y, std):
         """Return the normal distribution of x0 given y = matrix x0 + std noise."""
         s = matrix @ self.covariance @ matrix.T + std**2 * jnp.eye(len(matrix))
@@ -43,6 +45,7 @@ class Normal(eqx.Module):
         mean = self.mean + gain @ (y - matrix @ self.mean)
         return Normal(mean, self.covariance - gain @ matrix @ self.covariance)
 
+    @eqx.filter_jit
     def log_evidence(self, matrix, y, std):
         s = matrix @ self.covariance @ matrix.T + std**2 * jnp.eye(len(matrix))
         return jax.scipy.stats.multivariate_normal.logpdf(y, matrix @ self.mean, s)
@@ -74,6 +77,7 @@ class Mixture(eqx.Module):
         each = (gain * off) @ self.vectors.T - self.means
         return self.modes(t, x) @ each
 
+    @eqx.filter_jit
     def posterior(self, matrix, y, std):
         each = [Normal(mean, self.covariance) for mean in self.means]
         posteriors = [normal.posterior(matrix, y, std) for normal in each]
@@ -82,10 +86,12 @@ class Mixture(eqx.Module):
         means = jnp.stack([posterior.mean for posterior in posteriors])
         return Mixture(means, posteriors[0].covariance, weights)
 
+    @eqx.filter_jit
     def log_evidence(self, matrix, y, std):
         each = [Normal(mean, self.covariance).log_evidence(matrix, y, std) for mean in self.means]
         return jax.nn.logsumexp(jnp.log(self.weights) + jnp.stack(each))
 
+    @eqx.filter_jit
     def draw(self, key, count):
         """Return draws whose shares of modes are the weights, but for rounding."""
         edges = jnp.cumsum(self.weights)
@@ -109,20 +115,20 @@ class Problem(NamedTuple):
         """The y that `matrix`, which has no rows for hidden pixels, belongs to."""
         y = self.measurement.y
         if isinstance(self.measurement.operator, Mask):
-            return y[self.measurement.operator.mask > 0]
+            return jnp.asarray(np.asarray(y)[np.asarray(self.measurement.operator.mask) > 0])
         return y
 
 
 def _problem(prior, operator, y, std):
-    matrix = jax.jacobian(operator)(jnp.zeros(PIXELS))
-    seen = jnp.any(matrix != 0, 1)
-    matrix, rows = matrix[seen], y[seen]
+    matrix = np.asarray(jax.jit(jax.jacobian(operator))(jnp.zeros(PIXELS)))
+    seen = np.any(matrix != 0, 1)
+    matrix, rows = jnp.asarray(matrix[seen]), jnp.asarray(np.asarray(y)[seen])
     return Problem(prior, Measurement(operator, y, std), matrix, prior.posterior(matrix, rows, std))
 
 
-def _decaying(scale):
-    i = jnp.arange(PIXELS, dtype=jnp.float64)
-    return jnp.asarray(scale, jnp.float64) ** jnp.abs(i[:, None] - i)
+def _decaying(scale, variance=1.0):
+    i = np.arange(PIXELS, dtype=np.float64)
+    return jnp.asarray(variance * scale ** np.abs(i[:, None] - i))
 
 
 OPERATORS = ("mask", "blur", "down")
@@ -138,20 +144,22 @@ def operator_named(name):
     return operators[name]
 
 
+@functools.cache
 def g8(name, std=0.2):
     """Return G8 with the operator `name`: y is that of cos(i), without noise."""
-    i = jnp.arange(PIXELS, dtype=jnp.float64)
-    prior = Normal(0.5 * jnp.sin(i), _decaying(0.8))
+    i = np.arange(PIXELS, dtype=np.float64)
+    prior = Normal(jnp.asarray(0.5 * np.sin(i)), _decaying(0.8))
     operator = operator_named(name)
-    return _problem(prior, operator, operator(jnp.cos(i)), std)
+    return _problem(prior, operator, eqx.filter_jit(operator)(np.cos(i)), std)
 
 
+@functools.cache
 def m8():
     """Return M8: four modes, pixels 0 and 3 seen."""
-    i = jnp.arange(PIXELS, dtype=jnp.float64)
-    k = jnp.arange(4, dtype=jnp.float64)[:, None]
-    means = 1.5 * jnp.cos(2 * jnp.pi * (k + 1) * i / PIXELS + k)
-    prior = Mixture(means, 0.3 * _decaying(0.6), jnp.float64([0.4, 0.3, 0.2, 0.1]))
+    i = np.arange(PIXELS, dtype=np.float64)
+    k = np.arange(4, dtype=np.float64)[:, None]
+    means = jnp.asarray(1.5 * np.cos(2 * np.pi * (k + 1) * i / PIXELS + k))
+    prior = Mixture(means, _decaying(0.6, 0.3), jnp.float64([0.4, 0.3, 0.2, 0.1]))
     operator = Mask(jnp.float64([1, 0, 0, 1, 0, 0, 0, 0]))
     return _problem(prior, operator, jnp.float64([0.3, 0, 0, -0.2, 0, 0, 0, 0]), 0.3)
 
@@ -181,8 +189,10 @@ def affine_moments(step, velocity, times):
             end, _, _ = step(velocity, x, t, u, step.init(x), key=None)
             return end, jnp.zeros((), end.dtype)
 
-        at_zero, deviation = move(jnp.zeros(PIXELS))
-        columns = jax.vmap(lambda e: move(e)[0])(eye) - at_zero
+        # In one batch, so that the step is compiled once.
+        values, deviations = jax.vmap(move)(jnp.concatenate([jnp.zeros((1, PIXELS)), eye]))
+        at_zero, deviation = values[0], deviations[0]
+        columns = values[1:] - at_zero
         mean = at_zero + mean @ columns
         return (mean, columns.T @ covariance @ columns + deviation**2 * eye), None
 
@@ -199,11 +209,12 @@ def moments_of_affine(draw: Callable, noises: int):
 
 def errors(moments, posterior):
     """Return the RMS mean error in posterior deviations, and the relative covariance error."""
-    mean, covariance = moments
-    off = mean - posterior.mean
-    mean_error = jnp.sqrt(off @ jnp.linalg.solve(posterior.covariance, off) / PIXELS)
-    norm = jnp.linalg.norm(posterior.covariance)
-    return float(mean_error), float(jnp.linalg.norm(covariance - posterior.covariance) / norm)
+    (mean, covariance), (exact_mean, exact) = (
+        map(np.asarray, pair) for pair in (moments, (posterior.mean, posterior.covariance))
+    )
+    off = mean - exact_mean
+    mean_error = np.sqrt(off @ np.linalg.solve(exact, off) / PIXELS)
+    return float(mean_error), float(np.linalg.norm(covariance - exact) / np.linalg.norm(exact))
 
 
 def draw_many(velocity, key, count, times, step):
@@ -223,13 +234,14 @@ def draw_many(velocity, key, count, times, step):
 
 def sliced_w2(first, second, directions=256, seed=0):
     """Return the sliced 2-Wasserstein distance of two sets of equally many draws."""
-    projections = np.random.default_rng(seed).normal(size=(first.shape[1], directions))
-    projections /= np.linalg.norm(projections, axis=0)
-    one = np.sort(np.asarray(first) @ projections, 0)
-    two = np.sort(np.asarray(second) @ projections, 0)
+    projections = np.random.default_rng(seed).normal(size=(directions, first.shape[1]))
+    projections /= np.linalg.norm(projections, axis=1, keepdims=True)
+    one = np.sort(projections @ np.asarray(first).T)
+    two = np.sort(projections @ np.asarray(second).T)
     return float(np.sqrt(np.mean((one - two) ** 2)))
 
 
+@eqx.filter_jit
 def mode_shares(draws, mixture):
     """Return the mean probability of each mode given a draw, for draws of any distribution."""
     return jnp.mean(jax.vmap(lambda x: mixture.modes(0.0, x))(draws), 0)

@@ -11,6 +11,7 @@ from fluxjax.checkpoint.config_fields import (
     read_fields,
 )
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.folders import CLIP_FOLDER
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
@@ -144,12 +145,31 @@ def vae_to_json(config: VaeConfig) -> JsonObject:
     }
 
 
-_CLIP_ACTIVATIONS = {
+_ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+
+
+def activation_from_json(title: str, activation: str, folder: str) -> str:
+    """Return fluxjax's name of an activation of transformers' encoders.
+
+    **Arguments:** `title`: of the encoder, and `folder`: of the one to pass, for the message.
+    **Raises:** `WeightsError` for an activation that fluxjax does not have.
+    """
+    if activation not in _ACTIVATIONS:
+        raise WeightsError(
+            f"{title}'s hidden_act {quote_name(activation)} is not one of "
+            f"{', '.join(_ACTIVATIONS)}. Pass FLUX.1's {folder}."
+        )
+    return _ACTIVATIONS[activation]
+
+
+def activation_to_json(activation: str) -> str:
+    """Return transformers' name of an activation."""
+    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
 
 
 def clip_from_json(config: JsonObject) -> ClipConfig:
@@ -161,11 +181,6 @@ def clip_from_json(config: JsonObject) -> ClipConfig:
     values = read_fields(config.get("text_config", config), CLIP_FIELDS)
     eos = values.get("eos_token_id", 49407)
     activation = values.get("hidden_act", "quick_gelu")
-    if activation not in _CLIP_ACTIVATIONS:
-        raise WeightsError(
-            f"CLIP's hidden_act {quote_name(activation)} is not one of "
-            f"{', '.join(_CLIP_ACTIVATIONS)}. Pass FLUX.1's text_encoder."
-        )
     return ClipConfig(
         vocabulary=values["vocab_size"],
         positions=values.get("max_position_embeddings", 77),
@@ -175,21 +190,20 @@ def clip_from_json(config: JsonObject) -> ClipConfig:
         mlp_width=values["intermediate_size"],
         # 2 is a mistake of old configs; the EOS is then the token of the largest id.
         eos_token=None if eos == 2 else eos,
-        activation=_CLIP_ACTIVATIONS[activation],
+        activation=activation_from_json("CLIP", activation, CLIP_FOLDER),
         eps=values.get("layer_norm_eps", 1e-5),
     )
 
 
 def clip_to_json(config: ClipConfig) -> JsonObject:
     """Return a CLIP's config as transformers' `CLIPTextModel` has it."""
-    activation = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "bos_token_id": config.vocabulary - 2,
         "eos_token_id": 2 if config.eos_token is None else config.eos_token,
         "pad_token_id": 1,
-        "hidden_act": activation,
+        "hidden_act": activation_to_json(config.activation),
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
         "layer_norm_eps": config.eps,

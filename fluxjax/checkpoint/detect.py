@@ -79,9 +79,10 @@ def open_source(path: Path) -> Source:
             f"There is no {path}. Pass a .safetensors or .gguf file, or a model's folder."
         )
     groups: list[FileGroup] = []
-    for kind in KINDS.values():
-        if (path / kind.folder).is_dir():
-            groups += _file_groups(path / kind.folder)
+    # Both vision encoders have the same folder.
+    for folder in dict.fromkeys(kind.folder for kind in KINDS.values()):
+        if (path / folder).is_dir():
+            groups += _file_groups(path / folder)
     source = _collect(path, groups)
     if FLUX1.networks.keys() <= source.networks.keys():
         return source

@@ -14,9 +14,12 @@ from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import (
+    CLIP,
+    CLIP_VISION,
     CONTROLNET,
     KINDS,
     OWN_METADATA,
+    SIGLIP,
     T5_XXL,
     AnyKind,
     Kind,
@@ -40,9 +43,11 @@ _IGNORED = {
     "text_encoders.clip_l.text_projection.weight",
 }
 _DECODED_METHODS = ("bitsandbytes", "bfl")
-_SEARCHED = (CONTROLNET, *(kind for kind in KINDS.values() if kind is not CONTROLNET))
-"""The kinds in the order in which they are looked for: a ControlNet has the transformer's keys, and
-some of its own."""
+# A ControlNet has the transformer's keys, and some of its own. A file of the whole SigLIP or CLIP
+# holds a text encoder named as CLIP's too.
+_FIRST: tuple[AnyKind, ...] = (CONTROLNET, SIGLIP, CLIP_VISION)
+_SEARCHED: tuple[AnyKind, ...] = (*_FIRST, *(kind for kind in KINDS.values() if kind not in _FIRST))
+"""The kinds in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -139,15 +144,19 @@ def identify_networks(
         return [], sorted(tensors)
     own: JsonObject = {} if metadata is None else metadata["parts"]
     networks: list[AnyFoundNetwork] = []
-    for kind in _SEARCHED:
-        found = _find_dialect(kind, tensors)
-        if found is None:
-            continue
-        prefix, dialect = found
-        of_kind, tensors = _split_by_prefix(tensors, prefix)
-        if kind is T5_XXL:
-            _rename_embedding(of_kind)
-        networks.append(FoundNetwork(kind, dialect, of_kind, own.get(kind.name), settings, paths))
+    # A complete network has its dialect's marker. One without it is found by the names of its other
+    # tensors, so that what is missing can be listed; only then, since encoders share some names.
+    for find in (_find_by_marker, _find_by_other_keys):
+        for kind in _SEARCHED:
+            found = find(kind, tensors)
+            if found is None or any(kind is network.kind for network in networks):
+                continue
+            prefix, dialect = found
+            of_kind, tensors = _split(kind, prefix, tensors)
+            if kind is T5_XXL:
+                _rename_embedding(of_kind)
+            own_config = own.get(kind.name)
+            networks.append(FoundNetwork(kind, dialect, of_kind, own_config, settings, paths))
     return networks, sorted(tensors.keys() - _IGNORED)
 
 
@@ -240,17 +249,18 @@ def _check_quantization(settings: JsonObject | None, paths: Sequence[Path]) -> N
         )
 
 
-def _find_dialect(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
-    """Return the prefix and the dialect of a network's keys; None if it is not there.
-
-    A complete network has its dialect's marker. One without it is found by the names of its other
-    tensors, so that what is missing can be listed.
-    """
+def _find_by_marker(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
+    """Return the prefix and the dialect of a network whose dialect's marker is there, else None."""
     for prefix in kind.prefixes:
         for dialect in kind.dialects:
             marker = dialect.marker
             if prefix + marker in tensors or prefix + dialect.prefix + marker in tensors:
                 return prefix, dialect
+    return None
+
+
+def _find_by_other_keys(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
+    """Return the prefix and the dialect of a network that most of the tensors are of, else None."""
     if kind is CONTROLNET:
         # Most of its keys are those of the transformer too.
         return None
@@ -275,14 +285,19 @@ def _has_most_of(dialect: Dialect, keys: Sequence[str]) -> bool:
     return len(keys) > 0
 
 
-def _split_by_prefix(
-    tensors: Mapping[str, Tensor], prefix: str
+def _split(
+    kind: AnyKind, prefix: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors whose key begins with a prefix, without it, and the others."""
+    """Return a network's tensors, whose keys begin with a prefix, without it, and the others."""
+    # A file of the whole CLIP holds its text encoder beside the other one.
+    is_part_of_clip = kind is CLIP_VISION and _find_by_marker(CLIP, tensors) is not None
     inside: dict[str, Tensor] = {}
     outside: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(prefix):
+        is_inside = key.startswith(prefix)
+        if is_part_of_clip:
+            is_inside = is_inside and kind.dialects[0].find(key.removeprefix(prefix)) is not None
+        if is_inside:
             inside[key.removeprefix(prefix)] = tensor
         else:
             outside[key] = tensor

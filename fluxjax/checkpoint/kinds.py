@@ -4,7 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from fluxjax.checkpoint import configs, folders, names as tables, shape_configs
+from fluxjax.checkpoint import (
+    configs,
+    folders,
+    image_prompt_configs,
+    image_prompt_names,
+    names as tables,
+    shape_configs,
+)
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.controlnet_configs import (
     controlnet_from_json,
@@ -15,10 +22,14 @@ from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.own_configs import Config, NetworkConfig
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
+from fluxjax.nets.redux import Redux, ReduxConfig
+from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
 
@@ -28,7 +39,7 @@ OWN_METADATA = "fluxjax"
 It is the layout, the networks' configs, and the files that they come from.
 """
 
-Network = Flux | T5 | Clip | Vae | ControlNet
+Network = Flux | T5 | Clip | Vae | ControlNet | Siglip | ClipVision | Redux | IpAdapter
 """One of the networks, with arrays or with shapes as leaves."""
 
 
@@ -117,6 +128,59 @@ VAE = Kind(
     to_json=configs.vae_to_json,
     from_shapes=shape_configs.vae_from_shapes,
 )
+SIGLIP = Kind(
+    name="siglip",
+    title="SigLIP vision encoder",
+    folder=folders.IMAGE_ENCODER_FOLDER,
+    stem="model",
+    network=Siglip,
+    config=SiglipConfig,
+    dialects=(image_prompt_names.SIGLIP_TRANSFORMERS,),
+    prefixes=("clip_vision.", ""),
+    from_json=image_prompt_configs.siglip_from_json,
+    to_json=image_prompt_configs.siglip_to_json,
+    from_shapes=image_prompt_configs.siglip_from_shapes,
+)
+CLIP_VISION = Kind(
+    name="clip_vision",
+    title="CLIP vision encoder",
+    folder=folders.IMAGE_ENCODER_FOLDER,
+    stem="model",
+    network=ClipVision,
+    config=ClipVisionConfig,
+    dialects=(image_prompt_names.CLIP_VISION_TRANSFORMERS,),
+    prefixes=("clip_vision.", ""),
+    from_json=image_prompt_configs.clip_vision_from_json,
+    to_json=image_prompt_configs.clip_vision_to_json,
+    from_shapes=image_prompt_configs.clip_vision_from_shapes,
+)
+REDUX = Kind(
+    name="redux",
+    title="Redux embedder",
+    folder=folders.IMAGE_EMBEDDER_FOLDER,
+    stem="diffusion_pytorch_model",
+    network=Redux,
+    config=ReduxConfig,
+    dialects=(image_prompt_names.REDUX_BFL,),
+    prefixes=("style_model.", ""),
+    from_json=image_prompt_configs.redux_from_json,
+    to_json=image_prompt_configs.redux_to_json,
+    from_shapes=image_prompt_configs.redux_from_shapes,
+)
+IP_ADAPTER = Kind(
+    name="ip_adapter",
+    title="IP-Adapter",
+    folder=folders.IP_ADAPTER_FOLDER,
+    stem="ip_adapter",
+    network=IpAdapter,
+    config=IpAdapterConfig,
+    dialects=(image_prompt_names.IP_ADAPTER_XLABS, image_prompt_names.IP_ADAPTER_INSTANTX),
+    prefixes=("ip_adapter.", ""),
+    from_json=image_prompt_configs.ip_adapter_from_json,
+    to_json=image_prompt_configs.ip_adapter_to_json,
+    from_shapes=image_prompt_configs.ip_adapter_from_shapes,
+    at_root=True,
+)
 CONTROLNET = Kind(
     name="controlnet",
     title="ControlNet",
@@ -133,7 +197,8 @@ CONTROLNET = Kind(
 )
 AnyKind = Kind[Any]
 """A kind of network, whichever it is."""
-KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in (FLUX, T5_XXL, CLIP, VAE, CONTROLNET)}
+_ALL = (FLUX, T5_XXL, CLIP, VAE, CONTROLNET, SIGLIP, CLIP_VISION, REDUX, IP_ADAPTER)
+KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in _ALL}
 """All kinds, by name."""
 
 
@@ -142,14 +207,17 @@ def kind_of_network(network: Network) -> AnyKind:
     for kind in KINDS.values():
         if isinstance(network, kind.network):
             return kind
-    raise TypeError(f"{type(network).__name__} is not a Flux, T5, Clip, Vae or ControlNet.")
+    raise TypeError(f"{type(network).__name__} is not a network of FLUX.")
 
 
 def dialect_for(dialect: Dialect, config: NetworkConfig) -> Dialect:
     """Return a dialect for a network of this config.
 
-    Only BFL's names of a VAE depend on it: they number the decoder's levels from the other end.
+    BFL's names of a VAE depend on it, since they number the decoder's levels from the other end;
+    and the names of an IP-Adapter, which are those of its maker.
     """
+    if isinstance(config, IpAdapterConfig) and dialect.name in ("xlabs", "instantx"):
+        return IP_ADAPTER.dialects[1 if config.joins_attention else 0]
     if dialect.name == "bfl" and isinstance(config, VaeConfig):
         return tables.vae_bfl(len(config.channels))
     return dialect

@@ -145,24 +145,25 @@ def _version() -> str:
 def _dialect_of(network: NetworkToWrite, layout: str) -> Dialect:
     """Return the key table that a layout has for a network."""
     kind = network.kind
-    if kind.name in ("clip", "t5"):
-        if layout == "bfl":
-            raise WeightsError(
-                f"The BFL layout has no {kind.title}. "
-                "Write the flux or the vae only, or the comfy layout."
-            )
-        return kind.dialects[0]
-    bfl, diffusers = kind.dialects
+    if layout == "bfl" and kind.name not in _WITH_BFL_NAMES:
+        raise WeightsError(
+            f"The BFL layout has no {kind.title}. "
+            f"Write one of {', '.join(_WITH_BFL_NAMES)} only, or the comfy layout."
+        )
     if kind is CONTROLNET and not network.config.hint_image:  # type: ignore[union-attr]
         if layout == "bfl":
             raise WeightsError(
                 "The BFL layout has XLabs' ControlNets only, whose condition is an image. Write "
                 "another layout."
             )
-        return diffusers  # which ComfyUI reads too
-    return dialect_for(diffusers if layout == "diffusers" else bfl, network.config)
+        return kind.dialects[1]  # which ComfyUI reads too
+    has_diffusers_names = kind.name in _WITH_DIFFUSERS_NAMES and layout == "diffusers"
+    return dialect_for(kind.dialects[1 if has_diffusers_names else 0], network.config)
 
 
+_WITH_BFL_NAMES = ("flux", "vae", "controlnet", "redux")
+_WITH_DIFFUSERS_NAMES = ("flux", "vae", "controlnet")
+"""Kinds whose second dialect is diffusers'."""
 _BFL_NAMES = {
     "dev": "flux1-dev",
     "schnell": "flux1-schnell",
@@ -173,6 +174,10 @@ _FILE_NAMES = {
     "clip": "clip_l.safetensors",
     "vae": "ae.safetensors",
     "controlnet": "flux1-controlnet.safetensors",
+    "siglip": "sigclip_vision_patch14_384.safetensors",
+    "clip_vision": "clip_vision_l.safetensors",
+    "redux": "flux1-redux-dev.safetensors",
+    "ip_adapter": "flux1-ip-adapter.safetensors",
 }
 _COMFY_DTYPES = {
     "float16": "fp16",

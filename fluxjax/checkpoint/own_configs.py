@@ -21,12 +21,26 @@ from fluxjax.checkpoint.config_fields import (
 )
 from fluxjax.checkpoint.settings import Field
 from fluxjax.nets.clip import ClipConfig
+from fluxjax.nets.clip_vision import ClipVisionConfig
 from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.ip_adapter import IpAdapterConfig
+from fluxjax.nets.redux import ReduxConfig
+from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
-NetworkConfig = FluxConfig | T5Config | ClipConfig | VaeConfig | ControlNetConfig
+NetworkConfig = (
+    FluxConfig
+    | T5Config
+    | ClipConfig
+    | VaeConfig
+    | ControlNetConfig
+    | SiglipConfig
+    | ClipVisionConfig
+    | ReduxConfig
+    | IpAdapterConfig
+)
 """The config of one of the networks."""
 Config = TypeVar("Config", bound=NetworkConfig)
 
@@ -38,6 +52,7 @@ _BY_NAME: Mapping[str, Field] = {
     "resnets": RESNETS,
     "eps": EPS,
     "eos_token": TOKEN,
+    "hidden": nullable(SIZE),
     "modes": nullable(SIZE),
 }
 _BY_TYPE: Mapping[object, Field] = {int: SIZE, float: NUMBER, bool: FLAG, str: TEXT}

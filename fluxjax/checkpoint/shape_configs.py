@@ -48,8 +48,8 @@ def transformer_from_shapes(shapes: Shapes) -> dict[str, Any]:
         "width": width,
         "heads": width // head_dim,
         # Indices are counted; if one is missing, the plan lists what it should hold.
-        "double_depth": _count_indices(shapes, "double."),
-        "single_depth": _count_indices(shapes, "single."),
+        "double_depth": count_indices(shapes, "double."),
+        "single_depth": count_indices(shapes, "single."),
         "mlp_width": shape_of(shapes, "double.0.img.mlp.up.weight")[0],
         "context": shape_of(shapes, "txt_in.weight")[1],
         "pooled": shape_of(shapes, "vector_in.up.weight")[1],
@@ -64,7 +64,7 @@ def vae_from_shapes(shapes: Shapes) -> VaeConfig:
     **Raises:** `WeightsError` for other channels than FLUX.1's, since the rest would differ too.
     """
     channels = []
-    for level in range(_count_indices(shapes, "encoder.down.")):
+    for level in range(count_indices(shapes, "encoder.down.")):
         name = f"encoder.down.{level}.resnets.0.conv1.weight"
         channels.append(shape_of(shapes, name, axes=4)[0])
     if tuple(channels) != VaeConfig().channels:
@@ -74,7 +74,7 @@ def vae_from_shapes(shapes: Shapes) -> VaeConfig:
         )
     return VaeConfig(
         channels=tuple(channels),
-        resnets=_count_indices(shapes, "encoder.down.0.resnets."),
+        resnets=count_indices(shapes, "encoder.down.0.resnets."),
         latent_channels=shape_of(shapes, "decoder.conv_in.weight", axes=4)[1],
     )
 
@@ -95,7 +95,7 @@ def clip_from_shapes(shapes: Shapes) -> ClipConfig:
         large,
         vocabulary=vocabulary,
         positions=shape_of(shapes, "positions.weight")[0],
-        depth=_count_indices(shapes, "blocks."),
+        depth=count_indices(shapes, "blocks."),
         mlp_width=shape_of(shapes, "blocks.0.up.weight")[0],
     )
 
@@ -110,7 +110,7 @@ def t5_from_shapes(shapes: Shapes) -> T5Config:
         heads=heads,
         # A damaged file can have no heads; the config's own checks refuse that.
         head_dim=shape_of(shapes, "blocks.0.q.weight")[0] // max(heads, 1),
-        depth=_count_indices(shapes, "blocks."),
+        depth=count_indices(shapes, "blocks."),
         mlp_width=shape_of(shapes, "blocks.0.up.weight")[0],
         buckets=buckets,
     )
@@ -134,7 +134,7 @@ def shape_of(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
     return shapes[name]
 
 
-def _count_indices(shapes: Shapes, prefix: str) -> int:
+def count_indices(shapes: Shapes, prefix: str) -> int:
     """Return how many different fields follow a prefix: the number of blocks or levels."""
     indices = set()
     for name in shapes:

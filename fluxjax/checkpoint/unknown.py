@@ -31,7 +31,7 @@ _OTHER_MODELS = {
     "down_blocks.0.attentions": "Stable Diffusion's UNet",
     "controlnet_blocks": "a ControlNet of another model",
     "controlnet_double_blocks": "a ControlNet of another model",
-    "vision_model": "a CLIP vision encoder",
+    "vision_model": "a vision encoder without its projection",
 }
 """Other models, by a text that the names of their tensors hold."""
 _CONTROL_INPUTS = ("controlnet_x_embedder", "x_embedder")

@@ -2,12 +2,25 @@
 
 from collections.abc import Mapping
 
-from fluxjax.cli.choices import CONTROL_MODES
-from fluxjax.cli.options import OptionGroup, file_path, finite_number, unicode_text
+from fluxjax.cli.choices import CONTROL_MODES, REDUX_RULES
+from fluxjax.cli.options import (
+    OptionGroup,
+    file_path,
+    finite_number,
+    image_prompt,
+    unicode_text,
+)
 
 CONDITION_DEFAULTS: Mapping[str, object] = {
     "control": None,
     "canny": False,
+    "image_prompt": [],
+    "redux": None,
+    "redux_rule": None,
+    "siglip": None,
+    "ip_adapter": None,
+    "clip_vision": None,
+    "ip_scale": None,
     "controlnet": [],
     "controlnet_image": [],
     "controlnet_scale": [],
@@ -35,6 +48,53 @@ def add_condition_options(group: OptionGroup) -> None:
         "extra canny)",
     )
     _add_controlnet_options(group)
+    _add_image_prompt_options(group)
+
+
+def _add_image_prompt_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--image-prompt",
+        action="append",
+        default=[],
+        type=image_prompt,
+        metavar="FILE[=WEIGHT]",
+        help="an image that says what is drawn, beside the prompt, read by --redux or --ip-adapter "
+        "and multiplied by the weight (default: 1); repeat the option for several",
+    )
+    group.add_argument(
+        "--redux",
+        metavar="SOURCE",
+        help="FLUX.1 Redux, which appends the tokens of the image prompts to the prompt: a file, a "
+        "folder or a hub id; the defaults are then 50 steps and a guidance of 2.5",
+    )
+    group.add_argument(
+        "--redux-rule",
+        choices=REDUX_RULES,
+        metavar="RULE",
+        help="how --redux combines several images: %(choices)s (default: append)",
+    )
+    group.add_argument(
+        "--siglip",
+        metavar="SOURCE",
+        help="the image encoder of --redux (default: that beside it) and of InstantX's IP-Adapter",
+    )
+    group.add_argument(
+        "--ip-adapter",
+        metavar="SOURCE",
+        help="an IP-Adapter, which lets the blocks attend to each image prompt: a .safetensors "
+        "file, a folder or a hub id",
+    )
+    group.add_argument(
+        "--clip-vision",
+        metavar="SOURCE",
+        help="the image encoder of XLabs' IP-Adapters: CLIP ViT-L/14, also the whole CLIP",
+    )
+    group.add_argument(
+        "--ip-scale",
+        type=finite_number(),
+        metavar="SCALE",
+        help="how strongly --ip-adapter counts (default: 1)",
+    )
 
 
 def _add_controlnet_options(group: OptionGroup) -> None:

@@ -8,19 +8,24 @@ works for one prompt and for the lines of a file, on a mesh and in several proce
 
 import argparse
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from fluxjax.cli.condition_source import (
+    ConditionFacts,
+    ConditionOfSize,
+    ConditionParts,
+    ConditionSource,
+)
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.image_prompts import read_image_prompts
 from fluxjax.cli.output import encodable
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.channels import check_features
@@ -28,78 +33,13 @@ from fluxjax.generate.condition_images import resize_image
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.control import control_condition
 from fluxjax.generate.controlnet import ControlSettings, controlnet_condition
-from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
-from fluxjax.generate.load import LoadOptions, load_network
+from fluxjax.generate.load import load_network
 from fluxjax.nets.controlnet import ControlNet
-from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.vae import Vae
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
 from fluxjax.zoo import APPENDED_FEATURES
-
-ConditionOfSize = Callable[[int, int], AddedCondition]
-"""(height, width) in pixels -> the condition of images of this size."""
-
-
-class ConditionFacts(NamedTuple):
-    """What a source is checked against before anything is written.
-
-    `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
-    is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
-    `load`: how networks are loaded, with the mesh.
-    """
-
-    model: str
-    flux: FluxConfig | None
-    is_guided: bool
-    load: LoadOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionParts:
-    """What a condition is made with, once the networks are loaded.
-
-    `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
-    of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
-    (name, function) -> function(), whose time is counted as loading.
-    """
-
-    flux: Flux
-    vae: Vae
-    load: LoadOptions
-    dtype: DTypeLike
-    hooks: DrawHooks
-    time_load: Callable[[str, Callable], object]
-
-
-class ConditionSource:
-    """A condition as plain values, before anything is loaded.
-
-    It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token.
-    """
-
-    @property
-    def features(self) -> int:
-        return 0
-
-    def check(self, facts: ConditionFacts) -> None:
-        """Check that the model can use it; called when the options are read, and once more with
-        the config of the loaded transformer if that was not known.
-
-        **Raises:** `ValueError` if it can't.
-        """
-
-    @abstractmethod
-    def describe(self) -> Mapping[str, str]:
-        """Return what images' metadata say of it, by name; files with `describe_file`."""
-
-    @abstractmethod
-    def load(self, parts: ConditionParts) -> ConditionOfSize:
-        """Load what it needs, once; return the function that makes the condition of a size."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -252,7 +192,10 @@ def _check_opencv() -> None:
         raise ValueError(str(error)) from None
 
 
-_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (_read_control,)
+_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (
+    _read_control,
+    read_image_prompts,
+)
 """Functions that return the source that the options name, or None if they name none."""
 
 

@@ -287,6 +287,26 @@ def byte_count(text: str) -> int:
     return size
 
 
+class ImagePromptFile(NamedTuple):
+    """An image prompt as an option names it: its file, and its weight."""
+
+    path: Path
+    weight: float
+
+
+def image_prompt(text: str) -> ImagePromptFile:
+    """Read an image prompt, FILE[=WEIGHT]."""
+    head, equals, last = text.rpartition("=")
+    place, weight = text, 1.0
+    if equals and _is_number(last):  # otherwise the equals sign belongs to the path
+        place, weight = head, float(last)
+    if not math.isfinite(weight) or abs(weight) > MAX_FLOAT32:
+        raise _wrong_value(text, "a finite weight after the equals sign")
+    if not place:
+        raise _wrong_value(text, "an image, as FILE=WEIGHT")
+    return ImagePromptFile(file_path(place), weight)
+
+
 class Adapter(NamedTuple):
     """An adapter as an option names it.
 

@@ -13,12 +13,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.adapters import read_adapter
-from fluxjax.cli.conditions import (
-    ConditionFacts,
-    ConditionSource,
-    check_conditions,
-    condition_sources,
-)
+from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
+from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
@@ -188,7 +184,8 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     **Arguments:** `features`: how many the command itself appends to each image token.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
-    defaults = interruptible(load_defaults, options.model)
+    conditions = condition_sources(options)
+    defaults = _defaults(options, conditions)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -203,7 +200,6 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         _guidance(options),
         _attention(options),
     )
-    conditions = condition_sources(options)
     request = Request(
         model=options.model,
         defaults=defaults,
@@ -232,6 +228,14 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     )
     request.check_conditions(known_flux_config(options.model))
     return replace(request, folder=writable(options.output_dir))
+
+
+def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]) -> Defaults:
+    """Return how the model is sampled with these conditions."""
+    defaults = interruptible(load_defaults, options.model)
+    for condition in conditions:
+        defaults = condition.change_defaults(defaults)
+    return defaults
 
 
 def _check_sizes_memory(

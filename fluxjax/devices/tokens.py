@@ -1,5 +1,8 @@
 """A transformer on several devices, each of which runs a part of the tokens."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_attention import AttentionChoice
 from fluxjax.nets.flux_state import Prepared
+from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.shapes import Array, Float, ScalarLike
 
 
@@ -58,6 +62,19 @@ class TokenParallelFlux(eqx.Module):
             dtype=dtype,
         )
         return PreparedShard(prepared, len(txt))
+
+    def with_image_prompts(
+        self, prepared: PreparedShard, prompts: Sequence[ImagePrompt]
+    ) -> PreparedShard:
+        """Return what was prepared, with image prompts; as `Flux.with_image_prompts`."""
+        parts = []
+        for prompt in prompts:
+            weights = prompt.token_weights
+            if weights is not None:
+                prompt = replace(prompt, token_weights=_local_tokens(weights[:, None])[:, 0])
+            parts.append(prompt)
+        part = self.flux.with_image_prompts(prepared.prepared, parts)
+        return PreparedShard(part, prepared.txt_tokens)
 
     def velocity(
         self,

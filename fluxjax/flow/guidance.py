@@ -180,16 +180,17 @@ class Guided(StatefulVelocity):
     It is the rule's combination of the velocities of both conditions, plus
     strength (positive - weak).
 
-    Both conditions are evaluated as one batch. If the velocity is a `StatefulVelocity`, they are
-    evaluated one after the other, each with its own memory. Where the scale is 1, or the time is
+    Both conditions are evaluated as one batch if they have the same shapes, else one after the
+    other. If the velocity is a `StatefulVelocity`, they are evaluated one after the other too, each
+    with its own memory. Where the scale is 1, or the time is
     outside of `low` to `high`, only the positive condition is evaluated; but under `jax.vmap` over
     the scale or the time, both always are, since a batched `jax.lax.cond` evaluates both branches.
 
     **Arguments:**
 
     - `velocity`: (x, t, condition) -> dx/dt, for one condition.
-    - `positive`, `negative`: the conditions, pytrees of the same shapes. Without `negative`, the
-      velocity is that of `positive`.
+    - `positive`, `negative`: the conditions, pytrees of arrays. Without `negative`, the velocity is
+      that of `positive`.
     - `scale`: the guidance scale; 1 is no guidance.
     - `rule`: how both velocities are combined.
     - `low`, `high`: guidance is used only at times from `low` to `high`.
@@ -257,13 +258,14 @@ class Guided(StatefulVelocity):
         self, x: X, t: Scalar, scale: Scalar, memory: GuidedMemory
     ) -> tuple[X, X, GuidedMemory]:
         """Return the guided velocity, the positive one, and the new memory."""
-        if memory.positive is None:
+        if memory.positive is None and _same_shapes(self.positive, self.negative):
             pair = jax.tree.map(lambda *sides: jnp.stack(sides), self.positive, self.negative)
             evaluate_pair = jax.vmap(self.velocity, in_axes=(None, None, 0))
             positive, negative = evaluate_pair(x, t, pair)
             after_positive, after_negative = None, None
         else:
-            # A memory may decide which parts are evaluated, so that a batch would evaluate all.
+            # A memory may decide which parts are evaluated, so that a batch would evaluate all; and
+            # conditions of different shapes, as of prompts of different lengths, make no batch.
             positive, after_positive = self._evaluate(x, t, self.positive, memory.positive)
             negative, after_negative = self._evaluate(x, t, self.negative, memory.negative)
         guided, after_rule = self.rule.with_memory(x, t, positive, negative, scale, memory.rule)
@@ -283,3 +285,11 @@ class Guided(StatefulVelocity):
             return guided + strength * (positive - degraded)
 
         return jax.lax.cond(used, away, lambda: guided)
+
+
+def _same_shapes(one: Condition, other: Condition) -> bool:
+    """Return whether two conditions can be stacked."""
+    if jax.tree.structure(one) != jax.tree.structure(other):  # type: ignore[operator]
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(jnp.shape(left) == jnp.shape(right) for left, right in pairs)

@@ -43,6 +43,7 @@ from fluxjax.generate.edit_methods import (
     RFInverting,
     SDEditing,
 )
+from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
 from fluxjax.generate.image_to_image import (
@@ -51,6 +52,11 @@ from fluxjax.generate.image_to_image import (
     begin_from_images,
     image_to_image,
     outpaint,
+)
+from fluxjax.generate.ip_adapter import (
+    CombinedCondition,
+    ImagePromptCondition,
+    ip_adapter_condition,
 )
 from fluxjax.generate.kontext import (
     ReferenceCondition,
@@ -79,10 +85,24 @@ from fluxjax.generate.load import (
     load_tokenizers,
     load_vae,
 )
+from fluxjax.generate.load_image_encoders import (
+    load_clip_vision,
+    load_ip_adapter,
+    load_redux,
+    load_siglip,
+)
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
+from fluxjax.generate.redux import (
+    REDUX_GUIDANCE,
+    REDUX_RULES,
+    REDUX_STEPS,
+    ReduxCondition,
+    redux_condition,
+    redux_tokens,
+)
 from fluxjax.generate.reference_ids import reference_ids
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
@@ -105,12 +125,16 @@ __all__ = [
     "CONTROL_MODES",
     "EDIT_METHODS",
     "INTEGRATORS",
+    "REDUX_GUIDANCE",
+    "REDUX_RULES",
+    "REDUX_STEPS",
     "RULES",
     "SOLVERS",
     "TIMERS",
     "AddedCondition",
     "Blurred",
     "CachedFlux",
+    "CombinedCondition",
     "Comparison",
     "ConcatCondition",
     "Conditioning",
@@ -132,6 +156,7 @@ __all__ = [
     "Guidance",
     "Hidden",
     "ImageBatch",
+    "ImagePromptCondition",
     "LoadOptions",
     "Margins",
     "Models",
@@ -140,6 +165,7 @@ __all__ = [
     "PromptIds",
     "RFInverting",
     "Recipe",
+    "ReduxCondition",
     "ReferenceCondition",
     "ReferenceTokens",
     "References",
@@ -157,6 +183,7 @@ __all__ = [
     "begin_from_images",
     "canny_edges",
     "cell_mask",
+    "clip_pixels",
     "compare",
     "control_condition",
     "control_times",
@@ -178,13 +205,18 @@ __all__ = [
     "image_to_image",
     "initial_noise",
     "integrator",
+    "ip_adapter_condition",
     "kontext_condition",
     "kontext_image",
     "load_clip",
+    "load_clip_vision",
     "load_controlnet",
     "load_flux",
+    "load_ip_adapter",
     "load_models",
     "load_network",
+    "load_redux",
+    "load_siglip",
     "load_t5",
     "load_tokenizers",
     "load_vae",
@@ -203,6 +235,8 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_times",
+    "redux_condition",
+    "redux_tokens",
     "reference_ids",
     "resize_image",
     "restoration_times",
@@ -210,6 +244,7 @@ __all__ = [
     "save",
     "save_models",
     "seed_key",
+    "siglip_pixels",
     "step_cache",
     "text_to_image",
     "timer",

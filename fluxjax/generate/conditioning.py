@@ -18,6 +18,7 @@ from fluxjax.generate.controls import (
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
+from fluxjax.nets.image_prompt import ImagePrompt, for_image_tokens
 from fluxjax.shapes import Array, Float, PerImage, Times
 
 Transformer = Flux | TokenParallelFlux
@@ -49,7 +50,8 @@ class Conditioning(eqx.Module):
     scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
     of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
     `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `control`:
-    ControlNets, whose residuals are added up.
+    ControlNets, whose residuals are added up. `image_prompts`: of IP-Adapters, keys and values that
+    the blocks attend to as well.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -59,6 +61,7 @@ class Conditioning(eqx.Module):
     concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
     control: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 class AddedCondition(eqx.Module):
@@ -94,6 +97,10 @@ _RANKS = {
     "concat": 2,
     "tokens": 2,
     "ids": 2,
+    "k": 4,
+    "v": 4,
+    "scales": 1,
+    "token_weights": 1,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -167,6 +174,12 @@ def prepare_conditioning(
         img_ids=ids,
         guidance=conditioning.guidance,
     )
+    if conditioning.image_prompts:
+        own = len(conditioning.img_ids)
+        prompts = []
+        for prompt in conditioning.image_prompts:
+            prompts.append(for_image_tokens(prompt, own, len(ids) - own))
+        prepared = flux.with_image_prompts(prepared, prompts)  # type: ignore[arg-type]
     tokens = None if reference is None else reference.tokens
     control = []
     for net, one in zip(nets, conditioning.control, strict=True):

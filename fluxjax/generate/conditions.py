@@ -137,6 +137,15 @@ def check_control(flux: Transformer, positive: Conditioning, negative: Condition
 
 
 def _with_negative_text(conditioning: Conditioning, negative: Conditioning) -> Conditioning:
-    """Return a conditioning with the negative text before its own, as `Nag` takes it."""
+    """Return a conditioning with the negative text before its own, as `Nag` takes it.
+
+    **Raises:** `ValueError` for another number of tokens, of which `Nag` would take the wrong half.
+    """
+    if len(negative.txt) != len(conditioning.txt):
+        raise ValueError(
+            f"`Guidance(nag)` needs as many text tokens in the negative conditioning as in the "
+            f"positive one, got {len(negative.txt)} and {len(conditioning.txt)}. Add the same "
+            "number to both, as `redux_condition(in_negative=True)` does."
+        )
     text = jnp.concatenate([negative.txt, conditioning.txt])
     return eqx.tree_at(lambda one: one.txt, conditioning, text)

@@ -42,6 +42,7 @@ from fluxjax.generate.controls import without_networks
 from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
 from fluxjax.generate.velocity import Guidance, check_guidance, guided_velocity, split_scales
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
@@ -474,6 +475,8 @@ def _for_each_image(
 
 def _split(batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> tuple[_Rows, _Shared]:
     """Split a batch into what each image has of its own, and what all share."""
+    if mesh is not None:
+        batch = _with_split_heads(batch)
     positive_rows, positive = _split_condition(batch.positive)
     negative_rows = negative = None
     if batch.negative is not None:
@@ -507,6 +510,18 @@ def _split_condition(conditioning: Conditioning) -> tuple[Conditioning, Conditio
 
     rows, shared = split_images(conditioning)
     return without_nets(rows), without_nets(shared)
+
+
+def _with_split_heads(batch: ImageBatch) -> ImageBatch:
+    """Return a batch whose image prompts are for a transformer with heads split over "tensor"."""
+
+    def is_prompt(node: PyTree) -> bool:
+        return isinstance(node, ImagePrompt)
+
+    def split(node: PyTree) -> PyTree:
+        return replace(node, head_axis="tensor") if is_prompt(node) else node
+
+    return jax.tree.map(split, batch, is_leaf=is_prompt)
 
 
 @eqx.filter_jit

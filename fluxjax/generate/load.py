@@ -67,7 +67,7 @@ def load_flux(
     no such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
     `sharding`, `stream` and `quantize`.
     """
-    return _load(FLUX, source, config, dtype, _Storage(sharding, stream, quantize))
+    return load_kind(FLUX, source, config, dtype, Storage(sharding, stream, quantize))
 
 
 def load_clip(
@@ -78,7 +78,7 @@ def load_clip(
     sharding: ShardingChoice = None,
 ) -> Clip:
     """Load CLIP's text encoder. Arguments and errors as for `load_flux`."""
-    return _load(CLIP, source, config, dtype, _Storage(sharding))
+    return load_kind(CLIP, source, config, dtype, Storage(sharding))
 
 
 def load_t5(
@@ -91,7 +91,7 @@ def load_t5(
     quantize: str | None = None,
 ) -> T5:
     """Load T5's encoder. Arguments and errors as for `load_flux`."""
-    return _load(T5_XXL, source, config, dtype, _Storage(sharding, stream, quantize))
+    return load_kind(T5_XXL, source, config, dtype, Storage(sharding, stream, quantize))
 
 
 def load_vae(
@@ -102,7 +102,7 @@ def load_vae(
     sharding: ShardingChoice = None,
 ) -> Vae:
     """Load the VAE. Arguments and errors as for `load_flux`."""
-    return _load(VAE, source, config, dtype, _Storage(sharding))
+    return load_kind(VAE, source, config, dtype, Storage(sharding))
 
 
 def load_controlnet(
@@ -120,10 +120,10 @@ def load_controlnet(
     "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0". The others as for `load_flux`.
     **Raises:** as `load_flux`; `WeightsError` for a ControlNet for inpainting.
     """
-    return _load(CONTROLNET, source, config, dtype, _Storage(sharding, stream, quantize))
+    return load_kind(CONTROLNET, source, config, dtype, Storage(sharding, stream, quantize))
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
     """Where and how the weights are kept; at most one of the three. As for `load_flux`."""
 
     sharding: ShardingChoice = None
@@ -131,9 +131,10 @@ class _Storage(NamedTuple):
     quantize: str | None = None
 
 
-def _load(
-    kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, storage: _Storage
+def load_kind(
+    kind: Kind, source: str | Path, config: Any, dtype: DTypeLike | None, storage: Storage
 ) -> Any:
+    """Load a network of any kind. Arguments and errors as for `load_flux`."""
     dtype = check_dtype(f"load_{kind.name}", dtype)
     sharding, stream, eight_bits = storage
     if (sharding is not None) + stream + (eight_bits is not None) > 1:

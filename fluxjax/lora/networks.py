@@ -10,6 +10,9 @@ from fluxjax.nets.weight import Dense, Weight
 LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices whose rows are looked up, so they are never multiplied by activations."""
 
+_ADAPTED = ("flux", "controlnet", "clip", "t5")
+"""The networks that adapters can be attached to; formats of files have names for some of them."""
+
 
 def network_kind(call: str, model: eqx.Module) -> str:
     """Return which network this is: "flux", "clip" or "t5".
@@ -22,8 +25,7 @@ def network_kind(call: str, model: eqx.Module) -> str:
     **Raises:** `ValueError` for anything else.
     """
     for name, kind in KINDS.items():
-        # The VAE is a network of FLUX, but no adapter format has names for it.
-        if name != "vae" and isinstance(model, kind.network):
+        if name in _ADAPTED and isinstance(model, kind.network):
             return name
     raise ValueError(
         f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. "

@@ -1,4 +1,4 @@
-"""The four networks as immutable Equinox modules, and the layers that they are made of.
+"""The networks as immutable Equinox modules, and the layers that they are made of.
 
 A network takes one example. `eqx.filter_vmap(network)` takes a batch, and
 `eqx.filter_jit(eqx.filter_vmap(network))` compiles it with the weights as arguments. (`jax.vmap` of
@@ -7,13 +7,18 @@ Blocks of one kind are stacked along a leading axis.
 """
 
 from fluxjax.nets.clip import Clip, ClipConfig
+from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.controlnet import ControlNet, PreparedControlNet
 from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux import Flux, Prepared
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.flux_control import ControlResiduals
+from fluxjax.nets.image_prompt import ImagePrompt
+from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
 from fluxjax.nets.quantized import QuantizedWeight, quantize
+from fluxjax.nets.redux import Redux, ReduxConfig
+from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.vae import Vae, VaeConfig
@@ -25,6 +30,8 @@ __all__ = [
     "AdaptedWeight",
     "Clip",
     "ClipConfig",
+    "ClipVision",
+    "ClipVisionConfig",
     "ControlNet",
     "ControlNetConfig",
     "ControlResiduals",
@@ -32,9 +39,16 @@ __all__ = [
     "Dense",
     "Flux",
     "FluxConfig",
+    "ImagePrompt",
+    "IpAdapter",
+    "IpAdapterConfig",
     "Prepared",
     "PreparedControlNet",
     "QuantizedWeight",
+    "Redux",
+    "ReduxConfig",
+    "Siglip",
+    "SiglipConfig",
     "T5Config",
     "Unrolled",
     "Vae",

@@ -1,6 +1,5 @@
 """CLIP's text encoder: token ids to a pooled vector."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -9,16 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import (
-    Embedding,
-    LayerNorm,
-    Linear,
-    check_ids,
-    gelu,
-    join_heads,
-    split_heads,
-)
+from fluxjax.nets.encoder_block import EncoderBlock, check_encoder_config
+from fluxjax.nets.layers import Embedding, LayerNorm, check_ids
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
@@ -26,21 +17,6 @@ from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
 
 States = Float[Array, "tokens width"]
 """One hidden state per token."""
-
-
-def _quick_gelu(x: Array) -> Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _exact_gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "quick_gelu": _quick_gelu,
-    "gelu": _exact_gelu,
-    "gelu_tanh": gelu,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,67 +41,12 @@ class ClipConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(
-                f"`ClipConfig` needs a width that heads divide, got {self.width} and {self.heads}."
-            )
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"`ClipConfig(activation={self.activation!r})` is unknown. Choose one of "
-                f"{', '.join(_ACTIVATIONS)}."
-            )
+        check_encoder_config(self)
 
     @classmethod
     def large(cls) -> "ClipConfig":
         """The text encoder of CLIP ViT-L/14, the one of FLUX.1."""
         return cls()
-
-
-class ClipBlock(eqx.Module):
-    """Causal attention and an MLP, each after a LayerNorm and with a residual connection.
-
-    `q`, `k`, `v`, `out`: of the attention. `up`, `down`: of the MLP.
-    """
-
-    norm1: LayerNorm
-    q: Linear
-    k: Linear
-    v: Linear
-    out: Linear
-    norm2: LayerNorm
-    up: Linear
-    down: Linear
-    head_dim: int = eqx.field(static=True)
-    activation: str = eqx.field(static=True)
-
-    def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
-        width, hidden = config.width, config.mlp_width
-        q, k, v, out, up, down = jax.random.split(key, 6)
-        self.head_dim = width // config.heads
-        self.activation = config.activation
-        self.norm1 = LayerNorm(width, eps=config.eps)
-        self.norm2 = LayerNorm(width, eps=config.eps)
-        self.q = Linear(width, width, key=q)
-        self.k = Linear(width, width, key=k)
-        self.v = Linear(width, width, key=v)
-        self.out = Linear(width, width, key=out)
-        self.up = Linear(width, hidden, key=up)
-        self.down = Linear(hidden, width, key=down)
-
-    def __call__(self, x: States) -> States:
-        """Return the hidden states after this block."""
-        x = x + self._attend(self.norm1(x))
-        activation = _ACTIVATIONS[self.activation]
-        hidden = activation(self.up(self.norm2(x)))
-        return x + self.down(hidden)
-
-    def _attend(self, x: States) -> States:
-        q = split_heads(self.q(x), self.head_dim)
-        k = split_heads(self.k(x), self.head_dim)
-        v = split_heads(self.v(x), self.head_dim)
-        # Of at most 77 tokens: a fused implementation would gain nothing.
-        attended = attention(q, k, v, causal=True, implementation="xla")
-        return self.out(join_heads(attended))
 
 
 class Clip(eqx.Module):
@@ -141,7 +62,7 @@ class Clip(eqx.Module):
     config: ClipConfig = eqx.field(static=True)
     tokens: Embedding
     positions: Embedding
-    blocks: ClipBlock  # stacked
+    blocks: EncoderBlock  # stacked
     norm: LayerNorm
 
     def __init__(self, config: ClipConfig, *, key: PRNGKeyArray):
@@ -149,7 +70,9 @@ class Clip(eqx.Module):
         self.config = config
         self.tokens = Embedding(config.vocabulary, config.width, key=tokens)
         self.positions = Embedding(config.positions, config.width, key=positions)
-        self.blocks = stack(lambda key: ClipBlock(config, key=key), config.depth, key=blocks)
+        self.blocks = stack(
+            lambda key: EncoderBlock(config, causal=True, key=key), config.depth, key=blocks
+        )
         self.norm = LayerNorm(config.width, eps=config.eps)
 
     def __repr__(self) -> str:

@@ -50,11 +50,12 @@ class DenseKernel(Kernel):
 class Conv(eqx.Module):
     """A convolution with a square kernel over [rows, columns, channels].
 
-    `weight`: the kernel, in any storage. `bias`: one number for each output channel.
+    `weight`: the kernel, in any storage. `bias`: one number for each output channel; None for a
+    layer without one.
     """
 
     weight: Kernel
-    bias: Float[Array, " out"]
+    bias: Float[Array, " out"] | None
 
     def __init__(
         self,
@@ -62,13 +63,14 @@ class Conv(eqx.Module):
         out: int,
         *,
         side: int = 3,
+        bias: bool = True,
         key: PRNGKeyArray,
     ):
         """Draw the kernel with variance 1 / (side^2 channels); the bias is zeros."""
         fan_in = side * side * channels
         value = jax.random.normal(key, (side, side, channels, out)) / jnp.sqrt(fan_in)
         self.weight = DenseKernel(value)
-        self.bias = jnp.zeros(out)
+        self.bias = jnp.zeros(out) if bias else None
 
     def __call__(
         self,
@@ -123,7 +125,9 @@ class Conv(eqx.Module):
         x, vertical = rows.pad(x, vertical)
         # XLA's convolutions take a batch.
         y = _convolve(x[None], kernel.astype(x.dtype), stride, (vertical, horizontal))[0]
-        return (y + self.bias.astype(y.dtype)).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 def _folded(

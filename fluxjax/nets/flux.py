@@ -30,6 +30,7 @@ from fluxjax.nets.flux_prepare import (
     without_modulation,
 )
 from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
+from fluxjax.nets.image_prompt import ImagePrompt, check_image_prompts
 from fluxjax.nets.layers import Linear
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import block_at, stack
@@ -54,14 +55,17 @@ class FluxOptions(TypedDict, total=False):
     `attention`: the name of an implementation of `fluxjax.attention`, an `Attention`, which has
     block sizes too, or a custom function over the text's and the image's tokens. `degraded`: blocks
     to skip, or to run with another attention. `control`: residuals of ControlNets, each of which is
-    added after its blocks, skipped ones too. `dtype`: of the activations, by default that of `txt`,
-    so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only the
-    input of each block and compute the block again: a third more work, and the memory of one block.
+    added after its blocks, skipped ones too. `image_prompts`: of IP-Adapters, which blocks attend
+    to as well; those that are skipped do not. `dtype`: of the activations, by default that of
+    `txt`, so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only
+    the input of each block and compute the block again: a third more work, and the memory of one
+    block.
     """
 
     attention: AttentionChoice
     degraded: DegradedBlocks | None
     control: Sequence[ControlResiduals]
+    image_prompts: Sequence[ImagePrompt]
     dtype: DTypeLike | None
     remat: bool
 
@@ -150,7 +154,7 @@ class Flux(eqx.Module):
         return self.velocity(
             x,
             t,
-            prepared,
+            self.with_image_prompts(prepared, options.get("image_prompts", ())),
             attention=options.get("attention"),
             degraded=options.get("degraded"),
             control=options.get("control", ()),
@@ -193,6 +197,15 @@ class Flux(eqx.Module):
             self.final.modulation(conditioning),
         )
         return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
+
+    def with_image_prompts(self, prepared: Prepared, prompts: Sequence[ImagePrompt]) -> Prepared:
+        """Return what was prepared, with image prompts that the blocks attend to as well.
+
+        **Arguments:** `prepared`: from `prepare`. `prompts`: of IP-Adapters.
+        **Raises:** `ValueError` for prompts that were made for other blocks.
+        """
+        check_image_prompts(self.config, prompts)
+        return prepared._replace(image_prompts=tuple(prompts))
 
     @convert_arguments
     def velocity(
@@ -239,7 +252,9 @@ class Flux(eqx.Module):
         """
         check_widths("Flux", self.config, x=x)
         img = self.img_in(x.astype(prepared.txt.dtype))
-        return HiddenState(img, prepared.txt, prepared.at(t), prepared.rotation)
+        return HiddenState(
+            img, prepared.txt, prepared.at(t), prepared.rotation, prepared.image_prompts
+        )
 
     def first(
         self,
@@ -249,9 +264,10 @@ class Flux(eqx.Module):
     ) -> ImageAndText:
         """Return the image's and the text's tokens after the first double block."""
         block = block_at(self.double, 0)
-        modulation = block_at(hidden.modulation.double, 0)
+        in_double, _ = hidden.prompts_in_blocks()
+        modulation, prompts = block_at((hidden.modulation.double, in_double), 0)
         tokens = (hidden.img, hidden.txt)
-        return block(tokens, modulation, block_attention(attention, hidden))
+        return block(tokens, modulation, block_attention(attention, hidden), prompts)
 
     def blocks(
         self,
@@ -270,8 +286,9 @@ class Flux(eqx.Module):
         network.
         """
         run_double = run_single = block_runner(hidden, attention, degraded)
-        double_inputs: tuple[PyTree, ...] = (hidden.modulation.double,)
-        single_inputs: tuple[PyTree, ...] = (hidden.modulation.single,)
+        in_double, in_single = hidden.prompts_in_blocks()
+        double_inputs: tuple[PyTree, ...] = (hidden.modulation.double, in_double)
+        single_inputs: tuple[PyTree, ...] = (hidden.modulation.single, in_single)
         if degraded is not None:
             # Without flags the program has no branches.
             double_inputs += (degraded.double,)

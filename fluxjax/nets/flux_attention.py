@@ -17,6 +17,7 @@ from fluxjax.nets.heads import (
     prepare_rotation,
     query_key_value,
 )
+from fluxjax.nets.image_prompt import BlockPrompt
 from fluxjax.nets.layers import join_heads
 from fluxjax.shapes import Array, Bool
 
@@ -31,22 +32,29 @@ def block_runner(
 ) -> Callable[..., PyTree]:
     """Return the function that a scan over blocks calls: of a block and its tokens to tokens.
 
-    It is (block, tokens, modulation), or (block, tokens, modulation, flag) where blocks are
-    degraded. It serves double and single blocks, whose tokens are a pair and one sequence.
+    It is (block, tokens, modulation, image_prompts), or (block, tokens, modulation, image_prompts,
+    flag) where blocks are degraded. It serves double and single blocks, whose tokens are a pair and
+    one sequence.
     """
     normal_attention = block_attention(attention, hidden)
     degraded_attention: BlockAttention | None = None
     if degraded is not None and degraded.attention is not None:
         degraded_attention = block_attention(degraded.attention, hidden)
 
-    def run(block: PyTree, tokens: PyTree, modulation: PyTree, *flag: Bool[Array, ""]) -> PyTree:
+    def run(
+        block: PyTree,
+        tokens: PyTree,
+        modulation: PyTree,
+        prompts: tuple[BlockPrompt, ...] = (),
+        *flag: Bool[Array, ""],
+    ) -> PyTree:
         def run_normal() -> PyTree:
-            return block(tokens, modulation, normal_attention)
+            return block(tokens, modulation, normal_attention, prompts)
 
         def run_degraded() -> PyTree:
             if degraded_attention is None:
                 return tokens
-            return block(tokens, modulation, degraded_attention)
+            return block(tokens, modulation, degraded_attention, prompts)
 
         if not flag:
             return run_normal()

@@ -4,7 +4,7 @@ The blocks read their widths from the shapes of their weights and not from the c
 also run on one device's part of the heads and hidden features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
 from fluxjax.nets.heads import Projection
+from fluxjax.nets.image_prompt import BlockPrompt, add_after_block, add_to_attention
 from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, modulate
 from fluxjax.nets.weight import materialize
 from fluxjax.shapes import Array, Float, PRNGKeyArray
@@ -147,11 +148,13 @@ class DoubleBlock(eqx.Module):
         tokens: ImageAndText,
         modulation: DoubleModulation,
         attention: BlockAttention,
+        prompts: Sequence[BlockPrompt] = (),
     ) -> ImageAndText:
         """Return the image's and the text's tokens after this block.
 
         **Arguments:** `tokens`: the image's and the text's. `modulation`: of this block.
-        `attention`: over the text's tokens, then the image's.
+        `attention`: over the text's tokens, then the image's. `prompts`: which the image's tokens
+        attend to as well.
         """
         img, txt = tokens
         img_modulation = StreamModulation(*jnp.split(modulation.img, 6))
@@ -161,7 +164,9 @@ class DoubleBlock(eqx.Module):
         width = txt_projection.projected.shape[-1] // 3
         attended = attention(width, txt_projection, img_projection)
         txt_attended, img_attended = attended[: len(txt)], attended[len(txt) :]
+        img_attended = add_to_attention(img_attended, img_projection, width, prompts)
         img = self.img.finish(img, img_attended, img_modulation)
+        img = add_after_block(img, img_projection, width, prompts)
         txt = self.txt.finish(txt, txt_attended, txt_modulation)
         return img, txt
 
@@ -197,11 +202,12 @@ class SingleBlock(eqx.Module):
         x: TokenStates,
         modulation: Float[Array, " three_width"],
         attention: BlockAttention,
+        prompts: Sequence[BlockPrompt] = (),
     ) -> TokenStates:
         """Return the tokens after this block.
 
         **Arguments:** `x`: the text's tokens, then the image's. `modulation`: shift, scale and gate
-        of this block.
+        of this block. `prompts`: which all tokens attend to as well; they join the attention.
         """
         shift, scale, gate = jnp.split(modulation, 3)
         # linear1 has 3 width + hidden outputs, and linear2 has width + hidden inputs.
@@ -209,7 +215,9 @@ class SingleBlock(eqx.Module):
         inputs = self.linear2.weight.shape[-1]
         width = (outputs - inputs) // 2
         projected = materialize(self.linear1(modulate(x, shift, scale)))
-        attended = attention(width, Projection(projected, self.query_norm, self.key_norm))
+        projection = Projection(projected, self.query_norm, self.key_norm)
+        attended = attention(width, projection)
+        attended = add_to_attention(attended, projection, width, prompts)
         hidden = materialize(gelu(projected[:, 3 * width :]))
         return x + gate * self.linear2(jnp.concatenate([attended, hidden], axis=-1))
 

@@ -11,7 +11,7 @@ from fluxjax.nets.flux_blocks import ImageAndText, TokenStates
 from fluxjax.shapes import Array, Float, Int
 
 RunBlock = Callable[..., PyTree]
-"""(block, tokens, modulation, *flag) -> tokens, as `block_runner` makes it."""
+"""(block, tokens, modulation, image_prompts, *flag) -> tokens, as `block_runner` makes it."""
 Stack = Float[Array, "residuals img_tokens width"]
 """Residuals of one kind of blocks."""
 Numbers = tuple[Int[Array, " depth"], ...]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.nets.flux_blocks import DoubleModulation
+from fluxjax.nets.image_prompt import BlockPrompt, ImagePrompt
 from fluxjax.nets.layers import Rotation
 from fluxjax.shapes import Array, Float, ScalarLike
 
@@ -29,13 +30,15 @@ class Prepared(NamedTuple):
     """Everything in a network's evaluations that does not depend on the image.
 
     `times`: those that were prepared. `txt`: the embedded text tokens. `rotation`: of the text's
-    and the image's tokens. `modulation`: at each of the times.
+    and the image's tokens. `modulation`: at each of the times. `image_prompts`: keys and values
+    that the blocks attend to as well.
     """
 
     times: Times
     txt: Float[Array, "txt_tokens width"]
     rotation: Rotation
     modulation: Modulation
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     def at(self, t: ScalarLike) -> Modulation:
         """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
@@ -47,9 +50,19 @@ class Prepared(NamedTuple):
 
 
 class HiddenState(NamedTuple):
-    """The tokens of one example between the blocks, with the modulation and rotation they take."""
+    """The tokens of one example between the blocks, and what the blocks take besides."""
 
     img: ImgStates
     txt: Float[Array, "txt_tokens width"]
     modulation: Modulation
     rotation: Rotation
+    image_prompts: tuple[ImagePrompt, ...] = ()
+
+    def prompts_in_blocks(self) -> tuple[tuple[BlockPrompt, ...], tuple[BlockPrompt, ...]]:
+        """Return the image prompts in the double and in the single blocks, for loops over them."""
+        double: list[BlockPrompt] = []
+        single: list[BlockPrompt] = []
+        for prompt in self.image_prompts:
+            double.append(prompt.in_double())
+            single += prompt.in_single(len(self.txt))
+        return tuple(double), tuple(single)

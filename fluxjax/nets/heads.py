@@ -112,6 +112,15 @@ def _split_and_normalize(
     return projection.query_norm(q), projection.key_norm(k), v
 
 
+def normalized_queries(projection: Projection, width: int) -> Heads:
+    """Return the queries of one modality, normalized and not rotated.
+
+    **Arguments:** `width`: columns of the queries.
+    """
+    head_dim = projection.query_norm.scale.shape[-1]
+    return projection.query_norm(split_heads(projection.projected[:, :width], head_dim))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
     width_and_chip: tuple[int, str],

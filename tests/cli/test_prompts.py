@@ -3,10 +3,12 @@
 import json
 import time
 
+import jax
 import PIL.Image
 import pytest
-from jobs import start, start_job
+from jobs import IMPATIENT, start, start_job
 
+from fluxjax.cli.jobs import join_job
 from fluxjax.cli.main import main
 from fluxjax.cli.prompts import Line, read_prompts, share
 
@@ -175,7 +177,7 @@ def test_two_processes_share_a_file_and_one_that_is_killed_ends_the_other(
     undisturbed, tmp_path, programs
 ):
     arguments = command(tmp_path, "out", programs)
-    first, second = start_job(arguments, 2, **FAST)
+    first, second = start_job(arguments, 2, program=IMPATIENT, **FAST)
     second.stderr.read(1)  # it has joined the job, and begins to load
     second.kill()
     killed = time.monotonic()
@@ -190,6 +192,16 @@ def test_two_processes_share_a_file_and_one_that_is_killed_ends_the_other(
     written = [int(text[: text.index(" images written")].split()[-1]) for text in outputs]
     assert sum(written) == len(NAMES) - len(done)
     assert images(tmp_path / "out") == undisturbed
+
+
+def test_a_process_that_is_killed_ends_the_others_within_half_a_minute(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: joined.append(options))
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    join_job()
+    expected = {"num_processes": 2, "process_id": 1, "heartbeat_timeout_seconds": 30}
+    assert expected.items() <= joined[0].items()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def with_rows(problem):
 
 def chain_evidence(problem, step, times):
     """Return the exact log-density of y if x0 is drawn by a chain of steps."""
-    mean, covariance = affine_moments(step, problem.prior, times)
+    mean, covariance = eqx.filter_jit(affine_moments)(step, problem.prior, times)
     chain = Normal(mean, covariance)
     return chain.log_evidence(problem.matrix, problem.observed, problem.measurement.std)
 
@@ -235,9 +235,9 @@ def test_float32_and_bfloat16_particles_keep_their_dtype():
     field = Conditioned(lambda x, t: -x, measurement, proximal())
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.asarray(start()[:, :2], dtype)
-        result = twisted_sample(
-            field, x, jnp.float32([1, 0.5, 0]), step=DDIM(1.0), key=jax.random.key(0)
-        )
+        run = eqx.filter_jit(twisted_sample)
+        times = jnp.float32([1, 0.5, 0])
+        result = run(field, x, times, step=DDIM(1.0), key=jax.random.key(0))
         assert result.x.dtype == dtype
         assert result.log_evidence.dtype == jnp.float32
         assert jnp.all(jnp.isfinite(result.log_weights))

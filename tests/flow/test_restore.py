@@ -1,5 +1,9 @@
 """Steps that restore, on problems whose posterior is known."""
 
+import contextlib
+import functools
+from unittest import mock
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -38,51 +42,52 @@ KEY = jax.random.key(0)
 ROUNDING = 6e-4
 
 
-@pytest.fixture
-def supply(monkeypatch):
-    """Return a function that has `jax.random.normal` return successive parts of an array."""
-    given = {}
+NOISES = 3 * PIXELS
+"""At least as many numbers as a step draws."""
+MOST_STEPS = 1000
+
+
+@contextlib.contextmanager
+def supplied(noise):
+    """Let `jax.random.normal` return successive parts of an array."""
+    used = 0
 
     def normal(key, shape=(), dtype=float):
-        size = int(np.prod(shape))
-        start = given["used"]
-        given["used"] = start + size
-        return given["noise"][start : start + size].reshape(shape).astype(dtype)
+        nonlocal used
+        start, used = used, used + int(np.prod(shape))
+        return noise[start:used].reshape(shape).astype(dtype)
 
-    def start(noise):
-        given.update(noise=noise, used=0)
-
-    monkeypatch.setattr(jax.random, "normal", normal)
-    return start
+    with mock.patch("jax.random.normal", normal):
+        yield
 
 
-def moments(supply, step, problem, times, noises):
-    """Return the exact mean and covariance of an affine step's x at the last time.
+@eqx.filter_jit
+def _moments_program(step, prior, times, steps):
+    """One compiled program for every number of steps: all times have the same, padded length."""
 
-    `noises`: at least as many as a step draws.
-    """
+    def advance(index, moments):
+        def move(inputs):
+            x = inputs[:PIXELS]
+            with supplied(inputs[PIXELS:]):
+                return step(prior, x, times[index], times[index + 1], step.init(x), key=KEY)[0]
 
-    @jax.jit
-    def run(prior, times):
-        def advance(moments, interval):
-            t, u = interval
+        # The step is affine: it is read off at 0 and at the unit vectors, in one batch.
+        inputs = jnp.concatenate([jnp.zeros((1, PIXELS + NOISES)), jnp.eye(PIXELS + NOISES)])
+        values = jax.vmap(move)(inputs)
+        columns = (values[1:] - values[0]).T
+        of_x, of_noise = columns[:, :PIXELS], columns[:, PIXELS:]
+        mean, covariance = moments
+        mean = values[0] + of_x @ mean
+        return mean, of_x @ covariance @ of_x.T + of_noise @ of_noise.T
 
-            def move(inputs):
-                x, noise = inputs[:PIXELS], inputs[PIXELS:]
-                supply(noise)
-                return step(prior, x, t, u, step.init(x), key=KEY)[0]
+    return jax.lax.fori_loop(0, steps, advance, (jnp.zeros(PIXELS), jnp.eye(PIXELS)))
 
-            zero = jnp.zeros(PIXELS + noises)
-            columns = jax.vmap(lambda e: move(e) - move(zero))(jnp.eye(PIXELS + noises)).T
-            of_x, of_noise = columns[:, :PIXELS], columns[:, PIXELS:]
-            mean, covariance = moments
-            mean = move(zero) + of_x @ mean
-            return (mean, of_x @ covariance @ of_x.T + of_noise @ of_noise.T), None
 
-        start = (jnp.zeros(PIXELS), jnp.eye(PIXELS))
-        return jax.lax.scan(advance, start, (times[:-1], times[1:]))[0]
-
-    return run(problem.prior, times)
+def moments(step, problem, times):
+    """Return the exact mean and covariance of an affine step's x at the last time."""
+    padded = np.zeros(MOST_STEPS + 1)
+    padded[: len(times)] = times
+    return _moments_program(step, problem.prior, padded, jnp.asarray(len(times) - 1))
 
 
 STEPS = {
@@ -105,14 +110,14 @@ STEPS = {
 
 @pytest.mark.parametrize("operator", problems.OPERATORS)
 @pytest.mark.parametrize("name", STEPS)
-def test_the_moments_on_a_gaussian_are_those_of_the_issue(supply, name, operator):
+def test_the_moments_on_a_gaussian_are_those_of_the_method(name, operator):
     make, steps, expected = STEPS[name]
     with jax.enable_x64(True):
         problem = problems.g8(operator)
         times = problems.falling_times(steps)
         if steps == 28:  # dense near 0: the odds t / (1 - t) are a third
             times = time_shift(times, jnp.log(1 / 3))
-        found = moments(supply, make(problem.measurement), problem, times, 3 * PIXELS)
+        found = moments(make(problem.measurement), problem, times)
         mean, covariance = problems.errors(found, problem.posterior)
     expected_mean, expected_covariance = expected[problems.OPERATORS.index(operator)]
     assert mean == pytest.approx(expected_mean, abs=ROUNDING)
@@ -120,11 +125,11 @@ def test_the_moments_on_a_gaussian_are_those_of_the_issue(supply, name, operator
 
 
 @pytest.mark.parametrize("operator", problems.OPERATORS)
-def test_the_error_of_decoupled_falls_with_the_number_of_steps(supply, operator):
+def test_the_error_of_decoupled_falls_with_the_number_of_steps(operator):
     with jax.enable_x64(True):
         problem = problems.g8(operator)
         times = problems.falling_times(400)
-        reached = moments(supply, Decoupled(problem.measurement), problem, times, 3 * PIXELS)
+        reached = moments(Decoupled(problem.measurement), problem, times)
         found = problems.errors(reached, problem.posterior)
     # Of 100 steps, by the test above. The ratio is about 4^0.7 = 2.6.
     of_100 = STEPS["decoupled"][2][problems.OPERATORS.index(operator)]
@@ -154,16 +159,16 @@ class ExactlyDecoupled(Step):
 
 
 @pytest.mark.parametrize(("operator", "steps"), [("mask", 1), ("blur", 1), ("down", 3)])
-def test_a_corrected_draw_is_exact_with_the_exact_covariance(supply, operator, steps):
+def test_a_corrected_draw_is_exact_with_the_exact_covariance(operator, steps):
     with jax.enable_x64(True):
         problem = problems.g8(operator)
         step = ExactlyDecoupled(problem.measurement, problem.prior)
-        found = moments(supply, step, problem, problems.falling_times(steps), 3 * PIXELS)
+        found = moments(step, problem, problems.falling_times(steps))
         # Conjugate gradients end there in 8 iterations, but for rounding.
         assert max(problems.errors(found, problem.posterior)) < 1e-9
 
 
-def test_decoupled_is_exact_for_a_white_prior_of_the_given_deviation(supply):
+def test_decoupled_is_exact_for_a_white_prior_of_the_given_deviation():
     with jax.enable_x64(True):
         times = problems.falling_times(3)
         g8 = problems.g8("blur")
@@ -171,10 +176,10 @@ def test_decoupled_is_exact_for_a_white_prior_of_the_given_deviation(supply):
         posterior = prior.posterior(g8.matrix, g8.measurement.y, 0.2)
         problem = problems.Problem(prior, g8.measurement, g8.matrix, posterior)
         step = Decoupled(g8.measurement, prior_std=2.0, iterations=8)
-        found = moments(supply, step, problem, times, 3 * PIXELS)
+        found = moments(step, problem, times)
         assert max(problems.errors(found, posterior)) < 1e-9
         other = eqx.tree_at(lambda step: step.prior_std, step, 1.0)
-        found = moments(supply, other, problem, times, 3 * PIXELS)
+        found = moments(other, problem, times)
         assert max(problems.errors(found, posterior)) > 0.01
 
 
@@ -207,13 +212,11 @@ def projecting(measurement):
         (projecting, "down", 1000, (0.002, 0.003)),
     ],
 )
-def test_without_noise_what_is_unseen_follows_the_posterior(
-    supply, make, operator, steps, expected
-):
+def test_without_noise_what_is_unseen_follows_the_posterior(make, operator, steps, expected):
     with jax.enable_x64(True):
         problem = problems.g8(operator, std=0.0)
         step = make(problem.measurement)
-        found = moments(supply, step, problem, problems.falling_times(steps), 3 * PIXELS)
+        found = moments(step, problem, problems.falling_times(steps))
         assert unseen_errors(found, problem) == pytest.approx(expected, abs=ROUNDING)
         # What is seen is kept.
         mean, covariance = found
@@ -221,26 +224,38 @@ def test_without_noise_what_is_unseen_follows_the_posterior(
         np.testing.assert_allclose(problem.matrix @ covariance @ problem.matrix.T, 0, atol=1e-12)
 
 
+DRAWS = 5000
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """M8, draws of its posterior, and their distance from draws of its prior."""
+    _, exact_key, prior_key = jax.random.split(jax.random.key(1), 3)
+    with jax.enable_x64(True):
+        problem = problems.m8()
+        exact = problem.posterior.draw(exact_key, DRAWS)
+        prior = problem.prior.draw(prior_key, DRAWS)
+        return problem, exact, problems.sliced_w2(prior, exact)
+
+
 @pytest.mark.parametrize(
     ("make", "steps", "sliced", "modes"),
     [
         (Decoupled, 100, 0.263, 0.15),
         (lambda measurement: Nudged(Euler(), measurement), 100, 0.324, 0.15),
-        # The issue's numbers are of 28 steps; with 100 they are a tenth smaller.
+        # These numbers are of 28 steps; with 100 they are a tenth smaller.
         (FlowDPS, 28, 0.38, 0.19),
     ],
     ids=["decoupled", "flowchef", "flowdps"],
 )
-def test_the_errors_on_a_mixture_are_those_of_the_issue(make, steps, sliced, modes):
+def test_the_errors_on_a_mixture_are_those_of_the_method(mixture, make, steps, sliced, modes):
+    problem, exact, prior = mixture
+    draw_key = jax.random.split(jax.random.key(1), 3)[0]
     with jax.enable_x64(True):
-        problem, count = problems.m8(), 5000
-        draw_key, exact_key, prior_key = jax.random.split(jax.random.key(1), 3)
         times = problems.falling_times(steps)
-        draws = problems.draw_many(problem.prior, draw_key, count, times, make(problem.measurement))
-        exact = problem.posterior.draw(exact_key, count)
+        draws = problems.draw_many(problem.prior, draw_key, DRAWS, times, make(problem.measurement))
         # As a share of the prior's own distance, 0.53, since another set of directions changes both
         # by up to a tenth. The floor of 5,000 draws is 0.05 of it.
-        prior = problems.sliced_w2(problem.prior.draw(prior_key, count), exact)
         assert problems.sliced_w2(draws, exact) / prior == pytest.approx(sliced / 0.53, abs=0.05)
         # Two deviations of shares of 5,000 draws.
         assert problems.mode_distance(draws, problem.posterior) == pytest.approx(modes, abs=0.015)
@@ -325,11 +340,11 @@ def test_a_linear_decoder_is_as_a_linear_operator(make):
     np.testing.assert_allclose(decoded, composed, rtol=1e-4, atol=1e-5)
 
 
-def test_decoupled_is_gauss_newton_for_a_decoder(supply):
+def test_decoupled_is_gauss_newton_for_a_decoder():
     noise = jnp.asarray(np.random.default_rng(1).normal(size=11), jnp.float32)
-    supply(noise)
     step = Decoupled(MEASUREMENT)
-    new = jax.jit(lambda x: step(velocity, x, T, U, None, key=KEY)[0])(X)
+    with supplied(noise):
+        new = jax.jit(lambda x: step(velocity, x, T, U, None, key=KEY)[0])(X)
     a, b, z = np.split(np.float64(noise), [4, 7])
     t, u = float(T), float(U)
     estimate = X - T * velocity(X, T)
@@ -352,6 +367,11 @@ def steps_of(measurement):
     ]
 
 
+@eqx.filter_jit
+def sampled(field, step, steps):
+    return sample(field, X, flow_times(steps), step=step, key=KEY)
+
+
 KINDS = ["decoupled", "flowdps", "flowchef", "flowchef over ddim"]
 
 
@@ -369,10 +389,10 @@ def _(primals, tangents):
 def test_no_gradient_of_the_velocity_is_taken(kind):
     step = steps_of(MEASUREMENT)[kind]
     field = lambda x, t: no_gradient(x)  # noqa: E731
-    assert np.all(np.isfinite(sample(field, X, flow_times(3), step=step, key=KEY).x))
+    assert np.all(np.isfinite(sampled(field, step, 3).x))
     through = Nudged(Euler(), MEASUREMENT, through="network")
     with pytest.raises(RuntimeError, match="differentiated"):
-        sample(field, X, flow_times(3), step=through)
+        sampled(field, through, 3)
 
 
 @pytest.mark.parametrize("through", ["estimate", "network"])
@@ -395,6 +415,7 @@ def image_problem():
     return Measurement(Mask(mask), y, jnp.float32(0.1))
 
 
+@eqx.filter_jit
 def draw(velocity, measurement, x, key, kind):
     return sample(velocity, x, flow_times(5), step=steps_of(measurement)[kind], key=key).x
 
@@ -404,7 +425,6 @@ def test_restoring_works_under_jit_vmap_grad_and_on_a_mesh(kind):
     measurement = image_problem()
     x = jax.random.normal(KEY, (8, 4, 6))
     keys = jax.random.split(KEY, 8)
-    run = eqx.filter_jit(draw)
     ys = measurement.y + jnp.arange(8.0)[:, None, None] / 8
 
     def at(y, x, key):
@@ -412,10 +432,6 @@ def test_restoring_works_under_jit_vmap_grad_and_on_a_mesh(kind):
 
     batched = jax.jit(jax.vmap(at))
     together = batched(ys, x, keys)
-    one = run(velocity, Measurement(measurement.operator, ys[3], 0.1), x[3], keys[3], kind)
-    # One row of a batch differs by rounding.
-    np.testing.assert_allclose(together[3], one, rtol=1e-4, atol=1e-5)
-
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     spread = batched(*jax.device_put((ys, x, keys), rows))
@@ -423,15 +439,20 @@ def test_restoring_works_under_jit_vmap_grad_and_on_a_mesh(kind):
     np.testing.assert_allclose(spread, together, rtol=1e-4, atol=1e-5)
 
     @jax.jit
-    @jax.value_and_grad
-    def loss(y):
-        return jnp.sum(jnp.square(at(y, x[0], keys[0])))
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(y, x, key):
+        found = at(y, x, key)
+        return jnp.sum(jnp.square(found)), found
 
-    _, gradient = loss(ys[0])
+    # One row of a batch differs by rounding.
+    (_, one), _ = loss(ys[3], x[3], keys[3])
+    np.testing.assert_allclose(together[3], one, rtol=1e-4, atol=1e-5)
+    (_, first), gradient = loss(ys[0], x[0], keys[0])
+    np.testing.assert_allclose(together[0], first, rtol=1e-4, atol=1e-5)
     direction = jnp.cos(jnp.arange(24.0)).reshape(4, 6)
     # A central difference; float32 leaves it three digits.
-    (above, _), (below, _) = (loss(ys[0] + step * direction) for step in (0.02, -0.02))
-    difference = (above - below) / 0.04
+    ends = [loss(ys[0] + step * direction, x[0], keys[0])[0][0] for step in (0.02, -0.02)]
+    difference = (ends[0] - ends[1]) / 0.04
     assert float(jnp.vdot(gradient, direction)) == pytest.approx(float(difference), rel=5e-3)
     np.testing.assert_array_equal(gradient[2:], 0)  # under the mask
 
@@ -476,8 +497,7 @@ def test_a_nudge_of_size_0_is_the_step_itself(inner):
     remembering = eqx.tree_at(lambda guided: guided.rule, guided, Projected(momentum=-0.5))
     for field, through in ((guided, "network"), (remembering, "estimate")):
         step = Nudged(inner, MEASUREMENT, 0.0, through=through)
-        found = sample(field, X, flow_times(5), step=step, key=KEY)
-        plain = sample(field, X, flow_times(5), step=inner, key=KEY)
+        found, plain = sampled(field, step, 5), sampled(field, inner, 5)
         np.testing.assert_allclose(found.x, plain.x, rtol=1e-5)
         assert found.evaluations == plain.evaluations
 
@@ -497,10 +517,10 @@ def test_the_dtype_of_x_is_kept_and_the_run_is_in_float32():
 
 
 def test_flowdps_has_the_density_of_what_it_draws():
-    run = sample(velocity, X, flow_times(5), step=FlowDPS(MEASUREMENT), key=KEY)
+    run = sampled(velocity, FlowDPS(MEASUREMENT), 5)
     assert run.log_prob.shape == (5,)
     assert run.log_prob[-1] == 0  # nothing is drawn at the end
-    assert sample(velocity, X, flow_times(5), step=Decoupled(MEASUREMENT), key=KEY).log_prob is None
+    assert sampled(velocity, Decoupled(MEASUREMENT), 5).log_prob is None
 
 
 def test_bad_inputs_are_reported():
@@ -536,7 +556,7 @@ def test_nudging_by_a_size_of_0_leaves_the_step_as_it_is(step, through):
         times = problems.falling_times(6)
         nudged = Nudged(step, problem.measurement, 0.0, through=through)
         x = jnp.linspace(-1.0, 1.0, 8)
-        found = sample(problem.prior, x, times, step=nudged)
-        plain = sample(problem.prior, x, times, step=step)
+        run = eqx.filter_jit(lambda step: sample(problem.prior, x, times, step=step))
+        found, plain = run(nudged), run(step)
         np.testing.assert_allclose(found.x, plain.x, rtol=1e-12)
         assert found.evaluations == plain.evaluations

@@ -9,16 +9,30 @@ import numpy as np
 import pytest
 
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae
-from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint import image_prompt_names, names as tables
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
-from fluxjax.nets import ClipConfig, ControlNet, ControlNetConfig, T5Config, VaeConfig
+from fluxjax.nets import (
+    ClipConfig,
+    ControlNet,
+    ControlNetConfig,
+    IpAdapter,
+    IpAdapterConfig,
+    Redux,
+    ReduxConfig,
+    Siglip,
+    SiglipConfig,
+    T5Config,
+    VaeConfig,
+)
 
-HEADERS = Path(__file__).parents[3] / "shared" / "reference" / "headers.json.gz"
-FAMILY_HEADERS = HEADERS.with_name("family_headers.json.gz")
+FOLDER = Path(__file__).parents[3] / "shared" / "reference"
+HEADERS = (FOLDER / "headers.json.gz", FOLDER / "family_headers.json.gz")
+SIGLIP = (Siglip, SiglipConfig.so400m(), image_prompt_names.SIGLIP_TRANSFORMERS)
+REDUX = (Redux, ReduxConfig.dev(), image_prompt_names.REDUX_BFL)
 FILL = FluxConfig(in_channels=384, out_channels=64)
 DEPTH = FluxConfig(in_channels=128, out_channels=64)
 CASES = {
@@ -27,6 +41,12 @@ CASES = {
     "diffusers/flux1-schnell.transformer": (Flux, FluxConfig.schnell(), tables.FLUX_DIFFUSERS),
     "diffusers/flux1-fill-dev.transformer": (Flux, FILL, tables.FLUX_DIFFUSERS),
     "diffusers/flux1-depth-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "bfl/flux1-fill-dev": (Flux, FILL, tables.FLUX_BFL),
+    "bfl/flux1-canny-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-depth-dev": (Flux, DEPTH, tables.FLUX_BFL),
+    "bfl/flux1-kontext-dev": (Flux, FluxConfig.dev(), tables.FLUX_BFL),
+    "diffusers/flux1-canny-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
+    "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
     "diffusers/instantx-flux1-controlnet-union": (
         ControlNet,
         ControlNetConfig.union(),
@@ -43,25 +63,38 @@ CASES = {
         CONTROLNET_DIFFUSERS,
     ),
     "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
-    "bfl/flux1-fill-dev": (Flux, FILL, tables.FLUX_BFL),
-    "bfl/flux1-canny-dev": (Flux, DEPTH, tables.FLUX_BFL),
-    "bfl/flux1-depth-dev": (Flux, DEPTH, tables.FLUX_BFL),
-    "bfl/flux1-kontext-dev": (Flux, FluxConfig.dev(), tables.FLUX_BFL),
-    "diffusers/flux1-canny-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
-    "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
     "transformers/t5-xxl.text_encoder_2": (T5, T5Config.xxl(), tables.T5_TRANSFORMERS),
+    "diffusers/flux1-redux-dev.image_encoder": SIGLIP,
+    "comfyui/sigclip_vision_patch14_384": SIGLIP,
+    "diffusers/flux1-redux-dev.image_embedder": REDUX,
+    "bfl/flux1-redux-dev": REDUX,
+    "xlabs/flux-ip-adapter": (
+        IpAdapter,
+        IpAdapterConfig.xlabs(),
+        image_prompt_names.IP_ADAPTER_XLABS,
+    ),
+    "xlabs/flux-ip-adapter-v2": (
+        IpAdapter,
+        IpAdapterConfig.xlabs(tokens=16),
+        image_prompt_names.IP_ADAPTER_XLABS,
+    ),
+    "instantx/flux1-ip-adapter": (
+        IpAdapter,
+        IpAdapterConfig.instantx(),
+        image_prompt_names.IP_ADAPTER_INSTANTX,
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def headers():
-    if not HEADERS.exists():
-        pytest.skip(f"{HEADERS} with the official headers is not there")
     found = {}
-    for path in (HEADERS, FAMILY_HEADERS):
+    for path in HEADERS:
+        if not path.exists():
+            pytest.skip(f"{path} with the official headers is not there")
         found |= json.loads(gzip.decompress(path.read_bytes()))
     return found
 

@@ -1,0 +1,115 @@
+"""The transformer block of CLIP's encoders of text and images, and of SigLIP's encoder."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+
+from fluxjax.kernels.attention import attention
+from fluxjax.nets.layers import LayerNorm, Linear, gelu, join_heads, split_heads
+from fluxjax.shapes import Array, Float, PRNGKeyArray
+
+EncoderStates = Float[Array, "tokens width"]
+"""One hidden state per token."""
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _exact_gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "quick_gelu": _quick_gelu,
+    "gelu": _exact_gelu,
+    "gelu_tanh": gelu,
+}
+"""The activations of MLPs, by the names that configs have for them."""
+
+
+@runtime_checkable
+class EncoderSizes(Protocol):
+    """The fields of an encoder's config that its blocks are made of."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp_width(self) -> int: ...
+
+    @property
+    def activation(self) -> str: ...
+
+    @property
+    def eps(self) -> float: ...
+
+
+def check_encoder_config(config: EncoderSizes) -> None:
+    """**Raises:** `ValueError` for heads that do not divide the width, or an unknown activation."""
+    name = type(config).__name__
+    if config.width % config.heads:
+        raise ValueError(
+            f"`{name}` needs a width that heads divide, got {config.width} and {config.heads}."
+        )
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"`{name}(activation={config.activation!r})` is unknown. Choose one of "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+
+
+class EncoderBlock(eqx.Module):
+    """Attention and an MLP, each after a LayerNorm and with a residual connection.
+
+    `q`, `k`, `v`, `out`: of the attention. `up`, `down`: of the MLP. `causal`: whether a token
+    attends only to those before it.
+    """
+
+    norm1: LayerNorm
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    norm2: LayerNorm
+    up: Linear
+    down: Linear
+    head_dim: int = eqx.field(static=True)
+    activation: str = eqx.field(static=True)
+    causal: bool = eqx.field(static=True)
+
+    def __init__(self, config: EncoderSizes, *, causal: bool, key: PRNGKeyArray):
+        width, hidden = config.width, config.mlp_width
+        q, k, v, out, up, down = jax.random.split(key, 6)
+        self.head_dim = width // config.heads
+        self.activation = config.activation
+        self.causal = causal
+        self.norm1 = LayerNorm(width, eps=config.eps)
+        self.norm2 = LayerNorm(width, eps=config.eps)
+        self.q = Linear(width, width, key=q)
+        self.k = Linear(width, width, key=k)
+        self.v = Linear(width, width, key=v)
+        self.out = Linear(width, width, key=out)
+        self.up = Linear(width, hidden, key=up)
+        self.down = Linear(hidden, width, key=down)
+
+    def __call__(self, x: EncoderStates) -> EncoderStates:
+        """Return the hidden states after this block."""
+        x = x + self._attend(self.norm1(x))
+        activation = ACTIVATIONS[self.activation]
+        hidden = activation(self.up(self.norm2(x)))
+        return x + self.down(hidden)
+
+    def _attend(self, x: EncoderStates) -> EncoderStates:
+        q = split_heads(self.q(x), self.head_dim)
+        k = split_heads(self.k(x), self.head_dim)
+        v = split_heads(self.v(x), self.head_dim)
+        # Of at most 77 tokens of text, or 729 of an image: a fused implementation would gain
+        # little.
+        attended = attention(q, k, v, causal=self.causal, implementation="xla")
+        return self.out(join_heads(attended))
