@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from fluxjax.checkpoint.controlnet_configs import controlnet_variant
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import MODEL_FOLDERS
@@ -16,6 +17,7 @@ from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.match import Problems
 from fluxjax.checkpoint.members import described_variant
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 
@@ -156,6 +158,8 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
         variant = flux_variant(network.config)
         if isinstance(network.config, FluxConfig):
             variant = described_variant(network.files[0], network.config)
+        elif isinstance(network.config, ControlNetConfig):
+            variant = controlnet_variant(network.config)
     except WeightsError as problem:
         error = str(problem)
     bytes_by_storage: Counter[str] = Counter()

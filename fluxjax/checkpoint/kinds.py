@@ -17,7 +17,6 @@ from fluxjax.checkpoint.controlnet_configs import (
     controlnet_from_json,
     controlnet_from_shapes,
     controlnet_to_json,
-    controlnet_variant,
 )
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.dialect import Dialect
@@ -228,13 +227,11 @@ _VARIANTS_BY_CHANNELS = {384: "Fill", 128: "Canny/Depth"}
 
 
 def flux_variant(config: NetworkConfig) -> str | None:
-    """Return which of FLUX.1's networks a config is of; None for the encoders and the VAE.
+    """Return which of FLUX.1's transformers a config is of; None for another network.
 
     It is "dev" (which Krea and Kontext share), "schnell", "Fill" or "Canny/Depth", followed by
     ", of another size" for other widths or depths.
     """
-    if isinstance(config, ControlNetConfig):
-        return controlnet_variant(config)
     if not isinstance(config, FluxConfig):
         return None
     # Fill and Canny/Depth append the features of their condition to those of the image's tokens.

@@ -1,7 +1,5 @@
 """ControlNets in files: recognized, described, loaded in every way, and written in each layout."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +8,9 @@ from hub import Hub, run, serve
 from layouts import assert_same_network, export, random_network, write
 
 from fluxjax import Flux, FluxConfig, WeightsError, convert_weights, inspect_weights
+from fluxjax.checkpoint.controlnet_configs import controlnet_variant
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.detect import open_source
-from fluxjax.checkpoint.kinds import flux_variant
 from fluxjax.checkpoint.names import FLUX_BFL
 from fluxjax.generate import load_controlnet
 from fluxjax.nets import ControlNet, ControlNetConfig, QuantizedWeight
@@ -140,5 +138,6 @@ def test_a_repository_holds_it_in_its_root(files, tmp_path):
 def test_published_sizes_have_names(files):
     (summary,) = inspect_weights(files["union", "diffusers"]).networks
     assert summary.variant == "2 double and 2 single blocks"
-    assert flux_variant(ControlNetConfig.union()) == "Union, Union-Pro"
-    assert flux_variant(replace(ControlNetConfig.xlabs(), double_depth=3)).startswith("3 double")
+    assert controlnet_variant(ControlNetConfig.union()) == "Union, Union-Pro"
+    assert controlnet_variant(ControlNetConfig.union_pro_2()) == "Union-Pro 2.0"
+    assert controlnet_variant(ControlNetConfig.xlabs()) == "XLabs"
