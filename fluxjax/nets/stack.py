@@ -14,7 +14,14 @@ from fluxjax.shapes import Array, Int, PRNGKeyArray
 Block = TypeVar("Block")
 Network = TypeVar("Network", bound=eqx.Module)
 
-_STACKED = ("double", "single", "blocks", "double_residual", "single_residual")
+_STACKED = (
+    "double",
+    "single",
+    "blocks",
+    "double_residual",
+    "single_residual",
+    "approximator",
+)
 """The fields of the networks that hold stacked blocks; everything else asks `is_stacked`."""
 
 
