@@ -1,5 +1,6 @@
 """Chroma: FLUX's blocks, whose modulation a small network computes from time and vector number."""
 
+import math
 from typing import Unpack
 
 import equinox as eqx
@@ -231,14 +232,15 @@ def vector_waves(count: int, width: int, *, base: float = 10_000.0) -> Float[np.
     """Return the sinusoids of 1000 times the numbers of vectors, as `sinusoid` does.
 
     They are constants. Their angles go up to 343,000, where the last digit of a frequency in
-    float32 is 0.02 of an angle: so the frequencies are those that float32 is nearest to, as in the
-    training of Chroma, and not what a device's exponential gives.
+    float32 makes 0.02 of an angle: the exponents are rounded to float32 and the exponentials of
+    these again, as in Chroma's training, and do not depend on a device's exponential.
 
     **Arguments:** `count`: of the vectors. `width`: features; half of them are cosines. `base`: as
     for `sinusoid`.
     """
     half = width // 2
-    frequencies = np.exp(-np.log(base) * np.arange(half) / half).astype(np.float32)
+    exponents = np.float32(-math.log(base)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (1000 * np.arange(count, dtype=np.float32))[:, None] * frequencies
-    waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    return waves.astype(np.float32)
+    wide = angles.astype(np.float64)
+    return np.concatenate([np.cos(wide), np.sin(wide)], axis=-1).astype(np.float32)

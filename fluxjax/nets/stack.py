@@ -157,6 +157,17 @@ def is_stacked(name: str) -> bool:
     return name.partition(".")[0] in _STACKED
 
 
+def is_rounded(name: str) -> bool:
+    """Return whether the matrices of what has this name are rounded where blocks are quantized.
+
+    Chroma's approximator is stacked as well, but it runs once for a whole sampling, and what it
+    gives modulates every block.
+
+    **Arguments:** `name`: as for `is_stacked`.
+    """
+    return is_stacked(name) and not name.startswith("approximator.")
+
+
 def block_name(leaf: str, block: int) -> str:
     """Return the name of one block of a stacked array: the index follows the first field.
 
