@@ -25,9 +25,11 @@ from fluxjax.checkpoint.folders import (
 from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.kinds import FLUX
 from fluxjax.checkpoint.locate import find_part, find_source
+from fluxjax.checkpoint.members import member_of_file
 from fluxjax.checkpoint.settings import Field, check_settings, describe, read_settings_file
 from fluxjax.checkpoint.write import write_json
-from fluxjax.zoo import ZOO, Defaults
+from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.zoo import APPENDED_FEATURES, ZOO, Defaults
 
 _SHIFT = Field(kind="number", least=-50, most=50)  # the logarithm of a factor of the times
 DEFAULTS_FIELDS: Mapping[str, Field] = {
@@ -81,8 +83,8 @@ def load_defaults(source: str | Path) -> Defaults:
     """Return how a model is meant to be sampled.
 
     For a model of the zoo, these are its defaults there. For a folder, they are read from its
-    `fluxjax.json`. Without that file, they are those of dev or schnell, as the transformer takes
-    guidance or not, with the time shift of the scheduler's config, if there is one.
+    `fluxjax.json`. Without that file, they are those of the model of the zoo that the transformer
+    is, by its shapes and its name, with the time shift of the scheduler's config, if there is one.
 
     **Arguments:** `source`: a name of the zoo, a hub id, or a path.
     **Raises:** `WeightsError` for a scheduler that fluxjax has no times for, or a file with a value
@@ -95,12 +97,22 @@ def load_defaults(source: str | Path) -> Defaults:
     if own.is_file():
         return Defaults(**read_settings_file(own, DEFAULTS_FIELDS, closed=True))
     folder = find_source(source, [SCHEDULER_FOLDER])
-    config = open_source(find_part(source, FLUX.folder)).network(FLUX).config
-    base = known["dev" if config.guidance_embed else "schnell"]
+    network = open_source(find_part(source, FLUX.folder)).network(FLUX)
+    base = known[_member(network.files[0], network.config)]
     scheduler = folder / SCHEDULER_FOLDER / SCHEDULER_FILE
     if scheduler.is_file():
         return _with_shift_of(base, scheduler)
     return base
+
+
+def _member(path: Path, config: FluxConfig) -> str:
+    """Return the name of the model of the zoo whose defaults a transformer has."""
+    member = member_of_file(path, config)
+    if member is not None:
+        return member
+    if config.in_channels - config.out_channels == APPENDED_FEATURES["control"]:
+        return "canny"  # or depth, whose guidance is lower
+    return "dev" if config.guidance_embed else "schnell"
 
 
 def _known_defaults() -> dict[str, Defaults]:

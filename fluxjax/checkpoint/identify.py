@@ -45,8 +45,8 @@ _IGNORED = {
 _DECODED_METHODS = ("bitsandbytes", "bfl")
 # A ControlNet has the transformer's keys, and some of its own. A file of the whole SigLIP or CLIP
 # holds a text encoder named as CLIP's too.
-_FIRST = (CONTROLNET, SIGLIP, CLIP_VISION)
-_SEARCHED = (*_FIRST, *(kind for kind in KINDS.values() if kind not in _FIRST))
+_FIRST: tuple[AnyKind, ...] = (CONTROLNET, SIGLIP, CLIP_VISION)
+_SEARCHED: tuple[AnyKind, ...] = (*_FIRST, *(kind for kind in KINDS.values() if kind not in _FIRST))
 """The kinds in the order in which they are looked for."""
 
 
@@ -259,9 +259,7 @@ def _find_by_marker(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, 
     return None
 
 
-def _find_by_other_keys(
-    kind: AnyKind, tensors: Mapping[str, Tensor]
-) -> tuple[str, Dialect] | None:
+def _find_by_other_keys(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
     """Return the prefix and the dialect of a network that most of the tensors are of, else None."""
     if kind is CONTROLNET:
         # Most of its keys are those of the transformer too.

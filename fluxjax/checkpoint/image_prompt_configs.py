@@ -203,9 +203,7 @@ def clip_vision_from_shapes(shapes: Shapes) -> ClipVisionConfig:
 def redux_from_shapes(shapes: Shapes) -> ReduxConfig:
     """Return the config of a Redux embedder."""
     hidden, features = shape_of(shapes, "up.weight")
-    return ReduxConfig(
-        features=features, hidden=hidden, context=shape_of(shapes, "down.weight")[0]
-    )
+    return ReduxConfig(features=features, hidden=hidden, context=shape_of(shapes, "down.weight")[0])
 
 
 def ip_adapter_from_json(config: JsonObject) -> IpAdapterConfig:

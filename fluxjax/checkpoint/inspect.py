@@ -12,9 +12,11 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import MODEL_FOLDERS
 from fluxjax.checkpoint.identify import AnyFoundNetwork
-from fluxjax.checkpoint.kinds import Network, flux_variant
+from fluxjax.checkpoint.kinds import Network
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.match import Problems
+from fluxjax.checkpoint.members import described_variant
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 
 _MOST_LISTED = 8
@@ -150,7 +152,9 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
     try:
         # Matching reads no values, so this is fast for files of any size.
         plan, problems = network.check()
-        count, variant = parameter_count(plan.network), flux_variant(network.config)
+        count = parameter_count(plan.network)
+        if isinstance(network.config, FluxConfig):
+            variant = described_variant(network.files[0], network.config)
     except WeightsError as problem:
         error = str(problem)
     bytes_by_storage: Counter[str] = Counter()

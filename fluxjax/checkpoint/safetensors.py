@@ -95,10 +95,12 @@ def _read_header_text(path: Path, size: int) -> tuple[int, bytes]:
 
 
 def _pickle_error(path: Path) -> WeightsError:
+    # Some files hold a dictionary of dictionaries, whose names are joined by a dot.
     code = (
         "import sys, torch, safetensors.torch as s; "
-        "s.save_file({k: v.clone(memory_format=torch.contiguous_format) "
-        "for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+        'f = lambda d, p="": {a: b for k, v in d.items() for a, b in (f(v, p + k + ".") '
+        "if isinstance(v, dict) else {p + k: v.clone(memory_format=torch.contiguous_format)})"
+        ".items()}; s.save_file(f(torch.load(sys.argv[1], weights_only=True)), sys.argv[2])"
     )
     return WeightsError(
         f"{printable_path(path)} is a pickle (a PyTorch checkpoint). Reading one can run any code, "

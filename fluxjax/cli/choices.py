@@ -17,15 +17,17 @@ class LazyChoices(Collection[str]):
     argparse also iterates over the choices of an option that has no `metavar`, as the option is
     defined; give one.
 
-    **Arguments:** `owner`: where the names are, as "package.module:NAME".
+    **Arguments:** `owner`: where the names are, as "package.module:NAME". `more`: names beside
+    them.
     """
 
-    def __init__(self, owner: str):
+    def __init__(self, owner: str, more: tuple[str, ...] = ()):
         self._owner = owner
+        self._more = more
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:
-        return tuple(interruptible(pkgutil.resolve_name, self._owner))
+        return (*interruptible(pkgutil.resolve_name, self._owner), *self._more)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -39,13 +41,15 @@ class LazyChoices(Collection[str]):
 
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
 BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
-EDIT_METHODS = LazyChoices("fluxjax.generate.edit_methods:EDIT_METHODS")
+EDIT_METHODS = LazyChoices("fluxjax.generate.edit_methods:EDIT_METHODS", more=("kontext",))
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
 LAYOUTS = LazyChoices("fluxjax.checkpoint.layouts:LAYOUTS")
 LORA_FORMATS = LazyChoices("fluxjax.lora.write:FORMATS")
 MESH_AXES = LazyChoices("fluxjax.devices.mesh:AXES")
 NETWORKS = LazyChoices("fluxjax.checkpoint.kinds:KINDS")
+PLACEMENTS = LazyChoices("fluxjax.generate.reference_ids:PLACEMENTS")
 QUANTIZATIONS = LazyChoices("fluxjax.nets.quantized:EIGHT_BITS")
+REDUX_RULES = LazyChoices("fluxjax.generate.redux:REDUX_RULES")
 RULES = LazyChoices("fluxjax.generate.samplers:RULES")
 SOLVERS = LazyChoices("fluxjax.generate.restore_image:SOLVERS")
 TIMERS = LazyChoices("fluxjax.generate.samplers:TIMERS")

@@ -8,116 +8,66 @@ works for one prompt and for the lines of a file, on a mesh and in several proce
 
 import argparse
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from fluxjax.cli.condition_source import (
+    ConditionFacts,
+    ConditionOfSize,
+    ConditionParts,
+    ConditionSource,
+)
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.image_prompts import read_image_prompts
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.channels import check_features
 from fluxjax.generate.condition_images import resize_image
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.control import control_condition
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
-from fluxjax.generate.load import LoadOptions
-from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.vae import Vae
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
 from fluxjax.zoo import APPENDED_FEATURES
 
-ConditionOfSize = Callable[[int, int], AddedCondition]
-"""(height, width) in pixels -> the condition of images of this size."""
-
-
-class ConditionFacts(NamedTuple):
-    """What a source is checked against before anything is written.
-
-    `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
-    is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
-    `load`: how networks are loaded, with the mesh.
-    """
-
-    model: str
-    flux: FluxConfig | None
-    is_guided: bool
-    load: LoadOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionParts:
-    """What a condition is made with, once the networks are loaded.
-
-    `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
-    of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
-    (name, function) -> function(), whose time is counted as loading.
-    """
-
-    flux: Flux
-    vae: Vae
-    load: LoadOptions
-    dtype: DTypeLike
-    hooks: DrawHooks
-    time_load: Callable[[str, Callable], object]
-
-
-class ConditionSource:
-    """A condition as plain values, before anything is loaded.
-
-    It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token.
-    """
-
-    @property
-    def features(self) -> int:
-        return 0
-
-    def check(self, facts: ConditionFacts) -> None:
-        """Check that the model can use it; called when the options are read, and once more with
-        the config of the loaded transformer if that was not known.
-
-        **Raises:** `ValueError` if it can't.
-        """
-
-    @abstractmethod
-    def describe(self) -> Mapping[str, str]:
-        """Return what images' metadata say of it, by name; files with `describe_file`."""
-
-    @abstractmethod
-    def load(self, parts: ConditionParts) -> ConditionOfSize:
-        """Load what it needs, once; return the function that makes the condition of a size."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlSource(ConditionSource):
-    """A control image. `image`: in [-1, 1], of any size; it is resized to that of the images."""
+    """A control image.
+
+    `image`: in [-1, 1], of any size; it is resized to that of the images. `is_canny`: whether its
+    edges are the control, and not the image itself.
+    """
 
     path: Path
     image: Image
+    is_canny: bool
 
     @property
     def features(self) -> int:
         return APPENDED_FEATURES["control"]
 
     def describe(self) -> Mapping[str, str]:
-        return {"control": describe_file(self.path)}
+        about = {"control": describe_file(self.path)}
+        if self.is_canny:
+            about["control"] += ", canny edges"
+        return about
 
     def load(self, parts: ConditionParts) -> ConditionOfSize:
         def condition(height: int, width: int) -> AddedCondition:
             note_stretched(str(self.path), self.image, height, width)
+            image = resize_image(self.image, height, width)
+            # Of the resized image: the thresholds are for edges at the size that is drawn.
+            control = canny_edges(image) if self.is_canny else image
             return control_condition(
                 parts.vae,
-                resize_image(self.image, height, width),
+                control,
                 dtype=parts.dtype,
                 mesh=parts.load.mesh,
                 hooks=parts.hooks,
@@ -128,12 +78,26 @@ class ControlSource(ConditionSource):
 
 def _read_control(options: argparse.Namespace) -> ConditionSource | None:
     if options.control is None:
+        if options.canny:
+            raise ValueError("--canny does nothing without --control. Give an image.")
         return None
     image = jnp.asarray(interruptible(read_image, options.control))
-    return ControlSource(path=options.control, image=image)
+    if options.canny:
+        _check_opencv()  # before the networks are loaded
+    return ControlSource(path=options.control, image=image, is_canny=options.canny)
 
 
-_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (_read_control,)
+def _check_opencv() -> None:
+    try:
+        import_opencv()
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+
+
+_READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (
+    _read_control,
+    read_image_prompts,
+)
 """Functions that return the source that the options name, or None if they name none."""
 
 
@@ -150,12 +114,18 @@ def condition_sources(options: argparse.Namespace) -> tuple[ConditionSource, ...
     return tuple(sources)
 
 
-def check_conditions(sources: Sequence[ConditionSource], facts: ConditionFacts) -> None:
-    """**Raises:** `ValueError` for conditions that the model does not take, or that it lacks."""
+def check_conditions(
+    sources: Sequence[ConditionSource], facts: ConditionFacts, *, features: int = 0
+) -> None:
+    """Check that a model takes what it is given.
+
+    **Arguments:** `features`: appended to each token beside those of the sources.
+    **Raises:** `ValueError` for conditions that the model does not take, or that it lacks.
+    """
     for source in sources:
         source.check(facts)
     if facts.flux is not None:
-        features = sum(source.features for source in sources)
+        features += sum(source.features for source in sources)
         check_features(f"--model {facts.model}", facts.flux, features)
 
 

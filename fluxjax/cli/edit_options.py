@@ -1,19 +1,23 @@
-"""The options of `fluxjax edit`, `outpaint` and `restore`."""
+"""The options of `fluxjax edit`, `fill`, `outpaint` and `restore`."""
 
 import argparse
 
-from fluxjax.cli.choices import EDIT_METHODS, SOLVERS, TIMERS
+from fluxjax.cli.choices import EDIT_METHODS, PLACEMENTS, SOLVERS, TIMERS
 from fluxjax.cli.condition_options import CONDITION_DEFAULTS
 from fluxjax.cli.generate_options import add_model_options
 from fluxjax.cli.options import (
     MAX_FLOAT32,
     MAX_IMAGES,
+    MAX_MARGIN,
     MAX_STEPS,
+    SIDES,
     OptionGroup,
+    canvas_margins,
     file_path,
     finite_number,
     image_count,
     picture_operator,
+    pixel_count,
     positive_number,
     seed,
     step_count,
@@ -31,8 +35,6 @@ from fluxjax.cli.shared_options import (
     add_shift,
 )
 
-_MAX_MARGIN = 2**15
-"""Pixels that are added on a side."""
 _DEFAULTS_OF_GENERATE = {
     "height": None,
     "width": None,
@@ -70,6 +72,7 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     _add_picture(parser, "the image that is edited")
     parser.add_argument("prompt", type=unicode_text, help="describes the image as it is to be")
     _add_method_options(parser.add_argument_group("method"))
+    _add_kontext_options(parser.add_argument_group("method kontext"))
     _add_common_options(parser, "edit")
 
 
@@ -77,9 +80,8 @@ def _add_method_options(group: OptionGroup) -> None:
     group.add_argument(
         "--method",
         choices=EDIT_METHODS,
-        default="flowedit",
         metavar="NAME",
-        help="%(choices)s (default: %(default)s)",
+        help="%(choices)s (default: kontext for FLUX.1 Kontext, else flowedit)",
     )
     group.add_argument(
         "--source-prompt",
@@ -129,16 +131,76 @@ def _add_method_numbers(group: OptionGroup) -> None:
     )
 
 
+def _add_kontext_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--reference",
+        action="append",
+        type=file_path,
+        default=[],
+        metavar="FILE",
+        help="another image that the instruction speaks of; repeat the option for several",
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        metavar="NAME",
+        help="how the positions of several references differ: %(choices)s (default: offset, one "
+        "plane)",
+    )
+    group.add_argument(
+        "--keep-size",
+        action="store_true",
+        help="keep the sizes of the images, rounded to multiples of 16 pixels (default: resize "
+        "each to a size that Kontext was made for, of about 1024x1024 pixels and nearest "
+        "proportions)",
+    )
+    for name in ("height", "width"):
+        group.add_argument(
+            f"--{name}",
+            type=pixel_count,
+            metavar="PIXELS",
+            help=f"{name} of what is drawn, a multiple of 16 (default: that of the resized image)",
+        )
+
+
+def add_fill_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax fill` to its parser."""
+    parser.set_defaults(**_DEFAULTS_OF_GENERATE)
+    _add_picture(parser, "the image of which a part is drawn")
+    parser.add_argument("prompt", type=unicode_text, help="describes the whole image")
+    group = parser.add_argument_group("mask")
+    where = group.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--mask",
+        type=file_path,
+        metavar="FILE",
+        help="an image of the same size: white is drawn, black is kept",
+    )
+    where.add_argument(
+        "--outpaint",
+        type=canvas_margins,
+        metavar="SIDES",
+        help="draw around the image instead: pixels by side, as left=64,right=64",
+    )
+    group.add_argument(
+        "--binary-mask",
+        action="store_true",
+        help="round gray to black or white (default: pass it on to the network)",
+    )
+    add_integrator(parser.add_argument_group("integrator"))
+    _add_common_options(parser, "fill")
+
+
 def add_outpaint_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax outpaint` to its parser."""
     parser.set_defaults(**_DEFAULTS_OF_GENERATE)
     _add_picture(parser, "the image around which is drawn")
     parser.add_argument("prompt", type=unicode_text, help="describes the whole new image")
     sides = parser.add_argument_group("canvas")
-    for side in ("left", "right", "top", "bottom"):
+    for side in SIDES:
         sides.add_argument(
             f"--{side}",
-            type=whole_number(0, _MAX_MARGIN),
+            type=whole_number(0, MAX_MARGIN),
             default=0,
             metavar="PIXELS",
             help=f"pixels that are added at the {side} (default: none)",

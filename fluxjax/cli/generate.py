@@ -14,7 +14,8 @@ from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 from fluxjax.cli.compilation_cache import use_cache
-from fluxjax.cli.conditions import ConditionOfSize, ConditionParts, load_conditions
+from fluxjax.cli.condition_source import ConditionOfSize, ConditionParts
+from fluxjax.cli.conditions import load_conditions
 from fluxjax.cli.console import complain
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.progress import Clock

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from fluxjax.cli.compare_options import add_compare_options
 from fluxjax.cli.console import interruptible, run_command
-from fluxjax.cli.edit_options import add_edit_options, add_outpaint_options, add_restore_options
+from fluxjax.cli.edit_options import (
+    add_edit_options,
+    add_fill_options,
+    add_outpaint_options,
+    add_restore_options,
+)
 from fluxjax.cli.generate_options import add_generate_options
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
@@ -59,6 +64,14 @@ COMMANDS = (
         "Change an image to what a prompt says, and keep the rest of it.",
         add_edit_options,
         "fluxjax.cli.edit:run_edit",
+    ),
+    Command(
+        "fill",
+        "draw a part of an image by FLUX.1 Fill",
+        "Draw the masked part of an image, or what lies around it, by FLUX.1 Fill: a network that "
+        "reads the rest of the image.",
+        add_fill_options,
+        "fluxjax.cli.fill:run_fill",
     ),
     Command(
         "outpaint",

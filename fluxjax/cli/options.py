@@ -25,6 +25,9 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
+MAX_MARGIN = 2**15
+"""Pixels that an image grows by on a side."""
+SIDES = ("left", "right", "top", "bottom")
 MAX_IMAGES = 1_000_000
 MAX_TOKENS = 2**16
 """Tokens of a prompt, and in a block of attention."""
@@ -239,6 +242,17 @@ def _is_axis_size(text: str) -> bool:
     return int(text) == -1 or 1 <= int(text) <= MAX_DEVICES
 
 
+def canvas_margins(text: str) -> dict[str, int]:
+    """Read the pixels that an image grows by on its sides, as in "left=64,top=128"."""
+    sides: dict[str, int] = {}
+    for part in text.split(","):
+        side, _, count = part.partition("=")
+        if side not in SIDES or side in sides or re.fullmatch(r"[0-9]{1,9}", count) is None:
+            raise _wrong_value(text, f"pixels by side ({', '.join(SIDES)}), as left=64,top=128")
+        sides[side] = whole_number(1, MAX_MARGIN)(count)
+    return sides
+
+
 class OperatorText(NamedTuple):
     """What has happened to a picture: `kind`, "blur", "downsample" or "mask", with its `value`."""
 
@@ -271,6 +285,26 @@ def byte_count(text: str) -> int:
     if size < 1:
         raise _wrong_value(text, "a size, as 5GB or 500MB")
     return size
+
+
+class ImagePromptFile(NamedTuple):
+    """An image prompt as an option names it: its file, and its weight."""
+
+    path: Path
+    weight: float
+
+
+def image_prompt(text: str) -> ImagePromptFile:
+    """Read an image prompt, FILE[=WEIGHT]."""
+    head, equals, last = text.rpartition("=")
+    place, weight = text, 1.0
+    if equals and _is_number(last):  # otherwise the equals sign belongs to the path
+        place, weight = head, float(last)
+    if not math.isfinite(weight) or abs(weight) > MAX_FLOAT32:
+        raise _wrong_value(text, "a finite weight after the equals sign")
+    if not place:
+        raise _wrong_value(text, "an image, as FILE=WEIGHT")
+    return ImagePromptFile(file_path(place), weight)
 
 
 class Adapter(NamedTuple):

@@ -13,12 +13,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.adapters import read_adapter
-from fluxjax.cli.conditions import (
-    ConditionFacts,
-    ConditionSource,
-    check_conditions,
-    condition_sources,
-)
+from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
+from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
@@ -68,7 +64,8 @@ class Request:
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
     - `load`: how networks are loaded; `dtype`: of the activations.
-    - `conditions`: what all images are conditioned on beside their prompts.
+    - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
+      the command itself appends to each image token.
     - `description`: the entries of each image's metadata that describe the options, in order.
     """
 
@@ -89,6 +86,7 @@ class Request:
     load: LoadOptions
     dtype: DTypeLike
     conditions: tuple[ConditionSource, ...]
+    features: int
     folder: Path
     overwrite: bool
     keep_encoders: bool
@@ -117,7 +115,7 @@ class Request:
         if flux is not None:
             flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
         facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
-        check_conditions(self.conditions, facts)
+        check_conditions(self.conditions, facts, features=self.features)
 
     def negative_of(self, line: Line) -> str:
         """Return what a line is guided away from: its own negative prompt, the command's, or ""."""
@@ -180,12 +178,16 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace) -> Request:
+def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     """Return the options as values, before anything is loaded.
 
+    **Arguments:** `features`: how many the command itself appends to each image token.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
+    conditions = condition_sources(options)
     defaults = interruptible(load_defaults, options.model)
+    for condition in conditions:
+        defaults = condition.change_defaults(defaults)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -200,7 +202,6 @@ def read_request(options: argparse.Namespace) -> Request:
         _guidance(options),
         _attention(options),
     )
-    conditions = condition_sources(options)
     request = Request(
         model=options.model,
         defaults=defaults,
@@ -219,6 +220,7 @@ def read_request(options: argparse.Namespace) -> Request:
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
+        features=features,
         folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,

@@ -289,7 +289,8 @@ class Guided(StatefulVelocity):
 
 def _same_shapes(one: Condition, other: Condition) -> bool:
     """Return whether two conditions can be stacked."""
-    if jax.tree.structure(one) != jax.tree.structure(other):
+    same_structure = jax.tree.structure(one) == jax.tree.structure(other)
+    if not same_structure:
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(jnp.shape(left) == jnp.shape(right) for left, right in pairs)

@@ -32,6 +32,7 @@ from fluxjax.generate.draw import (
     draw_batch,
     trajectories,
 )
+from fluxjax.generate.edges import canny_edges
 from fluxjax.generate.edit_image import edit_image
 from fluxjax.generate.edit_methods import (
     EDIT_METHODS,
@@ -43,6 +44,7 @@ from fluxjax.generate.edit_methods import (
     SDEditing,
 )
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
+from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
 from fluxjax.generate.image_to_image import (
     Repaint,
@@ -51,7 +53,18 @@ from fluxjax.generate.image_to_image import (
     image_to_image,
     outpaint,
 )
-from fluxjax.generate.ip_adapter import ImagePromptCondition, ip_adapter_condition
+from fluxjax.generate.ip_adapter import (
+    CombinedCondition,
+    ImagePromptCondition,
+    ip_adapter_condition,
+)
+from fluxjax.generate.kontext import (
+    ReferenceCondition,
+    References,
+    kontext_condition,
+    kontext_image,
+    preferred_size,
+)
 from fluxjax.generate.latents import (
     image_ids,
     initial_noise,
@@ -90,6 +103,7 @@ from fluxjax.generate.redux import (
     redux_condition,
     redux_tokens,
 )
+from fluxjax.generate.reference_ids import reference_ids
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
@@ -120,6 +134,7 @@ __all__ = [
     "AddedCondition",
     "Blurred",
     "CachedFlux",
+    "CombinedCondition",
     "Comparison",
     "ConcatCondition",
     "Conditioning",
@@ -151,7 +166,9 @@ __all__ = [
     "RFInverting",
     "Recipe",
     "ReduxCondition",
+    "ReferenceCondition",
     "ReferenceTokens",
+    "References",
     "Repaint",
     "Restoration",
     "SDEditing",
@@ -164,6 +181,7 @@ __all__ = [
     "WeakNetwork",
     "activation_dtype",
     "begin_from_images",
+    "canny_edges",
     "cell_mask",
     "clip_pixels",
     "compare",
@@ -178,6 +196,9 @@ __all__ = [
     "encode_image",
     "encode_text",
     "extend_canvas",
+    "fill_around",
+    "fill_condition",
+    "fill_image",
     "fit_preview",
     "flux_velocity",
     "image_ids",
@@ -185,6 +206,8 @@ __all__ = [
     "initial_noise",
     "integrator",
     "ip_adapter_condition",
+    "kontext_condition",
+    "kontext_image",
     "load_clip",
     "load_clip_vision",
     "load_controlnet",
@@ -197,6 +220,7 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_vae",
+    "mask_features",
     "mask_tokens",
     "model_times",
     "outpaint",
@@ -205,6 +229,7 @@ __all__ = [
     "paste_kept",
     "plot_errors",
     "plot_times",
+    "preferred_size",
     "prompt_batch",
     "prompt_ids",
     "read_image",
@@ -212,6 +237,7 @@ __all__ = [
     "read_times",
     "redux_condition",
     "redux_tokens",
+    "reference_ids",
     "resize_image",
     "restoration_times",
     "restore_image",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import PreparedShard, TokenParallelFlux

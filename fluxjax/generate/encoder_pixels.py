@@ -72,9 +72,8 @@ def _resized(call: str, image: Image, side: int, crop: bool) -> np.ndarray:
     return np.asarray(picture)[top : top + side, left : left + side]
 
 
-def _normalized(
-    levels: np.ndarray, mean: Sequence[float], deviation: Sequence[float]
-) -> Pixels:
+def _normalized(levels: np.ndarray, mean: Sequence[float], deviation: Sequence[float]) -> Pixels:
     """Return bytes as floats with the mean subtracted, in units of the deviation."""
     colors = levels.astype(np.float32) / np.float32(255)
-    return jnp.asarray((colors - np.float32(mean)) / np.float32(deviation))
+    normalized = (colors - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)
+    return jnp.asarray(normalized)

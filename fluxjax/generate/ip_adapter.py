@@ -8,13 +8,14 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
+from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.nets.clip_vision import ClipVision
 from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.ip_adapter import IpAdapter
 from fluxjax.nets.patches import Pixels
 from fluxjax.nets.siglip import Siglip
-from fluxjax.shapes import Array, Float, Image, ScalarLike
+from fluxjax.shapes import Array, Float, Image, ScalarLike, Times
 
 ImageEncoder = ClipVision | Siglip
 """The encoder of an adapter's images: CLIP's for XLabs' adapters, SigLIP for InstantX's."""
@@ -33,6 +34,25 @@ class ImagePromptCondition(AddedCondition):
         return _with_prompt(conditioning, self.negative)
 
 
+class CombinedCondition(AddedCondition):
+    """Several conditions as one, added in their order."""
+
+    conditions: tuple[AddedCondition, ...]
+
+    def add(self, conditioning: Conditioning) -> Conditioning:
+        for condition in self.conditions:
+            conditioning = condition.add(conditioning)
+        return conditioning
+
+    def add_to_negative(self, conditioning: Conditioning) -> Conditioning:
+        for condition in self.conditions:
+            conditioning = condition.add_to_negative(conditioning)
+        return conditioning
+
+    def for_times(self, times: Times) -> "CombinedCondition":
+        return CombinedCondition(tuple(one.for_times(times) for one in self.conditions))
+
+
 def _with_prompt(conditioning: Conditioning, prompt: ImagePrompt) -> Conditioning:
     return replace(conditioning, image_prompts=(*conditioning.image_prompts, prompt))
 
@@ -46,6 +66,7 @@ def ip_adapter_condition(
     scale: ScalarLike | Float[Array, " blocks"] = 1.0,
     negative: Image | None = None,
     dtype: DTypeLike | None = None,
+    hooks: DrawHooks | None = None,
 ) -> ImagePromptCondition:
     """Return what images of a prompt are conditioned on besides it: an image, by an IP-Adapter.
 
@@ -57,13 +78,17 @@ def ip_adapter_condition(
     image's influence, one number or one for each block of the adapter; 0 is none. `negative`: an
     image that is guided away from with a negative prompt; None is a black one. `dtype`: of the
     encoder's activations, and of keys and values; by default that of the encoder's weights.
+    `hooks`: run the encoder.
     **Raises:** `ValueError` for the encoder of another adapter, or another number of scales.
     """
     black = jnp.full((1, 1, 3), -1.0)
     pixels = _pixels(encoder, image), _pixels(encoder, black if negative is None else negative)
     scale = jnp.asarray(scale, jnp.float32)
-    prompt, away = (_image_prompt(adapter, encoder, one, scale, dtype) for one in pixels)
-    return ImagePromptCondition(prompt, away)
+    run = (DrawHooks() if hooks is None else hooks).run
+    prompts = []
+    for one in pixels:
+        prompts.append(run("encode", _image_prompt, adapter, encoder, one, scale, dtype))
+    return ImagePromptCondition(*prompts)
 
 
 def _pixels(encoder: ImageEncoder, image: Image) -> Pixels:

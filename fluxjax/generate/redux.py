@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
+from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.encoder_pixels import siglip_pixels
 from fluxjax.nets.redux import Redux
 from fluxjax.nets.siglip import Siglip
@@ -70,17 +71,19 @@ def redux_tokens(
     *,
     crop: bool = False,
     dtype: DTypeLike | None = None,
+    hooks: DrawHooks | None = None,
 ) -> Float[Array, "images tokens context"]:
     """Return the tokens of images, for `redux_condition`; 729 of each.
 
     **Arguments:** `images`: of any sizes. `crop`: as for `siglip_pixels`. `dtype`: of the
-    activations, by default that of SigLIP's weights.
+    activations, by default that of SigLIP's weights. `hooks`: run the encoder.
     **Raises:** `ValueError` for no image.
     """
     if not images:
         raise ValueError("`redux_tokens(images)` needs at least one image. Pass a list of them.")
     pixels = [siglip_pixels(image, siglip.config, crop=crop) for image in images]
-    return _embed(siglip, redux, jnp.stack(pixels), dtype)
+    run = (DrawHooks() if hooks is None else hooks).run
+    return run("encode", _embed, siglip, redux, jnp.stack(pixels), dtype)
 
 
 @eqx.filter_jit

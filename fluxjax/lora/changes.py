@@ -25,6 +25,7 @@ from fluxjax.lora.scales import (
 )
 from fluxjax.lora.terms import ReplacementTerm
 from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
 
 INPUT_WEIGHT = "img_in.weight"
 """The weight whose input features a Control adapter may increase."""
@@ -206,7 +207,8 @@ def _check_shapes(model: eqx.Module, changes: WeightChanges) -> None:
                 problems.append(f"{name} is {list(base)}, the adapter's {list(shape)}")
         # The widths are compared only if everything has the right number of axes.
         if name == INPUT_WEIGHT and not problems:
-            problems += _input_problems(model, [shape[1] for shape in shapes])
+            columns = [shape[1] for shape in shapes]
+            problems += input_problems(model.config, columns)  # type: ignore[attr-defined]
     if not problems:
         return
     listed = "; ".join(problems[:_MOST_LISTED_PROBLEMS])
@@ -232,12 +234,12 @@ def _fits(
     - `shape`: of the difference.
     """
     if name == INPUT_WEIGHT:
-        # Its columns have rules of their own, see `_input_problems`.
+        # Its columns have rules of their own, see `input_problems`.
         return len(shape) == 2 and shape[0] == base[0]
     return shape == base
 
 
-def _input_problems(model: eqx.Module, columns: Sequence[int]) -> list[str]:
+def input_problems(config: FluxConfig, columns: Sequence[int]) -> list[str]:
     """Return what is wrong with the numbers of input features of adapters.
 
     The input is as wide as the prediction; in Fill and Control models the features of a condition
@@ -247,13 +249,13 @@ def _input_problems(model: eqx.Module, columns: Sequence[int]) -> list[str]:
 
     **Arguments:**
 
+    - `config`: of the transformer.
     - `columns`: the input features of each change.
 
     **Returns:** one line for each problem.
     """
-    config = model.config  # type: ignore[attr-defined]
     inputs, image_features = config.in_channels, config.out_channels
-    widest = max(inputs, *columns)
+    widest = max([inputs, *columns])
     problems = []
     for count in columns:
         if count not in (image_features, inputs, widest):

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import equinox as eqx
 
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.lora.adapter import Lora
-from fluxjax.lora.changes import INPUT_WEIGHT, WeightChanges
+from fluxjax.lora.changes import INPUT_WEIGHT, WeightChanges, input_problems
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.widen import widen_input
@@ -29,7 +30,8 @@ def widen_for_changes(model: Network, changes: WeightChanges) -> Network:
     if not isinstance(model, Flux) or INPUT_WEIGHT not in changes:
         return model
     columns = max(change.term.columns or 0 for change, _ in changes[INPUT_WEIGHT])
-    return widen_input(model, max(0, columns - model.config.in_channels))
+    wide = widen_input(model, max(0, columns - model.config.in_channels))
+    return cast(Network, wide)
 
 
 def adapted_config(config: FluxConfig, loras: Sequence[Lora]) -> FluxConfig:
@@ -38,10 +40,18 @@ def adapted_config(config: FluxConfig, loras: Sequence[Lora]) -> FluxConfig:
     **Arguments:**
 
     - `config`: of the transformer without them.
-    - `loras`: the adapters, which are not checked against it.
+    - `loras`: the adapters.
+
+    **Raises:** `WeightsError` for an adapter that can't widen it.
     """
-    widest = config.in_channels
+    columns = []
     for lora in loras:
         for change in lora.changes.get("flux", {}).get(INPUT_WEIGHT, ()):
-            widest = max(widest, change.term.columns or 0)
-    return replace(config, in_channels=widest)
+            columns.append(change.term.columns or config.in_channels)
+    problems = input_problems(config, columns)
+    if problems:
+        raise WeightsError(
+            f"The adapter does not fit this Flux: {'; '.join(problems)}. "
+            "Pass the model it was made for."
+        )
+    return replace(config, in_channels=max([config.in_channels, *columns]))

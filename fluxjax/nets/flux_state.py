@@ -65,7 +65,8 @@ class HiddenState(NamedTuple):
 
     def prompts_in_blocks(self) -> tuple[tuple[BlockPrompt, ...], tuple[BlockPrompt, ...]]:
         """Return the image prompts in the double and in the single blocks, for loops over them."""
-        double, single = [], []
+        double: list[BlockPrompt] = []
+        single: list[BlockPrompt] = []
         for prompt in self.image_prompts:
             double.append(prompt.in_double())
             single += prompt.in_single(len(self.txt))

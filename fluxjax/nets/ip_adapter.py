@@ -63,9 +63,7 @@ class IpAdapterConfig:
     @classmethod
     def instantx(cls) -> "IpAdapterConfig":
         """InstantX's IP-Adapter of SigLIP's pooled state."""
-        return cls(
-            features=1152, hidden=2304, tokens=128, single_depth=38, joins_attention=True
-        )
+        return cls(features=1152, hidden=2304, tokens=128, single_depth=38, joins_attention=True)
 
 
 class KeyValueLayers(eqx.Module):

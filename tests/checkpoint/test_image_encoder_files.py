@@ -7,9 +7,21 @@ import pytest
 from layouts import assert_same_network, export, random_network, write
 
 from fluxjax.checkpoint import WeightsError, convert_weights, inspect_weights
-from fluxjax.checkpoint.kinds import CLIP, CLIP_VISION, REDUX, SIGLIP
-from fluxjax.generate import load_clip, load_clip_vision, load_redux, load_siglip
-from fluxjax.nets import ClipConfig, ClipVisionConfig, ReduxConfig, SiglipConfig
+from fluxjax.checkpoint.kinds import CLIP, CLIP_VISION, IP_ADAPTER, REDUX, SIGLIP, dialect_for
+from fluxjax.generate import (
+    load_clip,
+    load_clip_vision,
+    load_ip_adapter,
+    load_redux,
+    load_siglip,
+)
+from fluxjax.nets import (
+    ClipConfig,
+    ClipVisionConfig,
+    IpAdapterConfig,
+    ReduxConfig,
+    SiglipConfig,
+)
 
 CONFIGS = {
     "siglip": SiglipConfig(image_size=9, patch=4, width=8, heads=2, depth=2, mlp_width=6),
@@ -17,9 +29,33 @@ CONFIGS = {
         image_size=8, patch=4, width=8, heads=2, depth=2, mlp_width=6, embedding=5
     ),
     "redux": ReduxConfig(features=8, hidden=36, context=12),
+    "xlabs": IpAdapterConfig(features=5, tokens=2, context=6, width=8, head_dim=4, double_depth=3),
+    "instantx": IpAdapterConfig(
+        features=5,
+        hidden=7,
+        tokens=2,
+        context=6,
+        width=8,
+        head_dim=4,
+        double_depth=2,
+        single_depth=1,
+        joins_attention=True,
+    ),
 }
-KINDS = {"siglip": SIGLIP, "clip_vision": CLIP_VISION, "redux": REDUX}
-LOADERS = {"siglip": load_siglip, "clip_vision": load_clip_vision, "redux": load_redux}
+KINDS = {
+    "siglip": SIGLIP,
+    "clip_vision": CLIP_VISION,
+    "redux": REDUX,
+    "xlabs": IP_ADAPTER,
+    "instantx": IP_ADAPTER,
+}
+LOADERS = {
+    "siglip": load_siglip,
+    "clip_vision": load_clip_vision,
+    "redux": load_redux,
+    "xlabs": load_ip_adapter,
+    "instantx": load_ip_adapter,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +67,7 @@ def networks():
 
 
 def tensors_of(name, network):
-    return export(network, KINDS[name].dialects[0])
+    return export(network, dialect_for(KINDS[name].dialects[0], CONFIGS[name]))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -46,7 +82,7 @@ def test_every_layout_comes_back_bit_by_bit(tmp_path, networks, name, layout):
     assert_same_network(LOADERS[name](written), networks[name])
     report = inspect_weights(written)
     assert report.whole
-    assert [network.kind for network in report.networks] == [name]
+    assert [network.kind for network in report.networks] == [KINDS[name].name]
 
 
 def test_siglip_is_read_with_and_without_the_prefix_of_its_keys(tmp_path, networks):
@@ -119,6 +155,23 @@ def test_redux_is_written_with_bfls_names_and_the_encoders_are_not(tmp_path, net
     (tmp_path / "siglip" / "config.json").write_text(settings)
     with pytest.raises(WeightsError, match="BFL layout has no SigLIP vision encoder"):
         convert_weights(tmp_path / "siglip", tmp_path / "none", to="bfl")
+
+
+def test_the_names_of_an_ip_adapter_are_those_of_its_maker(tmp_path, networks):
+    # XLabs' blocks are counted; InstantX's would have to be FLUX.1's 57.
+    for name, key in (
+        ("xlabs", "double_blocks.2.processor.ip_adapter_double_stream_k_proj.bias"),
+        ("instantx", "ip_adapter.2.to_v_ip.weight"),
+    ):
+        tensors = tensors_of(name, networks[name])
+        assert key in tensors
+        write(tmp_path / f"{name}.safetensors", tensors)
+        found = load_ip_adapter(tmp_path / f"{name}.safetensors", config=CONFIGS[name])
+        assert_same_network(found, networks[name])
+    with pytest.raises(WeightsError, match=r"An IP-Adapter for 3 blocks is not FLUX\.1's"):
+        load_ip_adapter(tmp_path / "instantx.safetensors")
+    sizes = load_ip_adapter(tmp_path / "xlabs.safetensors").config
+    assert sizes == IpAdapterConfig(features=5, tokens=2, context=6, width=8, double_depth=3)
 
 
 def test_what_a_file_does_not_tell_is_an_error(tmp_path, networks):

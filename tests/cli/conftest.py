@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch, capsys, programs):
 
     def call(*words):
         arguments = list(map(str, words))
-        if arguments[0] in ("generate", "compare", "edit", "outpaint", "restore"):
+        if arguments[0] in ("generate", "compare", "edit", "fill", "outpaint", "restore"):
             arguments += ["--compilation-cache", str(programs)]
         code = 0
         try:

@@ -47,6 +47,14 @@ def evaluate(flux, prompt=None, x=X, **options):
     return flux(x, T, **INPUTS, image_prompts=image_prompts, **options)
 
 
+@eqx.filter_jit
+def first(flux, *prompts):
+    """Return the image's tokens before and after the first double block."""
+    prepared = flux.with_image_prompts(flux.prepare(T[None], **INPUTS), prompts)
+    hidden = flux.embed(X, T, prepared)
+    return hidden.img, flux.first(hidden)[0]
+
+
 def scaled(prompt, factor):
     return replace(prompt, scales=prompt.scales * factor)
 
@@ -101,26 +109,21 @@ def test_blocks_unrolled_streamed_or_rematerialized_give_the_same(flux, prompts,
 
 def test_what_an_adapter_of_xlabs_adds_is_not_gated(flux, prompts):
     """With zero modulation the blocks pass the image on: only the prompt changes it."""
-    double = jax.tree.map(jnp.zeros_like, flux.double)
-    modulation = lambda one: one.double.img.modulation  # noqa: E731
-    still = eqx.tree_at(modulation, flux, modulation(eqx.tree_at(lambda f: f.double, flux, double)))
-    prepared = still.prepare(T[None], **INPUTS)
-    hidden = still.embed(X, T, still.with_image_prompts(prepared, [prompts["xlabs"]]))
-    img, _ = still.first(hidden)
-    assert np.abs(img - hidden.img).max() > 0.01
-    joined = still.with_image_prompts(prepared, [prompts["instantx"]])
-    img, _ = still.first(still.embed(X, T, joined))
-    np.testing.assert_array_equal(img, hidden.img)
+    zeros = jax.tree.map(jnp.zeros_like, flux.double.img.modulation)
+    still = eqx.tree_at(lambda one: one.double.img.modulation, flux, zeros)
+    before, after = first(still, prompts["xlabs"])
+    assert np.abs(after - before).max() > 0.01
+    before, after = first(still, prompts["instantx"])
+    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_of_a_reference_get_nothing(flux, prompts, name):
     """In the first block, after which they attend to tokens that have changed."""
     own = IMAGE - 2
-    prepared = flux.prepare(T[None], **INPUTS)
-    base, _ = flux.first(flux.embed(X, T, prepared))
     limited = for_image_tokens(prompts[name], own, 2)
-    img, _ = flux.first(flux.embed(X, T, flux.with_image_prompts(prepared, [limited])))
+    _, base = first(flux)
+    _, img = first(flux, limited)
     np.testing.assert_array_equal(img[own:], base[own:])
     assert (np.abs(img[:own] - base[:own]).max(axis=1) > 1e-3).all()
     # In single blocks the text's tokens come first, and get their share.
@@ -131,14 +134,11 @@ def test_tokens_of_a_reference_get_nothing(flux, prompts, name):
 
 def test_two_prompts_add_up_in_one_block(flux, prompts):
     prompt = prompts["xlabs"]
-    prepared = flux.prepare(T[None], **INPUTS)
-
-    def first(*some):
-        return flux.first(flux.embed(X, T, flux.with_image_prompts(prepared, some)))[0]
-
-    once = first(prompt) - first()
-    np.testing.assert_allclose(first(prompt, prompt) - first(), 2 * once, atol=BOUND)
-    np.testing.assert_allclose(first(scaled(prompt, 2.0)) - first(), 2 * once, atol=BOUND)
+    base = first(flux)[1]
+    once = first(flux, prompt)[1] - base
+    np.testing.assert_allclose(first(flux, prompt, prompt)[1] - base, 2 * once, atol=BOUND)
+    doubled = first(flux, scaled(prompt, 2.0))[1] - base
+    np.testing.assert_allclose(doubled, 2 * once, atol=BOUND)
 
 
 def test_blocks_that_are_skipped_do_not_attend_to_a_prompt(flux, prompts):

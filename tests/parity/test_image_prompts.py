@@ -150,9 +150,7 @@ def test_the_sum_of_weighted_images_equals_diffusers_prior(redux):
     )
     images = [jnp.asarray(image / np.float32(127.5) - 1) for image in levels]
     tokens = redux_tokens(siglip, embedder, images)
-    condition = redux_condition(
-        tokens, weights=weights, pooled_weights=pooled_weights, rule="sum"
-    )
+    condition = redux_condition(tokens, weights=weights, pooled_weights=pooled_weights, rule="sum")
     found = condition.add(Conditioning(txt, vec, np.zeros((4, 3), np.float32)))
     assert relative_error(found.txt, expected.prompt_embeds[0]) <= FLOAT32_BOUND
     assert relative_error(found.vec, expected.pooled_prompt_embeds[0]) <= FLOAT32_BOUND

@@ -12,7 +12,9 @@ from layouts import export, random_network, write
 
 from fluxjax import T5, WeightsError, inspect_weights, load_t5
 from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.safetensors import read_header
 from fluxjax.checkpoint.scaled_formats import untile
+from fluxjax.generate import load_ip_adapter
 from fluxjax.nets import T5Config
 
 CONFIG = T5Config(vocabulary=40, width=64, heads=4, head_dim=16, depth=2, mlp_width=96)
@@ -183,3 +185,18 @@ def test_the_command_in_the_error_for_a_pickle_converts_it(named, tmp_path):
     arguments = [sys.executable, "-c", code, "pytorch_model.bin", "model.safetensors"]
     subprocess.run(arguments, cwd=tmp_path, check=True)
     np.testing.assert_array_equal(load_weight(tmp_path / "model.safetensors"), named[NAME])
+
+
+def test_the_command_in_that_error_joins_the_names_of_dictionaries_in_a_dictionary(tmp_path):
+    values = {"proj": {"0": torch.ones(2)}, "ip": {"1.weight": torch.zeros(3)}}
+    torch.save(values, tmp_path / "ip-adapter.bin")
+    with pytest.raises(WeightsError, match="is a pickle") as error:
+        load_ip_adapter(tmp_path / "ip-adapter.bin")
+    code = str(error.value).split("python -c '")[1].split("'")[0]
+    arguments = [sys.executable, "-c", code, "ip-adapter.bin", "model.safetensors"]
+    subprocess.run(arguments, cwd=tmp_path, check=True)
+    header = read_header(tmp_path / "model.safetensors")
+    assert {name: one.shape for name, one in header.tensors.items()} == {
+        "proj.0": (2,),
+        "ip.1.weight": (3,),
+    }

@@ -1,0 +1,81 @@
+"""A condition of the command line: what is known of it before, and once, networks are loaded."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jax.typing import DTypeLike
+
+from fluxjax.generate.conditioning import AddedCondition
+from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.load import LoadOptions
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.vae import Vae
+from fluxjax.zoo import Defaults
+
+ConditionOfSize = Callable[[int, int], AddedCondition]
+"""(height, width) in pixels -> the condition of images of this size."""
+
+
+class ConditionFacts(NamedTuple):
+    """What a source is checked against before anything is written.
+
+    `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
+    is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
+    `load`: how networks are loaded, with the mesh.
+    """
+
+    model: str
+    flux: FluxConfig | None
+    is_guided: bool
+    load: LoadOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionParts:
+    """What a condition is made with, once the networks are loaded.
+
+    `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
+    of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
+    (name, function) -> function(), whose time is counted as loading.
+    """
+
+    flux: Flux
+    vae: Vae
+    load: LoadOptions
+    dtype: DTypeLike
+    hooks: DrawHooks
+    time_load: Callable[[str, Callable], Any]
+
+
+class ConditionSource:
+    """A condition as plain values, before anything is loaded.
+
+    It applies to every image that the command draws: those of one prompt, or of all lines of a
+    file. `features`: how many it appends to each image token.
+    """
+
+    @property
+    def features(self) -> int:
+        return 0
+
+    def change_defaults(self, defaults: Defaults) -> Defaults:
+        """Return how the model is sampled with this condition where no option says otherwise."""
+        return defaults
+
+    def check(self, facts: ConditionFacts) -> None:
+        """Check that the model can use it; called when the options are read, and once more with
+        the config of the loaded transformer if that was not known.
+
+        **Raises:** `ValueError` if it can't.
+        """
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, str]:
+        """Return what images' metadata say of it, by name; files with `describe_file`."""
+
+    @abstractmethod
+    def load(self, parts: ConditionParts) -> ConditionOfSize:
+        """Load what it needs, once; return the function that makes the condition of a size."""

@@ -1,0 +1,93 @@
+"""`fluxjax edit` by FLUX.1 Kontext: an instruction says what becomes of the picture."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from fluxjax.checkpoint.members import member_of_source
+from fluxjax.cli.console import interruptible
+from fluxjax.cli.picture import PictureJob, request_of_size, run_job, size_of
+from fluxjax.cli.starts import describe_file
+from fluxjax.generate.image import read_image
+from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
+from fluxjax.generate.latents import check_size
+from fluxjax.generate.load import Models
+from fluxjax.generate.prompted import DrawSettings
+from fluxjax.shapes import Array, Image
+
+METHOD = "kontext"
+"""Its name on the command line, beside those of `EDIT_METHODS`."""
+_OPTIONS = ("reference", "placement", "keep_size", "height", "width")
+_OTHER_OPTIONS = (
+    "source_prompt",
+    "method_strength",
+    "source_guidance",
+    "averages",
+    "noise_rate",
+    "image_rate",
+    "image_share",
+    "mask_time",
+    "ratio",
+)
+
+
+def edit_method_name(options: argparse.Namespace) -> str:
+    """Return the name of the method, by default "kontext" for a Kontext model, else "flowedit".
+
+    **Raises:** `ValueError` for an option that the method does not have.
+    """
+    name = options.method
+    if name is None:
+        name = METHOD if member_of_source(options.model) == METHOD else "flowedit"
+    for option in _OTHER_OPTIONS if name == METHOD else _OPTIONS:
+        if getattr(options, option) not in (None, False, []):
+            shown = option.removeprefix("method_").replace("_", "-")
+            raise ValueError(f"--{shown} does nothing with --method {name}. Leave it out.")
+    return name
+
+
+def edit_by_instruction(options: argparse.Namespace, picture: Image) -> None:
+    """Edit a picture by FLUX.1 Kontext, and write the results."""
+    images = [picture]
+    for path in options.reference:
+        images.append(jnp.asarray(interruptible(read_image, path)))
+    placement = options.placement or "offset"
+    references = References(placement=placement, preferred=not options.keep_size)
+    height, width = size_of(references.resize(picture))
+    height = height if options.height is None else options.height
+    width = width if options.width is None else options.width
+    check_size("--height and --width", height, width)
+    about = {"init_image": describe_file(options.picture), "method": METHOD}
+    if options.reference:
+        about["references"] = "; ".join(describe_file(path) for path in options.reference)
+    if options.placement is not None:
+        about["placement"] = placement
+    if options.keep_size:
+        about["reference_size"] = "kept"
+    request = request_of_size(options, (height, width))
+    draw = partial(
+        _draw,
+        images=images,
+        prompt=options.prompt,
+        size=(height, width),
+        references=references,
+    )
+    evaluations = request.recipe.step.evaluations
+    run_job(request, PictureJob("edit", draw, (height, width), about, request.steps, evaluations))
+
+
+def _draw(
+    models: Models,
+    *,
+    images: Sequence[ReferenceImage],
+    prompt: str,
+    size: tuple[int, int],
+    settings: DrawSettings,
+    **options: Any,
+) -> Array:
+    settings = replace(settings, height=size[0], width=size[1])
+    return kontext_image(models, images, prompt, settings=settings, **options)
