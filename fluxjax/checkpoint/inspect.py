@@ -10,9 +10,9 @@ import jax
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.identify import AnyFoundNetwork
-from fluxjax.checkpoint.kinds import Network
+from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.match import Problems
 from fluxjax.checkpoint.members import described_variant
@@ -26,7 +26,7 @@ _MOST_LISTED = 8
 class Summary:
     """What a file or folder holds of one network.
 
-    `kind`: "flux", "t5", "clip", "vae" or "controlnet". `title`: of the network, for people.
+    `kind`: "flux", "chroma", "t5", "clip", "vae" or another name of `KINDS`. `title`: of the network, for people.
     `names`: whose key names it has. `variant`: which of FLUX.1's transformers or ControlNets it is;
     None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
@@ -135,7 +135,8 @@ def inspect_weights(source: str | Path) -> Report:
     **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such
     source.
     """
-    found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
+    folders = family_of_source(source, cached=True).folders
+    found = open_source(find_source(source, folders, cached=True))
     networks = []
     for network in found.networks.values():
         networks.append(_summarize(network))
@@ -153,6 +154,7 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
         # Matching reads no values, so this is fast for files of any size.
         plan, problems = network.check()
         count = parameter_count(plan.network)
+        variant = flux_variant(network.config)
         if isinstance(network.config, FluxConfig):
             variant = described_variant(network.files[0], network.config)
     except WeightsError as problem:

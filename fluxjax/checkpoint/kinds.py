@@ -56,7 +56,8 @@ class Kind(Generic[Config]):
     VAE's, BFL's is first and diffusers' second. `prefixes`: what its keys may begin with in a file
     of several networks; ComfyUI's is first. `from_json`, `to_json`: read and write its config.json.
     `from_shapes`: makes its config for a file without one. `at_root`: whether a repository on the
-    hub holds it in its root, and not in the folder.
+    hub holds it in its root, and not in the folder. `stands_for`: the network in whose place it is,
+    and under whose name adapters change it; "" for none.
     """
 
     name: str
@@ -71,6 +72,12 @@ class Kind(Generic[Config]):
     to_json: Callable[[Config], JsonObject]
     from_shapes: Callable[[shape_configs.Shapes], Config]
     at_root: bool = False
+    stands_for: str = ""
+
+    @property
+    def role(self) -> str:
+        """The name under which adapters change it."""
+        return self.stands_for or self.name
 
     @property
     def hub_folder(self) -> str:
@@ -104,6 +111,7 @@ CHROMA_TRANSFORMER = Kind(
     from_json=configs.chroma_from_json,
     to_json=configs.chroma_to_json,
     from_shapes=shape_configs.chroma_from_shapes,
+    stands_for="flux",
 )
 T5_XXL = Kind(
     name="t5",
