@@ -82,11 +82,11 @@ class Family:
     `networks`: each network's name and its folder in a diffusers checkpoint. `transformer`: the
     name of the one that is sampled. `text_encoders`: the names of those that encode a prompt.
     `tokenizers`: the folders of their tokenizers, in this order. `pipeline`: the class that
-    diffusers has for it. `scheduler`: the folder of the sampling settings. `latent`: how latents are packed into
-    tokens. `shift_rule`: how times are shifted for the number of image tokens, a name in
-    `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of the
-    family that takes one and names none. `models`: the named ones. `variants`: how others are meant
-    to be sampled, of which no repository has all parts, by what they are called.
+    diffusers has for it. `scheduler`: the folder of the sampling settings. `latent`: how latents
+    are packed into tokens. `shift_rule`: how times are shifted for the number of image tokens, a
+    name in `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of
+    the family that takes one and names none. `models`: the named ones. `variants`: how others are
+    meant to be sampled, of which no repository has all parts, by what they are called.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The key tables of Chroma: its authors' names, which are BFL's for FLUX's blocks, and diffusers'."""
+"""The key tables of Chroma: its authors' names, BFL's for FLUX's blocks, and diffusers'."""
 
 from fluxjax.checkpoint.dialect import Dialect, Row
 from fluxjax.checkpoint.names import FLUX_BFL, FLUX_DIFFUSERS

@@ -138,8 +138,7 @@ def _blocks_to_json(config: BlockConfig) -> JsonObject:
     **Raises:** `WeightsError` for blocks that diffusers' classes can't have.
     """
     expressible = (
-        config.mlp_width == _FLUX_MLP_RATIO * config.width
-        and config.rope_theta == _FLUX_ROPE_THETA
+        config.mlp_width == _FLUX_MLP_RATIO * config.width and config.rope_theta == _FLUX_ROPE_THETA
     )
     if not expressible:
         raise WeightsError(

@@ -72,8 +72,9 @@ def download(
 
     **Arguments:** `name`: a name of the zoo, or a hub id of a repository in the diffusers layout.
     `parts`: the folders to download, "" for all that is in the repository; None for all that a
-    model of its family has. `cached`: return what is in the cache, without a request to the hub. `verify`: compare files that are in the cache
-    with their checksums, and download those again that differ (dev's 34 GB take about a minute).
+    model of its family has. `cached`: return what is in the cache, without a request to the hub.
+    `verify`: compare files that are in the cache with their checksums, and download those again
+    that differ (dev's 34 GB take about a minute).
     **Returns:** the folder that holds them.
     **Raises:** `WeightsError` for a gated repository, or answers that would place a file outside of
     the cache; `FileNotFoundError` if there is no such repository, or it has another layout;

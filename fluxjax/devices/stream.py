@@ -32,8 +32,8 @@ def stream_blocks(network: Network) -> Network:
     blocks at once. Everything else is on the device.
 
     **Arguments:** `network`: a `Flux`, `Chroma`, `ControlNet`, `T5` or `Clip`, on the device or
-    from `offload`, with which it is never on the device as a whole. Merge adapters before, or attach
-    them.
+    from `offload`, with which it is never on the device as a whole. Merge adapters before, or
+    attach them.
     **Raises:** `ValueError` for another network, or for quantized weights.
     """
     if not isinstance(network, AbstractTransformer | ControlNet | T5 | Clip):

@@ -21,14 +21,14 @@ from fluxjax.shapes import Array, Float, ScalarLike
 
 
 class PreparedShard(eqx.Module):
-    """What a network's `prepare` returns for this device's tokens, and the number of all text tokens."""
+    """What `prepare` returns for this device's tokens, and the number of all text tokens."""
 
     prepared: Prepared
     txt_tokens: int = eqx.field(static=True)
 
 
 class TokenParallelFlux(eqx.Module):
-    """A `Flux` or `Chroma` inside of `jax.shard_map`, whose tokens are split over the mesh's axis "context".
+    """A transformer inside of `jax.shard_map`, tokens split over the mesh's axis "context".
 
     Its `prepare` and `velocity` are called as the network's: each device gets and returns all
     tokens. It runs a part of the text's and a part of the image's tokens. Where the number of

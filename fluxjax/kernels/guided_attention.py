@@ -102,9 +102,7 @@ class Nag(eqx.Module):
         attend = as_attention(self.implementation)
         lengths = (None, None) if txt_length is None else (txt_length[0], txt_length[1])
 
-        def attend_with_image(
-            text: slice, length: Int[Array, ""] | None
-        ) -> tuple[Array, Array]:
+        def attend_with_image(text: slice, length: Int[Array, ""] | None) -> tuple[Array, Array]:
             """Return the mixed values of one prompt and of the image."""
             joint = []
             for x in (q, k, v):

@@ -33,7 +33,7 @@ from fluxjax.nets.transformer import (
     TxtIds,
     TxtStates,
 )
-from fluxjax.shapes import PRNGKeyArray, ScalarLike
+from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
 
 class Flux(AbstractTransformer):
@@ -170,7 +170,14 @@ class Flux(AbstractTransformer):
         conditioning = embedders(times, vec.astype(dtype), guidance, self.config.time_width)
         modulation = Modulation(
             *block_modulation(self.double, self.single, conditioning, remat),
-            self.final.modulation(conditioning),
+            _final_modulation(self.final, conditioning),
         )
         tokens = self.txt_in(txt.astype(dtype))
         return Prepared(times, tokens, rotation, modulation, txt_length=length)
+
+
+def _final_modulation(
+    final: FinalLayer, conditioning: Float[Array, "times width"]
+) -> Float[Array, "times two_width"]:
+    assert final.modulation is not None  # only in Chroma it is elsewhere
+    return final.modulation(conditioning)

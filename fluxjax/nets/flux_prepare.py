@@ -155,9 +155,7 @@ def check_distilled_scale(call: str, guidance: ScalarLike | None, *, taken: bool
         )
 
 
-def checked_length(
-    call: str, length: TxtLength | int | None, txt_tokens: int
-) -> TxtLength | None:
+def checked_length(call: str, length: TxtLength | int | None, txt_tokens: int) -> TxtLength | None:
     """Return how many text tokens are attended to, as an array; None for all of them.
 
     **Arguments:** `call`: the network that got it, for the message. `txt_tokens`: of the text.

@@ -109,9 +109,9 @@ def quantize(
 
     Embedders, norms, biases and everything outside of the blocks are kept as they are.
 
-    **Arguments:** `network`: a `Flux`, `Chroma` or `T5`; merge adapters before, or attach them after.
-    `format`: "int8" or "fp8" (e4m3). `donate`: free each matrix once it is quantized, after which
-    `network` can't be used.
+    **Arguments:** `network`: a `Flux`, `Chroma` or `T5`; merge adapters before, or attach them
+    after. `format`: "int8" or "fp8" (e4m3). `donate`: free each matrix once it is quantized, after
+    which `network` can't be used.
     **Raises:** `ValueError` for another format, or a network without blocks of plain matrices.
     """
     dtype = eight_bit_dtype(format)

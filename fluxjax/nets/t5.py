@@ -106,9 +106,7 @@ class T5Block(eqx.Module):
         k = split_heads(self.k(x), self.head_dim)
         v = split_heads(self.v(x), self.head_dim)
         # Only xla takes a bias on every platform. T5 does not scale its scores.
-        attended = attention(
-            q, k, v, bias=bias, scale=1.0, key_length=length, implementation="xla"
-        )
+        attended = attention(q, k, v, bias=bias, scale=1.0, key_length=length, implementation="xla")
         return self.out(join_heads(attended))
 
 
@@ -165,9 +163,7 @@ class T5(eqx.Module):
         bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
         x = self.tokens(ids, wide)
         if isinstance(length, int) and not 1 <= length <= len(ids):
-            raise ValueError(
-                f"`T5(length)` is 1 to {len(ids)}, the number of ids, got {length}."
-            )
+            raise ValueError(f"`T5(length)` is 1 to {len(ids)}, the number of ids, got {length}.")
         keys = None if length is None else jnp.asarray(length, jnp.int32)
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype, keys))
         return self.norm(x, dtype)
