@@ -100,10 +100,14 @@ def without_modulation(double: PyTree, single: PyTree) -> tuple[PyTree, PyTree]:
     """Return blocks without the layers of `block_modulation`, so that no loop fetches them."""
 
     def double_part(block: DoubleBlock) -> DoubleBlock:
-        return eqx.tree_at(_double_layers, block, (None, None), is_leaf=_is_none)
+        if block.img.modulation is None:
+            return block
+        return eqx.tree_at(_double_layers, block, (None, None))
 
     def single_part(block: SingleBlock) -> SingleBlock:
-        return eqx.tree_at(_single_layer, block, None, is_leaf=_is_none)
+        if block.modulation is None:
+            return block
+        return eqx.tree_at(_single_layer, block, None)
 
     return map_part(double, double_part), map_part(single, single_part)
 
@@ -176,7 +180,3 @@ def _double_layers(block: DoubleBlock) -> tuple[Linear | None, Linear | None]:
 
 def _single_layer(block: SingleBlock) -> Linear | None:
     return block.modulation
-
-
-def _is_none(node: object) -> bool:
-    return node is None
