@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +9,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.atomic import check_free
 from fluxjax.checkpoint.config_fields import JsonObject
-from fluxjax.checkpoint.defaults import load_defaults, write_pipeline
+from fluxjax.checkpoint.defaults import defaults_to_json, load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import Source, open_source
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
@@ -221,7 +220,7 @@ def _write_rest(
     if layout == "diffusers" and is_complete:
         write_pipeline(folder, defaults, family)
     else:
-        write_json(folder / DEFAULTS_FILE, asdict(defaults))
+        write_json(folder / DEFAULTS_FILE, defaults_to_json(defaults))
 
 
 def _copy_files(source: Path, target: Path) -> None:

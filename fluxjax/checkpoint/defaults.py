@@ -158,7 +158,21 @@ def write_pipeline(folder: Path, defaults: Defaults, family: Family) -> None:
     """
     write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, _scheduler_config(defaults))
     write_json(folder / MODEL_INDEX_FILE, _model_index(family))
-    write_json(folder / DEFAULTS_FILE, asdict(defaults))
+    write_json(folder / DEFAULTS_FILE, defaults_to_json(defaults))
+
+
+def defaults_to_json(defaults: Defaults) -> dict[str, Any]:
+    """Return the fields of defaults as `fluxjax.json` has them.
+
+    Those that most models do not need are left out where they change nothing, so that versions of
+    fluxjax read the file that do not know them.
+    """
+    plain = Defaults()
+    values = asdict(defaults)
+    for name in ("cfg", "visible_padding"):
+        if values[name] == getattr(plain, name):
+            del values[name]
+    return values
 
 
 def _model_index(family: Family) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Networks and whole models in memory, written as files that load again."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.atomic import check_free
-from fluxjax.checkpoint.defaults import write_pipeline
+from fluxjax.checkpoint.defaults import defaults_to_json, write_pipeline
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.family import family_of_networks
@@ -96,7 +96,7 @@ def save_models(
         if to == "diffusers":
             write_pipeline(temporary, models.defaults, family)
         else:
-            write_json(temporary / DEFAULTS_FILE, asdict(models.defaults))
+            write_json(temporary / DEFAULTS_FILE, defaults_to_json(models.defaults))
 
     write_networks(target, networks, to, dtype=stored, write_rest=write_rest)
     return target.path

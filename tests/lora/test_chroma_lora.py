@@ -15,9 +15,9 @@ from adapters import (
 )
 from chroma import small_chroma
 
-from fluxjax import attach, convert_weights, merge, merge_while_converting, read_lora
+from fluxjax import attach, convert_weights, merge, read_lora
 from fluxjax.generate import load_chroma, save
-from fluxjax.lora import init_lora
+from fluxjax.lora import init_lora, merge_while_converting
 from fluxjax.lora.merge import notes_of
 
 LACKING = ("single.modulation.weight", "final.modulation.weight", "time_in.up.weight")
