@@ -6,7 +6,7 @@ line can list its names at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,16 +14,20 @@ class Defaults:
     """How a model is meant to be sampled.
 
     `steps`: of the Euler method. `guidance`: the distilled guidance scale; None if the model takes
-    none. `height`, `width`: in pixels. `max_length`: T5 tokens for each prompt. `shift`: whether
-    the times are shifted by the number of image tokens, with log-shifts from `base_shift` to
-    `max_shift`.
+    none. `cfg`: the scale of true classifier-free guidance away from a negative prompt, which is
+    empty by default; 1 is none. `height`, `width`: in pixels. `max_length`: T5 tokens for each
+    prompt. `visible_padding`: how many padding tokens of a prompt the transformer attends to; T5
+    then attends to none. None: both attend to all of them, as FLUX.1. `shift`: whether the times
+    are shifted by the number of image tokens, with log-shifts from `base_shift` to `max_shift`.
     """
 
     steps: int = 28
     guidance: float | None = 3.5
+    cfg: float = 1.0
     height: int = 1024
     width: int = 1024
     max_length: int = 512
+    visible_padding: int | None = None
     shift: bool = True
     base_shift: float = 0.5
     max_shift: float = 1.15
@@ -75,23 +79,28 @@ class LatentLayout:
 class Family:
     """What the models of a family share.
 
-    `networks`: each network's name and its folder in a diffusers checkpoint. `text_encoders`: the
-    names of those that encode a prompt. `tokenizers`: the folders of their tokenizers, in this
-    order. `scheduler`: the folder of the sampling settings. `latent`: how latents are packed into
-    tokens. `shift_rule`: how times are shifted for the number of image tokens, a name in
-    `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of the
-    family that takes one and names none. `models`: the named ones.
+    `networks`: each network's name and its folder in a diffusers checkpoint. `transformer`: the
+    name of the one that is sampled. `text_encoders`: the names of those that encode a prompt.
+    `tokenizers`: the folders of their tokenizers, in this order. `pipeline`: the class that
+    diffusers has for it. `scheduler`: the folder of the sampling settings. `latent`: how latents
+    are packed into tokens. `shift_rule`: how times are shifted for the number of image tokens, a
+    name in `fluxjax.generate.samplers.SHIFT_RULES`. `guidance`: the distilled scale of a model of
+    the family that takes one and names none. `models`: the named ones. `variants`: how others are
+    meant to be sampled, of which no repository has all parts, by what they are called.
     """
 
     name: str
     networks: Mapping[str, str]
+    transformer: str
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
+    pipeline: str
     scheduler: str
     latent: LatentLayout
     shift_rule: str
     guidance: float
     models: Mapping[str, Model]
+    variants: Mapping[str, Defaults] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -107,8 +116,10 @@ FLUX1 = Family(
         "t5": "text_encoder_2",
         "vae": "vae",
     },
+    transformer="flux",
     text_encoders=("clip", "t5"),
     tokenizers=("tokenizer", "tokenizer_2"),
+    pipeline="FluxPipeline",
     scheduler="scheduler",
     latent=LatentLayout(channels=16, cell=8, patch=2),
     shift_rule="resolution",
@@ -150,9 +161,41 @@ FLUX1 = Family(
             defaults=Defaults(guidance=2.5),
             takes="reference",
         ),
+        # dev with 8 of its 19 double blocks.
+        "lite": Model(repository="Freepik/flux.1-lite-8B", defaults=Defaults()),
+        # schnell, trained until it needs true guidance and more steps again.
+        "openflux": Model(
+            repository="ostris/OpenFLUX.1", defaults=Defaults(guidance=None, cfg=3.5)
+        ),
+        "libreflux": Model(
+            repository="jimmycarter/LibreFLUX",
+            defaults=Defaults(guidance=None, cfg=4.0, visible_padding=0, shift=False),
+        ),
+    },
+    # dev, trained in the same way. What is published is the transformer alone.
+    variants={"de-distilled": Defaults(guidance=None, cfg=3.5)},
+)
+CHROMA = Family(
+    name="Chroma",
+    networks={"chroma": "transformer", "t5": "text_encoder", "vae": "vae"},
+    transformer="chroma",
+    text_encoders=("t5",),
+    tokenizers=("tokenizer",),
+    pipeline="ChromaPipeline",
+    scheduler="scheduler",
+    latent=FLUX1.latent,
+    # That of diffusers' pipeline; the scheduler's settings in the repository are read from a folder
+    # that has them, and were not checked.
+    shift_rule="resolution",
+    guidance=FLUX1.guidance,
+    models={
+        "chroma": Model(
+            repository="lodestones/Chroma1-HD",
+            defaults=Defaults(steps=40, guidance=None, cfg=4.0, visible_padding=1),
+        ),
     },
 )
-FAMILIES: tuple[Family, ...] = (FLUX1,)
+FAMILIES: tuple[Family, ...] = (FLUX1, CHROMA)
 ZOO: Mapping[str, Model] = {
     name: model for family in FAMILIES for name, model in family.models.items()
 }

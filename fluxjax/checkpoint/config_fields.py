@@ -48,6 +48,19 @@ FLUX_FIELDS: Mapping[str, Field] = {
     "axes_dims_rope": LEVELS,
     "guidance_embeds": FLAG,
 }
+CHROMA_FIELDS: Mapping[str, Field] = {
+    "num_attention_heads": FLUX_FIELDS["num_attention_heads"],
+    "attention_head_dim": FLUX_FIELDS["attention_head_dim"],
+    "in_channels": needed(SIZE),
+    "out_channels": nullable(SIZE),
+    "num_layers": needed(DEPTH),
+    "num_single_layers": needed(DEPTH),
+    "joint_attention_dim": needed(SIZE),
+    "axes_dims_rope": LEVELS,
+    "approximator_num_channels": SIZE,
+    "approximator_hidden_dim": SIZE,
+    "approximator_layers": DEPTH,
+}
 VAE_FIELDS: Mapping[str, Field] = {
     "use_quant_conv": FLAG,
     "use_post_quant_conv": FLAG,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fluxjax.checkpoint.config_fields import (
+    CHROMA_FIELDS,
     CLIP_FIELDS,
     FLUX_FIELDS,
     T5_FIELDS,
@@ -12,8 +13,9 @@ from fluxjax.checkpoint.config_fields import (
 )
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.folders import CLIP_FOLDER
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
+from fluxjax.nets.flux_config import BlockConfig, FluxConfig, TransformerConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.printable import quote_name
@@ -37,11 +39,26 @@ def flux_from_json(config: JsonObject) -> FluxConfig:
     )
 
 
-def transformer_from_json(values: JsonObject) -> dict[str, Any]:
-    """Return the fields of a `TransformerConfig`.
+def chroma_from_json(config: JsonObject) -> ChromaConfig:
+    """Return the config of diffusers' `ChromaTransformer2DModel`.
 
-    **Arguments:** `values`: the fields of a config.json that are in `FLUX_FIELDS`, checked.
+    **Raises:** `WeightsError` for a field that is missing or has a value that it can't have.
     """
+    values = read_fields(config, CHROMA_FIELDS)
+    published = ChromaConfig.hd()
+    return ChromaConfig(
+        **_blocks_from_json(values),
+        out_channels=values.get("out_channels") or values["in_channels"],
+        approximator_features=values.get(
+            "approximator_num_channels", published.approximator_features
+        ),
+        approximator_width=values.get("approximator_hidden_dim", published.approximator_width),
+        approximator_depth=values.get("approximator_layers", published.approximator_depth),
+    )
+
+
+def _blocks_from_json(values: JsonObject) -> dict[str, Any]:
+    """Return the fields of a `BlockConfig`."""
     width = values["num_attention_heads"] * values["attention_head_dim"]
     return {
         "in_channels": values["in_channels"],
@@ -51,8 +68,18 @@ def transformer_from_json(values: JsonObject) -> dict[str, Any]:
         "single_depth": values["num_single_layers"],
         "mlp_width": _FLUX_MLP_RATIO * width,
         "context": values["joint_attention_dim"],
-        "pooled": values["pooled_projection_dim"],
         "rope_axes": tuple(values.get("axes_dims_rope", (16, 56, 56))),
+    }
+
+
+def transformer_from_json(values: JsonObject) -> dict[str, Any]:
+    """Return the fields of a `TransformerConfig`.
+
+    **Arguments:** `values`: the fields of a config.json that are in `FLUX_FIELDS`, checked.
+    """
+    return {
+        **_blocks_from_json(values),
+        "pooled": values["pooled_projection_dim"],
         "guidance_embed": values.get("guidance_embeds", False),
     }
 
@@ -71,33 +98,62 @@ def flux_to_json(config: FluxConfig) -> JsonObject:
     }
 
 
+def chroma_to_json(config: ChromaConfig) -> JsonObject:
+    """Return Chroma's config as diffusers' `ChromaTransformer2DModel` has it.
+
+    **Raises:** `WeightsError` for a network that this class can't be.
+    """
+    same_channels = config.out_channels == config.in_channels
+    return {
+        "_class_name": "ChromaTransformer2DModel",
+        **_blocks_to_json(config),
+        "approximator_hidden_dim": config.approximator_width,
+        "approximator_layers": config.approximator_depth,
+        "approximator_num_channels": config.approximator_features,
+        "out_channels": None if same_channels else config.out_channels,
+        "patch_size": 1,
+    }
+
+
 def transformer_to_json(config: TransformerConfig) -> JsonObject:
     """Return the fields that diffusers' FLUX and its ControlNet have in common.
 
     **Raises:** `WeightsError` for a network that these classes can't be.
     """
+    if config.time_width != _FLUX_TIME_WIDTH:
+        raise WeightsError(
+            f"diffusers' FLUX always has time_width = {_FLUX_TIME_WIDTH}; this one has "
+            f"{config.time_width}. Write another layout."
+        )
+    return {
+        **_blocks_to_json(config),
+        "guidance_embeds": config.guidance_embed,
+        "pooled_projection_dim": config.pooled,
+    }
+
+
+def _blocks_to_json(config: BlockConfig) -> JsonObject:
+    """Return the fields that are about FLUX's blocks and their tokens.
+
+    **Raises:** `WeightsError` for blocks that diffusers' classes can't have.
+    """
     expressible = (
-        config.mlp_width == _FLUX_MLP_RATIO * config.width
-        and config.rope_theta == _FLUX_ROPE_THETA
-        and config.time_width == _FLUX_TIME_WIDTH
+        config.mlp_width == _FLUX_MLP_RATIO * config.width and config.rope_theta == _FLUX_ROPE_THETA
     )
     if not expressible:
         raise WeightsError(
-            f"diffusers' FLUX always has mlp_width = {_FLUX_MLP_RATIO} * width, "
-            f"rope_theta = {_FLUX_ROPE_THETA} and time_width = {_FLUX_TIME_WIDTH}; this one has "
-            f"width {config.width}, mlp_width {config.mlp_width}, rope_theta {config.rope_theta} "
-            f"and time_width {config.time_width}. Write another layout."
+            f"diffusers' FLUX always has mlp_width = {_FLUX_MLP_RATIO} * width and "
+            f"rope_theta = {_FLUX_ROPE_THETA}; this one has width {config.width}, mlp_width "
+            f"{config.mlp_width} and rope_theta {config.rope_theta}. Write another layout."
         )
     return {
         "attention_head_dim": config.head_dim,
         "axes_dims_rope": list(config.rope_axes),
-        "guidance_embeds": config.guidance_embed,
         "in_channels": config.in_channels,
         "joint_attention_dim": config.context,
         "num_attention_heads": config.heads,
         "num_layers": config.double_depth,
         "num_single_layers": config.single_depth,
-        "pooled_projection_dim": config.pooled,
     }
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -10,26 +9,27 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.atomic import check_free
 from fluxjax.checkpoint.config_fields import JsonObject
-from fluxjax.checkpoint.defaults import load_defaults, write_pipeline
+from fluxjax.checkpoint.defaults import defaults_to_json, load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import Source, open_source
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.folders import DEFAULTS_FILE, MODEL_FOLDERS, TOKENIZER_FOLDERS
+from fluxjax.checkpoint.family import family_of_networks, family_of_source, hub_folder
+from fluxjax.checkpoint.folders import DEFAULTS_FILE
 from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.inspect import list_names
-from fluxjax.checkpoint.kinds import CLIP, FLUX, KINDS, T5_XXL
+from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, NetworkToWrite, check_layout
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.weights import Weights
 from fluxjax.checkpoint.write import Progress, check_target, write_json, write_networks
-from fluxjax.zoo import FLUX1, Defaults
+from fluxjax.zoo import Defaults
 
 
 @runtime_checkable
 class WeightsTransform(Protocol):
     """A change of weights while they are converted, such as merging adapters.
 
-    `networks`: the names of the networks that it changes, such as "flux".
+    `networks`: the names of the networks that it changes, such as "flux" for any transformer.
     """
 
     @property
@@ -77,13 +77,17 @@ def convert_weights(
     check_free(target.path)
     stored = check_written_dtype("convert_weights", dtype)
     chosen = _chosen_kinds(only)
-    folders = MODEL_FOLDERS if chosen is None else [KINDS[name].hub_folder for name in chosen]
-    path = find_source(source, folders)
+    path = find_source(source, _folders(source, chosen))
     networks = _chosen_networks(open_source(path), chosen)
     _check_transform(transform, networks)
-    to_write = [_to_write(network, transform) for network in networks]
+    names = [network.kind.name for network in networks]
+    family = family_of_networks(names)
+    to_write = []
+    for network in networks:
+        folder = family.networks.get(network.kind.name)
+        to_write.append(_to_write(network, transform, folder))
     defaults = None
-    if not target.is_file and to in FOLDER_LAYOUTS and FLUX in [one.kind for one in networks]:
+    if not target.is_file and to in FOLDER_LAYOUTS and family.transformer in names:
         # Read before hours of writing, since it may be damaged.
         defaults = load_defaults(source)
     write_networks(
@@ -96,6 +100,13 @@ def convert_weights(
         write_rest=lambda folder: _write_rest(path, folder, networks, to, defaults),
     )
     return target.path
+
+
+def _folders(source: str | Path, chosen: Sequence[str] | None) -> Sequence[str]:
+    """Return the folders of a source on the hub that hold the chosen networks, or all of them."""
+    if chosen is None:
+        return [] if Path(source).exists() else family_of_source(source).folders
+    return [hub_folder(source, KINDS[name]) for name in chosen]
 
 
 def _check_options(layout: str, shard_size: int | None, *, single_file: bool) -> None:
@@ -156,7 +167,7 @@ def _check_transform(
     """**Raises:** `WeightsError` for a transform of a network that is not converted."""
     if transform is None:
         return
-    converted = {network.kind.name for network in networks}
+    converted = {network.kind.role for network in networks}
     unused = sorted(transform.networks - converted)
     if unused:
         raise WeightsError(
@@ -165,9 +176,14 @@ def _check_transform(
         )
 
 
-def _to_write(network: AnyFoundNetwork, transform: WeightsTransform | None) -> NetworkToWrite:
-    """Return a network of the source as it is to be written, with its origin."""
-    name = network.kind.name
+def _to_write(
+    network: AnyFoundNetwork, transform: WeightsTransform | None, folder: str | None
+) -> NetworkToWrite:
+    """Return a network of the source as it is to be written, with its origin.
+
+    `folder`: that its family has for it in the diffusers layout.
+    """
+    name = network.kind.role
     weights: Weights = network.plan()
     origin: JsonObject = {
         "files": [file.name for file in network.files],
@@ -176,7 +192,7 @@ def _to_write(network: AnyFoundNetwork, transform: WeightsTransform | None) -> N
     if transform is not None and name in transform.networks:
         weights = transform(name, weights)
         origin |= transform.metadata(name)
-    return NetworkToWrite(network.kind, weights, origin)
+    return NetworkToWrite(network.kind, weights, origin, folder)
 
 
 def _write_rest(
@@ -189,22 +205,22 @@ def _write_rest(
     """Write what a folder of a whole model holds beside the weights: tokenizers and defaults."""
     if layout not in FOLDER_LAYOUTS:
         return
-    kinds = [network.kind for network in networks]
+    names = {network.kind.name for network in networks}
+    family = family_of_networks(names)
     copied = []
-    if CLIP in kinds or T5_XXL in kinds:
-        for name in TOKENIZER_FOLDERS:
+    if names & {*family.text_encoders}:
+        for name in family.tokenizers:
             if (source / name).is_dir():
                 _copy_files(source / name, folder / name)
                 copied.append(name)
     if defaults is None:
         return
     # diffusers reads its index only together with all of the folders that it names.
-    has_networks = FLUX1.networks.keys() <= {kind.name for kind in kinds}
-    is_complete = has_networks and len(copied) == len(TOKENIZER_FOLDERS)
+    is_complete = family.networks.keys() <= names and len(copied) == len(family.tokenizers)
     if layout == "diffusers" and is_complete:
-        write_pipeline(folder, defaults)
+        write_pipeline(folder, defaults, family)
     else:
-        write_json(folder / DEFAULTS_FILE, asdict(defaults))
+        write_json(folder / DEFAULTS_FILE, defaults_to_json(defaults))
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -10,34 +10,33 @@ from typing import Any
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.family import family_of_networks
 from fluxjax.checkpoint.folders import (
-    CLIP_FOLDER,
-    CLIP_TOKENIZER_FOLDER,
     DEFAULTS_FILE,
     MODEL_INDEX_FILE,
     SCHEDULER_FILE,
     SCHEDULER_FOLDER,
-    T5_FOLDER,
-    T5_TOKENIZER_FOLDER,
     TRANSFORMER_FOLDER,
-    VAE_FOLDER,
 )
 from fluxjax.checkpoint.json_file import read_json
-from fluxjax.checkpoint.kinds import FLUX
+from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.checkpoint.members import member_of_file
 from fluxjax.checkpoint.settings import Field, check_settings, describe, read_settings_file
 from fluxjax.checkpoint.write import write_json
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.zoo import APPENDED_FEATURES, ZOO, Defaults
+from fluxjax.zoo import APPENDED_FEATURES, FAMILIES, ZOO, Defaults, Family
 
 _SHIFT = Field(kind="number", least=-50, most=50)  # the logarithm of a factor of the times
 DEFAULTS_FIELDS: Mapping[str, Field] = {
     "steps": Field(kind="integer", least=1, most=100_000),
     "guidance": Field(kind="number", least=0, most=1000, optional=True),
+    "cfg": Field(kind="number", least=0, most=1000),
     "height": Field(kind="integer", least=16, most=65_536, multiple=16),
     "width": Field(kind="integer", least=16, most=65_536, multiple=16),
     "max_length": Field(kind="integer", least=1, most=65_536),
+    "visible_padding": Field(kind="integer", least=0, most=65_536, optional=True),
     "shift": Field(kind="boolean"),
     "base_shift": _SHIFT,
     "max_shift": _SHIFT,
@@ -67,16 +66,15 @@ _CONSTANTS: Mapping[str, Any] = {
     "time_shift_type": "exponential",
 }
 _SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
-_MODEL_INDEX = {
-    "_class_name": "FluxPipeline",
-    SCHEDULER_FOLDER: ["diffusers", _SCHEDULER_CLASS],
-    CLIP_FOLDER: ["transformers", "CLIPTextModel"],
-    T5_FOLDER: ["transformers", "T5EncoderModel"],
-    CLIP_TOKENIZER_FOLDER: ["transformers", "CLIPTokenizer"],
-    T5_TOKENIZER_FOLDER: ["transformers", "T5TokenizerFast"],
-    TRANSFORMER_FOLDER: ["diffusers", "FluxTransformer2DModel"],
-    VAE_FOLDER: ["diffusers", "AutoencoderKL"],
+_CLASSES: Mapping[str, tuple[str, str]] = {
+    "flux": ("diffusers", "FluxTransformer2DModel"),
+    "chroma": ("diffusers", "ChromaTransformer2DModel"),
+    "clip": ("transformers", "CLIPTextModel"),
+    "t5": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
 }
+"""The library and the class that an index names for a network."""
+_TOKENIZER_CLASSES = {"clip": "CLIPTokenizer", "t5": "T5TokenizerFast"}
 
 
 def load_defaults(source: str | Path) -> Defaults:
@@ -97,16 +95,20 @@ def load_defaults(source: str | Path) -> Defaults:
     if own.is_file():
         return Defaults(**read_settings_file(own, DEFAULTS_FIELDS, closed=True))
     folder = find_source(source, [SCHEDULER_FOLDER])
-    network = open_source(find_part(source, FLUX.folder)).network(FLUX)
-    base = known[_member(network.files[0], network.config)]
+    found = open_source(find_part(source, TRANSFORMER_FOLDER))
+    family = family_of_networks(found.networks)
+    network = found.network(KINDS[family.transformer])
+    base = known[_member(family, network.files[0], network.config)]
     scheduler = folder / SCHEDULER_FOLDER / SCHEDULER_FILE
     if scheduler.is_file():
         return _with_shift_of(base, scheduler)
     return base
 
 
-def _member(path: Path, config: FluxConfig) -> str:
+def _member(family: Family, path: Path, config: FluxConfig | ChromaConfig) -> str:
     """Return the name of the model of the zoo whose defaults a transformer has."""
+    if not isinstance(config, FluxConfig):
+        return next(iter(family.models))
     member = member_of_file(path, config)
     if member is not None:
         return member
@@ -118,6 +120,8 @@ def _member(path: Path, config: FluxConfig) -> str:
 def _known_defaults() -> dict[str, Defaults]:
     """Return the defaults of the zoo's models, by their names and by their hub ids."""
     known = {name: entry.defaults for name, entry in ZOO.items()}
+    for family in FAMILIES:
+        known |= family.variants
     for entry in ZOO.values():
         if entry.repository is not None:
             known[entry.repository] = entry.defaults
@@ -147,14 +151,41 @@ def _with_shift_of(base: Defaults, path: Path) -> Defaults:
     return replace(base, shift=is_dynamic, **shifts)
 
 
-def write_pipeline(folder: Path, defaults: Defaults) -> None:
+def write_pipeline(folder: Path, defaults: Defaults, family: Family) -> None:
     """Write the files of a diffusers folder that describe the whole model.
 
     These are its index, the scheduler's config, and fluxjax's defaults.
     """
     write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, _scheduler_config(defaults))
-    write_json(folder / MODEL_INDEX_FILE, _MODEL_INDEX)
-    write_json(folder / DEFAULTS_FILE, asdict(defaults))
+    write_json(folder / MODEL_INDEX_FILE, _model_index(family))
+    write_json(folder / DEFAULTS_FILE, defaults_to_json(defaults))
+
+
+def defaults_to_json(defaults: Defaults) -> dict[str, Any]:
+    """Return the fields of defaults as `fluxjax.json` has them.
+
+    Those that most models do not need are left out where they change nothing, so that versions of
+    fluxjax read the file that do not know them.
+    """
+    plain = Defaults()
+    values = asdict(defaults)
+    for name in ("cfg", "visible_padding"):
+        if values[name] == getattr(plain, name):
+            del values[name]
+    return values
+
+
+def _model_index(family: Family) -> dict[str, Any]:
+    """Return the index of a model's folder: the class that diffusers loads each part with."""
+    index: dict[str, Any] = {
+        "_class_name": family.pipeline,
+        family.scheduler: ("diffusers", _SCHEDULER_CLASS),
+    }
+    for name, part in family.networks.items():
+        index[part] = _CLASSES[name]
+    for name, part in zip(family.text_encoders, family.tokenizers, strict=True):
+        index[part] = ("transformers", _TOKENIZER_CLASSES[name])
+    return index
 
 
 def _scheduler_config(defaults: Defaults) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fluxjax.checkpoint.shards import read_index
 from fluxjax.checkpoint.tensors import TensorFile, check_regular_file
 from fluxjax.checkpoint.unknown import describe_unknown_file
 from fluxjax.printable import printable, printable_path
-from fluxjax.zoo import FLUX1
+from fluxjax.zoo import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_source(path: Path) -> Source:
         if (path / folder).is_dir():
             groups += _file_groups(path / folder)
     source = _collect(path, groups)
-    if FLUX1.networks.keys() <= source.networks.keys():
+    if any(family.networks.keys() <= source.networks.keys() for family in FAMILIES):
         return source
     # Files in the folder itself, such as BFL's or ComfyUI's, add what is missing.
     beside = _collect(path, _file_groups(path))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fluxjax.checkpoint.own_configs import NetworkConfig
-from fluxjax.nets.flux_config import TransformerConfig
+from fluxjax.nets.flux_config import BlockConfig
 
 FusedRows = Mapping[str, slice]
 """The rows that each part of a fused weight takes, by the name of the part."""
@@ -11,7 +11,7 @@ FusedRows = Mapping[str, slice]
 
 def fused_parts(config: NetworkConfig) -> FusedRows:
     """Return the rows of the parts of a network's fused weights, which only FLUX's blocks have."""
-    if isinstance(config, TransformerConfig):
+    if isinstance(config, BlockConfig):
         return fused_rows(config.width, config.mlp_width)
     return {}
 

@@ -14,6 +14,7 @@ from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import (
+    CHROMA_TRANSFORMER,
     CLIP,
     CLIP_VISION,
     CONTROLNET,
@@ -31,7 +32,7 @@ from fluxjax.checkpoint.own_configs import Config
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.shape_configs import Shapes
 from fluxjax.checkpoint.tensors import MOST_TENSORS, StoredTensor, Tensor, TensorFile
-from fluxjax.checkpoint.unknown import is_inpainting_control
+from fluxjax.checkpoint.unknown import is_inpainting_control, is_radiance
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.printable import printable, printable_path, quote_name
@@ -43,9 +44,10 @@ _IGNORED = {
     "text_encoders.clip_l.text_projection.weight",
 }
 _DECODED_METHODS = ("bitsandbytes", "bfl")
-# A ControlNet has the transformer's keys, and some of its own. A file of the whole SigLIP or CLIP
-# holds a text encoder named as CLIP's too.
-_FIRST: tuple[AnyKind, ...] = (CONTROLNET, SIGLIP, CLIP_VISION)
+# A ControlNet and Chroma have keys of the transformer, and some of their own.
+_LIKE_FLUX: tuple[AnyKind, ...] = (CONTROLNET, CHROMA_TRANSFORMER)
+# A file of the whole SigLIP or CLIP holds a text encoder named as CLIP's too.
+_FIRST: tuple[AnyKind, ...] = (*_LIKE_FLUX, SIGLIP, CLIP_VISION)
 _SEARCHED: tuple[AnyKind, ...] = (*_FIRST, *(kind for kind in KINDS.values() if kind not in _FIRST))
 """The kinds in the order in which they are looked for."""
 
@@ -140,7 +142,7 @@ def identify_networks(
     _check_quantization(settings, paths)
     # Before keys are compared: scales beside a weight would be unknown tensors.
     tensors = combine_packed(tensors, files)
-    if is_inpainting_control(tensors):
+    if is_inpainting_control(tensors) or is_radiance(tensors):
         return [], sorted(tensors)
     own: JsonObject = {} if metadata is None else metadata["parts"]
     networks: list[AnyFoundNetwork] = []
@@ -261,8 +263,8 @@ def _find_by_marker(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, 
 
 def _find_by_other_keys(kind: AnyKind, tensors: Mapping[str, Tensor]) -> tuple[str, Dialect] | None:
     """Return the prefix and the dialect of a network that most of the tensors are of, else None."""
-    if kind is CONTROLNET:
-        # Most of its keys are those of the transformer too.
+    if kind in _LIKE_FLUX:
+        # Most of their keys are those of the transformer too.
         return None
     for prefix in kind.prefixes:
         keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]

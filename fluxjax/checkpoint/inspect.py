@@ -11,7 +11,7 @@ import jax
 from fluxjax.checkpoint.controlnet_configs import controlnet_variant
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import find_source
@@ -28,9 +28,9 @@ _MOST_LISTED = 8
 class Summary:
     """What a file or folder holds of one network.
 
-    `kind`: its name, as "flux", "t5" or "siglip". `title`: of the network, for people.
-    `names`: whose key names it has. `variant`: which of FLUX.1's transformers or ControlNets it is;
-    None for others.
+    `kind`: "flux", "chroma", "t5", "clip", "vae" or another name of `KINDS`. `title`: of the
+    network, for people. `names`: whose key names it has. `variant`: which of the published
+    transformers or ControlNets it is; None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
     `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
     of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
@@ -137,7 +137,8 @@ def inspect_weights(source: str | Path) -> Report:
     **Raises:** `WeightsError` for a file that can't be read, `FileNotFoundError` for no such
     source.
     """
-    found = open_source(find_source(source, MODEL_FOLDERS, cached=True))
+    folders = family_of_source(source, cached=True).folders
+    found = open_source(find_source(source, folders, cached=True))
     networks = []
     for network in found.networks.values():
         networks.append(_summarize(network))

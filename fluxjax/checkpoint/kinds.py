@@ -12,6 +12,7 @@ from fluxjax.checkpoint import (
     names as tables,
     shape_configs,
 )
+from fluxjax.checkpoint.chroma_names import CHROMA_BFL, CHROMA_DIFFUSERS
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.controlnet_configs import (
     controlnet_from_json,
@@ -21,6 +22,8 @@ from fluxjax.checkpoint.controlnet_configs import (
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.own_configs import Config, NetworkConfig
+from fluxjax.nets.chroma import Chroma
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.clip_vision import ClipVision, ClipVisionConfig
 from fluxjax.nets.controlnet import ControlNet
@@ -39,7 +42,7 @@ OWN_METADATA = "fluxjax"
 It is the layout, the networks' configs, and the files that they come from.
 """
 
-Network = Flux | T5 | Clip | Vae | ControlNet | Siglip | ClipVision | Redux | IpAdapter
+Network = Flux | Chroma | T5 | Clip | Vae | ControlNet | Siglip | ClipVision | Redux | IpAdapter
 """One of the networks, with arrays or with shapes as leaves."""
 
 
@@ -52,7 +55,8 @@ class Kind(Generic[Config]):
     VAE's, BFL's is first and diffusers' second. `prefixes`: what its keys may begin with in a file
     of several networks; ComfyUI's is first. `from_json`, `to_json`: read and write its config.json.
     `from_shapes`: makes its config for a file without one. `at_root`: whether a repository on the
-    hub holds it in its root, and not in the folder.
+    hub holds it in its root, and not in the folder. `stands_for`: the network in whose place it is,
+    and under whose name adapters change it; "" for none.
     """
 
     name: str
@@ -67,6 +71,12 @@ class Kind(Generic[Config]):
     to_json: Callable[[Config], JsonObject]
     from_shapes: Callable[[shape_configs.Shapes], Config]
     at_root: bool = False
+    stands_for: str = ""
+
+    @property
+    def role(self) -> str:
+        """The name under which adapters change it."""
+        return self.stands_for or self.name
 
     @property
     def hub_folder(self) -> str:
@@ -87,6 +97,20 @@ FLUX = Kind(
     from_json=configs.flux_from_json,
     to_json=configs.flux_to_json,
     from_shapes=shape_configs.flux_from_shapes,
+)
+CHROMA_TRANSFORMER = Kind(
+    name="chroma",
+    title="Chroma transformer",
+    folder=folders.TRANSFORMER_FOLDER,
+    stem="diffusion_pytorch_model",
+    network=Chroma,
+    config=ChromaConfig,
+    dialects=(CHROMA_BFL, CHROMA_DIFFUSERS),
+    prefixes=FLUX.prefixes,
+    from_json=configs.chroma_from_json,
+    to_json=configs.chroma_to_json,
+    from_shapes=shape_configs.chroma_from_shapes,
+    stands_for="flux",
 )
 T5_XXL = Kind(
     name="t5",
@@ -197,7 +221,18 @@ CONTROLNET = Kind(
 )
 AnyKind = Kind[Any]
 """A kind of network, whichever it is."""
-_ALL = (FLUX, T5_XXL, CLIP, VAE, CONTROLNET, SIGLIP, CLIP_VISION, REDUX, IP_ADAPTER)
+_ALL = (
+    FLUX,
+    CHROMA_TRANSFORMER,
+    T5_XXL,
+    CLIP,
+    VAE,
+    CONTROLNET,
+    SIGLIP,
+    CLIP_VISION,
+    REDUX,
+    IP_ADAPTER,
+)
 KINDS: Mapping[str, AnyKind] = {kind.name: kind for kind in _ALL}
 """All kinds, by name."""
 
@@ -227,13 +262,18 @@ _VARIANTS_BY_CHANNELS = {384: "Fill", 128: "Canny/Depth"}
 
 
 def flux_variant(config: NetworkConfig) -> str | None:
-    """Return which of FLUX.1's transformers a config is of; None for another network.
+    """Return which of the published networks a config is of; None for the encoders and the VAE.
 
-    It is "dev" (which Krea and Kontext share), "schnell", "Fill" or "Canny/Depth", followed by
-    ", of another size" for other widths or depths.
+    It is "dev" (which Krea and Kontext share), "schnell" (which models share that were trained from
+    it, or without a distilled scale), "lite-8B", "Fill" or "Canny/Depth", followed by ", of another
+    size" for other widths or depths. Of Chroma it is "Chroma1", whose versions have one size.
     """
+    if isinstance(config, ChromaConfig):
+        return "Chroma1" if config == ChromaConfig.hd() else "Chroma1, of another size"
     if not isinstance(config, FluxConfig):
         return None
+    if config == FluxConfig.lite():
+        return "lite-8B"
     # Fill and Canny/Depth append the features of their condition to those of the image's tokens.
     if config.in_channels == FluxConfig().in_channels:
         name = "dev" if config.guidance_embed else "schnell"

@@ -36,11 +36,21 @@ _TABLES = frozenset(("tokens.weight", "positions.weight", "position_bias.weight"
 
 @dataclass(frozen=True)
 class NetworkToWrite:
-    """A network to be written. `origin`: what the metadata says of where it came from."""
+    """A network to be written.
+
+    `origin`: what the metadata says of where it came from. `family_folder`: its folder in a
+    diffusers checkpoint, where its family has another one than its kind.
+    """
 
     kind: AnyKind
     weights: Weights
     origin: JsonObject
+    family_folder: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Its folder in a diffusers checkpoint."""
+        return self.kind.folder if self.family_folder is None else self.family_folder
 
     @property
     def config(self) -> NetworkConfig:
@@ -161,16 +171,18 @@ def _dialect_of(network: NetworkToWrite, layout: str) -> Dialect:
     return dialect_for(kind.dialects[1 if has_diffusers_names else 0], network.config)
 
 
-_WITH_BFL_NAMES = ("flux", "vae", "controlnet", "redux")
-_WITH_DIFFUSERS_NAMES = ("flux", "vae", "controlnet")
+_WITH_BFL_NAMES = ("flux", "chroma", "vae", "controlnet", "redux")
+_WITH_DIFFUSERS_NAMES = ("flux", "chroma", "vae", "controlnet")
 """Kinds whose second dialect is diffusers'."""
 _BFL_NAMES = {
     "dev": "flux1-dev",
     "schnell": "flux1-schnell",
+    "lite-8B": "flux1-lite-8b",
     "Fill": "flux1-fill-dev",
     "Canny/Depth": "flux1-control-dev",
 }
 _FILE_NAMES = {
+    "chroma": "chroma1.safetensors",
     "clip": "clip_l.safetensors",
     "vae": "ae.safetensors",
     "controlnet": "flux1-controlnet.safetensors",
@@ -194,7 +206,7 @@ def _file_name(network: NetworkToWrite, layout: str, dtype: np.dtype | None) -> 
     if layout == "own":
         return f"{kind.name}.safetensors"
     if layout == "diffusers":
-        return f"{kind.folder}/{kind.stem}.safetensors"
+        return f"{network.folder}/{kind.stem}.safetensors"
     if kind.name == "flux":
         variant = (flux_variant(network.config) or "").partition(",")[0]
         return f"{_BFL_NAMES.get(variant, 'flux1')}.safetensors"

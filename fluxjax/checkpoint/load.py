@@ -15,7 +15,7 @@ from fluxjax.checkpoint.dtypes import loaded_dtype
 from fluxjax.checkpoint.kinds import Network
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.nets.quantized import QuantizedWeight, eight_bit_dtype, empty_quantized, put_block
-from fluxjax.nets.stack import is_stacked, leaf_names, path_name
+from fluxjax.nets.stack import is_rounded, is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
 
 Shardings = Any
@@ -83,19 +83,24 @@ MakeWeight = Callable[[str, tuple[int, ...], np.dtype], Weight]
 
 
 def load_with_block_weights(
-    plan: Plan, make_weight: MakeWeight, *, dtype: DTypeLike | None = None
+    plan: Plan,
+    make_weight: MakeWeight,
+    *,
+    dtype: DTypeLike | None = None,
+    chosen: Callable[[str], bool] = is_stacked,
 ) -> Network:
     """Load a network whose blocks' matrices are made by a function and not loaded as they are.
 
     **Arguments:** `make_weight`: is called for each matrix that is stacked over blocks, after all
-    other leaves are loaded. `dtype`: as for `load`.
+    other leaves are loaded. `dtype`: as for `load`. `chosen`: of a name, whether its matrix is one
+    of these.
     **Returns:** the network. **Raises:** as `load`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def remove(path: KeyPath, node: object) -> object:
         name = path_name(path)
-        if not isinstance(node, Dense) or not is_stacked(name):
+        if not isinstance(node, Dense) or not chosen(name):
             return node
         shapes[name] = node.shape
         return None
@@ -140,7 +145,7 @@ def load_quantized(plan: Plan, format: str, *, dtype: DTypeLike | None = None) -
             weight = put_block(weight, jnp.asarray(values[0]), block)
         return jax.block_until_ready(weight)
 
-    return load_with_block_weights(plan, read, dtype=dtype)
+    return load_with_block_weights(plan, read, dtype=dtype, chosen=is_rounded)
 
 
 def block_index(shape: tuple[int, ...], block: int) -> tuple[slice, ...]:

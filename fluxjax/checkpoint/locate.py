@@ -5,11 +5,12 @@ from pathlib import Path
 
 from fluxjax.checkpoint.checksums import check_folder_undamaged
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.folders import MODEL_FOLDERS, MODEL_INDEX_FILE
+from fluxjax.checkpoint.folders import MODEL_INDEX_FILE
 from fluxjax.checkpoint.hub import cached_file, cached_folder, fetch_file, fetch_folder
 from fluxjax.checkpoint.hub_errors import explain_hub_errors
+from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.shipped import tiny_folder
-from fluxjax.zoo import ZOO
+from fluxjax.zoo import FAMILIES, FLUX1, ZOO, Family, family_of, named_model
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model")
 """The files of a folder that are downloaded; others are the same weights in other formats."""
@@ -59,7 +60,7 @@ def _is_hub_id(source: str) -> bool:
 
 def download(
     name: str,
-    parts: Iterable[str] = MODEL_FOLDERS,
+    parts: Iterable[str] | None = None,
     *,
     cached: bool = False,
     verify: bool = True,
@@ -70,10 +71,10 @@ def download(
     are complete are kept.
 
     **Arguments:** `name`: a name of the zoo, or a hub id of a repository in the diffusers layout.
-    `parts`: the folders to download, "" for all that is in the repository; the default is all that
-    a model has. `cached`: return what
-    is in the cache, without a request to the hub. `verify`: compare files that are in the cache
-    with their checksums, and download those again that differ (dev's 34 GB take about a minute).
+    `parts`: the folders to download, "" for all that is in the repository; None for all that a
+    model of its family has. `cached`: return what is in the cache, without a request to the hub.
+    `verify`: compare files that are in the cache with their checksums, and download those again
+    that differ (dev's 34 GB take about a minute).
     **Returns:** the folder that holds them.
     **Raises:** `WeightsError` for a gated repository, or answers that would place a file outside of
     the cache; `FileNotFoundError` if there is no such repository, or it has another layout;
@@ -87,7 +88,10 @@ def download(
             f"No model {name!r} to download. Pass one of {', '.join(ZOO)}, or a hub id "
             "(owner/name)."
         )
-    parts = list(parts)
+    if parts is None and named_model(name) is None:
+        index = download(name, [], cached=cached, verify=verify)
+        parts = family_of_index(index).folders
+    parts = list(family_of(name).folders if parts is None else parts)
     patterns = [MODEL_INDEX_FILE]
     for part in parts:
         place = f"{part}/" if part else ""
@@ -105,6 +109,17 @@ def download(
             "can't be reached. Check the network, and try again."
         )
     return folder
+
+
+def family_of_index(folder: Path) -> Family:
+    """Return the family that the index in a model's folder names; FLUX.1 if it names none."""
+    index = folder / MODEL_INDEX_FILE
+    if index.is_file():
+        described = read_json(index)
+        for family in FAMILIES:
+            if isinstance(described, dict) and described.get("_class_name") == family.pipeline:
+                return family
+    return FLUX1
 
 
 def _repository_files(

@@ -22,6 +22,13 @@ _HASHES: Mapping[str, str] = {
     "41360d16": "depth",
 }
 """The first digits of the SHA-256 of Black Forest Labs' files, and whose they are."""
+_PATTERNS: Mapping[str, str] = {
+    "openflux": "open[-_]?flux",
+    "libreflux": "libre[-_]?flux",
+    "de-distilled": "de[-_]?distill",
+}
+"""How those write their names that are not one word."""
+_TITLES: Mapping[str, str] = {"lite": "lite-8B", "openflux": "OpenFLUX", "libreflux": "LibreFLUX"}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,21 +39,26 @@ def member_of_file(path: Path, config: FluxConfig) -> str | None:
     **Returns:** None if neither the shapes nor a name or hash tell.
     """
     features = config.in_channels - config.out_channels
-    possible = []
-    for name, model in FLUX1.models.items():
-        # The name "dev" is part of all the others.
-        same = model.appended_features == features and name not in ("tiny", "dev", "schnell")
-        if same and config.guidance_embed:
-            possible.append(name)
     if features == APPENDED_FEATURES["fill"]:
         return "fill"
+    if config == FluxConfig.lite():
+        return "lite"
+    possible = []
+    for name, model in FLUX1.models.items():
+        takes_guidance = model.defaults.guidance is not None
+        same = (model.appended_features, takes_guidance) == (features, config.guidance_embed)
+        # The names "dev" and "schnell" are part of those of others.
+        if same and name not in ("tiny", "dev", "schnell", "lite"):
+            possible.append(name)
+    if features == 0:
+        # Their layer for the guidance scale is gone, or has no effect.
+        possible += FLUX1.variants
     hashed = path.resolve().name
     if _HASH.fullmatch(hashed) and _HASHES.get(hashed[:8]) in possible:
         return _HASHES[hashed[:8]]
     for text in _names(path):
-        words = re.split(r"[^a-z0-9]+", text.lower())
         for name in possible:
-            if name in words:
+            if re.search(_PATTERNS.get(name, rf"(?<![a-z0-9]){name}(?![a-z0-9])"), text.lower()):
                 return name
     return None
 
@@ -85,4 +97,4 @@ def described_variant(path: Path, config: FluxConfig) -> str:
     if member is None:
         return variant
     _, comma, size = variant.partition(",")
-    return member.capitalize() + comma + size
+    return _TITLES.get(member, member.capitalize()) + comma + size

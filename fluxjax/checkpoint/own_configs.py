@@ -20,6 +20,7 @@ from fluxjax.checkpoint.config_fields import (
     read_fields,
 )
 from fluxjax.checkpoint.settings import Field
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import ClipConfig
 from fluxjax.nets.clip_vision import ClipVisionConfig
 from fluxjax.nets.controlnet_config import ControlNetConfig
@@ -32,6 +33,7 @@ from fluxjax.nets.vae import VaeConfig
 
 NetworkConfig = (
     FluxConfig
+    | ChromaConfig
     | T5Config
     | ClipConfig
     | VaeConfig
@@ -49,6 +51,7 @@ _BY_NAME: Mapping[str, Field] = {
     "depth": DEPTH,
     "double_depth": DEPTH,
     "single_depth": DEPTH,
+    "approximator_depth": DEPTH,
     "resnets": RESNETS,
     "eps": EPS,
     "eos_token": TOKEN,

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import ClipConfig
-from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
+from fluxjax.nets.flux_config import BlockConfig, FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
@@ -31,14 +32,39 @@ def flux_from_shapes(shapes: Shapes) -> FluxConfig:
     )
 
 
+def chroma_from_shapes(shapes: Shapes) -> ChromaConfig:
+    """Return the config of Chroma.
+
+    **Raises:** `WeightsError` for other heads than FLUX.1's, or a tensor that is missing.
+    """
+    hidden, features = shape_of(shapes, "approximator_in.weight")
+    return ChromaConfig(
+        **_blocks_from_shapes(shapes),
+        out_channels=shape_of(shapes, "final.linear.weight")[0],
+        approximator_features=features,
+        approximator_width=hidden,
+        approximator_depth=count_indices(shapes, "approximator."),
+    )
+
+
 def transformer_from_shapes(shapes: Shapes) -> dict[str, Any]:
     """Return the fields of a `TransformerConfig`.
 
     **Raises:** `WeightsError` for other heads than FLUX.1's, or a tensor that is missing.
     """
+    return {
+        **_blocks_from_shapes(shapes),
+        "pooled": shape_of(shapes, "vector_in.up.weight")[1],
+        "time_width": shape_of(shapes, "time_in.up.weight")[1],
+        "guidance_embed": "guidance_in.up.weight" in shapes,
+    }
+
+
+def _blocks_from_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of a `BlockConfig`."""
     width, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double.0.img.query_norm.scale", axes=1)
-    if head_dim != sum(TransformerConfig().rope_axes):
+    if head_dim != sum(BlockConfig().rope_axes):
         raise WeightsError(
             f"Heads of {head_dim} features are not FLUX.1's, and the file does not tell their RoPE "
             "axes. Pass config=FluxConfig(…), or the config of this network."
@@ -52,9 +78,6 @@ def transformer_from_shapes(shapes: Shapes) -> dict[str, Any]:
         "single_depth": count_indices(shapes, "single."),
         "mlp_width": shape_of(shapes, "double.0.img.mlp.up.weight")[0],
         "context": shape_of(shapes, "txt_in.weight")[1],
-        "pooled": shape_of(shapes, "vector_in.up.weight")[1],
-        "time_width": shape_of(shapes, "time_in.up.weight")[1],
-        "guidance_embed": "guidance_in.up.weight" in shapes,
     }
 
 

@@ -25,7 +25,6 @@ _ADAPTER_FIELDS = frozenset(
 )
 _OTHER_MODELS = {
     "double_stream_modulation_img": "FLUX.2",
-    "distilled_guidance_layer": "Chroma",
     "joint_blocks": "Stable Diffusion 3",
     "input_blocks": "Stable Diffusion 1, 2 or XL",
     "down_blocks.0.attentions": "Stable Diffusion's UNet",
@@ -47,6 +46,11 @@ def is_inpainting_control(tensors: Mapping[str, Tensor]) -> bool:
     if condition is None or image is None or condition.shape[:1] != image.shape[:1]:
         return False
     return condition.shape[1:] == tuple(size + 4 for size in image.shape[1:])
+
+
+def is_radiance(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are those of Chroma Radiance, which has Chroma's and some more."""
+    return any("nerf_blocks." in name for name in tensors)
 
 
 def describe_unknown_file(path: Path, files: Sequence[TensorFile]) -> str:
@@ -74,6 +78,11 @@ def describe_unknown_file(path: Path, files: Sequence[TensorFile]) -> str:
         return (
             f"{where} is a ControlNet for inpainting, whose condition has a mask, which fluxjax "
             "does not run. Pass a ControlNet without one, or inpaint with FLUX.1 Fill."
+        )
+    if is_radiance(tensors):
+        return (
+            f"{where} is Chroma Radiance, which works on pixels and not on latents, and which "
+            "fluxjax does not run. Pass a Chroma1 checkpoint."
         )
     for text, model in _OTHER_MODELS.items():
         if any(text in name for name in names):

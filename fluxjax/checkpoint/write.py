@@ -87,7 +87,7 @@ def write_networks(
         if layout == "diffusers":
             for network in networks:
                 config = network.kind.to_json(network.config)
-                write_json(temporary / network.kind.folder / "config.json", config)
+                write_json(temporary / network.folder / "config.json", config)
         if write_rest is not None:
             write_rest(temporary)
 

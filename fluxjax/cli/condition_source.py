@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.load import LoadOptions
-from fluxjax.nets.flux import Flux
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
 from fluxjax.zoo import Defaults
 
@@ -28,7 +29,7 @@ class ConditionFacts(NamedTuple):
     """
 
     model: str
-    flux: FluxConfig | None
+    flux: FluxConfig | ChromaConfig | None
     is_guided: bool
     load: LoadOptions
 
@@ -42,7 +43,7 @@ class ConditionParts:
     (name, function) -> function(), whose time is counted as loading.
     """
 
-    flux: Flux
+    flux: AbstractTransformer
     vae: Vae
     load: LoadOptions
     dtype: DTypeLike

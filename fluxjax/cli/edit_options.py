@@ -348,8 +348,8 @@ def _add_sampling_options(group: OptionGroup) -> None:
     group.add_argument(
         "--cfg",
         type=finite_number(),
-        default=1.0,
         metavar="SCALE",
-        help="classifier-free guidance scale, away from the empty prompt (default: 1, none)",
+        help="classifier-free guidance scale, away from the empty prompt (default: the model's, "
+        "mostly 1, none)",
     )
     add_rule(group)

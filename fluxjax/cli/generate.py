@@ -34,11 +34,10 @@ from fluxjax.generate.prompted import batches, distilled_guidance, prompt_batch
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.generate.tokens import Tokenizers, token_counts
 from fluxjax.nets.clip import Clip
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.t5 import T5
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Bool, Float
-from fluxjax.zoo import family_of
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -59,7 +58,7 @@ class _Encoders(NamedTuple):
     """What prompts are encoded with."""
 
     tokenizers: Tokenizers
-    clip: Clip
+    clip: Clip | None
     t5: T5
 
 
@@ -67,7 +66,7 @@ class _Networks(NamedTuple):
     """What a batch is drawn with. `guidance`: the distilled scale, for a network that takes one.
     `conditions`: make what images of a size are conditioned on beside their prompts."""
 
-    flux: Flux
+    flux: AbstractTransformer
     vae: Vae
     guidance: Float[Array, ""] | None
     conditions: tuple[ConditionOfSize, ...]
@@ -336,16 +335,16 @@ class _Stages(NamedTuple):
         """Load the tokenizers and text encoders, into host memory if they are to stay there."""
         model = self.request.model
         tokenizers = self.clock.load("tokenizers", lambda: load_tokenizers(model))
-        networks = []
-        for name in family_of(model).text_encoders:
+        networks: dict[str, Any] = {}
+        for name in self.request.family.text_encoders:
             network = self._load(name)
-            networks.append(offload(network) if self.request.offload_encoders else network)
-        return _Encoders(tokenizers, *networks)
+            networks[name] = offload(network) if self.request.offload_encoders else network
+        return _Encoders(tokenizers, networks.get("clip"), networks["t5"])
 
     def load_networks(self) -> _Networks:
         """Load the transformer, the VAE, and what images are conditioned on."""
         request = self.request
-        flux = self._load("flux")
+        flux = self._load(request.family.transformer)
         request.check_conditions(flux.config)
         scale = distilled_guidance(flux, request.defaults, request.distilled)
         vae = self._load("vae")
@@ -372,7 +371,7 @@ class _Stages(NamedTuple):
         networks_by_name = {
             "clip": None if encoders is None else encoders.clip,
             "t5": None if encoders is None else encoders.t5,
-            "flux": None if networks is None else networks.flux,
+            self.request.family.transformer: None if networks is None else networks.flux,
             "vae": None if networks is None else networks.vae,
         }
         tqdm.write(residency(networks_by_name) + "\n")
@@ -387,11 +386,16 @@ class _Stages(NamedTuple):
     def encode(self, encoders: _Encoders, lines: Sequence[Line]) -> _Prompts:
         """Encode prompts, and what they are guided away from, if anything."""
         request = self.request
-        clip, t5 = fetch(encoders.clip), fetch(encoders.t5)
+        clip = None if encoders.clip is None else fetch(encoders.clip)
+        t5 = fetch(encoders.t5)
 
         def encode(prompts: list[str], t5_prompts: list[str]) -> TextStates:
             ids = prompt_ids(
-                encoders.tokenizers, prompts, t5_prompts, max_length=request.max_length
+                encoders.tokenizers,
+                prompts,
+                t5_prompts,
+                max_length=request.max_length,
+                visible_padding=request.defaults.visible_padding,
             )
             return self.clock.run(
                 "encode", encode_text, clip, t5, ids, dtype=request.dtype, mesh=request.load.mesh

@@ -179,10 +179,9 @@ def _add_guidance_options(group: OptionGroup) -> None:
     group.add_argument(
         "--cfg",
         type=finite_number(),
-        default=1.0,
         metavar="SCALE",
         help="classifier-free guidance scale; other values than 1 double the work "
-        "(default: 1, no guidance)",
+        "(default: the model's, which is 1, no guidance, except for Chroma and the like)",
     )
     add_rule(group)
     group.add_argument(

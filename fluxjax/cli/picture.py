@@ -19,11 +19,10 @@ from fluxjax.devices.offload import offload
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices
-from fluxjax.generate.load import Models, load_network, load_tokenizers
+from fluxjax.generate.load import Models, assemble_models, load_network, load_tokenizers
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
 from fluxjax.shapes import Array, Image
-from fluxjax.zoo import family_of
 
 
 def request_of_size(
@@ -205,7 +204,7 @@ def _load(request: Request, clock: Clock) -> Models:
     Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
     """
     offloads = jax.default_backend() != "cpu"
-    family = family_of(request.model)
+    family = request.family
     tokenizers = clock.load("tokenizers", lambda: load_tokenizers(request.model))
     networks = {}
     for name in family.networks:
@@ -215,4 +214,10 @@ def _load(request: Request, clock: Clock) -> Models:
             return offload(network) if offloads and name in family.text_encoders else network
 
         networks[name] = clock.load(name, load)
-    return Models(tokenizers, **networks, defaults=request.defaults, mesh=request.load.mesh)
+    return assemble_models(
+        tokenizers,
+        networks,
+        family=family,
+        defaults=request.defaults,
+        mesh=request.load.mesh,
+    )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
+from fluxjax.checkpoint.family import family_of_source
 from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
 from fluxjax.cli.conditions import check_conditions, condition_sources
@@ -38,11 +39,12 @@ from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.lora.widen import adapted_config
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
-from fluxjax.zoo import FLUX1, Defaults
+from fluxjax.zoo import FLUX1, Defaults, Family
 
 Value = TypeVar("Value")
 
@@ -51,7 +53,7 @@ Value = TypeVar("Value")
 class Request:
     """What is to be drawn, how, and where it is written.
 
-    - `model`: its name, folder or hub id; `defaults`: its default settings.
+    - `model`: its name, folder or hub id; `family`: of it; `defaults`: its default settings.
     - `line`: the prompt of the command line, or None if `prompts` names a file of prompts.
     - `start`: strength and repeats for lines that start from an image of their own. Their masks are
       read later.
@@ -70,6 +72,7 @@ class Request:
     """
 
     model: str
+    family: Family
     defaults: Defaults
     line: Line | None
     prompts: Path | None
@@ -107,12 +110,12 @@ class Request:
     def guides_by_scale(self) -> bool:
         return "cfg" in self.description
 
-    def check_conditions(self, flux: FluxConfig | None) -> None:
+    def check_conditions(self, flux: FluxConfig | ChromaConfig | None) -> None:
         """Check the conditions against the transformer's config, if that is known.
 
         **Raises:** `ValueError` for those that it does not take, or one that it lacks.
         """
-        if flux is not None:
+        if isinstance(flux, FluxConfig):
             flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
         facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
         check_conditions(self.conditions, facts, features=self.features)
@@ -186,6 +189,8 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     """
     conditions = condition_sources(options)
     defaults = _defaults(options, conditions)
+    if options.cfg is None:
+        options.cfg = defaults.cfg
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -202,6 +207,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     )
     request = Request(
         model=options.model,
+        family=family_of_source(options.model),
         defaults=defaults,
         line=_line(options),
         prompts=options.prompts,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from fluxjax.checkpoint.convert import convert_weights
-from fluxjax.checkpoint.folders import MODEL_FOLDERS
+from fluxjax.checkpoint.family import hub_folder
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import download
@@ -87,7 +87,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_download(options: argparse.Namespace) -> None:
     """Download a model, or some of its networks, and print the folder."""
-    parts = MODEL_FOLDERS
+    parts = None
     if options.only is not None:
-        parts = tuple(KINDS[name].hub_folder for name in options.only)
+        parts = [hub_folder(options.name, KINDS[name]) for name in options.only]
     print(interruptible(download, options.name, parts))

@@ -17,7 +17,10 @@ from fluxjax.shapes import Array, Bool, Float, Int, ScalarLike
 Heads = Float[Array, "tokens heads head_dim"]
 """A device's part of the text tokens, then its part of the image tokens."""
 
-TokenRange = tuple[int, int]
+TxtLength = Int[Array, "*prompts"]
+"""How many text tokens of a prompt are attended to."""
+
+TokenRange = tuple[int, ScalarLike]
 """Indices of text tokens: from the first one, up to the second one, which is not included."""
 
 
@@ -46,11 +49,14 @@ class UlyssesAttention(eqx.Module):
     implementation: str | Attention | None = eqx.field(static=True, default=None)
     nag: Nag | None = None
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+    def __call__(
+        self, q: Heads, k: Heads, v: Heads, txt_part: int, txt_length: TxtLength | None = None
+    ) -> Heads:
         """Return the mixed values of this device's tokens.
 
         **Arguments:** `q`, `k`, `v`: of this device's tokens. `txt_part`: how many of them are of
-        the text, padding included.
+        the text, padding included. `txt_length`: how many of all text tokens are attended to; None
+        for all of them. With `nag` it is one number for each prompt.
         """
         devices = jax.lax.axis_size(self.axis)
         tokens, heads, dim = q.shape
@@ -60,7 +66,7 @@ class UlyssesAttention(eqx.Module):
                 f"{devices} devices and {heads} heads. Use `RingAttention`."
             )
         all_q, all_k, all_v = (self._gather_tokens(x, txt_part) for x in (q, k, v))
-        mixed = self._attend(all_q, all_k, all_v)
+        mixed = self._attend(all_q, all_k, all_v, txt_length)
         mixed = rearrange(mixed, "tokens heads dim -> tokens (heads dim)")
         text, image = mixed[: self.txt_tokens], mixed[self.txt_tokens :]
         text_part = self._scatter_tokens(text, txt_part)
@@ -104,13 +110,13 @@ class UlyssesAttention(eqx.Module):
             tiled=True,
         )
 
-    def _attend(self, q: Heads, k: Heads, v: Heads) -> Heads:
+    def _attend(self, q: Heads, k: Heads, v: Heads, txt_length: TxtLength | None) -> Heads:
         if self.nag is None:
-            return as_attention(self.implementation)(q, k, v)
+            return as_attention(self.implementation)(q, k, v, self.txt_tokens, txt_length)
         # The norms of Nag are over all heads of a token, which are split over this axis too.
         axes = (*self.nag.head_axes, self.axis)
         nag = replace(self.nag, implementation=self.implementation, head_axes=axes)
-        return nag(q, k, v, self.txt_tokens)
+        return nag(q, k, v, self.txt_tokens, txt_length)
 
 
 class OnlineSoftmax(NamedTuple):
@@ -143,14 +149,19 @@ class RingAttention(eqx.Module):
     img_tokens: int = eqx.field(static=True)
     nag: Nag | None = None
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, txt_part: int) -> Heads:
+    def __call__(
+        self, q: Heads, k: Heads, v: Heads, txt_part: int, txt_length: TxtLength | None = None
+    ) -> Heads:
         """Return the mixed values of this device's tokens; arguments as of `UlyssesAttention`."""
         if self.nag is None:
-            all_text = (0, self.txt_tokens)
+            all_text = (0, self.txt_tokens if txt_length is None else txt_length)
             (mixed,) = self._attend(q, k, v, txt_part, [all_text])
             return mixed
         half = self.txt_tokens // 2
-        negative_prompt, positive_prompt = (0, half), (half, self.txt_tokens)
+        lengths: Sequence[ScalarLike] = (half, half)
+        if txt_length is not None:
+            lengths = (txt_length[0], txt_length[1])
+        negative_prompt, positive_prompt = (0, lengths[0]), (half, half + lengths[1])
         prompts = [negative_prompt, positive_prompt]
         negative, positive = self._attend(q, k, v, txt_part, prompts)
         # Each text token takes the values of the prompt that it belongs to.

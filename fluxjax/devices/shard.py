@@ -11,8 +11,8 @@ from jax.tree_util import KeyPath
 
 from fluxjax.devices.specs import Network, array_role, specs, tensor_axis
 from fluxjax.nets.controlnet import ControlNet
-from fluxjax.nets.flux import Flux
-from fluxjax.nets.flux_config import TransformerConfig, fused_features
+from fluxjax.nets.flux_config import BlockConfig, fused_features
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array
 
 
@@ -26,7 +26,7 @@ def shard(network: Network, mesh: Mesh) -> Network:
     **Arguments:** `mesh`: from `make_mesh`.
     **Raises:** `ValueError` if "tensor" does not divide the heads or the hidden features.
     """
-    config = network.config if isinstance(network, Flux | ControlNet) else None
+    config = network.config if isinstance(network, AbstractTransformer | ControlNet) else None
 
     def place(
         path: KeyPath,
@@ -45,7 +45,7 @@ def shard(network: Network, mesh: Mesh) -> Network:
 def _reordered(
     path: KeyPath,
     leaf: Array,
-    config: TransformerConfig,
+    config: BlockConfig,
     devices: int,
 ) -> Array:
     """Return an array with what belongs to one device next to each other, if its layer is fused."""

@@ -16,10 +16,10 @@ from fluxjax.devices.offload import DEVICE_MEMORY, HOST_MEMORY, move_arrays
 from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.controlnet import ControlNet
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.stack import is_stacked, path_name
 from fluxjax.nets.t5 import T5
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.weight import Dense
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -31,15 +31,15 @@ def stream_blocks(network: Network) -> Network:
     Each block's are copied to the device while the block before it runs, so that it holds two
     blocks at once. Everything else is on the device.
 
-    **Arguments:** `network`: a `Flux`, `ControlNet`, `T5` or `Clip`, on the device or from
-    `offload`, with which it is never on the device as a whole. Merge adapters before, or attach
-    them.
+    **Arguments:** `network`: a `Flux`, `Chroma`, `ControlNet`, `T5` or `Clip`, on the device or
+    from `offload`, with which it is never on the device as a whole. Merge adapters before, or
+    attach them.
     **Raises:** `ValueError` for another network, or for quantized weights.
     """
-    if not isinstance(network, Flux | ControlNet | T5 | Clip):
+    if not isinstance(network, AbstractTransformer | ControlNet | T5 | Clip):
         raise ValueError(
-            "`stream_blocks(network)` takes a network of stacked blocks (a Flux, ControlNet, "
-            f"T5 or Clip), got a {type(network).__name__}. Keep others on the device."
+            "`stream_blocks(network)` takes a network of stacked blocks (a Flux, Chroma, "
+            f"ControlNet, T5 or Clip), got a {type(network).__name__}. Keep others on the device."
         )
 
     def place(path: KeyPath, node: PyTree) -> PyTree:

@@ -12,22 +12,23 @@ from fluxjax.devices.context import RingAttention, UlyssesAttention
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_attention import AttentionChoice
-from fluxjax.nets.flux_state import Prepared
+from fluxjax.nets.flux_prepare import checked_length
+from fluxjax.nets.flux_state import Prepared, TxtLength
 from fluxjax.nets.image_prompt import ImagePrompt
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array, Float, ScalarLike
 
 
 class PreparedShard(eqx.Module):
-    """What `Flux.prepare` returns for this device's tokens, and the number of all text tokens."""
+    """What `prepare` returns for this device's tokens, and the number of all text tokens."""
 
     prepared: Prepared
     txt_tokens: int = eqx.field(static=True)
 
 
 class TokenParallelFlux(eqx.Module):
-    """A `Flux` inside of `jax.shard_map`, whose tokens are split over the mesh's axis "context".
+    """A transformer inside of `jax.shard_map`, tokens split over the mesh's axis "context".
 
     Its `prepare` and `velocity` are called as the network's: each device gets and returns all
     tokens. It runs a part of the text's and a part of the image's tokens. Where the number of
@@ -38,20 +39,22 @@ class TokenParallelFlux(eqx.Module):
     `Nag`.
     """
 
-    flux: Flux
+    flux: AbstractTransformer
 
     def prepare(
         self,
         times: Float[Array, " times"],
         *,
         txt: Float[Array, "txt_tokens context"],
-        vec: Float[Array, " pooled"],
+        vec: Float[Array, " pooled"] | None = None,
         img_ids: Float[Array, "img_tokens axes"],
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
+        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
     ) -> PreparedShard:
-        """Compute what `velocity` needs at any of several times; as `Flux.prepare`."""
+        """Compute what `velocity` needs at any of several times; as the network's `prepare`."""
+        length = checked_length(type(self.flux).__name__, txt_length, len(txt))
         prepared = self.flux.prepare(
             times,
             txt=_local_tokens(txt),
@@ -59,6 +62,7 @@ class TokenParallelFlux(eqx.Module):
             img_ids=_local_tokens(img_ids),
             txt_ids=None if txt_ids is None else _local_tokens(txt_ids),
             guidance=guidance,
+            txt_length=length,
             dtype=dtype,
         )
         return PreparedShard(prepared, len(txt))
@@ -66,7 +70,7 @@ class TokenParallelFlux(eqx.Module):
     def with_image_prompts(
         self, prepared: PreparedShard, prompts: Sequence[ImagePrompt]
     ) -> PreparedShard:
-        """Return what was prepared, with image prompts; as `Flux.with_image_prompts`."""
+        """Return what was prepared, with image prompts; as the network's."""
         parts = []
         for prompt in prompts:
             weights = prompt.token_weights
@@ -85,7 +89,7 @@ class TokenParallelFlux(eqx.Module):
         attention: AttentionChoice | Nag = None,
         degraded: DegradedBlocks | None = None,
     ) -> Float[Array, "img_tokens out_channels"]:
-        """Return the velocity at one of the times that were prepared; as `Flux.velocity`.
+        """Return the velocity at one of the times that were prepared; as the network's.
 
         **Raises:** `ValueError` for a custom attention, which would see only a part of the tokens,
         or for a named one where ring attention is used.

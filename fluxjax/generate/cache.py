@@ -18,11 +18,11 @@ from fluxjax.generate.conditioning import (
 )
 from fluxjax.generate.controls import ControlNetSet
 from fluxjax.kernels.attention import Attention
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_control import add_after_first
 from fluxjax.nets.flux_state import HiddenState, Prepared
 from fluxjax.nets.heads import JointAttention
 from fluxjax.nets.layers import modulate
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Bool, Float, Int, Scalar, ScalarLike
 
@@ -65,7 +65,7 @@ class StepCache(eqx.Module):
 
     @abstractmethod
     def signal(
-        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+        self, flux: AbstractTransformer, hidden: HiddenState, attention: AttentionChoice
     ) -> tuple[HiddenState, Tokens, int]:
         """Run what is always run.
 
@@ -90,7 +90,7 @@ class FirstBlock(StepCache):
     """
 
     def signal(
-        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+        self, flux: AbstractTransformer, hidden: HiddenState, attention: AttentionChoice
     ) -> tuple[HiddenState, Tokens, int]:
         img, txt = flux.first(hidden, attention=attention)
         return hidden._replace(img=img, txt=txt), img - hidden.img, 1
@@ -117,7 +117,7 @@ class TeaCache(StepCache):
     )
 
     def signal(
-        self, flux: Flux, hidden: HiddenState, attention: AttentionChoice
+        self, flux: AbstractTransformer, hidden: HiddenState, attention: AttentionChoice
     ) -> tuple[HiddenState, Tokens, int]:
         shift, scale = jnp.split(hidden.modulation.double.img[0], 6)[:2]
         return hidden, modulate(hidden.img, shift, scale), 0
@@ -139,7 +139,7 @@ class CachedFlux(StatefulVelocity):
     ControlNets beside the network, which are skipped with its blocks.
     """
 
-    flux: Flux
+    flux: AbstractTransformer
     cache: StepCache
     attention: AttentionChoice = None
     image_axes: tuple[str, ...] = eqx.field(static=True, default=())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.shapes import Array, Float
 from fluxjax.zoo import APPENDED_FEATURES
@@ -49,7 +50,7 @@ class ConcatCondition(AddedCondition):
         return replace(conditioning, concat=concat)
 
 
-def check_features(call: str, config: FluxConfig, features: int) -> None:
+def check_features(call: str, config: FluxConfig | ChromaConfig, features: int) -> None:
     """Check that a transformer takes as many features beside the latent's as it is given.
 
     **Arguments:** `call`: what the message begins with. `features`: of each token, 0 for none.

@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,9 +22,10 @@ from fluxjax.generate.draw import DrawHooks, ImageBatch, Recipe, draw_batch
 from fluxjax.generate.image import next_number, to_bytes, write_png
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
-from fluxjax.generate.prompted import distilled_guidance, prompt_batch
+from fluxjax.generate.prompted import as_arrays, distilled_guidance, guidance_of, prompt_batch
 from fluxjax.generate.samplers import integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
+from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Image, PRNGKeyArray, Times
 
 Result = TypeVar("Result")
@@ -112,6 +113,7 @@ class _Bench(NamedTuple):
 
     models: Models
     batch: ImageBatch
+    guidance: Guidance
     key: PRNGKeyArray
     size: tuple[int, int]
     dtype: DTypeLike
@@ -122,13 +124,21 @@ class _Bench(NamedTuple):
         height = defaults.height if comparison.height is None else comparison.height
         width = defaults.width if comparison.width is None else comparison.width
         dtype = activation_dtype() if comparison.dtype is None else comparison.dtype
-        ids = prompt_ids(models.tokenizers, [prompt], max_length=defaults.max_length)
+        ids = prompt_ids(
+            models.tokenizers,
+            [prompt, ""],
+            max_length=defaults.max_length,
+            visible_padding=defaults.visible_padding,
+        )
         states = encode_text(models.clip, models.t5, ids, dtype=dtype)
+        # Models that need true guidance are guided away from the empty prompt.
+        guidance = guidance_of(models, None)
+        negative = states.rows([1]) if guidance.scale != 1 else None
         channels = models.vae.config.latent_channels
         noise = noise_batch(key, [0], height, width, channels=channels)
         scale = distilled_guidance(models.flux, defaults, comparison.guidance)
-        batch = prompt_batch(states, None, noise=noise, keys=None, distilled=scale)
-        return cls(models, batch, key, (height, width), dtype)
+        batch = prompt_batch(states.rows([0]), negative, noise=noise, keys=None, distilled=scale)
+        return cls(models, batch, as_arrays(guidance), key, (height, width), dtype)
 
     def times(self, name: str, steps: int) -> Times:
         return timer(name, steps, self.models.defaults, *self.size)
@@ -136,13 +146,13 @@ class _Bench(NamedTuple):
     def draw(self, times: Times, step: Step) -> tuple[Array, np.ndarray, float]:
         """Return a sampler's latent, its image, and the seconds of its integration."""
         keys = step_keys(self.key, [0], step)
-        batch = ImageBatch(self.batch.noise, self.batch.positive, None, keys)
+        batch = replace(self.batch, keys=keys)
         hooks = _TimingHooks()
         drawn = draw_batch(
             self.models.flux,
             self.models.vae,
             batch,
-            Recipe(times, step),
+            Recipe(times, step, self.guidance),
             dtype=self.dtype,
             hooks=hooks,
         )

@@ -16,12 +16,12 @@ from fluxjax.generate.controls import (
     without_networks,
 )
 from fluxjax.nets.controlnet import ControlNet
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
 from fluxjax.nets.image_prompt import ImagePrompt, for_image_tokens
-from fluxjax.shapes import Array, Float, PerImage, Times
+from fluxjax.nets.transformer import AbstractTransformer
+from fluxjax.shapes import Array, Float, Int, PerImage, Times
 
-Transformer = Flux | TokenParallelFlux
+Transformer = AbstractTransformer | TokenParallelFlux
 """A transformer on one device, or with its tokens split over several."""
 
 
@@ -45,23 +45,26 @@ class Conditioning(eqx.Module):
     `Conditioning` whose arrays have a leading axis of images; arrays that all images share may be
     without it.
 
-    `txt`: hidden states of the prompt, [txt_tokens, context]. `vec`: its pooled state, [pooled].
+    `txt`: hidden states of the prompt, [txt_tokens, context]. `vec`: its pooled state, [pooled];
+    None for networks that read none.
     `img_ids`: positions of the image's tokens, from `image_ids`. `guidance`: the distilled guidance
     scale, as 3.5; None for networks that take none. `concat`: features that are appended to those
     of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
     `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `control`:
     ControlNets, whose residuals are added up. `image_prompts`: of IP-Adapters, keys and values that
-    the blocks attend to as well.
+    the blocks attend to as well. `txt_length`: how many of the text tokens are attended to, for
+    models that leave out padding; None for all of them.
     """
 
     txt: Float[Array, "... txt_tokens context"]
-    vec: Float[Array, "... pooled"]
+    vec: Float[Array, "... pooled"] | None
     img_ids: Float[Array, "... img_tokens axes"]
     guidance: PerImage | None = None
     concat: Float[Array, "... img_tokens features"] | None = None
     reference: ReferenceTokens | None = None
     control: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
+    txt_length: Int[Array, "..."] | None = None
 
 
 class AddedCondition(eqx.Module):
@@ -101,6 +104,7 @@ _RANKS = {
     "v": 4,
     "scales": 1,
     "token_weights": 1,
+    "txt_length": 0,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -141,8 +145,8 @@ def _bound(control: Control, conditioning: Conditioning) -> Control:
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest
-    as in `Conditioning`.
+    `prepared`: from the transformer's `prepare`, for the times at which it will be evaluated. The
+    rest as in `Conditioning`.
     """
 
     prepared: Prepared | PreparedShard
@@ -173,6 +177,7 @@ def prepare_conditioning(
         vec=conditioning.vec,
         img_ids=ids,
         guidance=conditioning.guidance,
+        txt_length=conditioning.txt_length,
     )
     if conditioning.image_prompts:
         own = len(conditioning.img_ids)

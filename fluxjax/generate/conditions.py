@@ -120,6 +120,12 @@ def check_control(flux: Transformer, positive: Conditioning, negative: Condition
             "`Conditioning(control)` adds to all tokens of an image, and here they are split over "
             "devices. Use a mesh of context=1 with it."
         )
+    for control in positive.control:
+        if control.vec is None and positive.vec is None:
+            raise ValueError(
+                "`Conditioning(control)` has a ControlNet, which reads a pooled text, and this "
+                "model has none. Pass `Control(vec=…)`, from the CLIP that it was trained with."
+            )
     for net in networks_of(positive.control):
         if net.config.width != flux.config.width:
             raise ValueError(
@@ -148,4 +154,6 @@ def _with_negative_text(conditioning: Conditioning, negative: Conditioning) -> C
             "number to both, as `redux_condition(in_negative=True)` does."
         )
     text = jnp.concatenate([negative.txt, conditioning.txt])
-    return eqx.tree_at(lambda one: one.txt, conditioning, text)
+    lengths = negative.txt_length, conditioning.txt_length
+    both = None if None in lengths else jnp.stack(lengths)  # type: ignore[arg-type]
+    return replace(conditioning, txt=text, txt_length=both)

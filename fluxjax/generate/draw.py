@@ -41,8 +41,8 @@ from fluxjax.generate.conditions import (
 from fluxjax.generate.controls import without_networks
 from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
 from fluxjax.generate.velocity import Guidance, check_guidance, guided_velocity, split_scales
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.image_prompt import ImagePrompt
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Int, Packed, PerImage, PRNGKeyArray, Times
 
@@ -160,7 +160,7 @@ _SEGMENTS = 20
 
 
 def draw_batch(
-    flux: Flux,
+    flux: AbstractTransformer,
     vae: Vae,
     batch: ImageBatch,
     recipe: Recipe,
@@ -202,7 +202,7 @@ class _Denoised(NamedTuple):
 
 
 def denoise(
-    flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
+    flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> Float[Array, "images latent_channels rows columns"]:
     """Integrate the transformer's velocity from noise to latents, a batch at once.
 
@@ -215,7 +215,9 @@ def denoise(
 
 
 @eqx.filter_jit
-def _denoise(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> _Denoised:
+def _denoise(
+    flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
+) -> _Denoised:
     check_batch(flux, batch, recipe, mesh)
     drawing = _begin(flux, batch, recipe, mesh)
     # Bounds that are Python integers make the loop a scan, which has a gradient.
@@ -225,7 +227,7 @@ def _denoise(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -
 
 
 def _denoise_in_segments(
-    flux: Flux,
+    flux: AbstractTransformer,
     batch: ImageBatch,
     recipe: Recipe,
     mesh: Mesh | None,
@@ -259,7 +261,9 @@ def _denoise_in_segments(
     return _finish_jit(batch, drawing)
 
 
-def check_batch(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> None:
+def check_batch(
+    flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
+) -> None:
     """Check what can be known of a batch before it is drawn.
 
     **Raises:** `ValueError` for what does not go together.
@@ -336,7 +340,9 @@ class _Drawing(NamedTuple):
     state: SampleState
 
 
-def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> _Drawing:
+def _begin(
+    flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
+) -> _Drawing:
     """Prepare the conditions of a batch, and the state before the first step."""
     # Tokens that are split over devices are prepared where they are used, in every segment.
     prepares = mesh is None or mesh.shape["context"] == 1
@@ -359,7 +365,7 @@ def _begin(flux: Flux, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None) -> 
 
 
 def _advance(
-    flux: Flux,
+    flux: AbstractTransformer,
     batch: ImageBatch,
     recipe: Recipe,
     drawing: _Drawing,
@@ -386,7 +392,7 @@ def _advance(
     return _Drawing(drawing.conditions, state)
 
 
-def _networks(flux: Flux, batch: ImageBatch) -> _Networks:
+def _networks(flux: AbstractTransformer, batch: ImageBatch) -> _Networks:
     return _Networks(flux, nets_of(batch.positive), nets_of(batch.source))
 
 
@@ -463,7 +469,11 @@ def _for_each_image(
     """Return function(networks, *row, shared) of each image, on a mesh if there is one."""
 
     def batched(networks: _Networks, rows: tuple, shared: object) -> Result:
-        if mesh is not None and mesh.shape["context"] > 1 and isinstance(networks.flux, Flux):
+        if (
+            mesh is not None
+            and mesh.shape["context"] > 1
+            and isinstance(networks.flux, AbstractTransformer)
+        ):
             networks = networks._replace(flux=TokenParallelFlux(networks.flux))
         by_row = jax.vmap(lambda *row: function(networks, *row, shared), axis_name="images")
         return by_row(*rows)
@@ -526,7 +536,7 @@ def _with_split_heads(batch: ImageBatch) -> ImageBatch:
 
 @eqx.filter_jit
 def trajectories(
-    flux: Flux, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
+    flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> Float[Array, "images nodes img_tokens channels"]:
     """Return the packed latents of a batch at all times of the recipe, as of an inversion.
 
@@ -562,7 +572,7 @@ class FieldFunction(eqx.Module):
 
 @eqx.filter_jit
 def apply_to_fields(
-    flux: Flux,
+    flux: AbstractTransformer,
     batch: ImageBatch,
     recipe: Recipe,
     function: FieldFunction,

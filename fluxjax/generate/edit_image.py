@@ -9,7 +9,7 @@ from fluxjax.generate.edit_methods import Edit, EditMethod, source_conditioning
 from fluxjax.generate.image_to_image import drawing_of_image
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import pad_image
-from fluxjax.generate.prompted import DrawSettings
+from fluxjax.generate.prompted import DrawSettings, guidance_of
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray
 
@@ -23,7 +23,7 @@ def edit_image(
     key: PRNGKeyArray,
     method: EditMethod,
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Change an image to what a prompt says, and keep the rest of it.
@@ -38,6 +38,7 @@ def edit_image(
     **Raises:** `ValueError` as `text_to_image`; for sizes in the settings; for several images of a
     method that draws nothing; for a step cache.
     """
+    guidance = guidance_of(models, guidance)
     _check_method(method, settings, guidance)
     distilled = settings.distilled_guidance
     if distilled is None and models.flux.config.guidance_embed:

@@ -29,7 +29,7 @@ from fluxjax.generate.draw import (
 )
 from fluxjax.generate.image_to_image import Repaint, Start, begin_from_images
 from fluxjax.generate.latents import image_ids, keys_of_steps, pack_latents, unpack_latents
-from fluxjax.generate.prompted import PromptedDrawing, distilled_guidance
+from fluxjax.generate.prompted import PromptedDrawing, distilled_guidance, text_conditioning
 from fluxjax.generate.velocity import Guidance
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, Latent, Packed, PRNGKeyArray, Scalar, Times
@@ -151,7 +151,7 @@ def source_conditioning(
         guidance = None
     scale = distilled_guidance(flux, drawing.models.defaults, guidance)
     ids = image_ids(drawing.height, drawing.width)
-    conditioning = Conditioning(states.txt[0], states.vec[0], ids, scale)
+    conditioning = text_conditioning(jax.tree.map(lambda rows: rows[0], states), ids, scale)
     for condition in drawing.settings.conditions:
         conditioning = condition.add(conditioning)
     return conditioning

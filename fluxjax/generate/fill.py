@@ -94,7 +94,7 @@ def fill_image(
     *,
     key: PRNGKeyArray,
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Draw the masked part of an image by FLUX.1 Fill, as a prompt says.
@@ -145,7 +145,7 @@ def fill_around(
     key: PRNGKeyArray,
     margins: Margins,
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images new_height new_width 3"]:
     """Draw what lies around an image by FLUX.1 Fill, as a prompt says.

@@ -29,6 +29,7 @@ from fluxjax.generate.prompted import (
     DrawSettings,
     PromptedDrawing,
     PromptTexts,
+    guidance_of,
     negative_prompts,
     prompted_drawing,
 )
@@ -181,7 +182,7 @@ def drawing_of_image(
     *,
     key: PRNGKeyArray,
     settings: DrawSettings,
-    guidance: Guidance,
+    guidance: Guidance | None,
     hooks: DrawHooks | None,
 ) -> PromptedDrawing:
     """Return what images of the size of another one are drawn from.
@@ -189,6 +190,7 @@ def drawing_of_image(
     **Raises:** `ValueError` for an image that is empty or not finite, and for sizes in the
     settings.
     """
+    guidance = guidance_of(models, guidance)
     check_image(call, image)
     if settings.height is not None or settings.width is not None:
         raise ValueError(
@@ -216,7 +218,7 @@ def image_to_image(
     key: PRNGKeyArray,
     repaint: Repaint = Repaint(),
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Draw an image again, or a part of it, as a prompt says (SDEdit, inpainting).
@@ -283,7 +285,7 @@ def outpaint(
     key: PRNGKeyArray,
     margins: Margins,
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images new_height new_width 3"]:
     """Draw what lies around an image, as a prompt says.

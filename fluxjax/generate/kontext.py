@@ -147,7 +147,7 @@ def kontext_image(
     key: PRNGKeyArray,
     references: References = References(),
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Draw what an instruction makes of one or more images, by FLUX.1 Kontext.

@@ -11,13 +11,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.detect import open_source
-from fluxjax.checkpoint.kinds import CLIP, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.family import family_of_source
+from fluxjax.checkpoint.kinds import KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
 from fluxjax.generate.latents import image_tokens
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
-from fluxjax.zoo import ZOO, named_model
+from fluxjax.zoo import ZOO, family_of, named_model
 
 
 class Demand(NamedTuple):
@@ -39,7 +41,7 @@ class Configs(NamedTuple):
     """The configs of the networks that need the most memory."""
 
     t5: T5Config
-    flux: FluxConfig
+    flux: FluxConfig | ChromaConfig
     vae: VaeConfig
 
 
@@ -52,23 +54,26 @@ def read_configs(source: str | Path) -> Configs:
     """
     if not _is_local(source):
         return Configs(T5Config(), known_flux_config(source) or FluxConfig(), VaeConfig())
-    _read_config(source, CLIP)  # raises if it is missing
-    t5, flux, vae = (_read_config(source, kind) for kind in (T5_XXL, FLUX, VAE))
-    return Configs(t5, flux, vae)
+    family = family_of_source(source)
+    # All of them, so that an error names one that is missing.
+    configs = {name: _read_config(source, KINDS[name]) for name in family.networks}
+    return Configs(configs["t5"], configs[family.transformer], configs["vae"])
 
 
-def known_flux_config(source: str | Path) -> FluxConfig | None:
+def known_flux_config(source: str | Path) -> FluxConfig | ChromaConfig | None:
     """Return the config of a model's transformer, as far as it is known without a download.
 
     **Returns:** None for a hub id that is not a named model's.
     **Raises:** as `load_flux` for a local source.
     """
     if _is_local(source):
-        return _read_config(source, FLUX)
+        return _read_config(source, KINDS[family_of_source(source).transformer])
     model = named_model(str(source))
     if model is None:
         return None
-    base = FluxConfig()
+    base = KINDS[family_of(str(source)).transformer].config()
+    if not isinstance(base, FluxConfig):
+        return base
     return replace(
         base,
         in_channels=base.in_channels + model.appended_features,

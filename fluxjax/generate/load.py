@@ -16,7 +16,17 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.dtypes import check_dtype
-from fluxjax.checkpoint.kinds import CLIP, CONTROLNET, FLUX, T5_XXL, VAE, Kind
+from fluxjax.checkpoint.family import family_of_source, hub_folder
+from fluxjax.checkpoint.kinds import (
+    CHROMA_TRANSFORMER,
+    CLIP,
+    CONTROLNET,
+    FLUX,
+    KINDS,
+    T5_XXL,
+    VAE,
+    Kind,
+)
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
 from fluxjax.devices.offload import offload
@@ -27,6 +37,8 @@ from fluxjax.generate.tokens import Tokenizers
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
+from fluxjax.nets.chroma import Chroma
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import Clip, ClipConfig
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.controlnet_config import ControlNetConfig
@@ -35,8 +47,9 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.quantized import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae, VaeConfig
-from fluxjax.zoo import FLUX1, Defaults, family_of
+from fluxjax.zoo import Defaults, Family
 
 Network = TypeVar("Network", bound=eqx.Module)
 ShardingChoice = Sharding | eqx.Module | Callable[[eqx.Module], eqx.Module] | None
@@ -68,6 +81,20 @@ def load_flux(
     `sharding`, `stream` and `quantize`.
     """
     return load_kind(FLUX, source, config, dtype, Storage(sharding, stream, quantize))
+
+
+def load_chroma(
+    source: str | Path,
+    *,
+    config: ChromaConfig | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: ShardingChoice = None,
+    stream: bool = False,
+    quantize: str | None = None,
+) -> Chroma:
+    """Load the transformer of Chroma. Arguments and errors as for `load_flux`."""
+    storage = Storage(sharding, stream, quantize)
+    return load_kind(CHROMA_TRANSFORMER, source, config, dtype, storage)
 
 
 def load_clip(
@@ -142,7 +169,7 @@ def load_kind(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, kind.hub_folder)).network(kind).plan(config)
+    plan = open_source(find_part(source, hub_folder(source, kind))).network(kind).plan(config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
@@ -151,42 +178,77 @@ def load_kind(
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
-    """Read both tokenizers, from `tokenizer` and `tokenizer_2` of a model's folder.
+    """Read the tokenizers, from `tokenizer` and, of FLUX.1, `tokenizer_2` of a model's folder.
 
     **Arguments:** `source`: a folder, a zoo name, or a hub id.
     **Raises:** `FileNotFoundError` for a source without them, as files of weights are; `ValueError`
     for damaged ones.
     """
-    folders = family_of(str(source)).tokenizers
-    root = find_source(source, list(folders))
-    if not (root / folders[0]).is_dir():
+    family = family_of_source(source)
+    root = find_source(source, list(family.tokenizers))
+    if not (root / family.tokenizers[0]).is_dir():
+        names = " and ".join(f"`{folder}`" for folder in family.tokenizers)
         raise FileNotFoundError(
-            f"{source} comes without tokenizers. Pass a folder that holds it beside `tokenizer` "
-            "and `tokenizer_2`, which are the same for all of FLUX.1."
+            f"{source} comes without tokenizers. Pass a folder that holds it beside {names}, which "
+            f"are the same for all of {family.name}."
         )
-    return Tokenizers.read(*(root / folder for folder in folders))
+    folders = dict(zip(family.text_encoders, family.tokenizers, strict=True))
+    clip = root / folders["clip"] if "clip" in folders else None
+    return Tokenizers.read(clip, root / folders["t5"])
 
 
 class Models(NamedTuple):
     """All that text to image needs.
 
-    `defaults`: how the model is meant to be sampled. `mesh`: the devices that the networks lie on,
-    if they are sharded.
+    `clip`: None for models that read prompts by T5 alone. `flux`: the transformer, also of another
+    family. `defaults`: how the model is meant to be sampled. `mesh`: the devices that the networks
+    lie on, if they are sharded.
     """
 
     tokenizers: Tokenizers
-    clip: Clip
+    clip: Clip | None
     t5: T5
-    flux: Flux
+    flux: AbstractTransformer
     vae: Vae
     defaults: Defaults
     mesh: Mesh | None = None
 
     def __repr__(self) -> str:
         lines = [f"Models({self.defaults}, mesh={self.mesh})"]
-        for name in FLUX1.networks:
-            lines.append(f"{name}: {getattr(self, name)!r}")
+        for name in ("flux", "clip", "t5", "vae"):
+            network = getattr(self, name)
+            if network is not None:
+                lines.append(f"{name}: {network!r}")
         return "\n".join(lines)
+
+    @property
+    def networks(self) -> tuple[eqx.Module, ...]:
+        """The networks that there are, the transformer first."""
+        found = (self.flux, self.t5, self.clip, self.vae)
+        return tuple(network for network in found if network is not None)
+
+
+def assemble_models(
+    tokenizers: Tokenizers,
+    networks: Mapping[str, Any],
+    *,
+    family: Family,
+    defaults: Defaults,
+    mesh: Mesh | None,
+) -> Models:
+    """Return models of loaded networks.
+
+    **Arguments:** `networks`: by the names that the family has for them.
+    """
+    return Models(
+        tokenizers,
+        networks.get("clip"),
+        networks["t5"],
+        networks[family.transformer],
+        networks["vae"],
+        defaults,
+        mesh,
+    )
 
 
 @convert_arguments
@@ -207,14 +269,20 @@ def load_models(
     features.
     """
     options = LoadOptions(dtype=dtype, mesh=mesh)
-    family = family_of(str(source))
+    family = family_of_source(source)
     networks = {}
     for name in family.networks:
         network = load_network(name, source, options)
         if offload_encoders and name in family.text_encoders:
             network = offload(network)
         networks[name] = network
-    return Models(load_tokenizers(source), **networks, defaults=load_defaults(source), mesh=mesh)
+    return assemble_models(
+        load_tokenizers(source),
+        networks,
+        family=family,
+        defaults=load_defaults(source),
+        mesh=mesh,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,17 +305,19 @@ class LoadOptions:
 
     def adapters_of(self, name: str) -> tuple[tuple[Lora, float], ...]:
         """Return the adapters that change a network."""
-        return tuple((lora, scale) for lora, scale in self.adapters if name in lora.changes)
+        role = KINDS[name].role
+        return tuple((lora, scale) for lora, scale in self.adapters if role in lora.changes)
 
 
 _LOADERS: Mapping[str, Callable[..., Any]] = {
     "flux": load_flux,
+    "chroma": load_chroma,
     "clip": load_clip,
     "t5": load_t5,
     "vae": load_vae,
     "controlnet": load_controlnet,
 }
-_WITH_LARGE_BLOCKS = ("flux", "t5", "controlnet")
+_WITH_LARGE_BLOCKS = ("flux", "chroma", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
 
@@ -260,8 +330,8 @@ def load_network(
 ) -> Any:
     """Load one network for drawing.
 
-    **Arguments:** `name`: "flux", "clip", "t5", "vae" or "controlnet". `note`: called with a line
-    for each part of an adapter that has no effect.
+    **Arguments:** `name`: "flux", "chroma", "clip", "t5", "vae" or "controlnet". `note`: called
+    with a line for each part of an adapter that has no effect.
     """
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS

@@ -30,8 +30,8 @@ from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.generate.velocity import Guidance, select_scales
-from fluxjax.nets.flux import Flux
 from fluxjax.nets.layers import check_ids
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.numeric import check_finite, wide_dtype
 from fluxjax.shapes import Array, Bool, Float, Image, Latent, PerImage, PRNGKeyArray, Times
 from fluxjax.zoo import FLUX1, Defaults
@@ -108,7 +108,7 @@ class PromptedDrawing:
     @property
     def count(self) -> int:
         """The number of images."""
-        return self.settings.images * len(self.states.vec)
+        return self.settings.images * len(self.states.txt)
 
     def groups(self) -> list[list[int]]:
         """Return the numbers of the images that are drawn together."""
@@ -259,19 +259,31 @@ def prompt_batch(
     guidance scale, for a network that takes one. `conditions`: what is added to both, in order.
     """
     ids = image_ids(*image_size(noise))
-    positive = Conditioning(states.txt, states.vec, ids, distilled)
+    positive = text_conditioning(states, ids, distilled)
     for condition in conditions:
         positive = condition.add(positive)
     if negative is None:
         return ImageBatch(noise, positive, None, keys)
-    guided_away = Conditioning(negative.txt, negative.vec, ids, distilled)
+    guided_away = text_conditioning(negative, ids, distilled)
     for condition in conditions:
         guided_away = condition.add_to_negative(guided_away)
     return ImageBatch(noise, positive, guided_away, keys)
 
 
+def text_conditioning(
+    states: TextStates, ids: Float[Array, "... img_tokens axes"], distilled: PerImage | None
+) -> Conditioning:
+    """Return what encoded texts condition images on; arguments as for `prompt_batch`."""
+    return Conditioning(states.txt, states.vec, ids, distilled, txt_length=states.txt_length)
+
+
+def guidance_of(models: Models, guidance: Guidance | None) -> Guidance:
+    """Return a guidance, or that which a model is meant to be sampled with."""
+    return Guidance(scale=models.defaults.cfg) if guidance is None else guidance
+
+
 def distilled_guidance(
-    flux: Flux, defaults: Defaults, guidance: PerImage | None
+    flux: AbstractTransformer, defaults: Defaults, guidance: PerImage | None
 ) -> Float[Array, "*images"] | None:
     """Return the distilled guidance scale as an array, by default the model's; None for a network
     that takes none.
@@ -362,13 +374,21 @@ def _encode_prompts(
 
     `run`: runs a jitted function, as `PromptedDrawing.run` does.
     """
-    clip, t5 = fetch(models.clip), fetch(models.t5)
+    clip = None if models.clip is None else fetch(models.clip)
+    t5 = fetch(models.t5)
     max_length = models.defaults.max_length if settings.max_length is None else settings.max_length
     dtype = activation_dtype() if settings.dtype is None else settings.dtype
 
     def encode(prompts: Sequence[str], seconds: Sequence[str] | None) -> TextStates:
-        ids = prompt_ids(models.tokenizers, prompts, seconds, max_length=max_length)
-        check_ids("Clip", ids.clip, clip.config.vocabulary)
+        ids = prompt_ids(
+            models.tokenizers,
+            prompts,
+            seconds,
+            max_length=max_length,
+            visible_padding=models.defaults.visible_padding,
+        )
+        if clip is not None and ids.clip is not None:
+            check_ids("Clip", ids.clip, clip.config.vocabulary)
         check_ids("T5", ids.t5, t5.config.vocabulary)
         return run("encode", encode_text, clip, t5, ids, dtype=dtype, mesh=models.mesh)
 

@@ -43,6 +43,11 @@ class ReduxCondition(AddedCondition):
         **Raises:** `ValueError` for text tokens of another width.
         """
         txt = conditioning.txt
+        if conditioning.txt_length is not None or conditioning.vec is None:
+            raise ValueError(
+                "`ReduxCondition` follows a text whose padding is attended to, and goes with a "
+                "pooled text; this model's is not. Use it with FLUX.1-dev or schnell."
+            )
         if self.tokens.shape[-1] != txt.shape[-1]:
             raise ValueError(
                 f"`ReduxCondition` has tokens of {self.tokens.shape[-1]} features, and the prompt "

@@ -34,6 +34,7 @@ from fluxjax.generate.prompted import (
     DrawSettings,
     PromptedDrawing,
     PromptTexts,
+    guidance_of,
     negative_prompts,
     prompted_drawing,
 )
@@ -200,7 +201,7 @@ def restore_image(
     key: PRNGKeyArray,
     restoration: Restoration,
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images restored_height restored_width 3"]:
     """Draw what a picture may have been before it was blurred, shrunk, or partly hidden.
@@ -219,6 +220,7 @@ def restore_image(
     settings; for a step beside a method that is one; for sharded models with blurred or shrunk
     pictures, whose decoder runs on one device.
     """
+    guidance = guidance_of(models, guidance)
     degradation = restoration.degradation
     check_image("restore_image", image)
     degradation.check(image)

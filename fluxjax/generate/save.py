@@ -1,6 +1,6 @@
 """Networks and whole models in memory, written as files that load again."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.atomic import check_free
-from fluxjax.checkpoint.defaults import write_pipeline
+from fluxjax.checkpoint.defaults import defaults_to_json, write_pipeline
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
+from fluxjax.checkpoint.family import family_of_networks
 from fluxjax.checkpoint.folders import DEFAULTS_FILE
 from fluxjax.checkpoint.kinds import AnyKind, Network, kind_of_network
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, LAYOUTS, NetworkToWrite, check_layout
@@ -83,16 +84,19 @@ def save_models(
             "These tokenizers were not read from files, so none can be written. "
             "Take those of `load_tokenizers`."
         )
-    networks = []
-    for network in (models.flux, models.t5, models.clip, models.vae):
-        networks.append(_to_write("save_models", network))
+    networks = [_to_write("save_models", network) for network in models.networks]
+    family = family_of_networks(network.kind.name for network in networks)
+    networks = [
+        replace(network, family_folder=family.networks.get(network.kind.name))
+        for network in networks
+    ]
 
     def write_rest(temporary: Path) -> None:
         models.tokenizers.write(temporary)
         if to == "diffusers":
-            write_pipeline(temporary, models.defaults)
+            write_pipeline(temporary, models.defaults, family)
         else:
-            write_json(temporary / DEFAULTS_FILE, asdict(models.defaults))
+            write_json(temporary / DEFAULTS_FILE, defaults_to_json(models.defaults))
 
     write_networks(target, networks, to, dtype=stored, write_rest=write_rest)
     return target.path
@@ -168,7 +172,7 @@ def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
     weights = InMemoryWeights(plain)
     if not changes:
         return weights
-    adapter = Lora({kind.name: {name: tuple(of) for name, of in changes.items()}}, "attached")
+    adapter = Lora({kind.role: {name: tuple(of) for name, of in changes.items()}}, "attached")
     return MergedWeights(weights, changes_of(plain, [adapter], None))
 
 

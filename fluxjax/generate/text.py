@@ -17,17 +17,27 @@ from fluxjax.shapes import Array, Float, Int
 
 
 class PromptIds(NamedTuple):
-    """The token ids of a batch of prompts, for CLIP and for T5."""
+    """The token ids of a batch of prompts, for CLIP and for T5.
 
-    clip: Int[Array, "prompts clip_tokens"]
+    `clip`: None for models without it. `t5_length`: how many of each prompt's ids T5 attends to.
+    `txt_length`: how many of the states of these the transformer attends to. None for all of them.
+    """
+
+    clip: Int[Array, "prompts clip_tokens"] | None
     t5: Int[Array, "prompts txt_tokens"]
+    t5_length: Int[Array, " prompts"] | None = None
+    txt_length: Int[Array, " prompts"] | None = None
 
 
 class TextStates(NamedTuple):
-    """A batch of encoded prompts: T5's hidden states and CLIP's pooled states."""
+    """A batch of encoded prompts: T5's hidden states and CLIP's pooled states.
+
+    `vec`: None for models without CLIP. `txt_length`: as of `PromptIds`.
+    """
 
     txt: Float[Array, "prompts txt_tokens context"]
-    vec: Float[Array, "prompts pooled"]
+    vec: Float[Array, "prompts pooled"] | None
+    txt_length: Int[Array, " prompts"] | None = None
 
     def rows(self, numbers: Sequence[int]) -> "TextStates":
         """Return the prompts of these numbers."""
@@ -38,7 +48,7 @@ class TextStates(NamedTuple):
 
 @jax.jit
 def _take_rows(states: TextStates, numbers: Int[Array, " rows"]) -> TextStates:
-    return TextStates(states.txt[numbers], states.vec[numbers])
+    return jax.tree.map(lambda rows: rows[numbers], states)
 
 
 def prompt_ids(
@@ -47,11 +57,12 @@ def prompt_ids(
     prompts_2: Sequence[str] | None = None,
     *,
     max_length: int,
+    visible_padding: int | None = None,
 ) -> PromptIds:
     """Tokenize a batch of prompts.
 
     **Arguments:** `prompts_2`: texts that T5 reads in place of `prompts`, one for each of them.
-    `max_length`: T5 tokens for each prompt.
+    `max_length`: T5 tokens for each prompt. `visible_padding`: as of the model's `Defaults`.
     **Raises:** `ValueError` if there are not as many of both.
     """
     t5_prompts: Sequence[str | None] = [None] * len(prompts) if prompts_2 is None else prompts_2
@@ -60,30 +71,40 @@ def prompt_ids(
             f"`prompt_ids` got {len(prompts)} prompts and {len(t5_prompts)} second prompts. "
             "Pass one second prompt for each prompt."
         )
-    clip_rows, t5_rows = [], []
+    rows = []
     for prompt, prompt_2 in zip(prompts, t5_prompts, strict=True):
-        ids = tokenize(tokenizers, prompt, prompt_2, max_length=max_length)
-        clip_rows.append(ids.clip)
-        t5_rows.append(ids.t5)
-    return PromptIds(*jax.device_put((np.stack(clip_rows), np.stack(t5_rows))))
+        rows.append(tokenize(tokenizers, prompt, prompt_2, max_length=max_length))
+    clip_rows = [row.clip for row in rows if row.clip is not None]
+    clip = np.stack(clip_rows) if clip_rows else None
+    lengths = visible = None
+    if visible_padding is not None:
+        lengths = np.array([row.t5_length for row in rows], np.int32)
+        visible = np.minimum(lengths + visible_padding, max_length).astype(np.int32)
+    t5 = np.stack([row.t5 for row in rows])
+    return PromptIds(*jax.device_put((clip, t5, lengths, visible)))
 
 
 @eqx.filter_jit
 def encode_text(
-    clip: Clip, t5: T5, ids: PromptIds, *, dtype: DTypeLike, mesh: Mesh | None = None
+    clip: Clip | None, t5: T5, ids: PromptIds, *, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> TextStates:
     """Encode a batch of prompts.
 
-    **Arguments:** `ids`: from `prompt_ids`. `dtype`: of the activations. `mesh`: of devices; the
-    encoders are then from `shard`.
+    **Arguments:** `clip`: None for models without it. `ids`: from `prompt_ids`. `dtype`: of the
+    activations. `mesh`: of devices; the encoders are then from `shard`.
     **Returns:** T5's hidden states [prompts, txt_tokens, context], CLIP's pooled [prompts, pooled].
     """
 
-    def encode_rows(networks: tuple[Clip, T5], ids: PromptIds, shared: None) -> TextStates:
+    def encode_rows(networks: tuple[Clip | None, T5], ids: PromptIds, shared: None) -> TextStates:
         clip, t5 = networks
-        vec = jax.vmap(lambda row: clip(row, dtype=dtype))(ids.clip)
-        txt = jax.vmap(lambda row: t5(row, dtype=dtype))(ids.t5)
-        return TextStates(txt, vec)
+        vec = None
+        if clip is not None:
+            vec = jax.vmap(lambda row: clip(row, dtype=dtype))(ids.clip)
+
+        def encode_one(ids: PromptIds) -> Float[Array, "txt_tokens context"]:
+            return t5(ids.t5, length=ids.t5_length, dtype=dtype)
+
+        return TextStates(jax.vmap(encode_one)(ids), vec, ids.txt_length)
 
     if mesh is None:
         return encode_rows((clip, t5), ids, None)

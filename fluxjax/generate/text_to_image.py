@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.load import Models
-from fluxjax.generate.prompted import DrawSettings, PromptTexts, negative_prompts, prompted_drawing
+from fluxjax.generate.prompted import (
+    DrawSettings,
+    PromptTexts,
+    guidance_of,
+    negative_prompts,
+    prompted_drawing,
+)
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
@@ -19,7 +25,7 @@ def text_to_image(
     prompt_2: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] = "",
     settings: DrawSettings = DrawSettings(),
-    guidance: Guidance = Guidance(),
+    guidance: Guidance | None = None,
     hooks: DrawHooks | None = None,
 ) -> Float[Array, "images height width 3"]:
     """Draw images of prompts.
@@ -29,13 +35,15 @@ def text_to_image(
     **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many,
     which T5 reads in their place. `negative_prompt`: what `guidance` guides away from, one for all
     prompts or one for each. `settings`: sizes, steps, integrator. `guidance`: classifier-free
-    guidance, NAG, degraded blocks, step cache. `hooks`: called as drawing proceeds.
+    guidance, NAG, degraded blocks, step cache; None for what the model is meant to be sampled with.
+    `hooks`: called as drawing proceeds.
     **Returns:** float32 in [-1, 1]; the images of each prompt one after another, prompt by prompt.
     **Raises:** `ValueError` for sizes that are not multiples of 16; no steps, images or prompts;
     both steps and times; numbers that are not finite or not as many as images; a guidance that the
     model does not take; a negative prompt that no guidance uses; what `denoise` refuses; an image
     that is not finite (unless it is traced).
     """
+    guidance = guidance_of(models, guidance)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = negative_prompts("text_to_image", negative_prompt, len(prompts), guidance)
     seconds = [prompt_2] if isinstance(prompt_2, str) else prompt_2

@@ -33,33 +33,42 @@ _MOST_BYTES = 64_000_000
 
 
 class TokenIds(NamedTuple):
-    """The token ids of one prompt, for CLIP and for T5, int32."""
+    """The token ids of one prompt, for CLIP, if there is one, and for T5, int32.
 
-    clip: np.ndarray
+    `t5_length`: how many of T5's are not padding.
+    """
+
+    clip: np.ndarray | None
     t5: np.ndarray
+    t5_length: int
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The two tokenizers of a FLUX.1 checkpoint.
+    """The tokenizers of a checkpoint; `clip` is None for models that read prompts by T5 alone.
 
     `clip_length`: ids of a prompt for CLIP. `files`: the content of the files that they were read
     from, by folder and name, so that they can be saved with a model.
     """
 
-    clip: tokenizers.Tokenizer
+    clip: tokenizers.Tokenizer | None
     t5: sentencepiece.SentencePieceProcessor
     clip_length: int = 77
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def read(cls, clip_folder: str | Path, t5_folder: str | Path) -> "Tokenizers":
+    def read(cls, clip_folder: str | Path | None, t5_folder: str | Path) -> "Tokenizers":
         """Read both tokenizers from their folders.
 
         **Arguments:** `clip_folder`: with `vocab.json`, `merges.txt` and, for the number of ids of
-        a prompt, `tokenizer_config.json`. `t5_folder`: with `spiece.model`.
+        a prompt, `tokenizer_config.json`; None for a model without CLIP. `t5_folder`: with
+        `spiece.model`.
         **Raises:** `FileNotFoundError` if one is missing, `ValueError` if one is not of its format.
         """
+        if clip_folder is None:
+            t5_folder = Path(t5_folder)
+            files = _files(t5_folder, "tokenizer")
+            return cls(None, _read_pieces(_existing(t5_folder / "spiece.model")), files=files)
         clip_folder = Path(clip_folder)
         vocabulary = _existing(clip_folder / "vocab.json")
         merges = _existing(clip_folder / "merges.txt")
@@ -75,7 +84,7 @@ class Tokenizers:
         return cls(clip, _read_pieces(pieces), length, files)
 
     def write(self, folder: Path) -> None:
-        """Write their files, in `tokenizer` and `tokenizer_2` of a folder."""
+        """Write their files, in `tokenizer` and, if there are two, `tokenizer_2` of a folder."""
         for name, content in self.files.items():
             with new_file(folder / name) as file:
                 file.write(content)
@@ -114,27 +123,36 @@ def tokenize(
 
     **Arguments:** `prompt`: any text. `prompt_2`: a text that T5 reads in place of `prompt`.
     `max_length`: ids for T5, at least 1; dev takes 512, schnell 256.
-    **Returns:** `clip_length` ids for CLIP, padded with its end token, and `max_length` for T5,
-    padded with 0. A longer text is cut so that its end token stays.
+    **Returns:** `clip_length` ids for CLIP, padded with its end token, if there is a tokenizer of
+    it, and `max_length` for T5, padded with 0. A longer text is cut so that its end token stays.
     **Raises:** `ValueError` if `max_length` is not positive.
     """
     if max_length < 1:
         raise ValueError(f"`tokenize(max_length)` needs at least 1 token, got {max_length}.")
-    start, end = (_id(tokenizers.clip, token) for token in (START, END))
-    words = tokenizers.clip.encode(prompt, add_special_tokens=False).ids
+    clip = None
+    if tokenizers.clip is not None:
+        start, end = (_id(tokenizers.clip, token) for token in (START, END))
+        words = tokenizers.clip.encode(prompt, add_special_tokens=False).ids
+        clip = _fit([start, *words], end, tokenizers.clip_length, pad=end)
     t5_words = tokenizers.t5.encode(prompt if prompt_2 is None else prompt_2)
     return TokenIds(
-        clip=_fit([start, *words], end, tokenizers.clip_length, pad=end),
+        clip=clip,
         t5=_fit(t5_words, tokenizers.t5.eos_id(), max_length, pad=tokenizers.t5.pad_id()),
+        t5_length=min(len(t5_words) + 1, max_length),
     )
 
 
 def token_counts(
     tokenizers: Tokenizers, prompt: str, prompt_2: str | None = None
 ) -> tuple[int, int]:
-    """Return how many tokens CLIP and T5 have for an uncut prompt, with the special ones."""
-    words = tokenizers.clip.encode(prompt, add_special_tokens=False).ids
-    return len(words) + 2, len(tokenizers.t5.encode(prompt if prompt_2 is None else prompt_2)) + 1
+    """Return how many tokens CLIP and T5 have for an uncut prompt, with the special ones.
+
+    Without a tokenizer of CLIP its number is 0.
+    """
+    clip = 0
+    if tokenizers.clip is not None:
+        clip = len(tokenizers.clip.encode(prompt, add_special_tokens=False).ids) + 2
+    return clip, len(tokenizers.t5.encode(prompt if prompt_2 is None else prompt_2)) + 1
 
 
 def _fit(ids: Sequence[int], end: int, length: int, *, pad: int) -> np.ndarray:

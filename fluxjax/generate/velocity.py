@@ -32,7 +32,7 @@ from fluxjax.generate.controls import ControlNets, ControlNetSet, control_attent
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks
-from fluxjax.nets.flux import Flux
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, PerImage, Scalar, ScalarLike
 
@@ -191,7 +191,7 @@ def guided_velocity(
         named = guidance.nag.implementation if attention is None else attention
         attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
     network: Conditional = ConditionalFlux(flux, attention, None, control)
-    if guidance.cache is not None and isinstance(flux, Flux):
+    if guidance.cache is not None and isinstance(flux, AbstractTransformer):
         network = CachedFlux(  # type: ignore[assignment]  # it takes a memory, too
             flux,
             guidance.cache,

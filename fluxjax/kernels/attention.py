@@ -112,7 +112,8 @@ def attention(
 class Attention:
     """An implementation of `attention` with its block sizes, to pass where an attention is taken.
 
-    It is a function of (q, k, v), and of the number of text tokens, which it ignores.
+    It is a function of (q, k, v), the number of text tokens among them, which come first, and the
+    number of these that are attended to; the others are padding.
 
     **Arguments:** `implementation`: a name, as of `attention`. `block_sizes`: for flash_tpu,
     flash_gpu and xla_chunked; sizes, or a name in `fluxjax.kernels.PRESETS`.
@@ -132,12 +133,18 @@ class Attention:
         k: Float[Array, "keys heads head_dim"],
         v: Float[Array, "keys heads head_dim"],
         txt_tokens: int = 0,
+        txt_length: Int[Array, ""] | None = None,
     ) -> Float[Array, "queries heads head_dim"]:
-        return attention(q, k, v, implementation=self)
+        if txt_length is None:
+            return attention(q, k, v, implementation=self)
+        # Padding has to be the last of the keys: the text goes after the image.
+        k, v = (jnp.concatenate([x[txt_tokens:], x[:txt_tokens]]) for x in (k, v))
+        key_length = len(k) - txt_tokens + txt_length
+        return attention(q, k, v, key_length=key_length, implementation=self)
 
 
 AttentionChoice = str | Attention | Callable[..., Array] | None
-"""An implementation's name, an `Attention`, any function of (q, k, v, txt_tokens), or None."""
+"""An implementation's name, an `Attention`, any function of (q, k, v, txt_tokens, …), or None."""
 
 
 @runtime_checkable

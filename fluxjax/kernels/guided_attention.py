@@ -5,20 +5,27 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.kernels.attention import Attention, as_attention, attention
+from fluxjax.kernels.attention import Attention, as_attention
 from fluxjax.numeric import check_finite, wide_dtype
-from fluxjax.shapes import Array, Float, ScalarLike
+from fluxjax.shapes import Array, Float, Int, ScalarLike
 
 Heads = Float[Array, "tokens heads head_dim"]
 
 
 @convert_arguments
-def isolated_attention(q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
+def isolated_attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    txt_tokens: int,
+    txt_length: Int[Array, ""] | None = None,
+) -> Heads:
     """Compute joint attention in which each image token attends only to the text and to itself.
 
     The image's own attention map is thus the identity, as perturbed-attention guidance has it.
 
     **Arguments:** `q`, `k`, `v`: `txt_tokens` tokens of text, then those of the image.
+    `txt_length`: how many of the text's are attended to; None for all of them.
     **Returns:** the mixed values; those of the text are of plain attention.
     **Source:** Ahn et al. 2024, PAG, with the text in the same attention, as diffusers does it for
     Stable Diffusion 3.
@@ -31,13 +38,15 @@ def isolated_attention(q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
     to_itself = jnp.einsum("qhd,qhd->hq", q[image], k[image], preferred_element_type=wide)
     own_column = to_itself[..., None]
     to_text = jnp.einsum("qhd,khd->hqk", q[image], k[text], preferred_element_type=wide)
+    if txt_length is not None:
+        to_text = jnp.where(jnp.arange(txt_tokens) < txt_length, to_text, -jnp.inf)
     logits = scale * jnp.concatenate([to_text, own_column], axis=-1)
     weights = jax.nn.softmax(logits)
 
     from_text = jnp.einsum("hqk,khd->qhd", weights[..., :-1], v[text].astype(wide))
     own_weight = weights[..., -1].T[..., None]
     mixed = from_text + own_weight * v[image].astype(wide)
-    mixed_text = attention(q[text], k, v)
+    mixed_text = Attention()(q[text], k, v, txt_tokens, txt_length)
     return jnp.concatenate([mixed_text, mixed.astype(q.dtype)])
 
 
@@ -71,10 +80,18 @@ class Nag(eqx.Module):
     def __check_init__(self):
         check_finite("Nag", scale=self.scale, tau=self.tau, alpha=self.alpha)
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, txt_tokens: int) -> Heads:
+    def __call__(
+        self,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        txt_tokens: int,
+        txt_length: Int[Array, " prompts"] | None = None,
+    ) -> Heads:
         """Return the mixed values of both prompts, and the guided ones of the image.
 
-        **Arguments:** `txt_tokens`: of both prompts together.
+        **Arguments:** `txt_tokens`: of both prompts together. `txt_length`: how many tokens of the
+        negative and of the positive prompt are attended to; None for all of them.
         """
         half = txt_tokens // 2
         if 2 * half != txt_tokens:
@@ -83,18 +100,19 @@ class Nag(eqx.Module):
                 f"{txt_tokens} in all. Pad the shorter prompt."
             )
         attend = as_attention(self.implementation)
+        lengths = (None, None) if txt_length is None else (txt_length[0], txt_length[1])
 
-        def attend_with_image(text: slice) -> tuple[Array, Array]:
+        def attend_with_image(text: slice, length: Int[Array, ""] | None) -> tuple[Array, Array]:
             """Return the mixed values of one prompt and of the image."""
             joint = []
             for x in (q, k, v):
                 joint.append(jnp.concatenate([x[text], x[txt_tokens:]]))
             queries, keys, values = joint
-            mixed = attend(queries, keys, values)
+            mixed = attend(queries, keys, values, half, length)
             return mixed[:half], mixed[half:]
 
-        negative_text, negative = attend_with_image(slice(half))
-        positive_text, positive = attend_with_image(slice(half, txt_tokens))
+        negative_text, negative = attend_with_image(slice(half), lengths[0])
+        positive_text, positive = attend_with_image(slice(half, txt_tokens), lengths[1])
         guided = self.combine(positive, negative)
         return jnp.concatenate([negative_text, positive_text, guided])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import equinox as eqx
 
+from fluxjax.checkpoint.chroma_names import EMBEDDERS
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows, fused_parts
 from fluxjax.checkpoint.kinds import KINDS
@@ -24,6 +25,7 @@ from fluxjax.lora.scales import (
     weight_scale,
 )
 from fluxjax.lora.terms import ReplacementTerm
+from fluxjax.nets.chroma import Chroma
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 
@@ -54,7 +56,12 @@ def effective_changes(model: eqx.Module, lora: Lora) -> dict[str, tuple[Change, 
 
 
 def _is_without_effect(model: eqx.Module, name: str) -> bool:
-    """Return whether a weight embeds the guidance, which this network does not take."""
+    """Return whether a weight is of a layer that this transformer lacks, and FLUX.1-dev has.
+
+    It embeds the guidance, or modulates blocks that Chroma's approximator modulates.
+    """
+    if isinstance(model, Chroma):
+        return name.startswith(EMBEDDERS) or ".modulation." in name
     if not isinstance(model, Flux) or model.config.guidance_embed:
         return False
     return name.startswith("guidance_in.")

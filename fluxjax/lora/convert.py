@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxjax.checkpoint.detect import open_source
-from fluxjax.checkpoint.kinds import FLUX
+from fluxjax.checkpoint.folders import TRANSFORMER_FOLDER
+from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.weights import Weights
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.changes import changes_of
 from fluxjax.lora.merge import MergedWeights, notes_of
+from fluxjax.lora.networks import TRANSFORMER
 from fluxjax.lora.scales import Scale, Scales, check_scales
 
 
@@ -70,12 +72,13 @@ def adapter_notes(source: str | Path, loras: Sequence[Lora]) -> list[str]:
 
     **Arguments:** `source`: as for `convert_weights`. `loras`: adapters from `read_lora`.
     """
-    found = open_source(find_source(source, [FLUX.folder])).networks.get(FLUX.name)
-    if found is None:
-        return []
-    network = found.plan().network
+    found = open_source(find_source(source, [TRANSFORMER_FOLDER])).networks
     notes: list[str] = []
-    for lora in loras:
-        if FLUX.name in lora.changes:
-            notes += notes_of(network, lora)
+    for name in found:
+        if KINDS[name].role != TRANSFORMER:
+            continue
+        network = found[name].plan().network
+        for lora in loras:
+            if TRANSFORMER in lora.changes:
+                notes += notes_of(network, lora)
     return notes

@@ -32,6 +32,7 @@ from fluxjax.lora.weight_update import (
     terms_and_rows,
 )
 from fluxjax.lora.widen import widen_for_changes
+from fluxjax.nets.chroma import Chroma
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -119,8 +120,14 @@ def notes_of(model: eqx.Module, lora: Lora) -> tuple[str, ...]:
     - `lora`: the adapter.
     """
     changes = lora.changes.get(network_kind("merge", model), {})
-    if len(effective_changes(model, lora)) == len(changes):
+    left_out = changes.keys() - effective_changes(model, lora).keys()
+    if not left_out:
         return ()
+    if isinstance(model, Chroma):
+        return (
+            f"{len(left_out)} of its weights are left out, as {min(left_out)}: Chroma has no "
+            "layers for modulation, time, pooled text and guidance, so they have no effect.",
+        )
     return (
         "Its guidance_in is left out: this network, as schnell, takes no guidance, so it has no "
         "effect.",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.chroma_names import TRANSFORMER_BFL, TRANSFORMER_DIFFUSERS
 from fluxjax.checkpoint.dialect import Dialect, Row
 
 
@@ -104,8 +105,8 @@ def _with_processor_names(dialect: Dialect) -> Dialect:
     return Dialect("diffusers", "", tuple(rows))
 
 
-_BFL = tables.FLUX_BFL
-_DIFFUSERS = _with_processor_names(tables.FLUX_DIFFUSERS)
+_BFL = TRANSFORMER_BFL
+_DIFFUSERS = _with_processor_names(TRANSFORMER_DIFFUSERS)
 _CLIP, _T5 = tables.CLIP_TRANSFORMERS, tables.T5_TRANSFORMERS
 # Where two entries share a name, the first one counts.
 _FORMATS: tuple[NameFormat, ...] = (

@@ -10,12 +10,14 @@ from fluxjax.nets.weight import Dense, Weight
 LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices whose rows are looked up, so they are never multiplied by activations."""
 
-_ADAPTED = ("flux", "controlnet", "clip", "t5")
+TRANSFORMER = "flux"
+"""The name under which adapters change a transformer, also Chroma's."""
+_ADAPTED = (TRANSFORMER, "controlnet", "clip", "t5")
 """The networks that adapters can be attached to; formats of files have names for some of them."""
 
 
 def network_kind(call: str, model: eqx.Module) -> str:
-    """Return which network this is: "flux", "clip" or "t5".
+    """Return which network this is for adapters: "flux" for any transformer, "clip" or "t5".
 
     **Arguments:**
 
@@ -24,11 +26,11 @@ def network_kind(call: str, model: eqx.Module) -> str:
 
     **Raises:** `ValueError` for anything else.
     """
-    for name, kind in KINDS.items():
-        if name in _ADAPTED and isinstance(model, kind.network):
-            return name
+    for kind in KINDS.values():
+        if kind.role in _ADAPTED and isinstance(model, kind.network):
+            return kind.role
     raise ValueError(
-        f"`{call}` needs a Flux, Clip or T5, got {type(model).__name__}. "
+        f"`{call}` needs a Flux, Chroma, Clip or T5, got {type(model).__name__}. "
         "Pass one network at a time."
     )
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint import names as tables
+from fluxjax.checkpoint.chroma_names import TRANSFORMER_BFL, TRANSFORMER_DIFFUSERS
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
@@ -32,12 +33,12 @@ FORMATS = ("peft", "kohya")
 """The formats that adapters are written in."""
 
 _KOHYA = {
-    "flux": ("lora_unet_", tables.FLUX_BFL),
+    "flux": ("lora_unet_", TRANSFORMER_BFL),
     "clip": ("lora_te1_", tables.CLIP_TRANSFORMERS),
     "t5": ("lora_te3_", tables.T5_TRANSFORMERS),
 }
 _PEFT = {
-    "flux": ("transformer.", tables.FLUX_DIFFUSERS),
+    "flux": ("transformer.", TRANSFORMER_DIFFUSERS),
     "clip": ("text_encoder.", tables.CLIP_TRANSFORMERS),
     "t5": ("text_encoder_2.", tables.T5_TRANSFORMERS),
 }

@@ -6,13 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.nets.flux_config import FluxConfig
+from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import JointAttention
 from fluxjax.shapes import Array, Bool
 
 
 class DegradedBlocks(eqx.Module):
-    """Which blocks of a `Flux` are degraded: they are skipped, or use another attention.
+    """Which blocks of a transformer are degraded: they are skipped, or use another attention.
 
     `double`, `single`: flags, one for each block. `attention`: of the flagged blocks; None skips
     them.
@@ -26,7 +26,7 @@ class DegradedBlocks(eqx.Module):
 
     def __init__(
         self,
-        config: FluxConfig,
+        config: BlockConfig,
         *,
         double: Sequence[int] = (),
         single: Sequence[int] = (),

@@ -1,76 +1,42 @@
 """The FLUX transformer: a velocity dx/dt of noisy image tokens, text and time."""
 
-from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.nets.degraded import DegradedBlocks
-from fluxjax.nets.flux_attention import AttentionChoice, block_attention, block_runner
-from fluxjax.nets.flux_blocks import DoubleBlock, FinalLayer, ImageAndText, Mlp, SingleBlock
+from fluxjax.nets.flux_blocks import DoubleBlock, FinalLayer, Mlp, SingleBlock
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.flux_control import (
-    ControlResiduals,
-    add_after_double,
-    add_after_single,
-    check_residuals,
-)
 from fluxjax.nets.flux_prepare import (
     Embedders,
     block_modulation,
     check_distilled_scale,
     check_widths,
+    checked_length,
     in_wide_dtype,
     joint_rotation,
-    without_modulation,
 )
-from fluxjax.nets.flux_state import HiddenState, ImgStates, Modulation, Prepared, Times
-from fluxjax.nets.image_prompt import ImagePrompt, check_image_prompts
+from fluxjax.nets.flux_state import Modulation, Prepared, Times, TxtLength
 from fluxjax.nets.layers import Linear
-from fluxjax.nets.scan import scan_blocks
-from fluxjax.nets.stack import block_at, stack
+from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
+from fluxjax.nets.transformer import (
+    AbstractTransformer,
+    FluxOptions,
+    ImgIds,
+    ImgTokens,
+    ImgVelocity,
+    Pooled,
+    TxtIds,
+    TxtStates,
+)
 from fluxjax.shapes import Array, Float, PRNGKeyArray, ScalarLike
 
-ImgTokens = Float[Array, "img_tokens in_channels"]
-"""A packed noisy latent."""
-ImgVelocity = Float[Array, "img_tokens out_channels"]
-"""dx/dt of each token."""
-TxtStates = Float[Array, "txt_tokens context"]
-"""Hidden states of T5, one per token."""
-Pooled = Float[Array, " pooled"]
-"""The pooled state of CLIP."""
-ImgIds = Float[Array, "img_tokens axes"]
-TxtIds = Float[Array, "txt_tokens axes"]
 
-
-class FluxOptions(TypedDict, total=False):
-    """How a `Flux` computes its velocity; what is left out keeps the default.
-
-    `attention`: the name of an implementation of `fluxjax.attention`, an `Attention`, which has
-    block sizes too, or a custom function over the text's and the image's tokens. `degraded`: blocks
-    to skip, or to run with another attention. `control`: residuals of ControlNets, each of which is
-    added after its blocks, skipped ones too. `image_prompts`: of IP-Adapters, which blocks attend
-    to as well; those that are skipped do not. `dtype`: of the activations, by default that of
-    `txt`, so that a float32 sampler can run a bfloat16 network. `remat`: for a gradient, keep only
-    the input of each block and compute the block again: a third more work, and the memory of one
-    block.
-    """
-
-    attention: AttentionChoice
-    degraded: DegradedBlocks | None
-    control: Sequence[ControlResiduals]
-    image_prompts: Sequence[ImagePrompt]
-    dtype: DTypeLike | None
-    remat: bool
-
-
-class Flux(eqx.Module):
+class Flux(AbstractTransformer):
     """The transformer, blocks stacked.
 
     It takes one example. `eqx.filter_jit(eqx.filter_vmap(flux))` takes a batch.
@@ -110,7 +76,7 @@ class Flux(eqx.Module):
         self.single = stack(
             lambda key: SingleBlock(config, key=key), config.single_depth, key=single
         )
-        self.final = FinalLayer(config, key=final)
+        self.final = FinalLayer(width, config.out_channels, key=final)
 
     def __repr__(self) -> str:
         # Equinox's own has a line for each array.
@@ -127,6 +93,7 @@ class Flux(eqx.Module):
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
+        txt_length: TxtLength | int | None = None,
         **options: Unpack[FluxOptions],
     ) -> ImgVelocity:
         """Return the velocity dx/dt of the image tokens at time t.
@@ -134,7 +101,9 @@ class Flux(eqx.Module):
         **Arguments:** `x`: packed noisy latent. `t`: in [0, 1], where 1 is noise. `txt`: hidden
         states of T5. `vec`: pooled state of CLIP. `img_ids`, `txt_ids`: positions; those of the
         text are zeros by default. `guidance`: distilled guidance scale, unscaled (3.5), if and only
-        if the config has `guidance_embed`. `options`: those of `FluxOptions`.
+        if the config has `guidance_embed`. `txt_length`: how many of the text's tokens are attended
+        to, for models that were trained without its padding; None for all of them, as FLUX.1.
+        `options`: those of `FluxOptions`.
         **Returns:** dx/dt in the dtype of `x`.
         **Raises:** `ValueError` if guidance is missing, or is not taken, or if a width is not that
         of the config.
@@ -148,6 +117,7 @@ class Flux(eqx.Module):
             img_ids=img_ids,
             txt_ids=txt_ids,
             guidance=guidance,
+            txt_length=txt_length,
             dtype=options.get("dtype"),
             remat=options.get("remat", False),
         )
@@ -167,10 +137,11 @@ class Flux(eqx.Module):
         times: Times,
         *,
         txt: TxtStates,
-        vec: Pooled,
+        vec: Pooled | None = None,
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
+        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Prepared:
@@ -183,8 +154,13 @@ class Flux(eqx.Module):
         call of the network.
         **Raises:** `ValueError` as for a call of the network.
         """
+        if vec is None:
+            raise ValueError(
+                "`Flux` reads a pooled text, and got vec=None. Pass the pooled state of CLIP."
+            )
         check_widths("Flux", self.config, txt=txt, vec=vec, img_ids=img_ids)
         check_distilled_scale("Flux", guidance, taken=self.config.guidance_embed)
+        length = checked_length("Flux", txt_length, len(txt))
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
@@ -194,120 +170,14 @@ class Flux(eqx.Module):
         conditioning = embedders(times, vec.astype(dtype), guidance, self.config.time_width)
         modulation = Modulation(
             *block_modulation(self.double, self.single, conditioning, remat),
-            self.final.modulation(conditioning),
+            _final_modulation(self.final, conditioning),
         )
-        return Prepared(times, self.txt_in(txt.astype(dtype)), rotation, modulation)
+        tokens = self.txt_in(txt.astype(dtype))
+        return Prepared(times, tokens, rotation, modulation, txt_length=length)
 
-    def with_image_prompts(self, prepared: Prepared, prompts: Sequence[ImagePrompt]) -> Prepared:
-        """Return what was prepared, with image prompts that the blocks attend to as well.
 
-        **Arguments:** `prepared`: from `prepare`. `prompts`: of IP-Adapters.
-        **Raises:** `ValueError` for prompts that were made for other blocks.
-        """
-        check_image_prompts(self.config, prompts)
-        return prepared._replace(image_prompts=tuple(prompts))
-
-    @convert_arguments
-    def velocity(
-        self,
-        x: ImgTokens,
-        t: ScalarLike,
-        prepared: Prepared,
-        *,
-        attention: AttentionChoice = None,
-        degraded: DegradedBlocks | None = None,
-        control: Sequence[ControlResiduals] = (),
-        remat: bool = False,
-    ) -> ImgVelocity:
-        """Return the velocity at one of the times that were prepared.
-
-        **Arguments:** `prepared`: from `prepare`. The others are as for a call of the network.
-        **Returns:** dx/dt in the dtype of `x`; NaN at any other time.
-        """
-        hidden = self.embed(x, t, prepared)
-        img = self.blocks(
-            hidden, attention=attention, degraded=degraded, control=control, remat=remat
-        )
-        return self.predict(img, hidden).astype(x.dtype)
-
-    def predict(self, img: ImgStates, hidden: HiddenState) -> ImgVelocity:
-        """Return the prediction from the image's tokens after the blocks.
-
-        **Arguments:** `hidden`: from `embed`.
-        """
-        modulation = hidden.modulation.final
-        assert modulation is not None  # `prepare` computes it
-        return self.final(img, modulation)
-
-    def embed(
-        self,
-        x: ImgTokens,
-        t: ScalarLike,
-        prepared: Prepared,
-    ) -> HiddenState:
-        """Return the input of the blocks.
-
-        **Arguments:** as for `velocity`.
-        **Raises:** `ValueError` if the width of `x` is not that of the config.
-        """
-        check_widths("Flux", self.config, x=x)
-        img = self.img_in(x.astype(prepared.txt.dtype))
-        return HiddenState(
-            img, prepared.txt, prepared.at(t), prepared.rotation, prepared.image_prompts
-        )
-
-    def first(
-        self,
-        hidden: HiddenState,
-        *,
-        attention: AttentionChoice = None,
-    ) -> ImageAndText:
-        """Return the image's and the text's tokens after the first double block."""
-        block = block_at(self.double, 0)
-        in_double, _ = hidden.prompts_in_blocks()
-        modulation, prompts = block_at((hidden.modulation.double, in_double), 0)
-        tokens = (hidden.img, hidden.txt)
-        return block(tokens, modulation, block_attention(attention, hidden), prompts)
-
-    def blocks(
-        self,
-        hidden: HiddenState,
-        *,
-        attention: AttentionChoice = None,
-        degraded: DegradedBlocks | None = None,
-        control: Sequence[ControlResiduals] = (),
-        start: int = 0,
-        remat: bool = False,
-    ) -> ImgStates:
-        """Return the image's tokens after the blocks.
-
-        **Arguments:** `hidden`: from `embed`. `start`: number of the first double block to run;
-        what is added after those before it is in `hidden`. The others are as for a call of the
-        network.
-        """
-        run_double = run_single = block_runner(hidden, attention, degraded)
-        in_double, in_single = hidden.prompts_in_blocks()
-        double_inputs: tuple[PyTree, ...] = (hidden.modulation.double, in_double)
-        single_inputs: tuple[PyTree, ...] = (hidden.modulation.single, in_single)
-        if degraded is not None:
-            # Without flags the program has no branches.
-            double_inputs += (degraded.double,)
-            single_inputs += (degraded.single,)
-        if control:
-            check_residuals(hidden.img, control)
-            config, txt_tokens = self.config, len(hidden.txt)
-            run_double, numbers = add_after_double(run_double, control, config.double_depth)
-            double_inputs += (numbers,)
-            run_single, numbers = add_after_single(
-                run_single, control, config.single_depth, txt_tokens
-            )
-            single_inputs += (numbers,)
-        double, single = without_modulation(self.double, self.single)
-        tokens = (hidden.img, hidden.txt)
-        img, txt = scan_blocks(
-            double, tokens, run_double, inputs=double_inputs, start=start, remat=remat
-        )
-        # From here on text and image are one sequence, of which the image is kept in the end.
-        joint = jnp.concatenate([txt, img])
-        joint = scan_blocks(single, joint, run_single, inputs=single_inputs, remat=remat)
-        return joint[len(hidden.txt) :]
+def _final_modulation(
+    final: FinalLayer, conditioning: Float[Array, "times width"]
+) -> Float[Array, "times two_width"]:
+    assert final.modulation is not None  # only in Chroma it is elsewhere
+    return final.modulation(conditioning)

@@ -1,7 +1,9 @@
 """The attention that the blocks of a FLUX transformer call, and blocks that are degraded."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -9,7 +11,7 @@ from jaxtyping import PyTree
 from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.nets.degraded import DegradedBlocks
 from fluxjax.nets.flux_blocks import Attended, BlockAttention
-from fluxjax.nets.flux_state import HiddenState
+from fluxjax.nets.flux_state import HiddenState, TxtLength
 from fluxjax.nets.heads import (
     JointAttention,
     PreparedRotation,
@@ -71,20 +73,40 @@ def block_attention(
 ) -> BlockAttention:
     """Return the joint attention of these tokens: q and k normalized and rotated, heads joined."""
     rotation = prepare_rotation(hidden.rotation)
-    return partial(_attend, attention, rotation, len(hidden.txt))
+    text = _Text(len(hidden.txt), hidden.txt_length)
+    if text.length is not None:
+        _check_takes_length(attention)
+    return partial(_attend, attention, rotation, text)
+
+
+class _Text(NamedTuple):
+    """The text's tokens, which come first: their number, and how many are attended to."""
+
+    tokens: int
+    length: TxtLength | None
+
+
+def _check_takes_length(attention: AttentionChoice) -> None:
+    """**Raises:** `ValueError` for a custom function that can't leave out padding of the text."""
+    if not callable(attention):
+        return
+    try:
+        inspect.signature(attention).bind(*["q", "k", "v", "txt_tokens", "txt_length"])
+    except TypeError as error:
+        raise ValueError(
+            "This model's text has padding that is not attended to, and the custom attention takes "
+            "no number of text tokens. Give it a fifth argument: (q, k, v, txt_tokens, txt_length)."
+        ) from error
 
 
 def _attend(
     attention: AttentionChoice,
     rotation: PreparedRotation,
-    txt_tokens: int,
+    text: _Text,
     width: int,
     *projections: Projection,
 ) -> Attended:
-    """Attend over the tokens of all projections; see `BlockAttention`.
-
-    **Arguments:** `txt_tokens`: how many of the tokens are the text's, which come first.
-    """
+    """Attend over the tokens of all projections; see `BlockAttention`."""
     tokens = sum(len(projection.projected) for projection in projections)
     head_dim = len(projections[0].query_norm.scale)
     dtype = projections[0].projected.dtype
@@ -94,5 +116,6 @@ def _attend(
     fused = resolve_implementation(attention, shape, shape) == "flash_tpu"
     q, k, v = query_key_value(projections, rotation, width, fused=fused)
     run = attention if callable(attention) else Attention(attention)
-    values = run(q, k, v, txt_tokens)
-    return join_heads(values)
+    if text.length is None:
+        return join_heads(run(q, k, v, text.tokens))
+    return join_heads(run(q, k, v, text.tokens, text.length))

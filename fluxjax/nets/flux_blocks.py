@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.flux_config import FluxConfig, TransformerConfig
+from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import Projection
 from fluxjax.nets.image_prompt import BlockPrompt, add_after_block, add_to_attention
 from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, modulate
@@ -81,23 +81,26 @@ class Mlp(eqx.Module):
 class Stream(eqx.Module):
     """The layers of a double block that belong to one modality: the image or the text.
 
-    `modulation`: from the conditioning vector to six vectors. `qkv`: to queries, keys and values of
-    all heads. `query_norm`, `key_norm`: over the features of a head. `out`: of the attention.
+    `modulation`: from the conditioning vector to six vectors; None where they are computed
+    elsewhere, as in Chroma. `qkv`: to queries, keys and values of all heads. `query_norm`,
+    `key_norm`: over the features of a head. `out`: of the attention.
     """
 
-    modulation: Linear
+    modulation: Linear | None
     qkv: Linear
     query_norm: RmsNorm
     key_norm: RmsNorm
     out: Linear
     mlp: Mlp
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
-        """Make the layers of one block, with random weights."""
+    def __init__(self, config: BlockConfig, *, modulated: bool = True, key: PRNGKeyArray):
+        """Make the layers of one block, with random weights. `modulated`: with `modulation`."""
         modulation, qkv, out, mlp = jax.random.split(key, 4)
         width = config.width
-        # adaLN-zero: the gates of a new block are zeros, so that it is the identity.
-        self.modulation = Linear(width, 6 * width, scale=0, key=modulation)
+        self.modulation = None
+        if modulated:
+            # adaLN-zero: the gates of a new block are zeros, so that it is the identity.
+            self.modulation = Linear(width, 6 * width, scale=0, key=modulation)
         self.qkv = Linear(width, 3 * width, key=qkv)
         self.query_norm = RmsNorm(config.head_dim)
         self.key_norm = RmsNorm(config.head_dim)
@@ -137,11 +140,11 @@ class DoubleBlock(eqx.Module):
     img: Stream
     txt: Stream
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
-        """Make one block, with random weights."""
+    def __init__(self, config: BlockConfig, *, modulated: bool = True, key: PRNGKeyArray):
+        """Make one block, with random weights. `modulated`: with the layers of its modulation."""
         img, txt = jax.random.split(key)
-        self.img = Stream(config, key=img)
-        self.txt = Stream(config, key=txt)
+        self.img = Stream(config, modulated=modulated, key=img)
+        self.txt = Stream(config, modulated=modulated, key=txt)
 
     def __call__(
         self,
@@ -174,24 +177,26 @@ class DoubleBlock(eqx.Module):
 class SingleBlock(eqx.Module):
     """Text and image tokens as one sequence, with attention and MLP in parallel.
 
-    `modulation`: from the conditioning vector to shift, scale and gate. `linear1`: to q, k and v of
-    all heads and the hidden features of the MLP. `linear2`: of the attention's output and the
-    hidden features.
+    `modulation`: from the conditioning vector to shift, scale and gate; None as in `Stream`.
+    `linear1`: to q, k and v of all heads and the hidden features of the MLP. `linear2`: of the
+    attention's output and the hidden features.
     **Source:** Dehghani et al. 2023, section 2.
     """
 
-    modulation: Linear
+    modulation: Linear | None
     linear1: Linear
     query_norm: RmsNorm
     key_norm: RmsNorm
     linear2: Linear
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
-        """Make one block, with random weights."""
+    def __init__(self, config: BlockConfig, *, modulated: bool = True, key: PRNGKeyArray):
+        """Make one block, with random weights. `modulated`: with `modulation`."""
         modulation, first, second = jax.random.split(key, 3)
         width, hidden = config.width, config.mlp_width
-        # adaLN-zero, as in `Stream`.
-        self.modulation = Linear(width, 3 * width, scale=0, key=modulation)
+        self.modulation = None
+        if modulated:
+            # adaLN-zero, as in `Stream`.
+            self.modulation = Linear(width, 3 * width, scale=0, key=modulation)
         self.linear1 = Linear(width, 3 * width + hidden, key=first)
         self.query_norm = RmsNorm(config.head_dim)
         self.key_norm = RmsNorm(config.head_dim)
@@ -225,17 +230,20 @@ class SingleBlock(eqx.Module):
 class FinalLayer(eqx.Module):
     """Modulate the tokens, then project them to the output channels.
 
-    `modulation`: from the conditioning vector to shift and scale.
+    `modulation`: from the conditioning vector to shift and scale; None as in `Stream`.
     """
 
-    modulation: Linear
+    modulation: Linear | None
     linear: Linear
 
-    def __init__(self, config: FluxConfig, *, key: PRNGKeyArray):
+    def __init__(self, width: int, out: int, *, modulated: bool = True, key: PRNGKeyArray):
+        """Make the layer. `out`: channels that are predicted. `modulated`: with `modulation`."""
         modulation, linear = jax.random.split(key)
         # Zeros: a new network predicts a velocity of zero.
-        self.modulation = Linear(config.width, 2 * config.width, scale=0, key=modulation)
-        self.linear = Linear(config.width, config.out_channels, scale=0, key=linear)
+        self.modulation = None
+        if modulated:
+            self.modulation = Linear(width, 2 * width, scale=0, key=modulation)
+        self.linear = Linear(width, out, scale=0, key=linear)
 
     def __call__(
         self,

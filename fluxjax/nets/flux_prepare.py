@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from fluxjax.nets.flux_blocks import DoubleBlock, DoubleModulation, Mlp, SingleBlock
-from fluxjax.nets.flux_config import TransformerConfig
-from fluxjax.nets.flux_state import Times
+from fluxjax.nets.flux_config import BlockConfig, TransformerConfig
+from fluxjax.nets.flux_state import Times, TxtLength
 from fluxjax.nets.layers import Linear, Rotation, rope, sinusoid
 from fluxjax.nets.scan import map_blocks
 from fluxjax.nets.stack import map_part
@@ -60,7 +60,7 @@ class Embedders(NamedTuple):
 
 
 def joint_rotation(
-    config: TransformerConfig,
+    config: BlockConfig,
     txt_ids: Float[Array, "txt_tokens axes"],
     img_ids: Float[Array, "img_tokens axes"],
     dtype: DTypeLike,
@@ -100,9 +100,13 @@ def without_modulation(double: PyTree, single: PyTree) -> tuple[PyTree, PyTree]:
     """Return blocks without the layers of `block_modulation`, so that no loop fetches them."""
 
     def double_part(block: DoubleBlock) -> DoubleBlock:
+        if block.img.modulation is None:
+            return block
         return eqx.tree_at(_double_layers, block, (None, None))
 
     def single_part(block: SingleBlock) -> SingleBlock:
+        if block.modulation is None:
+            return block
         return eqx.tree_at(_single_layer, block, None)
 
     return map_part(double, double_part), map_part(single, single_part)
@@ -114,7 +118,7 @@ def in_wide_dtype(value: Array | ScalarLike) -> Float[Array, "*shape"]:
     return array.astype(wide_dtype(array.dtype))
 
 
-def check_widths(call: str, config: TransformerConfig, **inputs: Array) -> None:
+def check_widths(call: str, config: BlockConfig, **inputs: Array) -> None:
     """Check that the last axis of each input fits the config.
 
     **Arguments:** `call`: the network that got them, for the message. `inputs`: by the name of the
@@ -124,9 +128,10 @@ def check_widths(call: str, config: TransformerConfig, **inputs: Array) -> None:
     widths = {
         "x": config.in_channels,
         "txt": config.context,
-        "vec": config.pooled,
         "img_ids": len(config.rope_axes),
     }
+    if isinstance(config, TransformerConfig):
+        widths["vec"] = config.pooled
     problems = []
     for name, value in inputs.items():
         if value.shape[-1] != widths[name]:
@@ -154,9 +159,24 @@ def check_distilled_scale(call: str, guidance: ScalarLike | None, *, taken: bool
         )
 
 
-def _double_layers(block: DoubleBlock) -> tuple[Linear, Linear]:
+def checked_length(call: str, length: TxtLength | int | None, txt_tokens: int) -> TxtLength | None:
+    """Return how many text tokens are attended to, as an array; None for all of them.
+
+    **Arguments:** `call`: the network that got it, for the message. `txt_tokens`: of the text.
+    **Raises:** `ValueError` for a Python number outside of 0 to `txt_tokens`.
+    """
+    if length is None:
+        return None
+    if isinstance(length, int) and not 0 <= length <= txt_tokens:
+        raise ValueError(
+            f"`{call}(txt_length)` is 0 to {txt_tokens}, the number of text tokens, got {length}."
+        )
+    return jnp.asarray(length, jnp.int32)
+
+
+def _double_layers(block: DoubleBlock) -> tuple[Linear | None, Linear | None]:
     return block.img.modulation, block.txt.modulation
 
 
-def _single_layer(block: SingleBlock) -> Linear:
+def _single_layer(block: SingleBlock) -> Linear | None:
     return block.modulation

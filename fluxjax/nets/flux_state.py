@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from fluxjax.nets.flux_blocks import DoubleModulation
 from fluxjax.nets.image_prompt import BlockPrompt, ImagePrompt
 from fluxjax.nets.layers import Rotation
-from fluxjax.shapes import Array, Float, ScalarLike
+from fluxjax.shapes import Array, Float, Int, ScalarLike
 
 ImgStates = Float[Array, "img_tokens width"]
 """Hidden states of the image's tokens."""
 Times = Float[Array, " times"]
+TxtLength = Int[Array, "*prompts"]
+"""How many of a text's tokens are attended to; the others, which come last, are padding."""
 
 
 class Modulation(NamedTuple):
@@ -31,7 +33,8 @@ class Prepared(NamedTuple):
 
     `times`: those that were prepared. `txt`: the embedded text tokens. `rotation`: of the text's
     and the image's tokens. `modulation`: at each of the times. `image_prompts`: keys and values
-    that the blocks attend to as well.
+    that the blocks attend to as well. `txt_length`: how many text tokens are attended to; None for
+    all of them. Where the text is of two prompts, as for `Nag`, it is two numbers.
     """
 
     times: Times
@@ -39,6 +42,7 @@ class Prepared(NamedTuple):
     rotation: Rotation
     modulation: Modulation
     image_prompts: tuple[ImagePrompt, ...] = ()
+    txt_length: TxtLength | None = None
 
     def at(self, t: ScalarLike) -> Modulation:
         """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
@@ -57,6 +61,7 @@ class HiddenState(NamedTuple):
     modulation: Modulation
     rotation: Rotation
     image_prompts: tuple[ImagePrompt, ...] = ()
+    txt_length: TxtLength | None = None
 
     def prompts_in_blocks(self) -> tuple[tuple[BlockPrompt, ...], tuple[BlockPrompt, ...]]:
         """Return the image prompts in the double and in the single blocks, for loops over them."""

@@ -15,8 +15,12 @@ from fluxjax.shapes import Array, Float
 Heads = Float[Array, "tokens heads head_dim"]
 """The features of tokens, as those of each head."""
 QueryKeyValue = tuple[Heads, Heads, Heads]
-JointAttention = Callable[[Heads, Heads, Heads, int], Heads]
-"""(q, k, v, txt_tokens) -> values: an attention over the text's tokens, then the image's."""
+JointAttention = Callable[..., Heads]
+"""(q, k, v, txt_tokens) -> values: an attention over the text's tokens, then the image's.
+
+One that takes a fifth argument, the number of text tokens that are attended to, also serves texts
+with padding.
+"""
 KernelRotation = tuple[Array, Array]
 """A rotation as the fused kernel takes it: one factor for a feature, one for its neighbour."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.flux_config import TransformerConfig
+from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import Projection, normalized_queries
 from fluxjax.nets.layers import join_heads
 from fluxjax.numeric import wide_dtype
@@ -153,7 +153,7 @@ def add_after_block(
     return img
 
 
-def check_image_prompts(config: TransformerConfig, prompts: Sequence[ImagePrompt]) -> None:
+def check_image_prompts(config: BlockConfig, prompts: Sequence[ImagePrompt]) -> None:
     """**Raises:** `ValueError` for prompts of another transformer's blocks or heads."""
     heads = (config.heads, config.head_dim)
     for prompt in prompts:

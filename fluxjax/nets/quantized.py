@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
-from fluxjax.nets.stack import is_stacked, path_name
+from fluxjax.nets.stack import is_rounded, path_name
 from fluxjax.nets.weight import Dense, LocalWeight, Weight, product_dtype
 from fluxjax.shapes import Array, Float, Int
 
@@ -109,9 +109,9 @@ def quantize(
 
     Embedders, norms, biases and everything outside of the blocks are kept as they are.
 
-    **Arguments:** `network`: a `Flux` or `T5`; merge adapters before, or attach them after.
-    `format`: "int8" or "fp8" (e4m3). `donate`: free each matrix once it is quantized, after which
-    `network` can't be used.
+    **Arguments:** `network`: a `Flux`, `Chroma` or `T5`; merge adapters before, or attach them
+    after. `format`: "int8" or "fp8" (e4m3). `donate`: free each matrix once it is quantized, after
+    which `network` can't be used.
     **Raises:** `ValueError` for another format, or a network without blocks of plain matrices.
     """
     dtype = eight_bit_dtype(format)
@@ -119,7 +119,7 @@ def quantize(
 
     def quantize_node(path: KeyPath, node: PyTree) -> PyTree:
         name = path_name(path)
-        if not isinstance(node, Weight) or not is_stacked(name):
+        if not isinstance(node, Weight) or not is_rounded(name):
             return node
         quantized_names.append(name)
         return _quantize_weight(node, dtype, donate)
@@ -128,7 +128,7 @@ def quantize(
     if not quantized_names:
         raise ValueError(
             "`quantize(network)` rounds plain matrices of blocks, and a "
-            f"{type(network).__name__} has none. Pass a Flux or T5."
+            f"{type(network).__name__} has none. Pass a Flux, Chroma or T5."
         )
     return result
 

@@ -14,7 +14,14 @@ from fluxjax.shapes import Array, Int, PRNGKeyArray
 Block = TypeVar("Block")
 Network = TypeVar("Network", bound=eqx.Module)
 
-_STACKED = ("double", "single", "blocks", "double_residual", "single_residual")
+_STACKED = (
+    "double",
+    "single",
+    "blocks",
+    "double_residual",
+    "single_residual",
+    "approximator",
+)
 """The fields of the networks that hold stacked blocks; everything else asks `is_stacked`."""
 
 
@@ -148,6 +155,17 @@ def is_stacked(name: str) -> bool:
     **Arguments:** `name`: as of `path_name`; of an array, or of a field of the network.
     """
     return name.partition(".")[0] in _STACKED
+
+
+def is_rounded(name: str) -> bool:
+    """Return whether the matrices of what has this name are rounded where blocks are quantized.
+
+    Chroma's approximator is stacked as well, but it runs once for a whole sampling, and what it
+    gives modulates every block.
+
+    **Arguments:** `name`: as for `is_stacked`.
+    """
+    return is_stacked(name) and not name.startswith("approximator.")
 
 
 def block_name(leaf: str, block: int) -> str:

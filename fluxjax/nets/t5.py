@@ -88,24 +88,25 @@ class T5Block(eqx.Module):
         x: States,
         bias: PositionBias,
         dtype: DTypeLike,
+        length: Int[Array, ""] | None = None,
     ) -> States:
         """Return the residual stream after this block.
 
         **Arguments:** `x`: the residual stream, in float32 at least. `bias`: of relative positions.
-        `dtype`: of the activations.
+        `dtype`: of the activations. `length`: tokens that are attended to; None for all.
         """
-        x = x + self._attend(self.norm1(x, dtype), bias).astype(x.dtype)
+        x = x + self._attend(self.norm1(x, dtype), bias, length).astype(x.dtype)
         y = self.norm2(x, dtype)
         hidden = gelu(self.gate(y)) * self.up(y)
         # The output of `down` overflows float16: it is computed in the residual stream's dtype.
         return x + self.down(hidden.astype(x.dtype))
 
-    def _attend(self, x: States, bias: PositionBias) -> States:
+    def _attend(self, x: States, bias: PositionBias, length: Int[Array, ""] | None) -> States:
         q = split_heads(self.q(x), self.head_dim)
         k = split_heads(self.k(x), self.head_dim)
         v = split_heads(self.v(x), self.head_dim)
         # Only xla takes a bias on every platform. T5 does not scale its scores.
-        attended = attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
+        attended = attention(q, k, v, bias=bias, scale=1.0, key_length=length, implementation="xla")
         return self.out(join_heads(attended))
 
 
@@ -142,15 +143,17 @@ class T5(eqx.Module):
         self,
         ids: Tokens,
         *,
+        length: Int[Array, ""] | int | None = None,
         dtype: DTypeLike | None = None,
     ) -> States:
-        """Return the hidden state of every token. Padding is not masked, as in FLUX.
+        """Return the hidden state of every token. By default padding is not masked, as in FLUX.
 
-        **Arguments:** `ids`: token ids, padded with 0. `dtype`: of the activations, by default that
+        **Arguments:** `ids`: token ids, padded with 0. `length`: tokens from there on are padding,
+        which no token attends to; None masks nothing. `dtype`: of the activations, by default that
         of the weights. The residual stream is float32 at least, since it overflows float16.
-        **Returns:** the hidden states in `dtype`.
+        **Returns:** the hidden states in `dtype`, of padding too.
         **Raises:** `ValueError` for no ids, or ids outside of the vocabulary; traced ids outside of
-        it give NaN.
+        it give NaN; for a length that is a Python number outside of 1 to the number of ids.
         """
         check_ids("T5", ids, self.config.vocabulary)
         dtype = self.tokens.weight.dtype if dtype is None else dtype
@@ -159,7 +162,10 @@ class T5(eqx.Module):
         buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
         bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
         x = self.tokens(ids, wide)
-        x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype))
+        if isinstance(length, int) and not 1 <= length <= len(ids):
+            raise ValueError(f"`T5(length)` is 1 to {len(ids)}, the number of ids, got {length}.")
+        keys = None if length is None else jnp.asarray(length, jnp.int32)
+        x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype, keys))
         return self.norm(x, dtype)
 
 

@@ -24,7 +24,7 @@ CONFIG = T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width
         (["lycoris_double_blocks_0_img_attn_qkv.lokr_w1"], "is a LoRA, not a model"),
         (["model.diffusion_model.input_blocks.1.0.weight"], "Stable Diffusion 1, 2 or XL"),
         (["double_stream_modulation_img.lin.weight", "txt_in.weight"], "FLUX.2"),
-        (["distilled_guidance_layer.in_proj.weight"], "Chroma"),
+        (["distilled_guidance_layer.in_proj.weight", "nerf_blocks.0.norm.scale"], "Radiance"),
         (["joint_blocks.0.context_block.attn.qkv.weight"], "Stable Diffusion 3"),
         (["something.else"], "holds no network of FLUX: found something"),
     ],

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from layouts import random_network
 
-from fluxjax import FluxConfig, load_flux
+from fluxjax import Flux, FluxConfig, load_flux
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.members import described_variant, member_of_file, member_of_source
@@ -13,6 +14,17 @@ from fluxjax.nets import widen_input
 from fluxjax.zoo import ZOO
 
 DEV = FluxConfig.dev()
+SMALL = FluxConfig(
+    width=32,
+    heads=2,
+    double_depth=1,
+    single_depth=1,
+    mlp_width=128,
+    context=12,
+    pooled=6,
+    rope_axes=(4, 6, 6),
+)
+TITLES = {"openflux": "OpenFLUX", "libreflux": "LibreFLUX"}
 CONTROL = replace(DEV, in_channels=128)
 FILL = replace(DEV, in_channels=384)
 
@@ -33,6 +45,13 @@ FILL = replace(DEV, in_channels=384)
         ("kontextual.safetensors", DEV, None),
         ("kontext/models/flux1-dev.safetensors", DEV, None),
         ("kontext.safetensors", FluxConfig.schnell(), None),
+        ("any.safetensors", FluxConfig.lite(), "lite"),
+        ("OpenFLUX.1.safetensors", FluxConfig.schnell(), "openflux"),
+        ("LibreFLUX/transformer/a.safetensors", FluxConfig.schnell(), "libreflux"),
+        ("openflux.safetensors", DEV, None),
+        ("flux-dev-de-distill-Q8_0.gguf", DEV, "de-distilled"),
+        ("flux_dedistilled.safetensors", FluxConfig.schnell(), "de-distilled"),
+        ("flux-dev-distilled.safetensors", DEV, None),
         (
             "models--black-forest-labs--FLUX.1-Kontext-dev/snapshots/0a/transformer/a.safetensors",
             DEV,
@@ -55,6 +74,24 @@ def test_the_cache_of_the_hub_names_files_by_their_hash(tmp_path):
     assert described_variant(link, CONTROL) == "Depth"
     assert described_variant(link, replace(CONTROL, double_depth=2)) == "Depth, of another size"
     assert described_variant(link, DEV) == "dev"
+
+
+def test_models_without_an_effective_distilled_scale_have_true_guidance_by_default(tmp_path):
+    flux = random_network(Flux, replace(SMALL, guidance_embed=False))
+    for name, member, cfg in (
+        ("OpenFLUX.1", "openflux", 3.5),
+        ("LibreFLUX", "libreflux", 4.0),
+        ("flux-de-distilled", "de-distilled", 3.5),
+        ("other", None, 1.0),
+    ):
+        save(flux, tmp_path / name, to="diffusers")
+        defaults = load_defaults(tmp_path / name)
+        assert (defaults.cfg, defaults.guidance) == (cfg, None)
+        network = inspect_weights(tmp_path / name).networks[0]
+        expected = "schnell" if member is None else TITLES.get(member, "De-distilled")
+        assert network.variant == f"{expected}, of another size"
+    assert ZOO["libreflux"].defaults.visible_padding == 0
+    assert not ZOO["libreflux"].defaults.shift
 
 
 def test_names_of_the_zoo_need_no_file():

@@ -120,7 +120,7 @@ def test_options_are_read_as_values():
         options.Adapter("kraft", "tiny:kraft", 1.0),
         options.Adapter("mine", "a:b.safetensors", 0.5),
     ]
-    assert (read.images, read.seed, read.cfg, read.model) == (1, None, 1.0, "tiny")
+    assert (read.images, read.seed, read.cfg, read.model) == (1, None, None, "tiny")
     read = parse("compare", "a star", "--integrators", "heun,euler", "--steps", "4,2")
     assert (read.integrators, read.timers, read.steps) == (["heun", "euler"], ["model"], [4, 2])
     read = parse("lora", "merge", "dev", "hub:me/styles/a/b.safetensors:-2", "-o", "out")

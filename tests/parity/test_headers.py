@@ -10,12 +10,15 @@ import pytest
 
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae
 from fluxjax.checkpoint import image_prompt_names, names as tables
+from fluxjax.checkpoint.chroma_names import CHROMA_BFL, CHROMA_DIFFUSERS
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.nets import (
+    Chroma,
+    ChromaConfig,
     ClipConfig,
     ControlNet,
     ControlNetConfig,
@@ -63,6 +66,8 @@ CASES = {
         CONTROLNET_DIFFUSERS,
     ),
     "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
+    "bfl/chroma1-hd": (Chroma, ChromaConfig.hd(), CHROMA_BFL),
+    "diffusers/chroma1-hd.transformer": (Chroma, ChromaConfig.hd(), CHROMA_DIFFUSERS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
