@@ -40,6 +40,27 @@ _SHOWN = 60
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        """Parse options, also where words that may be left out follow an option.
+
+        argparse gives such a word, as a prompt, the value None as soon as an option comes, and then
+        refuses it.
+        """
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            is_missing = action.nargs == "?" and getattr(namespace, action.dest, "") is None
+            has_word = unknown and not unknown[0].startswith("-")
+            if not action.option_strings and is_missing and has_word:
+                setattr(namespace, action.dest, self._read_word(action, unknown.pop(0)))
+        return namespace, unknown
+
+    def _read_word(self, action: argparse.Action, word: str) -> object:
+        assert callable(action.type)
+        try:
+            return action.type(word)
+        except argparse.ArgumentTypeError as error:
+            self.error(f"argument {action.metavar or action.dest}: {error}")
+
     def error(self, message: str) -> NoReturn:
         complain(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)

@@ -210,3 +210,23 @@ def test_a_command_line_in_utf8_is_read_as_such_where_the_locale_is_ascii():
         [sys.executable, "-c", program, b"caf\xe9"], env=plain, capture_output=True, text=True
     )
     assert "is not valid UTF-8" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("edit", "in.png", "a star", "--steps", "3"),
+        ("edit", "in.png", "--steps", "3", "a star"),
+        ("edit", "--steps", "3", "in.png", "a star"),
+        ("restore", "--operator", "blur:2", "in.png", "--steps", "3", "a star"),
+    ],
+)
+def test_the_prompt_may_follow_an_option(words):
+    found = main.build_parser().parse_args(words)
+    assert (str(found.picture), found.prompt, found.steps) == ("in.png", "a star", 3)
+
+
+def test_words_that_are_too_many_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main.build_parser().parse_args(["edit", "in.png", "--steps", "3", "a star", "a ring"])
+    assert "unrecognized arguments: a ring" in capsys.readouterr().err
