@@ -1,4 +1,4 @@
-"""A small FLUX transformer of random weights, and inputs that fit it."""
+"""A small FLUX transformer and ControlNet of random weights, and inputs that fit them."""
 
 import equinox as eqx
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax import Flux, FluxConfig
+from fluxjax.nets import ControlNet, ControlNetConfig
 from fluxjax.nets.stack import is_stacked, path_name
 from fluxjax.nets.weight import AdaptedWeight, Weight
 from fluxjax.shapes import Array
@@ -53,7 +54,21 @@ def small_flux(config: FluxConfig = CONFIG) -> Flux:
 
     The modulations of a new one are zeros, so that its blocks would do nothing.
     """
-    network = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    return _random(Flux, config)
+
+
+def small_controlnet(**changes) -> ControlNet:
+    """Return a ControlNet for `CONFIG`'s transformer, all of whose weights are random.
+
+    **Arguments:** fields of the config that differ: 2 double and 1 single block, no modes.
+    """
+    sizes = {name: value for name, value in vars(CONFIG).items() if name != "out_channels"}
+    sizes |= {"double_depth": 2, "single_depth": 1, "modes": None}
+    return _random(ControlNet, ControlNetConfig(**{**sizes, **changes}))
+
+
+def _random(make, config):
+    network = eqx.filter_eval_shape(make, config, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(network)
     arrays = []
     for number, leaf in enumerate(leaves):

@@ -62,10 +62,10 @@ def convert_weights(
     stacked as in memory), "diffusers" (a folder), "bfl" or "comfy". `dtype`: of the weights; None
     keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for the
     matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux",
-    "t5", "clip", "vae", "controlnet". `shard_size`: the most bytes of a file, for a folder of the
-    own or the diffusers layout. `transform`: changes the weights on the way, such as
-    `merge_while_converting(loras)`. `progress`: is called with the bytes written so far and their
-    total.
+    "t5", "clip", "vae", "controlnet", "siglip", "clip_vision", "redux", "ip_adapter". `shard_size`:
+    the most bytes of a file, for a folder of the own or the diffusers layout. `transform`: changes
+    the weights on the way, such as `merge_while_converting(loras)`. `progress`: is called with the
+    bytes written so far and their total.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are incomplete or that the layout can't hold, a full
     disk, or tensors of none of the networks; `FileExistsError` if there is something at the

@@ -26,9 +26,9 @@ _MOST_LISTED = 8
 class Summary:
     """What a file or folder holds of one network.
 
-    `kind`: "flux", "chroma", "t5", "clip", "vae" or another name of `KINDS`. `title`: of the
-    network, for people. `names`: whose key names it has. `variant`: which of the published
-    transformers or ControlNets it is; None for others.
+    `kind`: its name, as "flux", "chroma", "t5" or "siglip". `title`: of the network, for people.
+    `names`: whose key names it has. `variant`: which of the published transformers or ControlNets
+    it is; None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
     `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
     of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or

@@ -41,6 +41,7 @@ class LazyChoices(Collection[str]):
 
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
 BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
+CONTROL_MODES = LazyChoices("fluxjax.generate.controlnet:CONTROL_MODES")
 EDIT_METHODS = LazyChoices("fluxjax.generate.edit_methods:EDIT_METHODS", more=("kontext",))
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
 LAYOUTS = LazyChoices("fluxjax.checkpoint.layouts:LAYOUTS")

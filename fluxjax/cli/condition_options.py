@@ -2,8 +2,14 @@
 
 from collections.abc import Mapping
 
-from fluxjax.cli.choices import REDUX_RULES
-from fluxjax.cli.options import OptionGroup, file_path, finite_number, image_prompt
+from fluxjax.cli.choices import CONTROL_MODES, REDUX_RULES
+from fluxjax.cli.options import (
+    OptionGroup,
+    file_path,
+    finite_number,
+    image_prompt,
+    unicode_text,
+)
 
 CONDITION_DEFAULTS: Mapping[str, object] = {
     "control": None,
@@ -15,6 +21,13 @@ CONDITION_DEFAULTS: Mapping[str, object] = {
     "ip_adapter": None,
     "clip_vision": None,
     "ip_scale": None,
+    "controlnet": [],
+    "controlnet_image": [],
+    "controlnet_scale": [],
+    "controlnet_mode": [],
+    "controlnet_start": [],
+    "controlnet_end": [],
+    "controlnet_negative": "shared",
 }
 """The values of these options where they are not given: for commands that lack them."""
 
@@ -34,6 +47,7 @@ def add_condition_options(group: OptionGroup) -> None:
         help="with --control, draw along the edges of that image, which are detected (needs the "
         "extra canny)",
     )
+    _add_controlnet_options(group)
     _add_image_prompt_options(group)
 
 
@@ -81,3 +95,62 @@ def _add_image_prompt_options(group: OptionGroup) -> None:
         metavar="SCALE",
         help="how strongly --ip-adapter counts (default: 1)",
     )
+
+
+def _add_controlnet_options(group: OptionGroup) -> None:
+    """Add the options of ControlNets. Each may be repeated, for several of them."""
+    group.add_argument(
+        "--controlnet",
+        action="append",
+        type=unicode_text,
+        default=[],
+        metavar="SOURCE",
+        help="a ControlNet of InstantX, Shakker or XLabs: a file, a folder or a hub id; repeat it "
+        "and the options below for several, whose effects add up",
+    )
+    group.add_argument(
+        "--controlnet-image",
+        action="append",
+        type=file_path,
+        default=[],
+        metavar="FILE",
+        help="what the ControlNet follows, such as edges, depth or a pose; it is resized to the "
+        "size of the images",
+    )
+    _add_controlnet_numbers(group)
+    group.add_argument(
+        "--controlnet-negative",
+        choices=("shared", "own"),
+        default="shared",
+        help="with --cfg, whether the negative prompt gets what the ControlNets add for the prompt "
+        "(as diffusers) or its own (as XLabs; default: %(default)s)",
+    )
+
+
+def _add_controlnet_numbers(group: OptionGroup) -> None:
+    """Add the options that are given once for all ControlNets, or once for each."""
+    group.add_argument(
+        "--controlnet-scale",
+        action="append",
+        type=finite_number(),
+        default=[],
+        metavar="SCALE",
+        help="how strongly; 0.3 to 0.9 are usual (default: 0.7)",
+    )
+    group.add_argument(
+        "--controlnet-mode",
+        action="append",
+        choices=CONTROL_MODES,
+        default=[],
+        metavar="MODE",
+        help="what the image shows, for a Union: %(choices)s",
+    )
+    for name, moment, default in (("start", "from", 0), ("end", "until", 1)):
+        group.add_argument(
+            f"--controlnet-{name}",
+            action="append",
+            type=finite_number(0, 1),
+            default=[],
+            metavar="SHARE",
+            help=f"use it {moment} this share of the steps (default: {default})",
+        )

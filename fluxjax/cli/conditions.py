@@ -10,8 +10,9 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,17 @@ from fluxjax.cli.condition_source import (
 )
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.image_prompts import read_image_prompts
+from fluxjax.cli.output import encodable
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.channels import check_features
 from fluxjax.generate.condition_images import resize_image
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.control import control_condition
+from fluxjax.generate.controlnet import ControlSettings, controlnet_condition
 from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
+from fluxjax.generate.load import load_network
+from fluxjax.nets.controlnet import ControlNet
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
 from fluxjax.zoo import APPENDED_FEATURES
@@ -87,6 +92,99 @@ def _read_control(options: argparse.Namespace) -> ConditionSource | None:
     return ControlSource(path=options.control, image=image, is_canny=options.canny)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlNetSource(ConditionSource):
+    """A ControlNet and the image that it follows.
+
+    `number`: which of the command's it is, from 1. `source`: as for `load_controlnet`. `image`: in
+    [-1, 1], of any size; it is resized to that of the images. `loaded`: the networks by source,
+    shared by all, so that each is loaded once.
+    """
+
+    number: int
+    source: str
+    path: Path
+    image: Image
+    settings: ControlSettings
+    loaded: dict[str, ControlNet]
+
+    def check(self, facts: ConditionFacts) -> None:
+        mesh = facts.load.mesh
+        if mesh is not None and mesh.shape["context"] > 1:
+            raise ValueError(
+                "--controlnet adds to all tokens of an image, and --mesh splits them. "
+                "Use context=1 with it."
+            )
+
+    def describe(self) -> Mapping[str, str]:
+        settings = self.settings
+        parts = [printable(self.source), describe_file(self.path), f"scale {settings.scale:g}"]
+        if settings.mode is not None:
+            parts.append(f"mode {settings.mode}")
+        if (settings.start, settings.end) != (0, 1):
+            parts.append(f"from {settings.start:g} to {settings.end:g} of the steps")
+        if not settings.shared:
+            parts.append("own negative")
+        name = "controlnet" if self.number == 1 else f"controlnet {self.number}"
+        return {name: encodable(", ".join(parts))}
+
+    def load(self, parts: ConditionParts) -> ConditionOfSize:
+        if self.source not in self.loaded:
+            load = partial(load_network, "controlnet", self.source, parts.load)
+            self.loaded[self.source] = cast(ControlNet, parts.time_load("controlnet", load))
+        net = self.loaded[self.source]
+
+        def condition(height: int, width: int) -> AddedCondition:
+            note_stretched(str(self.path), self.image, height, width)
+            return controlnet_condition(
+                net,
+                parts.vae,
+                resize_image(self.image, height, width),
+                self.settings,
+                dtype=parts.dtype,
+                mesh=parts.load.mesh,
+                hooks=parts.hooks,
+            )
+
+        return condition
+
+
+def _controlnet_sources(options: argparse.Namespace) -> Sequence[ConditionSource]:
+    """Return the ControlNets that the options name, with the values of each."""
+    count = len(options.controlnet)
+    if len(options.controlnet_image) != count:
+        raise ValueError(
+            f"--controlnet takes one --controlnet-image for each, got {count} and "
+            f"{len(options.controlnet_image)}. Repeat both as often."
+        )
+    values: list[dict] = [{"shared": options.controlnet_negative == "shared"} for _ in range(count)]
+    for name in ("scale", "mode", "start", "end"):
+        given = getattr(options, f"controlnet_{name}")
+        if given and (count == 0 or len(given) not in (1, count)):
+            raise ValueError(
+                f"--controlnet-{name} is given once for all --controlnet, or once for each, got "
+                f"{len(given)} for {count}. Repeat it as often as these."
+            )
+        for index, own in enumerate(values if given else ()):
+            own[name] = given[index % len(given)]
+    loaded: dict[str, ControlNet] = {}
+    sources = []
+    for index, (source, path) in enumerate(
+        zip(options.controlnet, options.controlnet_image, strict=True)
+    ):
+        sources.append(
+            ControlNetSource(
+                number=index + 1,
+                source=source,
+                path=path,
+                image=jnp.asarray(interruptible(read_image, path)),
+                settings=ControlSettings(**values[index]),
+                loaded=loaded,
+            )
+        )
+    return sources
+
+
 def _check_opencv() -> None:
     try:
         import_opencv()
@@ -111,7 +209,7 @@ def condition_sources(options: argparse.Namespace) -> tuple[ConditionSource, ...
         source = read(options)
         if source is not None:
             sources.append(source)
-    return tuple(sources)
+    return (*sources, *_controlnet_sources(options))
 
 
 def check_conditions(

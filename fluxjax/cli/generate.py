@@ -482,13 +482,14 @@ class _Stages(NamedTuple):
             image_keys = step_keys(key, [number], request.recipe.step)
             if image_keys is not None:
                 keys.append(image_keys)
+        size, times = (request.height, request.width), request.recipe.times
         return prompt_batch(
             prompts.positive,
             prompts.negative,
             noise=jnp.concatenate(noise),
             keys=jnp.concatenate(keys) if keys else None,
             distilled=networks.guidance,
-            conditions=[of_size(request.height, request.width) for of_size in networks.conditions],
+            conditions=[of_size(*size).for_times(times) for of_size in networks.conditions],
         )
 
     def _begin(

@@ -20,6 +20,7 @@ from fluxjax.cli.edit_options import (
     add_restore_options,
 )
 from fluxjax.cli.generate_options import add_generate_options
+from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
     add_lora_extract_options,
@@ -170,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def command() -> None:
         options = build_parser().parse_args(arguments)
+        if arguments is None and getattr(options, "quantize", None) is None:
+            # Products of 8 bits are not measured without Triton.
+            read_weights_in_place()
         # The import takes seconds; in a worker thread, a signal ends it at once.
         function = interruptible(pkgutil.resolve_name, options.function)
         function(options)

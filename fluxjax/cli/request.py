@@ -188,11 +188,9 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
     conditions = condition_sources(options)
-    defaults = interruptible(load_defaults, options.model)
+    defaults = _defaults(options, conditions)
     if options.cfg is None:
         options.cfg = defaults.cfg
-    for condition in conditions:
-        defaults = condition.change_defaults(defaults)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -236,6 +234,14 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     )
     request.check_conditions(known_flux_config(options.model))
     return replace(request, folder=writable(options.output_dir))
+
+
+def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]) -> Defaults:
+    """Return how the model is sampled with these conditions."""
+    defaults = interruptible(load_defaults, options.model)
+    for condition in conditions:
+        defaults = condition.change_defaults(defaults)
+    return defaults
 
 
 def _check_sizes_memory(

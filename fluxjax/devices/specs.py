@@ -10,6 +10,9 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from fluxjax.nets.clip import Clip
+from fluxjax.nets.clip_vision import ClipVision
+from fluxjax.nets.ip_adapter import IpAdapter
+from fluxjax.nets.siglip import Siglip
 from fluxjax.nets.stack import is_stacked, path_name
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -54,6 +57,14 @@ split, and a bias that is added to what was reduced or gathered.
 """
 
 
+_SMALL = (Clip, ClipVision, Siglip, IpAdapter)
+"""Networks that are not split over "tensor".
+
+The encoders are a hundredth of the transformer, and 8 devices would not divide CLIP's 12 heads. An
+IP-Adapter runs once for an image, and its keys and values are for all heads.
+"""
+
+
 class ArrayRole(NamedTuple):
     """What an array is in its network.
 
@@ -92,9 +103,9 @@ def tensor_axis(role: ArrayRole) -> int | None:
 def specs(network: Network, mesh: Mesh) -> Network:
     """Return how each array of a network is split over a mesh.
 
-    Matrices and kernels are split over "fsdp", and matrices of blocks (except CLIP's) over "tensor"
-    too, with the biases that belong to their outputs. Everything else is on every device, as is a
-    matrix whose size "fsdp" does not divide.
+    Matrices and kernels are split over "fsdp", and matrices of blocks over "tensor" too, with the
+    biases that belong to their outputs, except those of CLIP, SigLIP and IP-Adapters. Everything
+    else is on every device, as is a matrix whose size "fsdp" does not divide.
 
     **Returns:** the network with a `PartitionSpec` in place of each array.
     **Raises:** `ValueError` if "tensor" does not divide the heads or the hidden features.
@@ -139,8 +150,7 @@ def shardings(network: Network, mesh: Mesh) -> Network:
 
 def _tensor_parts(network: eqx.Module, mesh: Mesh) -> int:
     """Return into how many parts "tensor" splits the heads and hidden features of a network."""
-    if isinstance(network, Clip):
-        # A hundredth of the transformer, whose 12 heads 8 devices would not divide.
+    if isinstance(network, _SMALL):
         return 1
     parts = mesh.shape["tensor"]
     config = getattr(network, "config", None)

@@ -289,8 +289,7 @@ class Guided(StatefulVelocity):
 
 def _same_shapes(one: Condition, other: Condition) -> bool:
     """Return whether two conditions can be stacked."""
-    same_structure = jax.tree.structure(one) == jax.tree.structure(other)
-    if not same_structure:
+    if jax.tree.structure(one) != jax.tree.structure(other):  # type: ignore[operator]
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(jnp.shape(left) == jnp.shape(right) for left, right in pairs)

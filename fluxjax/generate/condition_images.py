@@ -29,6 +29,7 @@ def resize_image(image: Image, height: int, width: int) -> Float[Array, "new_hei
     return jnp.asarray(np.clip(np.stack(channels, axis=-1), -1, 1))
 
 
+@convert_arguments
 def encode_image(
     vae: Vae,
     image: Image,

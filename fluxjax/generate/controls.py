@@ -66,8 +66,12 @@ class Control(eqx.Module):
         is_image = self.net is not None and self.net.config.hint_image
         ranks = {**_RANKS, "condition": 3 if is_image else 2}
 
-        def has_rows(path: tuple[jax.tree_util.GetAttrKey, ...], node: object) -> bool:
-            return not isinstance(node, ControlNet) and jnp.ndim(node) > ranks[path[-1].name]  # type: ignore[arg-type]
+        def has_rows(
+            path: tuple[jax.tree_util.GetAttrKey, ...], node: Array | float | ControlNet
+        ) -> bool:
+            if isinstance(node, ControlNet):
+                return False
+            return jnp.ndim(node) > ranks[path[-1].name]
 
         return jax.tree_util.tree_map_with_path(has_rows, self, is_leaf=_is_net)
 
@@ -198,6 +202,7 @@ def sum_alike(control: Sequence[ControlResiduals]) -> tuple[ControlResiduals, ..
     return tuple(sums.values())
 
 
+@convert_arguments
 def control_times(
     times: Times, *, start: ScalarLike = 0.0, end: ScalarLike = 1.0
 ) -> tuple[Scalar, Scalar]:

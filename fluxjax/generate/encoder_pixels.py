@@ -9,6 +9,7 @@ import PIL.Image
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.image import to_bytes
+from fluxjax.generate.image_to_image import check_image
 from fluxjax.nets.clip_vision import ClipVisionConfig
 from fluxjax.nets.patches import Pixels
 from fluxjax.nets.siglip import SiglipConfig
@@ -33,7 +34,7 @@ def siglip_pixels(
 
     **Arguments:** `image`: of any size; values outside of [-1, 1] are clipped. `config`: of the
     encoder. `crop`: keep the proportions, and read only the square in the middle, as ComfyUI does.
-    **Raises:** `ValueError` for a traced image: resize it beforehand, or pass pixels of your own.
+    **Raises:** `ValueError` for an image that is empty, not finite, or traced.
     **Source:** transformers' `SiglipImageProcessor`.
     """
     resized = _resized("siglip_pixels", image, config.image_size, crop)
@@ -48,7 +49,7 @@ def clip_pixels(image: Image, config: ClipVisionConfig = ClipVisionConfig()) -> 
 
     **Arguments:** `image`: of any size; values outside of [-1, 1] are clipped. `config`: of the
     encoder.
-    **Raises:** `ValueError` for a traced image: resize it beforehand, or pass pixels of your own.
+    **Raises:** `ValueError` for an image that is empty, not finite, or traced.
     **Source:** transformers' `CLIPImageProcessor`.
     """
     resized = _resized("clip_pixels", image, config.image_size, True)
@@ -61,6 +62,7 @@ def _resized(call: str, image: Image, side: int, crop: bool) -> np.ndarray:
         raise ValueError(
             f"`{call}(image)` resizes on the host, got a traced image. Call it outside of jit."
         )
+    check_image(call, image)
     picture = PIL.Image.fromarray(to_bytes(image))
     if not crop:
         return np.asarray(picture.resize((side, side), PIL.Image.Resampling.BICUBIC))

@@ -15,6 +15,7 @@ from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.ip_adapter import IpAdapter
 from fluxjax.nets.patches import Pixels
 from fluxjax.nets.siglip import Siglip
+from fluxjax.numeric import check_finite
 from fluxjax.shapes import Array, Float, Image, ScalarLike, Times
 
 ImageEncoder = ClipVision | Siglip
@@ -79,8 +80,10 @@ def ip_adapter_condition(
     image that is guided away from with a negative prompt; None is a black one. `dtype`: of the
     encoder's activations, and of keys and values; by default that of the encoder's weights.
     `hooks`: run the encoder.
-    **Raises:** `ValueError` for the encoder of another adapter, or another number of scales.
+    **Raises:** `ValueError` for the encoder of another adapter, another number of scales, or one
+    that is not finite.
     """
+    check_finite("ip_adapter_condition", scale=scale)
     black = jnp.full((1, 1, 3), -1.0)
     pixels = _pixels(encoder, image), _pixels(encoder, black if negative is None else negative)
     scale = jnp.asarray(scale, jnp.float32)

@@ -14,7 +14,7 @@ from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.encoder_pixels import siglip_pixels
 from fluxjax.nets.redux import Redux
 from fluxjax.nets.siglip import Siglip
-from fluxjax.numeric import wide_dtype
+from fluxjax.numeric import check_finite, wide_dtype
 from fluxjax.shapes import Array, Float, Image, PerImage, ScalarLike
 
 REDUX_RULES = ("append", "sum")
@@ -124,8 +124,8 @@ def redux_condition(
     of diffusers without text encoders. `in_negative`: add the images to negative prompts too, so
     that images are guided away from those by the prompt only; normalized attention guidance needs
     it.
-    **Raises:** `ValueError` for another rule, another number of weights, or pooled weights that are
-    not used.
+    **Raises:** `ValueError` for another rule, another number of weights, weights that are not
+    finite, or pooled weights that are not used.
     """
     if rule not in REDUX_RULES:
         raise ValueError(
@@ -135,6 +135,9 @@ def redux_condition(
         raise ValueError(
             '`redux_condition(pooled_weights)` is for rule="sum". Pass text_weight= instead.'
         )
+    check_finite(
+        "redux_condition", weights=weights, pooled_weights=pooled_weights, text_weight=text_weight
+    )
     factors = _per_image(weights, len(tokens))
     weighted = _weighted(tokens, factors[:, None, None])
     text = jnp.asarray(text_weight, jnp.float32)

@@ -109,6 +109,8 @@ _WITH_SIZE = ("flowdps", "flowchef")
 """Methods whose result depends on the size of their gradient steps."""
 _AT_MODEL_TIMES = ("proximal", "ddnm", "flowdps")
 """Methods that restore no better at other times than the model's own."""
+_FORWARD_MODE = ("tmpd",)
+"""Methods that take forward-mode gradients of the network, which attention kernels do not have."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
 """Methods that take measurements without noise."""
 
@@ -209,8 +211,9 @@ def restore_image(
 
     **Arguments:** `image`: what is left of the picture, in [-1, 1], of any size. `prompt`:
     describes the picture; it may be empty. `restoration`: what has happened to it, and the method.
-    The rest as for `text_to_image`, but that times are by default those of `restoration_times`;
-    guidance leads away from the empty prompt.
+    The rest as for `text_to_image`, but that times are by default those of `restoration_times`,
+    and that attention is by default "xla_chunked" for tmpd, which takes gradients that kernels do
+    not have; guidance leads away from the empty prompt.
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
     **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
@@ -277,6 +280,9 @@ def _draw_posterior(
         iterations=restoration.iterations,
         method=restoration.method,
     )
+    if restoration.method in _FORWARD_MODE and drawing.settings.attention is None:
+        settings = replace(drawing.settings, attention="xla_chunked")
+        drawing = replace(drawing, settings=settings)
     drawn = []
     for numbers in drawing.groups():
         batch = replace(

@@ -109,7 +109,7 @@ def _to_write(call: str, network: eqx.Module) -> NetworkToWrite:
     """
     if not isinstance(network, Network):
         raise ValueError(
-            f"`{call}` needs a Flux, Clip, T5 or Vae, got {type(network).__name__}. "
+            f"`{call}` needs a network of FLUX, got {type(network).__name__}. "
             "Save the networks one by one."
         )
     kind = kind_of_network(network)

@@ -132,8 +132,8 @@ class ControlledVelocity(StatefulVelocity):
         *condition: Conditioning,
         memory: Memory = None,
     ) -> Array | tuple[Array, Memory]:
-        guided = self.guided
-        control = guided.velocity.control.at(x, jnp.asarray(t, x.dtype))  # type: ignore[attr-defined]
+        guided, time = self.guided, jnp.asarray(t, x.dtype)
+        control = guided.velocity.control.at(x, time)  # type: ignore[attr-defined]
         guided = eqx.tree_at(lambda one: one.velocity.control, guided, control)
         if guided.weak is not None:
             guided = eqx.tree_at(lambda one: one.weak.velocity.control, guided, control)

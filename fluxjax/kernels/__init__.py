@@ -3,7 +3,7 @@
 The Pallas kernels are imported when they are first used.
 """
 
-from fluxjax.kernels.attention import Attention, attention, select_attention
+from fluxjax.kernels.attention import Attention, attention, plain_attention, select_attention
 from fluxjax.kernels.block_sizes import PRESETS, BlockSizes
 from fluxjax.kernels.guided_attention import Nag, isolated_attention
 
@@ -14,5 +14,6 @@ __all__ = [
     "Nag",
     "attention",
     "isolated_attention",
+    "plain_attention",
     "select_attention",
 ]

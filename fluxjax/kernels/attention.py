@@ -204,7 +204,7 @@ def select_attention(
     """
     if platform is None:
         platform = default_device().platform
-    (queries, heads, dim), keys = q.shape, k.shape[0]
+    dim, keys = q.shape[-1], k.shape[0]
     # Other heads would be padded to 128 features, float32 takes several passes of the matmul unit,
     # and a few keys fill no block.
     fast_on_tpu = dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16
@@ -212,6 +212,18 @@ def select_attention(
         return "flash_tpu"
     if _unmet_requirement("cudnn", q, bias, causal, platform) is None:
         return "cudnn"
+    return plain_attention(q, k)
+
+
+def plain_attention(q: HasShape, k: HasShape) -> Implementation:
+    """Return the implementation in plain JAX, which forward-mode gradients go through as well.
+
+    Kernels have reverse-mode gradients only: `jax.jvp` and `jax.linearize` of them fail.
+
+    **Arguments:** as for `select_attention`.
+    **Returns:** xla, or xla_chunked where the logits of one example would take more than 512 MiB.
+    """
+    (queries, heads, _), keys = q.shape, k.shape[0]
     logit_bytes = 4 * heads * queries * keys
     return "xla" if logit_bytes <= MAX_LOGIT_BYTES else "xla_chunked"
 

@@ -12,8 +12,8 @@ LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 
 TRANSFORMER = "flux"
 """The name under which adapters change a transformer, also Chroma's."""
-_ADAPTED = (TRANSFORMER, "clip", "t5")
-"""The networks that adapter formats have names for."""
+_ADAPTED = (TRANSFORMER, "controlnet", "clip", "t5")
+"""The networks that adapters can be attached to; formats of files have names for some of them."""
 
 
 def network_kind(call: str, model: eqx.Module) -> str:

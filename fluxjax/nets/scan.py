@@ -144,7 +144,7 @@ def _slice_in_place(
     three times the memory. It can't where the stack looks loop-variant, behind a barrier together
     with the loop's counter. Gradients go to `row`, by scan's own rule.
     """
-    if stacked.dtype.itemsize != 2 or default_device().platform != "cpu":
+    if stacked.dtype.itemsize != 2 or default_device().platform != "cpu" or len(stacked) == 0:
         return row
     # The gradient of a slice by number would be a whole stack for each block.
     stacked = jax.lax.stop_gradient(stacked)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from fluxjax.kernels.attention import attention
+from fluxjax.kernels.attention import attention, plain_attention
 from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.layers import Linear, Vector
 from fluxjax.nets.rows import WHOLE, Cells, Rows
@@ -128,7 +128,10 @@ class CellAttention(eqx.Module):
             rearrange(layer(cells), "cells c -> cells 1 c") for layer in (self.q, self.k, self.v)
         )
         # Queries stay on their device; all of them need all keys and values.
-        attended = attention(q, rows.all_cells(k), rows.all_cells(v))
+        k, v = rows.all_cells(k), rows.all_cells(v)
+        # Restoration takes forward-mode gradients of the decoder, which kernels do not have. They
+        # would gain little: this is one layer, and its head of 512 features is too wide for most.
+        attended = attention(q, k, v, implementation=plain_attention(q, k))
         mixed = self.out(rearrange(attended, "cells 1 c -> cells c"))
         return x + rearrange(mixed, "(y x) c -> y x c", y=x.shape[0])
 

@@ -92,9 +92,10 @@ class Dense(LocalWeight):
     def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         # The weight is [out, in]: both last axes are contracted, and nothing is transposed.
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(
+        product = jax.lax.dot_general(
             x, self.value.astype(x.dtype), contract_last, preferred_element_type=product_dtype(x)
         )
+        return without_epilogue(product)
 
 
 class AdaptedWeight(WrappedWeight):
@@ -127,6 +128,20 @@ def product_dtype(x: Float[Array, "*batch features"]) -> jnp.dtype:
     if x.dtype == jnp.bfloat16 and many_rows and default_device().platform == "gpu":
         return x.dtype
     return wide_dtype(x.dtype)
+
+
+def without_epilogue(product: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
+    """Return a product; on GPUs a large one of bfloat16 is computed apart from what follows it.
+
+    XLA copies a block's weights out of their stack for a product whose bias is part of the same
+    call of cuBLAS. Where it leaves all products to cuBLAS
+    (`XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`, which the command line sets), one without its
+    bias reads them in place.
+    """
+    large = product.ndim > 1 and product.size // product.shape[-1] >= _MANY_ROWS
+    if product.dtype == jnp.bfloat16 and large and default_device().platform == "gpu":
+        return jax.lax.optimization_barrier(product)
+    return product
 
 
 def materialize(x: Array) -> Array:

@@ -7,13 +7,15 @@ import numpy as np
 import PIL.Image
 import pytest
 from channels import with_appended
+from layouts import random_network
 from small import draw
 from test_jobs import write_lines
 
 import fluxjax
 from fluxjax.cli import conditions
-from fluxjax.generate import canny_edges, resize_image, save_models, write_png
+from fluxjax.generate import canny_edges, resize_image, save, save_models, write_png
 from fluxjax.lora import init_lora, write_lora
+from fluxjax.nets import ControlNet, ControlNetConfig
 
 PROMPT = "a red star on white"
 STEP = ["--steps", "1", "--dtype", "float32"]
@@ -72,7 +74,7 @@ def test_a_control_image_serves_a_prompt_all_lines_of_a_file_and_a_mesh(
     assert run("generate", PROMPT, *model, *SMALL, "--seed", 3).code == 0
     lines = write_lines(tmp_path, {"prompt": PROMPT, "seed": 3}, {"prompt": "a ring", "seed": 4})
     assert run("generate", "--prompts", lines, *model, *SMALL).code == 0
-    mesh = ["--mesh", "data=2,tensor=2,context=2", "--images", 2]
+    mesh = ["--mesh", "data=8", "--images", 8]
     assert run("generate", PROMPT, *model, *SMALL, *mesh, "--seed", 3).code == 0
     assert len(controls) == 3  # once for all images of a size
     expected = resize_image(jnp.asarray(fluxjax.read_image(edges)), 32, 48)
@@ -110,23 +112,26 @@ def test_an_image_that_is_stretched_is_noted(capsys):
 
 
 def test_fill_draws_the_masked_part_with_an_adapter(run, tmp_path, adapter, edges):
-    mask = np.full((40, 60, 3), -1, np.float32)
-    mask[:, 40:] = 1
+    # Drawn at the size of the other tests, whose programs are there.
+    image = fluxjax.read_image(edges)[:30, :46]
+    write_png(image, tmp_path / "photo.png")
+    mask = np.full((30, 46, 3), -1, np.float32)
+    mask[:, 30:] = 1
     write_png(mask, tmp_path / "mask.png")
-    command = ["fill", edges, PROMPT, "--lora", adapter, *STEP]
+    command = ["fill", tmp_path / "photo.png", PROMPT, "--lora", adapter, *STEP]
     finished = run(*command, "--mask", tmp_path / "mask.png", "--binary-mask")
     assert finished.code == 0
-    drawn, image = fluxjax.read_image(tmp_path / "fill_0.png"), fluxjax.read_image(edges)
-    np.testing.assert_array_equal(drawn[:, :40], image[:, :40])
-    assert np.abs(drawn - image)[:, 40:].max() > 0.1
+    drawn = fluxjax.read_image(tmp_path / "fill_0.png")
+    np.testing.assert_array_equal(drawn[:, :30], image[:, :30])
+    assert np.abs(drawn - image)[:, 30:].max() > 0.1
     about = text_of(tmp_path / "fill_0.png")
     assert about["mask"].startswith("mask.png, sha256 ")
     assert about["mask"].endswith(", binary")
-    assert (about["size"], about["guidance"]) == ("60x40", "3.5")
-    assert run(*command, "--outpaint", "left=3,top=8").code == 0
+    assert (about["size"], about["guidance"]) == ("46x30", "3.5")
+    assert run(*command, "--outpaint", "left=1,top=2").code == 0
     drawn = fluxjax.read_image(tmp_path / "fill_1.png")
-    np.testing.assert_array_equal(drawn[8:, 3:], image)
-    assert text_of(tmp_path / "fill_1.png")["margins"] == "left 3, top 8"
+    np.testing.assert_array_equal(drawn[2:, 1:], image)
+    assert text_of(tmp_path / "fill_1.png")["margins"] == "left 1, top 2"
 
 
 def test_kontext_edits_by_an_instruction(run, tmp_path, edges):
@@ -174,3 +179,53 @@ def test_what_a_model_does_not_take_or_lacks_is_one_line(run, tmp_path, canny, a
         (error,) = finished.errors
         assert reason in error
         assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def controlnets(tiny, canny):
+    """Folders of two ControlNets for the tiny model: with modes, and one that takes an image."""
+    sizes = {**vars(tiny.flux.config), "double_depth": 1, "single_depth": 0}
+    del sizes["out_channels"]
+    configs = {
+        "union": ControlNetConfig(**sizes, modes=7),
+        "xlabs": ControlNetConfig(**sizes, modes=None, hint_image=True),
+    }
+    for name, config in configs.items():
+        save(random_network(ControlNet, config, scale=0.2), canny.parent / name)
+    return [canny.parent / name for name in configs]
+
+
+def test_controlnets_change_the_image_in_their_share_of_the_steps(
+    run, tmp_path, controlnets, edges
+):
+    union, xlabs = ["--controlnet", controlnets[0]], ["--controlnet", controlnets[1]]
+    image = ["--controlnet-image", edges]
+    both = [*union, *image, *xlabs, *image]
+    modes = ["--controlnet-mode", "depth"]
+    base = ["generate", PROMPT, *SMALL, "--steps", "2", "--seed", "3"]
+    commands = [
+        [*base, *union, *image, *modes, "--controlnet-end", "0.4"],  # less than one step
+        [*base, *union, *image, *modes, "--controlnet-scale", "0.6"],
+        base,
+    ]
+    for command in commands:
+        assert run(*command).code == 0
+    off, on, plain = (fluxjax.read_image(tmp_path / f"flux_{number}.png") for number in range(3))
+    np.testing.assert_array_equal(off, plain)
+    assert np.abs(on - plain).max() > 0.1
+    about = text_of(tmp_path / "flux_1.png")["controlnet"]
+    assert about.endswith("scale 0.6, mode depth")
+    assert "union, edges.png, sha256 " in about
+    assert text_of(tmp_path / "flux_0.png")["controlnet"].endswith("from 0 to 0.4 of the steps")
+    cases = [
+        ([*union], "one --controlnet-image for each, got 1 and 0"),
+        (["--controlnet-scale", "1"], "got 1 for 0"),
+        ([*both, *(["--controlnet-scale", "1"] * 3)], "got 3 for 2"),
+        ([*union, *image, "--controlnet-start", "0.5", "--controlnet-end", "0.1"], "got 0.5 and"),
+        ([*union, *image], "has modes 0 to 6"),
+        ([*union, *image, *modes, "--mesh", "context=8"], "Use context=1 with it"),
+    ]
+    for arguments, reason in cases:
+        finished = run(*base, *arguments, "--output-dir", tmp_path / "new")
+        assert finished.code == 2, arguments
+        assert reason in finished.errors[-1]

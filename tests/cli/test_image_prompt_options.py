@@ -45,7 +45,7 @@ def files(tiny, tmp_path_factory):
     paths = {}
     for name, (make, network_config) in networks.items():
         paths[name] = folder / f"{name}.safetensors"
-        save(random_network(make, network_config, scale=0.3), paths[name])
+        save(random_network(make, network_config, scale=1.0), paths[name])
     for number, name in enumerate(("one", "two")):
         values = np.random.default_rng(number).uniform(-1, 1, (20, 12, 3)).astype(np.float32)
         paths[name] = folder / f"{name}.png"

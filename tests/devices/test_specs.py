@@ -5,17 +5,18 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 from meshes import mesh_of
-from small import CONFIG
+from small import CONFIG, small_controlnet
 
 from fluxjax import T5, Flux, Vae
 from fluxjax.devices import specs
 from fluxjax.devices.specs import TENSOR_SPLITS, array_role, tensor_axis
-from fluxjax.nets import T5Config, VaeConfig, leaf_names
+from fluxjax.nets import ControlNet, T5Config, VaeConfig, leaf_names
 from fluxjax.nets.flux_config import fused_features
 
 NETWORKS = {
     "flux": (Flux, CONFIG),
     "t5": (T5, T5Config(vocabulary=8, width=8, heads=2, head_dim=4, depth=2, mlp_width=8)),
+    "controlnet": (ControlNet, small_controlnet().config),
     "vae": (Vae, VaeConfig(channels=(8, 16), resnets=1, groups=4)),
 }
 
@@ -28,13 +29,13 @@ def roles_and_shapes(name):
 
 def test_every_rule_matches_a_layer_of_blocks():
     layers = set()
-    for name in ("flux", "t5"):
+    for name in ("flux", "t5", "controlnet"):
         layers |= {role.layer for role, _ in roles_and_shapes(name) if role.in_blocks}
     assert set(TENSOR_SPLITS) <= layers
     assert set(fused_features(CONFIG)) <= layers
 
 
-@pytest.mark.parametrize("name", ["flux", "t5"])
+@pytest.mark.parametrize("name", ["flux", "t5", "controlnet"])
 def test_every_matrix_of_blocks_has_a_rule(name):
     matrices = [role for role, shape in roles_and_shapes(name) if role.in_blocks and len(shape) > 2]
     assert len(matrices) >= 7
@@ -62,6 +63,8 @@ EXPECTED = {
     ("flux", "single.modulation.bias"): (None, None),
     ("flux", "double.img.query_norm.scale"): (None, None),
     ("flux", "img_in.weight"): ("fsdp", None),
+    ("controlnet", "double_residual.weight"): (None, "tensor", "fsdp"),
+    ("controlnet", "double_residual.bias"): (None, None),
     ("t5", "position_bias.weight"): (None, "tensor"),
     ("t5", "tokens.weight"): (None, None),
     ("vae", "decoder.conv_in.weight"): (None, None, None, "fsdp"),

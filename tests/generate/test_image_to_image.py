@@ -229,6 +229,25 @@ def test_every_method_of_restoration_has_a_name_and_its_rules():
 
 
 @pytest.mark.parametrize(
+    ("method", "attention"), [("tmpd", "xla_chunked"), ("pigdm", None), ("decoupled", None)]
+)
+def test_methods_with_forward_mode_gradients_attend_in_plain_jax(
+    tiny, image, monkeypatch, method, attention
+):
+    class SeenError(Exception):
+        pass
+
+    def see(flux, vae, batch, recipe, **options):
+        raise SeenError(recipe.attention)
+
+    monkeypatch.setattr("fluxjax.generate.prompted.draw_batch", see)
+    restoration = Restoration(degradation=Hidden(np.zeros(SIZE)), method=method)
+    with pytest.raises(SeenError) as seen:
+        restore_image(tiny, image, "", key=KEY, restoration=restoration, settings=SETTINGS)
+    assert seen.value.args == (attention,)
+
+
+@pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda tiny, x: draw_again(tiny, x, strength=1.5), r"in \[0, 1\], got 1.5. 0 keeps"),

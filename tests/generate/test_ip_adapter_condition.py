@@ -163,7 +163,9 @@ def test_prepared_for_all_times_it_is_what_it_is_at_each(flux, condition):
     np.testing.assert_allclose(run(flux, times), run(flux, None), atol=BOUND)
 
 
-def test_the_encoder_of_another_adapter_is_an_error(xlabs, condition):
+def test_what_does_not_fit_an_adapter_is_an_error(xlabs, clip):
     siglip = random_network(Siglip, SIGLIP)
     with pytest.raises(ValueError, match="takes 5 features, got 8"):
         ip_adapter_condition(xlabs, siglip, PICTURE)
+    with pytest.raises(ValueError, match=r"`ip_adapter_condition\(scale\)` needs finite"):
+        ip_adapter_condition(xlabs, clip, PICTURE, scale=float("inf"))

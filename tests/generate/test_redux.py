@@ -189,6 +189,10 @@ def test_what_does_not_fit_is_an_error(networks):
         redux_condition(IMAGES, weights=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match='is for rule="sum"'):
         redux_condition(IMAGES, pooled_weights=1.0)
+    with pytest.raises(ValueError, match=r"`redux_condition\(text_weight\)` needs finite"):
+        redux_condition(IMAGES, text_weight=float("nan"))
+    with pytest.raises(ValueError, match=r"`siglip_pixels\(image\)` needs pixels that are finite"):
+        siglip_pixels(jnp.full((4, 4, 3), jnp.nan))
     with pytest.raises(ValueError, match="tokens of 7 features, and the prompt of 12"):
         redux_condition(IMAGES[..., :7]).add(POSITIVE)
     with pytest.raises(ValueError, match="needs at least one image"):

@@ -11,6 +11,7 @@ import pytest
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae
 from fluxjax.checkpoint import image_prompt_names, names as tables
 from fluxjax.checkpoint.chroma_names import CHROMA_BFL, CHROMA_DIFFUSERS
+from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.match import complete_plan
 from fluxjax.checkpoint.tensors import StoredTensor
@@ -19,6 +20,8 @@ from fluxjax.nets import (
     Chroma,
     ChromaConfig,
     ClipConfig,
+    ControlNet,
+    ControlNetConfig,
     IpAdapter,
     IpAdapterConfig,
     Redux,
@@ -49,6 +52,22 @@ CASES = {
     "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
     "bfl/chroma1-hd": (Chroma, ChromaConfig.hd(), CHROMA_BFL),
     "diffusers/chroma1-hd.transformer": (Chroma, ChromaConfig.hd(), CHROMA_DIFFUSERS),
+    "diffusers/instantx-flux1-controlnet-union": (
+        ControlNet,
+        ControlNetConfig.union(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "diffusers/shakker-flux1-controlnet-union-pro-2": (
+        ControlNet,
+        ControlNetConfig.union_pro_2(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "diffusers/xlabs-flux1-controlnet": (
+        ControlNet,
+        ControlNetConfig.xlabs(),
+        CONTROLNET_DIFFUSERS,
+    ),
+    "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),

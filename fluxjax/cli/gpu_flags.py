@@ -1,0 +1,29 @@
+"""Options of XLA for NVIDIA GPUs, which have to be set before JAX is used."""
+
+import importlib.util
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+_FLAG = "--xla_gpu_enable_triton_gemm=false"
+
+
+def read_weights_in_place() -> None:
+    """Let XLA leave products to cuBLAS, so that they read stacked weights where they lie.
+
+    FLUX.1-dev in bfloat16 is then 7 % faster on an H100: see `fluxjax.nets.weight`. Without JAX's
+    CUDA plugin, or where the user has set the option, nothing changes.
+    """
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if has_plugin and _knows_flag() and "xla_gpu_enable_triton_gemm" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
+
+
+def _knows_flag() -> bool:
+    """Return whether this jaxlib is known to have the option: XLA exits at one that it has not."""
+    try:
+        major, minor = version("jaxlib").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) < (0, 12)
