@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 
-from fluxjax.checkpoint.controlnet_configs import controlnet_variant
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.family import family_of_source
@@ -17,7 +16,6 @@ from fluxjax.checkpoint.kinds import Network, flux_variant
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.match import Problems
 from fluxjax.checkpoint.members import described_variant
-from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 
@@ -28,9 +26,9 @@ _MOST_LISTED = 8
 class Summary:
     """What a file or folder holds of one network.
 
-    `kind`: "flux", "chroma", "t5", "clip", "vae" or another name of `KINDS`. `title`: of the
-    network, for people. `names`: whose key names it has. `variant`: which of the published
-    transformers or ControlNets it is; None for others.
+    `kind`: its name, as "flux", "chroma", "t5" or "siglip". `title`: of the network, for people.
+    `names`: whose key names it has. `variant`: which of the published transformers or ControlNets
+    it is; None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
     `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
     of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
@@ -159,8 +157,6 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
         variant = flux_variant(network.config)
         if isinstance(network.config, FluxConfig):
             variant = described_variant(network.files[0], network.config)
-        elif isinstance(network.config, ControlNetConfig):
-            variant = controlnet_variant(network.config)
     except WeightsError as problem:
         error = str(problem)
     bytes_by_storage: Counter[str] = Counter()

@@ -189,8 +189,6 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     """
     conditions = condition_sources(options)
     defaults = _defaults(options, conditions)
-    if options.cfg is None:
-        options.cfg = defaults.cfg
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
@@ -237,10 +235,12 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
 
 
 def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]) -> Defaults:
-    """Return how the model is sampled with these conditions."""
+    """Return how the model is sampled with these conditions; fill in its scale of true guidance."""
     defaults = interruptible(load_defaults, options.model)
     for condition in conditions:
         defaults = condition.change_defaults(defaults)
+    if options.cfg is None:
+        options.cfg = defaults.cfg
     return defaults
 
 

@@ -50,11 +50,9 @@ class TokenParallelFlux(eqx.Module):
         img_ids: Float[Array, "img_tokens axes"],
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
-        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
     ) -> PreparedShard:
         """Compute what `velocity` needs at any of several times; as the network's `prepare`."""
-        length = checked_length(type(self.flux).__name__, txt_length, len(txt))
         prepared = self.flux.prepare(
             times,
             txt=_local_tokens(txt),
@@ -62,10 +60,18 @@ class TokenParallelFlux(eqx.Module):
             img_ids=_local_tokens(img_ids),
             txt_ids=None if txt_ids is None else _local_tokens(txt_ids),
             guidance=guidance,
-            txt_length=length,
             dtype=dtype,
         )
         return PreparedShard(prepared, len(txt))
+
+    def with_txt_length(
+        self, prepared: PreparedShard, length: TxtLength | int | None
+    ) -> PreparedShard:
+        """Return what was prepared, with the number of text tokens of all devices that are attended
+        to; as the network's."""
+        checked = checked_length(type(self.flux).__name__, length, prepared.txt_tokens)
+        part = prepared.prepared._replace(txt_length=checked)
+        return PreparedShard(part, prepared.txt_tokens)
 
     def with_image_prompts(
         self, prepared: PreparedShard, prompts: Sequence[ImagePrompt]

@@ -177,8 +177,9 @@ def prepare_conditioning(
         vec=conditioning.vec,
         img_ids=ids,
         guidance=conditioning.guidance,
-        txt_length=conditioning.txt_length,
     )
+    if conditioning.txt_length is not None:
+        prepared = flux.with_txt_length(prepared, conditioning.txt_length)  # type: ignore[arg-type]
     if conditioning.image_prompts:
         own = len(conditioning.img_ids)
         prompts = []

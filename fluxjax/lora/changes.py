@@ -26,6 +26,7 @@ from fluxjax.lora.scales import (
 )
 from fluxjax.lora.terms import ReplacementTerm
 from fluxjax.nets.chroma import Chroma
+from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 
@@ -246,13 +247,13 @@ def _fits(
     return shape == base
 
 
-def input_problems(config: FluxConfig, columns: Sequence[int]) -> list[str]:
+def input_problems(config: FluxConfig | ChromaConfig, columns: Sequence[int]) -> list[str]:
     """Return what is wrong with the numbers of input features of adapters.
 
     The input is as wide as the prediction; in Fill and Control models the features of a condition
     follow. An adapter may have three widths: that of the model's input; that of the prediction,
-    if it was made for the model without a condition; or, for a model without a condition, a
-    larger multiple of the latter, with which it adds a condition.
+    if it was made for the model without a condition; or, for a model of FLUX.1 without a condition,
+    a larger multiple of the latter, with which it adds a condition.
 
     **Arguments:**
 
@@ -268,7 +269,8 @@ def input_problems(config: FluxConfig, columns: Sequence[int]) -> list[str]:
         if count not in (image_features, inputs, widest):
             problems.append(f"{INPUT_WEIGHT} has {inputs} input features, the adapter's {count}")
     has_condition = inputs != image_features
-    if widest > inputs and (has_condition or widest % image_features):
+    can_widen = isinstance(config, FluxConfig) and not has_condition
+    if widest > inputs and (not can_widen or widest % image_features):
         problems.append(
             f"{INPUT_WEIGHT} has {inputs} input features, which an adapter of {widest} can't widen"
         )

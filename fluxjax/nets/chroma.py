@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.nets.chroma_config import DOUBLE_VECTORS, SINGLE_VECTORS, ChromaConfig
 from fluxjax.nets.flux_blocks import DoubleBlock, DoubleModulation, FinalLayer, Mlp, SingleBlock
-from fluxjax.nets.flux_prepare import check_widths, checked_length, in_wide_dtype, joint_rotation
+from fluxjax.nets.flux_prepare import check_widths, in_wide_dtype, joint_rotation
 from fluxjax.nets.flux_state import Modulation, Prepared, Times, TxtLength
 from fluxjax.nets.layers import Linear, RmsNorm, sinusoid
 from fluxjax.nets.scan import scan_blocks
@@ -127,10 +127,10 @@ class Chroma(AbstractTransformer):
             txt=txt,
             img_ids=img_ids,
             txt_ids=txt_ids,
-            txt_length=txt_length,
             dtype=options.get("dtype"),
             remat=options.get("remat", False),
         )
+        prepared = self.with_txt_length(prepared, txt_length)
         return self.velocity(
             x,
             t,
@@ -151,7 +151,6 @@ class Chroma(AbstractTransformer):
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
-        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Prepared:
@@ -171,7 +170,6 @@ class Chroma(AbstractTransformer):
                     f"{name}=. Pass {name}=None."
                 )
         check_widths("Chroma", self.config, txt=txt, img_ids=img_ids)
-        length = checked_length("Chroma", txt_length, len(txt))
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
@@ -179,7 +177,7 @@ class Chroma(AbstractTransformer):
         times = in_wide_dtype(times)
         modulation = self._modulation(times, dtype, remat)
         tokens = self.txt_in(txt.astype(dtype))
-        return Prepared(times, tokens, rotation, modulation, txt_length=length)
+        return Prepared(times, tokens, rotation, modulation)
 
     def _modulation(self, times: Times, dtype: DTypeLike, remat: bool) -> Modulation:
         """Return the modulation of the whole network at all times, by the approximator."""

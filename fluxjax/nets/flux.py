@@ -15,7 +15,6 @@ from fluxjax.nets.flux_prepare import (
     block_modulation,
     check_distilled_scale,
     check_widths,
-    checked_length,
     in_wide_dtype,
     joint_rotation,
 )
@@ -117,10 +116,10 @@ class Flux(AbstractTransformer):
             img_ids=img_ids,
             txt_ids=txt_ids,
             guidance=guidance,
-            txt_length=txt_length,
             dtype=options.get("dtype"),
             remat=options.get("remat", False),
         )
+        prepared = self.with_txt_length(prepared, txt_length)
         return self.velocity(
             x,
             t,
@@ -141,7 +140,6 @@ class Flux(AbstractTransformer):
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
-        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Prepared:
@@ -160,7 +158,6 @@ class Flux(AbstractTransformer):
             )
         check_widths("Flux", self.config, txt=txt, vec=vec, img_ids=img_ids)
         check_distilled_scale("Flux", guidance, taken=self.config.guidance_embed)
-        length = checked_length("Flux", txt_length, len(txt))
         if txt_ids is None:
             txt_ids = jnp.zeros((len(txt), img_ids.shape[-1]), img_ids.dtype)
         dtype = txt.dtype if dtype is None else dtype
@@ -173,7 +170,7 @@ class Flux(AbstractTransformer):
             _final_modulation(self.final, conditioning),
         )
         tokens = self.txt_in(txt.astype(dtype))
-        return Prepared(times, tokens, rotation, modulation, txt_length=length)
+        return Prepared(times, tokens, rotation, modulation)
 
 
 def _final_modulation(

@@ -21,7 +21,7 @@ from fluxjax.nets.flux_control import (
     add_after_single,
     check_residuals,
 )
-from fluxjax.nets.flux_prepare import check_widths, without_modulation
+from fluxjax.nets.flux_prepare import check_widths, checked_length, without_modulation
 from fluxjax.nets.flux_state import HiddenState, ImgStates, Prepared, Times, TxtLength
 from fluxjax.nets.image_prompt import ImagePrompt, check_image_prompts
 from fluxjax.nets.layers import Linear
@@ -88,7 +88,6 @@ class AbstractTransformer(eqx.Module):
         img_ids: ImgIds,
         txt_ids: TxtIds | None = None,
         guidance: ScalarLike | None = None,
-        txt_length: TxtLength | int | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> Prepared:
@@ -97,11 +96,20 @@ class AbstractTransformer(eqx.Module):
         **Arguments:** `times`: those at which `velocity` will be called. `txt`: hidden states of
         T5. `vec`: pooled state of CLIP, for networks that read it. `img_ids`, `txt_ids`: positions;
         those of the text are zeros by default. `guidance`: distilled guidance scale, for networks
-        that take one. `txt_length`: how many of the text's tokens are attended to; None for all.
-        `dtype`: of the activations, by default that of `txt`.
+        that take one. `dtype`: of the activations, by default that of `txt`.
         **Raises:** `ValueError` for an input that is missing, or is not taken, or whose width is
         not that of the config.
         """
+
+    def with_txt_length(self, prepared: Prepared, length: TxtLength | int | None) -> Prepared:
+        """Return what was prepared, with the number of text tokens that are attended to.
+
+        **Arguments:** `prepared`: from `prepare`. `length`: the text's tokens from there on are
+        padding; None for all tokens. Where the text is of two prompts, as for `Nag`, one for each.
+        **Raises:** `ValueError` for a Python number that is not 0 to the number of text tokens.
+        """
+        checked = checked_length(type(self).__name__, length, len(prepared.txt))
+        return prepared._replace(txt_length=checked)
 
     def with_image_prompts(self, prepared: Prepared, prompts: Sequence[ImagePrompt]) -> Prepared:
         """Return what was prepared, with image prompts that the blocks attend to as well.

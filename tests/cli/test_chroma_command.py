@@ -30,5 +30,5 @@ def test_it_is_guided_by_default_and_by_a_negative_prompt(run, folder):
     assert "chroma" in done.progress
     assert "clip" not in done.progress
     done = run(*words, "--guidance", "3")
-    assert done.code == 1
+    assert done.code == 2
     assert "no guidance embedder" in done.errors[0]

@@ -5,6 +5,7 @@ import pytest
 from adapters import (
     KOHYA,
     Draw,
+    Sample,
     assert_close,
     changed_weights,
     effective_weights,
@@ -15,7 +16,7 @@ from adapters import (
 )
 from chroma import small_chroma
 
-from fluxjax import attach, convert_weights, merge, read_lora
+from fluxjax import WeightsError, attach, convert_weights, merge, read_lora
 from fluxjax.generate import load_chroma, save
 from fluxjax.lora import init_lora, merge_while_converting
 from fluxjax.lora.merge import notes_of
@@ -55,6 +56,14 @@ def test_an_adapter_of_flux_is_merged_and_attached_without_what_chroma_lacks(chr
     transform = merge_while_converting([lora], [SCALE])
     converted = convert_weights(source, tmp_path / "styled", to="bfl", transform=transform)
     assert_close(weights(load_chroma(converted)), weights(merged), 1e-6)
+
+
+def test_an_adapter_that_adds_input_features_is_refused(chroma, tmp_path):
+    sample = Sample()
+    pair(sample, Draw(8), "lora_unet_img_in", KOHYA, (32, 128), 2)
+    lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
+    with pytest.raises(WeightsError, match="an adapter of 128 can't widen"):
+        merge(chroma, [lora])
 
 
 def test_a_new_adapter_of_chroma_changes_its_blocks(chroma):

@@ -82,8 +82,8 @@ def test_on_a_mesh_padding_is_left_out_as_on_one_device(chroma, expected, sizes)
 
         def one(x, txt, length):
             t = jnp.float32(0.5)
-            prepared = network.prepare(t[None], txt=txt, img_ids=IDS, txt_length=length)
-            return network.velocity(x, t, prepared)
+            prepared = network.prepare(t[None], txt=txt, img_ids=IDS)
+            return network.velocity(x, t, network.with_txt_length(prepared, length))
 
         return jax.vmap(one)(*rows)
 

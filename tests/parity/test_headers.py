@@ -50,6 +50,8 @@ CASES = {
     "bfl/flux1-kontext-dev": (Flux, FluxConfig.dev(), tables.FLUX_BFL),
     "diffusers/flux1-canny-dev.transformer": (Flux, DEPTH, tables.FLUX_DIFFUSERS),
     "diffusers/flux1-kontext-dev.transformer": (Flux, FluxConfig.dev(), tables.FLUX_DIFFUSERS),
+    "bfl/chroma1-hd": (Chroma, ChromaConfig.hd(), CHROMA_BFL),
+    "diffusers/chroma1-hd.transformer": (Chroma, ChromaConfig.hd(), CHROMA_DIFFUSERS),
     "diffusers/instantx-flux1-controlnet-union": (
         ControlNet,
         ControlNetConfig.union(),
@@ -66,8 +68,6 @@ CASES = {
         CONTROLNET_DIFFUSERS,
     ),
     "xlabs/flux-controlnet-v3": (ControlNet, ControlNetConfig.xlabs(), CONTROLNET_XLABS),
-    "bfl/chroma1-hd": (Chroma, ChromaConfig.hd(), CHROMA_BFL),
-    "diffusers/chroma1-hd.transformer": (Chroma, ChromaConfig.hd(), CHROMA_DIFFUSERS),
     "bfl/ae": (Vae, VaeConfig.flux(), tables.vae_bfl(4)),
     "diffusers/flux1.vae": (Vae, VaeConfig.flux(), tables.VAE_DIFFUSERS),
     "transformers/clip-l.text_encoder": (Clip, ClipConfig.large(), tables.CLIP_TRANSFORMERS),
