@@ -18,6 +18,7 @@ from fluxjax.checkpoint.controlnet_configs import (
     controlnet_from_json,
     controlnet_from_shapes,
     controlnet_to_json,
+    controlnet_variant,
 )
 from fluxjax.checkpoint.controlnet_names import CONTROLNET_DIFFUSERS, CONTROLNET_XLABS
 from fluxjax.checkpoint.dialect import Dialect
@@ -268,6 +269,8 @@ def flux_variant(config: NetworkConfig) -> str | None:
     it, or without a distilled scale), "lite-8B", "Fill" or "Canny/Depth", followed by ", of another
     size" for other widths or depths. Of Chroma it is "Chroma1", whose versions have one size.
     """
+    if isinstance(config, ControlNetConfig):
+        return controlnet_variant(config)
     if isinstance(config, ChromaConfig):
         return "Chroma1" if config == ChromaConfig.hd() else "Chroma1, of another size"
     if not isinstance(config, FluxConfig):
