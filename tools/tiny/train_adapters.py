@@ -1,0 +1,183 @@
+"""Train one of the tiny model's adapters: fill, edges, kontext, controlnet or redux.
+
+The training ends by itself after `--minutes`, with a learning rate that falls to nearly 0 by then.
+What is written is the moving average of the weights.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from adapter_data import Encoded, encode_examples, encode_prompts
+from adapter_examples import KINDS, make_examples_in_parallel
+from adapter_tasks import RECIPES, Task, make_task
+
+from fluxjax.generate.load import load_models
+from fluxjax.train.step import TrainState, make_step
+
+STARTED = time.monotonic()
+EMA = 0.998
+WARM_UP = 0.04
+LAST_RATE = 0.03
+STOP_EARLY = 4.0  # seconds that the last write may take
+
+
+def make_optimizer(rate: float) -> optax.GradientTransformation:
+    """Return AdamW with clipped gradients; the loop sets its learning rate."""
+    adamw = optax.inject_hyperparams(optax.adamw)(rate, b2=0.99, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def with_rate(state: TrainState, rate: float) -> TrainState:
+    """Return a state with another learning rate."""
+    where = lambda state: state.optimizer[1].hyperparams["learning_rate"]  # noqa: E731
+    return eqx.tree_at(where, state, jnp.float32(rate))
+
+
+def rate_at(share: float, highest: float) -> float:
+    """Return the learning rate after a share of the training: a warm-up, then a cosine."""
+    if share < WARM_UP:
+        return highest * (0.05 + 0.95 * share / WARM_UP)
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP))))
+    return highest * (LAST_RATE + (1 - LAST_RATE) * falling)
+
+
+def compiled_steps(task: Task, optimizer: Any, count: int, batch: int) -> Callable:
+    """Return a compiled function of several steps on random batches of the examples."""
+    step = make_step(task.loss, optimizer, ema_decay=EMA, trainable=task.trained)
+
+    def steps(state, flux, data: Encoded, empty, key):
+        def one(state, key):
+            pick, key = jax.random.split(key)
+            rows = jax.random.randint(pick, (batch,), 0, len(data.latents))
+            return step(state, flux, jax.tree.map(lambda x: x[rows], data), empty, key=key)
+
+        return jax.lax.scan(one, state, jax.random.split(key, count))
+
+    return jax.jit(steps, donate_argnums=0)
+
+
+def compile_quickly(function: Callable, *arguments: Any) -> Callable:
+    """Compile a function; on a GPU without trying kernels, which takes long on a busy one."""
+    lowered = function.lower(*arguments)
+    if jax.default_backend() != "gpu":
+        return lowered.compile()
+    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    try:
+        return lowered.compile(options)
+    except (RuntimeError, ValueError) as error:
+        print(f"compiling with the default options: {error}", flush=True)
+        return lowered.compile()
+
+
+class Clock:
+    """The share of the training that is over, by time or by steps, whichever is more."""
+
+    def __init__(self, minutes: float, steps: int | None):
+        self.begin, self.steps = process_seconds(), steps
+        self.seconds = max(60 * minutes - STOP_EARLY - self.begin, 1e-3)
+
+    def share(self, step: int) -> float:
+        by_time = (process_seconds() - self.begin) / self.seconds
+        return by_time if self.steps is None else max(by_time, step / self.steps)
+
+
+def train(options: argparse.Namespace) -> None:
+    kind, key = options.kind, jax.random.key(options.seed)
+    examples = make_examples_in_parallel(kind, options.examples, options.seed, options.workers)
+    _log(kind, f"{len(examples.prompts)} examples")
+    models = load_models("tiny", dtype="float32")
+    data = encode_examples(models, kind, examples)
+    empty = jax.tree.map(lambda x: x[0], encode_prompts(models, [""]))
+    jax.block_until_ready(data)
+    _log(kind, "encoded")
+    task = make_task(kind, models, key)
+    rate = options.rate or RECIPES[kind].rate
+    optimizer = make_optimizer(rate)
+    state = TrainState.create(task.model, optimizer, trainable=task.trained)
+    # Copies, since arrays of the model and of its average would be donated twice.
+    state = with_rate(jax.tree.map(jnp.array, state), rate)
+    steps = compile_quickly(
+        compiled_steps(task, optimizer, options.scan, options.batch),
+        *(state, task.flux, data, empty, key),
+    )
+    _log(kind, "compiled")
+    log = Log(kind, options.report)
+    clock, done, written = Clock(options.minutes, options.steps), 0, time.monotonic()
+    path = options.output / f"{kind}.safetensors"
+    while (share := clock.share(done)) < 1:
+        state = with_rate(state, rate_at(share, rate))
+        state, losses = steps(state, task.flux, data, empty, jax.random.fold_in(key, done))
+        done += options.scan
+        log.add(done, float(jnp.mean(losses)))
+        if time.monotonic() - written >= options.save:
+            replace_file(task, state.ema, path)
+            written = time.monotonic()
+    replace_file(task, state.ema, path)
+    _log(kind, f"finished after {done} steps: {path}")
+
+
+class Log:
+    """Prints the mean loss and the speed from time to time."""
+
+    def __init__(self, kind: str, seconds: float):
+        self.kind, self.seconds = kind, seconds
+        self.since, self.first, self.losses = time.monotonic(), 0, []
+
+    def add(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        passed = time.monotonic() - self.since
+        if passed >= self.seconds:
+            mean, speed = sum(self.losses) / len(self.losses), (step - self.first) / passed
+            _log(self.kind, f"step {step} loss {mean:.5f} {speed:.1f} steps/s")
+            self.since, self.first, self.losses = time.monotonic(), step, []
+
+
+def replace_file(task: Task, model: eqx.Module, path: Path) -> None:
+    """Write a file, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"part-{path.name}")
+    task.write(model, temporary)
+    os.replace(temporary, path)
+
+
+def process_seconds() -> float:
+    """Return the seconds since this program has been imported."""
+    return time.monotonic() - STARTED
+
+
+def _log(kind: str, text: str) -> None:
+    print(f"{kind} {process_seconds():.0f} s: {text}", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = made.add_argument
+    add("kind", choices=KINDS)
+    add("--minutes", type=float, required=True, help="from the start to the last write")
+    add("--output", type=Path, required=True, help="folder of the written files")
+    add("--examples", type=int, default=32768, help="scenes that are drawn and encoded first")
+    add("--workers", type=int, default=3, help="processes that draw the scenes")
+    add("--batch", type=int, default=256, help="examples of a step")
+    add("--scan", type=int, default=20, help="steps of a call")
+    add("--steps", type=int, help="end after so many steps, if the time is not over before")
+    add("--rate", type=float, help="the highest learning rate (default: that of the kind)")
+    add("--report", type=float, default=20, help="seconds between two lines of the log")
+    add("--save", type=float, default=60, help="seconds between two written files")
+    add("--seed", type=int, default=0)
+    return made
+
+
+if __name__ == "__main__":
+    train(parser().parse_args())
