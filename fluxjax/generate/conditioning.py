@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from fluxjax.generate.controls import (
     prepare_control,
     without_networks,
 )
+from fluxjax.generate.region_prompts import MixedPrompts, RegionLabels, RegionPrompts
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_state import Prepared
@@ -51,7 +53,8 @@ class Conditioning(eqx.Module):
     of each noisy token, [img_tokens, features], as FLUX.1 Fill, Canny and Depth take them.
     `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `control`:
     ControlNets, whose residuals are added up. `image_prompts`: of IP-Adapters, keys and values that
-    the blocks attend to as well.
+    the blocks attend to as well. `regions`, `mixed`: prompts of the image's parts, which attend to
+    them, or whose velocities are mixed; `txt` and `vec` are then the base prompt.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -62,6 +65,8 @@ class Conditioning(eqx.Module):
     reference: ReferenceTokens | None = None
     control: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
+    regions: RegionPrompts | None = None
+    mixed: MixedPrompts | None = None
 
 
 class AddedCondition(eqx.Module):
@@ -101,6 +106,14 @@ _RANKS = {
     "v": 4,
     "scales": 1,
     "token_weights": 1,
+    "region_txt": 2,
+    "txt_labels": 1,
+    "img_labels": 1,
+    "base_ratio": 0,
+    "low": 0,
+    "texts": 3,
+    "pooled": 2,
+    "weights": 3,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -141,14 +154,19 @@ def _bound(control: Control, conditioning: Conditioning) -> Control:
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. The rest
-    as in `Conditioning`.
+    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. `regions`:
+    the labels of its text tokens and of the image's, if the image has regions. `mixed`: this
+    conditioning with other prompts, whose velocities are mixed by `weights`. The rest as in
+    `Conditioning`.
     """
 
     prepared: Prepared | PreparedShard
     concat: Float[Array, "... img_tokens features"] | None = None
     reference_tokens: Float[Array, "... reference_tokens channels"] | None = None
     control: tuple[PreparedControl, ...] = ()
+    regions: RegionLabels | None = None
+    mixed: "tuple[PreparedConditioning, ...]" = ()
+    weights: Float[Array, "... prompts img_tokens features"] | None = None
 
 
 def prepare_conditioning(
@@ -164,12 +182,16 @@ def prepare_conditioning(
     are from `bind_control`.
     """
     ids = conditioning.img_ids
-    reference = conditioning.reference
+    reference, regions = conditioning.reference, conditioning.regions
     if reference is not None:
         ids = jnp.concatenate([ids, reference.ids])
+    txt, labels = conditioning.txt, None
+    if regions is not None:
+        txt = jnp.concatenate([txt, regions.region_txt])
+        labels = regions.labels.with_references(len(ids) - len(conditioning.img_ids))
     prepared = flux.prepare(
         times,
-        txt=conditioning.txt,
+        txt=txt,
         vec=conditioning.vec,
         img_ids=ids,
         guidance=conditioning.guidance,
@@ -184,7 +206,26 @@ def prepare_conditioning(
     control = []
     for net, one in zip(nets, conditioning.control, strict=True):
         control.append(prepare_control(net, one, times))
-    return PreparedConditioning(prepared, conditioning.concat, tokens, tuple(control))
+    ready = PreparedConditioning(prepared, conditioning.concat, tokens, tuple(control), labels)
+    return _with_mixed(flux, ready, conditioning, times)
+
+
+def _with_mixed(
+    flux: Transformer,
+    ready: PreparedConditioning,
+    conditioning: Conditioning,
+    times: Float[Array, " times"],
+) -> PreparedConditioning:
+    """Return a prepared conditioning with those of the prompts that its velocity is mixed with."""
+    mixed = conditioning.mixed
+    if mixed is None:
+        return ready
+    parts = []
+    for txt, vec in zip(mixed.texts, mixed.pooled, strict=True):
+        # ControlNets read the base prompt; what they add is the same for all.
+        part = replace(conditioning, txt=txt, vec=vec, mixed=None, control=())
+        parts.append(prepare_conditioning(flux, part, times))
+    return replace(ready, mixed=tuple(parts), weights=mixed.weights)
 
 
 def network_input(
