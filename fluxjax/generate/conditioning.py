@@ -154,9 +154,9 @@ def _bound(control: Control, conditioning: Conditioning) -> Control:
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated. `regions`:
-    the labels of its text tokens and of the image's, if the image has regions. `mixed`: this
-    conditioning with other prompts, whose velocities are mixed by `weights`. The rest as in
+    `prepared`: from `Flux.prepare`, for the times at which the network will be evaluated.
+    `regions`: the labels of its text tokens and of the image's, if the image has regions. `mixed`:
+    this conditioning with other prompts, whose velocities are mixed by `weights`. The rest as in
     `Conditioning`.
     """
 

@@ -1,4 +1,4 @@
-"""Regional prompts: parts of an image, given by boxes or masks, that follow prompts of their own."""
+"""Regional prompts: parts of an image, boxes or masks, that follow prompts of their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

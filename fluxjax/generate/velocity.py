@@ -231,9 +231,7 @@ def guided_velocity(
         )
     weak = None
     if guidance.weak is not None:
-        degraded = ConditionalFlux(
-            flux, attention, guidance.weak.blocks, control, image_axes
-        )
+        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks, control, image_axes)
         weak = WeakModel(
             degraded, guidance.weak.strength, low=guidance.weak.low, high=guidance.weak.high
         )
