@@ -10,7 +10,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
 from fluxjax.generate.controls import control_times
 from fluxjax.generate.latents import check_size
-from fluxjax.generate.masks import mask_tokens
+from fluxjax.generate.masks import PixelMask, mask_tokens
 from fluxjax.generate.region_prompts import MixedPrompts, RegionLabels, RegionPrompts
 from fluxjax.generate.text import TextStates
 from fluxjax.numeric import check_finite, is_concrete_number
@@ -25,9 +25,8 @@ REGION_UNTIL = 0.4
 MAX_REGIONS = 30
 """Regions of an image: each is a bit of an int32, and so is what no region covers."""
 
-Box = tuple[float, float, float, float]
 
-
+@convert_arguments
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Region:
     """A part of an image.
@@ -39,8 +38,8 @@ class Region:
     **Raises:** `ValueError` for both, a box that is not one, or a mask with other values.
     """
 
-    box: Box | None = None
-    mask: np.ndarray | Float[Array, "mask_height mask_width"] | None = None
+    box: Sequence[float] | None = None
+    mask: PixelMask | None = None
 
     def __post_init__(self):
         if self.box is not None and self.mask is not None:
@@ -72,7 +71,7 @@ class Region:
         return np.asarray(self.mask)[nearest]
 
 
-def _checked_box(box: Sequence[float]) -> Box:
+def _checked_box(box: Sequence[float]) -> tuple[float, float, float, float]:
     values = np.asarray(box, np.float64)
     if values.shape == (4,):
         left, top, right, bottom = map(float, values)
@@ -86,9 +85,10 @@ def _checked_box(box: Sequence[float]) -> Box:
     )
 
 
-def _checked_mask(mask: object) -> np.ndarray:
+def _checked_mask(mask: PixelMask) -> np.ndarray:
     values = np.asarray(mask, np.float32)
-    if values.ndim == 2 and values.size and values.min() >= 0 and values.max() <= 1:
+    # Written so that NaN fails.
+    if values.size and values.min() >= 0 and values.max() <= 1:
         return values
     raise ValueError(
         f"`Region(mask)` needs [height, width] values in [0, 1], got the shape {values.shape}"

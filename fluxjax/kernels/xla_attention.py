@@ -28,8 +28,8 @@ class LogitOptions(NamedTuple):
     """What is done to the logits of every head alike.
 
     `scale`: factor of the logits. `causal`: whether a query attends only to keys up to its own
-    index. `key_length`: keys from there on are padding; None for no padding. `labels`: of tokens, which
-    are queries and keys; a query attends only to keys whose label shares a bit with its own.
+    index. `key_length`: keys from there on are padding; None for no padding. `labels`: of tokens
+    that are queries and keys; a query attends only to keys whose label shares a bit with its own.
     """
 
     scale: float
