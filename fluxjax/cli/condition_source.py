@@ -25,13 +25,16 @@ class ConditionFacts(NamedTuple):
 
     `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
     is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
-    `load`: how networks are loaded, with the mesh.
+    `load`: how networks are loaded, with the mesh. `size`: height and width in pixels; None if each
+    image has its own. `steps`: of the sampling.
     """
 
     model: str
     flux: FluxConfig | None
     is_guided: bool
     load: LoadOptions
+    size: tuple[int, int] | None
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,9 @@ from fluxjax.generate.regions import (
     MixedCondition,
     Region,
     RegionalCondition,
+    check_region_list,
+    check_until,
+    region_labels,
     regional_condition,
 )
 from fluxjax.generate.text import TextStates
@@ -55,6 +58,12 @@ class RegionSource(ConditionSource):
                 "--region names tokens of a whole image, and --mesh splits them. "
                 "Use context=1 with it."
             )
+        # The same errors as once all is loaded.
+        check_region_list(self.regions)
+        if facts.size is not None:
+            region_labels(self.regions, *facts.size)
+        if self.until is not None:
+            check_until(self.until, facts.steps)
 
     def describe(self) -> Mapping[str, str]:
         regions = []

@@ -1,5 +1,6 @@
 """Regional prompts: parts of an image, boxes or masks, that follow prompts of their own."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -155,26 +156,46 @@ def region_weights(
     return jnp.stack([mask_tokens(jnp.asarray(one, jnp.float32)) for one in weights])
 
 
-def _rest_of(regions: Sequence[Region]) -> int:
-    """Return the number of the background among the regions; that after the last if it is none."""
-    backgrounds = [number for number, region in enumerate(regions) if region.is_background]
+def check_region_list(regions: Sequence[Region]) -> None:
+    """**Raises:** `ValueError` for no region or more than `MAX_REGIONS`, or two backgrounds."""
+    backgrounds = sum(region.is_background for region in regions)
     if not 1 <= len(regions) <= MAX_REGIONS:
         raise ValueError(
             f"Regional prompts need 1 to {MAX_REGIONS} regions, got {len(regions)}. "
             "Pass one `Region` for each prompt."
         )
-    if len(backgrounds) > 1:
+    if backgrounds > 1:
         raise ValueError(
-            f"Regional prompts have one background at most, got {len(backgrounds)}. "
+            f"Regional prompts have one background at most, got {backgrounds}. "
             "Give the others a box or a mask."
         )
-    return backgrounds[0] if backgrounds else len(regions)
+
+
+def _rest_of(regions: Sequence[Region]) -> int:
+    """Return the number of the background; that after the last region if there is none."""
+    check_region_list(regions)
+    for number, region in enumerate(regions):
+        if region.is_background:
+            return number
+    return len(regions)
 
 
 def _cell_means(pixels: np.ndarray, side: int) -> np.ndarray:
     """Return the mean of each square of side x side pixels."""
     height, width = pixels.shape
     return pixels.reshape(height // side, side, width // side, side).mean(axis=(1, 3))
+
+
+def check_until(until: float, steps: int) -> None:
+    """Check that regions count in some of the steps.
+
+    **Raises:** `ValueError` if they do in none.
+    """
+    if until * steps < 1 - 1e-5:
+        raise ValueError(
+            f"`regional_condition(until={until:g})` is the share of the steps in which regions "
+            f"count, and that is none of {steps}. Choose {math.ceil(100 / steps) / 100:g} or more."
+        )
 
 
 def _check_share(call: str, name: str, value: float) -> None:
@@ -205,12 +226,8 @@ class RegionalCondition(AddedCondition):
 
         **Raises:** `ValueError` if regions count in none of its steps.
         """
-        steps = len(times) - 1
-        if is_concrete_number(self.until) and float(self.until) * steps < 1 - 1e-5:
-            raise ValueError(
-                f"`regional_condition(until={float(self.until):g})` is the share of the steps in "
-                f"which regions count, and that is none of {steps}. Choose {1 / steps:.2g} or more."
-            )
+        if is_concrete_number(self.until):
+            check_until(float(self.until), len(times) - 1)
         low, _ = control_times(times, end=self.until)
         labels = replace(self.prompts.labels, low=low)
         return RegionalCondition(replace(self.prompts, labels=labels), self.until)
