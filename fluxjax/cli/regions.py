@@ -147,7 +147,7 @@ def _read_region(option: RegionOption) -> tuple[Region, str]:
     """Return a region, and how metadata say where it is."""
     if option.mask is not None:
         mask = interruptible(read_mask, option.mask)
-        return Region(mask=mask), describe_file(option.mask)
+        return Region(mask=jnp.asarray(mask)), describe_file(option.mask)
     if option.box is None:
         return Region(), "background"
     return Region(box=option.box), ",".join(f"{edge:g}" for edge in option.box)

@@ -114,9 +114,10 @@ class Request:
         """
         if flux is not None:
             flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
-        size = (self.height, self.width)
-        if self.line is None or self.line.init_image is not None:
-            size = None  # that of the images that lines start from, if they do
+        size = None
+        if self.line is not None and self.line.init_image is None:
+            # Lines of a file may start from images of their own sizes.
+            size = (self.height, self.width)
         facts = ConditionFacts(self.model, flux, self.is_guided, self.load, size, self.steps)
         check_conditions(self.conditions, facts, features=self.features)
 

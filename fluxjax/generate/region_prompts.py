@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.regional_attention import RegionalAttention
-from fluxjax.nets.heads import JointAttention
 from fluxjax.shapes import Array, Float, Int, Scalar, ScalarLike
 
 _TOLERANCE = 1e-6
@@ -28,13 +27,13 @@ class RegionLabels(eqx.Module):
     def attention(
         self,
         t: Scalar,
-        choice: str | Attention | JointAttention | None,
+        choice: str | Attention | None,
         image_axes: tuple[str, ...] = (),
     ) -> RegionalAttention:
         """Return the attention at time t.
 
-        **Arguments:** `choice`: an implementation, by name or as an `Attention`; custom attentions
-        are refused before. `image_axes`: as for `RegionalAttention`.
+        **Arguments:** `choice`: an implementation, by name or as an `Attention`.
+        `image_axes`: as for `RegionalAttention`.
         """
         is_on = t > jnp.asarray(self.low) + _TOLERANCE
         ratio = jnp.where(is_on, jnp.asarray(self.base_ratio, jnp.float32), 1)

@@ -227,7 +227,7 @@ class RegionalCondition(AddedCondition):
         **Raises:** `ValueError` if regions count in none of its steps.
         """
         if is_concrete_number(self.until):
-            check_until(float(self.until), len(times) - 1)
+            check_until(np.asarray(self.until).item(), len(times) - 1)
         low, _ = control_times(times, end=self.until)
         labels = replace(self.prompts.labels, low=low)
         return RegionalCondition(replace(self.prompts, labels=labels), self.until)

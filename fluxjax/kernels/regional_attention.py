@@ -93,20 +93,23 @@ class RegionalAttention(eqx.Module):
                 f"`RegionalAttention` has labels of {own} text tokens and {image} image tokens, "
                 f"got {txt_tokens} and {len(q) - txt_tokens}. Make the labels for these tokens."
             )
-        joint = [jnp.concatenate([x[:base], x[txt_tokens:]]) for x in (q, k, v)]
-        of_base = as_attention(self.implementation)(*joint)
+
+        def without_regions(x: Array) -> Array:
+            return jnp.concatenate([x[:base], x[txt_tokens:]])
+
+        attend = as_attention(self.implementation)
+        of_base = attend(without_regions(q), without_regions(k), without_regions(v))
         base_text, base_image = of_base[:base], of_base[base:]
 
         def with_regions() -> tuple[Array, Array]:
             labels = jnp.concatenate([self.txt_labels, self.img_labels])
-            regional = [x[base:] for x in (q, k, v)]
-            mixed = labelled_attention(*regional, labels, self.implementation)
+            mixed = labelled_attention(q[base:], k[base:], v[base:], labels, self.implementation)
             return mixed[:own], self._mix(base_image, mixed[own:])
 
-        def without() -> tuple[Array, Array]:
+        def base_only() -> tuple[Array, Array]:
             return jnp.zeros_like(q[base:txt_tokens]), base_image
 
-        texts, mixed = jax.lax.cond(self._has_regions(), with_regions, without)
+        texts, mixed = jax.lax.cond(self._has_regions(), with_regions, base_only)
         return jnp.concatenate([base_text, texts, mixed])
 
     def _has_regions(self) -> Array:

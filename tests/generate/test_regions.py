@@ -22,6 +22,7 @@ from fluxjax.generate import (
     region_weights,
     regional_condition,
 )
+from fluxjax.generate.conditioning import bind_control
 from fluxjax.generate.text import TextStates
 from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks
@@ -143,29 +144,29 @@ def test_mixing_takes_the_velocity_of_each_region(flux):
     np.testing.assert_allclose(by_hand, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["attention", "mix"])
-def test_a_negative_prompt_is_one_of_the_whole_image(flux, rule):
+def test_a_negative_prompt_is_one_of_the_whole_image(flux):
     negative = replace(POSITIVE, txt=draw(TEXT, 12, seed=9))
-    regional = condition([LEFT, RIGHT], rule=rule)
-    assert regional.add_to_negative(negative) is negative
-    times = jnp.float32([T])
-    positive = regional.add(POSITIVE)
-    guided = evaluate(flux, positive, negative, Guidance(scale=jnp.float32(2)), times)
+    for rule in ("attention", "mix"):
+        assert condition([LEFT, RIGHT], rule=rule).add_to_negative(negative) is negative
+    positive = condition([LEFT, RIGHT]).add(POSITIVE)
+    guided = evaluate(flux, positive, negative, Guidance(scale=jnp.float32(2)))
     expected = 2 * evaluate(flux, positive) - evaluate(flux, negative)
     np.testing.assert_allclose(guided, expected, atol=2 * BOUND)
 
 
-def test_controlnets_read_the_base_prompt(flux):
-    net = small_controlnet(in_channels=64)
-    control = Control(net, draw(TOKENS, 64, seed=6), txt=POSITIVE.txt, vec=POSITIVE.vec)
-    own = replace(control, txt=None, vec=None)
-    for rule in ("attention", "mix"):
-        regional = condition([LEFT, RIGHT], rule=rule).add(POSITIVE)
-        found, expected = (
-            evaluate(flux, replace(regional, control=(one,))) for one in (own, control)
-        )
-        np.testing.assert_allclose(found, expected, atol=BOUND)
-        assert np.abs(found - evaluate(flux, regional)).max() > 1e-3
+def test_controlnets_read_the_base_prompt_and_serve_all_that_are_mixed(flux):
+    net = small_controlnet(in_channels=64, double_depth=1, single_depth=0)
+    control = Control(net, draw(TOKENS, 64, seed=6))
+    regional = condition([LEFT, RIGHT]).add(POSITIVE)
+    (bound,) = bind_control(replace(regional, control=(control,)))
+    np.testing.assert_array_equal(bound.txt, POSITIVE.txt)
+    # The same prompt in both regions is that of the whole image.
+    same = TextStates(jnp.stack([POSITIVE.txt] * 2), jnp.stack([POSITIVE.vec] * 2))
+    controlled = replace(POSITIVE, control=(control,))
+    mixed = condition([LEFT, RIGHT], same, rule="mix").add(controlled)
+    found, expected = evaluate(flux, mixed), evaluate(flux, controlled)
+    np.testing.assert_allclose(found, expected, atol=BOUND)
+    assert np.abs(expected - evaluate(flux, POSITIVE)).max() > 1e-3
 
 
 def test_a_cache_that_never_skips_changes_nothing(flux):
