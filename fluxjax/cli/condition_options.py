@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from fluxjax.cli.choices import CONTROL_MODES, REDUX_RULES
+from fluxjax.cli.choices import CONTROL_MODES, REDUX_RULES, REGION_RULES
 from fluxjax.cli.options import (
     OptionGroup,
     file_path,
     finite_number,
     image_prompt,
+    region,
     unicode_text,
 )
 
@@ -28,6 +29,10 @@ CONDITION_DEFAULTS: Mapping[str, object] = {
     "controlnet_start": [],
     "controlnet_end": [],
     "controlnet_negative": "shared",
+    "region": [],
+    "region_rule": None,
+    "region_base": None,
+    "region_until": None,
 }
 """The values of these options where they are not given: for commands that lack them."""
 
@@ -49,6 +54,7 @@ def add_condition_options(group: OptionGroup) -> None:
     )
     _add_controlnet_options(group)
     _add_image_prompt_options(group)
+    _add_region_options(group)
 
 
 def _add_image_prompt_options(group: OptionGroup) -> None:
@@ -94,6 +100,38 @@ def _add_image_prompt_options(group: OptionGroup) -> None:
         type=finite_number(),
         metavar="SCALE",
         help="how strongly --ip-adapter counts (default: 1)",
+    )
+
+
+def _add_region_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--region",
+        action="append",
+        type=region,
+        default=[],
+        metavar="PLACE=PROMPT",
+        help="a part of the images with a prompt of its own: a box of left, top, right and bottom "
+        "edge as shares of the image, as 0,0,0.5,1=PROMPT; a mask, as FILE=PROMPT (white is the "
+        "region); or background=PROMPT for the rest; repeat the option for several",
+    )
+    group.add_argument(
+        "--region-rule",
+        choices=REGION_RULES,
+        metavar="RULE",
+        help="how regions follow their prompts: %(choices)s; by the attention to their prompts, or "
+        "by mixing one evaluation of the transformer for each (default: attention)",
+    )
+    group.add_argument(
+        "--region-base",
+        type=finite_number(0, 1),
+        metavar="SHARE",
+        help="the share of the whole prompt within regions (default: 0.3 for attention, 0 for mix)",
+    )
+    group.add_argument(
+        "--region-until",
+        type=finite_number(0, 1),
+        metavar="SHARE",
+        help="for attention, the share of the steps in which regions count (default: 0.4)",
     )
 
 

@@ -1,7 +1,7 @@
 """A condition of the command line: what is known of it before, and once, networks are loaded."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.text import TextStates
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.transformer import AbstractTransformer
@@ -25,13 +26,16 @@ class ConditionFacts(NamedTuple):
 
     `model`: its name, folder or hub id. `flux`: the transformer's config, with adapters; None if it
     is not known before the file is downloaded. `is_guided`: whether there is a negative prompt.
-    `load`: how networks are loaded, with the mesh.
+    `load`: how networks are loaded, with the mesh. `size`: height and width in pixels; None if each
+    image has its own. `steps`: of the sampling.
     """
 
     model: str
     flux: FluxConfig | ChromaConfig | None
     is_guided: bool
     load: LoadOptions
+    size: tuple[int, int] | None
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class ConditionParts:
 
     `load`: how they were loaded; other networks of a condition are loaded in the same way. `dtype`:
     of the activations. `hooks`: run jitted functions, with `hooks.run("encode", ...)`. `time_load`:
-    (name, function) -> function(), whose time is counted as loading.
+    (name, function) -> function(), whose time is counted as loading. `texts`: the texts that
+    sources name, encoded, each as a batch of one.
     """
 
     flux: AbstractTransformer
@@ -49,18 +54,24 @@ class ConditionParts:
     dtype: DTypeLike
     hooks: DrawHooks
     time_load: Callable[[str, Callable], Any]
+    texts: Mapping[str, TextStates]
 
 
 class ConditionSource:
     """A condition as plain values, before anything is loaded.
 
     It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token.
+    file. `features`: how many it appends to each image token. `texts`: those that it needs encoded
+    as prompts are.
     """
 
     @property
     def features(self) -> int:
         return 0
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return ()
 
     def change_defaults(self, defaults: Defaults) -> Defaults:
         """Return how the model is sampled with this condition where no option says otherwise."""

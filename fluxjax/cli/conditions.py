@@ -27,6 +27,7 @@ from fluxjax.cli.condition_source import (
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.image_prompts import read_image_prompts
 from fluxjax.cli.output import encodable
+from fluxjax.cli.regions import read_regions
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.channels import check_features
 from fluxjax.generate.condition_images import resize_image
@@ -195,6 +196,7 @@ def _check_opencv() -> None:
 _READERS: Sequence[Callable[[argparse.Namespace], ConditionSource | None]] = (
     _read_control,
     read_image_prompts,
+    read_regions,
 )
 """Functions that return the source that the options name, or None if they name none."""
 

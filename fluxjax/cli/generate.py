@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,9 +130,10 @@ def _draw_prompt(request: Request, line: Line) -> None:
         stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
         prompts = stages.encode(encoders, [line])
         stages.show_memory(encoders, None)
+        texts = stages.encode_conditions(encoders, is_writer)
         kept = encoders if request.keep_encoders else None
         del encoders
-        networks = stages.load_networks()
+        networks = stages.load_networks(texts)
         stages.show_memory(kept, networks)
         for group in groups:
             numbers = group.numbers
@@ -189,7 +190,8 @@ def _draw_file(request: Request, path: Path) -> None:
         reused = 0
         with _clock(request, groups) as clock:
             stages = _Stages(clock, request)
-            encoders, networks = stages.load_encoders(), stages.load_networks()
+            encoders = stages.load_encoders()
+            networks = stages.load_networks(stages.encode_conditions(encoders))
             stages.note_cut_prompts(encoders.tokenizers, work.lines)
             stages.show_memory(encoders, networks)
             for group in groups:
@@ -341,8 +343,11 @@ class _Stages(NamedTuple):
             networks[name] = offload(network) if self.request.offload_encoders else network
         return _Encoders(tokenizers, networks.get("clip"), networks["t5"])
 
-    def load_networks(self) -> _Networks:
-        """Load the transformer, the VAE, and what images are conditioned on."""
+    def load_networks(self, texts: Mapping[str, TextStates]) -> _Networks:
+        """Load the transformer, the VAE, and what images are conditioned on.
+
+        **Arguments:** `texts`: from `encode_conditions`.
+        """
         request = self.request
         flux = self._load(request.family.transformer)
         request.check_conditions(flux.config)
@@ -355,6 +360,7 @@ class _Stages(NamedTuple):
             dtype=request.dtype,
             hooks=self.clock,
             time_load=self.clock.load,
+            texts=texts,
         )
         return _Networks(flux, vae, scale, load_conditions(request.conditions, parts))
 
@@ -383,33 +389,64 @@ class _Stages(NamedTuple):
             for note in cut_notes(tokenizers, line, self.request.max_length):
                 tqdm.write(f"fluxjax: {prefix}{note}", file=sys.stderr)
 
+    def encode_conditions(
+        self, encoders: _Encoders, is_writer: bool = True
+    ) -> dict[str, TextStates]:
+        """Encode the texts of what images are conditioned on.
+
+        **Arguments:** `is_writer`: whether this process prints which of them are cut.
+        **Returns:** a batch of one for each different text.
+        """
+        texts: dict[str, None] = {}
+        for condition in self.request.conditions:
+            texts |= dict.fromkeys(condition.texts)
+        if not texts:
+            return {}
+        prompts = list(texts)
+        lines = [Line(prompt, None, None, "", 0) for prompt in prompts]
+        self.note_cut_prompts(encoders.tokenizers, lines if is_writer else [])
+        states = self._encode_texts(self._fetched(encoders), prompts, prompts)
+        return {prompt: states.rows([row]) for row, prompt in enumerate(prompts)}
+
     def encode(self, encoders: _Encoders, lines: Sequence[Line]) -> _Prompts:
         """Encode prompts, and what they are guided away from, if anything."""
         request = self.request
-        clip = None if encoders.clip is None else fetch(encoders.clip)
-        t5 = fetch(encoders.t5)
-
-        def encode(prompts: list[str], t5_prompts: list[str]) -> TextStates:
-            ids = prompt_ids(
-                encoders.tokenizers,
-                prompts,
-                t5_prompts,
-                max_length=request.max_length,
-                visible_padding=request.defaults.visible_padding,
-            )
-            return self.clock.run(
-                "encode", encode_text, clip, t5, ids, dtype=request.dtype, mesh=request.load.mesh
-            )
-
+        fetched = self._fetched(encoders)
         prompts = [line.prompt for line in lines]
         t5_prompts = []
         for line in lines:
             t5_prompts.append(line.prompt if line.prompt_2 is None else line.prompt_2)
-        positive = encode(prompts, t5_prompts)
+        positive = self._encode_texts(fetched, prompts, t5_prompts)
         if not request.is_guided:
             return _Prompts(positive, None)
         negatives = [request.negative_of(line) for line in lines]
-        return _Prompts(positive, encode(negatives, negatives))
+        return _Prompts(positive, self._encode_texts(fetched, negatives, negatives))
+
+    def _fetched(self, encoders: _Encoders) -> _Encoders:
+        clip = None if encoders.clip is None else fetch(encoders.clip)
+        return encoders._replace(clip=clip, t5=fetch(encoders.t5))
+
+    def _encode_texts(
+        self, encoders: _Encoders, prompts: list[str], t5_prompts: list[str]
+    ) -> TextStates:
+        """Encode texts by encoders on the device."""
+        request = self.request
+        ids = prompt_ids(
+            encoders.tokenizers,
+            prompts,
+            t5_prompts,
+            max_length=request.max_length,
+            visible_padding=request.defaults.visible_padding,
+        )
+        return self.clock.run(
+            "encode",
+            encode_text,
+            encoders.clip,
+            encoders.t5,
+            ids,
+            dtype=request.dtype,
+            mesh=request.load.mesh,
+        )
 
     def draw(
         self,

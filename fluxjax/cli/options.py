@@ -340,6 +340,31 @@ def image_prompt(text: str) -> ImagePromptFile:
     return ImagePromptFile(file_path(place), weight)
 
 
+class RegionOption(NamedTuple):
+    """A part of the images as an option names it: its box, or its mask's file, or neither for the
+    background; and its prompt."""
+
+    box: tuple[float, float, float, float] | None
+    mask: Path | None
+    prompt: str
+
+
+def region(text: str) -> RegionOption:
+    """Read a region, X0,Y0,X1,Y1=PROMPT, FILE=PROMPT, or background=PROMPT."""
+    place, equals, prompt = unicode_text(text).partition("=")
+    if not equals or not place or not prompt.strip():
+        raise _wrong_value(text, "a box or a mask and its prompt, as 0,0,0.5,1=PROMPT")
+    if place == "background":
+        return RegionOption(None, None, prompt)
+    edges = place.split(",")
+    if not all(map(_is_number, edges)):
+        return RegionOption(None, file_path(place), prompt)
+    if len(edges) != 4:
+        raise _wrong_value(text, "the four edges of a box, as 0,0,0.5,1=PROMPT")
+    left, top, right, bottom = map(float, edges)
+    return RegionOption((left, top, right, bottom), None, prompt)
+
+
 class Adapter(NamedTuple):
     """An adapter as an option names it.
 

@@ -117,7 +117,11 @@ class Request:
         """
         if isinstance(flux, FluxConfig):
             flux = adapted_config(flux, [lora for lora, _ in self.load.adapters])
-        facts = ConditionFacts(self.model, flux, self.is_guided, self.load)
+        size = None
+        if self.line is not None and self.line.init_image is None:
+            # Lines of a file may start from images of their own sizes.
+            size = (self.height, self.width)
+        facts = ConditionFacts(self.model, flux, self.is_guided, self.load, size, self.steps)
         check_conditions(self.conditions, facts, features=self.features)
 
     def negative_of(self, line: Line) -> str:

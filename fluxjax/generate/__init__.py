@@ -105,6 +105,16 @@ from fluxjax.generate.redux import (
     redux_tokens,
 )
 from fluxjax.generate.reference_ids import reference_ids
+from fluxjax.generate.region_prompts import MixedPrompts, RegionLabels, RegionPrompts
+from fluxjax.generate.regions import (
+    REGION_RULES,
+    MixedCondition,
+    Region,
+    RegionalCondition,
+    region_labels,
+    region_weights,
+    regional_condition,
+)
 from fluxjax.generate.restore_image import SOLVERS, Restoration, restoration_times, restore_image
 from fluxjax.generate.samplers import (
     INTEGRATORS,
@@ -129,6 +139,7 @@ __all__ = [
     "REDUX_GUIDANCE",
     "REDUX_RULES",
     "REDUX_STEPS",
+    "REGION_RULES",
     "RULES",
     "SOLVERS",
     "TIMERS",
@@ -160,6 +171,8 @@ __all__ = [
     "ImagePromptCondition",
     "LoadOptions",
     "Margins",
+    "MixedCondition",
+    "MixedPrompts",
     "Models",
     "PreparedConditioning",
     "Preview",
@@ -170,6 +183,10 @@ __all__ = [
     "ReferenceCondition",
     "ReferenceTokens",
     "References",
+    "Region",
+    "RegionLabels",
+    "RegionPrompts",
+    "RegionalCondition",
     "Repaint",
     "Restoration",
     "SDEditing",
@@ -240,6 +257,9 @@ __all__ = [
     "redux_condition",
     "redux_tokens",
     "reference_ids",
+    "region_labels",
+    "region_weights",
+    "regional_condition",
     "resize_image",
     "restoration_times",
     "restore_image",

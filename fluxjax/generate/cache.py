@@ -174,7 +174,8 @@ class CachedFlux(StatefulVelocity):
         # A cache is refused where tokens are split, so that this is prepared for all of them.
         shared: Prepared = prepared.prepared  # type: ignore[assignment]
         embedded = self.flux.embed(network_input(x, prepared), t, shared)
-        hidden, signal, start = self.cache.signal(self.flux, embedded, self.attention)
+        attention = attention_at(self.attention, prepared, t, self.image_axes)
+        hidden, signal, start = self.cache.signal(self.flux, embedded, attention)
         signal = signal.astype(jnp.float32)
         distance = self.cache.accumulate(old.distance, _relative_change(signal, old.signal))
         if self.image_axes:
@@ -191,7 +192,7 @@ class CachedFlux(StatefulVelocity):
             first = hidden
             if start and control:
                 first = hidden._replace(img=add_after_first(hidden.img, control))
-            img = self.flux.blocks(first, attention=self.attention, control=control, start=start)
+            img = self.flux.blocks(first, attention=attention, control=control, start=start)
             return img, (img - hidden.img).astype(jnp.float32)
 
         img, residual = jax.lax.cond(skip, add_last, run_blocks)
@@ -229,6 +230,22 @@ def condition_at(
         return condition
     nets = () if control is None else control.nets
     return prepare_conditioning(flux, condition, jnp.asarray(t)[None], nets)
+
+
+def attention_at(
+    choice: AttentionChoice,
+    condition: PreparedConditioning,
+    t: Scalar,
+    image_axes: tuple[str, ...] = (),
+) -> AttentionChoice:
+    """Return the attention for a condition at time t: by regions, if it has regions.
+
+    **Arguments:** `image_axes`: as for `CachedFlux`.
+    """
+    if condition.regions is None:
+        return choice
+    # `check_regions` refuses custom functions.
+    return condition.regions.attention(t, choice, image_axes)  # type: ignore[arg-type]
 
 
 def _relative_change(new: Tokens, old: Tokens) -> Scalar:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from fluxjax.generate.controls import (
     prepare_control,
     without_networks,
 )
+from fluxjax.generate.region_prompts import MixedPrompts, RegionLabels, RegionPrompts
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.flux_state import Prepared
 from fluxjax.nets.image_prompt import ImagePrompt, for_image_tokens
@@ -53,7 +55,9 @@ class Conditioning(eqx.Module):
     `reference`: tokens that follow the noisy ones, as FLUX.1 Kontext takes them. `control`:
     ControlNets, whose residuals are added up. `image_prompts`: of IP-Adapters, keys and values that
     the blocks attend to as well. `txt_length`: how many of the text tokens are attended to, for
-    models that leave out padding; None for all of them.
+    models that leave out padding; None for all of them. `regions`, `mixed`: prompts of the image's
+    parts, which attend to them, or whose velocities are mixed; `txt` and `vec` are then the base
+    prompt.
     """
 
     txt: Float[Array, "... txt_tokens context"]
@@ -65,6 +69,8 @@ class Conditioning(eqx.Module):
     control: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     txt_length: Int[Array, "..."] | None = None
+    regions: RegionPrompts | None = None
+    mixed: MixedPrompts | None = None
 
 
 class AddedCondition(eqx.Module):
@@ -105,6 +111,14 @@ _RANKS = {
     "scales": 1,
     "token_weights": 1,
     "txt_length": 0,
+    "region_txt": 2,
+    "txt_labels": 1,
+    "img_labels": 1,
+    "base_ratio": 0,
+    "low": 0,
+    "texts": 3,
+    "pooled": 2,
+    "weights": 3,
 }
 """Axes that the arrays of one image's conditioning have, by the names of their fields."""
 
@@ -145,14 +159,19 @@ def _bound(control: Control, conditioning: Conditioning) -> Control:
 class PreparedConditioning(eqx.Module):
     """A conditioning of which all is computed that does not depend on the noisy image.
 
-    `prepared`: from the transformer's `prepare`, for the times at which it will be evaluated. The
-    rest as in `Conditioning`.
+    `prepared`: from the transformer's `prepare`, for the times at which it will be evaluated.
+    `regions`: the labels of its text tokens and of the image's, if the image has regions. `mixed`:
+    this conditioning with other prompts, whose velocities are mixed by `weights`. The rest as in
+    `Conditioning`.
     """
 
     prepared: Prepared | PreparedShard
     concat: Float[Array, "... img_tokens features"] | None = None
     reference_tokens: Float[Array, "... reference_tokens channels"] | None = None
     control: tuple[PreparedControl, ...] = ()
+    regions: RegionLabels | None = None
+    mixed: "tuple[PreparedConditioning, ...]" = ()
+    weights: Float[Array, "... prompts img_tokens features"] | None = None
 
 
 def prepare_conditioning(
@@ -168,12 +187,16 @@ def prepare_conditioning(
     are from `bind_control`.
     """
     ids = conditioning.img_ids
-    reference = conditioning.reference
+    reference, regions = conditioning.reference, conditioning.regions
     if reference is not None:
         ids = jnp.concatenate([ids, reference.ids])
+    txt, labels = conditioning.txt, None
+    if regions is not None:
+        txt = jnp.concatenate([txt, regions.region_txt])
+        labels = regions.labels.with_references(len(ids) - len(conditioning.img_ids))
     prepared = flux.prepare(
         times,
-        txt=conditioning.txt,
+        txt=txt,
         vec=conditioning.vec,
         img_ids=ids,
         guidance=conditioning.guidance,
@@ -190,7 +213,26 @@ def prepare_conditioning(
     control = []
     for net, one in zip(nets, conditioning.control, strict=True):
         control.append(prepare_control(net, one, times))
-    return PreparedConditioning(prepared, conditioning.concat, tokens, tuple(control))
+    ready = PreparedConditioning(prepared, conditioning.concat, tokens, tuple(control), labels)
+    return _with_mixed(flux, ready, conditioning, times)
+
+
+def _with_mixed(
+    flux: Transformer,
+    ready: PreparedConditioning,
+    conditioning: Conditioning,
+    times: Float[Array, " times"],
+) -> PreparedConditioning:
+    """Return a prepared conditioning with those of the prompts that its velocity is mixed with."""
+    mixed = conditioning.mixed
+    if mixed is None:
+        return ready
+    parts = []
+    for txt, vec in zip(mixed.texts, mixed.pooled, strict=True):
+        # ControlNets read the base prompt; what they add is the same for all.
+        part = replace(conditioning, txt=txt, vec=vec, mixed=None, control=())
+        parts.append(prepare_conditioning(flux, part, times))
+    return replace(ready, mixed=tuple(parts), weights=mixed.weights)
 
 
 def network_input(

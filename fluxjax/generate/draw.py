@@ -40,7 +40,13 @@ from fluxjax.generate.conditions import (
 )
 from fluxjax.generate.controls import without_networks
 from fluxjax.generate.latents import image_size, pack_latents, unpack_latents
-from fluxjax.generate.velocity import Guidance, check_guidance, guided_velocity, split_scales
+from fluxjax.generate.velocity import (
+    Guidance,
+    check_guidance,
+    check_regions,
+    guided_velocity,
+    split_scales,
+)
 from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
@@ -276,6 +282,8 @@ def check_batch(
     has_negative = batch.negative is not None
     check_guidance(network, guidance, recipe.attention, has_negative=has_negative)
     check_control(network, batch.positive, batch.negative)
+    conditions = (batch.positive, batch.negative, batch.source)
+    check_regions(network, guidance, recipe.attention, conditions)
     scales: dict[str, PerImage | None] = {
         "guidance": batch.positive.guidance,
         "scale": guidance.scale,

@@ -12,10 +12,18 @@ import numpy as np
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Conditional, Guided, Rule, WeakModel
+from fluxjax.flow.mixing import Mixed
 from fluxjax.flow.velocity import Memory, StatefulVelocity
-from fluxjax.generate.cache import AttentionChoice, CachedFlux, StepCache, condition_at
+from fluxjax.generate.cache import (
+    AttentionChoice,
+    CachedFlux,
+    StepCache,
+    attention_at,
+    condition_at,
+)
 from fluxjax.generate.conditioning import (
     Conditioning,
+    PreparedConditioning,
     Transformer,
     network_input,
 )
@@ -87,27 +95,46 @@ class ConditionalFlux(eqx.Module):
     """The transformer as a function (x, t, condition) -> dx/dt.
 
     `attention`: as for `Flux`. `degraded`: blocks that are skipped or attend otherwise. `control`:
-    ControlNets beside it.
+    ControlNets beside it. `image_axes`: as for `flux_velocity`.
+
+    A condition with regions gets their attention. One with mixed prompts takes an evaluation for
+    each of them beside that of its own.
     """
 
     flux: Transformer
     attention: AttentionChoice = None
     degraded: DegradedBlocks | None = None
     control: ControlNetSet | None = None
+    image_axes: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __call__(
         self, x: Float[Array, "img_tokens channels"], t: Scalar, condition: Condition
     ) -> Float[Array, "img_tokens out_channels"]:
         prepared = condition_at(self.flux, condition, t, self.control)
-        tokens = network_input(x, prepared)
         added: dict[str, Any] = {}
         if self.control is not None:
             added["control"] = self.control(x, t, prepared.control)
+        if prepared.weights is None:
+            return self._velocity(x, t, prepared, added)
+        velocities = []
+        for part in (prepared, *prepared.mixed):
+            velocities.append(eqx.Partial(self._velocity, prepared=part, added=added))
+        return Mixed(velocities, list(prepared.weights))(x, t)  # type: ignore[return-value]
+
+    def _velocity(
+        self,
+        x: Float[Array, "img_tokens channels"],
+        t: Scalar,
+        prepared: PreparedConditioning,
+        added: dict[str, Any],
+    ) -> Float[Array, "img_tokens out_channels"]:
+        """Return the velocity of one prompt. `added`: what else the transformer takes."""
+        tokens = network_input(x, prepared)
         velocity = self.flux.velocity(
             tokens,
             t,
             prepared.prepared,  # type: ignore[arg-type]  # prepared by the same transformer
-            attention=self.attention,
+            attention=attention_at(self.attention, prepared, t, self.image_axes),
             degraded=self.degraded,
             **added,  # refused where tokens are split
         )
@@ -163,9 +190,11 @@ def flux_velocity(
     `Flux`; NAG computes its attention with it too. `image_axes`: names of the `vmap` or mesh axes
     that the images of a batch lie along; with a cache all of them skip blocks together.
     **Raises:** `ValueError` for a scale or NAG without `negative`, for NAG beside another custom
-    attention, and for a cache where tokens are split over devices.
+    attention, and for a cache where tokens are split over devices; for regions beside NAG, another
+    custom attention, or tokens that are split; for mixed prompts beside a cache.
     """
     check_guidance(flux, guidance, attention, has_negative=negative is not None)
+    check_regions(flux, guidance, attention, (positive, negative))
     check_control(flux, positive, negative)
     nets = nets_of(positive)
     joined = join_conditions(positive, negative, texts=guidance.nag is not None)
@@ -190,7 +219,7 @@ def guided_velocity(
     if guidance.nag is not None:
         named = guidance.nag.implementation if attention is None else attention
         attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
-    network: Conditional = ConditionalFlux(flux, attention, None, control)
+    network: Conditional = ConditionalFlux(flux, attention, None, control, image_axes)
     if guidance.cache is not None and isinstance(flux, AbstractTransformer):
         network = CachedFlux(  # type: ignore[assignment]  # it takes a memory, too
             flux,
@@ -202,7 +231,7 @@ def guided_velocity(
         )
     weak = None
     if guidance.weak is not None:
-        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks, control)
+        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks, control, image_axes)
         weak = WeakModel(
             degraded, guidance.weak.strength, low=guidance.weak.low, high=guidance.weak.high
         )
@@ -251,6 +280,41 @@ def check_guidance(
             "`Guidance(cache)` compares all tokens of an image, and here they are split over "
             "devices. Use a mesh of context=1 with it."
         )
+
+
+def check_regions(
+    flux: Transformer,
+    guidance: Guidance,
+    attention: AttentionChoice,
+    conditions: Sequence[Conditioning | None],
+) -> None:
+    """Check that the prompts of an image's parts go together with all else.
+
+    **Raises:** `ValueError` for what does not.
+    """
+    given = [one for one in conditions if one is not None]
+    has_regions = any(one.regions is not None for one in given)
+    has_mixed = any(one.mixed is not None for one in given)
+    if not has_regions and not has_mixed:
+        return
+    weak = guidance.weak
+    degrades = weak is not None and weak.blocks.attention is not None
+    custom = callable(attention) and not isinstance(attention, Attention)
+    if isinstance(flux, TokenParallelFlux):
+        problem = "name tokens of a whole image, and here they are split over devices"
+        remedy = "Use a mesh of context=1 with them."
+    elif has_regions and (guidance.nag is not None or degrades or custom):
+        problem = "are a custom attention, beside that of nag, of degraded blocks, or of attention="
+        remedy = "Leave the other out, or mix the regions' velocities."
+    elif guidance.nag is not None:
+        problem = "have texts of their own, and nag guides away from one text by another"
+        remedy = "Leave nag out, and guide by scale."
+    elif has_mixed and guidance.cache is not None:
+        problem = "mix several evaluations, and a cache remembers one"
+        remedy = "Leave the cache out."
+    else:
+        return
+    raise ValueError(f"The regions of a `Conditioning` {problem}. {remedy}")
 
 
 def _reference_tokens(condition: Condition) -> int:

@@ -82,7 +82,7 @@ def attention(
     **Source:** Vaswani et al. 2017, eq. 1.
     """
     configured = as_attention(implementation)
-    chosen = _choose_implementation(q, k, bias is not None, causal, configured.implementation)
+    chosen = choose_implementation(q, k, bias is not None, causal, configured.implementation)
     # A traced length cannot be checked, and may be 0.
     if isinstance(key_length, int) and not 1 <= key_length <= len(k):
         raise ValueError(
@@ -228,8 +228,13 @@ def plain_attention(q: HasShape, k: HasShape) -> Implementation:
     return "xla" if logit_bytes <= MAX_LOGIT_BYTES else "xla_chunked"
 
 
-def _choose_implementation(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> str:
-    """Return the named implementation, after checks, or the default one."""
+def choose_implementation(q: Array, k: Array, bias: bool, causal: bool, name: str | None) -> str:
+    """Return the named implementation, after checks, or the default one.
+
+    **Arguments:** `bias`, `causal`: whether there is a bias or a causal mask. `name`: None for the
+    one that `select_attention` returns.
+    **Raises:** `ValueError` for one that is unknown or does not support these.
+    """
     if name is None:
         return select_attention(q, k, bias=bias, causal=causal)
     _check_name(name)

@@ -20,6 +20,8 @@ def cudnn_attention(
     cannot know whether it will be differentiated. So odd numbers are padded by one token, which
     is masked.
 
+    Labels become a mask of tokens x tokens, one for all heads: a bias in the dtype of `q`.
+
     **Arguments:** as of `xla_attention`; float16 or bfloat16.
     **Returns:** the mixed values, in the dtype of `q`.
     """
@@ -33,6 +35,11 @@ def cudnn_attention(
     if bias is not None:
         padding = ((0, 0), (0, queries % 2), (0, keys % 2))
         bias = jnp.pad(bias, padding)[None].astype(q.dtype)
+    mask = None
+    if options.labels is not None:
+        # Padding has no bit in common with any token.
+        labels = jnp.pad(options.labels, (0, keys % 2))
+        mask = (labels[:, None] & labels != 0)[None, None]
     if queries % 2:
         q = _pad_by_one_token(q)
     mixed = jax.nn.dot_product_attention(
@@ -40,6 +47,7 @@ def cudnn_attention(
         k[None],
         v[None],
         bias=bias,
+        mask=mask,
         is_causal=options.causal,
         scale=options.scale,
         key_value_seq_lengths=None if length is None else length[None],

@@ -28,12 +28,14 @@ class LogitOptions(NamedTuple):
     """What is done to the logits of every head alike.
 
     `scale`: factor of the logits. `causal`: whether a query attends only to keys up to its own
-    index. `key_length`: keys from there on are padding; None for no padding.
+    index. `key_length`: keys from there on are padding; None for no padding. `labels`: of tokens
+    that are queries and keys; a query attends only to keys whose label shares a bit with its own.
     """
 
     scale: float
     causal: bool = False
     key_length: Int[Array, ""] | None = None
+    labels: Int[Array, " tokens"] | None = None
 
 
 def xla_attention(
@@ -186,6 +188,12 @@ def _head_attention(
         # Not -inf: with a key_length of 0 softmax would give NaN. `attention` sets those to 0.
         lowest = jnp.finfo(wide).min
         logits = jnp.where(keys < options.key_length, logits, lowest)
+    if options.labels is not None:
+        # The last chunk has padding, whose rows are dropped; its label may be that of any token.
+        rows = first_query + jnp.arange(q.shape[0])
+        own = jnp.take(options.labels, rows, mode="clip")
+        visible = own[:, None] & options.labels != 0
+        logits = jnp.where(visible, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
     mixed = jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=wide)
     return mixed.astype(q.dtype)
