@@ -9,7 +9,7 @@ from chroma import CONFIG, IDS, LENGTH, TEXT, inputs, small_chroma, velocity
 from meshes import mesh_of, relative
 from small import draw
 
-from fluxjax import on_mesh, shard, stream_blocks
+from fluxjax import Flux, on_mesh, shard, stream_blocks
 from fluxjax.devices import TokenParallelFlux
 from fluxjax.devices.specs import array_role, tensor_axis
 from fluxjax.kernels import Attention, Nag, isolated_attention
@@ -150,11 +150,11 @@ def test_what_it_does_not_read_is_refused(chroma):
         ChromaConfig(approximator_features=12)
 
 
-def test_the_published_sizes():
-    counts = {
-        8_899_983_424: eqx.filter_eval_shape(Chroma, ChromaConfig.hd(), key=jax.random.key(0)),
-    }
-    for count, network in counts.items():
-        assert sum(leaf.size for leaf in jax.tree.leaves(network)) == count
-    assert ChromaConfig.hd().vectors == 344
-    assert FluxConfig.lite().double_depth == 8
+@pytest.mark.parametrize(
+    ("make", "config", "count"),
+    [(Chroma, ChromaConfig.hd(), 8_899_983_424), (Flux, FluxConfig.lite(), 8_163_264_064)],
+    ids=["Chroma1-HD", "lite-8B"],
+)
+def test_the_published_numbers_of_parameters(make, config, count):
+    network = eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(network)) == count
