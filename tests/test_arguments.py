@@ -115,7 +115,6 @@ CALLS = {
     ),
     f.pseudo_inverse: ({"r": X, "iterations": 3}, {"forward": double, "backward": double}),
     f.tmpd: ({"iterations": 3}, {}),
-    f.labelled_attention: ({"q": HEADS, "k": HEADS, "v": HEADS, "labels": [1, 2, 3]}, {}),
     f.pigdm: ({"iterations": 3, "prior_std": 1.5}, {}),
     f.proximal: ({"iterations": 3, "prior_std": 1.5}, {}),
     f.twisted_sample: (
@@ -144,6 +143,7 @@ ELSEWHERE = {
     f.begin_from_images,
     f.ip_adapter_condition,
     f.outpaint,
+    f.labelled_attention,
     f.region_labels,
     f.region_weights,
     f.regional_condition,
