@@ -17,7 +17,7 @@ _ADAPTED = (TRANSFORMER, "controlnet", "clip", "t5")
 
 
 def network_kind(call: str, model: eqx.Module) -> str:
-    """Return which network this is for adapters: "flux" for any transformer, "clip" or "t5".
+    """Return which network this is for adapters: "flux" for any transformer, or another role.
 
     **Arguments:**
 
@@ -30,7 +30,7 @@ def network_kind(call: str, model: eqx.Module) -> str:
         if kind.role in _ADAPTED and isinstance(model, kind.network):
             return kind.role
     raise ValueError(
-        f"`{call}` needs a Flux, Chroma, Clip or T5, got {type(model).__name__}. "
+        f"`{call}` needs a Flux, Chroma, ControlNet, Clip or T5, got {type(model).__name__}. "
         "Pass one network at a time."
     )
 

@@ -439,7 +439,7 @@ def test_unmerge_undoes_merge_and_attach_is_merge(network, request):
 
 
 def test_a_network_without_adapters_is_refused():
-    with pytest.raises(ValueError, match="needs a Flux, Clip or T5, got Vae"):
+    with pytest.raises(ValueError, match="needs a Flux, Chroma, ControlNet, Clip or T5, got Vae"):
         merge(load_vae("tiny"), [])
 
 
