@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -29,6 +30,41 @@ if jaxlib.version.__version_info__ < (0, 12):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("untimed")
+
+
+TESTS = Path(__file__).parent
+WHOLE_PROGRAMS = {
+    TESTS / name
+    for name in (
+        "cli",
+        "devices/test_processes.py",
+        "generate/test_tiny.py",
+        "generate/test_tiny_regions.py",
+        "test_docs.py",
+    )
+}
+"""What runs whole commands, pages and models, minutes in all: only with --programs, as CI does."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--programs",
+        action="store_true",
+        help="run the tests of whole programs, and only these; they are left out otherwise",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out whole programs, or all others, except what the command line names itself."""
+    if collection_path.is_dir():
+        return None
+    named = {Path(word.split("::")[0]).absolute() for word in config.args}
+    if collection_path in named or collection_path.parent in named - {TESTS}:
+        return None
+    is_program = not WHOLE_PROGRAMS.isdisjoint({collection_path, *collection_path.parents})
+    if is_program != config.getoption("--programs"):
+        return True
+    return None
 
 
 @pytest.fixture(scope="session")

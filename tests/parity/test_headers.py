@@ -33,7 +33,8 @@ from fluxjax.nets import (
 )
 
 FOLDER = Path(__file__).parents[3] / "shared" / "reference"
-HEADERS = (FOLDER / "headers.json.gz", FOLDER / "family_headers.json.gz")
+FAMILY_HEADERS = FOLDER / "family_headers.json.gz"
+HEADERS = (FOLDER / "headers.json.gz", FAMILY_HEADERS)
 SIGLIP = (Siglip, SiglipConfig.so400m(), image_prompt_names.SIGLIP_TRANSFORMERS)
 REDUX = (Redux, ReduxConfig.dev(), image_prompt_names.REDUX_BFL)
 FILL = FluxConfig(in_channels=384, out_channels=64)
