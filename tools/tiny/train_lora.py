@@ -8,6 +8,7 @@ The adapter loads in fluxjax, diffusers and ComfyUI.
 import argparse
 import hashlib
 import json
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,13 +185,13 @@ def draw(
     )
     ids, empty = (
         image_ids(bucket.height, bucket.width),
-        TextStates(*(rows[-1] for rows in bucket.text)),
+        jax.tree.map(lambda rows: rows[-1], bucket.text),
     )
     places = np.arange(count)
     return [
         Batch(
             bucket.packed[mine],
-            TextStates(*(rows[mine] for rows in bucket.text)),
+            jax.tree.map(operator.itemgetter(mine), bucket.text),
             empty,
             ids,
             places[here],
