@@ -5,7 +5,7 @@ from fluxjax.checkpoint.names import FLUX_BFL, FLUX_DIFFUSERS
 
 _APPROXIMATOR = "distilled_guidance_layer"
 EMBEDDERS = ("time_in.", "vector_in.", "guidance_in.")
-"""What the names of FLUX's layers begin with that Chroma lacks, beside those of the modulation."""
+"""Prefixes of FLUX layers that Chroma does not have; it has no modulation layers either."""
 
 
 def _block_rows(dialect: Dialect) -> tuple[Row, ...]:
