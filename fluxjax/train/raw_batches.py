@@ -37,7 +37,7 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
         settings = for_model(settings, side=encoders.side, max_length=length)
         self.catalog: Catalog = make_catalog(settings)
         self._encoders = encoders
-        self._unreadable: dict[str, BrokenExample] = {}
+        self._unreadable: dict[int, BrokenExample] = {}
         super().__init__(
             settings, self.catalog.names, self.catalog.sizes, batch_size=batch_size, share=share
         )
@@ -53,9 +53,9 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
     def _assemble(self, elements: list[Prepared | BrokenExample], rows: BatchRows) -> TrainBatch:
         """Encode examples."""
         prepared = []
-        for element in elements:
+        for number, element in zip(rows.numbers, elements, strict=True):
             if isinstance(element, BrokenExample):
-                self._unreadable[element.name] = element
+                self._unreadable[int(number)] = element
                 element = blank_example(self._settings, rows.size)
             prepared.append(element)
         check_broken(self._all_broken(), self._settings.max_broken)
