@@ -16,9 +16,7 @@ _LARGE = 512
 """From this side on, sizes differ by four tokens, so that fewer programs are compiled."""
 
 
-def bucket_sizes(
-    side: int, *, max_ratio: float = 2.0, step: int | None = None
-) -> tuple[Size, ...]:
+def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) -> tuple[Size, ...]:
     """Return sizes of about side * side pixels, from upright to wide.
 
     Of each width, the height is the multiple of `step` that comes closest to the area.
@@ -70,8 +68,11 @@ def covering_box(height: int, width: int, size: Size) -> tuple[float, float, flo
     scale = min(height / size[0], width / size[1])
     crop_height, crop_width = size[0] * scale, size[1] * scale
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    return max(0.0, left), max(0.0, top), min(width, left + crop_width), min(
-        height, top + crop_height
+    return (
+        max(0.0, left),
+        max(0.0, top),
+        min(width, left + crop_width),
+        min(height, top + crop_height),
     )
 
 

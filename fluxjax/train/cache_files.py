@@ -44,14 +44,18 @@ class CacheDescription:
     def differences(self, other: "CacheDescription") -> list[str]:
         """Return what differs in another description, as text."""
         found = []
-        for name in ("format", "encoders", "data", "examples", "shards"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                found.append(f"{name} {mine}, not {theirs}")
         for name in {**self.settings, **other.settings}:
             mine, theirs = self.settings.get(name), other.settings.get(name)
             if mine != theirs:
-                found.insert(0, f"{name} {mine}, not {theirs}")
+                found.append(f"{name} {mine}, not {theirs}")
+        if self.encoders != other.encoders:
+            found.append(f"other encoders (of {self.model}, not {other.model})")
+        if found:  # what follows depends on the settings as well
+            return found
+        for name in ("format", "data", "examples", "shards"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name} {mine}, not {theirs}")
         return found
 
 

@@ -284,9 +284,7 @@ def _encode_variants(job: _Job, waiting: list[list[Prepared]], size: Size) -> Im
         rows = [variants[variant] for variants in waiting]
         # Always as many, so that one program is compiled for each size.
         rows += [blank] * (job.batch_size - len(rows))
-        states = encode_prepared(
-            job.encoders, rows, sample_posterior=job.settings.sample_posterior
-        )
+        states = encode_prepared(job.encoders, rows, sample_posterior=job.settings.sample_posterior)
         by_variant.append(states)
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *by_variant)
     return jax.tree.map(lambda array: array[: len(waiting)], stacked)

@@ -39,8 +39,6 @@ class ReadAhead(Iterator[Element]):
         self._iterator.close()
 
 
-
-
 def import_grain() -> ModuleType:
     """**Raises:** `ImportError` that names the extra, without grain."""
     try:
