@@ -19,6 +19,7 @@ from fluxjax.cli.edit_options import (
     add_outpaint_options,
     add_restore_options,
 )
+from fluxjax.cli.encode_options import add_encode_options
 from fluxjax.cli.generate_options import add_generate_options
 from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
@@ -95,6 +96,14 @@ COMMANDS = (
         "images (PNG) and a table (CSV).",
         add_compare_options,
         "fluxjax.cli.compare:run_compare",
+    ),
+    Command(
+        "encode",
+        "encode images and captions for training",
+        "Encode the images and captions of a training once, into a folder that training reads. A "
+        "run that was interrupted is continued by the same command.",
+        add_encode_options,
+        "fluxjax.cli.encode:run_encode",
     ),
     Command(
         "convert",
