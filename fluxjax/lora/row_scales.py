@@ -80,4 +80,3 @@ def _scale_block(
         term = LowRankTerm(ratio[:, None] * up, down, jnp.float32(1.0))
         remaining.append((replace(change, term=term), scale))
     return scales, remaining
-

@@ -34,7 +34,7 @@ from fluxjax.train.objective import (
     example_loss,
 )
 from fluxjax.train.parts import TrainedPart, WeightArrays, replace_leaves, select_leaves
-from fluxjax.train.place import Shared, StepRows
+from fluxjax.train.place import SharedInputs, StepRows
 from fluxjax.train.step import TrainState, average, decay_at
 
 Specs = Mapping[str, PartitionSpec]
@@ -96,7 +96,7 @@ class TrainStep(eqx.Module):
         state: TrainState,
         frozen: PyTree,
         rows: StepRows,
-        shared: Shared,
+        shared: SharedInputs,
         key: PRNGKeyArray,
     ) -> tuple[TrainState, StepMetrics]:
         """Return the state after a step, and its metrics.
@@ -123,7 +123,7 @@ class TrainStep(eqx.Module):
         weights: WeightArrays,
         frozen: PyTree,
         rows: StepRows,
-        shared: Shared,
+        shared: SharedInputs,
         key: PRNGKeyArray,
     ) -> tuple[Scalar, WeightArrays]:
         """Return the loss of a batch and its gradients in float32.
@@ -143,7 +143,7 @@ class TrainStep(eqx.Module):
         network: AbstractTransformer,
         names: list[str],
         rows: StepRows,
-        rest: tuple[Shared, PRNGKeyArray, Scalar],
+        rest: tuple[SharedInputs, PRNGKeyArray, Scalar],
     ) -> tuple[Scalar, WeightArrays]:
         """Return the loss and the gradients of leaves of a network, computed by `shard_map`."""
         network_specs = specs(network, self.mesh)
@@ -175,7 +175,7 @@ class TrainStep(eqx.Module):
         network_specs: PyTree,
         names: list[str],
         rows: StepRows,
-        rest: tuple[Shared, PRNGKeyArray, Scalar],
+        rest: tuple[SharedInputs, PRNGKeyArray, Scalar],
     ) -> tuple[Scalar, WeightArrays]:
         """Return this device's part of the loss, and its gradients, summed over micro-batches."""
         weights = select_leaves(network, names)
@@ -206,7 +206,7 @@ class TrainStep(eqx.Module):
         self,
         network: AbstractTransformer | TokenParallelFlux,
         rows: StepRows,
-        shared: Shared,
+        shared: SharedInputs,
         key: PRNGKeyArray,
         scale: Scalar,
     ) -> Scalar:
@@ -237,7 +237,7 @@ class TrainStep(eqx.Module):
         return rounded
 
 
-def example_of(row: StepRows, shared: Shared) -> TrainExample:
+def example_of(row: StepRows, shared: SharedInputs) -> TrainExample:
     """Return one row of a batch as an example, with what all rows share."""
     reference = None
     if row.reference_tokens is not None and shared.reference_ids is not None:

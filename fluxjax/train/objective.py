@@ -1,6 +1,6 @@
 """The loss of one training example: its time, its noise, its condition, and how much it counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,6 +14,7 @@ from fluxjax.generate.latents import image_ids
 from fluxjax.generate.text import TextStates
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 from fluxjax.train.loss import flow_matching_loss, logit_normal_times, min_snr_weight
+from fluxjax.zoo import Defaults
 
 TIME_RULES = ("logit_normal", "uniform")
 """How the times of training are drawn."""
@@ -45,8 +46,8 @@ class LossSettings:
     mean: float = 0.0
     deviation: float = 1.0
     shift: float | None = None
-    base_shift: float = 0.5
-    max_shift: float = 1.15
+    base_shift: float | None = None
+    max_shift: float | None = None
     weighting: str = "none"
     gamma: float = 5.0
     caption_dropout: float = 0.1
@@ -76,11 +77,35 @@ class LossSettings:
                 "Swap them."
             )
 
+    def for_model(self, defaults: Defaults, *, takes_guidance: bool) -> "LossSettings":
+        """Return settings in which a model's own shifts and scale 1 replace None.
+
+        **Arguments:** `defaults`: of the model. `takes_guidance`: whether its network takes a
+        distilled scale.
+        **Raises:** `ValueError` for a scale that the network does not take.
+        """
+        if self.guidance is not None and not takes_guidance:
+            raise ValueError(
+                "`LossSettings(guidance)` is for networks that take a distilled scale, which this "
+                "one does not. Leave it out."
+            )
+        changes: dict[str, object] = {}
+        if takes_guidance and self.guidance is None:
+            changes["guidance"] = (1.0, 1.0)
+        if not defaults.shift and self.shift is None and self.base_shift is None:
+            changes["shift"] = 0.0
+        for name in ("base_shift", "max_shift"):
+            if getattr(self, name) is None:
+                changes[name] = getattr(defaults, name)
+        return replace(self, **changes)  # type: ignore[arg-type]
+
     def mu(self, tokens: int) -> float:
         """Return the log-shift of the times for an image of so many tokens."""
         if self.shift is not None:
             return self.shift
-        return resolution_mu(tokens, base_shift=self.base_shift, max_shift=self.max_shift)
+        shifts = {"base_shift": self.base_shift, "max_shift": self.max_shift}
+        given = {name: value for name, value in shifts.items() if value is not None}
+        return resolution_mu(tokens, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,4 +234,3 @@ def velocity_of(
     attention = evaluation.attention
     velocity = flux.velocity(tokens, t, prepared, attention=attention, remat=remat)  # type: ignore[arg-type]
     return velocity[: len(x)]
-

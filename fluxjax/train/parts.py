@@ -31,7 +31,7 @@ _ADDED_FIELDS = ("down", "up")
 """The fields of weights that adapters put beside a base."""
 
 
-class Divided(NamedTuple):
+class Division(NamedTuple):
     """A transformer, or an adapter on it, divided into what is trained and the rest.
 
     `weights`: what is trained. `frozen`: the rest, a pytree that `TrainedPart.join` takes.
@@ -114,7 +114,9 @@ class TrainedAdapter(TrainedPart):
     def join(self, weights: WeightArrays, frozen: PyTree, tensor: int = 1) -> AbstractTransformer:
         network, rest = frozen
         adapted = attach(network, [with_named_leaves(rest, weights)])
-        if tensor > 1 and any(map(_is_row_scaled, jax.tree.leaves(adapted, is_leaf=_is_row_scaled))):
+        if tensor > 1 and any(
+            map(_is_row_scaled, jax.tree.leaves(adapted, is_leaf=_is_row_scaled))
+        ):
             raise ValueError(
                 "A DoRA depends on the norms of rows, which have changed places where heads are "
                 f"split over tensor={tensor}. Use fsdp or context in its place."
@@ -157,7 +159,7 @@ class TrainedAdapter(TrainedPart):
 
 def divide_layers(
     flux: AbstractTransformer, targets: Sequence[str] | None = None, *, dtype: DTypeLike
-) -> tuple[TrainedLayers, Divided]:
+) -> tuple[TrainedLayers, Division]:
     """Return what full fine-tuning trains, or the fine-tuning of some layers.
 
     **Arguments:** `targets`: regular expressions; a layer is chosen if one matches its whole name,
@@ -172,12 +174,12 @@ def divide_layers(
         leaf = leaves[name] if rows is None else leaves[name][jnp.asarray(rows)]
         weights[name] = leaf.astype(dtype)
     frozen = _without_chosen(structure, leaves, chosen)
-    return TrainedLayers(tuple(chosen.items())), Divided(weights, frozen)
+    return TrainedLayers(tuple(chosen.items())), Division(weights, frozen)
 
 
 def divide_adapter(
     flux: AbstractTransformer, lora: Lora, *, dtype: DTypeLike = jnp.float32
-) -> tuple[TrainedAdapter, Divided]:
+) -> tuple[TrainedAdapter, Division]:
     """Return what the training of an adapter trains.
 
     **Arguments:** `lora`: from `init_lora`, `init_lokr`, `init_dora`, or `read_lora`, to go on with
@@ -191,7 +193,7 @@ def divide_adapter(
         weights[leaf_path_name(path)] = jnp.asarray(leaf, dtype)
     # The structure stays whole, so that arrays can be put back by name.
     skeleton = eqx.combine(rest, jax.tree.map(lambda leaf: _Hole(), trained))
-    return TrainedAdapter(), Divided(weights, (flux, skeleton))
+    return TrainedAdapter(), Division(weights, (flux, skeleton))
 
 
 class _Hole(eqx.Module):

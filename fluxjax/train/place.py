@@ -34,7 +34,7 @@ class StepRows(eqx.Module):
     size: tuple[int, int] = eqx.field(static=True, kw_only=True)
 
 
-class Shared(eqx.Module):
+class SharedInputs(eqx.Module):
     """What all rows of a batch share.
 
     `empty`: the states of the empty caption, of one prompt. `reference_ids`: the positions of the
@@ -47,7 +47,7 @@ class Shared(eqx.Module):
 
 def place_batch(
     batch: TrainBatch, empty: TextStates, mesh: Mesh, *, accumulate: int = 1
-) -> tuple[StepRows, Shared]:
+) -> tuple[StepRows, SharedInputs]:
     """Return a batch on a mesh, its rows split over "data" and "fsdp".
 
     Rows of weight 0 are added until every device has the same number of rows in each micro-batch.
@@ -87,7 +87,7 @@ def place_batch(
     sharding = NamedSharding(mesh, ROWS)
     placed = jax.tree.map(lambda leaf: _from_process(sharding, leaf), rows)
     ids = None if reference is None else jnp.asarray(reference.ids)
-    shared = Shared(jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], empty), ids)
+    shared = SharedInputs(jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], empty), ids)
     return placed, jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
 
 

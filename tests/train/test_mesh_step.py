@@ -42,7 +42,11 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(expected, name):
     metrics = training.take(batch_of(11))
     state, on_one = expected
     assert worst(metrics, on_one) <= BOUND
-    print(name, worst(training.state.model, state.model), worst(training.state.optimizer, state.optimizer))
+    print(
+        name,
+        worst(training.state.model, state.model),
+        worst(training.state.optimizer, state.optimizer),
+    )
     assert worst(training.state.model, state.model) <= BOUND
     assert worst(training.state.ema, state.ema) <= BOUND
     assert worst(training.state.optimizer, state.optimizer) <= BOUND

@@ -119,9 +119,7 @@ class Training:
         self.run = jax.jit(self.step)
 
     def take(self, batch, key=KEY):
-        rows, shared = place_batch(
-            batch, EMPTY, self.mesh, accumulate=self.settings.accumulate
-        )
+        rows, shared = place_batch(batch, EMPTY, self.mesh, accumulate=self.settings.accumulate)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
             self.state, metrics = self.run(self.state, self.frozen, rows, shared, key)
         return metrics
