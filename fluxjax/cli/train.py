@@ -55,26 +55,33 @@ _VALIDATION_KEY = 2**31 - 1
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Train as a configuration says, and print the path of the result."""
+    """Train as the configuration and the options say."""
     if options.distributed:
         join_job()
     check_devices()
     use_cache(options.compilation_cache)
-    config = read_training(options)
-    if not options.dry_run:
+    run_training(read_training(options), dry_run=options.dry_run, restart=options.restart)
+
+
+def run_training(config: TrainConfig, *, dry_run: bool = False, restart: bool = False) -> None:
+    """Train as a configuration says, and print the path of the result.
+
+    **Arguments:** `dry_run`: print what a step costs, and do nothing else. `restart`: begin anew,
+    although there are checkpoints.
+    **Raises:** `ValueError` and `OSError` for what can't be trained; `Stopped` after a signal.
+    """
+    if not dry_run:
         check_output(config)
     try:
         mesh = training_mesh(config)
         setup = interruptible(load_training, config, mesh)
         encoders = interruptible(_encoders, config)
         with _batches(config, config.data, encoders) as batches:
-            if options.dry_run:
+            if dry_run:
                 interruptible(_print_cost, config, setup, batches)
                 return
-            path = _train(config, setup, batches, encoders, restart=options.restart)
-    except ImportError as error:
-        raise ValueError(str(error)) from None
-    except FloatingPointError as error:
+            path = _train(config, setup, batches, encoders, restart=restart)
+    except (ImportError, FloatingPointError) as error:
         raise ValueError(str(error)) from None
     print(path)
 
@@ -116,7 +123,7 @@ def _print_cost(config: TrainConfig, setup: TrainingSetup, batches: AbstractBatc
     batch = next(batches)
     rows = place_batch(batch, batches.empty_text(), setup.mesh, accumulate=config.accumulate)
     inputs = shapes_of((setup.frozen, *rows, setup.key))
-    compiled = jit_step(setup.step).lower(setup.state_shapes(), *inputs).compile()
+    compiled = jit_step.lower(setup.step, setup.state_shapes(), *inputs).compile()
     flop = config.batch * example_flop(setup, batch)
     cost = step_cost(compiled, flop, setup.mesh.devices.flat[0])
     print(cost.report())

@@ -122,6 +122,7 @@ def step_cost(compiled: jax.stages.Compiled, flop: float, device: jax.Device) ->
     **Arguments:** `flop`: operations of the step. `device`: one of those it runs on.
     """
     memory = compiled.memory_analysis()
+    assert memory is not None  # all of XLA's backends tell
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return StepCost(
         memory.argument_size_in_bytes,

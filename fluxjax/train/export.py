@@ -20,6 +20,7 @@ from fluxjax.generate.load import LoadOptions, assemble_models, load_network, lo
 from fluxjax.generate.save import save, save_models
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.write import FORMATS, write_lora
+from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array
 from fluxjax.train.config import TrainConfig
@@ -68,8 +69,10 @@ def write_result(config: TrainConfig, setup: TrainingSetup, weights: WeightArray
         lora = trained_adapter(setup, {name: to_host(leaf) for name, leaf in weights.items()})
         dtype = jnp.dtype(config.output_dtype or "float32")
         if is_writer:
-            options: dict[str, Any] = {"to": config.format or "peft", "dtype": dtype}
-            write_lora(path, lora, config=setup.network.config, **options)
+            own = setup.network.config
+            # Only a Flux has widths that an adapter may not show.
+            widths = own if isinstance(own, FluxConfig) else None
+            write_lora(path, lora, to=config.format or "peft", dtype=dtype, config=widths)
         return path
     network = jax.tree.map(to_host, trained_network(setup, weights))
     if not is_writer:
@@ -119,7 +122,7 @@ def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) 
     return save_models(models, path, to=to, dtype=_dtype(config.output_dtype))
 
 
-def _on_host(leaf: Array, mesh: jax.sharding.Mesh) -> np.ndarray:
+def _on_host(leaf: Array, mesh: jax.sharding.Mesh) -> Any:
     """Return an array in the memory of this process, gathered from all processes."""
     if not leaf.is_fully_addressable:
         whole = NamedSharding(mesh, PartitionSpec())

@@ -1,6 +1,6 @@
 """The loop of a training: steps one after another, and what is done between them."""
 
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
@@ -43,7 +43,6 @@ def run_steps(
     **Arguments:** `state`: from `TrainingSetup.first_state`, or restored. `batches`: at the place
     behind the state's last step.
     """
-    run = jit_step(setup.step)
     empty = batches.empty_text()
     accumulate = setup.step.settings.accumulate
     for number in range(int(state.step) + 1, steps + 1):
@@ -51,20 +50,22 @@ def run_steps(
             break
         batch = next(batches)
         rows, shared = place_batch(batch, empty, setup.mesh, accumulate=accumulate)
-        state, metrics = run(state, setup.frozen, rows, shared, setup.key)
+        state, metrics = jit_step(setup.step, state, setup.frozen, rows, shared, setup.key)
         images = int(np.sum(np.asarray(batch.weight) > 0)) * jax.process_count()
         flop = images * example_flop(setup, batch)
         hooks.after_step(state, StepReport(number, metrics, images, flop))
     return state
 
 
-def jit_step(step: TrainStep) -> Any:
-    """Return a step that is compiled for each shape of a batch, and reuses the state's memory."""
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def jit_step(
+    step: TrainStep, state: TrainState, frozen: PyTree, *inputs: PyTree
+) -> tuple[TrainState, StepMetrics]:
+    """Take a step; it is compiled for each shape of a batch, and reuses the state's memory.
 
-    def run(state: TrainState, frozen: PyTree, *inputs: PyTree) -> tuple[TrainState, StepMetrics]:
-        return step(state, frozen, *inputs)
-
-    return jax.jit(run, donate_argnums=0)
+    **Arguments:** `inputs`: rows, what they share, and the key, as for `TrainStep`.
+    """
+    return step(state, frozen, *inputs)
 
 
 def example_flop(setup: TrainingSetup, batch: TrainBatch) -> float:

@@ -141,7 +141,7 @@ def state_shardings(
 
     def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         for entry in reversed(path):
-            name = getattr(entry, "key", None)
+            name = getattr(entry, "key", "")
             if name in placed and weights[name].shape == leaf.shape:
                 return NamedSharding(mesh, placed[name])
         return NamedSharding(mesh, PartitionSpec())

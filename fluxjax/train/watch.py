@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,8 @@ from fluxjax.shapes import Array
 from fluxjax.train.mesh_step import StepMetrics
 from fluxjax.train.optimizers import OptimizerSettings, learning_rates
 
-_MEASURED = 8
-"""Steps that a speed is the mean of."""
+_MEASURED = 9
+"""Steps that a speed is the median of, so that validations and compilations do not count."""
 
 
 class StepReport(NamedTuple):
@@ -113,8 +114,9 @@ class Watch:
                 "an earlier checkpoint with a lower optimizer.learning_rate."
             )
         norm = float(report.metrics.gradient_norm)
-        self._times = [*self._times, time.monotonic()][-_MEASURED:]
-        seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        self._times = [*self._times, time.monotonic()][-_MEASURED - 1 :]
+        pairs = zip(self._times, self._times[1:], strict=False)
+        seconds = statistics.median(after - before for before, after in pairs)
         self.bar.update()
         shown = {"loss": f"{loss:.4f}", "gradient": f"{norm:.3g}"}
         share = None
@@ -145,6 +147,7 @@ def import_tensorboard() -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "log.tensorboard needs tensorboardX. Install it with `pip install tensorboardX`."
+            "log.tensorboard needs tensorboardX. Install it with "
+            "`pip install 'fluxjax[tensorboard]'`."
         ) from error
     return SummaryWriter

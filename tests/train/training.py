@@ -10,20 +10,21 @@ import optax
 from meshes import mesh_of
 
 from fluxjax import Flux, FluxConfig
-from fluxjax.devices import shard, specs
 from fluxjax.generate.conditioning import ReferenceTokens
 from fluxjax.generate.text import TextStates
 from fluxjax.train.batch import AbstractBatches, TrainBatch
-from fluxjax.train.mesh_step import StepSettings, TrainStep, named_specs
+from fluxjax.train.config import MethodSettings
+from fluxjax.train.loop import jit_step
+from fluxjax.train.mesh_step import StepSettings, TrainStep
 from fluxjax.train.objective import Evaluation, LossSettings
-from fluxjax.train.parts import TrainedLayers, divide_layers
 from fluxjax.train.place import create_state, place_batch
+from fluxjax.train.setup import divide, place_frozen, weight_specs
 
 CONFIG = FluxConfig(
     width=32,
     heads=2,
     double_depth=2,
-    single_depth=2,
+    single_depth=1,
     mlp_width=64,
     context=24,
     pooled=8,
@@ -34,7 +35,9 @@ CONFIG = FluxConfig(
 )
 KEY = jax.random.key(7)
 LOSS = LossSettings(guidance=(1.0, 4.0), caption_dropout=0.4)
-FLOAT32 = Evaluation(dtype=jnp.float32)
+FULL = MethodSettings(method="full")
+ADAM = optax.adamw(1e-3)
+AVERAGED = StepSettings(ema_decay=0.9)
 
 
 @functools.cache
@@ -48,7 +51,7 @@ def random_flux(seed: int = 0, config: FluxConfig = CONFIG) -> Flux:
     )
 
 
-def batch_of(count, *, seed=0, size=(32, 48), features=0, reference=False, mask=False, rows=None):
+def batch_of(count, *, seed=0, size=(32, 48), features=0, reference=False, mask=False):
     """Return a batch of random examples, of which the first stay the same for any count."""
     columns = []
     tokens = size[0] * size[1] // 256
@@ -76,7 +79,7 @@ def batch_of(count, *, seed=0, size=(32, 48), features=0, reference=False, mask=
         jnp.asarray(weight),
         jnp.arange(count),
         jnp.asarray(concat) if features else None,
-        ReferenceTokens(tokens, ids) if reference else None,
+        ReferenceTokens(jnp.asarray(tokens), jnp.asarray(ids)) if reference else None,
         jnp.asarray(masks) if mask else None,
         size=size,
     )
@@ -88,47 +91,41 @@ EMPTY = TextStates(jnp.full((1, 5, 24), 0.3), jnp.full((1, 8), -0.2))
 class Training:
     """A training whose steps are compiled once for each shape of a batch."""
 
+    empty = EMPTY
+
     def __init__(
         self,
         mesh=None,
         *,
-        part=None,
-        divided=None,
-        optimizer=None,
+        method=FULL,
+        optimizer=ADAM,
         loss=LOSS,
-        evaluation=FLOAT32,
-        settings=StepSettings(ema_decay=0.9),
+        settings=AVERAGED,
+        remat=False,
+        network=None,
     ):
         self.mesh = mesh_of() if mesh is None else mesh
-        if part is None:
-            part, divided = divide_layers(random_flux(), dtype=jnp.float32)
-        self.part, self.settings = part, settings
-        network = part.join(divided.weights, divided.frozen)
-        placed = named_specs(specs(network, self.mesh))
-        if not isinstance(part, TrainedLayers):
-            placed = dict.fromkeys(divided.weights, jax.sharding.PartitionSpec())
-        self.placed = {name: placed[name] for name in divided.weights}
-        self.optimizer = optax.adamw(1e-3) if optimizer is None else optimizer
-        self.frozen = shard_frozen(divided.frozen, self.mesh)
-        has_ema = settings.ema_decay is not None
+        network = random_flux() if network is None else network
+        part, division = divide(network, method, jax.random.key(3))
+        self.placed = weight_specs(part, division, self.mesh)
+        self.frozen = place_frozen(division.frozen, self.mesh)
+        evaluation = Evaluation(dtype=jnp.float32, remat=remat)
+        self.step = TrainStep(part, optimizer, loss, evaluation, settings, self.mesh)
+        self.weights, self.settings = division.weights, settings
         with jax.numpy_dtype_promotion("standard"):
             self.state = create_state(
-                divided.weights, self.optimizer, self.mesh, self.placed, has_ema=has_ema
+                division.weights,
+                optimizer,
+                self.mesh,
+                self.placed,
+                has_ema=settings.ema_decay is not None,
             )
-        self.step = TrainStep(part, self.optimizer, loss, evaluation, settings, self.mesh)
-        self.run = jax.jit(self.step)
 
     def take(self, batch, key=KEY):
         rows, shared = place_batch(batch, EMPTY, self.mesh, accumulate=self.settings.accumulate)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
-            self.state, metrics = self.run(self.state, self.frozen, rows, shared, key)
+            self.state, metrics = jit_step(self.step, self.state, self.frozen, rows, shared, key)
         return metrics
-
-
-def shard_frozen(frozen, mesh):
-    if isinstance(frozen, tuple):
-        return shard(frozen[0], mesh), frozen[1]
-    return shard(frozen, mesh)
 
 
 class ListedBatches(AbstractBatches):
