@@ -5,6 +5,7 @@ from math import log
 import numpy as np
 import PIL.Image
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.generate.latents import check_size
 from fluxjax.shapes import Array, Float
 from fluxjax.zoo import FLUX1
@@ -16,6 +17,7 @@ _LARGE = 512
 """From this side on, sizes differ by four tokens, so that fewer programs are compiled."""
 
 
+@convert_arguments
 def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) -> tuple[Size, ...]:
     """Return sizes of about side * side pixels, from upright to wide.
 

@@ -1,5 +1,6 @@
 """The data of a training as a stream of batches, from raw or from encoded examples."""
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.train.cached_batches import CachedBatches
 from fluxjax.train.data_settings import DataSettings
 from fluxjax.train.encoders import Encoders
@@ -7,6 +8,7 @@ from fluxjax.train.ordered import ProcessShare
 from fluxjax.train.raw_batches import RawBatches
 
 
+@convert_arguments
 def open_batches(
     settings: DataSettings,
     *,

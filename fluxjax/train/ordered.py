@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -18,7 +19,8 @@ Element = TypeVar("Element")
 """What is read of one example."""
 
 
-class ProcessShare(NamedTuple):
+@dataclass(frozen=True)
+class ProcessShare:
     """Which of the processes that train together this is."""
 
     index: int = 0
