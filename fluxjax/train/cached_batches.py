@@ -23,7 +23,7 @@ from fluxjax.train.cache_files import (
 from fluxjax.train.collate import BatchRows, collate
 from fluxjax.train.data_settings import DataSettings
 from fluxjax.train.encoders import ImageStates
-from fluxjax.train.ordered import OrderedBatches, ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, OrderedBatches, ProcessShare
 from fluxjax.train.prepare import is_flipped
 
 _FROM_CACHE = ("max_ratio", "size_step", "max_length", "text_dtype")
@@ -63,7 +63,7 @@ class CachedBatches(OrderedBatches[CachedExample]):
         settings: DataSettings,
         *,
         batch_size: int,
-        share: ProcessShare = ProcessShare(),
+        share: ProcessShare = WHOLE_SHARE,
     ):
         if settings.cache is None:
             raise ValueError("`CachedBatches(settings)` needs a cache. Pass DataSettings(cache=).")

@@ -4,7 +4,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.train.cached_batches import CachedBatches
 from fluxjax.train.data_settings import DataSettings
 from fluxjax.train.encoders import Encoders
-from fluxjax.train.ordered import ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, ProcessShare
 from fluxjax.train.raw_batches import RawBatches
 
 
@@ -14,7 +14,7 @@ def open_batches(
     *,
     batch_size: int,
     encoders: Encoders | None = None,
-    share: ProcessShare = ProcessShare(),
+    share: ProcessShare = WHOLE_SHARE,
 ) -> RawBatches | CachedBatches:
     """Return the batches of a training, from the cache if the settings name one.
 

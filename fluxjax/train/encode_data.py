@@ -35,7 +35,7 @@ from fluxjax.train.encoders import (
     fingerprint,
 )
 from fluxjax.train.examples import BrokenExample
-from fluxjax.train.ordered import ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, ProcessShare
 from fluxjax.train.prepare import PreparedExample, blank_example, prepare_example
 from fluxjax.train.read_ahead import ReadAhead
 
@@ -85,7 +85,7 @@ class EncodeOptions:
 
     batch_size: int = 8
     shard_examples: int = 128
-    part: ProcessShare = ProcessShare()
+    part: ProcessShare = WHOLE_SHARE
 
     def __post_init__(self):
         part = self.part

@@ -27,6 +27,10 @@ class ProcessShare:
     count: int = 1
 
 
+WHOLE_SHARE = ProcessShare()
+"""The share of a process that trains alone."""
+
+
 class OrderedBatches(AbstractBatches, Generic[Element]):
     """Batches in the order of `EpochOrder`, whose examples are read ahead.
 

@@ -9,7 +9,7 @@ from fluxjax.train.collate import BatchRows, collate
 from fluxjax.train.data_settings import DataSettings, for_model
 from fluxjax.train.encoders import Encoders, encode_captions, encode_prepared
 from fluxjax.train.examples import BrokenExample
-from fluxjax.train.ordered import OrderedBatches, ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, OrderedBatches, ProcessShare
 from fluxjax.train.prepare import PreparedExample, blank_example, is_flipped, prepare_example
 
 RawExample = PreparedExample | BrokenExample
@@ -34,7 +34,7 @@ class RawBatches(OrderedBatches[RawExample]):
         encoders: Encoders,
         *,
         batch_size: int,
-        share: ProcessShare = ProcessShare(),
+        share: ProcessShare = WHOLE_SHARE,
     ):
         length = encoders.defaults.max_length
         settings = for_model(settings, side=encoders.side, max_length=length)
