@@ -74,7 +74,7 @@ class ShardEntry:
     names: list[str]
     weights: list[float]
     text_rows: list[int]
-    broken: list[tuple[str, str]]
+    broken: list[list[str]]
     bytes: int = 0
     sha256: str = ""
 

@@ -249,7 +249,7 @@ def _encode_shard(
     for number in plan.numbers:
         variants = next(reader)
         if isinstance(variants, BrokenExample):
-            broken.append((variants.name, variants.reason))
+            broken.append([variants.name, variants.reason])
             continue
         numbers.append(number)
         captions.append(variants[0].caption)

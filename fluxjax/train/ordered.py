@@ -1,7 +1,7 @@
 """Batches in the order of the epochs: what streams of raw and of encoded examples share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -134,7 +134,7 @@ class OrderedBatches(AbstractBatches, Generic[Element]):
         self.close()
         self._step = epoch * self._order.batches + batch
 
-    def names(self, numbers: Sequence[int]) -> list[str]:
+    def names(self, numbers: Iterable[int]) -> list[str]:
         """Return the names of examples."""
         return [self._names[int(number)] for number in numbers]
 

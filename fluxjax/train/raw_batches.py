@@ -72,7 +72,8 @@ class RawBatches(OrderedBatches[RawExample]):
         return collate(images, text, rows, self._settings)
 
     def _all_broken(self) -> list[BrokenExample]:
-        return [*self.catalog.broken, *self._unreadable.values()]
+        unreadable = [one for _, one in sorted(self._unreadable.items())]
+        return [*self.catalog.broken, *unreadable]
 
     def empty_text(self) -> TextStates:
         """Return the states of the empty caption, with a batch axis of 1."""

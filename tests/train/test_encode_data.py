@@ -151,9 +151,9 @@ def test_a_folder_of_another_model_or_other_data_is_refused(settings, cache, enc
     (tmp_path / "images" / "0.png").write_bytes(png(0))
     (tmp_path / "images" / "0.txt").write_text("a star")
     mine = replace(settings, sources=(str(tmp_path / "images"),))
-    with pytest.raises(ValueError, match="was encoded with data .*examples 5, not 1"):
+    with pytest.raises(ValueError, match=r"was encoded with data .*examples 5, not 1"):
         encode_examples(mine, encoders, cache, options=OPTIONS)
-    with pytest.raises(FileExistsError, match="holds other files. Choose a new folder"):
+    with pytest.raises(FileExistsError, match=r"holds other files\. Choose a new folder"):
         encode_examples(mine, encoders, tmp_path / "images", options=OPTIONS)
 
 
