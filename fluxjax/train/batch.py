@@ -1,7 +1,7 @@
 """A batch of encoded training examples, and the streams that yield such batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -70,7 +70,7 @@ class AbstractBatches(ABC):
         """
 
     @abstractmethod
-    def names(self, numbers: Iterable[int]) -> list[str]:
+    def names(self, numbers: Sequence[int] | Array) -> list[str]:
         """Return the names of examples, for reports: `batch.numbers` of a batch."""
 
     @abstractmethod

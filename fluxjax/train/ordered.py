@@ -1,12 +1,13 @@
 """Batches in the order of the epochs: what streams of raw and of encoded examples share."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from fluxjax.shapes import Array
 from fluxjax.train.batch import AbstractBatches, StreamState, TrainBatch
 from fluxjax.train.buckets import Size
 from fluxjax.train.catalog import data_digest
@@ -134,9 +135,9 @@ class OrderedBatches(AbstractBatches, Generic[Element]):
         self.close()
         self._step = epoch * self._order.batches + batch
 
-    def names(self, numbers: Iterable[int]) -> list[str]:
+    def names(self, numbers: Sequence[int] | Array) -> list[str]:
         """Return the names of examples."""
-        return [self._names[int(number)] for number in numbers]
+        return [self._names[number] for number in np.asarray(numbers).tolist()]
 
     def close(self) -> None:
         """Stop reading ahead."""
