@@ -29,6 +29,7 @@ from fluxjax.cli.lora_options import (
     add_lora_merge_options,
 )
 from fluxjax.cli.options import Parser
+from fluxjax.cli.train_options import add_train_options
 from fluxjax.cli.weights_options import (
     add_convert_options,
     add_download_options,
@@ -127,6 +128,14 @@ COMMANDS = (
         "folder.",
         add_download_options,
         "fluxjax.cli.weights:run_download",
+    ),
+    Command(
+        "train",
+        "train a model, some of its layers, or an adapter",
+        "Train all of a model, some of its layers, or an adapter, as a configuration says. A "
+        "training that was stopped goes on from its last checkpoint.",
+        add_train_options,
+        "fluxjax.cli.train:run_train",
     ),
 )
 LORA_ACTIONS = (
