@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -63,10 +63,10 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     return _from_file("decode_image", io.BytesIO(data), name, _pixels)
 
 
-def stored_size(file: Path | BinaryIO, name: str) -> tuple[int, int]:
+def stored_size(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
     """Return the height and width of an image file after its rotation; only its header is read.
 
-    **Arguments:** `file`: a path, or an open file. `name`: what errors call it.
+    **Arguments:** `file`: a path, or content in memory. `name`: what errors call it.
     **Raises:** as `read_image`.
     """
     return _from_file("stored_size", file, name, _rotated_size)
@@ -77,7 +77,7 @@ class _TooLargeError(Exception):
 
 
 def _from_file(
-    call: str, file: Path | BinaryIO, name: str, read: Callable[[PIL.Image.Image], Content]
+    call: str, file: Path | io.BytesIO, name: str, read: Callable[[PIL.Image.Image], Content]
 ) -> Content:
     """Return what `read` reads from an opened image; errors are those of `read_image`."""
     PIL.Image.init()

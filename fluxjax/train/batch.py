@@ -70,7 +70,7 @@ class AbstractBatches(ABC):
         """
 
     @abstractmethod
-    def names(self, numbers: Sequence[int]) -> list[str]:
+    def names(self, numbers: Sequence[int] | Array) -> list[str]:
         """Return the names of examples, for reports: `batch.numbers` of a batch."""
 
     @abstractmethod

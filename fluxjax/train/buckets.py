@@ -5,6 +5,7 @@ from math import log
 import numpy as np
 import PIL.Image
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.generate.latents import check_size
 from fluxjax.shapes import Array, Float
 from fluxjax.zoo import FLUX1
@@ -16,10 +17,11 @@ _LARGE = 512
 """From this side on, sizes differ by four tokens, so that fewer programs are compiled."""
 
 
+@convert_arguments
 def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) -> tuple[Size, ...]:
     """Return sizes of about side * side pixels, from upright to wide.
 
-    Of each width, the height is the multiple of `step` that comes closest to the area.
+    The longer side of each is the multiple of `step` that comes closest to the area.
 
     **Arguments:** `side`: a multiple of 16 pixels. `max_ratio`: of the longer to the shorter side,
     at least 1; 1 leaves only the square. `step`: all sides are multiples of it, and it is one of
@@ -39,10 +41,10 @@ def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) 
             f"`bucket_sizes(max_ratio)` needs a number from 1 to 16, got {max_ratio:g}. Choose 2."
         )
     sizes = {(side, side)}
-    for width in range(step, int(side * max_ratio**0.5) + step, step):
-        height = max(1, round(side * side / width / step)) * step
-        if max(height, width) <= max_ratio * min(height, width):
-            sizes.add((height, width))
+    for shorter in range(step, side, step):
+        longer = round(side * side / shorter / step) * step
+        if longer <= max_ratio * shorter:
+            sizes |= {(shorter, longer), (longer, shorter)}
     return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
 
 

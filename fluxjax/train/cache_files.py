@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.atomic import new_file
@@ -73,7 +74,7 @@ class ShardEntry:
     names: list[str]
     weights: list[float]
     text_rows: list[int]
-    broken: list[tuple[str, str]]
+    broken: list[list[str]]
     bytes: int = 0
     sha256: str = ""
 
@@ -104,12 +105,12 @@ def _read_record(path: Path, kind: type) -> dict[str, Any]:
     return values
 
 
-def write_description(folder: Path, description: CacheDescription) -> None:
+def write_cache_description(folder: Path, description: CacheDescription) -> None:
     """Write what a folder's examples are encoded with."""
     _write_json(folder / DESCRIPTION_FILE, description)
 
 
-def read_description(folder: Path) -> CacheDescription:
+def read_cache_description(folder: Path) -> CacheDescription:
     """Read what a folder's examples were encoded with.
 
     **Raises:** `FileNotFoundError` if the folder has no encoded examples; `ValueError` for a
@@ -183,7 +184,7 @@ def read_empty_text(folder: Path) -> TextStates:
     **Raises:** `WeightsError` or `FileNotFoundError` for a damaged or missing file.
     """
     tensors = read_header(folder / EMPTY_FILE).tensors
-    return text_states({name: np.array(tensor.view()) for name, tensor in tensors.items()})
+    return text_states({name: tensor.view() for name, tensor in tensors.items()})
 
 
 def text_tensors(text: TextStates) -> dict[str, np.ndarray]:
@@ -194,7 +195,8 @@ def text_tensors(text: TextStates) -> dict[str, np.ndarray]:
 
 def text_states(tensors: Mapping[str, np.ndarray]) -> TextStates:
     """Invert `text_tensors`."""
-    return TextStates(tensors["txt"], tensors.get("vec"), tensors.get("txt_length"))
+    arrays = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+    return TextStates(arrays["txt"], arrays.get("vec"), arrays.get("txt_length"))
 
 
 class ShardReader:
@@ -210,20 +212,22 @@ class ShardReader:
                 raise WeightsError(f"{printable_path(path)} is quantized. Encode the data again.")
             self._tensors[name] = tensor
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def row(self, name: str, numbers: Sequence[int]) -> np.ndarray | None:
-        """Return a row of a tensor, or of a row; None if there is no such tensor.
+    def row(self, names: Sequence[str], numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return a row of some tensors, or of their rows, of those that the shard has.
 
         **Arguments:** `numbers`: along the first axes.
         """
-        if name not in self._tensors:
-            return None
-        tensor = self._tensors[name]
-        for number in numbers:
-            tensor = tensor.rows(number, number + 1).split()[0]
-        out = np.empty(tensor.shape, tensor.dtype)
-        # Not mapped into memory: a process may have only so many maps, and there are many shards.
-        tensor.read_into(out.reshape(-1))
-        return out
+        rows = {}
+        for name in names:
+            if name in self._tensors:
+                rows[name] = _read_row(self._tensors[name], numbers)
+        return rows
+
+
+def _read_row(tensor: StoredTensor, numbers: Sequence[int]) -> np.ndarray:
+    for number in numbers:
+        tensor = tensor.rows(number, number + 1).split()[0]
+    out = np.empty(tensor.shape, tensor.dtype)
+    # Not mapped into memory: a process may have only so many maps, and there are many shards.
+    tensor.read_into(out.reshape(-1))
+    return out

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from fluxjax.train.cache_files import (
     CacheDescription,
     ShardEntry,
     ShardReader,
-    read_description,
+    read_cache_description,
     read_empty_text,
     read_entry,
     shard_path,
@@ -23,7 +23,7 @@ from fluxjax.train.cache_files import (
 from fluxjax.train.collate import BatchRows, collate
 from fluxjax.train.data_settings import DataSettings
 from fluxjax.train.encoders import ImageStates
-from fluxjax.train.ordered import OrderedBatches, ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, OrderedBatches, ProcessShare
 from fluxjax.train.prepare import is_flipped
 
 _FROM_CACHE = ("max_ratio", "size_step", "max_length", "text_dtype")
@@ -33,10 +33,11 @@ _SHOWN = 5
 
 
 class CachedExample(NamedTuple):
-    """An example of the cache: its arrays without an axis of examples."""
+    """An example of the cache: its arrays, and those of its caption by name, without an axis of
+    examples."""
 
     images: ImageStates
-    text: TextStates
+    text: dict[str, np.ndarray]
 
 
 class _Place(NamedTuple):
@@ -62,12 +63,12 @@ class CachedBatches(OrderedBatches[CachedExample]):
         settings: DataSettings,
         *,
         batch_size: int,
-        share: ProcessShare = ProcessShare(),
+        share: ProcessShare = WHOLE_SHARE,
     ):
         if settings.cache is None:
             raise ValueError("`CachedBatches(settings)` needs a cache. Pass DataSettings(cache=).")
         self._folder = Path(settings.cache)
-        self.description = read_description(self._folder)
+        self.description = read_cache_description(self._folder)
         settings = _checked_settings(settings, self.description)
         self._entries = _entries(self._folder, self.description)
         self._empty = read_empty_text(self._folder)
@@ -92,14 +93,9 @@ class CachedBatches(OrderedBatches[CachedExample]):
         place = self._places[number]
         reader = self._reader_of(place.shard)
         variant = int(is_flipped(self._settings, epoch, number))
-        arrays: dict[str, Any] = {}
-        for name in self._used_arrays():
-            arrays[name] = reader.row(name, (place.row, variant))
-        texts = {}
-        for name in ("txt", "vec", "txt_length"):
-            if name in reader:
-                texts[name] = reader.row(name, (place.text_row,))
-        return CachedExample(ImageStates(**arrays), text_states(texts))
+        arrays = reader.row(self._used_arrays(), (place.row, variant))
+        text = reader.row(("txt", "vec", "txt_length"), (place.text_row,))
+        return CachedExample(ImageStates(**arrays), text)
 
     def _used_arrays(self) -> list[str]:
         used = ["latent", "condition", "hidden"]
@@ -120,11 +116,11 @@ class CachedBatches(OrderedBatches[CachedExample]):
         """Stack examples."""
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *elements)
         rows = rows._replace(weight=rows.weight * self._weights[rows.numbers])
-        return collate(stacked.images, stacked.text, rows, self._settings)
+        return collate(stacked.images, text_states(stacked.text), rows, self._settings)
 
     def empty_text(self) -> TextStates:
         """Return the states of the empty caption, with a batch axis of 1."""
-        return jax.tree.map(jax.numpy.asarray, self._empty)
+        return self._empty
 
     def broken(self) -> tuple[str, ...]:
         """Return what was left out when the examples were encoded."""
@@ -140,7 +136,7 @@ def _checked_settings(settings: DataSettings, description: CacheDescription) -> 
     **Raises:** `ValueError` if the cache can't serve them.
     """
     theirs = description.settings
-    wrong = []
+    wrong: list[tuple[str, object]] = []
     if settings.size not in (None, theirs["size"]):
         wrong.append(("size", settings.size))
     if settings.condition != theirs["condition"]:
@@ -171,8 +167,8 @@ def _entries(folder: Path, description: CacheDescription) -> list[ShardEntry]:
         more = ", …" if len(missing) > _SHOWN else ""
         raise ValueError(
             f"{len(missing)} of {description.shards} files in {printable_path(folder)} are missing "
-            f"or unfinished: {', '.join(missing[:_SHOWN])}{more}. Run `fluxjax encode` again, which "
-            "writes these."
+            f"or unfinished: {', '.join(missing[:_SHOWN])}{more}. Run `fluxjax encode` again: "
+            "it writes these."
         )
     if not any(entry.numbers for entry in entries):
         raise ValueError(

@@ -125,7 +125,7 @@ def check_broken(broken: Sequence[BrokenExample], limit: int) -> None:
     """
     if len(broken) <= limit:
         return
-    shown = "; ".join(str(one) for one in broken[:_SHOWN])
+    shown = "; ".join(str(one).rstrip(".") for one in broken[:_SHOWN])
     more = f"; and {len(broken) - _SHOWN:,} more" if len(broken) > _SHOWN else ""
     raise ValueError(
         f"{_counted(len(broken), 'example')} can't be used, more than max_broken = {limit}: "

@@ -1,18 +1,20 @@
 """The data of a training as a stream of batches, from raw or from encoded examples."""
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.train.cached_batches import CachedBatches
 from fluxjax.train.data_settings import DataSettings
 from fluxjax.train.encoders import Encoders
-from fluxjax.train.ordered import ProcessShare
+from fluxjax.train.ordered import WHOLE_SHARE, ProcessShare
 from fluxjax.train.raw_batches import RawBatches
 
 
+@convert_arguments
 def open_batches(
     settings: DataSettings,
     *,
     batch_size: int,
     encoders: Encoders | None = None,
-    share: ProcessShare = ProcessShare(),
+    share: ProcessShare = WHOLE_SHARE,
 ) -> RawBatches | CachedBatches:
     """Return the batches of a training, from the cache if the settings name one.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.printable import printable
 from fluxjax.train.buckets import Size, bucket_sizes
 from fluxjax.train.examples import check_fields
@@ -15,6 +16,7 @@ CONDITIONS = ("control", "fill", "reference")
 TEXT_DTYPES = ("float32", "bfloat16")
 
 
+@convert_arguments
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """The data of a training.
@@ -73,17 +75,6 @@ class DataSettings:
         return bucket_sizes(self.size, max_ratio=self.max_ratio, step=self.size_step)
 
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "max_ratio": (int, float),
-    "fields": (dict,),
-    **dict.fromkeys(("size", "size_step", "max_length", "max_broken", "threads", "seed"), (int,)),
-    **dict.fromkeys(("masked_loss", "flip", "sample_posterior"), (bool,)),
-    **dict.fromkeys(("cache", "condition", "text_dtype"), (str,)),
-    "sources": (str, list),
-}
-"""What the values of a configuration are, by name."""
-
-
 def data_settings(table: Mapping[str, Any], folder: Path = Path()) -> DataSettings:
     """Return the settings of a configuration's table.
 
@@ -92,22 +83,25 @@ def data_settings(table: Mapping[str, Any], folder: Path = Path()) -> DataSettin
     """
     values = dict(table)
     known = [one.name for one in fields(DataSettings)]
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise ValueError(
                 f"There is no setting {printable(name)!r} of data. Choose from {', '.join(known)}."
             )
-        wrong_bool = isinstance(value, bool) and bool not in _TYPES[name]
-        if wrong_bool or not isinstance(value, _TYPES[name]):
-            kinds = " or ".join(kind.__name__ for kind in _TYPES[name])
-            raise _wrong(name, f"a value of type {kinds}", value)
     sources = values.get("sources", ())
     if isinstance(sources, str):
-        sources = (sources,)
-    values["sources"] = tuple(str(folder / str(source)) for source in sources)
+        sources = [sources]
+    if isinstance(sources, list):
+        sources = tuple(_below(folder, source) for source in sources)
+    values["sources"] = sources
     if "cache" in values:
-        values["cache"] = str(folder / values["cache"])
+        values["cache"] = _below(folder, values["cache"])
     return DataSettings(**values)
+
+
+def _below(folder: Path, place: Any) -> Any:
+    """Return a path that begins at a folder; what is no text stays, for the check of its type."""
+    return str(folder / place) if isinstance(place, str) else place
 
 
 def for_model(settings: DataSettings, *, side: int, max_length: int) -> DataSettings:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.printable import printable_path
 from fluxjax.train.buckets import Size
 from fluxjax.train.cache_files import (
@@ -17,10 +18,10 @@ from fluxjax.train.cache_files import (
     CacheDescription,
     ShardEntry,
     is_undamaged_shard,
-    read_description,
+    read_cache_description,
     read_entry,
     text_tensors,
-    write_description,
+    write_cache_description,
     write_empty_text,
     write_shard,
 )
@@ -34,8 +35,8 @@ from fluxjax.train.encoders import (
     fingerprint,
 )
 from fluxjax.train.examples import BrokenExample
-from fluxjax.train.ordered import ProcessShare
-from fluxjax.train.prepare import Prepared, blank_example, prepare_example
+from fluxjax.train.ordered import WHOLE_SHARE, ProcessShare
+from fluxjax.train.prepare import PreparedExample, blank_example, prepare_example
 from fluxjax.train.read_ahead import ReadAhead
 
 _CONTENT_SETTINGS = (
@@ -73,6 +74,7 @@ class EncodeReport:
     broken: tuple[str, ...]
 
 
+@convert_arguments
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
     """How examples are encoded.
@@ -83,18 +85,19 @@ class EncodeOptions:
 
     batch_size: int = 8
     shard_examples: int = 128
-    part: ProcessShare = ProcessShare()
+    part: ProcessShare = WHOLE_SHARE
 
     def __post_init__(self):
-        index, count = self.part
-        if self.batch_size < 1 or self.shard_examples < 1 or not 0 <= index < count:
+        part = self.part
+        if self.batch_size < 1 or self.shard_examples < 1 or not 0 <= part.index < part.count:
             raise ValueError(
                 "`EncodeOptions` needs a batch_size and shard_examples of at least 1 and a part "
                 f"from 0 to below its count, got {self.batch_size}, {self.shard_examples} and "
-                f"{index} of {count}. Change them."
+                f"{part.index} of {part.count}. Change them."
             )
 
 
+@convert_arguments
 def encode_examples(
     settings: DataSettings,
     encoders: Encoders,
@@ -162,7 +165,7 @@ class _Job(NamedTuple):
         return (False, True) if self.settings.flip else (False,)
 
 
-Variants = list[Prepared] | BrokenExample
+Variants = list[PreparedExample] | BrokenExample
 """An example as it is and, if some are mirrored, mirrored."""
 
 
@@ -208,9 +211,9 @@ def _begin(folder: Path, description: CacheDescription) -> None:
                 f"{printable_path(folder)} holds other files. Choose a new folder."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_description(folder, description)
+        write_cache_description(folder, description)
         return
-    differences = read_description(folder).differences(description)
+    differences = read_cache_description(folder).differences(description)
     if differences:
         raise ValueError(
             f"{printable_path(folder)} was encoded with {', '.join(differences)}. Use the same "
@@ -242,11 +245,11 @@ def _encode_shard(
 ) -> tuple[dict[str, np.ndarray], ShardEntry]:
     """Encode the examples of a shard."""
     numbers, captions, weights, broken, states = [], [], [], [], []
-    waiting: list[list[Prepared]] = []
+    waiting: list[list[PreparedExample]] = []
     for number in plan.numbers:
         variants = next(reader)
         if isinstance(variants, BrokenExample):
-            broken.append((variants.name, variants.reason))
+            broken.append([variants.name, variants.reason])
             continue
         numbers.append(number)
         captions.append(variants[0].caption)
@@ -273,7 +276,7 @@ def _encode_shard(
     return {**_image_tensors(images), **_encode_texts(job, unique)}, entry
 
 
-def _encode_variants(job: _Job, waiting: list[list[Prepared]], size: Size) -> ImageStates:
+def _encode_variants(job: _Job, waiting: list[list[PreparedExample]], size: Size) -> ImageStates:
     """Encode at most a batch of examples.
 
     **Returns:** arrays with axes of examples and of variants.

@@ -25,7 +25,7 @@ from fluxjax.nets.t5 import T5
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float
 from fluxjax.train.data_settings import DataSettings
-from fluxjax.train.prepare import Prepared
+from fluxjax.train.prepare import PreparedExample
 from fluxjax.zoo import Defaults
 
 _SMALL = 4096
@@ -137,28 +137,32 @@ _mask_features = jax.jit(jax.vmap(mask_features))
 
 
 def encode_prepared(
-    encoders: Encoders, rows: Sequence[Prepared], *, sample_posterior: bool
+    encoders: Encoders, rows: Sequence[PreparedExample], *, sample_posterior: bool
 ) -> ImageStates:
     """Encode the images of examples of one size.
 
     **Arguments:** `sample_posterior`: whether the log-variances are returned too.
     """
-    images = np.stack([row.image for row in rows])
-    variance = None
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *map(_arrays, rows))
+    images = jnp.asarray(stacked["image"])
+    variance = condition = hidden = None
     if sample_posterior:
-        latent, variance = _packed_moments(encoders.vae, images)
+        latent, variance = map(np.asarray, _packed_moments(encoders.vae, images))
     else:
-        latent = _packed_means(encoders.vae, images)
-    condition = hidden = counted = None
-    if rows[0].condition is not None:
-        condition = _packed_means(encoders.vae, np.stack([row.condition for row in rows]))
-    if rows[0].hidden is not None:
-        features = _mask_features(np.stack([row.hidden for row in rows]))
+        latent = np.asarray(_packed_means(encoders.vae, images))
+    if "condition" in stacked:
+        means = _packed_means(encoders.vae, jnp.asarray(stacked["condition"]))
+        condition = np.asarray(means)
+    if "hidden" in stacked:
+        features = _mask_features(jnp.asarray(stacked["hidden"]))
         hidden = np.packbits(np.asarray(features) > 0, axis=-1)
-    if rows[0].counted is not None:
-        counted = np.stack([row.counted for row in rows])
-    states = ImageStates(latent, variance, condition, hidden, counted)
-    return jax.tree.map(np.asarray, states)
+    return ImageStates(latent, variance, condition, hidden, stacked.get("counted"))
+
+
+def _arrays(row: PreparedExample) -> dict[str, np.ndarray]:
+    """Return the arrays of an example by name, without those that it lacks."""
+    values = row._asdict()
+    return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
 def encode_captions(

@@ -176,14 +176,15 @@ def example_of(
             return BrokenExample(name, NO_CAPTION)
         if not isinstance(caption, str):
             return BrokenExample(name, f"its caption is {type(caption).__name__}, not text")
-        further = []
+        further: dict[str, AbstractBytes] = {}
         for role in ("control", "source", "mask"):
             value = field_of(record, role, fields)
-            further.append(None if value is None else open_image(value))
+            if value is not None:
+                further[role] = open_image(value)
         weight = _weight(field_of(record, "weight", fields))
     except ValueError as error:
         return BrokenExample(name, str(error))
-    return Example(name, image, caption.strip(), *further, weight, _size(record))
+    return Example(name, image, caption.strip(), **further, weight=weight, size=_size(record))
 
 
 def _weight(value: object) -> float:

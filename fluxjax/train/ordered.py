@@ -2,10 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from fluxjax.shapes import Array
 from fluxjax.train.batch import AbstractBatches, StreamState, TrainBatch
 from fluxjax.train.buckets import Size
 from fluxjax.train.catalog import data_digest
@@ -18,11 +20,16 @@ Element = TypeVar("Element")
 """What is read of one example."""
 
 
-class ProcessShare(NamedTuple):
+@dataclass(frozen=True)
+class ProcessShare:
     """Which of the processes that train together this is."""
 
     index: int = 0
     count: int = 1
+
+
+WHOLE_SHARE = ProcessShare()
+"""The share of a process that trains alone."""
 
 
 class OrderedBatches(AbstractBatches, Generic[Element]):
@@ -128,9 +135,9 @@ class OrderedBatches(AbstractBatches, Generic[Element]):
         self.close()
         self._step = epoch * self._order.batches + batch
 
-    def names(self, numbers: Sequence[int]) -> list[str]:
+    def names(self, numbers: Sequence[int] | Array) -> list[str]:
         """Return the names of examples."""
-        return [self._names[int(number)] for number in numbers]
+        return [self._names[number] for number in np.asarray(numbers).tolist()]
 
     def close(self) -> None:
         """Stop reading ahead."""

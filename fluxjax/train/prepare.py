@@ -19,7 +19,7 @@ _PROPORTION_TOLERANCE = 0.02
 """How far the proportions of a control image or a mask may be from the image's, relatively."""
 
 
-class Prepared(NamedTuple):
+class PreparedExample(NamedTuple):
     """An example whose images are read.
 
     `image`: in [-1, 1], [height, width, 3]. `condition`: likewise, the image that is encoded for
@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
 
 def prepare_example(
     catalog: Catalog, settings: DataSettings, number: int, epoch: int, *, flip: bool
-) -> Prepared:
+) -> PreparedExample:
     """Read an example.
 
     **Arguments:** `number`: of the example in the catalog. `epoch`: which a random mask depends on.
@@ -60,10 +60,11 @@ def prepare_example(
     if settings.masked_loss:
         counted = np.ones(size, np.float32) if mask is None else mask
     if flip:
-        image, condition, hidden, counted = map(_mirrored, (image, condition, hidden, counted))
+        image = np.ascontiguousarray(image[:, ::-1])
+        condition, hidden, counted = map(_mirrored, (condition, hidden, counted))
     if counted is not None:
         counted = token_means(counted)
-    return Prepared(image, example.caption, example.weight, condition, hidden, counted)
+    return PreparedExample(image, example.caption, example.weight, condition, hidden, counted)
 
 
 def _condition(
@@ -147,10 +148,10 @@ def latent_noise(
     return rng.standard_normal(shape, np.float32)
 
 
-def blank_example(settings: DataSettings, size: Size) -> Prepared:
+def blank_example(settings: DataSettings, size: Size) -> PreparedExample:
     """Return a gray image without a caption and without weight, to fill a batch."""
     image = np.zeros((*size, 3), np.float32)
     condition = None if settings.condition is None else image
     hidden = np.zeros(size, np.float32) if settings.condition == "fill" else None
     counted = token_means(np.ones(size, np.float32)) if settings.masked_loss else None
-    return Prepared(image, "", 0.0, condition, hidden, counted)
+    return PreparedExample(image, "", 0.0, condition, hidden, counted)

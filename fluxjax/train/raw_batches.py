@@ -9,11 +9,14 @@ from fluxjax.train.collate import BatchRows, collate
 from fluxjax.train.data_settings import DataSettings, for_model
 from fluxjax.train.encoders import Encoders, encode_captions, encode_prepared
 from fluxjax.train.examples import BrokenExample
-from fluxjax.train.ordered import OrderedBatches, ProcessShare
-from fluxjax.train.prepare import Prepared, blank_example, is_flipped, prepare_example
+from fluxjax.train.ordered import WHOLE_SHARE, OrderedBatches, ProcessShare
+from fluxjax.train.prepare import PreparedExample, blank_example, is_flipped, prepare_example
+
+RawExample = PreparedExample | BrokenExample
+"""An example that is read, or why it can't be."""
 
 
-class RawBatches(OrderedBatches[Prepared | BrokenExample]):
+class RawBatches(OrderedBatches[RawExample]):
     """Batches of examples that threads read and resize, and the device encodes.
 
     An example that can't be read is replaced by a row without weight, and counted; random masks
@@ -31,7 +34,7 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
         encoders: Encoders,
         *,
         batch_size: int,
-        share: ProcessShare = ProcessShare(),
+        share: ProcessShare = WHOLE_SHARE,
     ):
         length = encoders.defaults.max_length
         settings = for_model(settings, side=encoders.side, max_length=length)
@@ -42,7 +45,7 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
             settings, self.catalog.names, self.catalog.sizes, batch_size=batch_size, share=share
         )
 
-    def _load(self, number: int, epoch: int) -> Prepared | BrokenExample:
+    def _load(self, number: int, epoch: int) -> RawExample:
         """Read an example, or return why it can't be read."""
         flip = is_flipped(self._settings, epoch, number)
         try:
@@ -50,7 +53,7 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
         except (OSError, ValueError) as error:
             return BrokenExample(self._names[number], str(error))
 
-    def _assemble(self, elements: list[Prepared | BrokenExample], rows: BatchRows) -> TrainBatch:
+    def _assemble(self, elements: list[RawExample], rows: BatchRows) -> TrainBatch:
         """Encode examples."""
         prepared = []
         for number, element in zip(rows.numbers, elements, strict=True):
@@ -69,7 +72,8 @@ class RawBatches(OrderedBatches[Prepared | BrokenExample]):
         return collate(images, text, rows, self._settings)
 
     def _all_broken(self) -> list[BrokenExample]:
-        return [*self.catalog.broken, *self._unreadable.values()]
+        unreadable = [one for _, one in sorted(self._unreadable.items())]
+        return [*self.catalog.broken, *unreadable]
 
     def empty_text(self) -> TextStates:
         """Return the states of the empty caption, with a batch axis of 1."""
