@@ -106,7 +106,8 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
         lora = Lora({"flux": lora.changes["flux"] | entry.changes["flux"]}, lora.format)
 
     def write(lora: eqx.Module, path: Path) -> None:
-        write_lora(path, lora, dtype=jnp.bfloat16, config=flux.config, overwrite=True)
+        # In kohya's names, q, k and v share one down, so the file is smaller.
+        write_lora(path, lora, to="kohya", dtype=jnp.bfloat16, overwrite=True)
 
     return Task(lora, trainable(lora), _frozen(flux), partial(lora_loss, kind), write)
 
