@@ -126,7 +126,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, float], Draw | None]] = {
     "redux": _picture,
 }
 
-CANONICAL = {"fill": 0.7, "edges": 0.3, "controlnet": 0.3, "kontext": 0.7, "redux": 1.0}
+CANONICAL = {"fill": 0.8, "edges": 0.3, "controlnet": 0.3, "kontext": 0.8, "redux": 1.0}
 """Shares of the scenes whose objects lie where the base model puts them."""
 
 
