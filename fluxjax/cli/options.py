@@ -25,6 +25,8 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
+MAX_ASPECT = 8
+"""The longer side of an image over the shorter one."""
 MAX_MARGIN = 2**15
 """Pixels that an image grows by on a side."""
 SIDES = ("left", "right", "top", "bottom")
@@ -115,6 +117,7 @@ def positive_number(text: str) -> float:
 
 
 seed = whole_number(0, MAX_SEED)
+image_number = whole_number(0, MAX_IMAGES)
 step_count = whole_number(1, MAX_STEPS)
 pixel_count = whole_number(1, MAX_PIXELS)
 image_count = whole_number(1, MAX_IMAGES)
@@ -202,6 +205,22 @@ def _without_repetition(values: Sequence[Value]) -> list[Value]:
         if values.count(value) > 1:
             raise argparse.ArgumentTypeError(f"{value} is given twice; leave one out")
     return list(values)
+
+
+def seeds(text: str) -> list[int]:
+    """Read different seeds that are separated by commas."""
+    return _without_repetition([seed(part) for part in text.split(",")])
+
+
+def aspect(text: str) -> float:
+    """Read a ratio of width to height, as 16:9, from 1:8 to 8:1."""
+    width, colon, height = text.partition(":")
+    is_ratio = bool(colon) and _is_number(width) and _is_number(height)
+    if is_ratio and float(width) > 0 and float(height) > 0:
+        ratio = float(width) / float(height)
+        if 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+            return ratio
+    raise _wrong_value(text, f"width:height, as 16:9, from 1:{MAX_ASPECT} to {MAX_ASPECT}:1")
 
 
 def step_counts(text: str) -> list[int]:

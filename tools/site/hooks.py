@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to files outside of `docs/` to their pages, and those of copied pages likewise."""
+    """Point links to files outside of `docs/`, and those of copied pages, to their pages."""
     name = page.file.src_uri
     docs = Path(config.docs_dir)
     folder = (ROOT / _COPIED[name] if name in _COPIED else docs / name).parent
