@@ -210,5 +210,5 @@ def build_parser() -> Parser:
 
 def _add_command(add_parser: Callable[..., argparse.ArgumentParser], command: Command) -> None:
     parser = add_parser(command.name, help=command.summary, description=command.description)
-    parser.set_defaults(function=command.function)
+    parser.set_defaults(function=command.function, parser=parser)
     command.add_options(parser)

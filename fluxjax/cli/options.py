@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 from fluxjax.cli.choices import BLOCK_PRESETS, MESH_AXES
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.printable import printable
+from fluxjax.suggestions import suggestion
 
 Value = TypeVar("Value")
 OptionGroup = argparse._ActionsContainer
@@ -62,6 +63,27 @@ class Parser(argparse.ArgumentParser):
             return action.type(word)
         except argparse.ArgumentTypeError as error:
             self.error(f"argument {action.metavar or action.dest}: {error}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = suggestion(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}.{near}") from None
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        """Parse all words. One that is left over is an error, with the option that it may be."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = self._option_strings(namespace)
+            near = suggestion(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {printable(' '.join(unknown))}.{near}")
+        return namespace
+
+    def _option_strings(self, namespace: argparse.Namespace) -> list[str]:
+        """Return the options of the command that was chosen."""
+        chosen = getattr(namespace, "parser", self)
+        return [name for action in chosen._actions for name in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         complain(f"{message} (see {self.prog} --help)")
@@ -170,7 +192,8 @@ class NameList:
         for name in names:
             if name not in self.known:
                 raise argparse.ArgumentTypeError(
-                    f"there is no {printable(name, _SHOWN)!r}; choose from {self}"
+                    f"there is no {printable(name, _SHOWN)!r}; choose from {self}."
+                    f"{suggestion(name, self.known)}"
                 )
         return _without_repetition(names)
 
@@ -195,7 +218,7 @@ class NameOrFile:
             return text
         raise argparse.ArgumentTypeError(
             f"there is no {printable(text, _SHOWN)!r}; choose from {self}, or give a file "
-            f"*{self.suffix}"
+            f"*{self.suffix}.{suggestion(text, self.known)}"
         )
 
 

@@ -33,6 +33,7 @@ from fluxjax.flow.times import (
 from fluxjax.generate.cache import FirstBlock, StepCache, TeaCache
 from fluxjax.generate.latents import image_tokens
 from fluxjax.shapes import Times
+from fluxjax.suggestions import suggestion
 from fluxjax.zoo import FLUX1, Defaults, Family
 
 INTEGRATORS: Mapping[str, Callable[[], Step]] = {
@@ -122,7 +123,8 @@ def integrator(name: str, *, eta: float | None = None, churn: float | None = Non
 def _integrator(name: str, eta: float | None) -> Step:
     if name not in INTEGRATORS:
         known = ", ".join(INTEGRATORS)
-        raise ValueError(f"There is no integrator {name!r}. Choose one of {known}.")
+        near = suggestion(name, INTEGRATORS)
+        raise ValueError(f"There is no integrator {name!r}. Choose one of {known}.{near}")
     if eta is None:
         return INTEGRATORS[name]()
     if name not in WITH_ETA:
@@ -184,7 +186,9 @@ def timer(
     above 0, or no steps.
     """
     if name not in TIMERS:
-        raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")
+        known = ", ".join(TIMERS)
+        near = suggestion(name, TIMERS)
+        raise ValueError(f"There is no timer {name!r}. Choose one of {known}.{near}")
     if shift is not None and name != WITH_SHIFT:
         raise ValueError(f"The timer {name} takes no shift. Leave it out, or choose flux_static.")
     if shift is not None and not 0 < shift <= _LARGEST:

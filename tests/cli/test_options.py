@@ -184,6 +184,22 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(words, reason, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["generat", "a"], "generate"),
+        ([*GENERATE, "--integrator", "eulr"], "euler"),
+        ([*GENERATE, "--stepz", "3"], "--steps"),
+        ([*COMPARE, "--timers", "karas"], "karras"),
+        ([*GENERATE, "--timer", "uniforn"], "uniform"),
+    ],
+)
+def test_a_wrong_name_is_told_with_the_nearest_right_one(words, nearest, capsys):
+    with pytest.raises(SystemExit):
+        main.main(words)
+    assert f"Did you mean '{nearest}'?" in capsys.readouterr().err
+
+
 def test_block_sizes_may_be_one_number_or_a_preset():
     read = options.BlockSizesReader()
     assert read("512") == BlockSizes(q=512)
