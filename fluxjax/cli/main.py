@@ -28,6 +28,7 @@ from fluxjax.cli.lora_options import (
     add_lora_merge_options,
 )
 from fluxjax.cli.options import Parser
+from fluxjax.cli.ui_options import add_ui_options
 from fluxjax.cli.weights_options import (
     add_convert_options,
     add_download_options,
@@ -111,6 +112,14 @@ COMMANDS = (
         "it does not load.",
         add_inspect_options,
         "fluxjax.cli.weights:run_inspect",
+    ),
+    Command(
+        "ui",
+        "open a local page that draws",
+        "Serve a page on which images are drawn, edited and compared, on this machine only unless "
+        "--host says otherwise. It needs the extra `ui`.",
+        add_ui_options,
+        "fluxjax.cli.ui:run_ui",
     ),
     Command(
         "models",
