@@ -16,6 +16,7 @@ LAYERS = {
     "numeric": 0,
     "printable": 0,
     "annotations": 0,
+    "cache_folder": 0,
     "arguments": 1,
     "flow": 2,
     "kernels": 2,
