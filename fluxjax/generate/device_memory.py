@@ -59,19 +59,19 @@ def machine_memory(device: jax.Device) -> MachineMemory:
         is_cpu=device.platform == "cpu",
         pool=pool,
         total=total,
-        host=available_host_bytes(),
+        host=None,
         storages=tuple(names),
         plain_attention=device.platform == "cpu" or is_old_gpu,
     )
 
 
 def imagined_machine(total: int) -> MachineMemory:
-    """Return the memory of an NVIDIA GPU, from Ampere on, of so many bytes, in this host."""
+    """Return the memory of an NVIDIA GPU, from Ampere on, of so many bytes, in an unknown host."""
     return MachineMemory(
         device="an NVIDIA GPU",
         pool=int(pool_fraction() * total),
         total=total,
-        host=available_host_bytes(),
+        host=None,
         storages=tuple(storage.name for storage in STORAGES if not storage.needs_fp8),
     )
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.family import family_of_source
-from fluxjax.checkpoint.kinds import KINDS, Kind
+from fluxjax.checkpoint.kinds import CONTROLNET, KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
 from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand, least_bytes
 from fluxjax.nets.chroma_config import ChromaConfig
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
@@ -55,6 +56,13 @@ def known_flux_config(source: str | Path) -> FluxConfig | ChromaConfig | None:
         in_channels=base.in_channels + model.appended_features,
         guidance_embed=model.defaults.guidance is not None,
     )
+
+
+def controlnet_config(source: str | Path) -> ControlNetConfig:
+    """Return the config of a ControlNet, or the largest published one's for one on the hub."""
+    if not Path(source).exists():
+        return ControlNetConfig.union()
+    return _read_config(source, CONTROLNET)
 
 
 def _is_local(source: str | Path) -> bool:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from fluxjax.generate.device_memory import MachineMemory
+from fluxjax.generate.load import LoadOptions
 from fluxjax.generate.network_bytes import NOTHING, STREAMED, NetworkBytes
 from fluxjax.generate.stage_memory import (
     Configs,
@@ -48,11 +51,13 @@ class Fixed:
     """What the user has chosen; None leaves it to the plan.
 
     `storage`: of both networks, "" for as they are. `batch`, `offloads`: as in `Choice`.
+    `excluded`: storages that are not chosen.
     """
 
     storage: str | None = None
     batch: int | None = None
     offloads: bool | None = None
+    excluded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,8 @@ class Job:
     ControlNets; `image_encoders`: of those that are freed before it is sampled. `encodes_images`:
     whether the VAE encodes images first. `keeps_encoders`: whether text encoders stay until the
     end. `encodes_beside`: whether prompts are encoded while the transformer is there. `can_free`:
-    whether the transformer can be freed before images are decoded.
+    whether the transformer can be freed before images are decoded. `prompts`: the most that are
+    encoded at once.
     """
 
     demand: Demand
@@ -79,6 +85,7 @@ class Job:
     keeps_encoders: bool = False
     encodes_beside: bool = False
     can_free: bool = True
+    prompts: int = 1
 
 
 class StageNeed(NamedTuple):
@@ -130,15 +137,17 @@ def plan_memory(job: Job, machine: MachineMemory, fixed: Fixed) -> MemoryPlan:
     """
     candidates = list(_candidates(job, machine, fixed))
     plain = stage_needs(job, machine, candidates[0])
-    best: Choice | None = None
-    for choice in candidates:
-        stages = stage_needs(job, machine, choice)
-        if _fits(job, machine, choice, stages):
-            best = choice
-            break
+
+    def most(choice: Choice) -> tuple[bool, int]:
+        # What the host can't hold is no way out, however little the device needs with it.
+        lacking = not host_suffices(job, machine, choice)
+        return lacking, _most(stage_needs(job, machine, choice))[1]
+
+    fitting = (one for one in candidates if _fits(job, machine, one))
+    best = next(fitting, None)
     fits = best is not None
     if best is None:
-        best = min(candidates, key=lambda one: _most(stage_needs(job, machine, one))[1])
+        best = min(candidates, key=most)
     return MemoryPlan(
         choice=best,
         stages=stage_needs(job, machine, best),
@@ -181,10 +190,12 @@ def _storages(
         if storage.name in machine.storages and storage.bits < 8 * itemsize:
             (near if storage.bits >= 8 else far).append(storage.name)
     if machine.is_cpu:
-        return [*found, *near, *far]
-    if is_text:
-        return [*found, STREAMED, *near, *far]
-    return [*found, *near, STREAMED, *far]
+        found += [*near, *far]
+    elif is_text:
+        found += [STREAMED, *near, *far]
+    else:
+        found += [*near, STREAMED, *far]
+    return [name for name in found if name not in fixed.excluded]
 
 
 def _batches(images: int, fixed: Fixed) -> Sequence[int]:
@@ -217,7 +228,8 @@ def stage_needs(job: Job, machine: MachineMemory, choice: Choice) -> dict[str, S
     encoding = encoders
     if job.encodes_beside:
         encoding += transformer + job.vae.on_device(None)
-    found = {"text encoders": StageNeed(encoding, text_bytes(demand, t5))}
+    prompts = demand._replace(rows=min(job.prompts, choice.batch))
+    found = {"text encoders": StageNeed(encoding, text_bytes(prompts, t5))}
     images = encode_bytes(demand, vae) if job.encodes_images else 0
     if images or job.image_encoders:
         found["image encoders"] = StageNeed(drawing + job.image_encoders, images)
@@ -240,20 +252,38 @@ def _on_device(network: NetworkBytes, storage: str | None) -> int:
 
 
 def _host_bytes(job: Job, choice: Choice) -> int:
-    """Return the bytes that stay in the host's memory."""
-    streamed = job.transformer.on_host(choice.transformer)
-    streamed += job.beside.on_host(choice.transformer) + job.text.on_host(choice.text)
+    """Return the bytes that stay in the host's memory at once."""
+    drawing = job.transformer.on_host(choice.transformer) + job.beside.on_host(choice.transformer)
+    text = job.text.on_host(choice.text)
     if choice.offloads and choice.text != STREAMED:
-        streamed += _on_device(job.text, choice.text) + job.clip.on_device(None)
-    return streamed
+        text += _on_device(job.text, choice.text) + job.clip.on_device(None)
+    # One prompt's encoders are freed before the transformer is loaded.
+    together = job.encodes_beside or job.keeps_encoders
+    return drawing + text if together else max(drawing, text)
 
 
-def _fits(
-    job: Job, machine: MachineMemory, choice: Choice, stages: Mapping[str, StageNeed]
-) -> bool:
-    if machine.host is not None and _host_bytes(job, choice) > HOST_FULL * machine.host:
+def host_suffices(job: Job, machine: MachineMemory, choice: Choice) -> bool:
+    """Return whether the host has the memory that a choice takes there."""
+    return machine.host is None or _host_bytes(job, choice) <= HOST_FULL * machine.host
+
+
+def _fits(job: Job, machine: MachineMemory, choice: Choice) -> bool:
+    if not host_suffices(job, machine, choice):
         return False
-    return machine.pool is None or _most(stages)[1] <= FULL * machine.pool
+    if machine.pool is None:
+        return True
+    return _most(stage_needs(job, machine, choice))[1] <= FULL * machine.pool
+
+
+def stored_as(load: LoadOptions, storage: str | None) -> LoadOptions:
+    """Return how a network is loaded whose blocks are kept as a plan has chosen."""
+    if storage is None:
+        return load
+    if storage == BFLOAT16:
+        return replace(load, dtype=jnp.bfloat16)
+    if storage == STREAMED:
+        return replace(load, stream=True, quantize=None)
+    return replace(load, quantize=storage, stream=False)
 
 
 def with_larger_pool(job: Job, machine: MachineMemory, fixed: Fixed) -> MemoryPlan | None:

@@ -60,6 +60,16 @@ class NetworkBytes:
         """Return the bytes that stay in the host's memory."""
         return self.matrices if storage == STREAMED else 0
 
+    def plus(self, other: "NetworkBytes") -> "NetworkBytes":
+        """Return the sizes of both networks together, whose blocks are not used at once."""
+        return NetworkBytes(
+            matrices=self.matrices + other.matrices,
+            numbers=self.numbers + other.numbers,
+            block=self.block + other.block,
+            rest=self.rest + other.rest,
+            known=self.known and other.known,
+        )
+
 
 NOTHING = NetworkBytes(matrices=0, numbers=0, block=0, rest=0)
 """Of a network that is not there."""
