@@ -59,7 +59,7 @@ def machine_memory(device: jax.Device) -> MachineMemory:
         is_cpu=device.platform == "cpu",
         pool=pool,
         total=total,
-        host=None,
+        host=available_host_bytes(),
         storages=tuple(names),
         plain_attention=device.platform == "cpu" or is_old_gpu,
     )

@@ -31,7 +31,7 @@ class NetworkBytes:
     """The sizes of a network.
 
     `matrices`: bytes of the blocks' matrices in their dtype, and `numbers`: how many numbers these
-    are. `block`: bytes of the largest block's. `rest`: bytes of all other arrays. `known`: whether
+    are. `block`: bytes of those of the largest block that every step uses. `rest`: bytes of all other arrays. `known`: whether
     they are those of a file, and not of a config alone.
     """
 
@@ -94,6 +94,8 @@ def network_bytes(
             continue
         matrices += count * size
         numbers += count
+        if ".modulation." in name:
+            continue  # used once, before the first step
         stack = name.partition(".")[0]
         blocks[stack] = blocks.get(stack, 0) + count * size // max(leaf.shape[0], 1)
     largest = max(blocks.values(), default=0)
