@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from fluxjax.cli.console import complain
-from fluxjax.generate.limits import gigabytes, memory_bytes
+from fluxjax.generate.limits import first_device, gigabytes, memory_bytes
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _PLUGINS = {"jax_cuda12_plugin": 525, "jax_cuda13_plugin": 580}
@@ -20,7 +20,7 @@ _PLUGINS = {"jax_cuda12_plugin": 525, "jax_cuda13_plugin": 580}
 
 def name_device() -> None:
     """Print the device on standard error, in one line. A GPU that JAX does not use is another."""
-    device = jax.local_devices()[0]
+    device = first_device()
     if jax.process_index() == 0:
         print(describe_device(device), file=sys.stderr)
     if device.platform == "cpu" and is_cpu_by_default():
@@ -84,5 +84,5 @@ def _remedy(version: int | None) -> str:
         )
     return (
         "The CUDA plugin is installed and did not start: run `python -c 'import jax; "
-        "jax.devices(\"cuda\")'` to see why."
+        'jax.devices("cuda")\'` to see why.'
     )

@@ -32,7 +32,6 @@ from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.shapes import Image
 from fluxjax.zoo import Defaults
 
-
 _SIGLIP_TOKENS = (SiglipConfig().image_size // SiglipConfig().patch) ** 2
 """Of an image prompt of Redux."""
 

@@ -74,9 +74,7 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     if options.keep_size:
         about["reference_size"] = "kept"
     tokens = sum(image_tokens(*size) for size in resized)
-    request = request_of_size(
-        options, (height, width), takes="reference", reference_tokens=tokens
-    )
+    request = request_of_size(options, (height, width), takes="reference", reference_tokens=tokens)
     draw = partial(
         _draw,
         images=images,

@@ -3,12 +3,10 @@
 from dataclasses import replace
 from functools import cache
 
-import jax
-
 from fluxjax.cli.console import complain
 from fluxjax.cli.request import Request, demand_of
 from fluxjax.generate.device_memory import MachineMemory, machine_memory
-from fluxjax.generate.limits import gigabytes, read_configs
+from fluxjax.generate.limits import first_device, gigabytes, read_configs
 from fluxjax.generate.memory_plan import Choice, Job, MemoryPlan, plan_memory
 from fluxjax.generate.network_bytes import NOTHING, STREAMED, NetworkBytes, bytes_of_source
 from fluxjax.nets.quantized import EIGHT_BITS
@@ -73,7 +71,7 @@ def with_plan(request: Request, *, picture: bool = False) -> Request:
 
     **Arguments:** `picture`: as for `job_of`.
     """
-    machine = machine_memory(jax.local_devices()[0])
+    machine = machine_memory(first_device())
     if request.load.mesh is not None or machine.is_cpu or machine.pool is None:
         return request
     fixed = request.fixed

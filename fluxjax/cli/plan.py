@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 
 from fluxjax.cli.jobs import check_together
@@ -16,7 +15,7 @@ from fluxjax.generate.device_memory import (
     machine_memory,
     pool_fraction,
 )
-from fluxjax.generate.limits import check_devices, gigabytes
+from fluxjax.generate.limits import check_devices, first_device, gigabytes
 from fluxjax.generate.memory_plan import (
     HOST_FULL,
     Job,
@@ -37,7 +36,7 @@ def run_plan(options: argparse.Namespace) -> None:
     request = request_of_options(options)
     if options.memory is None:
         check_devices()
-        machine = machine_memory(jax.local_devices()[0])
+        machine = machine_memory(first_device())
     else:
         machine = imagined_machine(options.memory)
         if options.dtype is None:
@@ -103,9 +102,7 @@ def _networks(request: Request, job: Job) -> list[str]:
     return lines
 
 
-def _conclusion(
-    request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan
-) -> list[str]:
+def _conclusion(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> list[str]:
     stage, most = plan.most
     choice = described_choice(plan.choice)
     lines = []

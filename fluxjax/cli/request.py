@@ -27,6 +27,7 @@ from fluxjax.generate.latents import check_size, image_tokens
 from fluxjax.generate.limits import (
     check_finite_times,
     check_memory,
+    first_device,
     known_flux_config,
     read_configs,
 )
@@ -214,7 +215,7 @@ def read_request(
     if options.init_image is None:
         check_request_memory(request)
     if request.load.quantize is not None:
-        check_storage(request.load.quantize, jax.local_devices()[0])
+        check_storage(request.load.quantize, first_device())
     request.check_conditions(known_flux_config(options.model))
     return replace(request, folder=writable(options.output_dir))
 

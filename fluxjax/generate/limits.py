@@ -173,3 +173,8 @@ def check_finite_times(times: Any) -> None:
             "The sampling times overflow at this image size or shift. "
             "Choose a smaller one, or --timer uniform."
         )
+
+
+def first_device() -> jax.Device:
+    """Return the device of this process that plans and checks are for."""
+    return jax.local_devices()[0]

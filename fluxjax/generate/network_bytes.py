@@ -75,9 +75,7 @@ NOTHING = NetworkBytes(matrices=0, numbers=0, block=0, rest=0)
 """Of a network that is not there."""
 
 
-def network_bytes(
-    network: Network, itemsizes: list[int], *, known: bool = True
-) -> NetworkBytes:
+def network_bytes(network: Network, itemsizes: list[int], *, known: bool = True) -> NetworkBytes:
     """Return the sizes of a network of shapes.
 
     **Arguments:** `itemsizes`: bytes of a number of each leaf.

@@ -15,8 +15,8 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 
-_PLAIN_LOGITS = 2**27
-"""Bytes of logits and weights of a chunk, where attention is xla_chunked."""
+_CHUNK_BYTES = 2**26
+"""The most bytes of the logits of a chunk, where attention is xla_chunked."""
 
 
 class AddedTokens(NamedTuple):
@@ -124,7 +124,9 @@ def denoise_bytes(
         of_token += 4 * width
     tokens = rows * demand.sequence * of_token
     residuals = size * rows * demand.img_tokens * width * demand.added.residuals
-    beside = _PLAIN_LOGITS if plain_attention else 0
+    beside = 0
+    if plain_attention:  # logits of a chunk, and the weights of these
+        beside = 2 * min(_CHUNK_BYTES, 4 * demand.sequence**2)
     once = 12 * size * width**2
     return rows * modulation_bytes(demand, flux) + max(tokens + residuals + beside, once)
 

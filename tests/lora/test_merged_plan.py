@@ -60,9 +60,7 @@ def test_whole_leaves_and_widened_inputs_are_merged_too():
     config = flux.config
     targets = [*fluxjax.lora.BLOCKS, "img_in"]
     key = jax.random.key(0)
-    lora = fluxjax.lora.init_lora(
-        flux, rank=2, targets=targets, extra_features=features, key=key
-    )
+    lora = fluxjax.lora.init_lora(flux, rank=2, targets=targets, extra_features=features, key=key)
     plan = merged_plan(base, [lora], [1.0])
     assert isinstance(plan, Plan)
     assert plan.network.config.in_channels == config.in_channels + features

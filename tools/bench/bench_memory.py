@@ -104,9 +104,7 @@ def _network(kind: Any, config: Any, weights: str, where: SingleDeviceSharding) 
     network = jax.tree.map(lambda leaf: _struct(where, *leaf.shape), network)
     if weights in EIGHT_BITS:
         network = eight_bits(network, EIGHT_BITS[weights])
-        network = jax.tree.map(
-            lambda leaf: _struct(where, *leaf.shape, dtype=leaf.dtype), network
-        )
+        network = jax.tree.map(lambda leaf: _struct(where, *leaf.shape, dtype=leaf.dtype), network)
     if weights == STREAMED:
         (device,) = where.device_set
         network = hosted(network, SingleDeviceSharding(device, memory_kind="pinned_host"))
@@ -167,4 +165,3 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--chip", choices=GPUS, default="h200")
     parser.add_argument("--stages", nargs="+", choices=list(_LOWER), default=list(_LOWER))
     parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")
-
