@@ -103,9 +103,9 @@ def _explain_machine_error(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         reason = text.strip().split("\n")[0][:_MOST_REASON] or "out of memory"
         return (
-            f"There is not enough memory ({reason}). `fluxjax plan` with the same options shows what "
-            "fits: a smaller --batch or image, --quantize int8, or --stream-blocks. Of a GPU, JAX "
-            "takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
+            f"There is not enough memory ({reason}). `fluxjax plan` with the same options shows "
+            "what fits: a smaller --batch or image, --quantize int8, or --stream-blocks. Of a GPU, "
+            "JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
         )
     if "Unable to initialize backend" in text or "No visible" in text:
         return (

@@ -1,4 +1,4 @@
-"""The command `fluxjax plan`: what drawing needs in memory, beside what there is, and the choice."""
+"""The command `fluxjax plan`: what drawing needs in memory, what there is, and the choice."""
 
 import argparse
 from dataclasses import replace

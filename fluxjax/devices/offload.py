@@ -48,7 +48,7 @@ def move_arrays(tree: Tree, memory: str) -> Tree:
 
 
 def free(network: PyTree) -> None:
-    """Free the memory of a network's arrays at once, whoever else holds them; it is then unusable."""
+    """Free the memory of a network's arrays at once, whoever holds them; it is then unusable."""
     for leaf in jax.tree.leaves(network):
         if isinstance(leaf, jax.Array):
             leaf.delete()

@@ -1,4 +1,4 @@
-"""What memory a machine has for drawing: the device's, as much as JAX takes of it, and the host's."""
+"""What memory a machine has for drawing: what JAX takes of the device's, and the host's."""
 
 import os
 from dataclasses import dataclass

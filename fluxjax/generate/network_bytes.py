@@ -31,8 +31,8 @@ class NetworkBytes:
     """The sizes of a network.
 
     `matrices`: bytes of the blocks' matrices in their dtype, and `numbers`: how many numbers these
-    are. `block`: bytes of those of the largest block that every step uses. `rest`: bytes of all other arrays. `known`: whether
-    they are those of a file, and not of a config alone.
+    are. `block`: bytes of those of the largest block that every step uses. `rest`: bytes of all
+    other arrays. `known`: whether they are those of a file, and not of a config alone.
     """
 
     matrices: int

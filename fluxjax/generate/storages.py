@@ -47,7 +47,7 @@ def check_storage(name: str, device: jax.Device) -> None:
     if device.platform == "cpu" or storage_named(name).works_on(device):
         return
     raise ValueError(
-        f"--quantize {name} needs a device that multiplies fp8 (NVIDIA from compute capability 8.9, "
-        f"as RTX 40, H100), and {device.device_kind} would convert the weights in every step. "
-        "Use --quantize int8."
+        f"--quantize {name} needs a device that multiplies fp8 (NVIDIA from compute capability "
+        f"8.9, as RTX 40 and H100), and {device.device_kind} would convert the weights in every "
+        "step. Use --quantize int8."
     )
