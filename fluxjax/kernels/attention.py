@@ -11,7 +11,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.block_sizes import BlockSizes, resolve_block_sizes
 from fluxjax.kernels.chips import compute_capability, default_device, tpu_chip_name
 from fluxjax.kernels.cudnn_attention import cudnn_attention
-from fluxjax.kernels.requirements import HasShape, Target, target_of, unmet_requirement
+from fluxjax.kernels.requirements import DeviceType, HasShape, target_of, unmet_requirement
 from fluxjax.kernels.verified import is_verified
 from fluxjax.kernels.xla_attention import (
     Heads,
@@ -200,7 +200,7 @@ def select_attention(
     if platform is not None:
         if capability is None:
             capability = target.capability if device.platform == platform else 9.0
-        target = Target(platform, capability)
+        target = DeviceType(platform, capability)
     dim, keys = q.shape[-1], k.shape[0]
     # Other heads would be padded to 128 features, float32 takes several passes of the matmul unit,
     # and a few keys fill no block.

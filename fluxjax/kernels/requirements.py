@@ -20,7 +20,7 @@ class HasShape(Protocol):
     def dtype(self) -> np.dtype: ...
 
 
-class Target(NamedTuple):
+class DeviceType(NamedTuple):
     """A kind of device. `platform`: "cpu", "gpu" or "tpu". `capability`: the compute capability of
     an NVIDIA GPU, 0 for others. `model`: AMD's name of the GPU, for messages."""
 
@@ -32,14 +32,14 @@ class Target(NamedTuple):
         return f"{self.platform} {self.model or (self.capability or '')}".strip()
 
 
-def target_of(device: jax.Device) -> Target:
+def target_of(device: jax.Device) -> DeviceType:
     """Return the kind of a device."""
     model = str(getattr(device, "compute_capability", ""))
-    return Target(device.platform, compute_capability(device), model)
+    return DeviceType(device.platform, compute_capability(device), model)
 
 
 def unmet_requirement(
-    name: str, q: HasShape, bias: bool, causal: bool, target: Target
+    name: str, q: HasShape, bias: bool, causal: bool, target: DeviceType
 ) -> str | None:
     """Return what an implementation needs and what it got instead; None if it supports these.
 

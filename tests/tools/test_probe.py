@@ -1,4 +1,4 @@
-"""The probe of a GPU: its decisions from hand-written rows, and all of it at tiny sizes."""
+"""The probe of a GPU: its decisions, from hand-written rows."""
 
 import re
 
@@ -10,7 +10,6 @@ from probe import (
     decide_forms,
     decide_pool,
     decide_streaming,
-    main,
     pool_environment,
     weight_copies,
 )
@@ -99,16 +98,7 @@ def test_a_pool_of_the_size_of_a_smaller_card():
     assert pool_environment(12e9)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.950"
 
 
-def test_all_of_it_runs_at_tiny_sizes(tmp_path, capsys):
-    """In this process; within 25 minutes on a GPU, each section in its own."""
-    main(["--small", "--here", "--folder", str(tmp_path)])
-    printed = capsys.readouterr().out.split("\n\n")[-1].splitlines()
-    names = [line.partition(":")[0] for line in printed]
-    assert names == [
-        *("attention", "barrier", "fp8", "unrolled blocks", "streaming", "int8 in a small pool"),
-    ]
-    assert " x, needed 1.25 x)" in printed[2]
-    assert " s a step beside " in printed[4]
+def test_all_sections_fit_into_25_minutes():
     assert sum(section.minutes for section in SECTIONS.values()) <= 25
     assert decide_streaming([]).endswith("(not measured)")
     assert "not measured" in decide_pool([])
