@@ -18,10 +18,13 @@ _PLUGINS = {"jax_cuda12_plugin": 525, "jax_cuda13_plugin": 580}
 """JAX's plugins for CUDA, and the oldest driver that each works with."""
 
 
-def name_device() -> None:
-    """Print the device on standard error, in one line. A GPU that JAX does not use is another."""
+def name_device(*, quiet: bool = False) -> None:
+    """Print the device on standard error, in one line. A GPU that JAX does not use is another.
+
+    **Arguments:** `quiet`: whether only the second is printed.
+    """
     device = first_device()
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not quiet:
         print(describe_device(device), file=sys.stderr)
     if device.platform == "cpu" and is_cpu_by_default():
         problem = unused_gpu(_DRIVER_FILE)

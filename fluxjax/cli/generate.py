@@ -55,7 +55,7 @@ def generate(options: argparse.Namespace) -> None:
     if options.distributed:
         join_job()
     check_devices()
-    name_device()
+    name_device(quiet=options.quiet)
     use_cache(options.compilation_cache)
     request = read_request(options)
     if request.line is not None:
@@ -141,10 +141,11 @@ def _draw_prompt(request: Request, line: Line) -> None:
         request = request.at_size(*facts.padded)
         check_request_memory(request)
     request = with_plan(request)
-    groups = [_Group(one, request, facts) for one in batches(request.images, request.batch)]
+    draws = request.draws
+    groups = [_Group(one, request, facts) for one in batches(len(draws), request.batch)]
     written: list[Path] = []
     reused = 0
-    with _clock(request, groups, silent=not is_writer) as clock:
+    with _clock(request, groups, silent=not is_writer or request.quiet) as clock:
         stages = _Stages(clock, request)
         encoders = stages.load_encoders()
         stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
@@ -155,15 +156,19 @@ def _draw_prompt(request: Request, line: Line) -> None:
         del encoders
         networks = stages.load_networks(texts)
         stages.show_memory(kept, networks)
-        drawn = _draw_groups(stages, networks, prompts, groups, (line.seed, start))
-        metadata = request.metadata(
-            line, networks.guidance_text, {} if facts is None else facts.description
-        )
+        drawn = _draw_groups(stages, networks, prompts, groups, start)
+        changes = {} if facts is None else facts.description
         for group, images in zip(groups, drawn, strict=True):
             reused += images.reused
-            written += _write_prompt_images(request, group, images, metadata)
+            about = {}
+            for number in group.numbers:
+                own = line._replace(seed=draws[number][0])
+                metadata = request.metadata(own, networks.guidance_text, changes)
+                about[number] = {**metadata, "image": str(draws[number][1])}
+            written += _write_prompt_images(request, images, about)
     if is_writer:
-        _print_report(clock, request, reused, groups)
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
         print("\n".join(str(path) for path in written))
 
 
@@ -172,21 +177,22 @@ def _draw_groups(
     networks: _Networks,
     prompts: _Prompts,
     groups: Sequence[_Group],
-    first: tuple[int, StartImage | None],
+    start: StartImage | None,
 ) -> Iterator[_Images]:
     """Draw the images of one prompt, batch by batch.
 
     Where the plan says so, or nothing follows, the transformer is freed before they are decoded;
     all batches are denoised before.
 
-    **Arguments:** `first`: the seed of the images, and what they start from.
+    **Arguments:** `start`: what the images start from.
     """
-    (seed, start), request = first, stages.request
+    request = stages.request
+    draws = request.draws
     frees = len(groups) == 1 or (request.choice is not None and request.choice.frees)
     denoised = []
     for group in groups:
         rows = prompts.rows([0] * len(group.numbers))
-        seeds = [(seed, number) for number in group.numbers]
+        seeds = [draws[number] for number in group.numbers]
         denoised.append(stages.denoise(networks, rows, group, seeds, [start] * len(seeds)))
         if not frees:
             yield stages.decode(networks.vae, denoised.pop())
@@ -197,21 +203,20 @@ def _draw_groups(
 
 
 def _write_prompt_images(
-    request: Request, group: _Group, drawn: _Images, metadata: Mapping[str, str]
+    request: Request, drawn: _Images, about: Mapping[int, Mapping[str, str]]
 ) -> list[Path]:
     """Write the images of a batch of one prompt; return their paths.
 
+    **Arguments:** `about`: the metadata of each different image, in order.
     **Raises:** `ValueError` for one that is not finite.
     """
     written = []
-    # The last group repeats its last number.
-    numbers = dict.fromkeys(group.numbers)
-    for number, image, lost in zip(numbers, drawn.images, drawn.lost, strict=False):
+    # The last group repeats its last image.
+    for metadata, image, lost in zip(about.values(), drawn.images, drawn.lost, strict=False):
         if lost is not None:
-            raise ValueError(f"Image {number} {_not_finite(lost)}")
+            raise ValueError(f"Image {metadata['image']} {_not_finite(lost)}")
         if jax.process_index() == 0:
-            about = {**metadata, "image": str(number)}
-            written.append(write_numbered(image, request.folder, about))
+            written.append(write_numbered(image, request.folder, metadata))
     return written
 
 
@@ -246,7 +251,7 @@ def _draw_file(request: Request, path: Path) -> None:
         groups = _group_lines(request, work, min(request.batch, max(len(lines), 1)))
         request = _with_plan_of_largest(request, groups)
         reused = 0
-        with _clock(request, groups) as clock:
+        with _clock(request, groups, silent=request.quiet) as clock:
             stages = _Stages(clock, request)
             encoders = stages.load_encoders()
             networks = stages.load_networks(stages.encode_conditions(encoders))
@@ -259,11 +264,13 @@ def _draw_file(request: Request, path: Path) -> None:
                 count, more = _write_lines(request, networks, chosen, drawn, work)
                 written += count
                 problems += more
-        _print_report(clock, request, reused, groups)
-    print(
-        f"{written} images written to {request.folder}, {work.present} were there, "
-        f"{len(lines)} lines in all"
-    )
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
+    if not request.quiet:
+        print(
+            f"{written} images written to {request.folder}, {work.present} were there, "
+            f"{len(lines)} lines in all"
+        )
     raise_problems(path, problems)
 
 
@@ -366,6 +373,8 @@ def _write_lines(
             overwrite = line.id in work.replaced
             write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
             written += 1
+            if request.quiet:
+                print(line.image(request.folder))
     return written, problems
 
 

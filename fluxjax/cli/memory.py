@@ -26,8 +26,9 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
         sizes[name] = bytes_of_source(name, request.model, config=config, dtype=dtype)
     beside, image_encoders = _condition_bytes(request)
     has_file = request.prompts is not None
+    rows = request.batch if has_file else len(request.draws)
     return Job(
-        demand=demand_of(request)._replace(rows=request.batch if has_file else request.images),
+        demand=demand_of(request)._replace(rows=rows),
         configs=configs,
         text=sizes["t5"],
         clip=sizes.get("clip", NOTHING),

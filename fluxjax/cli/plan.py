@@ -51,7 +51,8 @@ def run_plan(options: argparse.Namespace) -> None:
 
 
 def _title(request: Request) -> str:
-    images = f"{request.images} image" + ("s" if request.images > 1 else "")
+    count = len(request.draws)
+    images = "1 image" if count == 1 else f"{count} images"
     return (
         f"{request.model}: {images} of {request.width}x{request.height}, {request.steps} steps, "
         f"{request.max_length} tokens"

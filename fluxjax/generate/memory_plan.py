@@ -185,7 +185,8 @@ def _storages(
     itemsize = network.matrices / network.numbers
     if itemsize > 2:
         found.append(BFLOAT16)
-    near, far = [], []
+    near: list[str] = []
+    far: list[str] = []
     for storage in STORAGES:
         if storage.name in machine.storages and storage.bits < 8 * itemsize:
             (near if storage.bits >= 8 else far).append(storage.name)

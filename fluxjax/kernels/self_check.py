@@ -55,9 +55,9 @@ def _failure_here(check: BlockCheck, device: jax.Device) -> str | None:
         except Exception as error:  # compilers raise all kinds
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             return f"it does not run ({reason[:200]})"
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    if math.isnan(error) or error > MOST_ERROR:
-        return f"its values are wrong (relative error {error:.2g})"
+    distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    if math.isnan(distance) or distance > MOST_ERROR:
+        return f"its values are wrong (relative error {distance:.2g})"
     return None
 
 
@@ -113,7 +113,7 @@ def _qkv_check(chip: str) -> BlockCheck:
     def kernel(cos: Array, sin: Array, txt: Array, img: Array, *scales: Array) -> Array:
         from fluxjax.kernels.qkv_tpu import fused_qkv_tpu, rotation_factors
 
-        parts = [(txt, *scales[:2]), (img, *scales[2:])]
+        parts = [(txt, scales[0], scales[1]), (img, scales[2], scales[3])]
         factors = rotation_factors(cos, sin)
         return jnp.stack(fused_qkv_tpu(parts, factors, width=width, eps=_EPS, chip=chip))
 
