@@ -242,12 +242,6 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
     times = _timer(options, sizes, defaults)
-    recipe = Recipe(
-        times(sizes.height, sizes.width),
-        integrator(options.integrator, eta=options.eta, churn=options.churn),
-        _guidance(options),
-        _attention(options),
-    )
     return Request(
         model=options.model,
         family=family_of_source(options.model),
@@ -264,7 +258,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
-        recipe=recipe,
+        recipe=_recipe(options, times(sizes.height, sizes.width)),
         distilled=options.guidance,
         load=_load_options(options, mesh),
         dtype=dtype,
@@ -278,6 +272,15 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         quiet=options.quiet,
         description=_description(options, sizes, conditions),
         fixed=_fixed(options),
+    )
+
+
+def _recipe(options: argparse.Namespace, times: Times) -> Recipe:
+    return Recipe(
+        times,
+        integrator(options.integrator, eta=options.eta, churn=options.churn),
+        _guidance(options),
+        _attention(options),
     )
 
 
