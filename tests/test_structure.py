@@ -17,6 +17,7 @@ LAYERS = {
     "printable": 0,
     "suggestions": 0,
     "annotations": 0,
+    "cache_folder": 0,
     "arguments": 1,
     "flow": 2,
     "kernels": 2,

@@ -19,7 +19,7 @@ from fluxjax.cli.edit_options import (
     add_outpaint_options,
     add_restore_options,
 )
-from fluxjax.cli.generate_options import add_generate_options
+from fluxjax.cli.generate_options import add_generate_options, add_plan_options
 from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
@@ -60,6 +60,14 @@ COMMANDS = (
         "Draw images of a prompt, or of each prompt in a file.",
         add_generate_options,
         "fluxjax.cli.generate:generate",
+    ),
+    Command(
+        "plan",
+        "say what `generate` would need in memory, and what fits",
+        "Say what each stage of `fluxjax generate` needs in memory with the same options, and how "
+        "it is drawn with where not all fits. Nothing is downloaded or drawn.",
+        add_plan_options,
+        "fluxjax.cli.plan:run_plan",
     ),
     Command(
         "edit",
