@@ -183,7 +183,9 @@ def _work(models: Models, fields: Fields, hooks: _PreviewHooks, dtype: DTypeLike
 
 def _draw(models: Models, fields: Fields, hooks: DrawHooks, dtype: DTypeLike) -> Array:
     is_new = fields.picture is None
-    height, width = (fields.height, fields.width) if is_new else fields.picture.shape[:2]
+    height, width = fields.height, fields.width
+    if fields.picture is not None:
+        height, width = fields.picture.shape[:2]
     times = timer(fields.timer, fields.steps, models.defaults, _padded(height), _padded(width))
     guidance = guidance_of(models, None if fields.cfg == 1 else Guidance(scale=fields.cfg))
     settings = DrawSettings(
@@ -202,8 +204,8 @@ def _draw(models: Models, fields: Fields, hooks: DrawHooks, dtype: DTypeLike) ->
         "hooks": hooks,
     }
     if fields.picture is None:
-        negative = {"negative_prompt": fields.negative_prompt} if fields.cfg != 1 else {}
-        return text_to_image(models, fields.prompt, **negative, **common)
+        negative = fields.negative_prompt if fields.cfg != 1 else ""
+        return text_to_image(models, fields.prompt, negative_prompt=negative, **common)
     repaint = Repaint(strength=fields.strength, mask=fields.mask)
     return image_to_image(models, fields.picture, fields.prompt, repaint=repaint, **common)
 

@@ -137,7 +137,7 @@ class _Page:
         """Yield the pictures, the status and the files that the page shows."""
         *plain, editor, strength = values
         picture, mask = picture_and_mask(editor)
-        fields = Fields(*plain, picture=picture, mask=mask, strength=float(strength))
+        fields = Fields(*plain)._replace(picture=picture, mask=mask, strength=float(strength))
         try:
             for drawn in self.studio.draw(fields):
                 yield drawn.pictures, drawn.status, [str(path) for path in drawn.paths]
@@ -184,9 +184,11 @@ class _Page:
         button.click(self._files, None, gallery)
         page.load(self._files, None, gallery)
 
-        def describe(event: gr.SelectData) -> dict[str, str]:
+        def describe(event) -> dict[str, str]:
             return read_metadata(Path(self._files()[event.index]))
 
+        # gradio passes what was selected to an argument of this type.
+        describe.__annotations__["event"] = gr.SelectData
         gallery.select(describe, None, about)
 
     def _files(self) -> list[str]:
