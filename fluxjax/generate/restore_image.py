@@ -109,6 +109,8 @@ _WITH_SIZE = ("flowdps", "flowchef")
 """Methods whose result depends on the size of their gradient steps."""
 _AT_MODEL_TIMES = ("proximal", "ddnm", "flowdps")
 """Methods that restore no better at other times than the model's own."""
+_WITH_NETWORK_GRADIENT = ("pigdm", "tmpd", "dps")
+"""Methods that take gradients of the transformer, which keep its activations in memory."""
 _FORWARD_MODE = ("tmpd",)
 """Methods that take forward-mode gradients of the network, which attention kernels do not have."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
@@ -123,7 +125,9 @@ class Restoration:
     `degradation`: `Blurred`, `Shrunk` or `Hidden`. `noise`: the standard deviation of the noise in
     what is left, in units of images of [-1, 1]; for `Hidden` in those of the latent. `method`: a
     name in `SOLVERS`. `iterations`: of conjugate gradients. `size`: of the gradient steps of
-    flowdps and flowchef, by default 0.3.
+    flowdps and flowchef, by default 0.3. `remat`: for pigdm, tmpd and dps, which take gradients of
+    the transformer, keep only the input of each of its blocks and compute the block again; the
+    memory of all activations would save the one evaluation for each gradient.
 
     **Raises:** `ValueError` for another method, a noise that is negative, or 0 where that is not
     allowed, fewer than 1 iteration, and a size that the method does not take.
@@ -134,6 +138,7 @@ class Restoration:
     method: str = "decoupled"
     iterations: int = 5
     size: float | None = None
+    remat: bool = True
 
     def __post_init__(self):
         if self.method not in SOLVERS:
@@ -283,6 +288,8 @@ def _draw_posterior(
     if restoration.method in _FORWARD_MODE and drawing.settings.attention is None:
         settings = replace(drawing.settings, attention="xla_chunked")
         drawing = replace(drawing, settings=settings)
+    # For the other methods the program is the same, and does not compile again.
+    remat = restoration.remat and restoration.method in _WITH_NETWORK_GRADIENT
     drawn = []
     for numbers in drawing.groups():
         batch = replace(
@@ -290,5 +297,6 @@ def _draw_posterior(
             inputs=jnp.broadcast_to(measured, (len(numbers), *measured.shape)),
             keys=keys_of_steps(drawing.key, numbers),
         )
-        drawn.append(drawing.draw(batch, replace(drawing.recipe(numbers), change=change)))
+        recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
+        drawn.append(drawing.draw(batch, recipe))
     return drawing.images(drawn)
