@@ -7,6 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.operators import Measurement, Operator
@@ -222,8 +223,8 @@ def restore_image(
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
     **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
-    settings; for a step beside a method that is one; for sharded models with blurred or shrunk
-    pictures, whose decoder runs on one device.
+    settings; for a step beside a method that is one; for pigdm, tmpd and dps with models that are
+    split over tensor= or context=. On a mesh, each device measures with the whole decoder.
     """
     guidance = guidance_of(models, guidance)
     degradation = restoration.degradation
@@ -262,10 +263,23 @@ def _check_settings_of(restoration: Restoration, models: Models, settings: DrawS
             f"`restore_image` by {restoration.method} has an integrator of its own, which "
             f"{type(settings.step).__name__} would replace. Leave the step out of the settings."
         )
-    if models.mesh is not None and restoration.degradation.in_pixels:
+    check_mesh_of(restoration.method, models.mesh)
+
+
+def check_mesh_of(method: str, mesh: Mesh | None) -> None:
+    """Check that a method can restore on a mesh.
+
+    **Raises:** `ValueError` for a method that takes reverse-mode gradients of the transformer,
+    whose collectives are not transposed as they should be where a layer or the tokens are split.
+    """
+    if mesh is None or method not in _WITH_NETWORK_GRADIENT:
+        return
+    split = [f"{axis}={mesh.shape[axis]}" for axis in ("tensor", "context") if mesh.shape[axis] > 1]
+    if split:
         raise ValueError(
-            "`restore_image` measures pixels through the decoder on one device, and these models "
-            "lie on a mesh. Load them without one."
+            f"`restore_image` by {method} takes gradients of the transformer, which are wrong "
+            f"where it is split over {' and '.join(split)}. Use a mesh of data= and fsdp=, or "
+            "the method decoupled."
         )
 
 
