@@ -202,8 +202,6 @@ def test_with_rematerialization_a_gradients_memory_grows_by_one_input_for_each_b
         program = eqx.filter_jit(pulled_back).lower(velocity).compile()
         return program.compiled.memory_analysis().temp_size_in_bytes
 
-    plain, remat = (
-        temporaries(10, remat) - temporaries(2, remat) for remat in (False, True)
-    )
+    plain, remat = (temporaries(10, remat) - temporaries(2, remat) for remat in (False, True))
     # Beside activations there is the modulation of each block, which both need.
     assert 0 < remat < 0.5 * plain

@@ -15,7 +15,6 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import fluxjax
 from fluxjax import DPMpp2M, Euler, flow, generate
