@@ -55,7 +55,7 @@ def test_pixels_are_restored_on_a_mesh_as_on_one_device(method):
 
 def test_gradients_of_a_transformer_that_is_split_are_refused():
     split = mesh_of(tensor=2, context=2)
-    with pytest.raises(ValueError, match="over tensor=2 and context=2. Use a mesh of data="):
+    with pytest.raises(ValueError, match=r"over tensor=2 and context=2\. Use a mesh of data="):
         check_mesh_of("tmpd", split)
     with pytest.raises(ValueError, match="`restore_image` by pigdm takes gradients"):
         check_mesh_of("pigdm", mesh_of(data=2, context=2))
