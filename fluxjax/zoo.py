@@ -44,12 +44,14 @@ class Model:
 
     `repository`: its hub id, or None for the one that ships with the package. `takes`: what it is
     conditioned on beside a prompt: "fill" for an image and a mask, "control" for edges or depth,
-    "reference" for an image that is edited, None for nothing.
+    "reference" for an image that is edited, None for nothing. `adapters`: names of LoRA adapters
+    that ship with the package, by what the model takes with them.
     """
 
     repository: str | None
     defaults: Defaults
     takes: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def appended_features(self) -> int:
@@ -132,6 +134,7 @@ FLUX1 = Family(
             defaults=Defaults(
                 steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65
             ),
+            adapters={"fill": "fill", "control": "edges", "reference": "kontext"},
         ),
         "dev": Model(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
         "schnell": Model(

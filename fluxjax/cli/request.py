@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.family import family_of_source
-from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.adapters import read_adapter, with_shipped_adapters
 from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
 from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
@@ -44,7 +44,7 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
-from fluxjax.zoo import FLUX1, Defaults, Family
+from fluxjax.zoo import APPENDED_FEATURES, FLUX1, Defaults, Family
 
 Value = TypeVar("Value")
 
@@ -185,13 +185,15 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
+def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Request:
     """Return the options as values, before anything is loaded.
 
-    **Arguments:** `features`: how many the command itself appends to each image token.
+    **Arguments:** `takes`: what the command needs the model to take, as in `fluxjax.zoo.Model`.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
     conditions = condition_sources(options)
+    needs = [takes, *(condition.takes for condition in conditions)]
+    options.lora = with_shipped_adapters(options.model, options.lora, needs)
     defaults = _defaults(options, conditions)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
@@ -226,7 +228,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
-        features=features,
+        features=APPENDED_FEATURES.get(takes or "", 0),
         folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,

@@ -41,22 +41,26 @@ class Recipe(NamedTuple):
     """How an adapter is trained.
 
     `rate`: the highest learning rate. `features`: appended to each token. `rank`: of the blocks'
-    matrices. `input_rank`: of `img_in`, 0 for none.
+    matrices and of the last layer. `input_rank`: of `img_in`, 0 for none. `uniform`: the share of
+    times that are uniform in [0, 1]. The others are those of the sampler, which are mostly near 1;
+    but what is copied exactly is decided near 0.
     """
 
     rate: float
     features: int = 0
     rank: int = 8
     input_rank: int = 0
+    uniform: float = 0.25
 
 
 RECIPES = {
-    "fill": Recipe(2e-3, features=320, input_rank=96),
+    "fill": Recipe(2e-3, features=320, rank=16, input_rank=128, uniform=0.5),
     "edges": Recipe(2e-3, features=64, input_rank=64),
-    "kontext": Recipe(2e-3, rank=12),
+    "kontext": Recipe(2e-3, rank=16, uniform=0.5),
     "controlnet": Recipe(1e-3),
-    "redux": Recipe(1.5e-3, rank=0),
+    "redux": Recipe(1.5e-3, rank=0, uniform=0.0),
 }
+TARGETS = (*BLOCKS, r"final\.linear")
 
 
 class Task(NamedTuple):
@@ -94,7 +98,7 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
     """Return the training of a LoRA."""
     recipe, flux = RECIPES[kind], models.flux
     of_blocks, of_input = jax.random.split(key)
-    lora = init_lora(flux, recipe.rank, BLOCKS, key=of_blocks)
+    lora = init_lora(flux, recipe.rank, TARGETS, key=of_blocks)
     if recipe.input_rank:
         entry = init_lora(
             flux, recipe.input_rank, "img_in", extra_features=recipe.features, key=of_input
@@ -102,7 +106,8 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
         lora = Lora({"flux": lora.changes["flux"] | entry.changes["flux"]}, lora.format)
 
     def write(lora: eqx.Module, path: Path) -> None:
-        write_lora(path, lora, dtype=jnp.bfloat16, config=flux.config, overwrite=True)
+        # In kohya's names, q, k and v share one down, so the file is smaller.
+        write_lora(path, lora, to="kohya", dtype=jnp.bfloat16, overwrite=True)
 
     return Task(lora, trainable(lora), _frozen(flux), partial(lora_loss, kind), write)
 
@@ -124,20 +129,31 @@ def lora_loss(
         return Conditioning(text.txt, text.vec, ids, guidance, features, reference)
 
     conditions = jax.vmap(conditioning)(text, batch.condition)
-    return matching_loss(network, batch.latents, conditions, key=rest)
+    uniform = RECIPES[kind].uniform
+    return matching_loss(network, batch.latents, conditions, uniform=uniform, key=rest)
 
 
 def matching_loss(
-    network: Callable[..., jax.Array], latents: jax.Array, conditions: Any, *, key: jax.Array
+    network: Callable[..., jax.Array],
+    latents: jax.Array,
+    conditions: Any,
+    *,
+    uniform: float,
+    key: jax.Array,
 ) -> jax.Array:
     """Return the mean flow-matching loss of (x, t, condition) -> dx/dt over a batch.
 
-    The times are distributed as those of the sampler.
+    **Arguments:** `uniform`: the share of times that are uniform; the others are distributed as
+    those of the sampler.
     """
-    when, noise = jax.random.split(key)
+    when, which, evenly, noise = jax.random.split(key, 4)
     x0, defaults = latents.astype(jnp.float32), ZOO["tiny"].defaults
     mu = resolution_mu(x0.shape[1], base_shift=defaults.base_shift, max_shift=defaults.max_shift)
-    times = logit_normal_times(when, len(x0), mu=mu)
+    times = jnp.where(
+        jax.random.uniform(which, (len(x0),)) < uniform,
+        jax.random.uniform(evenly, (len(x0),), minval=1e-3),
+        logit_normal_times(when, len(x0), mu=mu),
+    )
     noise = jax.random.normal(noise, x0.shape)
 
     def one(x0: jax.Array, t: jax.Array, noise: jax.Array, condition: Any) -> jax.Array:
@@ -186,7 +202,8 @@ def controlnet_loss(
         return flux(x, t, control=[residuals], attention="xla", **inputs)
 
     conditions = text, batch.condition.astype(jnp.float32)
-    return matching_loss(network, batch.latents, conditions, key=rest)
+    uniform = RECIPES["controlnet"].uniform
+    return matching_loss(network, batch.latents, conditions, uniform=uniform, key=rest)
 
 
 class ReduxNetworks(eqx.Module):
@@ -246,7 +263,8 @@ def redux_loss(
 
     conditions = jax.vmap(conditioning)(batch.text, tokens)
     network = ConditionalFlux(flux, "xla")
-    matching = matching_loss(network, batch.latents, conditions, key=key)
+    uniform = RECIPES["redux"].uniform
+    matching = matching_loss(network, batch.latents, conditions, uniform=uniform, key=key)
     caption = jnp.mean(batch.caption.txt.astype(jnp.float32), axis=1)
     distance = jnp.mean(jnp.square(jnp.mean(tokens, axis=1) - caption))
     return matching + CAPTION_WEIGHT * distance
