@@ -129,14 +129,16 @@ def main() -> None:
     parser.add_argument("--chip", choices=GPUS, default="h100")
     parser.add_argument("--methods", nargs="+", choices=ATTENTION, default=[*ATTENTION])
     parser.add_argument("--measured", nargs="+", default=["latent", "pixels"])
+    parser.add_argument("--remat", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels")
     options = parser.parse_args()
     for measured in options.measured:
         for method in options.methods:
             if method == "velocity" and measured == "pixels":
                 continue  # it measures nothing
-            for remat in (False,) if method == "velocity" else (False, True):
-                row = measure(options.chip, method, measured, remat, options.size)
+            # A velocity without a gradient keeps nothing.
+            for remat in ["no"] if method == "velocity" else options.remat:
+                row = measure(options.chip, method, measured, remat == "yes", options.size)
                 print(json.dumps(row), flush=True)
 
 
