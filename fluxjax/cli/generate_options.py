@@ -18,7 +18,6 @@ from fluxjax.cli.options import (
     finite_number,
     image_count,
     image_number,
-    mesh_sizes,
     seed,
     seeds,
     step_count,
@@ -32,6 +31,7 @@ from fluxjax.cli.shared_options import (
     add_dtype,
     add_guidance,
     add_integrator,
+    add_mesh,
     add_model,
     add_output_folder,
     add_quantize,
@@ -295,13 +295,7 @@ def _add_memory_options(group: OptionGroup) -> None:
 
 
 def _add_device_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        metavar="SIZES",
-        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
-        "remaining devices (default: one device)",
-    )
+    add_mesh(group)
     group.add_argument(
         "--distributed",
         action="store_true",

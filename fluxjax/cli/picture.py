@@ -24,7 +24,8 @@ from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load import Models, assemble_models, load_network, load_tokenizers
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
-from fluxjax.shapes import Array, Image
+from fluxjax.printable import printable
+from fluxjax.shapes import Array, Image, Times
 
 
 def request_of_size(
@@ -40,7 +41,19 @@ def request_of_size(
     """
     use_cache(options.compilation_cache)
     options.height, options.width = padded_size(*size)
-    return read_request(options, takes=takes, reference_tokens=reference_tokens)
+    request = read_request(options, takes=takes, reference_tokens=reference_tokens)
+    _check_ends(options.timer, request.recipe.times)
+    return request
+
+
+def _check_ends(timer: str, times: Times) -> None:
+    """**Raises:** `ValueError` for times that do not lead from noise to an image."""
+    first, last = float(times[0]), float(times[-1])
+    if (first, last) != (1, 0):
+        raise ValueError(
+            f"--timer {printable(timer)} goes from {first:g} to {last:g}, and pictures are drawn "
+            "from 1, noise, to 0, the image. Plan or fit times between these."
+        )
 
 
 class PictureJob(NamedTuple):

@@ -94,6 +94,7 @@ class TokenParallelFlux(eqx.Module):
         *,
         attention: AttentionChoice | Nag = None,
         degraded: DegradedBlocks | None = None,
+        remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
         """Return the velocity at one of the times that were prepared; as the network's.
 
@@ -119,7 +120,7 @@ class TokenParallelFlux(eqx.Module):
                 "divides them."
             )
         part = self.flux.velocity(
-            _local_tokens(x), t, prepared.prepared, attention=joint, degraded=degraded
+            _local_tokens(x), t, prepared.prepared, attention=joint, degraded=degraded, remat=remat
         )
         return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
 

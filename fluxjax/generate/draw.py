@@ -102,7 +102,8 @@ class Recipe(eqx.Module):
     `Flux`. `change`: of velocity and integrator by the images' own inputs, if any. `first`: the
     number of the first step that is taken: the batch's `noise` is then the state at
     `times[first]`. An integer array compiles one program for all numbers, which has no gradient; a
-    Python integer compiles one for each.
+    Python integer compiles one for each. `remat`: as for `flux_velocity`, for a change that takes
+    gradients of the velocity.
     """
 
     times: Times
@@ -111,6 +112,7 @@ class Recipe(eqx.Module):
     attention: AttentionChoice = None
     change: DrawChange | None = None
     first: IntLike = 0
+    remat: bool = eqx.field(static=True, default=False)
 
 
 class DrawProgress(NamedTuple):
@@ -484,14 +486,16 @@ def _velocities(
     image_axes: tuple[str, ...] = (),
 ) -> tuple[Velocity, Velocity | None]:
     """Return the guided velocity of an image, and that of its source, which is not guided."""
-    attention = shared.recipe.attention
+    attention, remat = shared.recipe.attention, shared.recipe.remat
     guidance = eqx.combine(row.guidance, shared.guidance)
     flux = networks.flux
-    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes, networks.own)
+    own = guided_velocity(
+        flux, conditions.own, guidance, attention, image_axes, networks.own, remat
+    )
     source = None
     if conditions.source is not None:
         unguided = guided_velocity(
-            flux, conditions.source, Guidance(), attention, (), networks.source
+            flux, conditions.source, Guidance(), attention, (), networks.source, remat
         )
         source = cast(Velocity, unguided)
     return cast(Velocity, own), source
