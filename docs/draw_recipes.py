@@ -11,7 +11,7 @@ import PIL.Image
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
-COLORS = 48
+COLORS = 32
 """Of a picture: enough for flat scenes, and a third of the bytes."""
 
 
@@ -22,7 +22,8 @@ def run(page: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         exec(compile(program, page.name, "exec"), {})
         for picture in Path(folder).glob("*.png"):
-            few = PIL.Image.open(picture).convert("RGB").quantize(COLORS)
+            image = PIL.Image.open(picture).convert("RGB")
+            few = image.quantize(COLORS, dither=PIL.Image.Dither.NONE)
             few.save(FOLDER / picture.name, optimize=True)
     print(f"{page.name}: {time.monotonic() - start:.0f} s", flush=True)
 

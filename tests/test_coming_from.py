@@ -1,6 +1,5 @@
 """The tables that lead from other programs to this one name what exists."""
 
-import argparse
 import importlib
 import inspect
 import re
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-from fluxjax.cli.main import build_parser
+from commands import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "coming_from.md"
@@ -39,21 +37,6 @@ def rows() -> list[Row]:
 ROWS = rows()
 
 
-def parsers(
-    parser: argparse.ArgumentParser, words: str = ""
-) -> list[tuple[str, argparse.ArgumentParser]]:
-    """Return the parser of each command, by the words that choose it."""
-    found = [(words, parser)]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, chosen in action.choices.items():
-                found += parsers(chosen, f"{words} {word}".strip())
-    return found
-
-
-COMMANDS = dict(parsers(build_parser()))
-
-
 def thing_of(path: str) -> object:
     """Return what a dotted name is of."""
     first, *parts = path.split(".")
@@ -75,10 +58,9 @@ def check(code: str) -> None:
             assert argument in inspect.signature(thing).parameters, code
     elif "--" in code:
         words, _, flag = code.rpartition("--")
-        command = COMMANDS[words.strip() or "generate"]
-        assert f"--{flag}" in command._option_string_actions, code
+        assert f"--{flag}" in OPTIONS[words.strip() or "generate"], code
     else:
-        assert code in COMMANDS, code
+        assert code in OPTIONS, code
 
 
 @pytest.mark.parametrize("here", sorted({row.here for row in ROWS}))
@@ -93,7 +75,7 @@ def test_what_a_row_leads_to_exists(here):
 
 
 def test_a_wrong_name_is_found():
-    for code in ("--stepz", "edit --reference-image", "fluxjax.flow.Eulr", "fluxjax.Heun(tableau=)"):
+    for code in ("--stepz", "edit --instruction", "fluxjax.flow.Eulr", "fluxjax.Heun(tableau=)"):
         with pytest.raises((AssertionError, AttributeError, KeyError)):
             check(code)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import OPTIONS
 
 import fluxjax
 from fluxjax import read_image, sample
@@ -163,11 +164,9 @@ def test_the_tools_that_a_page_runs_exist(page):
 
 @ON_EACH_PAGE
 def test_the_options_that_a_page_names_exist(page):
-    options = set()
-    for path in [*ROOT.glob("fluxjax/cli/*.py"), *ROOT.glob("tools/**/*.py")]:
+    options = set().union(*OPTIONS.values())
+    for path in ROOT.glob("tools/**/*.py"):
         options |= set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
-    # As in "--height" of `for name in ("height", "width")`.
-    options |= {"--height", "--width"}
     for code in re.findall(r"`([^`]+)`", prose(page)):
         if not code.startswith(("LIBTPU", "pip")):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code)) <= options, code
