@@ -213,7 +213,7 @@ class TrainStep(eqx.Module):
         """Return the part of the batch's loss that is of some rows, and of this device."""
 
         def weighted(row: StepRows) -> Scalar:
-            example = example_of(row, shared)
+            example = row_example(row, shared)
             draws = draw(example, self.loss, key)
             loss = example_loss(network, example, draws, self.loss, self.evaluation)
             return row.weight * loss
@@ -237,7 +237,7 @@ class TrainStep(eqx.Module):
         return rounded
 
 
-def example_of(row: StepRows, shared: SharedInputs) -> TrainExample:
+def row_example(row: StepRows, shared: SharedInputs) -> TrainExample:
     """Return one row of a batch as an example, with what all rows share."""
     reference = None
     if row.reference_tokens is not None and shared.reference_ids is not None:

@@ -1,7 +1,7 @@
 """The loss of one training example: its time, its noise, its condition, and how much it counts."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -221,7 +221,8 @@ def velocity_of(
         ids = jnp.concatenate([ids, example.reference.ids])
         tokens = jnp.concatenate([tokens, example.reference.tokens.astype(x.dtype)])
     remat = evaluation.remat
-    prepared = flux.prepare(
+    # Of the same transformer, whose kind of state it is.
+    prepared: Any = flux.prepare(
         t[None],
         txt=text.txt,
         vec=text.vec,
@@ -230,7 +231,7 @@ def velocity_of(
         dtype=evaluation.dtype,
         remat=remat,
     )
-    prepared = flux.with_txt_length(prepared, text.txt_length)  # type: ignore[arg-type]
+    prepared = flux.with_txt_length(prepared, text.txt_length)
     attention = evaluation.attention
-    velocity = flux.velocity(tokens, t, prepared, attention=attention, remat=remat)  # type: ignore[arg-type]
+    velocity = flux.velocity(tokens, t, prepared, attention=attention, remat=remat)
     return velocity[: len(x)]

@@ -24,7 +24,7 @@ from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 from fluxjax.train.batch import TrainBatch
-from fluxjax.train.mesh_step import example_of
+from fluxjax.train.mesh_step import row_example
 from fluxjax.train.objective import Draws, Evaluation, LossSettings, example_loss
 from fluxjax.train.parts import TrainedPart, WeightArrays
 from fluxjax.train.place import SharedInputs, StepRows, place_batch
@@ -94,7 +94,7 @@ class Validator(eqx.Module):
         guidance = None if self.loss.guidance is None else jnp.float32(self.loss.guidance[0])
 
         def one(row: StepRows) -> Float[Array, " times"]:
-            example = example_of(row, shared)
+            example = row_example(row, shared)
             noise_key = jax.random.fold_in(key, row.place)
             noise = jax.random.normal(noise_key, example.latents.shape)
 

@@ -11,7 +11,7 @@ from training import EMPTY, KEY, LOSS, Training, batch_of, random_flux
 from fluxjax.flow.times import resolution_mu
 from fluxjax.nets.widen import widen_input
 from fluxjax.train.loss import flow_matching_loss, min_snr_weight
-from fluxjax.train.mesh_step import example_of
+from fluxjax.train.mesh_step import row_example
 from fluxjax.train.objective import Evaluation, LossSettings, draw, example_loss
 from fluxjax.train.place import place_batch
 from fluxjax.zoo import Defaults
@@ -22,7 +22,7 @@ FLOAT32 = Evaluation(dtype=jnp.float32)
 def examples(batch):
     rows, shared = place_batch(batch, EMPTY, mesh_of())
     return [
-        example_of(jax.tree.map(lambda leaf, i=i: leaf[i], rows), shared)
+        row_example(jax.tree.map(lambda leaf, i=i: leaf[i], rows), shared)
         for i in range(len(batch.latents))
     ]
 

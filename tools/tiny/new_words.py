@@ -38,7 +38,7 @@ def _crescent(points: int = 48) -> np.ndarray:
         np.stack([np.cos(outer), np.sin(outer)], -1),
         inner * np.stack([np.cos(back), np.sin(back)], -1) + (shift, 0),
     ]
-    return np.concatenate(arcs) + (0.2, 0)
+    return np.concatenate(arcs) + np.array([0.2, 0.0])
 
 
 def extend_scenes() -> None:
