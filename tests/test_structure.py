@@ -27,8 +27,8 @@ LAYERS = {
     "devices": 6,
     "lora": 6,
     "generate": 7,
-    "train": 7,
-    "cli": 8,
+    "train": 8,
+    "cli": 9,
 }
 FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
 

@@ -152,6 +152,39 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, original)
 
 
+class PendingSignal:
+    """A signal that was received, and is to be acted on between two steps.
+
+    `number`: of the first one; None before.
+    """
+
+    number: int | None = None
+
+
+@contextmanager
+def deferred_signals() -> Iterator[PendingSignal]:
+    """Note the first SIGINT, SIGTERM or SIGHUP within the block, instead of raising `Stopped`.
+
+    The block looks at the number between two steps, and ends itself. A second signal ends the
+    process at once. In another thread than the main one nothing is changed.
+    """
+    pending = PendingSignal()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if pending.number is not None:
+            os._exit(128 + number)
+        pending.number = number
+
+    original_handlers = _replaceable_handlers()
+    for number in original_handlers:
+        signal.signal(number, handle)
+    try:
+        yield pending
+    finally:
+        for number, original in original_handlers.items():
+            signal.signal(number, original)
+
+
 _Handler = Callable[[int, FrameType | None], object] | int
 
 

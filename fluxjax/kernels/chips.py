@@ -26,6 +26,23 @@ TPU_CHIPS = {
 }
 """The known TPUs, by their short names."""
 
+_PEAK_TFLOPS = {
+    "v4": 275.0,
+    "v5e": 197.0,
+    "v5p": 459.0,
+    "v6e": 918.0,
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H20": 148.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "RTX 5090": 209.0,
+}
+"""Dense products of bfloat16 by data sheet, in TFLOP per second of one device. For GPUs, by what
+their `device_kind` holds as a word."""
+
 _SHORT_NAMES = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -66,6 +83,23 @@ def compute_capability(device: jax.Device) -> float:
         return float(getattr(device, "compute_capability", 0))
     except ValueError:  # AMD GPUs have names here, such as "gfx942"
         return 0.0
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return the floating-point operations per second of dense bfloat16 products, by data sheet.
+
+    **Arguments:** `device`: of any kind.
+    **Returns:** None for a device that is not known, as a CPU.
+    """
+    kind = device.device_kind
+    short = _SHORT_NAMES.get(kind)
+    if short is not None:
+        return 1e12 * _PEAK_TFLOPS[short]
+    words = f" {kind.replace('-', ' ')} "
+    for name, peak in _PEAK_TFLOPS.items():
+        if f" {name} " in words and device.platform == "gpu":
+            return 1e12 * peak
+    return None
 
 
 FLASH_CAPABILITY = 8.0
