@@ -14,7 +14,7 @@ from fluxjax.devices.weights import (
 )
 from fluxjax.nets.conv import DenseKernel, Kernel
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 
 
 def local(network: PyTree, placed: PyTree) -> PyTree:
@@ -66,6 +66,8 @@ def _gathered(weight: Weight, spec: PyTree) -> Weight:
     """Return a weight that gathers what is split over "fsdp"."""
     if isinstance(weight, AdaptedWeight):
         return AdaptedWeight(_gathered(weight.base, spec.base), weight.down, weight.up)
+    if isinstance(weight, RowScaledWeight):
+        return RowScaledWeight(_gathered(weight.base, spec.base), weight.scale)
     if not isinstance(weight, Dense | QuantizedWeight):
         raise ValueError(
             f"A {type(weight).__name__} weight has no form on a mesh. Use dense or quantized ones, "
