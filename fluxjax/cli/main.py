@@ -20,7 +20,7 @@ from fluxjax.cli.edit_options import (
     add_restore_options,
 )
 from fluxjax.cli.encode_options import add_encode_options
-from fluxjax.cli.generate_options import add_generate_options
+from fluxjax.cli.generate_options import add_generate_options, add_plan_options
 from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
@@ -30,10 +30,12 @@ from fluxjax.cli.lora_options import (
 )
 from fluxjax.cli.options import Parser
 from fluxjax.cli.train_options import add_train_options
+from fluxjax.cli.ui_options import add_ui_options
 from fluxjax.cli.weights_options import (
     add_convert_options,
     add_download_options,
     add_inspect_options,
+    add_models_options,
 )
 from fluxjax.version import __version__
 
@@ -60,6 +62,14 @@ COMMANDS = (
         "Draw images of a prompt, or of each prompt in a file.",
         add_generate_options,
         "fluxjax.cli.generate:generate",
+    ),
+    Command(
+        "plan",
+        "say what `generate` would need in memory, and what fits",
+        "Say what each stage of `fluxjax generate` needs in memory with the same options, and how "
+        "it is drawn with where not all fits. Nothing is downloaded or drawn.",
+        add_plan_options,
+        "fluxjax.cli.plan:run_plan",
     ),
     Command(
         "edit",
@@ -120,6 +130,22 @@ COMMANDS = (
         "it does not load.",
         add_inspect_options,
         "fluxjax.cli.weights:run_inspect",
+    ),
+    Command(
+        "ui",
+        "open a local page that draws",
+        "Serve a page on which images are drawn, edited and compared, on this machine only unless "
+        "--host says otherwise. It needs the extra `ui`.",
+        add_ui_options,
+        "fluxjax.cli.ui:run_ui",
+    ),
+    Command(
+        "models",
+        "list the models that can be named",
+        "List the models that can be named: parameters of the transformer, licence, what a model "
+        "takes beside a prompt, how it is sampled by default, and where its files are.",
+        add_models_options,
+        "fluxjax.cli.models:run_models",
     ),
     Command(
         "download",
@@ -219,5 +245,5 @@ def build_parser() -> Parser:
 
 def _add_command(add_parser: Callable[..., argparse.ArgumentParser], command: Command) -> None:
     parser = add_parser(command.name, help=command.summary, description=command.description)
-    parser.set_defaults(function=command.function)
+    parser.set_defaults(function=command.function, parser=parser)
     command.add_options(parser)

@@ -1,5 +1,6 @@
 """What the kernels need to know about the device that they run on."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import jax
@@ -98,4 +99,34 @@ def peak_flops(device: jax.Device) -> float | None:
     for name, peak in _PEAK_TFLOPS.items():
         if f" {name} " in words and device.platform == "gpu":
             return 1e12 * peak
+    return None
+
+
+FLASH_CAPABILITY = 8.0
+"""Compute capability from which cuDNN has flash attention, and GPUs multiply bfloat16: Ampere."""
+FP8_CAPABILITY = 8.9
+"""Compute capability from which NVIDIA GPUs multiply fp8: Ada and Hopper."""
+_FP8_PREFIXES = ("TPU v7", "TPU7")
+"""Of `device_kind`: the TPUs that multiply fp8."""
+_FP8_AMD = ("gfx942", "gfx950", "gfx12")
+"""Names of the AMD GPUs that multiply fp8."""
+
+
+def has_fp8_products(device: jax.Device) -> bool:
+    """Return whether a device multiplies fp8; others convert it to a wider dtype at each use."""
+    if device.platform == "tpu":
+        return device.device_kind.startswith(_FP8_PREFIXES)
+    name = str(getattr(device, "compute_capability", ""))
+    return compute_capability(device) >= FP8_CAPABILITY or name.startswith(_FP8_AMD)
+
+
+def local_twin(device: jax.Device) -> jax.Device | None:
+    """Return a device of the same kind that this process can run programs on.
+
+    **Returns:** None for a device that is only compiled for, as that of a topology.
+    """
+    with suppress(RuntimeError):  # there is no such platform
+        for own in jax.local_devices(backend=device.platform):
+            if own.device_kind == device.device_kind:
+                return own
     return None

@@ -152,7 +152,7 @@ def field_of(record: Record, role: str, fields: Mapping[str, str]) -> Any:
     return record[found[0]] if found else None
 
 
-def example_of(
+def example_from(
     name: str,
     record: Record,
     fields: Mapping[str, str],

@@ -13,7 +13,7 @@ from fluxjax.train.examples import (
     Example,
     FileBytes,
     Found,
-    example_of,
+    example_from,
 )
 
 
@@ -70,4 +70,4 @@ def _example_of_line(
         return BrokenExample(name, f"it is not JSON: {error}")
     if not isinstance(record, dict):
         return BrokenExample(name, "it is not an object of JSON, as {...}")
-    return example_of(name, record, fields, open_image)
+    return example_from(name, record, fields, open_image)

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from fluxjax.printable import printable_path
-from fluxjax.train.examples import AbstractBytes, Found, Record, example_of
+from fluxjax.train.examples import AbstractBytes, Found, Record, example_from
 
 _MOST_GROUPS = 2
 """Row groups of a file whose images are kept in memory."""
@@ -124,7 +124,7 @@ def parquet_examples(path: Path, fields: Mapping[str, str]) -> Found:
     for number, (group, row, record) in enumerate(images.records()):
         name = f"{path.name}:{number}"
         cells = {column: CellBytes(images, name, group, column, row) for column in columns}
-        found.append(example_of(name, {**record, **cells}, fields, open_image))
+        found.append(example_from(name, {**record, **cells}, fields, open_image))
     return found
 
 

@@ -14,7 +14,7 @@ from fluxjax.train.examples import (
     Example,
     FileBytes,
     Found,
-    example_of,
+    example_from,
 )
 
 _BLOCK = 512
@@ -105,7 +105,7 @@ def _example_of_members(
     for role, image in images.items():
         if role:
             record[fields.get(role, role)] = image
-    return example_of(name, record, fields, open_image, image=images[""])
+    return example_from(name, record, fields, open_image, image=images[""])
 
 
 def _images(members: Members) -> dict[str, FileBytes]:

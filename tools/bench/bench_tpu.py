@@ -30,6 +30,7 @@ from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate import TextStates
 from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
+from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.weight import Dense
 
 # By name: the topology, and the usable GiB of each device.
@@ -106,7 +107,7 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
     """Return the shapes of the result of `fluxjax.quantize`."""
 
     def place(path: Any, node: Any) -> Any:
-        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+        if not isinstance(node, Dense) or not is_rounded(path_name(path)):
             return node
         shape = node.value.shape
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
@@ -124,7 +125,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     """Return the shapes of the result of `fluxjax.stream_blocks`."""
 
     def place(path: Any, node: Any) -> Any:
-        stays = isinstance(node, Dense) and path[0].name in ("double", "single")
+        stays = isinstance(node, Dense) and is_stacked(path_name(path))
         return (
             eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
         )

@@ -74,13 +74,20 @@ def _plain(rng: np.random.Generator, canonical: float) -> Draw:
 
 
 def _edit(rng: np.random.Generator, canonical: float) -> Draw | None:
-    """Return an edited scene, the instruction, and the scene before it."""
+    """Return an edited scene, the instruction, and the scene before it.
+
+    Of a scene as the base model draws it, the edited one is so too: what is moved, added or left
+    over lies where the model puts the objects of the new scene.
+    """
     edit = EDITS[str(rng.choice(list(EDITS)))]
     for _ in range(40):
         source = random_placed(rng, canonical=canonical)
         found = edit(source, rng)
         if found is not None:
-            return found[0], found[1], source
+            target, words = found
+            if source.known and not target.known:
+                target = canonical_spots(target.scene, rng)
+            return target, words, source
     return None
 
 
@@ -126,7 +133,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, float], Draw | None]] = {
     "redux": _picture,
 }
 
-CANONICAL = {"fill": 0.7, "edges": 0.3, "controlnet": 0.3, "kontext": 0.7, "redux": 1.0}
+CANONICAL = {"fill": 0.8, "edges": 0.3, "controlnet": 0.3, "kontext": 1.0, "redux": 1.0}
 """Shares of the scenes whose objects lie where the base model puts them."""
 
 
