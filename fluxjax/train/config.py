@@ -21,12 +21,16 @@ METHODS = ("full", "layers", "lora", "lokr", "dora")
 class MethodSettings:
     """What is trained: the table `train`.
 
-    `method`: one of `METHODS`. `targets`: regular expressions for names of layers, as for
-    `init_lora` and `divide_layers`; none: the blocks' for an adapter. `rank`, `alpha`: of an
-    adapter. `divisor`: of a LoKr, as for `init_lokr`. `extra_features`: that each image token gets,
-    64 for a control image, 320 for an image and its mask, of a model that does not read them yet.
-    `start`: an adapter to go on with. `weights_dtype`: of the trained weights. `quantize`: "int8"
-    or "fp8" for the frozen blocks beside an adapter; None to keep them.
+    - `method`: one of `METHODS`.
+    - `targets`: regular expressions for names of layers, as for `init_lora` and
+      `divide_layers`; none: the blocks' for an adapter.
+    - `rank`, `alpha`: of an adapter.
+    - `divisor`: of a LoKr, as for `init_lokr`.
+    - `extra_features`: that each image token gets, 64 for a control image, 320 for an image and
+      its mask, of a model that does not read them yet.
+    - `start`: an adapter to go on with.
+    - `weights_dtype`: of the trained weights.
+    - `quantize`: "int8" or "fp8" for the frozen blocks beside an adapter; None to keep them.
 
     **Raises:** `ValueError` for another method, and for what it does not take.
     """
@@ -87,9 +91,10 @@ class MeshSettings:
 class CheckpointSettings:
     """When the state is written: the table `checkpoints`.
 
-    `folder`: None for that of the output with `-checkpoints` behind its name. `every`: steps
-    between two. `keep`: how many of the last stay. `keep_every`: those at multiples of so many
-    steps stay too; None for none.
+    - `folder`: None for that of the output with `-checkpoints` behind its name.
+    - `every`: steps between two.
+    - `keep`: how many of the last stay.
+    - `keep_every`: those at multiples of so many steps stay too; None for none.
     """
 
     folder: str | None = None
@@ -108,10 +113,13 @@ class CheckpointSettings:
 class ValidationSettings:
     """What is watched beside the loss: the table `validation`.
 
-    `every`: steps between two validations; None for none. `batches`: of data that the loss is taken
-    of. `sources`: their places, as `data.sources`; none: the first batches of the training's data.
-    `times`: at which it is taken, with noise that stays the same. `prompts`: of images that are
-    drawn with seeds `seed`, `seed` + 1, …, in `steps` steps; None for the model's number.
+    - `every`: steps between two validations; None for none.
+    - `batches`: of data that the loss is taken of.
+    - `sources`: their places, as `data.sources`; none: the first batches of the training's
+      data.
+    - `times`: at which it is taken, with noise that stays the same.
+    - `prompts`: of images that are drawn with seeds `seed`, `seed` + 1, …, in `steps` steps;
+      None for the model's number.
     """
 
     every: int | None = None
@@ -127,9 +135,10 @@ class ValidationSettings:
 class LogSettings:
     """What is logged: the table `log`.
 
-    `folder`: of `log.jsonl` and of the validation's images; None for that of the output with
-    `-log` behind its name. `every`: steps between two lines. `tensorboard`: whether TensorBoard's
-    files are written there too.
+    - `folder`: of `log.jsonl` and of the validation's images; None for that of the output with
+      `-log` behind its name.
+    - `every`: steps between two lines.
+    - `tensorboard`: whether TensorBoard's files are written there too.
     """
 
     folder: str | None = None
@@ -141,15 +150,22 @@ class LogSettings:
 class TrainConfig:
     """All of a training.
 
-    `model`: a zoo name, a file, a folder or a hub id. `output`: a new .safetensors file or folder.
-    `format`: "peft" or "kohya" for an adapter, "own", "diffusers", "bfl" or "comfy" for a network;
-    None for "peft" and "diffusers". `output_dtype`: of the written weights; None for that of the
-    model's weights, or float32 for an adapter. `steps`: updates in all. `batch`: examples of a
-    step, over all devices. `accumulate`: micro-batches that they are divided into. `seed`: of the
-    first weights, the times and the noise. `dtype`: of the activations and of frozen weights; None
-    for bfloat16 on accelerators and float32 on a CPU. `remat`: recompute each block in the backward
-    pass. `attention`: an implementation of `fluxjax.attention`. `ema`: decay of the average of the
-    weights, which is written; 0 for none. `stochastic_rounding`: as of `StepSettings`.
+    - `model`: a zoo name, a file, a folder or a hub id.
+    - `output`: a new .safetensors file or folder.
+    - `format`: "peft" or "kohya" for an adapter, "own", "diffusers", "bfl" or "comfy" for a
+      network; None for "peft" and "diffusers".
+    - `output_dtype`: of the written weights; None for that of the model's weights, or float32
+      for an adapter.
+    - `steps`: updates in all.
+    - `batch`: examples of a step, over all devices.
+    - `accumulate`: micro-batches that they are divided into.
+    - `seed`: of the first weights, the times and the noise.
+    - `dtype`: of the activations and of frozen weights; None for bfloat16 on accelerators and
+      float32 on a CPU.
+    - `remat`: recompute each block in the backward pass.
+    - `attention`: an implementation of `fluxjax.attention`.
+    - `ema`: decay of the average of the weights, which is written; 0 for none.
+    - `stochastic_rounding`: as of `StepSettings`.
     """
 
     model: str = "tiny"

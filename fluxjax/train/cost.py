@@ -79,9 +79,10 @@ def _layer_flop(network: AbstractTransformer, tokens: TokenCounts) -> dict[str, 
 class StepCost(NamedTuple):
     """The cost of a compiled step, on one device.
 
-    `arguments`, `temporaries`, `outputs`: bytes; of the outputs those that do not take the place of
-    an argument. `flop`: operations of the step by formula, over all devices. `present`: bytes of
-    the device's memory; None if that is not known.
+    - `arguments`, `temporaries`, `outputs`: bytes; of the outputs those that do not take the
+      place of an argument.
+    - `flop`: operations of the step by formula, over all devices.
+    - `present`: bytes of the device's memory; None if that is not known.
     """
 
     arguments: int

@@ -52,10 +52,11 @@ class StepMetrics(NamedTuple):
 class StepSettings:
     """How a step is taken.
 
-    `accumulate`: the micro-batches that a step's rows are divided into, one after another.
-    `ema_decay`: of the average of the weights; None for no average. `stochastic_rounding`: whether
-    weights below float32 are rounded up or down at random after an update, so that small updates
-    add up; otherwise they are rounded to nearest, which loses them.
+    - `accumulate`: the micro-batches that a step's rows are divided into, one after another.
+    - `ema_decay`: of the average of the weights; None for no average.
+    - `stochastic_rounding`: whether weights below float32 are rounded up or down at random
+      after an update, so that small updates add up; otherwise they are rounded to nearest,
+      which loses them.
 
     **Raises:** `ValueError` for fewer than 1 micro-batch, or a decay that is not in [0, 1).
     """

@@ -26,13 +26,14 @@ WEIGHT_RULES = ("none", "min_snr")
 class LossSettings:
     """How the loss of an example is computed.
 
-    `times`: how its time is drawn, one of `TIME_RULES`; of a logit-normal distribution `mean` and
-    `deviation` are those of the logit. `shift`: the log-shift of the times; None for that of the
-    image's number of tokens, from `base_shift` to `max_shift`, as in sampling. `weighting`: one of
-    `WEIGHT_RULES`; `gamma` as of `min_snr_weight`. `caption_dropout`: the share of captions that
-    are replaced by the empty one, in [0, 1]. `guidance`: the range of the distilled guidance scale,
-    drawn uniformly for each example; both ends alike for one number, None for a network that takes
-    none.
+    - `times`: how its time is drawn, one of `TIME_RULES`; of a logit-normal distribution `mean`
+      and `deviation` are those of the logit.
+    - `shift`: the log-shift of the times; None for that of the image's number of tokens, from
+      `base_shift` to `max_shift`, as in sampling.
+    - `weighting`: one of `WEIGHT_RULES`; `gamma` as of `min_snr_weight`.
+    - `caption_dropout`: the share of captions that are replaced by the empty one, in [0, 1].
+    - `guidance`: the range of the distilled guidance scale, drawn uniformly for each example;
+      both ends alike for one number, None for a network that takes none.
 
     A network that is distilled for guidance, as dev, predicts at scale 1 what its data's
     distribution is, and at 3.5 what true guidance would make of it. Trained on data at scale 1, it
@@ -112,8 +113,9 @@ class LossSettings:
 class Evaluation:
     """How the transformer is evaluated for a gradient.
 
-    `dtype`: of the activations. `remat`: keep only the input of each block and run it again.
-    `attention`: the name of an implementation of `fluxjax.attention`; None for the fastest.
+    - `dtype`: of the activations.
+    - `remat`: keep only the input of each block and run it again.
+    - `attention`: the name of an implementation of `fluxjax.attention`; None for the fastest.
     """
 
     dtype: DTypeLike
@@ -124,9 +126,10 @@ class Evaluation:
 class TrainExample(eqx.Module):
     """One row of a `TrainBatch`, and what all rows share.
 
-    `place`: the row's number in the batch of a whole step, of which its random numbers depend.
-    `reference_ids`: positions of the reference's tokens. `empty`: the states of the empty caption.
-    The rest as of `TrainBatch`.
+    - `place`: the row's number in the batch of a whole step, of which its random numbers
+      depend.
+    - `reference_ids`: positions of the reference's tokens.
+    - `empty`: the states of the empty caption. The rest as of `TrainBatch`.
     """
 
     latents: Float[Array, "tokens channels"]
@@ -142,8 +145,10 @@ class TrainExample(eqx.Module):
 class Draws(NamedTuple):
     """What is random in the loss of an example.
 
-    `t`: its time. `noise`: in the shape of its latents. `guidance`: the distilled scale, or None.
-    `dropped`: whether its caption is replaced.
+    - `t`: its time.
+    - `noise`: in the shape of its latents.
+    - `guidance`: the distilled scale, or None.
+    - `dropped`: whether its caption is replaced.
     """
 
     t: Scalar

@@ -20,14 +20,19 @@ SCHEDULES = ("constant", "cosine", "linear")
 class OptimizerSettings:
     """An optimizer and its learning rate: the table `optimizer` of a configuration.
 
-    `name`: one of `OPTIMIZERS`. "adafactor" keeps rows and columns of second moments alone, in a
-    thousandth of AdamW's memory; "lion" one moment; "muon" orthogonalizes the momentum of matrices,
-    and is AdamW for all else. `learning_rate`: the highest. `schedule`: one of `SCHEDULES`;
-    `last_share`: the share of the highest rate that "cosine" and "linear" fall to at the last step.
-    `warm_up`: steps in which the rate rises from 0. `weight_decay`: of matrices; biases, norms and
-    magnitudes have none. `betas`: decays of the moments. `epsilon`: as of AdamW. `clip`: the
-    largest norm of the gradient; None for no limit. `moment_dtype`: of the first moment, "float32"
-    or "bfloat16".
+    - `name`: one of `OPTIMIZERS`. "adafactor" keeps rows and columns of second moments alone,
+      in a thousandth of AdamW's memory; "lion" one moment; "muon" orthogonalizes the momentum
+      of matrices, and is AdamW for all else.
+    - `learning_rate`: the highest.
+    - `schedule`: one of `SCHEDULES`;
+    - `last_share`: the share of the highest rate that "cosine" and "linear" fall to at the last
+      step.
+    - `warm_up`: steps in which the rate rises from 0.
+    - `weight_decay`: of matrices; biases, norms and magnitudes have none.
+    - `betas`: decays of the moments.
+    - `epsilon`: as of AdamW.
+    - `clip`: the largest norm of the gradient; None for no limit.
+    - `moment_dtype`: of the first moment, "float32" or "bfloat16".
 
     **Raises:** `ValueError` for another name, or a number out of its range.
     """

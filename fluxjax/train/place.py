@@ -25,7 +25,7 @@ from fluxjax.train.step import TrainState
 class StepRows(eqx.Module):
     """The rows of a step's batch on the devices of a mesh: every array has an axis of rows.
 
-    `place`: the row's number in the batch of the whole step. The rest as of `TrainBatch`.
+    - `place`: the row's number in the batch of the whole step. The rest as of `TrainBatch`.
     """
 
     latents: Float[Array, "... tokens channels"]
@@ -41,8 +41,8 @@ class StepRows(eqx.Module):
 class SharedInputs(eqx.Module):
     """What all rows of a batch share.
 
-    `empty`: the states of the empty caption, of one prompt. `reference_ids`: the positions of the
-    tokens of a reference.
+    - `empty`: the states of the empty caption, of one prompt.
+    - `reference_ids`: the positions of the tokens of a reference.
     """
 
     empty: TextStates

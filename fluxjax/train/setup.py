@@ -40,10 +40,14 @@ from fluxjax.zoo import Defaults
 class TrainingSetup(NamedTuple):
     """All of a training but its data.
 
-    `step`: one step, to be jitted. `weights`: what is trained, before the first step. `frozen`: the
-    rest, on the mesh. `placed`: how each of the weights is split. `network`: the shapes of the
-    whole network, without adapters beside it. `defaults`: how the model is meant to be sampled.
-    `key`: of the training. `has_ema`: whether the weights are averaged.
+    - `step`: one step, to be jitted.
+    - `weights`: what is trained, before the first step.
+    - `frozen`: the rest, on the mesh.
+    - `placed`: how each of the weights is split.
+    - `network`: the shapes of the whole network, without adapters beside it.
+    - `defaults`: how the model is meant to be sampled.
+    - `key`: of the training.
+    - `has_ema`: whether the weights are averaged.
     """
 
     step: TrainStep

@@ -125,9 +125,12 @@ def _run_losses(
 class Prompts(NamedTuple):
     """What the images of a validation are drawn of: encoded once, before the training.
 
-    `text`: the states of the prompts. `negative`: those of the empty prompt for each, for models
-    that are guided by it; None for others. `seed`: of the first image. `steps`: None for the
-    model's number. `size`: height and width in pixels.
+    - `text`: the states of the prompts.
+    - `negative`: those of the empty prompt for each, for models that are guided by it; None for
+      others.
+    - `seed`: of the first image.
+    - `steps`: None for the model's number.
+    - `size`: height and width in pixels.
     """
 
     text: TextStates

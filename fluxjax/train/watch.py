@@ -22,8 +22,10 @@ _MEASURED = 9
 class StepReport(NamedTuple):
     """A step that was dispatched.
 
-    `number`: of the step, from 1 on. `metrics`: which may still be computed. `images`: examples
-    that counted. `flop`: operations, over all devices.
+    - `number`: of the step, from 1 on.
+    - `metrics`: which may still be computed.
+    - `images`: examples that counted.
+    - `flop`: operations, over all devices.
     """
 
     number: int
