@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import (
     PendingSignal,
@@ -29,7 +30,7 @@ from fluxjax.train.batch import AbstractBatches, TrainBatch
 from fluxjax.train.checkpoints import Checkpoints, Retention
 from fluxjax.train.config import TrainConfig, train_config, with_overrides
 from fluxjax.train.config_file import read_config
-from fluxjax.train.cost import shapes_of, step_cost
+from fluxjax.train.cost import StepCost
 from fluxjax.train.data import open_batches
 from fluxjax.train.data_settings import DataSettings, data_settings
 from fluxjax.train.encoders import Encoders, encode_captions, load_encoders
@@ -37,15 +38,20 @@ from fluxjax.train.export import check_output, write_result
 from fluxjax.train.loop import (
     TrainHooks,
     agree_to_stop,
-    example_flop,
-    jit_step,
+    compile_step,
     run_steps,
     stored_weights,
     weights_to_write,
 )
 from fluxjax.train.ordered import ProcessShare
-from fluxjax.train.place import place_batch
-from fluxjax.train.setup import TrainingSetup, identity_of, load_training, training_mesh
+from fluxjax.train.setup import (
+    TrainingSetup,
+    identity_of,
+    known_shapes,
+    load_training,
+    training_mesh,
+    training_shapes,
+)
 from fluxjax.train.step import TrainState
 from fluxjax.train.validate import Prompts, Validator, draw_validation_images
 from fluxjax.train.watch import StepReport, Watch
@@ -70,16 +76,17 @@ def run_training(config: TrainConfig, *, dry_run: bool = False, restart: bool = 
     although there are checkpoints.
     **Raises:** `ValueError` and `OSError` for what can't be trained; `Stopped` after a signal.
     """
-    if not dry_run:
-        check_output(config)
+    if dry_run:
+        cost = interruptible(_step_cost, config)
+        print(cost.report())
+        cost.check()
+        return
+    check_output(config)
     try:
         mesh = training_mesh(config)
         setup = interruptible(load_training, config, mesh)
         encoders = interruptible(_encoders, config)
         with _batches(config, config.data, encoders) as batches:
-            if dry_run:
-                interruptible(_print_cost, config, setup, batches)
-                return
             path = _train(config, setup, batches, encoders, restart=restart)
     except (ImportError, FloatingPointError) as error:
         raise ValueError(str(error)) from None
@@ -118,16 +125,11 @@ def _batches(
         batches.close()
 
 
-def _print_cost(config: TrainConfig, setup: TrainingSetup, batches: AbstractBatches) -> None:
-    """Print the cost of a step on the first batch. **Raises:** `ValueError` if it can't fit."""
-    batch = next(batches)
-    rows = place_batch(batch, batches.empty_text(), setup.mesh, accumulate=config.accumulate)
-    inputs = shapes_of((setup.frozen, *rows, setup.key))
-    compiled = jit_step.lower(setup.step, setup.state_shapes(), *inputs).compile()
-    flop = config.batch * example_flop(setup, batch)
-    cost = step_cost(compiled, flop, setup.mesh.devices.flat[0])
-    print(cost.report())
-    cost.check()
+def _step_cost(config: TrainConfig) -> StepCost:
+    """Return the cost of a step; neither weights nor data are read."""
+    shapes = known_shapes(config)
+    mesh = training_mesh(config)
+    return compile_step(training_shapes(config, shapes, mesh, load_defaults(config.model)), config)
 
 
 def _train(

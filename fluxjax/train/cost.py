@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
@@ -131,18 +130,6 @@ def step_cost(compiled: jax.stages.Compiled, flop: float, device: jax.Device) ->
         flop,
         memory_bytes(device),
     )
-
-
-def shapes_of(tree: PyTree) -> PyTree:
-    """Return a pytree with shapes, dtypes and shardings in the places of arrays."""
-
-    def shape(leaf: PyTree) -> PyTree:
-        if not eqx.is_array(leaf):
-            return leaf
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)
 
 
 def _gigabytes(count: int) -> str:

@@ -165,7 +165,8 @@ def _matrix_axes(weights: Mapping[str, jax.Array]) -> dict[str, MuonDimensionNum
     """Return the axes of outputs and inputs of each matrix, also in a stack; None for others."""
     axes: dict[str, MuonDimensionNumbers | None] = {}
     for name, leaf in weights.items():
-        is_matrix = leaf.ndim >= 2 and not name.endswith(_NOT_DECAYED)
+        # Muon's own state has other objects in the places of what is not a matrix.
+        is_matrix = getattr(leaf, "ndim", 0) >= 2 and not name.endswith(_NOT_DECAYED)
         axes[name] = None
         if is_matrix:
             axes[name] = MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2)
