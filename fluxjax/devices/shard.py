@@ -55,6 +55,9 @@ def _reordered(
     if not role.in_blocks or sizes is None or axis is None:
         # Not fused, or an array that is whole on every device.
         return leaf
+    # Of a packed row, each input takes some bits; `specs` has checked that no block is split.
+    unit = leaf.shape[axis] / sum(sizes)
+    sizes = [round(size * unit) for size in sizes]
     return jnp.take(leaf, _device_order(sizes, devices), axis=axis)
 
 

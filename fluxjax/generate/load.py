@@ -44,7 +44,7 @@ from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.quantized import quantize
+from fluxjax.nets.rounding import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.transformer import AbstractTransformer

@@ -157,12 +157,12 @@ def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
             _add_changes(changes, parameter_names(name, node.shape), node)
             node = node.base
         if isinstance(node, HostWeight):
-            return Dense(node.value)
+            node = node.stored
         if not isinstance(node, Dense):
             raise WeightsError(
                 f"`{call}` writes weights as they are, and {name} is stored as "
                 f"{type(node).__name__}. Save the network that was quantized, or load it again "
-                "without `stream` and `quantize`."
+                "without `stream` and `quantize`, and from a file of packed blocks with a `dtype`."
             )
         return node
 

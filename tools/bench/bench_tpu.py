@@ -126,7 +126,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     def place(path: Any, node: Any) -> Any:
         stays = isinstance(node, Dense) and path[0].name in ("double", "single")
         return (
-            eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
+            eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value)) if stays else node
         )
 
     def struct(leaf: Any) -> Any:
@@ -137,7 +137,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     )
 
 
-_EMPTY = HostWeight(jnp.zeros((0, 0)))
+_EMPTY = HostWeight(Dense(jnp.zeros((0, 0))))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
