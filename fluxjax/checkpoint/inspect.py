@@ -31,8 +31,8 @@ class Summary:
     it is; None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
     `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
-    or packed format of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
-    repeated. `error`: why its config is not known.
+    or packed format of most weights when loaded. `problems`: keys that are missing, unexpected,
+    misshapen or repeated. `error`: why its config is not known.
     """
 
     kind: str

@@ -16,7 +16,7 @@ from fluxjax.checkpoint.dtypes import loaded_dtype
 from fluxjax.checkpoint.kinds import Network
 from fluxjax.checkpoint.packed_leaves import with_packed_matrices
 from fluxjax.checkpoint.plan import Index, Plan
-from fluxjax.nets.rounding import check_format, empty_rounded, put_block, takes
+from fluxjax.nets.rounding import check_format, empty_rounded, fitting_format, put_block
 from fluxjax.nets.stack import is_rounded, is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
 
@@ -31,9 +31,9 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Shardings = No
     """Fill a network with the tensors of a checkpoint.
 
     **Arguments:** `dtype`: of the weights; None keeps the file's, of blocks that are stacked the
-    widest. With None the blocks' matrices stay packed where the file has them so, and otherwise
-    they are decoded. float64 becomes float32 unless `jax_enable_x64` is on. `sharding`: where the leaves
-    go; a process reads no more of a tensor than its own devices hold.
+    widest, and packed matrices of blocks stay packed; otherwise they are decoded. float64 becomes
+    float32 unless `jax_enable_x64` is on. `sharding`: where the leaves go; a process reads no more
+    of a tensor than its own devices hold.
     **Returns:** the network with arrays as leaves.
     **Raises:** `WeightsError` that names a tensor with NaN or infinity, or with a value that the
     dtype can't hold; `ValueError` for a pytree of shardings with another number of leaves.
@@ -150,9 +150,10 @@ def load_quantized(plan: Plan, format: str, *, dtype: DTypeLike | None = None) -
     check_format(format)
 
     def read(name: str, shape: tuple[int, ...], source_dtype: np.dtype) -> Weight:
-        if not takes(shape, format):
+        fitting = fitting_format(shape, format)
+        if fitting is None:
             return Dense(_place(partial(plan.leaf, name, shape, source_dtype), shape, None))
-        weight = empty_rounded(shape, format)
+        weight = empty_rounded(shape, fitting)
         for block in range(shape[0]):
             values = plan.leaf(name, shape, source_dtype, block_index(shape, block))
             weight = put_block(weight, jnp.asarray(values[0]), block)

@@ -36,7 +36,6 @@ class PackedRows:
     pack: Callable[[Arrays], np.ndarray]
 
 
-
 @dataclass(frozen=True)
 class PackedTensor(Tensor):
     """A weight decoded from several tensors, loaded as bfloat16 unless requested otherwise.

@@ -58,5 +58,5 @@ TIMERS = LazyChoices("fluxjax.generate.samplers:TIMERS")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes of weights and activations; `jax.numpy.dtype` makes dtypes of the names."""
-FILE_DTYPES = (*DTYPES, "float8_e4m3")
-"""Dtypes in which weights are written to files."""
+FILE_DTYPES = (*DTYPES, "float8_e4m3", "Q8_0", "Q4_K", "Q4_0")
+"""What weights are written to files as: dtypes, and block formats of GGUF files."""

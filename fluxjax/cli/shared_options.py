@@ -105,13 +105,13 @@ def add_shift(group: OptionGroup) -> None:
 
 
 def add_quantize(group: OptionGroup) -> None:
-    """Add the option that multiplies in 8 bits."""
+    """Add the option that rounds matrices to fewer bits."""
     group.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
         metavar="DTYPE",
-        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
-        "(default: in the dtype of the weights)",
+        help="round the matrices of the transformer and T5: %(choices)s; int8 and fp8 are "
+        "multiplied in 8 bits, the others only stored in fewer (default: the weights as they are)",
     )
 
 
@@ -150,7 +150,8 @@ def add_layout(group: OptionGroup) -> None:
         "--dtype",
         choices=FILE_DTYPES,
         help="dtype of the written weights; float8_e4m3 is used only for the matrices of linear "
-        "layers (default: the dtypes of the source)",
+        "layers; Q8_0, Q4_K and Q4_0 are for --to gguf, and for the matrices of blocks "
+        "(default: the dtypes of the source)",
     )
 
 

@@ -16,7 +16,6 @@ from fluxjax.nets.stack import block_name
 from fluxjax.nets.weight import Dense, FetchedWeight, Weight
 from fluxjax.shapes import Array, Int
 
-
 StoredWeight = Dense | QuantizedWeight | PackedWeight
 """Weights whose arrays each have an axis of blocks."""
 

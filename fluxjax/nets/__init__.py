@@ -20,7 +20,7 @@ from fluxjax.nets.flux_state import Prepared
 from fluxjax.nets.grouped import GroupedWeight
 from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
-from fluxjax.nets.packed import PackedWeight
+from fluxjax.nets.packed import PackedWeight, decode_weights
 from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.redux import Redux, ReduxConfig
 from fluxjax.nets.rounding import quantize
@@ -66,6 +66,7 @@ __all__ = [
     "Vae",
     "VaeConfig",
     "Weight",
+    "decode_weights",
     "leaf_names",
     "quantize",
     "unroll",

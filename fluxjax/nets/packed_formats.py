@@ -200,9 +200,7 @@ def _look_up(codes: Blocks, table: Sequence[float]) -> Array:
     for bit in range(4):
         is_set = (codes >> bit & 1) == 1
         pairs = zip(candidates[::2], candidates[1::2], strict=True)
-        candidates = [
-            jnp.where(is_set, jnp.float32(odd), jnp.float32(even)) for even, odd in pairs
-        ]
+        candidates = [jnp.where(is_set, jnp.float32(odd), jnp.float32(even)) for even, odd in pairs]
     return candidates[0]
 
 
@@ -250,6 +248,7 @@ PACKED_FORMATS: Mapping[str, PackedFormat] = {
     "nf4": PackedFormat(64, 36, _nf4, (0,), "float32"),
     "int4": PackedFormat(64, 34, _int4, (0,), "bfloat16"),
     "int8-128": PackedFormat(128, 130, _int8, (0,), "bfloat16"),
+    "int8-64": PackedFormat(64, 66, _int8, (0,), "bfloat16"),
 }
 """GGUF's block formats by their names there, bitsandbytes' NF4, and those that are made here."""
 

@@ -1,6 +1,7 @@
 """Rows of a plain matrix rounded to the packed formats that are made here."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def _nf4(blocks: Blocks) -> Bytes:
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     scaled = blocks / _nonzero(scale)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
-    for lower, upper in zip(NF4_CODES[:-1], NF4_CODES[1:], strict=True):
+    for lower, upper in pairwise(NF4_CODES):
         # Of two codes the upper one is the nearer from their middle on.
         codes = codes + (scaled > (lower + upper) / 2).astype(jnp.uint8)
     return jnp.concatenate([_as_bytes(scale), _pairs(codes)], axis=-1)
@@ -61,6 +62,7 @@ def _int8(blocks: Blocks) -> Bytes:
 
 ROUNDED_FORMATS: Mapping[str, Callable[[Blocks], Bytes]] = {
     "int8-128": _int8,
+    "int8-64": _int8,
     "int4": _int4,
     "nf4": _nf4,
 }

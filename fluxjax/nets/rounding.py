@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.packed_formats import PACKED_FORMATS
-from fluxjax.nets.packed_rounding import ROUNDED_FORMATS, pack_rows
+from fluxjax.nets.packed_rounding import pack_rows
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 from fluxjax.nets.stack import is_rounded, path_name
 from fluxjax.nets.weight import Dense, Weight
@@ -19,8 +19,10 @@ from fluxjax.shapes import Array, Int
 
 Network = TypeVar("Network", bound=eqx.Module)
 RoundedWeight = QuantizedWeight | PackedWeight
-QUANTIZATIONS = (*EIGHT_BITS, *ROUNDED_FORMATS)
+QUANTIZATIONS = (*EIGHT_BITS, "int8-128", "int4", "nf4")
 """What matrices are rounded to: 8 bits, in which they are multiplied, or packed blocks."""
+_SMALLER_BLOCKS = {"int8-128": "int8-64"}
+"""What is used for a matrix whose inputs do not divide into a format's blocks."""
 
 
 def quantize(
@@ -37,7 +39,7 @@ def quantize(
     after. `format`: "int8" or "fp8" (e4m3) with one scale per output, multiplied in 8 bits; or
     "int8-128", "int4" or "nf4", whose scales are for 128, 64 and 64 inputs of an output, and which
     are decoded to be multiplied. Of these, a matrix whose inputs do not divide into such blocks is
-    kept. `donate`: free each matrix once it is quantized, after which `network` can't be used.
+    kept; for int8-128, blocks of 64 are tried before. `donate`: free each matrix once it is quantized, after which `network` can't be used.
     **Raises:** `ValueError` for another format, or a network without blocks of plain matrices.
     """
     check_format(format)
@@ -47,10 +49,11 @@ def quantize(
         name = path_name(path)
         if not isinstance(node, Weight) or not is_rounded(name):
             return node
-        if not takes(node.shape, format):
+        fitting = fitting_format(node.shape, format)
+        if fitting is None:
             return node
         quantized_names.append(name)
-        return _quantize_weight(node, format, donate)
+        return _quantize_weight(node, fitting, donate)
 
     result = jax.tree_util.tree_map_with_path(quantize_node, network, is_leaf=_is_weight)
     if not quantized_names:
@@ -96,9 +99,16 @@ def check_format(format: str) -> None:
         raise ValueError(f"There is no format {format!r} to quantize to. Choose one of {known}.")
 
 
-def takes(shape: tuple[int, ...], format: str) -> bool:
-    """Return whether the rows of a matrix divide into a format's blocks."""
-    return format in EIGHT_BITS or shape[-1] % PACKED_FORMATS[format].values == 0
+def fitting_format(shape: tuple[int, ...], format: str) -> str | None:
+    """Return the format that a matrix is rounded to, None for one that is kept.
+
+    **Arguments:** `shape`: of the matrix, whose rows have to divide into blocks. `format`: one of
+    `QUANTIZATIONS`.
+    """
+    if format in EIGHT_BITS or shape[-1] % PACKED_FORMATS[format].values == 0:
+        return format
+    smaller = _SMALLER_BLOCKS.get(format)
+    return None if smaller is None else fitting_format(shape, smaller)
 
 
 def empty_rounded(

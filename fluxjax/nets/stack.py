@@ -70,9 +70,7 @@ def split_arrays(blocks: PyTree) -> tuple[PyTree, PyTree]:
 
     `eqx.combine` joins the two, also after the first has been sliced.
     """
-    return eqx.partition(
-        blocks, eqx.is_array, is_leaf=lambda node: isinstance(node, SharedArrays)
-    )
+    return eqx.partition(blocks, eqx.is_array, is_leaf=lambda node: isinstance(node, SharedArrays))
 
 
 def map_part(blocks: PyTree, part: Callable[[PyTree], PyTree]) -> PyTree:
@@ -143,9 +141,7 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
 
 def _unrolled(blocks: PyTree, donate: bool) -> Unrolled:
     """Return stacked blocks as unrolled ones, copied array by array."""
-    leaves, structure = jax.tree.flatten(
-        blocks, is_leaf=lambda node: isinstance(node, BlockStack)
-    )
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda node: isinstance(node, BlockStack))
     depth = depth_of(blocks)
     leaves_of_block: list[list] = [[] for _ in range(depth)]
     for leaf in leaves:

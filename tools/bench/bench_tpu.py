@@ -125,9 +125,9 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
 
     def place(path: Any, node: Any) -> Any:
         stays = isinstance(node, Dense) and path[0].name in ("double", "single")
-        return (
-            eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value)) if stays else node
-        )
+        if not stays:
+            return node
+        return eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value))
 
     def struct(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
