@@ -24,6 +24,7 @@ from fluxjax.cli.options import (
 from fluxjax.cli.shared_options import (
     add_compilation_cache,
     add_dtype,
+    add_flux,
     add_guidance,
     add_integrator,
     add_model,
@@ -144,6 +145,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
+    add_flux(group)
     add_dtype(group)
     group.add_argument(
         "--lora",
@@ -151,7 +153,7 @@ def add_model_options(group: OptionGroup) -> None:
         type=adapter,
         default=[],
         metavar="ADAPTER",
-        help="merge an adapter into the weights: [NAME=]FILE[:SCALE], where FILE may also be "
+        help="merge an adapter into the weights, or attach it to packed ones: [NAME=]FILE[:SCALE], where FILE may also be "
         "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
     )
 

@@ -234,7 +234,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         show_memory=options.show_memory,
         description=_description(options, sizes, conditions),
     )
-    request.check_conditions(known_flux_config(options.model))
+    request.check_conditions(known_flux_config(options.flux or options.model))
     return replace(request, folder=writable(options.output_dir))
 
 
@@ -339,6 +339,7 @@ def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -
         adapters.append((read_adapter(adapter), adapter.scale))
     return LoadOptions(
         dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+        transformer=options.flux,
         mesh=mesh,
         adapters=tuple(adapters),
         quantize=options.quantize,
@@ -410,6 +411,8 @@ def _description(
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
+    if options.flux is not None:
+        about["flux"] = encodable(str(options.flux))
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         if value is not None:

@@ -36,6 +36,16 @@ def add_model(group: OptionGroup) -> None:
     )
 
 
+def add_flux(group: OptionGroup) -> None:
+    """Add the option that replaces the model's transformer."""
+    group.add_argument(
+        "--flux",
+        metavar="FILE",
+        help="a file or folder in any layout whose transformer replaces the model's; the matrices "
+        "of GGUF and NF4 files stay packed (default: the model's own)",
+    )
+
+
 def add_dtype(group: OptionGroup) -> None:
     """Add the option that sets the dtype of the computation."""
     group.add_argument(

@@ -292,7 +292,8 @@ def load_models(
 class LoadOptions:
     """How networks are loaded for drawing.
 
-    `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
+    `dtype`: of the weights; None keeps the files'. `transformer`: a file or folder whose transformer
+    replaces the model's; None for the model's own. `mesh`: of devices that share them. `adapters`:
     with their scales, merged into the networks that they change, or attached to those whose
     matrices are packed in their files. `quantize`, `stream`, `unroll`: for the blocks of the
     transformer, of T5 and of ControlNets: round their matrices as `fluxjax.quantize` does; keep
@@ -301,6 +302,7 @@ class LoadOptions:
     """
 
     dtype: DTypeLike | None = None
+    transformer: str | Path | None = None
     mesh: Mesh | None = None
     adapters: tuple[tuple[Lora, float], ...] = ()
     quantize: str | None = None
@@ -321,6 +323,7 @@ _LOADERS: Mapping[str, Callable[..., Any]] = {
     "vae": load_vae,
     "controlnet": load_controlnet,
 }
+_TRANSFORMERS = ("flux", "chroma")
 _WITH_LARGE_BLOCKS = ("flux", "chroma", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
@@ -337,6 +340,8 @@ def load_network(
     **Arguments:** `name`: "flux", "chroma", "clip", "t5", "vae" or "controlnet". `note`: called
     with a line for each part of an adapter that has no effect.
     """
+    if options.transformer is not None and name in _TRANSFORMERS:
+        source = options.transformer
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS
     if has_blocks and options.stream:

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fluxjax.shapes import Array, Float, Int, UInt8
+from fluxjax.shapes import Array, Float, UInt8
 
 Blocks = UInt8[Array, "*rows blocks block_bytes"]
+Bytes = UInt8[Array, "*rows bytes"]
+"""Some bytes of each block, or codes in their place."""
 Values = Float[Array, "*rows blocks block_values"]
 BlockValues = Callable[[Blocks], Values]
 NF4_CODES = (
@@ -84,7 +86,7 @@ def _q5_1(blocks: Blocks) -> Values:
     return _float16(blocks, 0) * _float(_five_bits(blocks[..., 4:])) + _float16(blocks, 2)
 
 
-def _five_bits(codes: Blocks) -> Blocks:
+def _five_bits(codes: Bytes) -> Array:
     """Return 32 codes of 5 bits: the fifth bits as 4 bytes, then the lower four of each."""
     high = codes[..., :4, None] >> jnp.arange(8, dtype=jnp.uint8) & 1
     low = _fields(codes[..., 4:], 1, (0, 4), 15)
@@ -172,11 +174,11 @@ def _times_scales(codes: Array, scales: Array) -> Array:
 
 
 def _fields(
-    bytes: Blocks,
+    bytes: Bytes,
     groups: int,
     shifts: Sequence[int],
     mask: int,
-) -> Blocks:
+) -> Array:
     """Return the codes in bytes: of each group, the first bits of all bytes, then the next ones.
 
     **Arguments:** `groups`: of equally many bytes. `shifts`: the lowest bit of each code in a byte.
@@ -188,13 +190,13 @@ def _fields(
     return codes.reshape(*rows, -1)
 
 
-def _high_first(bytes: Blocks) -> Blocks:
+def _high_first(bytes: Bytes) -> Array:
     """Return two codes of 4 bits for each byte, first the one in its high half."""
     codes = bytes[..., None] >> jnp.asarray((4, 0), jnp.uint8) & 15
     return codes.reshape(*bytes.shape[:-1], -1)
 
 
-def _look_up(codes: Blocks, table: Sequence[float]) -> Array:
+def _look_up(codes: Bytes, table: Sequence[float]) -> Array:
     """Return the value of each code of 4 bits, by four choices: not every chip looks up fast."""
     candidates: list[Array | float] = list(table)
     for bit in range(4):
@@ -208,11 +210,11 @@ def _float(codes: Array) -> Array:
     return codes.astype(jnp.float32)
 
 
-def _signed(bytes: Blocks) -> Array:
+def _signed(bytes: Bytes) -> Array:
     return _float(jax.lax.bitcast_convert_type(bytes, jnp.int8))
 
 
-def _bits(blocks: Blocks, start: int, dtype: str) -> Int[Array, "*rows blocks 1"]:
+def _bits(blocks: Blocks, start: int, dtype: str) -> Array:
     """Return the little-endian integer that begins at a byte of each block."""
     unsigned = jnp.zeros((*blocks.shape[:-1], 1), dtype)
     for number in range(unsigned.dtype.itemsize):

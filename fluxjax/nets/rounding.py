@@ -39,7 +39,8 @@ def quantize(
     after. `format`: "int8" or "fp8" (e4m3) with one scale per output, multiplied in 8 bits; or
     "int8-128", "int4" or "nf4", whose scales are for 128, 64 and 64 inputs of an output, and which
     are decoded to be multiplied. Of these, a matrix whose inputs do not divide into such blocks is
-    kept; for int8-128, blocks of 64 are tried before. `donate`: free each matrix once it is quantized, after which `network` can't be used.
+    kept; for int8-128, blocks of 64 are tried before. `donate`: free each matrix once it is
+    quantized, after which `network` can't be used.
     **Raises:** `ValueError` for another format, or a network without blocks of plain matrices.
     """
     check_format(format)
