@@ -67,7 +67,7 @@ def _fitted(parts: Parts) -> tuple[OfParts, OfParts]:
         difference = scale[..., None] * codes - offset[..., None] - parts
         return jnp.sum(weights * difference**2, axis=-1)
 
-    def codes_at(inverse: Parts) -> Parts:
+    def codes_at(inverse: Array) -> Parts:
         return jnp.clip(jnp.round(inverse * (parts - lowest)), 0, _LARGEST_CODE)
 
     def step(number: Array, state: tuple[OfParts, OfParts, OfParts]) -> tuple:

@@ -29,6 +29,8 @@ from fluxjax.devices.specs import specs
 from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate import TextStates
 from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.packed import PackedWeight
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
 from fluxjax.nets.weight import Dense
 
@@ -111,6 +113,24 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
         shape = node.value.shape
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
         return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
+
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
+
+
+def packed(flux: Flux, format: str) -> Flux:
+    """Return the shapes of a network whose blocks' matrices are packed, where they divide."""
+    sizes = PACKED_FORMATS[format]
+
+    def place(path: Any, node: Any) -> Any:
+        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+            return node
+        *rows, features = node.value.shape
+        shape = (*rows, features // sizes.values * sizes.nbytes)
+        empty = PackedWeight(jnp.zeros((0, 0), jnp.uint8), format)
+        struct = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        return eqx.tree_at(lambda weight: weight.value, empty, struct)
 
     return jax.tree_util.tree_map_with_path(
         place, flux, is_leaf=lambda node: isinstance(node, Dense)
