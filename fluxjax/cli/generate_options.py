@@ -153,8 +153,9 @@ def add_model_options(group: OptionGroup) -> None:
         type=adapter,
         default=[],
         metavar="ADAPTER",
-        help="merge an adapter into the weights, or attach it to packed ones: [NAME=]FILE[:SCALE], where FILE may also be "
-        "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
+        help="merge an adapter into the weights, or attach it to packed ones: "
+        "[NAME=]FILE[:SCALE], where FILE may also be hub:OWNER/REPO/FILE or tiny:STYLE; repeat the "
+        "option for several adapters",
     )
 
 

@@ -292,10 +292,10 @@ def load_models(
 class LoadOptions:
     """How networks are loaded for drawing.
 
-    `dtype`: of the weights; None keeps the files'. `transformer`: a file or folder whose transformer
-    replaces the model's; None for the model's own. `mesh`: of devices that share them. `adapters`:
-    with their scales, merged into the networks that they change, or attached to those whose
-    matrices are packed in their files. `quantize`, `stream`, `unroll`: for the blocks of the
+    `dtype`: of the weights; None keeps the files'. `transformer`: a file or folder whose
+    transformer replaces the model's; None for the model's own. `mesh`: of devices that share them.
+    `adapters`: with their scales, merged into the networks that they change, or attached to those
+    whose matrices are packed in their files. `quantize`, `stream`, `unroll`: for the blocks of the
     transformer, of T5 and of ControlNets: round their matrices as `fluxjax.quantize` does; keep
     them in host memory (on a CPU: in their files) and fetch one block at a time, with adapters
     attached rather than merged; compile each block by itself.

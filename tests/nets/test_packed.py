@@ -71,9 +71,7 @@ def test_a_product_and_its_gradient_are_those_of_the_values():
     x, cotangent = draw(3, 512), draw(3, 6, seed=1)
     assert weight.shape == plain.shape == (6, 512)
     np.testing.assert_array_equal(weight.matmul(x), plain.matmul(x))
-    slopes = [
-        jax.grad(lambda x, w=w: jnp.vdot(w.matmul(x), cotangent))(x) for w in (weight, plain)
-    ]
+    slopes = [jax.grad(lambda x, w=w: jnp.vdot(w.matmul(x), cotangent))(x) for w in (weight, plain)]
     assert relative(*slopes) <= 1e-6
 
 
