@@ -15,6 +15,7 @@ LAYERS = {
     "shapes": 0,
     "numeric": 0,
     "printable": 0,
+    "suggestions": 0,
     "annotations": 0,
     "arguments": 1,
     "flow": 2,

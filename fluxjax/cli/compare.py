@@ -36,6 +36,13 @@ def run_compare(options: argparse.Namespace) -> None:
     runs, images = _draw_runs(options, models)
     picture = np.asarray(comparison_grid(runs, images), np.float32) / 127.5 - 1
     metadata = {"prompt": options.prompt, "model": encodable(options.model)}
+    metadata["seed"] = str(options.seed)
+    for name in ("guidance", "cfg", "eta", "shift"):
+        value = getattr(options, name)
+        if value is not None:
+            metadata[name] = f"{value:g}"
+    if options.negative_prompt:
+        metadata["negative_prompt"] = options.negative_prompt
     rows = comparison_csv(runs)
     picture_path, table_path = write_comparison(folder, picture, rows, metadata)
     print(rows, end="")
@@ -72,6 +79,10 @@ def _draw_runs(options: argparse.Namespace, models: Models) -> tuple[list[Run], 
             steps=options.steps,
             reference_steps=options.reference_steps,
             guidance=options.guidance,
+            cfg=options.cfg,
+            negative_prompt=options.negative_prompt,
+            eta=options.eta,
+            shift=options.shift,
             height=options.height,
             width=options.width,
             dtype=_dtype_of(options),

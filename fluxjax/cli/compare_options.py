@@ -5,11 +5,14 @@ import argparse
 from fluxjax.cli.choices import INTEGRATORS, TIMERS
 from fluxjax.cli.options import NameList, seed, step_count, step_counts, unicode_text
 from fluxjax.cli.shared_options import (
+    add_cfg,
     add_compilation_cache,
     add_dtype,
+    add_eta,
     add_guidance,
     add_model,
     add_output_folder,
+    add_shift,
     add_size,
 )
 
@@ -47,7 +50,17 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         help="steps of the reference, which is drawn by heun at the model's times "
         "(default: %(default)s)",
     )
+    add_eta(parser)
+    add_shift(parser)
     add_guidance(parser)
+    add_cfg(parser)
+    parser.add_argument(
+        "--negative-prompt",
+        type=unicode_text,
+        default="",
+        metavar="TEXT",
+        help="text that the images are guided away from, with --cfg (default: the empty prompt)",
+    )
     add_size(parser)
     parser.add_argument(
         "--seed",

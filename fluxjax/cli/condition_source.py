@@ -15,7 +15,7 @@ from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import APPENDED_FEATURES, Defaults
 
 ConditionOfSize = Callable[[int, int], AddedCondition]
 """(height, width) in pixels -> the condition of images of this size."""
@@ -61,13 +61,17 @@ class ConditionSource:
     """A condition as plain values, before anything is loaded.
 
     It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token. `texts`: those that it needs encoded
-    as prompts are.
+    file. `takes`: what a model has to take for it, as in `fluxjax.zoo.Model`, or None. `features`:
+    how many it appends to each image token. `texts`: those that it needs encoded as prompts are.
     """
 
     @property
+    def takes(self) -> str | None:
+        return None
+
+    @property
     def features(self) -> int:
-        return 0
+        return APPENDED_FEATURES.get(self.takes or "", 0)
 
     @property
     def texts(self) -> Sequence[str]:

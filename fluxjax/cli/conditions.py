@@ -40,7 +40,6 @@ from fluxjax.generate.load import load_network
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
-from fluxjax.zoo import APPENDED_FEATURES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +55,8 @@ class ControlSource(ConditionSource):
     is_canny: bool
 
     @property
-    def features(self) -> int:
-        return APPENDED_FEATURES["control"]
+    def takes(self) -> str:
+        return "control"
 
     def describe(self) -> Mapping[str, str]:
         about = {"control": describe_file(self.path)}

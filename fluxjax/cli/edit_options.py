@@ -51,6 +51,11 @@ _DEFAULTS_OF_GENERATE = {
     "overwrite": False,
     "integrator": "euler",
     "eta": None,
+    "churn": None,
+    "aspect": None,
+    "first_image": 0,
+    "seeds": None,
+    "quiet": False,
     "nag": None,
     "cache": None,
     "attention": None,
@@ -163,7 +168,7 @@ def _add_kontext_options(group: OptionGroup) -> None:
         action="store_true",
         help="keep the sizes of the images, rounded to multiples of 16 pixels (default: resize "
         "each to a size that Kontext was made for, of about 1024x1024 pixels and nearest "
-        "proportions)",
+        "proportions, unless the model is meant for much smaller ones)",
     )
     for name in ("height", "width"):
         group.add_argument(

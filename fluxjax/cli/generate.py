@@ -121,10 +121,11 @@ def _draw_prompt(request: Request, line: Line) -> None:
     if facts is not None:
         request = request.at_size(*facts.padded)
         check_request_memory(request)
-    groups = [_Group(one, request, facts) for one in batches(request.images, request.batch)]
+    draws = request.draws
+    groups = [_Group(one, request, facts) for one in batches(len(draws), request.batch)]
     written: list[Path] = []
     reused = 0
-    with _clock(request, groups, silent=not is_writer) as clock:
+    with _clock(request, groups, silent=not is_writer or request.quiet) as clock:
         stages = _Stages(clock, request)
         encoders = stages.load_encoders()
         stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
@@ -137,24 +138,26 @@ def _draw_prompt(request: Request, line: Line) -> None:
         stages.show_memory(kept, networks)
         for group in groups:
             numbers = group.numbers
-            seeds = [(line.seed, number) for number in numbers]
+            seeds = [draws[number] for number in numbers]
             starts = [start] * len(numbers)
             rows = prompts.rows([0] * len(numbers))
             drawn = stages.draw(networks, rows, group, seeds, starts)
             reused += drawn.reused
             # The last group repeats its last number.
-            for number, image, lost in zip(
-                dict.fromkeys(numbers), drawn.images, drawn.lost, strict=False
+            for (seed, number), image, lost in zip(
+                dict.fromkeys(seeds), drawn.images, drawn.lost, strict=False
             ):
                 if lost is not None:
                     raise ValueError(f"Image {number} {_not_finite(lost)}")
                 changes = {} if facts is None else facts.description
-                metadata = request.metadata(line, networks.guidance_text, changes)
+                own = line._replace(seed=seed)
+                metadata = request.metadata(own, networks.guidance_text, changes)
                 metadata["image"] = str(number)
                 if is_writer:
                     written.append(write_numbered(image, request.folder, metadata))
     if is_writer:
-        _print_report(clock, request, reused, groups)
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
         print("\n".join(str(path) for path in written))
 
 
@@ -188,7 +191,7 @@ def _draw_file(request: Request, path: Path) -> None:
     if work.lines:
         groups = _group_lines(request, work, min(request.batch, max(len(lines), 1)))
         reused = 0
-        with _clock(request, groups) as clock:
+        with _clock(request, groups, silent=request.quiet) as clock:
             stages = _Stages(clock, request)
             encoders = stages.load_encoders()
             networks = stages.load_networks(stages.encode_conditions(encoders))
@@ -201,11 +204,13 @@ def _draw_file(request: Request, path: Path) -> None:
                 count, more = _write_lines(request, networks, chosen, drawn, work)
                 written += count
                 problems += more
-        _print_report(clock, request, reused, groups)
-    print(
-        f"{written} images written to {request.folder}, {work.present} were there, "
-        f"{len(lines)} lines in all"
-    )
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
+    if not request.quiet:
+        print(
+            f"{written} images written to {request.folder}, {work.present} were there, "
+            f"{len(lines)} lines in all"
+        )
     raise_problems(path, problems)
 
 
@@ -295,6 +300,8 @@ def _write_lines(
             overwrite = line.id in work.replaced
             write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
             written += 1
+            if request.quiet:
+                print(line.image(request.folder))
     return written, problems
 
 

@@ -12,16 +12,21 @@ from fluxjax.cli.options import (
     NameOrFile,
     OptionGroup,
     adapter,
+    aspect,
     file_path,
     finite_number,
     image_count,
+    image_number,
     mesh_sizes,
     seed,
+    seeds,
     step_count,
     token_count,
     unicode_text,
 )
 from fluxjax.cli.shared_options import (
+    add_cfg,
+    add_churn,
     add_compilation_cache,
     add_dtype,
     add_flux,
@@ -85,18 +90,41 @@ def _add_prompt_options(group: OptionGroup) -> None:
 def _add_image_options(group: OptionGroup) -> None:
     add_size(group)
     group.add_argument(
+        "--aspect",
+        type=aspect,
+        metavar="W:H",
+        help="shape of the image, as 16:9, with about as many pixels as the model's size",
+    )
+    group.add_argument(
         "--images",
         type=image_count,
         default=1,
         metavar="COUNT",
-        help=f"number of images, up to {MAX_IMAGES} (default: %(default)s)",
+        help=f"number of images of each seed, up to {MAX_IMAGES} (default: %(default)s)",
     )
     group.add_argument(
+        "--first-image",
+        type=image_number,
+        default=0,
+        metavar="NUMBER",
+        help="number of the first image, from 0: with 2, --images 1 draws only the third of those "
+        "that --images 3 would draw (default: %(default)s)",
+    )
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--seed",
         type=seed,
         help="seed of the noise, below 2^63 (default: 0; with --prompts, the number of the line)",
     )
+    chosen.add_argument(
+        "--seeds", type=seeds, metavar="SEEDS", help="several seeds, separated by commas"
+    )
     add_output_folder(group, "flux_N.png or, with --prompts, ID.png")
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print the files of the images and nothing else: no progress bar, no times",
+    )
     group.add_argument(
         "--overwrite",
         action="store_true",
@@ -166,6 +194,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
         help=f"number of integration steps, up to {MAX_STEPS} (default: the model's)",
     )
     add_integrator(group)
+    add_churn(group)
     group.add_argument(
         "--timer",
         type=NameOrFile(TIMERS, ".json", "model"),
@@ -179,13 +208,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 def _add_guidance_options(group: OptionGroup) -> None:
     add_guidance(group)
-    group.add_argument(
-        "--cfg",
-        type=finite_number(),
-        metavar="SCALE",
-        help="classifier-free guidance scale; other values than 1 double the work "
-        "(default: the model's, which is 1, no guidance, except for Chroma and the like)",
-    )
+    add_cfg(group)
     add_rule(group)
     group.add_argument(
         "--nag",

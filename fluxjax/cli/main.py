@@ -32,6 +32,7 @@ from fluxjax.cli.weights_options import (
     add_convert_options,
     add_download_options,
     add_inspect_options,
+    add_models_options,
 )
 from fluxjax.version import __version__
 
@@ -110,6 +111,14 @@ COMMANDS = (
         "it does not load.",
         add_inspect_options,
         "fluxjax.cli.weights:run_inspect",
+    ),
+    Command(
+        "models",
+        "list the models that can be named",
+        "List the models that can be named: parameters of the transformer, licence, what a model "
+        "takes beside a prompt, how it is sampled by default, and where its files are.",
+        add_models_options,
+        "fluxjax.cli.models:run_models",
     ),
     Command(
         "download",
@@ -201,5 +210,5 @@ def build_parser() -> Parser:
 
 def _add_command(add_parser: Callable[..., argparse.ArgumentParser], command: Command) -> None:
     parser = add_parser(command.name, help=command.summary, description=command.description)
-    parser.set_defaults(function=command.function)
+    parser.set_defaults(function=command.function, parser=parser)
     command.add_options(parser)

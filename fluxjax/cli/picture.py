@@ -26,15 +26,15 @@ from fluxjax.shapes import Array, Image
 
 
 def request_of_size(
-    options: argparse.Namespace, size: tuple[int, int], *, features: int = 0
+    options: argparse.Namespace, size: tuple[int, int], *, takes: str | None = None
 ) -> Request:
     """Return the options as values, for images of a size in pixels.
 
-    `features`: how many the command itself appends to each image token.
+    `takes`: what the command needs the model to take, as in `fluxjax.zoo.Model`.
     """
     use_cache(options.compilation_cache)
     options.height, options.width = padded_size(*size)
-    return read_request(options, features=features)
+    return read_request(options, takes=takes)
 
 
 class PictureJob(NamedTuple):

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.family import family_of_source
-from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.adapters import read_adapter, with_shipped_adapters
 from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
 from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
@@ -23,7 +23,7 @@ from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
-from fluxjax.generate.latents import check_size
+from fluxjax.generate.latents import aspect_size, check_size
 from fluxjax.generate.limits import (
     Demand,
     check_finite_times,
@@ -44,7 +44,7 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
-from fluxjax.zoo import FLUX1, Defaults, Family
+from fluxjax.zoo import APPENDED_FEATURES, FLUX1, Defaults, Family
 
 Value = TypeVar("Value")
 
@@ -59,7 +59,8 @@ class Request:
       read later.
     - `timer`: a function of height and width (pixels) that returns the sampling times.
     - `negative_prompt`: for lines without one; None if the option is not given.
-    - `images`, `batch`: the number of images, and how many of them are drawn at once.
+    - `images`, `batch`: the number of images of each seed, and how many are drawn at once.
+    - `seeds`: of the images of one prompt. `first_image`: the number of the first image of each.
     - `height`, `width`: of the images in pixels. An image that a line starts from is drawn at its
       own size instead.
     - `max_length`: the number of T5 tokens.
@@ -68,6 +69,7 @@ class Request:
     - `load`: how networks are loaded; `dtype`: of the activations.
     - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
       the command itself appends to each image token.
+    - `quiet`: whether only the files of the images are printed.
     - `description`: the entries of each image's metadata that describe the options, in order.
     """
 
@@ -81,6 +83,8 @@ class Request:
     negative_prompt: str | None
     images: int
     batch: int
+    seeds: tuple[int, ...]
+    first_image: int
     height: int
     width: int
     max_length: int
@@ -95,7 +99,14 @@ class Request:
     keep_encoders: bool
     offload_encoders: bool
     show_memory: bool
+    quiet: bool
     description: Mapping[str, str]
+
+    @property
+    def draws(self) -> list[tuple[int, int]]:
+        """The seed and the number of each image of one prompt, in order."""
+        numbers = range(self.first_image, self.first_image + self.images)
+        return [(seed, number) for seed in self.seeds for number in numbers]
 
     @property
     def steps(self) -> int:
@@ -185,13 +196,15 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
+def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Request:
     """Return the options as values, before anything is loaded.
 
-    **Arguments:** `features`: how many the command itself appends to each image token.
+    **Arguments:** `takes`: what the command needs the model to take, as in `fluxjax.zoo.Model`.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
     conditions = condition_sources(options)
+    needs = [takes, *(condition.takes for condition in conditions)]
+    options.lora = with_shipped_adapters(options.model, options.lora, needs)
     defaults = _defaults(options, conditions)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
@@ -203,7 +216,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     times = _timer(options, sizes, defaults)
     recipe = Recipe(
         times(sizes.height, sizes.width),
-        integrator(options.integrator, eta=options.eta),
+        integrator(options.integrator, eta=options.eta, churn=options.churn),
         _guidance(options),
         _attention(options),
     )
@@ -218,6 +231,8 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         negative_prompt=options.negative_prompt,
         images=options.images,
         batch=sizes.batch,
+        seeds=_seeds(options),
+        first_image=options.first_image,
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
@@ -226,12 +241,13 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
-        features=features,
+        features=APPENDED_FEATURES.get(takes or "", 0),
         folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,
         offload_encoders=options.offload_encoders,
         show_memory=options.show_memory,
+        quiet=options.quiet,
         description=_description(options, sizes, conditions),
     )
     request.check_conditions(known_flux_config(options.flux or options.model))
@@ -271,14 +287,14 @@ def check_request_memory(request: Request) -> None:
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
-    height = _or_default(options.height, defaults.height)
-    width = _or_default(options.width, defaults.width)
+    height, width = _size(options, defaults)
     check_size("--height and --width", height, width)
     if options.prompts is not None:
         batch = _or_default(options.batch, 1)
     else:
         # Never more rows than images: what is drawn beyond them would be thrown away.
-        batch = min(_or_default(options.batch, options.images), options.images)
+        count = options.images * len(_seeds(options))
+        batch = min(_or_default(options.batch, count), count)
     times = _times_of_file(options)
     return _Sizes(
         height=height,
@@ -288,6 +304,25 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
         max_length=_or_default(options.max_sequence_length, defaults.max_length),
         batch=batch,
     )
+
+
+def _size(options: argparse.Namespace, defaults: Defaults) -> tuple[int, int]:
+    """Return the height and width that are drawn, in pixels."""
+    if options.aspect is not None:
+        if options.height is not None or options.width is not None:
+            raise ValueError(
+                "--aspect chooses the height and the width. Leave out --height and --width, or it."
+            )
+        return aspect_size(options.aspect, defaults.height * defaults.width)
+    height = _or_default(options.height, defaults.height)
+    return height, _or_default(options.width, defaults.width)
+
+
+def _seeds(options: argparse.Namespace) -> tuple[int, ...]:
+    """Return the seeds of one prompt."""
+    if options.seeds is not None:
+        return tuple(options.seeds)
+    return (_or_default(options.seed, 0),)
 
 
 def _times_of_file(options: argparse.Namespace) -> Times | None:
@@ -325,7 +360,7 @@ def _line(options: argparse.Namespace) -> Line | None:
     """Return the prompt of the command line, unless a file of prompts is given."""
     if options.prompts is not None:
         return None
-    seed = _or_default(options.seed, 0)
+    seed = _seeds(options)[0]
     line = Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
     if options.init_image is None:
         return line
@@ -394,6 +429,8 @@ def _description(
     about["integrator"] = options.integrator
     if options.eta is not None:
         about["integrator"] += f", eta {options.eta:g}"
+    if options.churn is not None:
+        about["integrator"] += f", churn {options.churn:g}"
     about["timer"] = options.timer
     if sizes.times is not None:
         # With a hash: a file of the same name may hold other times in the next run, and existing

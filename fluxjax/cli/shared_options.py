@@ -77,6 +77,17 @@ def add_guidance(group: OptionGroup) -> None:
     )
 
 
+def add_cfg(group: OptionGroup) -> None:
+    """Add the options of classifier-free guidance."""
+    group.add_argument(
+        "--cfg",
+        type=finite_number(),
+        metavar="SCALE",
+        help="classifier-free guidance scale; other values than 1 double the work "
+        "(default: the model's, which is 1, no guidance, except for Chroma and the like)",
+    )
+
+
 def add_rule(group: OptionGroup) -> None:
     """Add the option that chooses the rule of classifier-free guidance."""
     group.add_argument(
@@ -97,11 +108,27 @@ def add_integrator(group: OptionGroup) -> None:
         metavar="NAME",
         help="numerical integrator: %(choices)s (default: %(default)s)",
     )
+    add_eta(group)
+
+
+def add_eta(group: OptionGroup) -> None:
+    """Add the option that sets how much noise some integrators draw."""
     group.add_argument(
         "--eta",
         type=finite_number(0, 1),
         help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde, "
         "from 0 to 1 (default: 0 for ddim, 1 for the others)",
+    )
+
+
+def add_churn(group: OptionGroup) -> None:
+    """Add the option that adds noise before each step of a deterministic integrator."""
+    group.add_argument(
+        "--churn",
+        type=positive_number,
+        metavar="RATE",
+        help="share by which the noise grows before each step of an integrator that draws none, "
+        "up to 0.4142: S_churn / steps of Karras et al. (default: 0, no noise)",
     )
 
 

@@ -77,6 +77,7 @@ def known_flux_config(source: str | Path) -> FluxConfig | ChromaConfig | None:
     return replace(
         base,
         in_channels=base.in_channels + model.appended_features,
+        double_depth=model.double_blocks or base.double_depth,
         guidance_embed=model.defaults.guidance is not None,
     )
 
