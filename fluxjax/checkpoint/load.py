@@ -16,7 +16,7 @@ from fluxjax.checkpoint.dtypes import loaded_dtype
 from fluxjax.checkpoint.kinds import Network
 from fluxjax.checkpoint.packed_leaves import with_packed_matrices
 from fluxjax.checkpoint.plan import Index, Plan
-from fluxjax.nets.rounding import check_format, empty_rounded, fitting_format, put_block
+from fluxjax.nets.rounding import check_quantization, empty_rounded, fitting_format, put_block
 from fluxjax.nets.stack import is_rounded, is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
 
@@ -147,7 +147,7 @@ def load_quantized(plan: Plan, format: str, *, dtype: DTypeLike | None = None) -
     **Arguments:** `format`: one of `QUANTIZATIONS`. `dtype`: as for `load`, of what is not rounded.
     **Returns:** the network. **Raises:** as `load`, and `ValueError` for another format.
     """
-    check_format(format)
+    check_quantization(format)
 
     def read(name: str, shape: tuple[int, ...], source_dtype: np.dtype) -> Weight:
         fitting = fitting_format(shape, format)

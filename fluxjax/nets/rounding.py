@@ -43,7 +43,7 @@ def quantize(
     quantized, after which `network` can't be used.
     **Raises:** `ValueError` for another format, or a network without blocks of plain matrices.
     """
-    check_format(format)
+    check_quantization(format)
     quantized_names = []
 
     def quantize_node(path: KeyPath, node: PyTree) -> PyTree:
@@ -93,7 +93,7 @@ def _quantize_weight(
     return result
 
 
-def check_format(format: str) -> None:
+def check_quantization(format: str) -> None:
     """**Raises:** `ValueError` for a format that matrices are not rounded to."""
     if format not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
