@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.dtypes import check_written_dtype
@@ -32,7 +33,7 @@ WrittenAs = np.dtype | str | None
 """A dtype, one of `GGUF_FORMATS`, or None for the dtype of the weights."""
 
 
-def check_written_as(call: str, dtype: object, layout: str) -> WrittenAs:
+def check_written_as(call: str, dtype: DTypeLike | None, layout: str) -> WrittenAs:
     """Return what weights are written as: a dtype, or one of GGUF's block formats.
 
     **Raises:** `ValueError` for what the layout does not have.

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.dtypes import loaded_dtype
 from fluxjax.checkpoint.kinds import Network
-from fluxjax.checkpoint.packed_leaves import with_packed_matrices
+from fluxjax.checkpoint.packed_leaves import MatrixStack, with_packed_matrices
 from fluxjax.checkpoint.plan import Index, Plan
 from fluxjax.nets.rounding import check_quantization, empty_rounded, fitting_format, put_block
 from fluxjax.nets.stack import is_rounded, is_stacked, leaf_names, path_name
@@ -38,7 +38,8 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Shardings = No
     **Raises:** `WeightsError` that names a tensor with NaN or infinity, or with a value that the
     dtype can't hold; `ValueError` for a pytree of shardings with another number of leaves.
     """
-    network, stacks = plan.network, {}
+    network = plan.network
+    stacks: dict[str, MatrixStack] = {}
     if dtype is None:
         network, stacks = with_packed_matrices(plan)
     leaves, structure = jax.tree.flatten(network)

@@ -55,10 +55,16 @@ def check_target(call: str, destination: str | Path, layout: str = "own") -> Tar
             f"`{call}` writes .safetensors files and folders, got {printable(path.name)}. "
             "End the name in .safetensors, or leave the ending out for a folder."
         )
-    if (path.suffix.lower() == ".gguf") != (layout == "gguf"):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if layout == "gguf" and not is_gguf:
         raise ValueError(
-            f"`{call}` writes the layout gguf to a file that ends in .gguf, and no other layout, "
-            f"got {printable(path.name)} for {layout}. Change the ending or the layout."
+            f"`{call}` writes the layout gguf to one file, got {printable(path.name)}. End the "
+            "name in .gguf."
+        )
+    if is_gguf and layout != "gguf":
+        raise ValueError(
+            f"`{call}` writes .safetensors files and folders in the layout {layout}, got "
+            f"{printable(path.name)}. End the name in .safetensors, or choose the layout gguf."
         )
     return Target(path)
 

@@ -57,8 +57,8 @@ def _reordered(
         return leaf
     # Of a packed row, each input takes some bits; `specs` has checked that no block is split.
     unit = leaf.shape[axis] / sum(sizes)
-    sizes = [round(size * unit) for size in sizes]
-    return jnp.take(leaf, _device_order(sizes, devices), axis=axis)
+    numbers = [round(size * unit) for size in sizes]
+    return jnp.take(leaf, _device_order(numbers, devices), axis=axis)
 
 
 def _device_order(sizes: Sequence[int], devices: int) -> np.ndarray:

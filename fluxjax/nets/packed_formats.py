@@ -198,11 +198,13 @@ def _high_first(bytes: Bytes) -> Array:
 
 def _look_up(codes: Bytes, table: Sequence[float]) -> Array:
     """Return the value of each code of 4 bits, by four choices: not every chip looks up fast."""
-    candidates: list[Array | float] = list(table)
+    candidates = [jnp.float32(value) for value in table]
     for bit in range(4):
         is_set = (codes >> bit & 1) == 1
-        pairs = zip(candidates[::2], candidates[1::2], strict=True)
-        candidates = [jnp.where(is_set, jnp.float32(odd), jnp.float32(even)) for even, odd in pairs]
+        chosen = []
+        for even, odd in zip(candidates[::2], candidates[1::2], strict=True):
+            chosen.append(jnp.where(is_set, odd, even))
+        candidates = chosen
     return candidates[0]
 
 

@@ -188,10 +188,12 @@ def test_what_a_gguf_file_can_not_hold_is_refused(tmp_path):
     for options, rule in (
         ({"to": "gguf"}, "holds one transformer"),
         ({"to": "gguf", "only": "flux", "dtype": "float8_e4m3fn"}, "can't write float8_e4m3fn"),
-        ({"to": "bfl", "only": "flux"}, "Change the ending or the layout"),
+        ({"to": "bfl", "only": "flux"}, "or choose the layout gguf"),
     ):
         with pytest.raises((ValueError, WeightsError), match=rule):
             convert_weights("tiny", tmp_path / "x.gguf", **options)
+    with pytest.raises(ValueError, match=r"End the name in \.gguf"):
+        convert_weights("tiny", tmp_path / "x.safetensors", to="gguf", only="flux")
     with pytest.raises(ValueError, match="is for the layout gguf"):
         convert_weights("tiny", tmp_path / "x.safetensors", to="bfl", only="flux", dtype="Q4_K")
     assert not list(tmp_path.iterdir())
