@@ -1,6 +1,7 @@
 """A plan's leaves into memory, onto devices, or rounded to fewer bits as they are read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -123,7 +124,8 @@ def load_with_block_weights(
         plan.network,
         is_leaf=lambda node: isinstance(node, Dense),
     )
-    loaded = load(Plan(rest, plan.sources, plan.parameters), dtype=dtype)
+    # A plan of another class, as of merged weights, stays one.
+    loaded = load(replace(plan, network=rest), dtype=dtype)
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():
         target = loaded_dtype(plan, name, shape, dtype)

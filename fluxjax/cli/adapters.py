@@ -52,10 +52,10 @@ def with_shipped_adapters(
     if named is None or any(not adapter.place.startswith("tiny:") for adapter in adapters):
         return joined
     for what in takes:
-        place = f"tiny:{named.adapters[what]}" if what in named.adapters else None
-        if place is not None and place not in [adapter.place for adapter in joined]:
-            joined.append(Adapter(place.removeprefix("tiny:"), place, 1.0))
-            _note_shipped(place)
+        name = named.adapters.get(what or "")
+        if name is not None and f"tiny:{name}" not in [adapter.place for adapter in joined]:
+            joined.append(Adapter(name, f"tiny:{name}", 1.0))
+            _note_shipped(f"tiny:{name}")
     return joined
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.device import name_device
 from fluxjax.cli.output import encodable, writable
 from fluxjax.generate.compare import (
     Comparison,
@@ -20,14 +21,16 @@ from fluxjax.generate.compare import (
     write_comparison,
 )
 from fluxjax.generate.latents import check_size, seed_key
-from fluxjax.generate.limits import Demand, check_devices, check_memory, read_configs
+from fluxjax.generate.limits import check_devices, check_memory, read_configs
 from fluxjax.generate.load import Models, activation_dtype, load_models
+from fluxjax.generate.stage_memory import Demand
 from fluxjax.zoo import Defaults
 
 
 def run_compare(options: argparse.Namespace) -> None:
     """Draw the prompt with each sampler; write a labelled grid and a table, and print the table."""
     check_devices()
+    name_device()
     folder = writable(options.output_dir)
     use_cache(options.compilation_cache)
     defaults = interruptible(load_defaults, options.model)

@@ -21,6 +21,29 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax compare` to its parser."""
     parser.add_argument("prompt", type=unicode_text, help="text that the image shows")
     add_model(parser)
+    _add_samplers(parser)
+    add_guidance(parser)
+    add_cfg(parser)
+    parser.add_argument(
+        "--negative-prompt",
+        type=unicode_text,
+        default="",
+        metavar="TEXT",
+        help="text that the images are guided away from, with --cfg (default: the empty prompt)",
+    )
+    add_size(parser)
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="seed of the noise, below 2^63 (default: %(default)s)",
+    )
+    add_dtype(parser)
+    add_output_folder(parser, "compare_N.png and compare_N.csv")
+    add_compilation_cache(parser)
+
+
+def _add_samplers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--integrators",
         type=NameList(INTEGRATORS),
@@ -52,22 +75,3 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
     )
     add_eta(parser)
     add_shift(parser)
-    add_guidance(parser)
-    add_cfg(parser)
-    parser.add_argument(
-        "--negative-prompt",
-        type=unicode_text,
-        default="",
-        metavar="TEXT",
-        help="text that the images are guided away from, with --cfg (default: the empty prompt)",
-    )
-    add_size(parser)
-    parser.add_argument(
-        "--seed",
-        type=seed,
-        default=0,
-        help="seed of the noise, below 2^63 (default: %(default)s)",
-    )
-    add_dtype(parser)
-    add_output_folder(parser, "compare_N.png and compare_N.csv")
-    add_compilation_cache(parser)

@@ -13,11 +13,11 @@ from fluxjax.cli.options import (
     OptionGroup,
     adapter,
     aspect,
+    byte_count,
     file_path,
     finite_number,
     image_count,
     image_number,
-    mesh_sizes,
     seed,
     seeds,
     step_count,
@@ -32,6 +32,7 @@ from fluxjax.cli.shared_options import (
     add_flux,
     add_guidance,
     add_integrator,
+    add_mesh,
     add_model,
     add_output_folder,
     add_quantize,
@@ -41,9 +42,23 @@ from fluxjax.cli.shared_options import (
 )
 
 
-def add_generate_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `fluxjax generate` to its parser."""
-    _add_prompt_options(parser.add_argument_group("prompt"))
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax plan`: those of `fluxjax generate`, and the memory."""
+    parser.add_argument(
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="plan for an NVIDIA GPU with so much memory, as 12GB (default: for this machine)",
+    )
+    add_generate_options(parser, needs_prompt=False)
+
+
+def add_generate_options(parser: argparse.ArgumentParser, *, needs_prompt: bool = True) -> None:
+    """Add the options of `fluxjax generate` to its parser.
+
+    `needs_prompt`: whether a prompt, or a file of them, has to be given.
+    """
+    _add_prompt_options(parser.add_argument_group("prompt"), needs_prompt)
     _add_image_options(parser.add_argument_group("images"))
     _add_start_options(parser.add_argument_group("images drawn again"))
     add_condition_options(parser.add_argument_group("conditions beside the prompt"))
@@ -55,8 +70,8 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     _add_device_options(parser.add_argument_group("devices"))
 
 
-def _add_prompt_options(group: OptionGroup) -> None:
-    prompt = group.add_mutually_exclusive_group(required=True)
+def _add_prompt_options(group: OptionGroup, required: bool) -> None:
+    prompt = group.add_mutually_exclusive_group(required=required)
     prompt.add_argument("prompt", nargs="?", type=unicode_text, help="text that the image shows")
     prompt.add_argument(
         "--prompts",
@@ -283,13 +298,7 @@ def _add_memory_options(group: OptionGroup) -> None:
 
 
 def _add_device_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        metavar="SIZES",
-        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
-        "remaining devices (default: one device)",
-    )
+    add_mesh(group)
     group.add_argument(
         "--distributed",
         action="store_true",

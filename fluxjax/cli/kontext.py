@@ -16,7 +16,7 @@ from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.image import read_image
 from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
-from fluxjax.generate.latents import check_size
+from fluxjax.generate.latents import check_size, image_tokens
 from fluxjax.generate.load import Models
 from fluxjax.generate.prompted import DrawSettings
 from fluxjax.shapes import Array
@@ -61,7 +61,8 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     placement = options.placement or "offset"
     references = References(placement=placement, preferred=False if options.keep_size else None)
     defaults = interruptible(load_defaults, options.model)
-    height, width = size_of(references.resize(picture, defaults))
+    resized = [size_of(references.resize(image, defaults)) for image in images]
+    height, width = resized[0]
     height = height if options.height is None else options.height
     width = width if options.width is None else options.width
     check_size("--height and --width", height, width)
@@ -72,7 +73,8 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
         about["placement"] = placement
     if options.keep_size:
         about["reference_size"] = "kept"
-    request = request_of_size(options, (height, width), takes="reference")
+    tokens = sum(image_tokens(*size) for size in resized)
+    request = request_of_size(options, (height, width), takes="reference", reference_tokens=tokens)
     draw = partial(
         _draw,
         images=images,

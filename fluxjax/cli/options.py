@@ -5,6 +5,7 @@ import math
 import os
 import pkgutil
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -297,6 +298,20 @@ def mesh_sizes(text: str) -> dict[str, int]:
     if list(sizes.values()).count(-1) > 1:
         raise _wrong_value(text, needed)
     return sizes
+
+
+def setting(text: str) -> tuple[str, object]:
+    """Read a setting of a configuration, as in "optimizer.learning_rate=1e-4".
+
+    The value is one of TOML; what is none is a text.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or re.fullmatch(r"[A-Za-z_]+(\.[A-Za-z_]+)*", name.strip()) is None:
+        raise _wrong_value(text, "a name and a value, as optimizer.learning_rate=1e-4")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
 
 
 def _is_axis_size(text: str) -> bool:

@@ -23,17 +23,21 @@ from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
-from fluxjax.generate.latents import aspect_size, check_size
+from fluxjax.generate.latents import aspect_size, check_size, image_tokens
 from fluxjax.generate.limits import (
-    Demand,
     check_finite_times,
     check_memory,
+    first_device,
     known_flux_config,
     read_configs,
 )
 from fluxjax.generate.load import LoadOptions, activation_dtype
+from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, stored_as
+from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
+from fluxjax.generate.stage_memory import AddedTokens, Demand
+from fluxjax.generate.storages import check_storage
 from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
@@ -71,6 +75,8 @@ class Request:
       the command itself appends to each image token.
     - `quiet`: whether only the files of the images are printed.
     - `description`: the entries of each image's metadata that describe the options, in order.
+    - `fixed`: what a plan of the memory may not change; `choice`: what it has chosen, or None.
+    - `reference_tokens`: of images that the command itself gives the model to look at.
     """
 
     model: str
@@ -101,6 +107,9 @@ class Request:
     show_memory: bool
     quiet: bool
     description: Mapping[str, str]
+    fixed: Fixed
+    choice: Choice | None = None
+    reference_tokens: int = 0
 
     @property
     def draws(self) -> list[tuple[int, int]]:
@@ -120,6 +129,13 @@ class Request:
     @property
     def guides_by_scale(self) -> bool:
         return "cfg" in self.description
+
+    def load_of(self, name: str) -> LoadOptions:
+        """Return how a network is loaded, with what the plan has chosen for it."""
+        if self.choice is None or name in ("clip", "vae"):
+            return self.load
+        storage = self.choice.text if name == "t5" else self.choice.transformer
+        return stored_as(self.load, storage)
 
     def check_conditions(self, flux: FluxConfig | ChromaConfig | None) -> None:
         """Check the conditions against the transformer's config, if that is known.
@@ -196,12 +212,27 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Request:
+def read_request(
+    options: argparse.Namespace, *, takes: str | None = None, reference_tokens: int = 0
+) -> Request:
     """Return the options as values, before anything is loaded.
 
     **Arguments:** `takes`: what the command needs the model to take, as in `fluxjax.zoo.Model`.
+    `reference_tokens`: of images that the command gives the model beside the one that is drawn.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
+    request = replace(request_of_options(options, takes=takes), reference_tokens=reference_tokens)
+    # An image that is drawn again has its own size, which is checked when it is read.
+    if options.init_image is None:
+        check_request_memory(request)
+    if request.load.quantize is not None:
+        check_storage(request.load.quantize, first_device())
+    request.check_conditions(known_flux_config(options.flux or options.model))
+    return replace(request, folder=writable(options.output_dir))
+
+
+def request_of_options(options: argparse.Namespace, *, takes: str | None = None) -> Request:
+    """Return the options as values, without a look at the machine. Arguments as `read_request`."""
     conditions = condition_sources(options)
     needs = [takes, *(condition.takes for condition in conditions)]
     options.lora = with_shipped_adapters(options.model, options.lora, needs)
@@ -210,17 +241,8 @@ def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Re
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
-    # An image that is drawn again has its own size, which is checked when it is read.
-    if options.init_image is None:
-        _check_sizes_memory(options.model, sizes, dtype, mesh)
     times = _timer(options, sizes, defaults)
-    recipe = Recipe(
-        times(sizes.height, sizes.width),
-        integrator(options.integrator, eta=options.eta, churn=options.churn),
-        _guidance(options),
-        _attention(options),
-    )
-    request = Request(
+    return Request(
         model=options.model,
         family=family_of_source(options.model),
         defaults=defaults,
@@ -236,7 +258,7 @@ def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Re
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
-        recipe=recipe,
+        recipe=_recipe(options, times(sizes.height, sizes.width)),
         distilled=options.guidance,
         load=_load_options(options, mesh),
         dtype=dtype,
@@ -249,9 +271,17 @@ def read_request(options: argparse.Namespace, *, takes: str | None = None) -> Re
         show_memory=options.show_memory,
         quiet=options.quiet,
         description=_description(options, sizes, conditions),
+        fixed=_fixed(options),
     )
-    request.check_conditions(known_flux_config(options.flux or options.model))
-    return replace(request, folder=writable(options.output_dir))
+
+
+def _recipe(options: argparse.Namespace, times: Times) -> Recipe:
+    return Recipe(
+        times,
+        integrator(options.integrator, eta=options.eta, churn=options.churn),
+        _guidance(options),
+        _attention(options),
+    )
 
 
 def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]) -> Defaults:
@@ -264,26 +294,47 @@ def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]
     return defaults
 
 
-def _check_sizes_memory(
-    model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
-) -> None:
-    """**Raises:** `ValueError` if what is drawn can't fit in memory."""
-    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
-    check_memory(demand, read_configs(model), devices=1 if mesh is None else mesh.size)
-
-
-def check_request_memory(request: Request) -> None:
-    """**Raises:** `ValueError` if what is requested can't fit in memory, at another image size."""
-    demand = Demand(
+def demand_of(request: Request) -> Demand:
+    """Return what is drawn at once: a batch."""
+    added = AddedTokens(reference=request.reference_tokens)
+    tokens = image_tokens(request.height, request.width)
+    for condition in request.conditions:
+        added = added.plus(condition.added_tokens(tokens, request.max_length))
+    return Demand(
         request.batch,
         request.height,
         request.width,
         request.steps,
         request.max_length,
         request.dtype,
+        added,
+        2 if request.guides_by_scale else 1,
     )
+
+
+def check_request_memory(request: Request) -> None:
+    """**Raises:** `ValueError` if what is requested can't fit in memory."""
     mesh = request.load.mesh
-    check_memory(demand, read_configs(request.model), devices=1 if mesh is None else mesh.size)
+    devices = 1 if mesh is None else mesh.size
+    check_memory(demand_of(request), read_configs(request.model), devices=devices)
+
+
+def _fixed(options: argparse.Namespace) -> Fixed:
+    """Return what the options leave no choice of."""
+    excluded = []
+    if options.dtype is not None:
+        excluded.append(BFLOAT16)
+    if options.unroll:
+        excluded.append(STREAMED)
+    offloads = None
+    if options.offload_encoders or options.keep_encoders:
+        offloads = options.offload_encoders
+    return Fixed(
+        storage=STREAMED if options.stream_blocks else options.quantize,
+        batch=options.batch,
+        offloads=offloads,
+        excluded=tuple(excluded),
+    )
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:

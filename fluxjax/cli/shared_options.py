@@ -17,6 +17,7 @@ from fluxjax.cli.options import (
     OptionGroup,
     file_path,
     finite_number,
+    mesh_sizes,
     pixel_count,
     positive_number,
 )
@@ -138,6 +139,17 @@ def add_shift(group: OptionGroup) -> None:
         "--shift",
         type=positive_number,
         help="shift factor of the timer flux_static (default: 3)",
+    )
+
+
+def add_mesh(group: OptionGroup) -> None:
+    """Add the option that shares the work among devices."""
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="SIZES",
+        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
+        "remaining devices (default: one device)",
     )
 
 

@@ -17,7 +17,7 @@ from fluxjax.nets.grouped import GroupedWeight
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.stack import SharedArrays
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 
 
 def local(network: PyTree, placed: PyTree) -> PyTree:
@@ -69,6 +69,8 @@ def _gathered(weight: Weight, spec: PyTree) -> Weight:
     """Return a weight that gathers what is split over "fsdp"."""
     if isinstance(weight, AdaptedWeight):
         return AdaptedWeight(_gathered(weight.base, spec.base), weight.down, weight.up)
+    if isinstance(weight, RowScaledWeight):
+        return RowScaledWeight(_gathered(weight.base, spec.base), weight.scale)
     if isinstance(weight, GroupedWeight):
         pairs = zip(weight.stacks.content, spec.stacks.content, strict=True)
         stacks = tuple(_gathered(stack, placed) for stack, placed in pairs)

@@ -29,6 +29,7 @@ from fluxjax.checkpoint.kinds import (
 )
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
+from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
@@ -37,6 +38,7 @@ from fluxjax.generate.tokens import Tokenizers
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
+from fluxjax.lora.merged_plan import merged_plan
 from fluxjax.lora.networks import is_plain
 from fluxjax.nets.chroma import Chroma
 from fluxjax.nets.chroma_config import ChromaConfig
@@ -172,12 +174,20 @@ def load_kind(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, hub_folder(source, kind))).network(kind).plan(config)
+    plan = plan_of_source(kind, source, config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
         return load_streamed(plan, dtype=dtype)
     return load(plan, dtype=dtype, sharding=sharding)
+
+
+def plan_of_source(kind: Kind, source: str | Path, config: Any = None) -> Plan:
+    """Return which tensors of a source's files fill a network, downloaded if need be.
+
+    **Raises:** as `load_flux`.
+    """
+    return open_source(find_part(source, hub_folder(source, kind))).network(kind).plan(config)
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
@@ -349,8 +359,9 @@ def load_network(
     adapters = options.adapters_of(name)
     rounded = options.quantize if has_blocks else None
     mesh = options.mesh
-    if rounded is not None and mesh is None and not adapters:
-        network = load_one(quantize=rounded)  # so that it is never whole in memory
+    if rounded is not None and mesh is None:
+        # Block by block, so that it is never whole in memory.
+        network = _load_rounded(name, source, options, note)
     else:
         if mesh is not None:
             load_one = partial(load_one, sharding=lambda network: shardings(network, mesh))
@@ -375,6 +386,20 @@ def _with_adapters(
     if is_plain(network):
         return merge(network, loras, scales, donate=True)
     return attach(network, loras, scales)
+
+
+def _load_rounded(
+    name: str, source: str | Path, options: LoadOptions, note: Callable[[str], None]
+) -> Any:
+    """Load a network whose blocks' matrices are rounded as they are read, adapters added before."""
+    assert options.quantize is not None
+    plan = plan_of_source(KINDS[name], source)
+    adapters = options.adapters_of(name)
+    if adapters:
+        _note_adapters(plan.network, adapters, note)
+        loras, scales = zip(*adapters, strict=True)
+        plan = merged_plan(plan, loras, scales)
+    return load_quantized(plan, options.quantize, dtype=options.dtype)
 
 
 def _load_with_streamed_blocks(

@@ -29,7 +29,7 @@ from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae, VaeConfig
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 from fluxjax.nets.widen import widen_input
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "QuantizedWeight",
     "Redux",
     "ReduxConfig",
+    "RowScaledWeight",
     "Siglip",
     "SiglipConfig",
     "T5Config",

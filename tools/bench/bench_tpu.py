@@ -32,6 +32,7 @@ from fluxjax.kernels.attention import IMPLEMENTATIONS
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
+from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.weight import Dense
 
 # By name: the topology, and the usable GiB of each device.
@@ -108,7 +109,7 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
     """Return the shapes of the result of `fluxjax.quantize`."""
 
     def place(path: Any, node: Any) -> Any:
-        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+        if not isinstance(node, Dense) or not is_rounded(path_name(path)):
             return node
         shape = node.value.shape
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
@@ -144,7 +145,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     """Return the shapes of the result of `fluxjax.stream_blocks`."""
 
     def place(path: Any, node: Any) -> Any:
-        stays = isinstance(node, Dense) and path[0].name in ("double", "single")
+        stays = isinstance(node, Dense) and is_stacked(path_name(path))
         if not stays:
             return node
         return eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value))

@@ -40,6 +40,9 @@ def like(model: Lora, started: Lora) -> Lora:
     """
     changes = {}
     for name, (change,) in model.changes["flux"].items():
+        if name not in started.changes["flux"]:
+            changes[name] = (change,)
+            continue
         # Written for diffusers, the parts of a fused matrix are apart, each with the same down.
         parts = {one.part: one.term for one in started.changes["flux"][name]}
         order = [part for part in ("q", "k", "v", "qkv", "mlp", None) if part in parts]
