@@ -29,6 +29,7 @@ from fluxjax.cli.shared_options import (
     add_churn,
     add_compilation_cache,
     add_dtype,
+    add_flux,
     add_guidance,
     add_integrator,
     add_mesh,
@@ -187,6 +188,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
+    add_flux(group)
     add_dtype(group)
     group.add_argument(
         "--lora",
@@ -194,8 +196,9 @@ def add_model_options(group: OptionGroup) -> None:
         type=adapter,
         default=[],
         metavar="ADAPTER",
-        help="merge an adapter into the weights: [NAME=]FILE[:SCALE], where FILE may also be "
-        "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
+        help="merge an adapter into the weights, or attach it to packed ones: "
+        "[NAME=]FILE[:SCALE], where FILE may also be hub:OWNER/REPO/FILE or tiny:STYLE; repeat the "
+        "option for several adapters",
     )
 
 

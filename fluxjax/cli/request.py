@@ -227,7 +227,7 @@ def read_request(
         check_request_memory(request)
     if request.load.quantize is not None:
         check_storage(request.load.quantize, first_device())
-    request.check_conditions(known_flux_config(options.model))
+    request.check_conditions(known_flux_config(options.flux or options.model))
     return replace(request, folder=writable(options.output_dir))
 
 
@@ -425,6 +425,7 @@ def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -
         adapters.append((read_adapter(adapter), adapter.scale))
     return LoadOptions(
         dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+        transformer=options.flux,
         mesh=mesh,
         adapters=tuple(adapters),
         quantize=options.quantize,
@@ -498,6 +499,8 @@ def _description(
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
+    if options.flux is not None:
+        about["flux"] = encodable(str(options.flux))
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         if value is not None:
