@@ -200,7 +200,7 @@ def batch_shapes(
 
 def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
     """Return a module whose fields hold shapes, which its own checks would refuse."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made
