@@ -1,9 +1,11 @@
 """The rows of an image in a convolutional network: all on this device, or split among several."""
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+from einops import reduce
 
 from fluxjax.shapes import Array, Float
 
@@ -16,6 +18,13 @@ ChannelMeans = Float[Array, " channels"]
 AllCellHeads = Float[Array, "all_cells heads head_dim"]
 Pad = tuple[int, int]
 """Rows of zeros above and below, or columns of zeros at the left and right."""
+
+
+class GroupMoments(NamedTuple):
+    """The mean and variance of groups of channels over all cells of an image, for each channel."""
+
+    mean: ChannelMeans
+    variance: ChannelMeans
 
 
 class Rows(eqx.Module):
@@ -40,6 +49,11 @@ class Rows(eqx.Module):
     def all_cells(self, x: CellHeads) -> AllCellHeads:
         """Return the keys or values of all cells of the image, of those that are on this device."""
 
+    def moments(self, x: Cells, groups: int) -> GroupMoments:
+        """Return the moments of groups of adjacent channels over all cells of the image."""
+        mean = of_groups(self.channel_means(x), groups)
+        return GroupMoments(mean, of_groups(self.channel_means(jnp.square(x - mean)), groups))
+
 
 class WholeImage(Rows):
     """All rows of the image are on this device."""
@@ -52,6 +66,13 @@ class WholeImage(Rows):
 
     def all_cells(self, x: CellHeads) -> AllCellHeads:
         return x
+
+
+def of_groups(channel_means: ChannelMeans, groups: int) -> ChannelMeans:
+    """Return, for each channel, the mean over its group of adjacent channels."""
+    # Groups have as many channels each, so the mean of their means is theirs.
+    group_means = reduce(channel_means, "(groups each) -> groups", "mean", groups=groups)
+    return jnp.repeat(group_means, channel_means.size // groups)
 
 
 WHOLE = WholeImage()
