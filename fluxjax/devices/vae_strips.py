@@ -73,15 +73,20 @@ class _InStrips(eqx.Module):
         segments = segments_of(self.network.stages(), self.unit, self.strips.stored)
         grid = Grid.over(x.shape, self.strips, self.unit)
         padding = grid.rows * self.unit * grid.count - len(x)
-        # Other segments read and write features in one array, the first one reads the input.
         strips = jnp.pad(x, ((0, padding), (0, 0), (0, 0))).reshape(grid.count, -1)
         source = Stored(strips, (grid.rows * self.unit, *x.shape[1:]))
         targets = _shapes(segments, source, x.dtype)
-        buffer = _empty_buffer(targets[:-1], grid.count, x.dtype)
+        # The attention takes the most beside the features, which are the smallest where it is. So
+        # those of the latent's resolution have an array, and all others have another one.
+        arrays = {}
+        for coarse in (True, False):
+            shapes = [shape for shape in targets[:-1] if (shape[0] == grid.rows) == coarse]
+            arrays[coarse] = _empty(shapes, grid.count, x.dtype)
         for segment, shape in zip(segments[:-1], targets[:-1], strict=True):
-            buffer = run_segment(segment, source, Stored(buffer, shape), grid)
-            source = Stored(buffer, shape)
-        last = Stored(jnp.zeros((grid.count, prod(targets[-1])), x.dtype), targets[-1])
+            coarse = shape[0] == grid.rows
+            arrays[coarse] = run_segment(segment, source, Stored(arrays[coarse], shape), grid)
+            source = Stored(arrays[coarse], shape)
+        last = Stored(_empty(targets[-1:], grid.count, x.dtype), targets[-1])
         strips = run_segment(segments[-1], source, last, grid)
         whole = strips.reshape(-1, *targets[-1][1:])
         return _without_gradient(whole[: grid.latent_rows * targets[-1][0] // grid.rows])
@@ -306,13 +311,13 @@ def _shapes(
     return shapes
 
 
-def _empty_buffer(
+def _empty(
     shapes: Sequence[tuple[int, int, int]], count: int, dtype: jnp.dtype
 ) -> Float[Array, "units numbers"]:
-    """Return an array that can hold the features of any of these shapes of a strip."""
+    """Return an array that can hold strips of any of these shapes."""
     sizes = [prod(shape) for shape in shapes]
-    unit = gcd(*sizes)
-    return jnp.zeros((count * max(sizes) // unit, unit), dtype)
+    unit = max(gcd(*sizes), 1)
+    return jnp.zeros((count * max(sizes, default=0) // unit, unit), dtype)
 
 
 @jax.custom_jvp
