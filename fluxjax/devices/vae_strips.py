@@ -48,18 +48,18 @@ def strip_vae(vae: Vae, strips: VaeStrips) -> Vae:
     """Return a VAE that runs images strip by strip, in less memory.
 
     The result is that of the whole VAE, except for the order of sums: norms have the statistics of
-    the whole image, and its attention all cells. Each norm needs a pass over the image before its
-    result is known, so that layers are computed several times. It has no gradient.
+    the whole image, and the attention has all cells. Each norm needs a pass over the image before
+    its result is known, so layers are computed several times.
 
     **Raises:** `ValueError` when it is called, if strips are shorter than what layers that are run
     together read around them; when it is differentiated.
     """
-    encoder = _InStrips(vae.encoder, strips, vae.config.factor)
-    decoder = _InStrips(vae.decoder, strips, 1)
+    encoder = StripNetwork(vae.encoder, strips, vae.config.factor)
+    decoder = StripNetwork(vae.decoder, strips, 1)
     return eqx.tree_at(lambda vae: (vae.encoder, vae.decoder), vae, (encoder, decoder))
 
 
-class _InStrips(eqx.Module):
+class StripNetwork(eqx.Module):
     """An encoder or a decoder that is run in strips; called as the network.
 
     `unit`: rows of the input for each row of the latent.
@@ -330,5 +330,5 @@ def _without_gradient(x: Array) -> Array:
 def _refuse_gradient(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     raise ValueError(
         "A VAE in strips has no gradient: it would need more memory than the whole. "
-        "Leave `strips` out to differentiate it."
+        "Differentiate the VAE without `strip_vae` or `limit_vae_memory`."
     )
