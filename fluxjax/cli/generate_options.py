@@ -12,6 +12,7 @@ from fluxjax.cli.options import (
     NameOrFile,
     OptionGroup,
     adapter,
+    byte_count,
     file_path,
     finite_number,
     image_count,
@@ -248,6 +249,13 @@ def _add_memory_options(group: OptionGroup) -> None:
         action="store_true",
         help="keep the weights of the transformer and T5 in host memory (on CPU: in their files), "
         "and copy them to the device block by block",
+    )
+    group.add_argument(
+        "--vae-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="run the VAE in strips of the image where it needs more memory than this beside its "
+        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
     )
     group.add_argument(
         "--show-memory",

@@ -28,6 +28,7 @@ from fluxjax.generate.limits import (
     Demand,
     check_finite_times,
     check_memory,
+    default_vae_memory,
     known_flux_config,
     read_configs,
 )
@@ -65,6 +66,7 @@ class Request:
     - `max_length`: the number of T5 tokens.
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
+    - `vae_memory`: bytes that the VAE may need beside its weights; None for no limit.
     - `load`: how networks are loaded; `dtype`: of the activations.
     - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
       the command itself appends to each image token.
@@ -86,6 +88,7 @@ class Request:
     max_length: int
     recipe: Recipe
     distilled: float | None
+    vae_memory: float | None
     load: LoadOptions
     dtype: DTypeLike
     conditions: tuple[ConditionSource, ...]
@@ -223,6 +226,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         max_length=sizes.max_length,
         recipe=recipe,
         distilled=options.guidance,
+        vae_memory=_vae_memory(options, sizes, dtype, mesh),
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
@@ -252,8 +256,9 @@ def _check_sizes_memory(
     model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
 ) -> None:
     """**Raises:** `ValueError` if what is drawn can't fit in memory."""
-    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
-    check_memory(demand, read_configs(model), devices=1 if mesh is None else mesh.size)
+    check_memory(
+        _demand(sizes, dtype), read_configs(model), devices=1 if mesh is None else mesh.size
+    )
 
 
 def check_request_memory(request: Request) -> None:
@@ -268,6 +273,29 @@ def check_request_memory(request: Request) -> None:
     )
     mesh = request.load.mesh
     check_memory(demand, read_configs(request.model), devices=1 if mesh is None else mesh.size)
+
+
+def _vae_memory(
+    options: argparse.Namespace, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
+) -> float | None:
+    """Return the bytes that the VAE may need beside its weights; None for no limit.
+
+    **Raises:** `ValueError` for a limit on a mesh.
+    """
+    if mesh is not None:
+        if options.vae_memory is not None:
+            raise ValueError(
+                "--vae-memory is for one device; on a mesh, the axes tensor and context split the "
+                "rows of an image. Leave out --vae-memory or --mesh."
+            )
+        return None
+    if options.vae_memory is not None:
+        return options.vae_memory
+    return default_vae_memory(_demand(sizes, dtype), read_configs(options.model))
+
+
+def _demand(sizes: _Sizes, dtype: DTypeLike) -> Demand:
+    return Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from fluxjax.nets.rows import (
@@ -44,7 +43,7 @@ class Place(NamedTuple):
             inside.append((cells >= 0) & (cells < self.whole[axis] * length // self.size[axis]))
         return (inside[0][:, None] & inside[1])[:, :, None]
 
-    def without_halo(self, x: Cells) -> Cells:
+    def without_halo(self, x: Array) -> Array:
         """Return the cells of a tile that are its own."""
         above, beside = (
             halo * x.shape[axis] // self.size[axis] for axis, halo in enumerate(self.halo)
@@ -86,7 +85,10 @@ class StripCells(NamedTuple):
         return self.cells.reshape(-1, *self.cells.shape[-2:])[:whole_cells]
 
 
-class _Unknown(Exception):
+TileResult = Array | PartialMoments | StripCells
+
+
+class _UnknownError(Exception):
     """What a layer needs of the whole image is not known; `part`: what this tile contributes."""
 
     def __init__(self, part: PartialMoments | StripCells):
@@ -101,7 +103,7 @@ class Tile(Rows):
     each convolution; halos are as wide as that.
 
     `place`: where it is. `known`: what the layers need of the whole image, in the order in which
-    they need it; a layer that needs more raises `_Unknown`. One tile is for one run of the layers.
+    they need it; a layer that needs more raises `_UnknownError`. It serves one run of the layers.
     """
 
     place: Place
@@ -123,12 +125,12 @@ class Tile(Rows):
         cells = jnp.maximum(count, 1)  # a tile may be padding only
         mean = of_groups(jnp.sum(jnp.where(inside, own, 0), axis=(0, 1)) / cells, groups)
         squares = jnp.sum(jnp.where(inside, jnp.square(own - mean), 0), axis=(0, 1))
-        raise _Unknown(PartialMoments(count, mean, of_groups(squares, groups)))
+        raise _UnknownError(PartialMoments(count, mean, of_groups(squares, groups)))
 
     def all_cells(self, x: CellHeads) -> AllCellHeads:
         if self.known:
             return self.known.pop(0)
-        raise _Unknown(StripCells(x))
+        raise _UnknownError(StripCells(x))
 
 
 def run_stages(
@@ -136,15 +138,15 @@ def run_stages(
     known: Sequence[GroupMoments | AllCellHeads],
     x: Cells,
     place: Place,
-) -> Cells | PartialMoments | StripCells:
-    """Run layers on a tile, up to the first one that needs more of the whole image than is known.
+) -> TileResult:
+    """Run layers on a tile, up to the first that needs more of the whole image than is known.
 
-    **Returns:** the layers' result without the halo; or what the tile contributes to what is needed.
+    **Returns:** the layers' result without the halo, or what the tile contributes to that need.
     """
     rows = Tile(place, list(known))
     try:
         for stage in stages:
             x = stage.run(x, rows)
-    except _Unknown as unknown:
+    except _UnknownError as unknown:
         return unknown.part
     return place.without_halo(x)

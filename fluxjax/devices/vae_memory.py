@@ -83,9 +83,7 @@ def choose_strips(
     for strips in candidates:
         if strips_bytes(config, rows, columns, size, strips) <= memory:
             return strips
-    return min(
-        candidates, key=lambda strips: strips_bytes(config, rows, columns, size, strips)
-    )
+    return min(candidates, key=lambda strips: strips_bytes(config, rows, columns, size, strips))
 
 
 def whole_bytes(config: VaeConfig, rows: int, columns: int, size: int) -> float:
@@ -96,9 +94,7 @@ def whole_bytes(config: VaeConfig, rows: int, columns: int, size: int) -> float:
     return 3 * rows * columns * _widest_features(config) * size
 
 
-def strips_bytes(
-    config: VaeConfig, rows: int, columns: int, size: int, strips: VaeStrips
-) -> float:
+def strips_bytes(config: VaeConfig, rows: int, columns: int, size: int, strips: VaeStrips) -> float:
     """Return the bytes that a VAE needs to run an image in strips; arguments as `whole_bytes`."""
     cells, channels = rows * columns, config.channels[::-1]
     attention = _COPIES * cells * channels[0] * size + _LOGITS

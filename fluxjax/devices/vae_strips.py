@@ -10,14 +10,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.devices.tile import PartialMoments, Place, run_stages
+from fluxjax.devices.tile import PartialMoments, Place, TileResult, run_stages
 from fluxjax.nets.rows import WHOLE
 from fluxjax.nets.vae import Decoder, Encoder, Vae
 from fluxjax.nets.vae_layers import Stage
 from fluxjax.shapes import Array, Float, Int
 
 Index = int | Int[Array, ""]
-Strip = Float[Array, "strip_rows columns channels"]
+Strip = Float[Array, "_ _ _"]
+"""[rows, columns, channels] of a strip, or of the rows that are read beside it."""
 Segment = tuple[Stage, ...]
 
 
@@ -237,7 +238,9 @@ class _Tiles(NamedTuple):
     def join(self, *parts: Strip) -> Strip:
         return jnp.concatenate(parts) if self.above else parts[1]
 
-    def map_strip(self, run: Callable, strip: Strip, number: Index):
+    def map_strip(
+        self, run: Callable[[Strip, Place], TileResult], strip: Strip, number: Index
+    ) -> TileResult:
         """Return what `run(tile, place)` returns of a strip's tiles, joined.
 
         **Arguments:** `strip`: the one of this number, with its halo.
@@ -260,7 +263,7 @@ class _Tiles(NamedTuple):
         padding = count * width - whole_width
         padded = jnp.pad(strip, ((0, 0), (beside, beside + padding), (0, 0)))
 
-        def run_tile(tile_number: Index):
+        def run_tile(tile_number: Index) -> TileResult:
             start = tile_number * width
             tile = jax.lax.dynamic_slice_in_dim(padded, start, width + 2 * beside, axis=1)
             return run(tile, place._replace(first_column=start - beside))
@@ -272,7 +275,9 @@ class _Tiles(NamedTuple):
         return joined[:, : whole_width * found.shape[2] // width]
 
 
-def _write(tiles: _Tiles, run: Callable, target: Stored) -> Float[Array, "units numbers"]:
+def _write(
+    tiles: _Tiles, run: Callable[[Strip, Place], TileResult], target: Stored
+) -> Float[Array, "units numbers"]:
     """Return the target's data with the results of all strips.
 
     Source and target may begin at the same place of one array. If a result is larger than what it

@@ -14,6 +14,7 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.kinds import KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
+from fluxjax.devices.vae_memory import VAE_MEMORY
 from fluxjax.generate.latents import image_tokens
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
@@ -99,8 +100,8 @@ def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
       MLP.
     - denoising: each block's fused projection, [tokens, 3 width + MLP], and the modulations of all
       steps.
-    - decoding: an input and an output of a convolution at the image's full size; the images in
-      float32.
+    - decoding: the attention's input, keys and values, at the latent's resolution; the images in
+      float32. What is larger can be run in strips.
     """
     t5, flux, vae = configs
     size = np.dtype(demand.dtype).itemsize
@@ -112,8 +113,18 @@ def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
         "encoding": bias + 2 * size * demand.rows * demand.tokens * t5.mlp_width,
         "denoising": size
         * (demand.rows * tokens * (3 * flux.width + flux.mlp_width) + modulations),
-        "decoding": 2 * size * pixels * vae.channels[0] + 4 * demand.rows * pixels * 3,
+        "decoding": 3 * size * pixels // vae.factor**2 * vae.channels[-1]
+        + 4 * demand.rows * pixels * 3,
     }
+
+
+def default_vae_memory(demand: Demand, configs: Configs) -> float:
+    """Return the bytes that the VAE may need beside its weights before it is run in strips.
+
+    They are what denoising needs at least, so that decoding is not the peak of the run for long;
+    or those with which 1024x1024 is decoded whole.
+    """
+    return max(needed_bytes(demand, configs)["denoising"], VAE_MEMORY)
 
 
 def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:

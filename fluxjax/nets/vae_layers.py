@@ -1,7 +1,8 @@
 """The layers of the VAE: group norms, residual blocks and attention over the cells of an image.
 
 All take `rows`, which tells where the rows of the image are: `WHOLE`, by default, is an image that
-is on this device, and `fluxjax.devices` has the rows of one that is split among devices, or run part by part.
+is on this device, and `fluxjax.devices` has the rows of one that is split among devices, or run
+part by part.
 """
 
 from collections.abc import Callable
