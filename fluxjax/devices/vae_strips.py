@@ -79,15 +79,15 @@ class StripNetwork(eqx.Module):
         targets = _shapes(segments, source, x.dtype)
         # The attention takes the most beside the features, which are the smallest where it is. So
         # those of the latent's resolution have an array, and all others have another one.
-        arrays = {}
-        for coarse in (True, False):
-            shapes = [shape for shape in targets[:-1] if (shape[0] == grid.rows) == coarse]
-            arrays[coarse] = _empty(shapes, grid.count, x.dtype)
+        arrays: dict[bool, Array] = {}
         for segment, shape in zip(segments[:-1], targets[:-1], strict=True):
             coarse = shape[0] == grid.rows
+            if coarse not in arrays:
+                alike = [other for other in targets[:-1] if (other[0] == grid.rows) == coarse]
+                arrays[coarse] = _filled(alike, grid.count, source)
             arrays[coarse] = run_segment(segment, source, Stored(arrays[coarse], shape), grid)
             source = Stored(arrays[coarse], shape)
-        last = Stored(_empty(targets[-1:], grid.count, x.dtype), targets[-1])
+        last = Stored(_filled(targets[-1:], grid.count, source), targets[-1])
         strips = run_segment(segments[-1], source, last, grid)
         whole = strips.reshape(-1, *targets[-1][1:])
         return _without_gradient(whole[: grid.latent_rows * targets[-1][0] // grid.rows])
@@ -316,13 +316,17 @@ def _shapes(
     return shapes
 
 
-def _empty(
-    shapes: Sequence[tuple[int, int, int]], count: int, dtype: jnp.dtype
+def _filled(
+    shapes: Sequence[tuple[int, int, int]], count: int, source: Stored
 ) -> Float[Array, "units numbers"]:
-    """Return an array that can hold strips of any of these shapes."""
+    """Return an array that can hold so many strips of any of these shapes.
+
+    What it is filled with is never read. As it comes from the source, XLA can't allocate the array
+    before the source is computed, which takes memory as well.
+    """
     sizes = [prod(shape) for shape in shapes]
-    unit = max(gcd(*sizes), 1)
-    return jnp.zeros((count * max(sizes, default=0) // unit, unit), dtype)
+    unit = gcd(*sizes)
+    return jnp.full((count * max(sizes) // unit, unit), source.data[0, 0])
 
 
 @jax.custom_jvp
