@@ -200,9 +200,7 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
-    # An image that is drawn again has its own size, which is checked when it is read.
-    if options.init_image is None:
-        _check_sizes_memory(options.model, sizes, dtype, mesh)
+    _check_sizes_memory(options, sizes, dtype, mesh)
     times = _timer(options, sizes, defaults)
     recipe = Recipe(
         times(sizes.height, sizes.width),
@@ -253,12 +251,13 @@ def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]
 
 
 def _check_sizes_memory(
-    model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
+    options: argparse.Namespace, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
 ) -> None:
     """**Raises:** `ValueError` if what is drawn can't fit in memory."""
-    check_memory(
-        _demand(sizes, dtype), read_configs(model), devices=1 if mesh is None else mesh.size
-    )
+    # An image that is drawn again has its own size, which is checked when it is read.
+    if options.init_image is None:
+        devices = 1 if mesh is None else mesh.size
+        check_memory(_demand(sizes, dtype), read_configs(options.model), devices=devices)
 
 
 def check_request_memory(request: Request) -> None:

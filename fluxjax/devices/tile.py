@@ -20,7 +20,7 @@ from fluxjax.nets.vae_layers import Stage
 from fluxjax.shapes import Array, Bool, Float, Int
 
 
-class Place(NamedTuple):
+class TilePlace(NamedTuple):
     """Where a tile is in an image; all numbers are of the resolution that it begins with.
 
     `first_row`, `first_column`: of the image, at the tile's first cell; negative beyond it. `halo`:
@@ -106,7 +106,7 @@ class Tile(Rows):
     they need it; a layer that needs more raises `_UnknownError`. It serves one run of the layers.
     """
 
-    place: Place
+    place: TilePlace
     known: list[GroupMoments | AllCellHeads]
 
     def pad(self, x: Cells, pad: Pad) -> tuple[PaddedCells, Pad]:
@@ -137,7 +137,7 @@ def run_stages(
     stages: Sequence[Stage],
     known: Sequence[GroupMoments | AllCellHeads],
     x: Cells,
-    place: Place,
+    place: TilePlace,
 ) -> TileResult:
     """Run layers on a tile, up to the first that needs more of the whole image than is known.
 

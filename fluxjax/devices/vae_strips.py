@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fluxjax.devices.tile import PartialMoments, Place, TileResult, run_stages
+from fluxjax.devices.tile import PartialMoments, TilePlace, TileResult, run_stages
 from fluxjax.nets.rows import WHOLE
 from fluxjax.nets.vae import Decoder, Encoder, Vae
 from fluxjax.nets.vae_layers import Stage
@@ -239,7 +239,7 @@ class _Tiles(NamedTuple):
         return jnp.concatenate(parts) if self.above else parts[1]
 
     def map_strip(
-        self, run: Callable[[Strip, Place], TileResult], strip: Strip, number: Index
+        self, run: Callable[[Strip, TilePlace], TileResult], strip: Strip, number: Index
     ) -> TileResult:
         """Return what `run(tile, place)` returns of a strip's tiles, joined.
 
@@ -251,7 +251,7 @@ class _Tiles(NamedTuple):
         whole_width = grid.latent_columns * scale
         count = ceil(whole_width / width)
         beside = self.beside if count > 1 else 0
-        place = Place(
+        place = TilePlace(
             first_row=number * self.source.shape[0] - self.above,
             first_column=-beside,
             halo=(self.above, beside),
@@ -276,7 +276,7 @@ class _Tiles(NamedTuple):
 
 
 def _write(
-    tiles: _Tiles, run: Callable[[Strip, Place], TileResult], target: Stored
+    tiles: _Tiles, run: Callable[[Strip, TilePlace], TileResult], target: Stored
 ) -> Float[Array, "units numbers"]:
     """Return the target's data with the results of all strips.
 

@@ -100,7 +100,7 @@ def temporaries(vae, shape):
 def test_the_compiled_program_needs_less_memory_than_the_whole_one():
     config = VaeConfig(channels=(8, 16), resnets=1, groups=4)
     network = jax.eval_shape(lambda key: Vae(config, key=key), jax.random.key(0))
-    shape = jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)
+    shape = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32)
     whole = temporaries(network, shape)
     tiles = VaeStrips(rows=16, columns=32, stored=1)
     found = temporaries(strip_vae(network, tiles), shape)
