@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from einops import reduce
 
+from fluxjax.kernels.attention import attention, plain_attention
 from fluxjax.shapes import Array, Float
 
 Cells = Float[Array, "rows columns channels"]
@@ -48,6 +49,12 @@ class Rows(eqx.Module):
     @abstractmethod
     def all_cells(self, x: CellHeads) -> AllCellHeads:
         """Return the keys or values of all cells of the image, of those that are on this device."""
+
+    def attend(self, q: CellHeads, k: AllCellHeads, v: AllCellHeads) -> CellHeads:
+        """Return the attention of queries of this part to the keys and values of all cells."""
+        # Restoration takes forward-mode gradients of the decoder, which kernels do not have. They
+        # would gain little: this is one layer, and its head of 512 features is too wide for most.
+        return attention(q, k, v, implementation=plain_attention(q, k))
 
     def moments(self, x: Cells, groups: int) -> GroupMoments:
         """Return the moments of groups of adjacent channels over all cells of the image."""

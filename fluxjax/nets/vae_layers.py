@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from fluxjax.kernels.attention import attention, plain_attention
 from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.layers import Linear, Vector
 from fluxjax.nets.rows import WHOLE, Cells, Rows
@@ -124,13 +123,7 @@ class CellAttention(eqx.Module):
         )
         # Queries stay on their device; all of them need all keys and values.
         k, v = rows.all_cells(k), rows.all_cells(v)
-        # Restoration takes forward-mode gradients of the decoder, which kernels do not have. They
-        # would gain little: this is one layer, and its head of 512 features is too wide for most.
-        # A part of the image runs in little memory, so its logits are not kept at once either.
-        part = len(q) < len(k)
-        attended = attention(
-            q, k, v, implementation="xla_chunked" if part else plain_attention(q, k)
-        )
+        attended = rows.attend(q, k, v)
         mixed = self.out(rearrange(attended, "cells 1 c -> cells c"))
         return x + rearrange(mixed, "(y x) c -> y x c", y=x.shape[0])
 
