@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from fluxjax.kernels.attention import attention
+from fluxjax.kernels.xla_attention import CHUNK_LOGIT_BYTES
 from fluxjax.nets.rows import (
     AllCellHeads,
     CellHeads,
@@ -131,6 +134,15 @@ class Tile(Rows):
         if self.known:
             return self.known.pop(0)
         raise _UnknownError(StripCells(x))
+
+    def attend(self, q: CellHeads, k: AllCellHeads, v: AllCellHeads) -> CellHeads:
+        # As xla_chunked, but without the copies of keys and values in float32 that it keeps for
+        # gradients.
+        def one_query(query: Float[Array, "heads head_dim"]) -> Float[Array, "heads head_dim"]:
+            return attention(query[None], k, v, implementation="xla")[0]
+
+        at_once = max(1, CHUNK_LOGIT_BYTES // (4 * len(k)))
+        return jax.lax.map(one_query, q, batch_size=min(at_once, len(q)))
 
 
 def run_stages(
