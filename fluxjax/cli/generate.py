@@ -26,6 +26,7 @@ from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.cli.request import Request, check_request_memory, read_request
 from fluxjax.cli.starts import StartFacts, StartImage, describe_start, read_start, start_facts
 from fluxjax.devices.offload import fetch, free, offload, residency
+from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.autoencode import encode
 from fluxjax.generate.draw import (
     DenoisedBatch,
@@ -433,6 +434,8 @@ class _Stages(NamedTuple):
         request.check_conditions(flux.config)
         scale = distilled_guidance(flux, request.defaults, request.distilled)
         vae = self._load("vae")
+        if request.vae_memory is not None:
+            vae = limit_vae_memory(vae, request.vae_memory)
         parts = ConditionParts(
             flux=flux,
             vae=vae,
