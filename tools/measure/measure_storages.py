@@ -24,7 +24,7 @@ from fluxjax.nets.stack import block_at, is_rounded, path_name
 
 from evaluate_tiny import generate, held_out_scenes, score  # isort: skip  (found by the import above)
 
-GGUF = ("Q8_0", "Q5_0", "Q4_K", "Q4_0")
+GGUF = ("Q8_0", "Q4_K", "Q4_0")
 CHANNELS, FACTOR = 4, 30.0
 """Input channels of each matrix that are made large, and by how much."""
 
