@@ -33,7 +33,7 @@ from fluxjax.generate.limits import (
     read_configs,
 )
 from fluxjax.generate.load import LoadOptions, activation_dtype
-from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, stored_as
+from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, with_storage
 from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
@@ -138,7 +138,7 @@ class Request:
         if self.choice is None or name in ("clip", "vae"):
             return self.load
         storage = self.choice.text if name == "t5" else self.choice.transformer
-        return stored_as(self.load, storage)
+        return with_storage(self.load, storage)
 
     def check_conditions(self, flux: FluxConfig | ChromaConfig | None) -> None:
         """Check the conditions against the transformer's config, if that is known.
