@@ -56,9 +56,10 @@ def generate(options: argparse.Namespace) -> None:
     if options.distributed:
         join_job()
     check_devices()
-    name_device(quiet=options.quiet)
     use_cache(options.compilation_cache)
     request = read_request(options)
+    # Once nothing is wrong with the options: a mistake of theirs is one line.
+    name_device(quiet=options.quiet)
     if request.line is not None:
         _draw_prompt(request, request.line)
     elif request.prompts is not None:
