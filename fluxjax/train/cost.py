@@ -55,7 +55,11 @@ def training_flop(
 
 
 def _layer_flop(network: AbstractTransformer, tokens: TokenCounts) -> dict[str, float]:
-    """Return the operations of each layer's product, by the name of its weight."""
+    """Return the operations of each layer's product, by the name of its weight.
+
+    Layers of the text's stream see the text's tokens, those of the image's stream the image's, and
+    single blocks both. Modulation and embedders see one vector for each example.
+    """
     found = {}
     for name, leaf in zip(leaf_names(network), jax.tree.leaves(network), strict=True):
         if not name.endswith(".weight"):

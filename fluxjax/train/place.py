@@ -96,11 +96,16 @@ def place_batch(
 
 
 def _padded(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return rows with copies of the last one behind them: of numbers that are finite."""
+    """Return rows with copies of the last one behind them.
+
+    Copies, because what is computed of them has to be finite: their weights of 0 would turn
+    infinity and NaN into NaN.
+    """
     return np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)]) if padding else rows
 
 
 def _from_process(sharding: NamedSharding, rows: np.ndarray) -> Array:
+    """Return an array on the mesh, of which this process has its own rows only."""
     if jax.process_count() == 1:
         return jax.device_put(rows, sharding)
     return jax.make_array_from_process_local_data(sharding, rows)
@@ -199,7 +204,10 @@ def batch_shapes(
 
 
 def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
-    """Return a module whose fields hold shapes, which its own checks would refuse."""
+    """Return a module whose fields hold shapes, which its own checks would refuse.
+
+    **Arguments:** `kind`: the class. `values`: of all of its fields, by name.
+    """
     made: Any = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(made, name, value)
@@ -209,7 +217,11 @@ def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
 def _first_state(
     weights: dict[str, Array], *, optimizer: optax.GradientTransformation, has_ema: bool
 ) -> TrainState:
-    # Copies: the state is donated to every step.
+    """Return the state before the first step.
+
+    **Arguments:** `weights`: of any dtype, of which the state has copies: it is donated to every
+    step, and the same array must not be donated twice.
+    """
     model = {name: jnp.array(leaf) for name, leaf in weights.items()}
     wide = {name: leaf.astype(jnp.float32) for name, leaf in weights.items()}
     ema = {name: jnp.array(leaf) for name, leaf in wide.items()} if has_ema else None

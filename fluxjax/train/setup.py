@@ -121,7 +121,11 @@ def _described(
     mesh: Mesh,
     defaults: Defaults,
 ) -> TrainingSetup:
-    """Return a training whose frozen part is not placed yet."""
+    """Return a training whose frozen part is not placed yet.
+
+    **Arguments:** `part`, `division`: from `divide`. `network`: with a widened input, if it is.
+    The others as for `set_up_training`.
+    """
     dtype = activation_dtype() if config.dtype is None else config.dtype
     # Chroma takes no distilled scale.
     takes_guidance = getattr(network.config, "guidance_embed", False)
@@ -146,7 +150,11 @@ def _described(
 
 
 def _frozen_shapes(frozen: PyTree, mesh: Mesh) -> PyTree:
-    """Return the shapes of what is not trained, with shardings on a mesh."""
+    """Return the shapes of what is not trained, with shardings on a mesh.
+
+    **Arguments:** `frozen`: from `divide`: of layers a network, of an adapter a pair of a network
+    and of what of the adapter is not trained.
+    """
 
     def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
