@@ -29,6 +29,7 @@ from fluxjax.cli.shared_options import (
     add_churn,
     add_compilation_cache,
     add_dtype,
+    add_flux,
     add_guidance,
     add_integrator,
     add_mesh,
@@ -187,6 +188,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
+    add_flux(group)
     add_dtype(group)
     group.add_argument(
         "--lora",
@@ -194,8 +196,9 @@ def add_model_options(group: OptionGroup) -> None:
         type=adapter,
         default=[],
         metavar="ADAPTER",
-        help="merge an adapter into the weights: [NAME=]FILE[:SCALE], where FILE may also be "
-        "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
+        help="merge an adapter into the weights, or attach it to packed ones: "
+        "[NAME=]FILE[:SCALE], where FILE may also be hub:OWNER/REPO/FILE or tiny:STYLE; repeat the "
+        "option for several adapters",
     )
 
 
@@ -286,6 +289,13 @@ def _add_memory_options(group: OptionGroup) -> None:
         action="store_true",
         help="keep the weights of the transformer and T5 in host memory (on CPU: in their files), "
         "and copy them to the device block by block",
+    )
+    group.add_argument(
+        "--vae-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="run the VAE in strips of the image where it needs more memory than this beside its "
+        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
     )
     group.add_argument(
         "--show-memory",

@@ -37,6 +37,16 @@ def add_model(group: OptionGroup) -> None:
     )
 
 
+def add_flux(group: OptionGroup) -> None:
+    """Add the option that replaces the model's transformer."""
+    group.add_argument(
+        "--flux",
+        metavar="FILE",
+        help="a file or folder in any layout whose transformer replaces the model's; the matrices "
+        "of GGUF and NF4 files stay packed (default: the model's own)",
+    )
+
+
 def add_dtype(group: OptionGroup) -> None:
     """Add the option that sets the dtype of the computation."""
     group.add_argument(
@@ -144,13 +154,13 @@ def add_mesh(group: OptionGroup) -> None:
 
 
 def add_quantize(group: OptionGroup) -> None:
-    """Add the option that multiplies in 8 bits."""
+    """Add the option that rounds matrices to fewer bits."""
     group.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
         metavar="DTYPE",
-        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
-        "(default: in the dtype of the weights)",
+        help="round the matrices of the transformer and T5: %(choices)s; int8 and fp8 are "
+        "multiplied in 8 bits, the others only stored in fewer (default: the weights as they are)",
     )
 
 
@@ -189,7 +199,8 @@ def add_layout(group: OptionGroup) -> None:
         "--dtype",
         choices=FILE_DTYPES,
         help="dtype of the written weights; float8_e4m3 is used only for the matrices of linear "
-        "layers (default: the dtypes of the source)",
+        "layers; Q8_0, Q4_K and Q4_0 are for --to gguf, and for the matrices of blocks "
+        "(default: the dtypes of the source)",
     )
 
 

@@ -13,7 +13,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(lora=[])
     parser.add_argument("source", help=SOURCE_HELP)
     parser.add_argument(
-        "destination", type=file_path, help="a new folder, or a new .safetensors file"
+        "destination", type=file_path, help="a new folder, or a new .safetensors or .gguf file"
     )
     add_layout(parser)
     add_network_filter(parser)

@@ -13,7 +13,10 @@ from fluxjax.devices.weights import (
     SummedWeight,
 )
 from fluxjax.nets.conv import DenseKernel, Kernel
+from fluxjax.nets.grouped import GroupedWeight
+from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
+from fluxjax.nets.stack import SharedArrays
 from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 
 
@@ -68,7 +71,11 @@ def _gathered(weight: Weight, spec: PyTree) -> Weight:
         return AdaptedWeight(_gathered(weight.base, spec.base), weight.down, weight.up)
     if isinstance(weight, RowScaledWeight):
         return RowScaledWeight(_gathered(weight.base, spec.base), weight.scale)
-    if not isinstance(weight, Dense | QuantizedWeight):
+    if isinstance(weight, GroupedWeight):
+        pairs = zip(weight.stacks.content, spec.stacks.content, strict=True)
+        stacks = tuple(_gathered(stack, placed) for stack, placed in pairs)
+        return GroupedWeight(weight.group, weight.place, SharedArrays(stacks))
+    if not isinstance(weight, Dense | QuantizedWeight | PackedWeight):
         raise ValueError(
             f"A {type(weight).__name__} weight has no form on a mesh. Use dense or quantized ones, "
             "or attached adapters."

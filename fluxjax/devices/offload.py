@@ -69,7 +69,8 @@ def _places(network: PyTree) -> str:
     for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, FileWeight)):
         if isinstance(node, FileWeight):
             place = "in files"
-            size = math.prod(node.shape) * node.reader.dtype.itemsize
+            stored = node.reader.struct
+            size = math.prod(node.number.shape) * math.prod(stored.shape) * stored.dtype.itemsize
         elif isinstance(node, jax.Array):
             place = _place(node)
             # Of a sharded array, the part of one device.

@@ -61,7 +61,9 @@ def in_device_order(
     if devices == 1 or not role.in_blocks or sizes is None or axis is None:
         # Not fused, or an array that is whole on every device.
         return leaf
-    order = _device_order(sizes, devices)
+    # Of a packed row, each input takes some bits; `specs` has checked that no block is split.
+    unit = leaf.shape[axis] / sum(sizes)
+    order = _device_order([round(size * unit) for size in sizes], devices)
     return jnp.take(leaf, np.argsort(order) if inverse else order, axis=axis)
 
 

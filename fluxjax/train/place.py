@@ -208,7 +208,7 @@ def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
 
     **Arguments:** `kind`: the class. `values`: of all of its fields, by name.
     """
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made

@@ -23,7 +23,7 @@ from fluxjax.generate.load import Storage, activation_dtype, load_kind
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.init import BLOCKS, init_dora, init_lokr, init_lora
 from fluxjax.lora.read import read_lora
-from fluxjax.nets.quantized import quantize
+from fluxjax.nets.rounding import quantize
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.widen import widen_input
 from fluxjax.shapes import PRNGKeyArray

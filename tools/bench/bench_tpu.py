@@ -29,6 +29,8 @@ from fluxjax.devices.specs import specs
 from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate import TextStates
 from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.packed import PackedWeight
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
 from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.weight import Dense
@@ -118,6 +120,24 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
     )
 
 
+def packed(flux: Flux, format: str) -> Flux:
+    """Return the shapes of a network whose blocks' matrices are packed, where they divide."""
+    sizes = PACKED_FORMATS[format]
+
+    def place(path: Any, node: Any) -> Any:
+        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+            return node
+        *rows, features = node.value.shape
+        shape = (*rows, features // sizes.values * sizes.nbytes)
+        empty = PackedWeight(jnp.zeros((0, 0), jnp.uint8), format)
+        struct = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        return eqx.tree_at(lambda weight: weight.value, empty, struct)
+
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
+
+
 _EIGHT = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
 
 
@@ -126,9 +146,9 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
 
     def place(path: Any, node: Any) -> Any:
         stays = isinstance(node, Dense) and is_stacked(path_name(path))
-        return (
-            eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
-        )
+        if not stays:
+            return node
+        return eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value))
 
     def struct(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
@@ -138,7 +158,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     )
 
 
-_EMPTY = HostWeight(jnp.zeros((0, 0)))
+_EMPTY = HostWeight(Dense(jnp.zeros((0, 0))))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
