@@ -6,6 +6,7 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
@@ -127,7 +128,7 @@ def _to_write(call: str, network: eqx.Module) -> NetworkToWrite:
     return NetworkToWrite(kind, _weights_of(call, network, kind), {})
 
 
-def _check_placement(call: str, leaf: jax.Array) -> None:
+def _check_placement(call: str, leaf: jax.Array | np.ndarray) -> None:
     """**Raises:** `WeightsError` for an array whose rows are reordered, or partly elsewhere."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, jax.NamedSharding) and "tensor" in str(sharding.spec):
@@ -136,7 +137,7 @@ def _check_placement(call: str, leaf: jax.Array) -> None:
             f"`{call}` got a network split over the mesh's axis tensor, where rows have changed "
             "places. Save it before `shard`."
         )
-    if sharding is not None and not leaf.is_fully_addressable:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise WeightsError(
             f"`{call}` got a network of which this process holds only a part. "
             "Gather it on one process first."

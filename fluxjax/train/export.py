@@ -1,5 +1,6 @@
 """The result of a training as files: an adapter, a network, or a whole model."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def write_result(config: TrainConfig, setup: TrainingSetup, weights: WeightArray
     return _write_model(config, network, path)
 
 
-def trained_adapter(setup: TrainingSetup, weights: WeightArrays) -> Lora:
-    """Return the adapter of trained weights."""
+def trained_adapter(setup: TrainingSetup, weights: Mapping[str, PyTree]) -> Lora:
+    """Return the adapter of trained weights, arrays of JAX or of NumPy."""
     return with_named_leaves(setup.frozen[1], weights)
 
 

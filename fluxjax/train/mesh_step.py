@@ -109,8 +109,9 @@ class TrainStep(eqx.Module):
         value, gradients = self.gradients(state.model, frozen, rows, shared, draw_key)
         norm = optax.tree.norm(gradients)
         wide = _to_float32(state.model)
-        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, wide)
-        updated = optax.apply_updates(wide, updates)
+        with jax.numpy_dtype_promotion("standard"):  # optax adds whole numbers to floats
+            updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, wide)
+            updated = optax.apply_updates(wide, updates)
         model = self._rounded(updated, state.model, round_key)
         ema = None
         if state.ema is not None and self.settings.ema_decay is not None:

@@ -210,7 +210,7 @@ class _Hole(eqx.Module):
     """
 
 
-def with_named_leaves(tree: PyTree, arrays: Mapping[str, Array]) -> PyTree:
+def with_named_leaves(tree: PyTree, arrays: Mapping[str, PyTree]) -> PyTree:
     """Return a pytree whose places of trained arrays are filled again.
 
     **Arguments:** `tree`: the frozen part of an adapter. `arrays`: by the names that
