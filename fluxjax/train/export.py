@@ -66,7 +66,7 @@ def write_result(config: TrainConfig, setup: TrainingSetup, weights: WeightArray
     to_host = partial(_on_host, mesh=setup.mesh)
     is_writer = jax.process_index() == 0
     if isinstance(setup.step.part, TrainedAdapter):
-        lora = trained_adapter(setup, {name: to_host(leaf) for name, leaf in weights.items()})
+        lora = jax.tree.map(to_host, trained_adapter(setup, weights))
         dtype = jnp.dtype(config.output_dtype or "float32")
         if is_writer:
             own = setup.network.config
