@@ -11,7 +11,7 @@ import PIL.Image
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
-COLORS = 32
+COLORS = 24
 """Of a picture: enough for flat scenes, and a third of the bytes."""
 
 

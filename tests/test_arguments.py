@@ -179,6 +179,8 @@ ELSEWHERE = {
     f.merge,
     f.unmerge,
     f.attach,
+    f.init_dora,
+    f.init_lokr,
     f.init_lora,
     f.write_lora,
     f.extract_lora,

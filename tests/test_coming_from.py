@@ -94,3 +94,13 @@ def test_what_the_last_column_names_of_this_package_exists():
         for code in re.findall(r"`([^`]+)`", row.differs):
             if code.startswith(("fluxjax.", "tools/")):
                 check(code)
+
+
+def test_the_settings_of_a_training_that_the_last_column_names_exist():
+    training = (ROOT / "docs" / "training.md").read_text()
+    tables = "train|optimizer|loss|data|mesh|checkpoints|validation|log"
+    named = set()
+    for row in ROWS:
+        named |= set(re.findall(rf"`((?:{tables})\.\w+)`", row.differs))
+    assert len(named) > 20
+    assert named <= set(re.findall(r"^\| `([\w.]+)`", training, re.M))

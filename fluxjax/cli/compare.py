@@ -30,11 +30,11 @@ from fluxjax.zoo import Defaults
 def run_compare(options: argparse.Namespace) -> None:
     """Draw the prompt with each sampler; write a labelled grid and a table, and print the table."""
     check_devices()
-    name_device()
     folder = writable(options.output_dir)
     use_cache(options.compilation_cache)
     defaults = interruptible(load_defaults, options.model)
     _check_demand(options, defaults)
+    name_device()
     models = interruptible(load_models, options.model, dtype=_dtype_of(options))
     runs, images = _draw_runs(options, models)
     picture = np.asarray(comparison_grid(runs, images), np.float32) / 127.5 - 1

@@ -54,6 +54,7 @@ _DEFAULTS_OF_GENERATE = {
     "integrator": "euler",
     "eta": None,
     "churn": None,
+    "vae_memory": None,
     "aspect": None,
     "first_image": 0,
     "seeds": None,

@@ -26,6 +26,7 @@ from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.cli.request import Request, check_request_memory, read_request
 from fluxjax.cli.starts import StartFacts, StartImage, describe_start, read_start, start_facts
 from fluxjax.devices.offload import fetch, free, offload, residency
+from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.autoencode import encode
 from fluxjax.generate.draw import (
     DenoisedBatch,
@@ -55,9 +56,10 @@ def generate(options: argparse.Namespace) -> None:
     if options.distributed:
         join_job()
     check_devices()
-    name_device(quiet=options.quiet)
     use_cache(options.compilation_cache)
     request = read_request(options)
+    # Once nothing is wrong with the options: a mistake of theirs is one line.
+    name_device(quiet=options.quiet)
     if request.line is not None:
         _draw_prompt(request, request.line)
     elif request.prompts is not None:
@@ -433,6 +435,8 @@ class _Stages(NamedTuple):
         request.check_conditions(flux.config)
         scale = distilled_guidance(flux, request.defaults, request.distilled)
         vae = self._load("vae")
+        if request.vae_memory is not None:
+            vae = limit_vae_memory(vae, request.vae_memory)
         parts = ConditionParts(
             flux=flux,
             vae=vae,

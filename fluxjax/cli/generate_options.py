@@ -291,6 +291,13 @@ def _add_memory_options(group: OptionGroup) -> None:
         "and copy them to the device block by block",
     )
     group.add_argument(
+        "--vae-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="run the VAE in strips of the image where it needs more memory than this beside its "
+        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
+    )
+    group.add_argument(
         "--show-memory",
         action="store_true",
         help="print which weights are in which memory once they are loaded",

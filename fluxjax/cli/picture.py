@@ -85,7 +85,6 @@ def draw_pictures(options: argparse.Namespace, make_job: MakeJob) -> None:
     **Raises:** `ValueError` if neither or both are given, or for lines that could not be drawn.
     """
     check_devices()
-    name_device()
     if options.pictures is None:
         if options.picture is None:
             raise ValueError("Give a picture, or a file of them by --pictures FILE.")
@@ -225,6 +224,7 @@ def _load(request: Request, clock: Clock) -> Models:
 
     Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
     """
+    name_device()
     offloads = jax.default_backend() != "cpu"
     family = request.family
     tokenizers = clock.load("tokenizers", lambda: load_tokenizers(request.model))

@@ -27,12 +27,13 @@ from fluxjax.generate.latents import aspect_size, check_size, image_tokens
 from fluxjax.generate.limits import (
     check_finite_times,
     check_memory,
+    default_vae_memory,
     first_device,
     known_flux_config,
     read_configs,
 )
 from fluxjax.generate.load import LoadOptions, activation_dtype
-from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, stored_as
+from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, with_storage
 from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
@@ -70,6 +71,7 @@ class Request:
     - `max_length`: the number of T5 tokens.
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
+    - `vae_memory`: bytes that the VAE may need beside its weights; None for no limit.
     - `load`: how networks are loaded; `dtype`: of the activations.
     - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
       the command itself appends to each image token.
@@ -96,6 +98,7 @@ class Request:
     max_length: int
     recipe: Recipe
     distilled: float | None
+    vae_memory: float | None
     load: LoadOptions
     dtype: DTypeLike
     conditions: tuple[ConditionSource, ...]
@@ -135,7 +138,7 @@ class Request:
         if self.choice is None or name in ("clip", "vae"):
             return self.load
         storage = self.choice.text if name == "t5" else self.choice.transformer
-        return stored_as(self.load, storage)
+        return with_storage(self.load, storage)
 
     def check_conditions(self, flux: FluxConfig | ChromaConfig | None) -> None:
         """Check the conditions against the transformer's config, if that is known.
@@ -242,7 +245,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
     times = _timer(options, sizes, defaults)
-    return Request(
+    request = Request(
         model=options.model,
         family=family_of_source(options.model),
         defaults=defaults,
@@ -260,6 +263,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         max_length=sizes.max_length,
         recipe=_recipe(options, times(sizes.height, sizes.width)),
         distilled=options.guidance,
+        vae_memory=None,
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
@@ -273,6 +277,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         description=_description(options, sizes, conditions),
         fixed=_fixed(options),
     )
+    return replace(request, vae_memory=_vae_memory(options, request))
 
 
 def _recipe(options: argparse.Namespace, times: Times) -> Recipe:
@@ -335,6 +340,23 @@ def _fixed(options: argparse.Namespace) -> Fixed:
         offloads=offloads,
         excluded=tuple(excluded),
     )
+
+
+def _vae_memory(options: argparse.Namespace, request: Request) -> float | None:
+    """Return the bytes that the VAE may need beside its weights; None for no limit.
+
+    **Raises:** `ValueError` for a limit on a mesh.
+    """
+    if request.load.mesh is not None:
+        if options.vae_memory is not None:
+            raise ValueError(
+                "--vae-memory is for one device; on a mesh, the axes tensor and context split the "
+                "rows of an image. Leave out --vae-memory or --mesh."
+            )
+        return None
+    if options.vae_memory is not None:
+        return options.vae_memory
+    return default_vae_memory(demand_of(request), read_configs(request.model))
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:

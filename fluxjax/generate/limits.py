@@ -13,6 +13,7 @@ from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.kinds import CONTROLNET, KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
+from fluxjax.devices.vae_memory import VAE_MEMORY
 from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand, least_bytes
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.controlnet_config import ControlNetConfig
@@ -73,6 +74,15 @@ def _is_local(source: str | Path) -> bool:
 
 def _read_config(source: str | Path, kind: Kind) -> Any:
     return open_source(find_part(source, kind.folder)).network(kind).config
+
+
+def default_vae_memory(demand: Demand, configs: Configs) -> float:
+    """Return the bytes that the VAE may need beside its weights before it is run in strips.
+
+    They are what denoising needs at least, so that decoding is not the peak of the run for long;
+    or those with which 1024x1024 is decoded whole.
+    """
+    return max(least_bytes(demand, configs)["denoising"], VAE_MEMORY)
 
 
 def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:

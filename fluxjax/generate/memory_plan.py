@@ -276,7 +276,7 @@ def _fits(job: Job, machine: MachineMemory, choice: Choice) -> bool:
     return _most(stage_needs(job, machine, choice))[1] <= FULL * machine.pool
 
 
-def stored_as(load: LoadOptions, storage: str | None) -> LoadOptions:
+def with_storage(load: LoadOptions, storage: str | None) -> LoadOptions:
     """Return how a network is loaded whose blocks are kept as a plan has chosen."""
     if storage is None:
         return load

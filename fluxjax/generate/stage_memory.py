@@ -155,8 +155,8 @@ def least_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
       MLP.
     - denoising: each block's fused projection, [tokens, 3 width + MLP], the modulations of all
       steps, and the residuals of ControlNets.
-    - decoding: an input and an output of a convolution at the image's full size; the images in
-      float32.
+    - decoding: the attention's input, keys and values, at the latent's resolution; the images in
+      float32. What is larger can be run in strips.
     """
     t5, flux, vae = configs
     size = demand.itemsize
@@ -166,6 +166,6 @@ def least_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
     return {
         "encoding": bias + 2 * size * demand.rows * demand.tokens * t5.mlp_width,
         "denoising": size * (tokens + residuals) + modulation_bytes(demand, flux),
-        "decoding": 2 * size * demand.pixels * vae.channels[0]
+        "decoding": 3 * size * demand.pixels // vae.factor**2 * vae.channels[-1]
         + 4 * demand.rows * demand.pixels * 3,
     }

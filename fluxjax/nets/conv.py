@@ -23,6 +23,12 @@ OutCells = Float[Array, "new_rows new_columns out"]
 """Cells in another resolution or with another number of channels."""
 
 
+_WIDE = 64
+"""Channels from which a convolution of bfloat16 is computed as products on CPUs."""
+_BLOCK_CELLS = 1024
+"""Cells of a block of rows, of such a convolution."""
+
+
 class Kernel(eqx.Module):
     """The kernel of a convolution, [side, side, in, out], however it is stored."""
 
@@ -190,6 +196,8 @@ def _convolve_to(
     padding: Padding,
 ) -> Array:
     """Convolve, with a result of `dtype`."""
+    if _as_products(x, kernel, stride):
+        return _convolve_by_products(dtype, x[0], kernel, padding)[None]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -225,3 +233,51 @@ def _sum_products(
         cells = x[:, row : row + rows : stride, column : column + columns : stride]
         products.append(cells @ kernel[row, column].astype(wide))
     return reduce(jnp.add, products).astype(dtype)
+
+
+def _as_products(x: Array, kernel: Array, stride: int) -> bool:
+    """Return whether a convolution is computed as matrix products.
+
+    XLA:CPU computes a convolution of bfloat16 in float32, but a matrix product of bfloat16 with the
+    processor's instructions for it. With few channels the products are too small to gain.
+    """
+    wide = min(kernel.shape[2:]) >= _WIDE
+    return wide and stride == 1 and x.dtype == jnp.bfloat16 and default_device().platform == "cpu"
+
+
+def _convolve_by_products(
+    dtype: DTypeLike,
+    x: Cells,
+    kernel: KernelArray,
+    padding: Padding,
+) -> OutCells:
+    """Convolve with a stride of 1, as one matrix product for each cell of the kernel.
+
+    A block of rows is computed at a time, so that the sums of its products stay in the cache.
+    """
+    side, _, channels, out = kernel.shape
+    rows, columns = (
+        size + sum(around) - side + 1 for size, around in zip(x.shape, padding, strict=False)
+    )
+    block = min(rows, max(1, _BLOCK_CELLS // columns))
+    blocks = -(-rows // block)  # rounded up
+    (above, below), horizontal = padding
+    missing = blocks * block - rows
+    padded = jnp.pad(x, ((above, below + missing), horizontal, (0, 0)))
+
+    def convolve_block(number: Array) -> Array:
+        read = jax.lax.dynamic_slice_in_dim(padded, number * block, block + side - 1)
+        total = jnp.zeros((block * columns, out), wide_dtype(dtype))
+        for row in range(side):
+            for column in range(side):
+                cells = read[row : row + block, column : column + columns]
+                total += jax.lax.dot_general(
+                    cells.reshape(-1, channels),
+                    kernel[row, column],
+                    (((1,), (0,)), ((), ())),
+                    preferred_element_type=total.dtype,
+                )
+        return total.astype(dtype)
+
+    found = jax.lax.map(convolve_block, jnp.arange(blocks))
+    return found.reshape(-1, columns, out)[:rows]

@@ -51,6 +51,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Identity, *, kept: Retention = Retention()):
         self.folder, self.identity = folder, dict(identity)
+        self._begun: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=kept.last,
             keep_period=kept.every,
@@ -68,10 +69,12 @@ class Checkpoints:
     def save(self, state: TrainState, data: StreamState) -> None:
         """Begin to write a checkpoint; the state may be donated once this returns.
 
+        One of this step that there is already, or that is being written, stays.
+
         **Raises:** `OSError` for a full disk, also if an earlier checkpoint failed since.
         """
         step = int(state.step)
-        if step == self.latest():
+        if step in (self._begun, self.latest()):
             return
         about = {"identity": self.identity, "data": data}
         items = ocp.args.Composite(
@@ -79,6 +82,7 @@ class Checkpoints:
         )
         with _explained(self.folder):
             self._manager.save(step, args=items, force=True)
+        self._begun = step
 
     def restore(self, like: TrainState, step: int | None = None) -> CheckpointContent:
         """Return the state of a checkpoint, the last one by default.

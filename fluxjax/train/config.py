@@ -275,7 +275,12 @@ def _check_names(values: Mapping[str, Any], known: Sequence[str], prefix: str) -
 
 
 def _arguments(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the arguments of a class of settings, of which tables are such classes too."""
+    """Return the arguments of a class of settings, of which tables are such classes too.
+
+    **Arguments:** `kind`: the class, a dataclass. `values`: of its table in the file. `prefix`: the
+    names of the tables around it, each with a dot, for the messages.
+    **Raises:** `ValueError` for a name that the class does not have, or a value of another type.
+    """
     _check_names(values, _names(kind), prefix)
     hints = get_type_hints(kind)
     arguments = {}
@@ -302,14 +307,21 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, without that of None, which TOML does not have."""
+    """Return the types of a union, without that of None, which TOML does not have.
+
+    A setting that may be None is one that may be left out.
+    """
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(kind for kind in get_args(hint) if kind is not type(None))
     return (hint,)
 
 
 def _as_kind(kind: Any, value: Any) -> Any:
-    """Return a value as one type; None if it is none of it."""
+    """Return a value as one type; None if it is none of it.
+
+    A whole number is a float as well, and a single value a list of one. Where a pair is needed, it
+    stands for both: `loss.guidance = 3.5` is the range from 3.5 to 3.5.
+    """
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         if isinstance(value, str | int | float):

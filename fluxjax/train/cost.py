@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
@@ -56,7 +55,11 @@ def training_flop(
 
 
 def _layer_flop(network: AbstractTransformer, tokens: TokenCounts) -> dict[str, float]:
-    """Return the operations of each layer's product, by the name of its weight."""
+    """Return the operations of each layer's product, by the name of its weight.
+
+    Layers of the text's stream see the text's tokens, those of the image's stream the image's, and
+    single blocks both. Modulation and embedders see one vector for each example.
+    """
     found = {}
     for name, leaf in zip(leaf_names(network), jax.tree.leaves(network), strict=True):
         if not name.endswith(".weight"):
@@ -131,18 +134,6 @@ def step_cost(compiled: jax.stages.Compiled, flop: float, device: jax.Device) ->
         flop,
         memory_bytes(device),
     )
-
-
-def shapes_of(tree: PyTree) -> PyTree:
-    """Return a pytree with shapes, dtypes and shardings in the places of arrays."""
-
-    def shape(leaf: PyTree) -> PyTree:
-        if not eqx.is_array(leaf):
-            return leaf
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)
 
 
 def _gigabytes(count: int) -> str:

@@ -110,6 +110,11 @@ def trained_network(setup: TrainingSetup, weights: WeightArrays) -> AbstractTran
 
 
 def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) -> Path:
+    """Write the whole model: the trained network, and what it was trained beside.
+
+    **Arguments:** `network`: in the memory of this process. `path`: of a new folder.
+    **Returns:** the path.
+    """
     family = family_of_source(config.model)
     networks: dict[str, Any] = {family.transformer: network}
     for name in family.networks:
@@ -123,11 +128,14 @@ def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) 
 
 
 def _on_host(leaf: Array, mesh: jax.sharding.Mesh) -> Any:
-    """Return an array in the memory of this process, gathered from all processes."""
+    """Return an array in the host's memory, gathered from all processes.
+
+    One array at a time, so that no accelerator has to hold the whole network.
+    """
     if not leaf.is_fully_addressable:
         whole = NamedSharding(mesh, PartitionSpec())
         leaf = jax.jit(lambda x: x, out_shardings=whole)(leaf)
-    return np.asarray(leaf)
+    return jax.device_put(np.asarray(leaf), jax.local_devices(backend="cpu")[0])
 
 
 def _dtype(name: str | None) -> DTypeLike | None:

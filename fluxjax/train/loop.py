@@ -7,11 +7,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fluxjax.shapes import Array
-from fluxjax.train.batch import AbstractBatches, TrainBatch
-from fluxjax.train.cost import TokenCounts, training_flop
+from fluxjax.train.batch import AbstractBatches
+from fluxjax.train.config import TrainConfig
+from fluxjax.train.cost import StepCost, TokenCounts, step_cost, training_flop
 from fluxjax.train.mesh_step import StepMetrics, TrainStep
 from fluxjax.train.parts import TrainedLayers
-from fluxjax.train.place import place_batch
+from fluxjax.train.place import StepRows, batch_shapes, place_batch
 from fluxjax.train.setup import TrainingSetup
 from fluxjax.train.step import TrainState
 from fluxjax.train.watch import StepReport
@@ -52,7 +53,7 @@ def run_steps(
         rows, shared = place_batch(batch, empty, setup.mesh, accumulate=accumulate)
         state, metrics = jit_step(setup.step, state, setup.frozen, rows, shared, setup.key)
         images = int(np.sum(np.asarray(batch.weight) > 0)) * jax.process_count()
-        flop = images * example_flop(setup, batch)
+        flop = images * example_flop(setup, rows)
         hooks.after_step(state, StepReport(number, metrics, images, flop))
     return state
 
@@ -68,11 +69,44 @@ def jit_step(
     return step(state, frozen, *inputs)
 
 
-def example_flop(setup: TrainingSetup, batch: TrainBatch) -> float:
+def compile_step(setup: TrainingSetup, config: TrainConfig) -> StepCost:
+    """Compile a step for shapes alone, and return its cost.
+
+    Images have `data.size`, or the model's own size.
+
+    **Arguments:** `setup`: from `training_shapes`.
+    """
+    defaults, mesh = setup.defaults, setup.mesh
+    side = config.data.size
+    size = (defaults.height, defaults.width) if side is None else (side, side)
+    multiple = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, shared = batch_shapes(
+        setup.network,
+        size,
+        config.data.max_length or defaults.max_length,
+        mesh,
+        rows=-(-config.batch // multiple) * multiple,
+        features=_appended_features(setup, config),
+        reference=config.data.condition == "reference",
+    )
+    inputs = (setup.state_shapes(), setup.frozen, rows, shared, setup.key)
+    compiled = jit_step.lower(setup.step, *inputs).compile()
+    flop = config.batch * example_flop(setup, rows)
+    return step_cost(compiled, flop, mesh.devices.flat[0])
+
+
+def _appended_features(setup: TrainingSetup, config: TrainConfig) -> int:
+    """Return how many features each token has beside those of the latent."""
+    sizes = setup.network.config
+    added = config.train.extra_features if config.train.is_adapter else 0
+    return sizes.in_channels - sizes.out_channels + added
+
+
+def example_flop(setup: TrainingSetup, rows: StepRows) -> float:
     """Return the operations of the loss of an example of a batch, and of its gradient."""
-    img, txt = batch.latents.shape[1], batch.text.txt.shape[1]
-    if batch.reference is not None:
-        img += batch.reference.tokens.shape[1]
+    img, txt = rows.latents.shape[1], rows.text.txt.shape[1]
+    if rows.reference_tokens is not None:
+        img += rows.reference_tokens.shape[1]
     is_full = isinstance(setup.step.part, TrainedLayers)
     trained = setup.weights if is_full else {}
     return training_flop(setup.network, TokenCounts(img, txt), trained)

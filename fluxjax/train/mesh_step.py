@@ -145,7 +145,13 @@ class TrainStep(eqx.Module):
         rows: StepRows,
         rest: tuple[SharedInputs, PRNGKeyArray, Scalar],
     ) -> tuple[Scalar, WeightArrays]:
-        """Return the loss and the gradients of leaves of a network, computed by `shard_map`."""
+        """Return the loss and the gradients of leaves of a network, computed by `shard_map`.
+
+        **Arguments:** `network`: joined, on the mesh. `names`: of the leaves. `rest`: what is the
+        same on all devices: what the rows share, the key of the draws, and 1 over the sum of the
+        weights of all rows.
+        **Returns:** the loss of the whole batch; gradients in float32, split as the leaves are.
+        """
         network_specs = specs(network, self.mesh)
         named = named_specs(network_specs)
         arrays, static = eqx.partition((network, rows, rest), eqx.is_array)
@@ -177,7 +183,11 @@ class TrainStep(eqx.Module):
         rows: StepRows,
         rest: tuple[SharedInputs, PRNGKeyArray, Scalar],
     ) -> tuple[Scalar, WeightArrays]:
-        """Return this device's part of the loss, and its gradients, summed over micro-batches."""
+        """Return this device's part of the loss, and its gradients, summed over micro-batches.
+
+        **Arguments:** `network`: this device's parts of the arrays. `network_specs`: how the whole
+        arrays are split. `names`, `rest`: as for `_sharded_gradients`. `rows`: of this device.
+        """
         weights = select_leaves(network, names)
 
         def micro_loss(weights: WeightArrays, rows: StepRows) -> Scalar:
@@ -210,7 +220,11 @@ class TrainStep(eqx.Module):
         key: PRNGKeyArray,
         scale: Scalar,
     ) -> Scalar:
-        """Return the part of the batch's loss that is of some rows, and of this device."""
+        """Return the part of the batch's loss that is of some rows, and of this device.
+
+        The sum of the parts of all devices is the loss, also where several of them compute the same
+        rows: each takes its share.
+        """
 
         def weighted(row: StepRows) -> Scalar:
             example = row_example(row, shared)
@@ -225,7 +239,11 @@ class TrainStep(eqx.Module):
     def _rounded(
         self, updated: WeightArrays, before: WeightArrays, key: PRNGKeyArray
     ) -> WeightArrays:
-        """Return updated weights in the dtypes of those before."""
+        """Return updated weights in the dtypes of those before.
+
+        **Arguments:** `updated`: in float32. `key`: of what stochastic rounding draws, which does
+        not depend on the mesh.
+        """
         rounded = {}
         for number, (name, value) in enumerate(updated.items()):
             nearest = value.astype(before[name].dtype)
@@ -238,7 +256,11 @@ class TrainStep(eqx.Module):
 
 
 def row_example(row: StepRows, shared: SharedInputs) -> TrainExample:
-    """Return one row of a batch as an example, with what all rows share."""
+    """Return one row of a batch as an example, with what all rows share.
+
+    **Arguments:** `row`: arrays without an axis of rows, as `jax.vmap` gives them. `shared`: from
+    `place_batch`.
+    """
     reference = None
     if row.reference_tokens is not None and shared.reference_ids is not None:
         reference = ReferenceTokens(row.reference_tokens, shared.reference_ids)

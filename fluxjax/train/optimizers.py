@@ -162,10 +162,15 @@ def _muon(settings: OptimizerSettings, rate: optax.Schedule) -> optax.GradientTr
 
 
 def _matrix_axes(weights: Mapping[str, jax.Array]) -> dict[str, MuonDimensionNumbers | None]:
-    """Return the axes of outputs and inputs of each matrix, also in a stack; None for others."""
+    """Return the axes of inputs and outputs of each matrix, also in a stack; None for others.
+
+    Our matrices are [out, in], and those of stacked blocks [depth, out, in]: each block's matrix is
+    orthogonalized by itself. A fused matrix is one matrix.
+    """
     axes: dict[str, MuonDimensionNumbers | None] = {}
     for name, leaf in weights.items():
-        is_matrix = leaf.ndim >= 2 and not name.endswith(_NOT_DECAYED)
+        # Muon's own state has other objects in the places of what is not a matrix.
+        is_matrix = getattr(leaf, "ndim", 0) >= 2 and not name.endswith(_NOT_DECAYED)
         axes[name] = None
         if is_matrix:
             axes[name] = MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2)

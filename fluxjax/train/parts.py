@@ -34,7 +34,9 @@ _ADDED_FIELDS = ("down", "up")
 class Division(NamedTuple):
     """A transformer, or an adapter on it, divided into what is trained and the rest.
 
-    `weights`: what is trained. `frozen`: the rest, a pytree that `TrainedPart.join` takes.
+    - `weights`: what is trained, in the dtype that it is trained in.
+    - `frozen`: the rest, a pytree that `TrainedPart.join` takes. What is trained whole is not in
+      it, so that there is one copy of it.
     """
 
     weights: WeightArrays
@@ -108,7 +110,11 @@ class TrainedLayers(TrainedPart):
 class TrainedAdapter(TrainedPart):
     """An adapter beside a transformer whose own weights stay as they are.
 
-    Its frozen part is the transformer and what of the adapter is not trained, as alpha / rank.
+    Its frozen part is a pair: the transformer, whose weights may be stored in any way, and what of
+    the adapter is not trained, as alpha / rank.
+
+    The transformer's leaves that depend on the adapter are the factors beside its weights. Their
+    gradients are computed on the mesh, and go from there to those of the adapter's own numbers.
     """
 
     def join(self, weights: WeightArrays, frozen: PyTree, tensor: int = 1) -> AbstractTransformer:
@@ -197,11 +203,19 @@ def divide_adapter(
 
 
 class _Hole(eqx.Module):
-    """The place of a trained array in the frozen part."""
+    """The place of a trained array in the frozen part.
+
+    It has no leaves, so that placing, casting and compiling the frozen part pass it by, and it
+    keeps the structure of the network, so that the array can be put back by name.
+    """
 
 
 def with_named_leaves(tree: PyTree, arrays: Mapping[str, Array]) -> PyTree:
-    """Return a pytree whose places of trained arrays are filled again, by name."""
+    """Return a pytree whose places of trained arrays are filled again.
+
+    **Arguments:** `tree`: the frozen part of an adapter. `arrays`: by the names that
+    `leaf_path_name` gives.
+    """
 
     def fill(path: jax.tree_util.KeyPath, node: PyTree) -> PyTree:
         return arrays[leaf_path_name(path)] if isinstance(node, _Hole) else node
@@ -248,7 +262,11 @@ def _is_added(path: jax.tree_util.KeyPath) -> bool:
 def _flatten(
     network: AbstractTransformer,
 ) -> tuple[dict[str, PyTree], dict[str, jax.tree_util.KeyPath], jax.tree_util.PyTreeDef]:
-    """Return leaves and their paths by name; the places of trained ones hold `_Hole`."""
+    """Return the leaves of a network and their paths, both by name, and its structure.
+
+    The places of trained leaves hold `_Hole`. Names are those of `fluxjax.nets.leaf_names`, without
+    the field of a plain weight's storage.
+    """
 
     def is_hole(node: PyTree) -> bool:
         return isinstance(node, _Hole)
@@ -266,7 +284,13 @@ def _without_chosen(
     leaves: Mapping[str, Array],
     chosen: Mapping[str, tuple[int, ...] | None],
 ) -> AbstractTransformer:
-    """Return a network with `_Hole` in the place of each leaf that is trained whole."""
+    """Return a network with `_Hole` in the place of each leaf that is trained whole.
+
+    Of a stack of which some blocks are trained, the whole stack stays: `TrainedLayers.join` writes
+    the trained blocks over their old values.
+
+    **Arguments:** `structure`, `leaves`: from `_flatten`. `chosen`: from `_chosen_rows`.
+    """
     filled = []
     for name, leaf in leaves.items():
         filled.append(_Hole() if name in chosen and chosen[name] is None else leaf)
@@ -276,7 +300,12 @@ def _without_chosen(
 def _chosen_rows(
     leaves: Mapping[str, Array], targets: Sequence[str] | None
 ) -> dict[str, tuple[int, ...] | None]:
-    """Return the chosen leaves, and the chosen blocks of those that are stacked."""
+    """Return the chosen leaves, and the chosen blocks of those that are stacked.
+
+    **Arguments:** `leaves`: of the network, by name. `targets`: as for `divide_layers`.
+    **Returns:** for each chosen leaf the numbers of its blocks; None for all of it.
+    **Raises:** `ValueError` for patterns that are not valid, or that match nothing.
+    """
     if targets is None:
         return dict.fromkeys(leaves)
     patterns = [_compile(target) for target in targets]
@@ -304,7 +333,11 @@ def _chosen_rows(
 
 
 def _matches(name: str, patterns: Sequence[re.Pattern], used: set[str]) -> bool:
-    """Return whether a pattern matches an array's name or its layer's; note which do."""
+    """Return whether a pattern matches an array's name or its layer's.
+
+    **Arguments:** `name`: of an array of one block, as "double.0.img.qkv.weight". `used`: gets the
+    patterns that match, so that those that match nothing can be reported.
+    """
     layer = name.rpartition(".")[0]
     found = False
     for pattern in patterns:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from fluxjax.devices.run import ROWS
+from fluxjax.generate.latents import image_tokens
 from fluxjax.generate.text import TextStates
+from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array, Float, Int
 from fluxjax.train.batch import TrainBatch
 from fluxjax.train.step import TrainState
@@ -92,11 +96,16 @@ def place_batch(
 
 
 def _padded(rows: np.ndarray, padding: int) -> np.ndarray:
-    """Return rows with copies of the last one behind them: of numbers that are finite."""
+    """Return rows with copies of the last one behind them.
+
+    Copies, because what is computed of them has to be finite: their weights of 0 would turn
+    infinity and NaN into NaN.
+    """
     return np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)]) if padding else rows
 
 
 def _from_process(sharding: NamedSharding, rows: np.ndarray) -> Array:
+    """Return an array on the mesh, of which this process has its own rows only."""
     if jax.process_count() == 1:
         return jax.device_put(rows, sharding)
     return jax.make_array_from_process_local_data(sharding, rows)
@@ -116,7 +125,8 @@ def create_state(
 
     **Arguments:** `weights`: in the order of files. `placed`: how each is split over the mesh.
     """
-    shardings = state_shardings(weights, optimizer, mesh, placed, has_ema=has_ema)
+    shapes = state_shapes(weights, optimizer, mesh, placed, has_ema=has_ema)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     on_mesh = {}
     for name, leaf in weights.items():
         on_mesh[name] = jax.device_put(leaf, shardings.model[name])
@@ -124,7 +134,7 @@ def create_state(
     return jax.jit(create, out_shardings=shardings)(on_mesh)
 
 
-def state_shardings(
+def state_shapes(
     weights: Mapping[str, PyTree],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -132,27 +142,86 @@ def state_shardings(
     *,
     has_ema: bool,
 ) -> TrainState:
-    """Return the shardings of a state: what has a weight's shape is split as the weight is.
+    """Return shapes, dtypes and shardings of a state: what has a weight's shape is split as it is.
 
     **Arguments:** `weights`: arrays, or their shapes. The others as for `create_state`.
     """
     create = partial(_first_state, optimizer=optimizer, has_ema=has_ema)
     state = jax.eval_shape(create, dict(weights))
 
-    def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec()
         for entry in reversed(path):
             name = getattr(entry, "key", "")
             if name in placed and weights[name].shape == leaf.shape:
-                return NamedSharding(mesh, placed[name])
-        return NamedSharding(mesh, PartitionSpec())
+                spec = placed[name]
+                break
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_shapes(
+    network: AbstractTransformer,
+    size: tuple[int, int],
+    txt_tokens: int,
+    mesh: Mesh,
+    *,
+    rows: int,
+    features: int,
+    reference: bool = False,
+) -> tuple[StepRows, SharedInputs]:
+    """Return shapes and shardings of a batch, as `place_batch` returns one.
+
+    **Arguments:** `network`: of whose config they are. `size`: of the images. `rows`: of the step,
+    a multiple of what the mesh and the micro-batches divide. `features`: appended to each token.
+    `reference`: whether each image has a reference of its size.
+    """
+    config = network.config
+    tokens = image_tokens(*size)
+    by_row, whole = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+
+    def shape(*sizes: int, dtype: DTypeLike = jnp.float32, sharding: NamedSharding = by_row):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    def text(*axes: int, sharding: NamedSharding) -> TextStates:
+        pooled = getattr(config, "pooled", None)
+        vec = None if pooled is None else shape(*axes, pooled, sharding=sharding)
+        length = None if pooled else shape(*axes, dtype=jnp.int32, sharding=sharding)
+        return TextStates(shape(*axes, txt_tokens, config.context, sharding=sharding), vec, length)
+
+    arrays = {
+        "latents": shape(rows, tokens, config.out_channels),
+        "text": text(rows, sharding=by_row),
+        "weight": shape(rows),
+        "place": shape(rows, dtype=jnp.int32),
+        "concat": shape(rows, tokens, features) if features else None,
+        "reference_tokens": shape(rows, tokens, config.out_channels) if reference else None,
+    }
+    ids = shape(tokens, len(config.rope_axes), sharding=whole) if reference else None
+    filled = _with_fields(StepRows, arrays | {"mask": None, "size": size})
+    return filled, _with_fields(SharedInputs, {"empty": text(sharding=whole), "reference_ids": ids})
+
+
+def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
+    """Return a module whose fields hold shapes, which its own checks would refuse.
+
+    **Arguments:** `kind`: the class. `values`: of all of its fields, by name.
+    """
+    made: Any = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _first_state(
     weights: dict[str, Array], *, optimizer: optax.GradientTransformation, has_ema: bool
 ) -> TrainState:
-    # Copies: the state is donated to every step.
+    """Return the state before the first step.
+
+    **Arguments:** `weights`: of any dtype, of which the state has copies: it is donated to every
+    step, and the same array must not be donated twice.
+    """
     model = {name: jnp.array(leaf) for name, leaf in weights.items()}
     wide = {name: leaf.astype(jnp.float32) for name, leaf in weights.items()}
     ema = {name: jnp.array(leaf) for name, leaf in wide.items()} if has_ema else None

@@ -18,10 +18,12 @@ from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings, specs
+from fluxjax.generate.limits import known_flux_config
 from fluxjax.generate.load import Storage, activation_dtype, load_kind
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.init import BLOCKS, init_dora, init_lokr, init_lora
 from fluxjax.lora.read import read_lora
+from fluxjax.nets.rounding import quantize
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.widen import widen_input
 from fluxjax.shapes import PRNGKeyArray
@@ -30,7 +32,7 @@ from fluxjax.train.mesh_step import TrainStep, named_specs
 from fluxjax.train.objective import Evaluation
 from fluxjax.train.optimizers import make_optimizer
 from fluxjax.train.parts import Division, TrainedPart, divide_adapter, divide_layers
-from fluxjax.train.place import create_state, state_shardings
+from fluxjax.train.place import create_state, state_shapes
 from fluxjax.train.step import TrainState
 from fluxjax.zoo import Defaults
 
@@ -64,16 +66,9 @@ class TrainingSetup(NamedTuple):
         return create_state(self.weights, optimizer, self.mesh, self.placed, has_ema=self.has_ema)
 
     def state_shapes(self) -> TrainState:
-        """Return shapes, dtypes and shardings of the state, to restore one."""
-        optimizer = self.step.optimizer
-        options = {"has_ema": self.has_ema}
-        placed = state_shardings(self.weights, optimizer, self.mesh, self.placed, **options)
-        shapes = jax.eval_shape(self.first_state)
-
-        def with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> PyTree:
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-        return jax.tree.map(with_sharding, shapes, placed)
+        """Return shapes, dtypes and shardings of the state."""
+        optimizer, placed = self.step.optimizer, self.placed
+        return state_shapes(self.weights, optimizer, self.mesh, placed, has_ema=self.has_ema)
 
 
 def set_up_training(
@@ -86,11 +81,51 @@ def set_up_training(
     **Raises:** `ValueError` for a method, targets or sizes that the network does not take.
     """
     key = jax.random.key(config.seed)
-    method = config.train
-    if method.extra_features and not method.is_adapter:
-        network = widen_input(network, method.extra_features)  # type: ignore[arg-type]
-    part, division = divide(network, method, jax.random.fold_in(key, 0))
-    placed = weight_specs(part, division, mesh)
+    network = _widened(network, config.train)
+    part, division = divide(network, config.train, jax.random.fold_in(key, 0))
+    setup = _described(config, part, division, network, mesh, defaults)
+    return setup._replace(frozen=place_frozen(division.frozen, mesh))
+
+
+def training_shapes(
+    config: TrainConfig, network: AbstractTransformer, mesh: Mesh, defaults: Defaults
+) -> TrainingSetup:
+    """Return a training of shapes alone, to compile its step without its weights.
+
+    **Arguments:** `network`: its shapes and dtypes. The others as for `set_up_training`.
+    **Returns:** a training whose `weights` and `frozen` are shapes with shardings.
+    """
+    key = jax.random.key(config.seed)
+    network = eqx.filter_eval_shape(_widened, network, config.train)
+    part, division = eqx.filter_eval_shape(divide, network, config.train, key)
+    setup = _described(config, part, division, network, mesh, defaults)
+    weights = {}
+    for name, leaf in division.weights.items():
+        sharding = NamedSharding(mesh, setup.placed[name])
+        weights[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return setup._replace(weights=weights, frozen=_frozen_shapes(division.frozen, mesh))
+
+
+def _widened(network: AbstractTransformer, method: MethodSettings) -> AbstractTransformer:
+    """Return a network that reads the added features, unless an adapter adds them."""
+    if method.is_adapter or not method.extra_features:
+        return network
+    return widen_input(network, method.extra_features)  # type: ignore[arg-type]
+
+
+def _described(
+    config: TrainConfig,
+    part: TrainedPart,
+    division: Division,
+    network: AbstractTransformer,
+    mesh: Mesh,
+    defaults: Defaults,
+) -> TrainingSetup:
+    """Return a training whose frozen part is not placed yet.
+
+    **Arguments:** `part`, `division`: from `divide`. `network`: with a widened input, if it is.
+    The others as for `set_up_training`.
+    """
     dtype = activation_dtype() if config.dtype is None else config.dtype
     # Chroma takes no distilled scale.
     takes_guidance = getattr(network.config, "guidance_embed", False)
@@ -105,13 +140,34 @@ def set_up_training(
     return TrainingSetup(
         step,
         division.weights,
-        place_frozen(division.frozen, mesh),
-        placed,
+        division.frozen,
+        weight_specs(part, division, mesh),
         eqx.filter_eval_shape(lambda network: network, network),
         defaults,
-        jax.random.fold_in(key, 1),
+        jax.random.fold_in(jax.random.key(config.seed), 1),
         config.step.ema_decay is not None,
     )
+
+
+def _frozen_shapes(frozen: PyTree, mesh: Mesh) -> PyTree:
+    """Return the shapes of what is not trained, with shardings on a mesh.
+
+    **Arguments:** `frozen`: from `divide`: of layers a network, of an adapter a pair of a network
+    and of what of the adapter is not trained.
+    """
+
+    def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def of_network(network: AbstractTransformer) -> PyTree:
+        return jax.tree.map(place, network, specs(network, mesh))
+
+    if isinstance(frozen, tuple):
+        network, rest = frozen
+        whole = PartitionSpec()
+        placed = jax.tree.map(lambda leaf: place(leaf, whole), rest)
+        return of_network(network), placed
+    return of_network(frozen)
 
 
 def load_training(config: TrainConfig, mesh: Mesh) -> TrainingSetup:
@@ -133,6 +189,32 @@ def load_training(config: TrainConfig, mesh: Mesh) -> TrainingSetup:
         dtype = config.train.weights_dtype
     network = load_kind(KINDS[family.transformer], config.model, None, dtype, storage)
     return set_up_training(config, network, mesh, load_defaults(config.model))
+
+
+def known_shapes(config: TrainConfig) -> AbstractTransformer:
+    """Return the shapes of the model that the configuration names; nothing is downloaded.
+
+    **Raises:** `ValueError` for a model that is neither on this machine nor a named one.
+    """
+    known = known_flux_config(config.model)
+    if known is None:
+        raise ValueError(
+            f"The sizes of {config.model} are not known before it is downloaded. Download it, or "
+            "name one of the same sizes, as dev."
+        )
+    network_kind = KINDS[family_of_source(config.model).transformer].network
+    network = eqx.filter_eval_shape(network_kind, known, key=jax.random.key(0))
+    dtype = activation_dtype() if config.dtype is None else config.dtype
+    if not config.train.is_adapter:
+        dtype = config.train.weights_dtype
+    cast = eqx.filter_eval_shape(_cast, network, jnp.dtype(dtype))
+    if config.train.quantize is None:
+        return cast
+    return eqx.filter_eval_shape(quantize, cast, config.train.quantize)
+
+
+def _cast(network: AbstractTransformer, dtype: jnp.dtype) -> AbstractTransformer:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
 
 
 def training_mesh(config: TrainConfig) -> Mesh:

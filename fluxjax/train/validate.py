@@ -75,7 +75,10 @@ class Validator(eqx.Module):
         shared: SharedInputs,
         key: PRNGKeyArray,
     ) -> Float[Array, "rows times"]:
-        """Return the losses of rows at all times."""
+        """Return the losses of rows at all times.
+
+        **Arguments:** as for a call; `rows`, `shared`: from `place_batch`.
+        """
         network = self.part.join(weights, frozen, self.mesh.shape["tensor"])
         times = jnp.asarray(self.times, jnp.float32)
         # A function of its own: `on_mesh` compiles by the function's identity outside of jit only.

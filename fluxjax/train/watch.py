@@ -74,7 +74,7 @@ class Watch:
 
         **Raises:** `FloatingPointError` if the loss is no longer finite.
         """
-        self._show_waiting()
+        self.flush()
         self._waiting = report
 
     def record(self, number: int, values: Mapping[str, Any]) -> None:
@@ -97,13 +97,14 @@ class Watch:
     def close(self) -> None:
         """Log the last step. **Raises:** as `step`."""
         try:
-            self._show_waiting()
+            self.flush()
         finally:
             self.bar.close()
             if self._board is not None:
                 self._board.close()
 
-    def _show_waiting(self) -> None:
+    def flush(self) -> None:
+        """Show and log the last step now, which waits for it. **Raises:** as `step`."""
         report, self._waiting = self._waiting, None
         if report is None:
             return

@@ -21,8 +21,8 @@ from fluxjax.generate.memory_plan import (
     Job,
     plan_memory,
     stage_needs,
-    stored_as,
     with_larger_pool,
+    with_storage,
 )
 from fluxjax.generate.network_bytes import (
     NOTHING,
@@ -187,10 +187,10 @@ def test_a_larger_share_of_the_device_is_tried(monkeypatch):
 
 def test_networks_are_loaded_as_chosen():
     plain = LoadOptions()
-    assert stored_as(plain, None) is plain
-    assert stored_as(plain, "int8").quantize == "int8"
-    assert stored_as(plain, STREAMED).stream
-    assert stored_as(plain, BFLOAT16).dtype == jnp.bfloat16
+    assert with_storage(plain, None) is plain
+    assert with_storage(plain, "int8").quantize == "int8"
+    assert with_storage(plain, STREAMED).stream
+    assert with_storage(plain, BFLOAT16).dtype == jnp.bfloat16
 
 
 def test_sizes_of_networks_are_those_of_their_files(tiny):

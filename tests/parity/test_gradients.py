@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from reference import normal, perturbed, to_torch
 
+from fluxjax.checkpoint.chroma_names import TRANSFORMER_DIFFUSERS
 from fluxjax.checkpoint.fused import fused_parts
-from fluxjax.checkpoint.names import TRANSFORMER_DIFFUSERS
 from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.generate.latents import image_ids
 from fluxjax.generate.load import load_flux

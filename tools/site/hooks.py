@@ -19,6 +19,8 @@ _COPIED = {
     "changes.md": "CHANGELOG.md",
     "samples.png": "weights/tiny/samples.png",
     "styles.png": "weights/tiny/loras/styles.png",
+    "fill.png": "weights/tiny/loras/fill.png",
+    "edges.png": "weights/tiny/loras/edges.png",
 }
 """Files of the site, and those of the repository that they are."""
 _LINK = re.compile(r"\]\((?P<place>[^)#\s:]+)(?P<heading>#[^)\s]*)?\)")
