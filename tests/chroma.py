@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from layouts import random_network
 from small import draw
 
@@ -27,7 +28,7 @@ CONFIG = ChromaConfig(
     approximator_width=16,
     approximator_depth=2,
 )
-IDS = jnp.zeros((IMAGE, 3), jnp.float32).at[:, 1].set(jnp.arange(IMAGE, dtype=jnp.float32))
+IDS = jnp.asarray(np.arange(IMAGE)[:, None] * np.float32([0, 1, 0]), jnp.float32)
 
 
 def small_chroma(config: ChromaConfig = CONFIG) -> Chroma:

@@ -1,35 +1,46 @@
+import gc
 import os
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+import pytest
 
-# Imported before the hook: `fluxjax.shapes`, which this imports, holds the hook's type checker, and
-# the decorator of public functions is tested as users have it.
-import fluxjax.arguments
 
-# Users' programs check the public functions; the tests check every function's shapes and types.
-install_import_hook("fluxjax", "fluxjax.shapes.checked")
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up checks and JAX, except in the process that only gives tests to its workers."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    _set_up()
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import jaxlib.version  # noqa: E402
-import pytest  # noqa: E402
 
-import fluxjax  # noqa: E402
+def _set_up() -> None:
+    from jaxtyping import install_import_hook
 
-# Every cast in the package is written out: an implicit promotion is an error.
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-# For what is sharded; everything else stays on the first.
-jax.config.update("jax_num_cpu_devices", 8)
-# Most of the time is spent compiling programs that run for a moment. Both of these halve it.
-jax.config.update("jax_disable_most_optimizations", True)
-# Fused loops by LLVM directly, in one module, in this process and in those that tests start. XLA
-# exits at a flag that it does not know, and a later version may drop these.
-if jaxlib.version.__version_info__ < (0, 12):
-    _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
-hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
-hypothesis.settings.load_profile("untimed")
+    # Imported before the hook: `fluxjax.shapes`, which this imports, holds the hook's type checker,
+    # and the decorator of public functions is tested as users have it.
+    import fluxjax.arguments  # noqa: F401
+
+    # Users' programs check the public functions; the tests check every function's shapes and types.
+    install_import_hook("fluxjax", "fluxjax.shapes.checked")
+
+    import hypothesis
+    import jax
+    import jaxlib.version
+
+    # Every cast in the package is written out: an implicit promotion is an error.
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # Programs carry no lines of Python: a twentieth of the time of lowering and compiling.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    # For what is sharded; everything else stays on the first.
+    jax.config.update("jax_num_cpu_devices", 8)
+    # Most of the time is spent compiling programs that run for a moment. Both of these halve it.
+    jax.config.update("jax_disable_most_optimizations", True)
+    # Fused loops by LLVM directly, in one module, in this process and in those that tests start.
+    # XLA exits at a flag that it does not know, and a later version may drop these.
+    if jaxlib.version.__version_info__ < (0, 12):
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
+    hypothesis.settings.load_profile("untimed")
 
 
 TESTS = Path(__file__).parent
@@ -41,6 +52,7 @@ WHOLE_PROGRAMS = {
         "generate/test_tiny.py",
         "generate/test_tiny_regions.py",
         "test_docs.py",
+        "tools/test_probe_run.py",
     )
 }
 """What runs whole commands, pages and models, minutes in all: only with --programs, as CI does."""
@@ -67,14 +79,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+def pytest_collection_finish() -> None:
+    """Search for unreachable objects rarely, and only among what the tests make.
+
+    Each search visits all objects, and modules, checkers and tests stay to the end anyway.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
+
+
 @pytest.fixture(scope="session")
-def tiny() -> fluxjax.Models:
+def tiny():
     """The model that ships with the package, in float32."""
+    import fluxjax
+
     return fluxjax.load_models("tiny", dtype="float32")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs():
     """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
+    import jax
+
     yield
     jax.clear_caches()

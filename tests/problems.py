@@ -166,7 +166,7 @@ def m8():
 
 def falling_times(steps):
     """Return uniform times from 1 to 0 in float64."""
-    return jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float64)
+    return jnp.asarray(np.linspace(1.0, 0.0, steps + 1))
 
 
 def affine_moments(step, velocity, times):

@@ -25,12 +25,17 @@ CONFIG = FluxConfig(
     rope_axes=(4, 6, 6),
     time_width=16,
 )
-IDS = jnp.zeros((IMAGE, 3), jnp.float32).at[:, 1].set(jnp.arange(IMAGE, dtype=jnp.float32))
+IDS = jnp.asarray(np.arange(IMAGE)[:, None] * np.float32([0, 1, 0]), jnp.float32)
 
 
 def draw(*shape: int, seed: int = 0) -> Array:
     """Return normal random numbers of a shape."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(_numbers(shape, seed))
+
+
+def _numbers(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """In NumPy: JAX would compile a program for each shape."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def adapted(flux: Flux, rank: int = 2) -> Flux:
@@ -40,8 +45,8 @@ def adapted(flux: Flux, rank: int = 2) -> Flux:
         if not isinstance(node, Weight) or not is_stacked(path_name(path)):
             return node
         depth, out, features = node.shape
-        down, up = draw(depth, rank, features, seed=1), draw(depth, out, rank, seed=2)
-        return AdaptedWeight(node, 0.1 * down, 0.1 * up)
+        down, up = _numbers((depth, rank, features), 1), _numbers((depth, out, rank), 2)
+        return AdaptedWeight(node, *(jnp.asarray(np.float32(0.1) * x) for x in (down, up)))
 
     def is_weight(node):
         return isinstance(node, Weight)
@@ -72,5 +77,5 @@ def _random(make, config):
     leaves, structure = jax.tree.flatten(network)
     arrays = []
     for number, leaf in enumerate(leaves):
-        arrays.append(0.2 * draw(*leaf.shape, seed=number))
+        arrays.append(jnp.asarray(np.float32(0.2) * _numbers(leaf.shape, number)))
     return jax.tree.unflatten(structure, arrays)

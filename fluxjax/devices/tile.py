@@ -1,7 +1,7 @@
 """A part of an image, and what its cells contribute to norms and attention of the whole one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +57,11 @@ class TilePlace(NamedTuple):
 class PartialMoments(NamedTuple):
     """What some tiles contribute to the moments of a norm.
 
-    `count`: of cells. `mean`: of each group, for each channel. `squares`: the sum over cells of the
+    `cells`: how many. `mean`: of each group, for each channel. `squares`: the sum over cells of the
     squares of the distance from it, by group.
     """
 
-    count: Float[Array, "*tiles"]
+    cells: Float[Array, "*tiles"]
     mean: Float[Array, "*tiles channels"]
     squares: Float[Array, "*tiles channels"]
 
@@ -71,7 +71,7 @@ class PartialMoments(NamedTuple):
         **Source:** Chan et al. 1983, eq. 1.5: sums around the means of tiles lose no digits.
         """
         del whole_cells  # the counts have no padding
-        count, tiles = self.count[..., None], tuple(range(self.count.ndim))
+        count, tiles = self.cells[..., None], tuple(range(self.cells.ndim))
         total = jnp.sum(count, tiles)
         mean = jnp.sum(count * self.mean, tiles) / total
         between = jnp.sum(count * jnp.square(self.mean - mean), tiles)
@@ -121,7 +121,7 @@ class Tile(Rows):
 
     def moments(self, x: Cells, groups: int) -> GroupMoments:
         if self.known:
-            return self.known.pop(0)
+            return cast(GroupMoments, self.known.pop(0))
         own = self.place.without_halo(x)
         inside = self.place.without_halo(self.place.image_cells(x))
         count = jnp.sum(inside, dtype=x.dtype)
@@ -132,7 +132,7 @@ class Tile(Rows):
 
     def all_cells(self, x: CellHeads) -> AllCellHeads:
         if self.known:
-            return self.known.pop(0)
+            return cast(Array, self.known.pop(0))
         raise _UnknownError(StripCells(x))
 
     def attend(self, q: CellHeads, k: AllCellHeads, v: AllCellHeads) -> CellHeads:

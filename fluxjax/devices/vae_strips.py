@@ -73,9 +73,9 @@ class StripNetwork(eqx.Module):
     def __call__(self, x: Float[Array, "rows columns channels"]) -> Float[Array, "y x out"]:
         segments = segments_of(self.network.stages(), self.unit, self.strips.stored)
         grid = Grid.over(x.shape, self.strips, self.unit)
-        padding = grid.rows * self.unit * grid.count - len(x)
-        strips = jnp.pad(x, ((0, padding), (0, 0), (0, 0))).reshape(grid.count, -1)
-        source = Stored(strips, (grid.rows * self.unit, *x.shape[1:]))
+        padding = grid.rows * self.unit * grid.strips - len(x)
+        strips = jnp.pad(x, ((0, padding), (0, 0), (0, 0))).reshape(grid.strips, -1)
+        source = Stored(strips, (grid.rows * self.unit, x.shape[1], x.shape[2]))
         targets = _shapes(segments, source, x.dtype)
         # The attention takes the most beside the features, which are the smallest where it is. So
         # those of the latent's resolution have an array, and all others have another one.
@@ -84,10 +84,10 @@ class StripNetwork(eqx.Module):
             coarse = shape[0] == grid.rows
             if coarse not in arrays:
                 alike = [other for other in targets[:-1] if (other[0] == grid.rows) == coarse]
-                arrays[coarse] = _filled(alike, grid.count, source)
+                arrays[coarse] = _filled(alike, grid.strips, source)
             arrays[coarse] = run_segment(segment, source, Stored(arrays[coarse], shape), grid)
             source = Stored(arrays[coarse], shape)
-        last = Stored(_filled(targets[-1:], grid.count, source), targets[-1])
+        last = Stored(_filled(targets[-1:], grid.strips, source), targets[-1])
         strips = run_segment(segments[-1], source, last, grid)
         whole = strips.reshape(-1, *targets[-1][1:])
         return _without_gradient(whole[: grid.latent_rows * targets[-1][0] // grid.rows])
@@ -134,7 +134,7 @@ class Grid(NamedTuple):
         return cls(rows, columns, min(strips.rows, rows), min(strips.columns, columns))
 
     @property
-    def count(self) -> int:
+    def strips(self) -> int:
         """The number of strips."""
         return ceil(self.latent_rows / self.rows)
 
@@ -178,7 +178,7 @@ def run_segment(
     What a norm or an attention needs of the whole image is collected in a pass for each of them.
     """
     halo = reach_of(segment)
-    tiles = _Tiles(source, grid, halo if grid.count > 1 else 0, halo)
+    tiles = _Tiles(source, grid, halo if grid.strips > 1 else 0, halo)
     known: list = []
     while True:
         run = partial(run_stages, segment, tuple(known))
@@ -187,7 +187,7 @@ def run_segment(
             return _write(tiles, run, target)
         passes = jax.lax.map(
             lambda number, run=run: tiles.map_strip(run, tiles.read(number), number),
-            jnp.arange(grid.count),
+            jnp.arange(grid.strips),
         )
         known.append(passes.combined(tiles.whole_cells))
 
@@ -222,7 +222,7 @@ class _Tiles(NamedTuple):
 
         There are none beyond the image: what is returned there is masked later.
         """
-        neighbour = jnp.clip(number + side, 0, self.grid.count - 1)
+        neighbour = jnp.clip(number + side, 0, self.grid.strips - 1)
         return self.rows_beside(self.source.read(neighbour), side)
 
     def rows_beside(self, strip: Strip, side: int) -> Strip:
@@ -284,7 +284,7 @@ def _write(
     is computed from, the last strip is first, so that none is overwritten before it is read. Of
     the strip before, the rows that the next one reads are kept.
     """
-    count = tiles.grid.count
+    count = tiles.grid.strips
     in_place = tiles.source.data is target.data
     side = 1 if target.units > tiles.source.units else -1
 
@@ -296,6 +296,7 @@ def _write(
         strip, other = source.read(number), current.edge(number, -side)
         parts = (edge, strip, other) if side == -1 else (other, strip, edge)
         result = current.map_strip(run, current.join(*parts), number)
+        assert isinstance(result, Array)
         data = target._replace(data=data).write(number, result)
         return data, current.rows_beside(strip, side)
 
@@ -311,7 +312,7 @@ def _shapes(
     x = jax.ShapeDtypeStruct(source.shape, dtype)
     for segment in segments:
         for stage in segment:
-            x = jax.eval_shape(partial(stage.run, rows=WHOLE), x)
+            x = jax.eval_shape(lambda x, stage=stage: stage.run(x, WHOLE), x)
         shapes.append(x.shape)
     return shapes
 

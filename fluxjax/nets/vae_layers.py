@@ -208,5 +208,6 @@ class Level(eqx.Module):
         return [Stage(resnet, 2) for resnet in self.resnets]
 
     def _downsample(self, x: Cells, rows: Rows) -> OutCells:
+        assert self.resample is not None
         # Padded at the end only, as the original in PyTorch.
         return self.resample(x, rows, stride=2, padding=((0, 1), (0, 1)))

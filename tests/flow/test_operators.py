@@ -23,23 +23,29 @@ from fluxjax.flow import (
 ROWS, COLUMNS = 4, 6
 
 
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
 def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return jnp.asarray(numbers(*shape, seed=seed))
 
 
 def soft_mask():
-    return Mask(jnp.abs(jnp.sin(draw(ROWS, COLUMNS, seed=3))))
+    return Mask(jnp.asarray(np.abs(np.sin(numbers(ROWS, COLUMNS, seed=3)))))
 
 
 def operators():
     """Return operators of images [2, 4, 6] by name; call it where float64 is enabled."""
     # No frequency is lost, so that conjugate gradients keep their digits.
-    kernel = draw(3, 5, seed=1).at[1, 2].add(6.0)
+    kernel = numbers(3, 5, seed=1)
+    kernel[1, 2] += 6.0
+    kernel, middle, first = map(jnp.asarray, (kernel, kernel[:, :3], kernel[0]))
     return {
         "mask": soft_mask(),
         "circular blur": Blur(kernel),
-        "blur of other axes": Blur(kernel[:, :3], axes=(0, 2), circular=False),
-        "blur along one axis": Blur(kernel[0], axes=(1,)),
+        "blur of other axes": Blur(middle, axes=(0, 2), circular=False),
+        "blur along one axis": Blur(first, axes=(1,)),
         "block mean": Downsample(2),
         "block mean of one axis": Downsample(2, axes=(0,)),
         "blurred, then shrunk": Composition(Downsample(2), Blur(kernel)),
@@ -65,22 +71,39 @@ def named(name):
     return operators()[name], draw(2, ROWS, COLUMNS, seed=5)
 
 
+@eqx.filter_jit
+def applied(operator, x):
+    return operator(x)
+
+
+@eqx.filter_jit
+def columns_of(operator, x):
+    """Return what an operator makes of each unit vector, one per row."""
+    units = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+    return jax.lax.map(lambda unit: operator(unit).ravel(), units)
+
+
 def dense(operator, x):
     """Return the matrix of an operator."""
-    columns = [operator(e.reshape(x.shape)).ravel() for e in jnp.eye(x.size)]
-    return np.stack(columns, 1)
+    return np.asarray(columns_of(operator, x)).T
+
+
+@eqx.filter_jit
+def adjoints(operator, x, y):
+    """Return the operator of x, and its adjoint and the one of its linearization of y."""
+    return operator(x), adjoint(operator, x)(y), linearize(operator, x).backward(y)
 
 
 @ALL
 def test_the_adjoint_passes_the_dot_product_test(name):
     with jax.enable_x64(True):
         operator, x = named(name)
-        y = draw(*operator(x).shape, seed=7)
-        backward = adjoint(operator, x)(y)
+        y = draw(*jax.eval_shape(operator, x).shape, seed=7)
+        value, backward, of_linearized = map(np.asarray, adjoints(operator, x, y))
         assert backward.shape == x.shape
         # Rounding of sums of some 50 products.
-        np.testing.assert_allclose(jnp.vdot(operator(x), y), jnp.vdot(x, backward), rtol=1e-12)
-        np.testing.assert_allclose(linearize(operator, x).backward(y), backward, rtol=1e-12)
+        np.testing.assert_allclose(np.vdot(value, y), np.vdot(x, backward), rtol=1e-12)
+        np.testing.assert_allclose(of_linearized, backward, rtol=1e-12)
 
 
 @ALL
@@ -88,10 +111,21 @@ def test_a_known_gram_is_the_diagonal_of_a_times_its_transpose(name):
     with jax.enable_x64(True):
         operator, x = named(name)
         matrix = dense(operator, x)
-        gram = operator.gram(x)
+        gram = eqx.filter_jit(type(operator).gram)(operator, x)
         assert (gram is None) == ("blur" in name)
         if gram is not None:
             np.testing.assert_allclose(np.diag(gram.ravel()), matrix @ matrix.T, atol=1e-14)
+
+
+@eqx.filter_jit
+def solutions(operator, x, r, std, iterations):
+    """Return A^T of what solves the normal equations, without the Gram matrix and with it."""
+    near = linearize(operator, 0 * x)
+    found = []
+    for gram in (None, near.gram):
+        solved = solve_normal(near.forward, near.backward, 0.7, std, r, iterations, gram=gram)
+        found.append(near.backward(solved).ravel())
+    return found
 
 
 @ALL
@@ -100,45 +134,53 @@ def test_the_normal_equations_are_solved_as_by_dense_algebra(name, std):
     with jax.enable_x64(True):
         operator, x = named(name)
         matrix = dense(operator, x)
-        near = linearize(operator, 0 * x)
         # Without noise the system has a solution only for what the operator can measure.
-        r = draw(*near.value.shape, seed=9) if std else operator(x)
+        seen = applied(operator, x)
+        r = draw(*seen.shape, seed=9) if std else seen
         system = 0.7 * matrix @ matrix.T + std**2 * np.eye(len(matrix))
         expected = matrix.T @ np.linalg.pinv(system, rcond=1e-10) @ np.ravel(r)
-        size = matrix.shape[0]
-        for gram in (None, near.gram):
-            solved = solve_normal(near.forward, near.backward, 0.7, std, r, size, gram=gram)
+        for found in solutions(operator, x, r, jnp.float64(std), matrix.shape[0]):
             # A blur's smallest eigenvalues lose some digits in conjugate gradients.
-            np.testing.assert_allclose(near.backward(solved).ravel(), expected, atol=1e-6)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@eqx.filter_jit
+def pseudo_inverses(operator, x, r, iterations):
+    """Return the pseudo-inverse of r without the Gram matrix and with it."""
+    near = linearize(operator, 0 * x)
+    maps = near.forward, near.backward
+    return [pseudo_inverse(*maps, r, iterations, gram=gram) for gram in (None, near.gram)]
 
 
 @ALL
 def test_the_pseudo_inverse_is_that_of_dense_algebra(name):
     with jax.enable_x64(True):
         operator, x = named(name)
-        near = linearize(operator, 0 * x)
-        r = draw(*near.value.shape, seed=9)
+        r = draw(*jax.eval_shape(operator, x).shape, seed=9)
         matrix = dense(operator, x)
         expected = np.linalg.pinv(matrix, rcond=1e-10) @ np.ravel(r)
-        for gram in (None, near.gram):
-            found = pseudo_inverse(near.forward, near.backward, r, 3 * len(matrix), gram=gram)
+        for found in pseudo_inverses(operator, x, r, 3 * len(matrix)):
             np.testing.assert_allclose(found.ravel(), expected, atol=1e-5)
 
 
 def test_a_covariance_that_is_a_function_is_solved_by_conjugate_gradients():
     with jax.enable_x64(True):
         operator, x = named("shrunk, then masked")
-        near = linearize(operator, x)
-        root = draw(x.size, x.size, seed=11)
+        root = numbers(x.size, x.size, seed=11)
         covariance = root @ root.T / x.size
-        r = draw(*near.value.shape, seed=9) * operator.observed(near.value)
         matrix = dense(operator, x)
         system = matrix @ covariance @ matrix.T + 0.2**2 * np.eye(len(matrix))
 
         def apply(w):
             return (covariance @ w.ravel()).reshape(w.shape)
 
-        solved = solve_normal(near.forward, near.backward, apply, 0.2, r, 12)
+        @jax.jit
+        def solution(x):
+            near = linearize(operator, x)
+            r = draw(*near.value.shape, seed=9) * operator.observed(near.value)
+            return r, solve_normal(near.forward, near.backward, apply, 0.2, r, 12)
+
+        r, solved = solution(x)
         np.testing.assert_allclose(solved.ravel(), np.linalg.solve(system, r.ravel()), atol=1e-9)
         # Hidden entries stay exactly 0.
         np.testing.assert_array_equal(solved[..., 1], 0)
@@ -146,15 +188,22 @@ def test_a_covariance_that_is_a_function_is_solved_by_conjugate_gradients():
 
 def test_conjugate_gradients_stop_where_the_covariance_is_not_positive():
     with jax.enable_x64(True):
-        signs = jnp.float64([2.0, 1.0, -5.0])
-        near = linearize(Mask(jnp.ones(3)), jnp.zeros(3))
-        r = jnp.float64([1.0, 1.0, 0.5])
-        solved = solve_normal(near.forward, near.backward, lambda w: signs * w, 0.1, r, 8)
+        signs = np.float64([2.0, 1.0, -5.0])
+        r = np.float64([1.0, 1.0, 0.5])
+        mask = Mask(jnp.ones(3))
+
+        @jax.jit
+        def solutions(r):
+            near = linearize(mask, jnp.zeros(3))
+            maps = near.forward, near.backward
+            of_signs = solve_normal(*maps, lambda w: signs * w, 0.1, r, 8)
+            return of_signs, solve_normal(*maps, lambda w: -w, 2.0, r, 8)
+
+        solved, negative = solutions(r)
         # The second direction has negative curvature, so the first step is kept: all directions
         # along r, with r^T r / r^T V r.
         step = (r @ r) / (r @ (signs * r) + 0.01 * (r @ r))
         np.testing.assert_allclose(solved, step * r, rtol=1e-12)
-        negative = solve_normal(near.forward, near.backward, lambda w: -w, 2.0, r, 8)
         np.testing.assert_array_equal(negative, 0)
 
 
@@ -164,9 +213,15 @@ def test_a_composition_is_one_operator_after_another():
         x = draw(2, ROWS, COLUMNS)
         y = draw(2, 2, 3, seed=2)
         both = Composition(outer, inner)
-        np.testing.assert_array_equal(both(x), outer(inner(x)))
-        one_by_one = adjoint(inner, x)(adjoint(outer, x)(y))
-        np.testing.assert_allclose(adjoint(both, x)(y), one_by_one, rtol=1e-14)
+
+        @jax.jit
+        def values(x, y):
+            one_by_one = outer(inner(x)), adjoint(inner, x)(adjoint(outer, x)(y))
+            return (both(x), adjoint(both, x)(y)), one_by_one
+
+        (value, backward), (expected_value, expected_backward) = values(x, y)
+        np.testing.assert_array_equal(value, expected_value)
+        np.testing.assert_allclose(backward, expected_backward, rtol=1e-14)
         assert both.linear
         assert not Composition(outer, Decoded(jnp.tanh, inner)).linear
 
@@ -179,13 +234,19 @@ def test_a_decoded_operator_is_linearized_with_its_jacobian():
             return jnp.tanh(matrix @ z).reshape(ROWS, COLUMNS)
 
         operator = Decoded(decode, Downsample(2))
-        near = linearize(operator, x)
-        jacobian = jax.jacobian(operator)(x)
-        np.testing.assert_allclose(near.value, operator(x), rtol=1e-14)
-        np.testing.assert_allclose(near.forward(x), jacobian @ x, rtol=1e-12)
         y = draw(2, 3, seed=2)
-        np.testing.assert_allclose(near.backward(y), jnp.einsum("ab,abx->x", y, jacobian))
-        assert near.gram is None
+
+        @jax.jit
+        def values(x, y):
+            near = linearize(operator, x)
+            assert near.gram is None
+            found = near.value, near.forward(x), near.backward(y)
+            return found, operator(x), jax.jacobian(operator)(x)
+
+        (value, forward, backward), expected, jacobian = values(x, y)
+        np.testing.assert_allclose(value, expected, rtol=1e-14)
+        np.testing.assert_allclose(forward, np.dot(jacobian, x), rtol=1e-12)
+        np.testing.assert_allclose(backward, np.einsum("ab,abx->x", y, jacobian))
         with pytest.raises(ValueError, match="linear operator, got Decoded"):
             adjoint(operator, x)
 
@@ -209,21 +270,27 @@ def test_any_linear_function_may_add_a_constant():
 
 
 def test_operators_keep_the_dtype_of_x():
-    image = jnp.ones((ROWS, COLUMNS), jnp.bfloat16)
-    kernel = jnp.ones((3, 3), jnp.float32) / 9
+    image = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.bfloat16)
+    kernel = jnp.asarray(np.full((3, 3), 1 / 9, np.float32))
+
+    def there_and_back(operator, x):
+        y = operator(x)
+        return y, adjoint(operator, x)(y)
+
     for operator in (Mask(jnp.ones(COLUMNS, bool)), Blur(kernel), Downsample(2)):
-        y = operator(image)
+        y, x = eqx.filter_eval_shape(there_and_back, operator, image)
         assert y.dtype == jnp.bfloat16
-        assert adjoint(operator, image)(y).dtype == jnp.bfloat16
+        assert x.dtype == jnp.bfloat16
 
 
 def test_blur_is_numpys_convolution():
     with jax.enable_x64(True):
         x, kernel = draw(9), draw(3, seed=1)
         expected = np.convolve(x, kernel, "same")
-        np.testing.assert_allclose(Blur(kernel, (0,), circular=False)(x), expected, atol=1e-14)
+        found = applied(Blur(kernel, (0,), circular=False), x)
+        np.testing.assert_allclose(found, expected, atol=1e-14)
         by_fft = np.fft.ifft(np.fft.fft(x) * np.fft.fft(kernel, 9)).real
-        circular = Blur(kernel, (0,))(x)
+        circular = applied(Blur(kernel, (0,)), x)
         np.testing.assert_allclose(circular, np.roll(by_fft, -1), atol=1e-14)
 
 
