@@ -84,13 +84,16 @@ def pictures(page: str) -> list[str]:
 def test_the_programs_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # Users, and optax, leave JAX's promotion of dtypes as it is.
-    with jax.numpy_dtype_promotion("standard"):
+    # Users, and optax, leave JAX's promotion of dtypes as it is, in every thread.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    try:
         for block in blocks(page, "python"):
             # The empty lines give tracebacks the line numbers of the page.
             program = compile("\n" * (block.line - 1) + block.text, str(PAGES[page]), "exec")
             if block.runs:
                 exec(program, names)
+    finally:
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
     for written in [*WRITTEN.get(page, ()), *pictures(page)]:
         assert (tmp_path / written).is_file(), written
     if page == "README.md":

@@ -324,7 +324,8 @@ def decide_attention(rows: Sequence[Row]) -> str:
     ratios = {}
     for (name, tokens), row in measured.items():
         other = measured.get(("cudnn", tokens))
-        if name == "flash_gpu" and other is not None:
+        # Speeds are 0 where nothing was timed.
+        if name == "flash_gpu" and other is not None and other["TFLOP/s"] > 0:
             ratios[tokens] = row["TFLOP/s"] / other["TFLOP/s"]
     worst = max(distances, key=lambda distance: (math.isnan(distance), distance))
     numbers = ", ".join(f"{ratio:.2f} x cudnn at {tokens}" for tokens, ratio in ratios.items())

@@ -55,7 +55,7 @@ class MatrixStack:
         return out[:, :, columns]
 
 
-def stored_as(plan: Plan, name: str, shape: tuple[int, ...]) -> list[Stored]:
+def block_storages(plan: Plan, name: str, shape: tuple[int, ...]) -> list[Stored]:
     """Return how each block of a stacked matrix is stored.
 
     **Arguments:** `name`, `shape`: of the leaf. Matrices that do not stay packed get one dtype.
@@ -116,7 +116,7 @@ def with_packed_matrices(plan: Plan) -> tuple[PyTree, dict[str, MatrixStack]]:
         name = path_name(path)
         if not isinstance(node, Dense) or not is_rounded(name):
             return node
-        stored = stored_as(plan, name, node.shape)
+        stored = block_storages(plan, name, node.shape)
         ways = list(dict.fromkeys(stored))
         if not any(isinstance(way, str) for way in ways):
             return node

@@ -23,7 +23,8 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
     sizes: dict[str, NetworkBytes] = {}
     for name in family.networks:
         config = configs.flux if name == family.transformer else None
-        sizes[name] = bytes_of_source(name, request.model, config=config, dtype=dtype)
+        source = request.load.source_of(name, request.model)
+        sizes[name] = bytes_of_source(name, source, config=config, dtype=dtype)
     beside, image_encoders = _condition_bytes(request)
     has_file = request.prompts is not None
     rows = request.batch if has_file else len(request.draws)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from fluxjax.checkpoint.load import load_with_block_weights
-from fluxjax.checkpoint.packed_leaves import stored_as
+from fluxjax.checkpoint.packed_leaves import block_storages
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import DEVICE_MEMORY, HOST_MEMORY, move_arrays
 from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight, StoredWeight
@@ -86,6 +86,6 @@ def _packed_format(plan: Plan, name: str, shape: tuple[int, ...]) -> str | None:
     """Return the format in which all blocks of a matrix stay packed; None if they are decoded."""
     if not is_rounded(name):
         return None
-    ways = set(stored_as(plan, name, shape))
+    ways = set(block_storages(plan, name, shape))
     way = ways.pop() if len(ways) == 1 else None
     return way if isinstance(way, str) else None

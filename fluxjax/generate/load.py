@@ -319,6 +319,12 @@ class LoadOptions:
     stream: bool = False
     unroll: bool = False
 
+    def source_of(self, name: str, model: str | Path) -> str | Path:
+        """Return where a network is loaded from: the model, or the file of its transformer."""
+        if self.transformer is not None and name in _TRANSFORMERS:
+            return self.transformer
+        return model
+
     def adapters_of(self, name: str) -> tuple[tuple[Lora, float], ...]:
         """Return the adapters that change a network."""
         role = KINDS[name].role
@@ -350,8 +356,7 @@ def load_network(
     **Arguments:** `name`: "flux", "chroma", "clip", "t5", "vae" or "controlnet". `note`: called
     with a line for each part of an adapter that has no effect.
     """
-    if options.transformer is not None and name in _TRANSFORMERS:
-        source = options.transformer
+    source = options.source_of(name, source)
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS
     if has_blocks and options.stream:

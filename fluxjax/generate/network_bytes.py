@@ -1,6 +1,7 @@
 """What a network takes in memory, from its shapes or from the headers of its files."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from fluxjax.checkpoint.family import hub_folder
 from fluxjax.checkpoint.kinds import KINDS, Kind, Network
 from fluxjax.checkpoint.locate import find_source
 from fluxjax.checkpoint.own_configs import NetworkConfig
+from fluxjax.checkpoint.packed_leaves import block_storages
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.generate.storages import storage_named
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.stack import is_rounded, leaf_names
 
 STREAMED = "streamed"
@@ -75,10 +78,13 @@ NOTHING = NetworkBytes(matrices=0, numbers=0, block=0, rest=0)
 """Of a network that is not there."""
 
 
-def network_bytes(network: Network, itemsizes: list[int], *, known: bool = True) -> NetworkBytes:
+def network_bytes(
+    network: Network, itemsizes: Sequence[float], *, known: bool = True
+) -> NetworkBytes:
     """Return the sizes of a network of shapes.
 
-    **Arguments:** `itemsizes`: bytes of a number of each leaf.
+    **Arguments:** `itemsizes`: bytes of a number of each leaf, which are fewer than 1 where weights
+    are packed.
     """
     matrices = numbers = rest = 0
     blocks: dict[str, int] = {}
@@ -86,16 +92,17 @@ def network_bytes(network: Network, itemsizes: list[int], *, known: bool = True)
         leaf_names(network), jax.tree.leaves(network), itemsizes, strict=True
     ):
         count = math.prod(leaf.shape)
+        nbytes = math.ceil(count * size)
         # Stacks of vectors have two axes, of matrices three.
         if not is_rounded(name) or len(leaf.shape) != 3:
-            rest += count * size
+            rest += nbytes
             continue
-        matrices += count * size
+        matrices += nbytes
         numbers += count
         if ".modulation." in name:
             continue  # used once, before the first step
         stack = name.partition(".")[0]
-        blocks[stack] = blocks.get(stack, 0) + count * size // max(leaf.shape[0], 1)
+        blocks[stack] = blocks.get(stack, 0) + nbytes // max(leaf.shape[0], 1)
     largest = max(blocks.values(), default=0)
     return NetworkBytes(matrices=matrices, numbers=numbers, block=largest, rest=rest, known=known)
 
@@ -105,11 +112,23 @@ def bytes_of_plan(plan: Plan, dtype: DTypeLike | None = None) -> NetworkBytes:
 
     **Arguments:** `dtype`: in which it is loaded; None for the files' own.
     """
-    itemsizes = []
+    itemsizes: list[float] = []
     leaves = jax.tree.leaves(plan.network)
     for name, leaf in zip(leaf_names(plan.network), leaves, strict=True):
-        itemsizes.append(loaded_dtype(plan, name, leaf.shape, dtype).itemsize)
+        if dtype is None and is_rounded(name) and len(leaf.shape) == 3:
+            itemsizes.append(_stored_itemsize(plan, name, leaf.shape))
+        else:
+            itemsizes.append(loaded_dtype(plan, name, leaf.shape, dtype).itemsize)
     return network_bytes(plan.network, itemsizes)
+
+
+def _stored_itemsize(plan: Plan, name: str, shape: tuple[int, ...]) -> float:
+    """Return the mean bytes of a number of a stack, of whose matrices some may stay packed."""
+    sizes = []
+    for stored in block_storages(plan, name, shape):
+        bits = PACKED_FORMATS[stored].bits if isinstance(stored, str) else 8 * stored.itemsize
+        sizes.append(bits / 8)
+    return sum(sizes) / max(len(sizes), 1)
 
 
 def bytes_of_config(

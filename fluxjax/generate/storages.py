@@ -12,7 +12,8 @@ class WeightStorage:
     """A format that matrices of blocks are rounded to.
 
     `name`: as of `quantize`. `bits`: of a weight, scales included. `error`: relative error of the
-    velocity, as measured on the tiny model (`tools/measure/measure_quantized.py`). `needs_fp8`:
+    velocity, as measured on the tiny model (`measure_quantized.py` and
+    `measure_storages.py` in `tools/measure`). `needs_fp8`:
     whether a device has to multiply fp8, since others would convert the weights in each step.
     """
 
@@ -29,8 +30,11 @@ class WeightStorage:
 STORAGES = (
     WeightStorage(name="int8", bits=8.01, error=0.013),
     WeightStorage(name="fp8", bits=8.01, error=0.029, needs_fp8=True),
+    WeightStorage(name="int8-128", bits=8.13, error=0.0046),
+    WeightStorage(name="nf4", bits=4.5, error=0.070),
+    WeightStorage(name="int4", bits=4.25, error=0.076),
 )
-"""The formats, the most exact first."""
+"""The formats in the order in which they are chosen: those first whose products are of 8 bits."""
 
 
 def storage_named(name: str) -> WeightStorage:

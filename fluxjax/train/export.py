@@ -66,7 +66,7 @@ def write_result(config: TrainConfig, setup: TrainingSetup, weights: WeightArray
     to_host = partial(_on_host, mesh=setup.mesh)
     is_writer = jax.process_index() == 0
     if isinstance(setup.step.part, TrainedAdapter):
-        lora = trained_adapter(setup, {name: to_host(leaf) for name, leaf in weights.items()})
+        lora = jax.tree.map(to_host, trained_adapter(setup, weights))
         dtype = jnp.dtype(config.output_dtype or "float32")
         if is_writer:
             own = setup.network.config
@@ -128,14 +128,14 @@ def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) 
 
 
 def _on_host(leaf: Array, mesh: jax.sharding.Mesh) -> Any:
-    """Return an array in the memory of this process, gathered from all processes.
+    """Return an array in the host's memory, gathered from all processes.
 
-    One array at a time, so that no device has to hold the whole network.
+    One array at a time, so that no accelerator has to hold the whole network.
     """
     if not leaf.is_fully_addressable:
         whole = NamedSharding(mesh, PartitionSpec())
         leaf = jax.jit(lambda x: x, out_shardings=whole)(leaf)
-    return np.asarray(leaf)
+    return jax.device_put(np.asarray(leaf), jax.local_devices(backend="cpu")[0])
 
 
 def _dtype(name: str | None) -> DTypeLike | None:

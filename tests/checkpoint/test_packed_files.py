@@ -11,6 +11,7 @@ from fluxjax import Flux, FluxConfig, WeightsError, convert_weights, load_flux, 
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.bitsandbytes import QuantState, decode_four_bits
 from fluxjax.checkpoint.gguf_rounding import round_to_gguf
+from fluxjax.generate.network_bytes import bytes_of_source
 from fluxjax.lora import init_lora
 from fluxjax.nets import GroupedWeight, PackedWeight, decode_weights
 from fluxjax.nets.packed_formats import NF4_CODES
@@ -174,6 +175,8 @@ def test_a_written_gguf_file_is_read_by_its_package_and_by_fluxjax(tmp_path):
     assert kinds["img_in.bias"] == "F32"
     flux = load_flux(path)
     assert flux.double.txt.mlp.down.weight.format == "Q4_K"
+    packed = sum(leaf.nbytes for leaf in jax.tree.leaves(flux) if leaf.dtype == np.uint8)
+    assert bytes_of_source("flux", path).matrices == packed  # as memory is planned
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     raw = by_name["single_blocks.3.linear1.weight"].data
     np.testing.assert_array_equal(flux.single.linear1.weight.value[3], raw)

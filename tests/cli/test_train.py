@@ -54,6 +54,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Users, and optax, leave JAX's promotion of dtypes as it is, also in the worker's thread."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
 def write(folder, name, output, method="lora", more=""):
     path = folder / name
     path.write_text(CONFIG.format(output=folder / output, method=method, more=more))
