@@ -13,8 +13,10 @@ from fluxjax.shapes import Array, Float
 
 VAE_MEMORY = 1.5 * 2**30
 """Bytes that the whole VAE of FLUX.1 needs for 1024x1024 in bfloat16, beside its weights."""
-_COPIES = 4
-"""Copies of the features of a tile that a program holds; three of those of a whole image."""
+_COPIES = 3
+"""Copies of its features that a program holds, of a tile and of a whole image."""
+_ATTENTION_COPIES = 4
+"""Copies of the features of the attention: what enters it, keys, values, and one for their loop."""
 _LOGITS = 0.2 * 2**30
 """Bytes of the attention's logits: a chunk of them in float32, and its exponentials."""
 
@@ -91,13 +93,13 @@ def whole_bytes(config: VaeConfig, rows: int, columns: int, size: int) -> float:
 
     **Arguments:** `rows`, `columns`: of the latent. `size`: bytes of a number.
     """
-    return 3 * rows * columns * _widest_features(config) * size
+    return _COPIES * rows * columns * _widest_features(config) * size
 
 
 def strips_bytes(config: VaeConfig, rows: int, columns: int, size: int, strips: VaeStrips) -> float:
     """Return the bytes that a VAE needs to run an image in strips; arguments as `whole_bytes`."""
     cells, channels = rows * columns, config.channels[::-1]
-    attention = _COPIES * cells * channels[0] * size + _LOGITS
+    attention = _ATTENTION_COPIES * cells * channels[0] * size + _LOGITS
     features = [4**level * channels[level] for level in range(strips.stored)]
     strip = strips.rows * columns * features[-1]
     halo = 2 * decoder_reach(config, strips.stored)

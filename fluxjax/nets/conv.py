@@ -164,6 +164,8 @@ def _convolve(
 
     **Returns:** the result in the dtype of `product_dtype`.
     """
+    if _as_products(x, kernel, stride):
+        return _convolve_by_products(x[0], kernel, padding)[None]
     return _convolve_to(product_dtype(x), x, kernel, stride, padding)
 
 
@@ -196,8 +198,6 @@ def _convolve_to(
     padding: Padding,
 ) -> Array:
     """Convolve, with a result of `dtype`."""
-    if _as_products(x, kernel, stride):
-        return _convolve_by_products(dtype, x[0], kernel, padding)[None]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -246,14 +246,14 @@ def _as_products(x: Array, kernel: Array, stride: int) -> bool:
 
 
 def _convolve_by_products(
-    dtype: DTypeLike,
     x: Cells,
     kernel: KernelArray,
     padding: Padding,
 ) -> OutCells:
     """Convolve with a stride of 1, as one matrix product for each cell of the kernel.
 
-    A block of rows is computed at a time, so that the sums of its products stay in the cache.
+    A block of rows is computed at a time, so that the sums of its products stay in the cache. For
+    gradients, which would be summed over blocks in bfloat16, it is not used.
     """
     side, _, channels, out = kernel.shape
     rows, columns = (
@@ -267,7 +267,7 @@ def _convolve_by_products(
 
     def convolve_block(number: Array) -> Array:
         read = jax.lax.dynamic_slice_in_dim(padded, number * block, block + side - 1)
-        total = jnp.zeros((block * columns, out), wide_dtype(dtype))
+        total = jnp.zeros((block * columns, out), product_dtype(x))
         for row in range(side):
             for column in range(side):
                 cells = read[row : row + block, column : column + columns]
@@ -277,7 +277,7 @@ def _convolve_by_products(
                     (((1,), (0,)), ((), ())),
                     preferred_element_type=total.dtype,
                 )
-        return total.astype(dtype)
+        return total
 
     found = jax.lax.map(convolve_block, jnp.arange(blocks))
     return found.reshape(-1, columns, out)[:rows]

@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ from bench_tpu import eight_bits, packed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from fluxjax import Flux, FluxConfig, unroll
+from fluxjax import Flux, FluxConfig, Vae, unroll
+from fluxjax.devices import choose_strips, strip_vae
 from fluxjax.generate import TextStates
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
+from fluxjax.nets import VaeConfig
 from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS
 
@@ -232,11 +235,56 @@ def transformer_row(
     }
 
 
+def vae_row(kind: str, device: Any, call: str, side: int, memory: float | None) -> dict[str, Any]:
+    """Compile the VAE's `call`, "decode" or "encode", of a square image in bfloat16.
+
+    `memory`: bytes that it may need, from which strips are chosen; None runs the whole image.
+    """
+    config, where = VaeConfig.flux(), SingleDeviceSharding(device)
+
+    def struct(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+
+    vae = eqx.filter_eval_shape(Vae, config, key=jax.random.key(0))
+    vae = jax.tree.map(lambda leaf: struct(*leaf.shape), vae)
+    cells = side // config.factor
+    x = struct(16, cells, cells) if call == "decode" else struct(side, side, 3)
+    strips = None
+    if memory is not None:
+        strips = choose_strips(config, side, side, dtype=jnp.bfloat16, memory=memory)
+
+    def run(vae: Vae, x: jax.Array) -> jax.Array:
+        return getattr(vae if strips is None else strip_vae(vae, strips), call)(x)
+
+    gpu = SimpleNamespace(
+        platform="gpu", compute_capability=f"{GPUS[kind]['major']}.{GPUS[kind]['minor']}"
+    )
+    with pretended(gpu):
+        lowered = jax.jit(run).lower(vae, x)
+    start = time.perf_counter()
+    program = lowered.compile()
+    return {
+        "bench": "gpu-aot",
+        "chip": kind,
+        "what": f"VAE, {call}",
+        "jax": jax.__version__,
+        "side": side,
+        "strips": None if strips is None else asdict(strips),
+        "temporaries GB": round(program.memory_analysis().temp_size_in_bytes / 1e9, 3),
+        "compile s": round(time.perf_counter() - start, 1),
+    }
+
+
 def bench_gpu_aot(options: argparse.Namespace) -> list[dict]:
     """Compile for each kind of GPU, and print each row at once."""
     found = []
     for kind in options.chips:
         (device,) = gpu_topology(kind).devices
+        for call, side, memory in _VAES if options.vae else ():
+            found.append(vae_row(kind, device, call, side, memory))
+            print(found[-1], flush=True)
+        if options.vae:
+            continue
         for tokens, batch in [
             *((tokens, None) for tokens in options.tokens),
             *([(1536, 2)] if options.tokens else []),
@@ -262,6 +310,20 @@ _TRANSFORMERS = [
 ]
 
 
+_VAES = [
+    ("decode", 1024, None),
+    ("decode", 1024, 1e9),
+    ("decode", 2048, None),
+    ("decode", 2048, 1.5e9),
+    ("decode", 4096, None),
+    ("decode", 4096, 1.5e9),
+    ("decode", 4096, 3e9),
+    ("decode", 4096, 6e9),
+    ("encode", 4096, None),
+    ("encode", 4096, 1.5e9),
+]
+
+
 def add_commands(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
@@ -276,4 +338,5 @@ def add_commands(commands: Any) -> None:
         default=[4608, 4352, 1536, 4133, 77],
         help="(default: %(default)s)",
     )
+    parser.add_argument("--vae", action="store_true", help="only the VAE, whole and in strips")
     parser.add_argument("--output", type=Path, help="append the rows as JSON lines to this file")
