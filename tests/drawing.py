@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from layouts import random_network
 
 from fluxjax import Guidance, ImageBatch, Models, Recipe, flow_times
@@ -28,12 +29,13 @@ def encoded(models, texts, *, max_length=13, encode=encode_text, mesh=None):
 
 def batch_of(models, images, *, height=48, width=80, negative=False, step=Euler(), guidance=3.5):
     """Return a batch of images of the tiny model, each with a prompt of its own."""
-    texts = [PROMPTS[number % 3] for number in range(images)]
-    negatives = [NEGATIVES[number % 3] for number in range(images)]
+    # All in one batch, so that the encoders are compiled once for all sizes of batches.
+    texts = encoded(models, [*PROMPTS, *NEGATIVES])
+    numbers = np.arange(images) % len(PROMPTS)
     noise = noise_batch(KEY, range(images), height, width, channels=16)
     return prompt_batch(
-        encoded(models, texts),
-        encoded(models, negatives) if negative else None,
+        texts.rows(numbers),
+        texts.rows(numbers + len(PROMPTS)) if negative else None,
         noise=noise,
         keys=step_keys(KEY, range(images), step),
         distilled=None if guidance is None else jnp.float32(guidance),
@@ -44,4 +46,13 @@ def recipe_of(steps=2, step=Euler(), attention=None, **guidance) -> Recipe:
     return Recipe(flow_times(steps), step, Guidance(**guidance), attention)
 
 
-__all__ = ["KEY", "NEGATIVES", "PROMPTS", "ImageBatch", "batch_of", "encoded", "recipe_of", "with_small_vae"]
+__all__ = [
+    "KEY",
+    "NEGATIVES",
+    "PROMPTS",
+    "ImageBatch",
+    "batch_of",
+    "encoded",
+    "recipe_of",
+    "with_small_vae",
+]
