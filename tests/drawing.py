@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from layouts import random_network
 
 from fluxjax import Guidance, ImageBatch, Models, Recipe, flow_times
@@ -31,11 +30,12 @@ def batch_of(models, images, *, height=48, width=80, negative=False, step=Euler(
     """Return a batch of images of the tiny model, each with a prompt of its own."""
     # All in one batch, so that the encoders are compiled once for all sizes of batches.
     texts = encoded(models, [*PROMPTS, *NEGATIVES])
-    numbers = np.arange(images) % len(PROMPTS)
+    numbers = [number % len(PROMPTS) for number in range(images)]
+    negatives = [number + len(PROMPTS) for number in numbers]
     noise = noise_batch(KEY, range(images), height, width, channels=16)
     return prompt_batch(
         texts.rows(numbers),
-        texts.rows(numbers + len(PROMPTS)) if negative else None,
+        texts.rows(negatives) if negative else None,
         noise=noise,
         keys=step_keys(KEY, range(images), step),
         distilled=None if guidance is None else jnp.float32(guidance),
