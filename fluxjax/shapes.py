@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar, ScalarLike, UInt8, UInt32
 
 if TYPE_CHECKING:
     from beartype import BeartypeConf
@@ -69,6 +69,7 @@ __all__ = [
     "ScalarLike",
     "Times",
     "Tokens",
+    "UInt8",
     "UInt32",
     "beartype_conf",
     "checked",

@@ -42,14 +42,20 @@ the latent of an image and its mask, 64 + 256, or the latent of a control image.
 class Model:
     """A named model.
 
-    `repository`: its hub id, or None for the one that ships with the package. `takes`: what it is
-    conditioned on beside a prompt: "fill" for an image and a mask, "control" for edges or depth,
-    "reference" for an image that is edited, None for nothing.
+    `repository`: its hub id, or None for the one that ships with the package. `double_blocks`:
+    of its transformer, where they are not those of the family. `licence`: of its weights; the dev
+    licence of Black Forest Labs allows no commercial use. `takes`: what it is conditioned on beside
+    a prompt: "fill" for an image and a mask, "control" for edges or depth, "reference" for an image
+    that is edited, None for nothing. `adapters`: names of LoRA adapters that ship with the package,
+    by what the model takes with them.
     """
 
     repository: str | None
     defaults: Defaults
+    double_blocks: int | None = None
+    licence: str = "FLUX.1 dev, non-commercial"
     takes: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def appended_features(self) -> int:
@@ -129,13 +135,16 @@ FLUX1 = Family(
         # noise, so its times are shifted more than dev's.
         "tiny": Model(
             repository=None,
+            licence="Apache-2.0",
             defaults=Defaults(
                 steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65
             ),
+            adapters={"fill": "fill", "control": "edges"},
         ),
         "dev": Model(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
         "schnell": Model(
             repository="black-forest-labs/FLUX.1-schnell",
+            licence="Apache-2.0",
             defaults=Defaults(steps=4, guidance=None, max_length=256, shift=False),
         ),
         "krea": Model(
@@ -162,13 +171,16 @@ FLUX1 = Family(
             takes="reference",
         ),
         # dev with 8 of its 19 double blocks.
-        "lite": Model(repository="Freepik/flux.1-lite-8B", defaults=Defaults()),
+        "lite": Model(repository="Freepik/flux.1-lite-8B", defaults=Defaults(), double_blocks=8),
         # schnell, trained until it needs true guidance and more steps again.
         "openflux": Model(
-            repository="ostris/OpenFLUX.1", defaults=Defaults(guidance=None, cfg=3.5)
+            repository="ostris/OpenFLUX.1",
+            licence="Apache-2.0",
+            defaults=Defaults(guidance=None, cfg=3.5),
         ),
         "libreflux": Model(
             repository="jimmycarter/LibreFLUX",
+            licence="Apache-2.0",
             defaults=Defaults(guidance=None, cfg=4.0, visible_padding=0, shift=False),
         ),
     },
@@ -191,6 +203,7 @@ CHROMA = Family(
     models={
         "chroma": Model(
             repository="lodestones/Chroma1-HD",
+            licence="Apache-2.0",
             defaults=Defaults(steps=40, guidance=None, cfg=4.0, visible_padding=1),
         ),
     },

@@ -52,6 +52,7 @@ WHOLE_PROGRAMS = {
         "generate/test_tiny.py",
         "generate/test_tiny_regions.py",
         "test_docs.py",
+        "tools/test_probe_run.py",
     )
 }
 """What runs whole commands, pages and models, minutes in all: only with --programs, as CI does."""

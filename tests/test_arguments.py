@@ -139,6 +139,10 @@ CALLS = {
 }
 # With networks, files or devices: tested in their folders, or below.
 ELSEWHERE = {
+    train.bucket_sizes,
+    train.encode_examples,
+    train.load_encoders,
+    train.open_batches,
     f.text_to_image,
     f.controlnet_condition,
     f.image_to_image,
@@ -175,6 +179,8 @@ ELSEWHERE = {
     f.merge,
     f.unmerge,
     f.attach,
+    f.init_dora,
+    f.init_lokr,
     f.init_lora,
     f.write_lora,
     f.extract_lora,

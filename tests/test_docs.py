@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import OPTIONS
 
 import fluxjax
 from fluxjax import read_image, sample
@@ -19,7 +20,10 @@ from fluxjax.cli.main import build_parser
 from fluxjax.flow import uniform_times
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+DOCS = ROOT / "docs"
+PAGES = {"README.md": ROOT / "README.md"}
+"""Each page by its path within docs."""
+PAGES |= {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md"))}
 ON_EACH_PAGE = pytest.mark.parametrize("page", PAGES)
 FENCE = re.compile(
     r"^(?P<note><!-- not run: .+ -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.S | re.M
@@ -28,9 +32,17 @@ WRITTEN = {
     "README.md": ["star.png"],
     "sampling.md": ["six.json"],
     "weights.md": ["tiny-own/flux.safetensors", "flux.safetensors", "my-model/fluxjax.json"],
+    "recipes/export.md": ["step.bin"],
+    "recipes/finetuning.md": ["stripes.safetensors"],
 }
-"""Files that the programs of a page write."""
+"""Files that the programs of a page write, beside the pictures that the page shows."""
+FOREIGN = "coming_from.md"
+"""Its tables begin with the names of other programs."""
+GENERATED = DOCS / "reference" / "command_line.md"
+"""A page of the site that `tools/site/hooks.py` makes."""
 MAX_COLUMNS = 100
+LARGEST_PICTURE = 15_000
+"""Bytes of a picture of a recipe."""
 
 
 class Block(NamedTuple):
@@ -54,23 +66,36 @@ def blocks(page: str, kind: str) -> Iterator[Block]:
 
 
 def prose(page: str) -> str:
-    """Return a page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", PAGES[page].read_text(), flags=re.S | re.M)
+    """Return a page without its blocks of code, and without the names of other programs."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(), flags=re.S | re.M)
+    if page == FOREIGN:
+        text = re.sub(r"^\|[^|]+\|", "| |", text, flags=re.M)
+    return text
+
+
+def pictures(page: str) -> list[str]:
+    """Return the names of the pictures beside a recipe."""
+    if not page.startswith("recipes/"):
+        return []
+    return re.findall(r"^!\[.+\]\((\w+\.png)\)$", prose(page), re.M)
 
 
 @ON_EACH_PAGE
 def test_the_programs_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # Users, and optax, leave JAX's promotion of dtypes as it is.
-    with jax.numpy_dtype_promotion("standard"):
+    # Users, and optax, leave JAX's promotion of dtypes as it is, in every thread.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    try:
         for block in blocks(page, "python"):
             # The empty lines give tracebacks the line numbers of the page.
             program = compile("\n" * (block.line - 1) + block.text, str(PAGES[page]), "exec")
             if block.runs:
                 exec(program, names)
-    for written in WRITTEN.get(page, ()):
-        assert (tmp_path / written).is_file()
+    finally:
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+    for written in [*WRITTEN.get(page, ()), *pictures(page)]:
+        assert (tmp_path / written).is_file(), written
     if page == "README.md":
         assert read_image("star.png").shape == (128, 128, 3)
 
@@ -144,11 +169,9 @@ def test_the_tools_that_a_page_runs_exist(page):
 
 @ON_EACH_PAGE
 def test_the_options_that_a_page_names_exist(page):
-    options = set()
-    for path in [*ROOT.glob("fluxjax/cli/*.py"), *ROOT.glob("tools/**/*.py")]:
+    options = set().union(*OPTIONS.values())
+    for path in ROOT.glob("tools/**/*.py"):
         options |= set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
-    # As in "--height" of `for name in ("height", "width")`.
-    options |= {"--height", "--width"}
     for code in re.findall(r"`([^`]+)`", prose(page)):
         if not code.startswith(("LIBTPU", "pip")):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code)) <= options, code
@@ -160,6 +183,8 @@ def test_the_links_of_a_page_lead_somewhere(page):
         path, _, heading = target.partition("#")
         if not path.startswith("https://"):
             file = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+            if file == GENERATED:
+                continue
             assert file.exists(), target
             assert not heading or heading in anchors(file), target
 
@@ -181,6 +206,16 @@ def test_the_text_of_a_page_is_wrapped(page):
     for line in prose(page).splitlines():
         fits = len(line) <= MAX_COLUMNS
         assert fits or line.startswith(("|", "![", "python3 -m venv")), line
+
+
+def test_pictures_of_recipes_are_small():
+    for picture in (DOCS / "recipes").glob("*.png"):
+        assert picture.stat().st_size <= LARGEST_PICTURE, picture.name
+
+
+def test_the_list_of_recipes_names_each_one():
+    recipes = {Path(page).name for page in PAGES if page.startswith("recipes/")} - {"index.md"}
+    assert set(re.findall(r"\]\((\w+\.md)\)", prose("recipes/index.md"))) == recipes
 
 
 def test_a_newcomer_can_read_the_readme_in_ten_minutes():

@@ -15,7 +15,9 @@ LAYERS = {
     "shapes": 0,
     "numeric": 0,
     "printable": 0,
+    "suggestions": 0,
     "annotations": 0,
+    "cache_folder": 0,
     "arguments": 1,
     "flow": 2,
     "kernels": 2,
@@ -25,8 +27,8 @@ LAYERS = {
     "devices": 6,
     "lora": 6,
     "generate": 7,
-    "train": 7,
-    "cli": 8,
+    "train": 8,
+    "cli": 9,
 }
 FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
 

@@ -25,6 +25,7 @@ from fluxjax.checkpoint.packed import (
     SCALE_DTYPES,
     USE_ANOTHER_FILE,
     Arrays,
+    PackedRows,
     PackedTensor,
     StoredParts,
     nibble_pairs,
@@ -33,6 +34,7 @@ from fluxjax.checkpoint.packed import (
 )
 from fluxjax.checkpoint.scaled_formats import times_scale
 from fluxjax.checkpoint.tensors import StoredTensor, Tensor
+from fluxjax.nets.packed_formats import NF4_CODES, PACKED_FORMATS
 from fluxjax.printable import printable, printable_path, quote_name
 
 # Of 4 bits: the description of a weight is a tensor, whose name ends in the format's.
@@ -113,7 +115,8 @@ def _combine_four_bits(tensors: dict[str, Tensor], state_name: str) -> None:
             "file again."
         )
     decode = partial(decode_four_bits, state=state)
-    tensors[name] = packed_tensor(format.upper(), state.shape, parts, decode)
+    rows = PackedRows("nf4", partial(_nf4_rows, state=state)) if _stays(parts, state) else None
+    tensors[name] = packed_tensor(format.upper(), state.shape, parts, decode, rows)
 
 
 def _quant_state(fields: Mapping[str, object]) -> QuantState | None:
@@ -179,18 +182,42 @@ def decode_four_bits(arrays: Arrays, *, state: QuantState) -> np.ndarray:
 
     **Source:** Dettmers et al. 2023 (2305.14314), section 3.
     """
-    absmax = arrays["absmax"].reshape(-1)
-    if state.nested_block is not None:
-        codes = arrays["nested_quant_map"].astype(np.float32).reshape(-1)
-        nested_absmax = arrays["nested_absmax"].reshape(-1)
-        absmax = _times_block_factors(codes[absmax], nested_absmax, state.nested_block)
-        absmax = absmax + np.float32(state.offset)
     codes = arrays["quant_map"].astype(np.float32).reshape(-1)
     pairs = nibble_pairs(codes, high_first=True)
     # bitsandbytes stores the bytes under other dtypes too.
     packed = arrays["weight"].reshape(-1).view(np.uint8)
     values = pairs[packed].reshape(-1)[: prod(state.shape)]
-    return _times_block_factors(values, absmax, state.block)
+    return _times_block_factors(values, _magnitudes(arrays, state), state.block)
+
+
+def _magnitudes(arrays: Arrays, state: QuantState) -> np.ndarray:
+    """Return the largest magnitude of each block of values."""
+    absmax = arrays["absmax"].reshape(-1)
+    if state.nested_block is None:
+        return absmax
+    codes = arrays["nested_quant_map"].astype(np.float32).reshape(-1)
+    nested_absmax = arrays["nested_absmax"].reshape(-1)
+    absmax = _times_block_factors(codes[absmax], nested_absmax, state.nested_block)
+    return absmax + np.float32(state.offset)
+
+
+def _stays(parts: StoredParts, state: QuantState) -> bool:
+    """Return whether a weight's rows divide into blocks of NF4 as `PackedWeight` has them."""
+    size = PACKED_FORMATS["nf4"].values
+    if len(state.shape) != 2 or state.shape[1] % size or state.block % size:
+        return False
+    codes = parts["quant_map"].view().astype(np.float32).reshape(-1)
+    return bool(np.array_equal(codes, np.asarray(NF4_CODES, np.float32)))
+
+
+def _nf4_rows(arrays: Arrays, *, state: QuantState) -> np.ndarray:
+    """Return the rows of a weight as blocks of NF4, each with its magnitude in float32."""
+    size = PACKED_FORMATS["nf4"].values
+    codes = arrays["weight"].reshape(-1).view(np.uint8).reshape(-1, size // 2)
+    # Larger blocks become several of this size.
+    magnitudes = np.repeat(_magnitudes(arrays, state), state.block // size)[: len(codes)]
+    scales = magnitudes.astype("<f4").view(np.uint8).reshape(-1, 4)
+    return np.concatenate([scales, codes], axis=1).reshape(state.shape[0], -1)
 
 
 def _times_block_factors(values: np.ndarray, factors: np.ndarray, block: int) -> np.ndarray:

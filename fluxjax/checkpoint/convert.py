@@ -11,10 +11,10 @@ from fluxjax.checkpoint.atomic import check_free
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.defaults import defaults_to_json, load_defaults, write_pipeline
 from fluxjax.checkpoint.detect import Source, open_source
-from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.family import family_of_networks, family_of_source, hub_folder
 from fluxjax.checkpoint.folders import DEFAULTS_FILE
+from fluxjax.checkpoint.gguf_layout import check_written_as
 from fluxjax.checkpoint.identify import AnyFoundNetwork
 from fluxjax.checkpoint.inspect import list_names
 from fluxjax.checkpoint.kinds import KINDS
@@ -58,24 +58,26 @@ def convert_weights(
     Nothing is at the destination until all of it is written.
 
     **Arguments:** `source`: a zoo name, a file or a folder of any layout, or a hub id.
-    `destination`: a new folder, or a new file that ends in .safetensors. `to`: "own" (leaves
-    stacked as in memory), "diffusers" (a folder), "bfl" or "comfy". `dtype`: of the weights; None
-    keeps them bit by bit, and decodes scaled fp8 and GGUF's blocks to bfloat16; float8 is for the
-    matrices of the transformer's and the encoders' linear layers. `only`: one or some of "flux",
-    "t5", "clip", "vae", "controlnet", "siglip", "clip_vision", "redux", "ip_adapter". `shard_size`:
-    the most bytes of a file, for a folder of the own or the diffusers layout. `transform`: changes
-    the weights on the way, such as `merge_while_converting(loras)`. `progress`: is called with the
-    bytes written so far and their total.
+    `destination`: a new folder, or a new file that ends in .safetensors or .gguf. `to`: "own"
+    (leaves stacked as in memory), "diffusers" (a folder), "bfl", "comfy", or "gguf" (a transformer,
+    in one file). `dtype`: of the weights; None keeps them bit by bit, and decodes scaled fp8 and
+    GGUF's blocks to bfloat16; float8 is for the matrices of the transformer's and the encoders'
+    linear layers; with "gguf", "Q8_0", "Q4_K" and "Q4_0" are for the matrices of blocks. `only`:
+    one or some of "flux", "t5", "clip", "vae", "controlnet", "siglip", "clip_vision", "redux",
+    "ip_adapter". `shard_size`: the most bytes of a file, for a folder of the own or the diffusers
+    layout. `transform`: changes the weights on the way, such as `merge_while_converting(loras)`.
+    `progress`: is called with the bytes written so far and their total.
     **Returns:** the destination.
     **Raises:** `WeightsError` for weights that are incomplete or that the layout can't hold, a full
     disk, or tensors of none of the networks; `FileExistsError` if there is something at the
     destination, also if it has appeared meanwhile; `ValueError` for a destination that has no
     name, and for a dtype that is not written.
     """
-    target = check_target("convert_weights(destination)", destination)
+    check_layout("convert_weights(to)", to)
+    target = check_target("convert_weights(destination)", destination, to)
     _check_options(to, shard_size, single_file=target.is_file)
     check_free(target.path)
-    stored = check_written_dtype("convert_weights", dtype)
+    stored = check_written_as("convert_weights", dtype, to)
     chosen = _chosen_kinds(only)
     path = find_source(source, _folders(source, chosen))
     networks = _chosen_networks(open_source(path), chosen)
@@ -110,8 +112,7 @@ def _folders(source: str | Path, chosen: Sequence[str] | None) -> Sequence[str]:
 
 
 def _check_options(layout: str, shard_size: int | None, *, single_file: bool) -> None:
-    """**Raises:** `ValueError` for another layout, or shards of a layout that has none."""
-    check_layout("convert_weights(to)", layout)
+    """**Raises:** `ValueError` for shards of a layout that has none."""
     if shard_size is None:
         return
     if single_file or layout not in FOLDER_LAYOUTS or shard_size < 1:

@@ -12,12 +12,14 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.gguf_header import GgufEntry, read_gguf_header
 from fluxjax.checkpoint.tensors import (
     BFLOAT16,
+    BYTES,
     StoredTensor,
     Tensor,
     TensorFile,
     check_overlaps,
     check_tensor_end,
 )
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.printable import printable_path, quote_name
 
 _PLAIN_DTYPES = {
@@ -31,7 +33,7 @@ _CHUNK_SIZE = 4_194_304  # values decoded at a time; it bounds the memory of tem
 
 @dataclass(frozen=True)
 class GgufTensor(Tensor):
-    """A tensor in one of GGUF's block formats, loaded as bfloat16 unless requested otherwise.
+    """A tensor in one of GGUF's block formats, decoded to bfloat16 unless requested otherwise.
 
     `format`: the name of the block format. `offset`: its first byte in the file. `row_bytes`: bytes
     of the blocks of one row.
@@ -50,6 +52,17 @@ class GgufTensor(Tensor):
     def storage(self) -> str:
         """The name of the block format."""
         return self.format
+
+    @property
+    def packed_format(self) -> str | None:
+        """The block format, if matrices are multiplied in it; else None."""
+        return self.format if self.format in PACKED_FORMATS and len(self.shape) == 2 else None
+
+    def read_packed_rows(self, start: int, out: np.ndarray) -> None:
+        """Read the blocks of rows, from row `start` on, into an array of bytes."""
+        all_rows = (prod(self.shape[:-1]), self.row_bytes)
+        blocks = StoredTensor(self.file, BYTES, all_rows, self.offset)
+        blocks.rows(start, start + len(out)).read_into(out)
 
     def view(self) -> np.ndarray:
         """Return the values, decoded to float32."""

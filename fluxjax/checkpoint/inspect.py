@@ -31,8 +31,8 @@ class Summary:
     it is; None for others.
     `files`: their names. `parameters`: how many numbers; None if its config is not known.
     `nbytes`: its bytes in the files. `storage`: bytes by how they are stored. `loads_as`: the dtype
-    of most weights when loaded. `problems`: keys that are missing, unexpected, misshapen or
-    repeated. `error`: why its config is not known.
+    or packed format of most weights when loaded. `problems`: keys that are missing, unexpected,
+    misshapen or repeated. `error`: why its config is not known.
     """
 
     kind: str
@@ -163,7 +163,7 @@ def _summarize(network: AnyFoundNetwork) -> Summary:
     values_by_dtype: Counter[str] = Counter()
     for tensor in network.tensors.values():
         bytes_by_storage[tensor.storage] += tensor.nbytes
-        values_by_dtype[str(tensor.dtype)] += tensor.size
+        values_by_dtype[tensor.packed_format or str(tensor.dtype)] += tensor.size
     return Summary(
         kind=network.kind.name,
         title=network.kind.title,

@@ -27,8 +27,8 @@ from fluxjax.checkpoint.tensor_layout import shape_in_file, to_file
 from fluxjax.checkpoint.weights import Weights, parameter_names, parameters_of, widest
 from fluxjax.nets.stack import is_stacked, leaf_names
 
-LAYOUTS = ("own", "diffusers", "bfl", "comfy")
-"""fluxjax's own, with leaves as in memory; diffusers' folder; BFL's files; ComfyUI's files."""
+LAYOUTS = ("own", "diffusers", "bfl", "comfy", "gguf")
+"""fluxjax's own, with leaves as in memory; diffusers' folder; BFL's and ComfyUI's files; GGUF."""
 FOLDER_LAYOUTS = ("own", "diffusers")
 """The layouts of which a folder can hold a whole model, with its tokenizers."""
 _TABLES = frozenset(("tokens.weight", "positions.weight", "position_bias.weight", "mode_in.weight"))
@@ -131,17 +131,22 @@ def _output_file(
             of_network = dialect_tensors(network, _dialect_of(network, layout), dtype)
         for key, tensor in of_network.items():
             tensors[prefix + key] = tensor
+    metadata = json.dumps(own_metadata(networks, layout))
+    return OutputFile(path, tensors, {OWN_METADATA: metadata})
+
+
+def own_metadata(networks: Sequence[NetworkToWrite], layout: str) -> JsonObject:
+    """Return what fluxjax's entry in the metadata of a file says of its networks."""
     configs, origins = {}, {}
     for network in networks:
         configs[network.kind.name] = own_configs.to_dict(network.config)
         origins[network.kind.name] = network.origin
-    metadata = {
+    return {
         "layout": layout,
         "parts": configs,
         "origin": origins,
         "version": _version(),
     }
-    return OutputFile(path, tensors, {OWN_METADATA: json.dumps(metadata)})
 
 
 def _version() -> str:

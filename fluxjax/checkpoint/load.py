@@ -1,6 +1,8 @@
-"""A plan's leaves into memory, onto devices, or rounded to 8 bits as they are read."""
+"""A plan's leaves into memory, onto devices, or rounded to fewer bits as they are read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -13,8 +15,9 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.dtypes import loaded_dtype
 from fluxjax.checkpoint.kinds import Network
-from fluxjax.checkpoint.plan import Plan
-from fluxjax.nets.quantized import QuantizedWeight, eight_bit_dtype, empty_quantized, put_block
+from fluxjax.checkpoint.packed_leaves import MatrixStack, with_packed_matrices
+from fluxjax.checkpoint.plan import Index, Plan
+from fluxjax.nets.rounding import check_quantization, empty_rounded, fitting_format, put_block
 from fluxjax.nets.stack import is_rounded, is_stacked, leaf_names, path_name
 from fluxjax.nets.weight import Dense, Weight
 
@@ -29,19 +32,32 @@ def load(plan: Plan, *, dtype: DTypeLike | None = None, sharding: Shardings = No
     """Fill a network with the tensors of a checkpoint.
 
     **Arguments:** `dtype`: of the weights; None keeps the file's, of blocks that are stacked the
-    widest. float64 becomes float32 unless `jax_enable_x64` is on. `sharding`: where the leaves
-    go; a process reads no more of a tensor than its own devices hold.
+    widest, and packed matrices of blocks stay packed; otherwise they are decoded. float64 becomes
+    float32 unless `jax_enable_x64` is on. `sharding`: where the leaves go; a process reads no more
+    of a tensor than its own devices hold.
     **Returns:** the network with arrays as leaves.
     **Raises:** `WeightsError` that names a tensor with NaN or infinity, or with a value that the
     dtype can't hold; `ValueError` for a pytree of shardings with another number of leaves.
     """
-    leaves, structure = jax.tree.flatten(plan.network)
-    shardings = _one_per_leaf(sharding, plan.network, len(leaves))
+    network = plan.network
+    stacks: dict[str, MatrixStack] = {}
+    if dtype is None:
+        network, stacks = with_packed_matrices(plan)
+    leaves, structure = jax.tree.flatten(network)
+    shardings = _one_per_leaf(sharding, network, len(leaves))
     arrays = []
-    for name, leaf, place in zip(leaf_names(plan.network), leaves, shardings, strict=True):
-        target = loaded_dtype(plan, name, leaf.shape, dtype)
+    for name, leaf, place in zip(leaf_names(network), leaves, shardings, strict=True):
+        if isinstance(leaf, jax.Array):
+            # Numbers of blocks, which no file has.
+            arrays.append(jax.device_put(leaf, place))
+            continue
+        if name in stacks:
+            read = partial(stacks[name].read, plan)
+        else:
+            target = loaded_dtype(plan, name, leaf.shape, dtype)
+            read = partial(plan.leaf, name, leaf.shape, target)
         # Waiting bounds the memory: only one leaf at a time is both on the host and on the device.
-        arrays.append(jax.block_until_ready(_place(plan, name, leaf.shape, target, place)))
+        arrays.append(jax.block_until_ready(_place(read, leaf.shape, place)))
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -62,20 +78,17 @@ def _one_per_leaf(sharding: Shardings, network: Network, count: int) -> Sequence
 
 
 def _place(
-    plan: Plan, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None
 ) -> jax.Array:
     """Return a leaf as an array on the devices of its sharding.
 
-    **Arguments:** `name`, `shape`: of the leaf. `dtype`: to load it in. `sharding`: None for the
-    default device.
+    **Arguments:** `read`: returns a region of it. `sharding`: None for the default device.
     """
     if sharding is None or (sharding.is_fully_replicated and sharding.is_fully_addressable):
-        values = plan.leaf(name, shape, dtype, (slice(None),) * len(shape))
+        values = read((slice(None),) * len(shape))
         return jax.device_put(values, sharding, may_alias=True)
     # `device_put` would send the whole leaf to other processes, or compare theirs with it.
-    return jax.make_array_from_callback(
-        shape, sharding, lambda index: plan.leaf(name, shape, dtype, index or ())
-    )
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
 
 
 MakeWeight = Callable[[str, tuple[int, ...], np.dtype], Weight]
@@ -111,7 +124,8 @@ def load_with_block_weights(
         plan.network,
         is_leaf=lambda node: isinstance(node, Dense),
     )
-    loaded = load(Plan(rest, plan.sources, plan.parameters), dtype=dtype)
+    # A plan of another class, as of merged weights, stays one.
+    loaded = load(replace(plan, network=rest), dtype=dtype)
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():
         target = loaded_dtype(plan, name, shape, dtype)
@@ -128,18 +142,21 @@ def load_with_block_weights(
 
 
 def load_quantized(plan: Plan, format: str, *, dtype: DTypeLike | None = None) -> Network:
-    """Load a network with its blocks' matrices rounded to 8 bits, as by `quantize`.
+    """Load a network with its blocks' matrices rounded to fewer bits, as by `quantize`.
 
     They are rounded block by block as they are read, so that a whole matrix of all blocks is
     never in memory in its own dtype.
 
-    **Arguments:** `format`: "int8" or "fp8". `dtype`: as for `load`, of what is not rounded.
+    **Arguments:** `format`: one of `QUANTIZATIONS`. `dtype`: as for `load`, of what is not rounded.
     **Returns:** the network. **Raises:** as `load`, and `ValueError` for another format.
     """
-    eight_bits = eight_bit_dtype(format)
+    check_quantization(format)
 
-    def read(name: str, shape: tuple[int, ...], source_dtype: np.dtype) -> QuantizedWeight:
-        weight = empty_quantized(shape, eight_bits)
+    def read(name: str, shape: tuple[int, ...], source_dtype: np.dtype) -> Weight:
+        fitting = fitting_format(shape, format)
+        if fitting is None:
+            return Dense(_place(partial(plan.leaf, name, shape, source_dtype), shape, None))
+        weight = empty_rounded(shape, fitting)
         for block in range(shape[0]):
             values = plan.leaf(name, shape, source_dtype, block_index(shape, block))
             weight = put_block(weight, jnp.asarray(values[0]), block)

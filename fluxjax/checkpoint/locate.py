@@ -10,6 +10,7 @@ from fluxjax.checkpoint.hub import cached_file, cached_folder, fetch_file, fetch
 from fluxjax.checkpoint.hub_errors import explain_hub_errors
 from fluxjax.checkpoint.json_file import read_json
 from fluxjax.checkpoint.shipped import tiny_folder
+from fluxjax.suggestions import suggestion
 from fluxjax.zoo import FAMILIES, FLUX1, ZOO, Family, family_of, named_model
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model")
@@ -45,7 +46,7 @@ def find_source(source: str | Path, folders: Iterable[str], *, cached: bool = Fa
         return download(name, folders, cached=cached, verify=False)
     raise FileNotFoundError(
         f"There is no {name!r}. Pass a known model ({', '.join(ZOO)}), a model's folder, a "
-        ".safetensors or .gguf file, or a hub id."
+        f".safetensors or .gguf file, or a hub id.{suggestion(name, ZOO)}"
     )
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.tensors import BFLOAT16, StoredTensor, Tensor
+from fluxjax.checkpoint.tensors import BFLOAT16, BYTES, StoredTensor, Tensor
 from fluxjax.printable import printable_path, quote_name
 
 SCALE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """The dtypes of scales."""
-BYTES = np.dtype(np.uint8)
 INT8 = np.dtype(np.int8)
 USE_ANOTHER_FILE = "Use the model's bfloat16, scaled fp8 or GGUF file."
 _MOST_DESCRIPTION_BYTES = 100_000  # the JSON in a tensor; those that exist have some hundred
@@ -27,16 +26,29 @@ Decoder = Callable[[Arrays], np.ndarray]
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """A weight's rows in a format of `PackedWeight`.
+
+    `format`: of these. `pack`: returns all rows as bytes from the values of the stored tensors.
+    """
+
+    format: str
+    pack: Callable[[Arrays], np.ndarray]
+
+
+@dataclass(frozen=True)
 class PackedTensor(Tensor):
     """A weight decoded from several tensors, loaded as bfloat16 unless requested otherwise.
 
     `format`: the name of the storage format. `parts`: the tensors that store the weight. `decode`:
-    computes the weight from their values, every time that it is read.
+    computes the weight from their values, every time that it is read. `rows`: how it stays packed;
+    None if it can't.
     """
 
     format: str
     parts: StoredParts
     decode: Decoder
+    rows: PackedRows | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,17 +62,35 @@ class PackedTensor(Tensor):
 
     def view(self) -> np.ndarray:
         """Return the values, decoded to float32."""
-        arrays = {role: part.view() for role, part in self.parts.items()}
+        arrays = self._arrays()
         # Large exponents overflow to infinity. An error names the weight once it is loaded.
         with np.errstate(over="ignore", invalid="ignore"):
             return self.decode(arrays).reshape(self.shape)
 
+    def _arrays(self) -> Arrays:
+        return {role: part.view() for role, part in self.parts.items()}
+
+    @property
+    def packed_format(self) -> str | None:
+        """The format in which the rows can stay; None if they can't."""
+        return None if self.rows is None else self.rows.format
+
+    def read_packed_rows(self, start: int, out: np.ndarray) -> None:
+        """Write rows in the packed format, from row `start` on, into an array of bytes."""
+        if self.rows is None:
+            raise NotImplementedError(f"{self.format} has no packed rows.")
+        out[...] = self.rows.pack(self._arrays())[start : start + len(out)]
+
 
 def packed_tensor(
-    format: str, shape: tuple[int, ...], parts: StoredParts, decode: Decoder
+    format: str,
+    shape: tuple[int, ...],
+    parts: StoredParts,
+    decode: Decoder,
+    rows: PackedRows | None = None,
 ) -> PackedTensor:
     """Return a weight stored in `parts`, one of which has the role "weight"."""
-    return PackedTensor(parts["weight"].file, BFLOAT16, shape, format, parts, decode)
+    return PackedTensor(parts["weight"].file, BFLOAT16, shape, format, parts, decode, rows)
 
 
 def read_description(tensor: Tensor, name: str, required: str) -> Mapping[str, Any]:

@@ -152,11 +152,7 @@ class Plan(Weights):
             if not all_finite(source.tensor.view()):
                 damaged = source
                 break
-        raise WeightsError(
-            f"{printable_path(damaged.tensor.file)}: {quote_name(damaged.key)} holds NaN or "
-            "infinity, with which every image is black. The file is damaged, or its training "
-            "diverged. Download it again, or use another one."
-        )
+        raise not_finite_error(damaged)
 
     def _sources_of(self, names: Sequence[str]) -> list[TensorRows]:
         sources: list[TensorRows] = []
@@ -179,7 +175,7 @@ class Plan(Weights):
         for axis_slice, size in zip(index, shape, strict=True):
             start, stop, _ = axis_slice.indices(size)
             bounds.append((start, stop))
-        out = _aligned_array(_sizes(bounds), dtype)
+        out = aligned_array(_sizes(bounds), dtype)
         if not is_stacked(name):
             self.fill(name, out, bounds)
             return out
@@ -213,7 +209,16 @@ def _sizes(bounds: Bounds) -> Shape:
     return tuple(stop - start for start, stop in bounds)
 
 
-def _aligned_array(shape: Shape, dtype: np.dtype) -> np.ndarray:
+def not_finite_error(source: TensorRows) -> WeightsError:
+    """Return the error for a tensor that holds NaN or infinity."""
+    return WeightsError(
+        f"{printable_path(source.tensor.file)}: {quote_name(source.key)} holds NaN or "
+        "infinity, with which every image is black. The file is damaged, or its training "
+        "diverged. Download it again, or use another one."
+    )
+
+
+def aligned_array(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """Return an uninitialized array whose memory begins where XLA:CPU can take it over."""
     nbytes = prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)

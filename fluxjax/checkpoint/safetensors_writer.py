@@ -64,12 +64,13 @@ def write_safetensors(
         reserve_space(file.fileno(), total)
         file.write(header)
         for name in order:
-            _write_tensor(file, name, tensors[name], report)
+            write_chunks(file, name, tensors[name], report)
 
 
-def _write_tensor(
+def write_chunks(
     file: BinaryIO, name: str, tensor: OutputTensor, report: ReportBytes | None
 ) -> None:
+    """Write the values of a tensor to an open file. Arguments as for `write_safetensors`."""
     written = 0
     for chunk in tensor.chunks():
         contiguous = np.ascontiguousarray(chunk, tensor.dtype)

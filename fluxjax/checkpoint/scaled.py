@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.checkpoint.packed import BYTES, USE_ANOTHER_FILE, StoredParts, read_description
+from fluxjax.checkpoint.packed import USE_ANOTHER_FILE, StoredParts, read_description
 from fluxjax.checkpoint.scaled_formats import E4M3, E5M2, FORMATS, MODELOPT_NVFP4, PartsError
-from fluxjax.checkpoint.tensors import StoredTensor, Tensor, TensorFile
+from fluxjax.checkpoint.tensors import BYTES, StoredTensor, Tensor, TensorFile
 from fluxjax.printable import printable, printable_path, quote_name
 
 # The last parts of the names of tensors that belong to the weight of a layer.

@@ -14,6 +14,7 @@ from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.printable import printable_path, quote_name
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BYTES = np.dtype(np.uint8)
 MOST_TENSORS = 20_000
 """Tensors that a file may hold: six times what the largest file of FLUX.1 has. A damaged header
 with this many is still refused within a moment."""
@@ -48,6 +49,18 @@ class Tensor(ABC):
     @abstractmethod
     def view(self) -> np.ndarray:
         """Return the values: memory-mapped if they are stored plainly, else decoded to float32."""
+
+    @property
+    def packed_format(self) -> str | None:
+        """The format of `PackedWeight` in which a matrix's rows can stay; None if they can't."""
+        return None
+
+    def read_packed_rows(self, start: int, out: np.ndarray) -> None:
+        """Read rows in the packed format, from row `start` on, into an array of bytes.
+
+        **Raises:** `WeightsError` if the file has become shorter since its header was read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no packed rows.")
 
 
 @dataclass(frozen=True)

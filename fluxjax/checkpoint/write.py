@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fluxjax.checkpoint.atomic import new_file, new_folder
 from fluxjax.checkpoint.config_fields import JsonObject
 from fluxjax.checkpoint.disk import explain_full_disk
+from fluxjax.checkpoint.gguf_layout import WrittenAs, gguf_file
+from fluxjax.checkpoint.gguf_writer import write_gguf
 from fluxjax.checkpoint.layouts import NetworkToWrite, OutputFile, output_files
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.printable import printable
 
 Progress = Callable[[int, int], object]
 """Is called after each piece that is written, with the bytes written so far and their total."""
-_OTHER_ENDINGS = (".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
+_FILE_ENDINGS = (".safetensors", ".gguf")
+_OTHER_ENDINGS = (".sft", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,19 @@ class Target:
     @property
     def is_file(self) -> bool:
         """Whether the checkpoint is one file."""
-        return self.path.suffix.lower() == ".safetensors"
+        return self.path.suffix.lower() in _FILE_ENDINGS
 
 
-def check_target(call: str, destination: str | Path) -> Target:
+def check_target(call: str, destination: str | Path, layout: str = "own") -> Target:
     """Return where to write. It may be anywhere on the disk, but must have a name.
 
-    **Arguments:** `call`: the function and its argument, for the message.
+    **Arguments:** `call`: the function and its argument, for the message. `layout`: to write.
     **Raises:** `ValueError` for a path without a name, or with the ending of a format that fluxjax
-    does not write.
+    does not write, or of another than the layout's.
     """
     path = Path(destination)
     # "a/.." and "" have no name of their own, to which a temporary folder could be renamed.
-    if path.name in ("", "..") or path.name.lower() == ".safetensors":
+    if path.name in ("", "..") or path.name.lower() in _FILE_ENDINGS:
         shown = printable(repr(str(destination)))
         raise ValueError(
             f"`{call}` needs a name for the new folder or file, got {shown}. "
@@ -54,6 +55,17 @@ def check_target(call: str, destination: str | Path) -> Target:
             f"`{call}` writes .safetensors files and folders, got {printable(path.name)}. "
             "End the name in .safetensors, or leave the ending out for a folder."
         )
+    is_gguf = path.suffix.lower() == ".gguf"
+    if layout == "gguf" and not is_gguf:
+        raise ValueError(
+            f"`{call}` writes the layout gguf to one file, got {printable(path.name)}. End the "
+            "name in .gguf."
+        )
+    if is_gguf and layout != "gguf":
+        raise ValueError(
+            f"`{call}` writes .safetensors files and folders in the layout {layout}, got "
+            f"{printable(path.name)}. End the name in .safetensors, or choose the layout gguf."
+        )
     return Target(path)
 
 
@@ -62,7 +74,7 @@ def write_networks(
     networks: Sequence[NetworkToWrite],
     layout: str,
     *,
-    dtype: np.dtype | None = None,
+    dtype: WrittenAs = None,
     shard_size: int | None = None,
     progress: Progress | None = None,
     write_rest: Callable[[Path], None] | None = None,
@@ -75,6 +87,13 @@ def write_networks(
     `FileExistsError` if there is something at the target, also if it has appeared meanwhile.
     """
     path = target.path
+    if layout == "gguf":
+        tensors, metadata = gguf_file(networks, dtype)
+        report = _counter(sum(one.content.nbytes for one in tensors.values()), progress)
+        write_gguf(path, tensors, metadata, report=report)
+        return
+    if isinstance(dtype, str):
+        raise ValueError(f"{dtype} is for the layout gguf, and not for {layout}.")
     if target.is_file:
         files = output_files(networks, layout, dtype=dtype, name=path.name)
         _write_all(path.parent, files, None, progress)
@@ -96,11 +115,12 @@ def _write_all(
     folder: Path, files: Sequence[OutputFile], shard_size: int | None, progress: Progress | None
 ) -> None:
     """Write files under a folder, and report the sum of the bytes written."""
-    report = None
-    if progress is not None:
-        total = sum(file.nbytes for file in files)
-        report = _ByteCounter(total, progress)
+    report = _counter(sum(file.nbytes for file in files), progress)
     write_files(folder, files, shard_size=shard_size, report=report)
+
+
+def _counter(total: int, progress: Progress | None) -> "_ByteCounter | None":
+    return None if progress is None else _ByteCounter(total, progress)
 
 
 class _ByteCounter:

@@ -42,6 +42,7 @@ class LazyChoices(Collection[str]):
 ATTENTIONS = LazyChoices("fluxjax.kernels.attention:IMPLEMENTATIONS")
 BLOCK_PRESETS = LazyChoices("fluxjax.kernels.block_sizes:PRESETS")
 CONTROL_MODES = LazyChoices("fluxjax.generate.controlnet:CONTROL_MODES")
+DATA_CONDITIONS = LazyChoices("fluxjax.train.data_settings:CONDITIONS")
 EDIT_METHODS = LazyChoices("fluxjax.generate.edit_methods:EDIT_METHODS", more=("kontext",))
 INTEGRATORS = LazyChoices("fluxjax.generate.samplers:INTEGRATORS")
 LAYOUTS = LazyChoices("fluxjax.checkpoint.layouts:LAYOUTS")
@@ -49,14 +50,15 @@ LORA_FORMATS = LazyChoices("fluxjax.lora.write:FORMATS")
 MESH_AXES = LazyChoices("fluxjax.devices.mesh:AXES")
 NETWORKS = LazyChoices("fluxjax.checkpoint.kinds:KINDS")
 PLACEMENTS = LazyChoices("fluxjax.generate.reference_ids:PLACEMENTS")
-QUANTIZATIONS = LazyChoices("fluxjax.nets.quantized:EIGHT_BITS")
+QUANTIZATIONS = LazyChoices("fluxjax.nets.rounding:QUANTIZATIONS")
 REDUX_RULES = LazyChoices("fluxjax.generate.redux:REDUX_RULES")
 REGION_RULES = LazyChoices("fluxjax.generate.regions:REGION_RULES")
 RULES = LazyChoices("fluxjax.generate.samplers:RULES")
 SOLVERS = LazyChoices("fluxjax.generate.restore_image:SOLVERS")
+TEXT_DTYPES = LazyChoices("fluxjax.train.data_settings:TEXT_DTYPES")
 TIMERS = LazyChoices("fluxjax.generate.samplers:TIMERS")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes of weights and activations; `jax.numpy.dtype` makes dtypes of the names."""
-FILE_DTYPES = (*DTYPES, "float8_e4m3")
-"""Dtypes in which weights are written to files."""
+FILE_DTYPES = (*DTYPES, "float8_e4m3", "Q8_0", "Q4_K", "Q4_0")
+"""What weights are written to files as: dtypes, and block formats of GGUF files."""

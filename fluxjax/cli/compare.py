@@ -10,6 +10,7 @@ from tqdm import tqdm
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.device import name_device
 from fluxjax.cli.output import encodable, writable
 from fluxjax.generate.compare import (
     Comparison,
@@ -20,8 +21,9 @@ from fluxjax.generate.compare import (
     write_comparison,
 )
 from fluxjax.generate.latents import check_size, seed_key
-from fluxjax.generate.limits import Demand, check_devices, check_memory, read_configs
+from fluxjax.generate.limits import check_devices, check_memory, read_configs
 from fluxjax.generate.load import Models, activation_dtype, load_models
+from fluxjax.generate.stage_memory import Demand
 from fluxjax.zoo import Defaults
 
 
@@ -32,10 +34,18 @@ def run_compare(options: argparse.Namespace) -> None:
     use_cache(options.compilation_cache)
     defaults = interruptible(load_defaults, options.model)
     _check_demand(options, defaults)
+    name_device()
     models = interruptible(load_models, options.model, dtype=_dtype_of(options))
     runs, images = _draw_runs(options, models)
     picture = np.asarray(comparison_grid(runs, images), np.float32) / 127.5 - 1
     metadata = {"prompt": options.prompt, "model": encodable(options.model)}
+    metadata["seed"] = str(options.seed)
+    for name in ("guidance", "cfg", "eta", "shift"):
+        value = getattr(options, name)
+        if value is not None:
+            metadata[name] = f"{value:g}"
+    if options.negative_prompt:
+        metadata["negative_prompt"] = options.negative_prompt
     rows = comparison_csv(runs)
     picture_path, table_path = write_comparison(folder, picture, rows, metadata)
     print(rows, end="")
@@ -72,6 +82,10 @@ def _draw_runs(options: argparse.Namespace, models: Models) -> tuple[list[Run], 
             steps=options.steps,
             reference_steps=options.reference_steps,
             guidance=options.guidance,
+            cfg=options.cfg,
+            negative_prompt=options.negative_prompt,
+            eta=options.eta,
+            shift=options.shift,
             height=options.height,
             width=options.width,
             dtype=_dtype_of(options),

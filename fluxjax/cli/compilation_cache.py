@@ -1,17 +1,14 @@
 """The folder in which compiled programs are kept from one run to the next."""
 
-import os
 from pathlib import Path
+
+from fluxjax.cache_folder import cache_folder
 
 
 def default_cache_folder() -> Path | None:
     """Return where compiled programs are kept by default, or None for a user without a home."""
-    cache_home = os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(cache_home or Path.home() / ".cache")
-    except RuntimeError:  # there is no home folder
-        return None
-    return base / "fluxjax" / "compiled"
+    folder = cache_folder()
+    return None if folder is None else folder / "compiled"
 
 
 def use_cache(folder: Path | None) -> None:

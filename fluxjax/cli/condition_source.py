@@ -10,15 +10,28 @@ from jax.typing import DTypeLike
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.draw import DrawHooks
 from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.generate.text import TextStates
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import APPENDED_FEATURES, Defaults
 
 ConditionOfSize = Callable[[int, int], AddedCondition]
 """(height, width) in pixels -> the condition of images of this size."""
+
+
+class ConditionNetwork(NamedTuple):
+    """A network of a condition.
+
+    `kind`: its name, as "controlnet". `source`: as for the function that loads it. `stays`: whether
+    it is used in every step, and not only before the first one.
+    """
+
+    kind: str
+    source: str
+    stays: bool = False
 
 
 class ConditionFacts(NamedTuple):
@@ -61,16 +74,32 @@ class ConditionSource:
     """A condition as plain values, before anything is loaded.
 
     It applies to every image that the command draws: those of one prompt, or of all lines of a
-    file. `features`: how many it appends to each image token. `texts`: those that it needs encoded
-    as prompts are.
+    file. `takes`: what a model has to take for it, as in `fluxjax.zoo.Model`, or None. `features`:
+    how many it appends to each image token. `texts`: those that it needs encoded as prompts are.
     """
 
     @property
+    def takes(self) -> str | None:
+        return None
+
+    @property
     def features(self) -> int:
-        return 0
+        return APPENDED_FEATURES.get(self.takes or "", 0)
 
     @property
     def texts(self) -> Sequence[str]:
+        return ()
+
+    def added_tokens(self, img_tokens: int, max_length: int) -> AddedTokens:
+        """Return what it adds to the tokens of an image of `img_tokens`.
+
+        **Arguments:** `max_length`: T5 tokens of a prompt.
+        """
+        return AddedTokens()
+
+    @property
+    def networks(self) -> Sequence[ConditionNetwork]:
+        """The networks that it loads."""
         return ()
 
     def change_defaults(self, defaults: Defaults) -> Defaults:

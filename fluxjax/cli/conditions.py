@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fluxjax.cli.condition_source import (
     ConditionFacts,
+    ConditionNetwork,
     ConditionOfSize,
     ConditionParts,
     ConditionSource,
@@ -36,11 +37,12 @@ from fluxjax.generate.control import control_condition
 from fluxjax.generate.controlnet import ControlSettings, controlnet_condition
 from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
+from fluxjax.generate.limits import controlnet_config
 from fluxjax.generate.load import load_network
+from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.printable import printable
 from fluxjax.shapes import Image
-from fluxjax.zoo import APPENDED_FEATURES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +58,8 @@ class ControlSource(ConditionSource):
     is_canny: bool
 
     @property
-    def features(self) -> int:
-        return APPENDED_FEATURES["control"]
+    def takes(self) -> str:
+        return "control"
 
     def describe(self) -> Mapping[str, str]:
         about = {"control": describe_file(self.path)}
@@ -108,6 +110,14 @@ class ControlNetSource(ConditionSource):
     image: Image
     settings: ControlSettings
     loaded: dict[str, ControlNet]
+
+    @property
+    def networks(self) -> Sequence[ConditionNetwork]:
+        return (ConditionNetwork("controlnet", self.source, stays=True),)
+
+    def added_tokens(self, img_tokens: int, max_length: int) -> AddedTokens:
+        config = controlnet_config(self.source)
+        return AddedTokens(residuals=config.double_depth + config.single_depth)
 
     def check(self, facts: ConditionFacts) -> None:
         mesh = facts.load.mesh

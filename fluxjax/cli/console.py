@@ -30,6 +30,8 @@ _POLL_SECONDS = 0.2
 _WORKER_STACK = 64 * 2**20
 """Bytes of the worker thread's stack. On some systems threads get less than the main thread has,
 and compilers recurse deeply."""
+_MOST_REASON = 300
+"""Characters of the reason why memory ran out: the rest lists allocations."""
 _MAX_MESSAGE = 2000
 """Characters of an error message that are printed."""
 
@@ -99,8 +101,12 @@ def _explain_machine_error(error: Exception) -> str | None:
     """Return a message about an error of the machine, or None for a defect of the program."""
     text = str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        reason = text or "out of memory"
-        return f"There is not enough memory ({reason}). Choose a smaller image or batch."
+        reason = text.strip().split("\n")[0][:_MOST_REASON] or "out of memory"
+        return (
+            f"There is not enough memory ({reason}). `fluxjax plan` with the same options shows "
+            "what fits: a smaller --batch or image, --quantize int8, or --stream-blocks. Of a GPU, "
+            "JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
+        )
     if "Unable to initialize backend" in text or "No visible" in text:
         return (
             f"JAX finds no such device: {text}. Unset JAX_PLATFORMS, or install JAX for the device."
@@ -142,6 +148,39 @@ def stop_signals() -> Iterator[None]:
         yield
     finally:
         _received_signals.clear()
+        for number, original in original_handlers.items():
+            signal.signal(number, original)
+
+
+class PendingSignal:
+    """A signal that was received, and is to be acted on between two steps.
+
+    `number`: of the first one; None before.
+    """
+
+    number: int | None = None
+
+
+@contextmanager
+def deferred_signals() -> Iterator[PendingSignal]:
+    """Note the first SIGINT, SIGTERM or SIGHUP within the block, instead of raising `Stopped`.
+
+    The block looks at the number between two steps, and ends itself. A second signal ends the
+    process at once. In another thread than the main one nothing is changed.
+    """
+    pending = PendingSignal()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if pending.number is not None:
+            os._exit(128 + number)
+        pending.number = number
+
+    original_handlers = _replaceable_handlers()
+    for number in original_handlers:
+        signal.signal(number, handle)
+    try:
+        yield pending
+    finally:
         for number, original in original_handlers.items():
             signal.signal(number, original)
 

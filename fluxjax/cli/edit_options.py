@@ -13,6 +13,7 @@ from fluxjax.cli.options import (
     MAX_STEPS,
     SIDES,
     LineField,
+    NameOrFile,
     OptionGroup,
     canvas_margins,
     file_path,
@@ -31,6 +32,7 @@ from fluxjax.cli.shared_options import (
     add_compilation_cache,
     add_guidance,
     add_integrator,
+    add_mesh,
     add_output_folder,
     add_quantize,
     add_rule,
@@ -51,6 +53,12 @@ _DEFAULTS_OF_GENERATE = {
     "overwrite": False,
     "integrator": "euler",
     "eta": None,
+    "churn": None,
+    "vae_memory": None,
+    "aspect": None,
+    "first_image": 0,
+    "seeds": None,
+    "quiet": False,
     "nag": None,
     "cache": None,
     "attention": None,
@@ -163,7 +171,7 @@ def _add_kontext_options(group: OptionGroup) -> None:
         action="store_true",
         help="keep the sizes of the images, rounded to multiples of 16 pixels (default: resize "
         "each to a size that Kontext was made for, of about 1024x1024 pixels and nearest "
-        "proportions)",
+        "proportions, unless the model is meant for much smaller ones)",
     )
     for name in ("height", "width"):
         group.add_argument(
@@ -232,6 +240,7 @@ def add_restore_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_restoration_options(parser.add_argument_group("restoration"))
     _add_common_options(parser, "restore")
+    add_mesh(parser.add_argument_group("devices"))
     # Decoupled needs other times than drawing.
     parser.set_defaults(timer=None)
 
@@ -337,11 +346,12 @@ def _add_sampling_options(group: OptionGroup) -> None:
     )
     group.add_argument(
         "--timer",
-        choices=TIMERS,
+        type=NameOrFile(TIMERS, ".json", "model"),
         default="model",
         metavar="NAME",
-        help="spacing of the sampling times: %(choices)s (default: model; for restore, except by "
-        "proximal, ddnm and flowdps, flux_static with --shift 0.333)",
+        help="spacing of the sampling times: %(type)s (default: model; for restore, except by "
+        "proximal, ddnm and flowdps, flux_static with --shift 0.333), or a JSON file of times from "
+        "1 to 0, which also sets their number",
     )
     add_shift(group)
     add_guidance(group)

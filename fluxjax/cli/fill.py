@@ -20,7 +20,6 @@ from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.fill import Mask, fill_image
 from fluxjax.generate.masks import read_mask
 from fluxjax.shapes import Array, Float, Image
-from fluxjax.zoo import APPENDED_FEATURES
 
 Canvas = Float[Array, "new_height new_width 3"]
 """An image, larger than the picture where it is drawn around."""
@@ -45,7 +44,7 @@ def _fill_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
         about["mask"] = describe_file(options.mask)
         if options.binary_mask:
             about["mask"] += ", binary"
-    request = request_of_size(options, size_of(image), features=APPENDED_FEATURES["fill"])
+    request = request_of_size(options, size_of(image), takes="fill")
     draw = partial(fill_image, image=image, mask=mask, prompt=prompt)
     evaluations = request.recipe.step.evaluations
     size = size_of(image)

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,23 @@ from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.condition_source import ConditionOfSize, ConditionParts
 from fluxjax.cli.conditions import load_conditions
 from fluxjax.cli.console import complain, raise_problems
+from fluxjax.cli.device import name_device
 from fluxjax.cli.jobs import check_together, join_job
+from fluxjax.cli.memory import with_plan
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
 from fluxjax.cli.request import Request, check_request_memory, read_request
 from fluxjax.cli.starts import StartFacts, StartImage, describe_start, read_start, start_facts
-from fluxjax.devices.offload import fetch, offload, residency
+from fluxjax.devices.offload import fetch, free, offload, residency
+from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.autoencode import encode
-from fluxjax.generate.draw import ImageBatch, Recipe, draw_batch
+from fluxjax.generate.draw import (
+    DenoisedBatch,
+    ImageBatch,
+    Recipe,
+    decode_batch,
+    denoise_batch,
+)
 from fluxjax.generate.image import read_metadata, write_numbered, write_png
 from fluxjax.generate.image_to_image import Start, begin_from_images
 from fluxjax.generate.latents import keys_of_steps, noise_batch, seed_key, step_keys
@@ -48,6 +58,8 @@ def generate(options: argparse.Namespace) -> None:
     check_devices()
     use_cache(options.compilation_cache)
     request = read_request(options)
+    # Once nothing is wrong with the options: a mistake of theirs is one line.
+    name_device(quiet=options.quiet)
     if request.line is not None:
         _draw_prompt(request, request.line)
     elif request.prompts is not None:
@@ -96,6 +108,15 @@ class _Images(NamedTuple):
     reused: int
 
 
+class _Latents(NamedTuple):
+    """A denoised batch. `finite_prompts`: which of its prompts are. `starts`: what each image was
+    drawn from, or None."""
+
+    denoised: DenoisedBatch
+    finite_prompts: np.ndarray
+    starts: Sequence[StartImage | None]
+
+
 class _Group(NamedTuple):
     """Images that are drawn together.
 
@@ -121,10 +142,12 @@ def _draw_prompt(request: Request, line: Line) -> None:
     if facts is not None:
         request = request.at_size(*facts.padded)
         check_request_memory(request)
-    groups = [_Group(one, request, facts) for one in batches(request.images, request.batch)]
+    request = with_plan(request)
+    draws = request.draws
+    groups = [_Group(one, request, facts) for one in batches(len(draws), request.batch)]
     written: list[Path] = []
     reused = 0
-    with _clock(request, groups, silent=not is_writer) as clock:
+    with _clock(request, groups, silent=not is_writer or request.quiet) as clock:
         stages = _Stages(clock, request)
         encoders = stages.load_encoders()
         stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
@@ -135,27 +158,68 @@ def _draw_prompt(request: Request, line: Line) -> None:
         del encoders
         networks = stages.load_networks(texts)
         stages.show_memory(kept, networks)
-        for group in groups:
-            numbers = group.numbers
-            seeds = [(line.seed, number) for number in numbers]
-            starts = [start] * len(numbers)
-            rows = prompts.rows([0] * len(numbers))
-            drawn = stages.draw(networks, rows, group, seeds, starts)
-            reused += drawn.reused
-            # The last group repeats its last number.
-            for number, image, lost in zip(
-                dict.fromkeys(numbers), drawn.images, drawn.lost, strict=False
-            ):
-                if lost is not None:
-                    raise ValueError(f"Image {number} {_not_finite(lost)}")
-                changes = {} if facts is None else facts.description
-                metadata = request.metadata(line, networks.guidance_text, changes)
-                metadata["image"] = str(number)
-                if is_writer:
-                    written.append(write_numbered(image, request.folder, metadata))
+        drawn = _draw_groups(stages, networks, prompts, groups, start)
+        changes = {} if facts is None else facts.description
+        for group, images in zip(groups, drawn, strict=True):
+            reused += images.reused
+            about = {}
+            for number in group.numbers:
+                own = line._replace(seed=draws[number][0])
+                metadata = request.metadata(own, networks.guidance_text, changes)
+                about[number] = {**metadata, "image": str(draws[number][1])}
+            written += _write_prompt_images(request, images, about)
     if is_writer:
-        _print_report(clock, request, reused, groups)
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
         print("\n".join(str(path) for path in written))
+
+
+def _draw_groups(
+    stages: "_Stages",
+    networks: _Networks,
+    prompts: _Prompts,
+    groups: Sequence[_Group],
+    start: StartImage | None,
+) -> Iterator[_Images]:
+    """Draw the images of one prompt, batch by batch.
+
+    Where the plan says so, or nothing follows, the transformer is freed before they are decoded;
+    all batches are denoised before.
+
+    **Arguments:** `start`: what the images start from.
+    """
+    request = stages.request
+    draws = request.draws
+    frees = len(groups) == 1 or (request.choice is not None and request.choice.frees)
+    denoised = []
+    for group in groups:
+        rows = prompts.rows([0] * len(group.numbers))
+        seeds = [draws[number] for number in group.numbers]
+        denoised.append(stages.denoise(networks, rows, group, seeds, [start] * len(seeds)))
+        if not frees:
+            yield stages.decode(networks.vae, denoised.pop())
+    if frees:
+        free(networks.flux)
+        for one in denoised:
+            yield stages.decode(networks.vae, one)
+
+
+def _write_prompt_images(
+    request: Request, drawn: _Images, about: Mapping[int, Mapping[str, str]]
+) -> list[Path]:
+    """Write the images of a batch of one prompt; return their paths.
+
+    **Arguments:** `about`: the metadata of each different image, in order.
+    **Raises:** `ValueError` for one that is not finite.
+    """
+    written = []
+    # The last group repeats its last image.
+    for metadata, image, lost in zip(about.values(), drawn.images, drawn.lost, strict=False):
+        if lost is not None:
+            raise ValueError(f"Image {metadata['image']} {_not_finite(lost)}")
+        if jax.process_index() == 0:
+            written.append(write_numbered(image, request.folder, metadata))
+    return written
 
 
 class _Work(NamedTuple):
@@ -187,8 +251,9 @@ def _draw_file(request: Request, path: Path) -> None:
     written = 0
     if work.lines:
         groups = _group_lines(request, work, min(request.batch, max(len(lines), 1)))
+        request = _with_plan_of_largest(request, groups)
         reused = 0
-        with _clock(request, groups) as clock:
+        with _clock(request, groups, silent=request.quiet) as clock:
             stages = _Stages(clock, request)
             encoders = stages.load_encoders()
             networks = stages.load_networks(stages.encode_conditions(encoders))
@@ -201,11 +266,13 @@ def _draw_file(request: Request, path: Path) -> None:
                 count, more = _write_lines(request, networks, chosen, drawn, work)
                 written += count
                 problems += more
-        _print_report(clock, request, reused, groups)
-    print(
-        f"{written} images written to {request.folder}, {work.present} were there, "
-        f"{len(lines)} lines in all"
-    )
+        if not request.quiet:
+            _print_report(clock, request, reused, groups)
+    if not request.quiet:
+        print(
+            f"{written} images written to {request.folder}, {work.present} were there, "
+            f"{len(lines)} lines in all"
+        )
     raise_problems(path, problems)
 
 
@@ -260,6 +327,18 @@ def _group_lines(request: Request, work: _Work, size: int) -> list[_Group]:
     return groups
 
 
+def _with_plan_of_largest(request: Request, groups: Sequence[_Group]) -> Request:
+    """Return a request with the plan for the largest images of a file."""
+    largest = max(groups, key=lambda group: group.request.height * group.request.width)
+    planned = with_plan(largest.request)
+    return replace(
+        request,
+        choice=planned.choice,
+        offload_encoders=planned.offload_encoders,
+        description=planned.description,
+    )
+
+
 def _draw_lines(
     stages: "_Stages",
     encoders: _Encoders,
@@ -271,7 +350,8 @@ def _draw_lines(
     prompts = stages.encode(encoders, lines)
     seeds = [(line.seed, 0) for line in lines]
     starts = [read_start(line) for line in lines]
-    return stages.draw(networks, prompts, group, seeds, starts)
+    denoised = stages.denoise(networks, prompts, group, seeds, starts)
+    return stages.decode(networks.vae, denoised)
 
 
 def _write_lines(
@@ -295,6 +375,8 @@ def _write_lines(
             overwrite = line.id in work.replaced
             write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
             written += 1
+            if request.quiet:
+                print(line.image(request.folder))
     return written, problems
 
 
@@ -353,10 +435,12 @@ class _Stages(NamedTuple):
         request.check_conditions(flux.config)
         scale = distilled_guidance(flux, request.defaults, request.distilled)
         vae = self._load("vae")
+        if request.vae_memory is not None:
+            vae = limit_vae_memory(vae, request.vae_memory)
         parts = ConditionParts(
             flux=flux,
             vae=vae,
-            load=request.load,
+            load=request.load_of(request.family.transformer),
             dtype=request.dtype,
             hooks=self.clock,
             time_load=self.clock.load,
@@ -367,7 +451,7 @@ class _Stages(NamedTuple):
     def _load(self, name: str) -> Any:
         request = self.request
         return self.clock.load(
-            name, lambda: load_network(name, request.model, request.load, note=complain)
+            name, lambda: load_network(name, request.model, request.load_of(name), note=complain)
         )
 
     def show_memory(self, encoders: _Encoders | None, networks: _Networks | None) -> None:
@@ -448,15 +532,15 @@ class _Stages(NamedTuple):
             mesh=request.load.mesh,
         )
 
-    def draw(
+    def denoise(
         self,
         networks: _Networks,
         prompts: _Prompts,
         group: _Group,
         seeds: Sequence[tuple[int, int]],
         starts: Sequence[StartImage | None],
-    ) -> _Images:
-        """Denoise and decode a batch.
+    ) -> _Latents:
+        """Denoise a batch.
 
         **Arguments:** `seeds`: the seed and the number of each image. `starts`: the images that are
         drawn again, or None for each.
@@ -467,7 +551,7 @@ class _Stages(NamedTuple):
         if group.facts is not None:
             loaded = [start for start in starts if start is not None]
             batch, recipe = self._begin(networks, batch, group, seeds, loaded)
-        drawn = draw_batch(
+        denoised = denoise_batch(
             networks.flux,
             networks.vae,
             batch,
@@ -476,13 +560,21 @@ class _Stages(NamedTuple):
             mesh=request.load.mesh,
             hooks=self.clock,
         )
+        return _Latents(denoised, _on_host(finite_rows(prompts)), starts)
+
+    def decode(self, vae: Vae, latents: _Latents) -> _Images:
+        """Decode a batch, and look which of its images are finite."""
+        request, denoised = self.request, latents.denoised
+        drawn = decode_batch(
+            vae, denoised, dtype=request.dtype, mesh=request.load.mesh, hooks=self.clock
+        )
         images = _on_host(drawn.images)
         finite = {
-            "the text encoders": _on_host(finite_rows(prompts)),
-            "denoising": _on_host(finite_rows(drawn.latents)),
+            "the text encoders": latents.finite_prompts,
+            "denoising": _on_host(finite_rows(denoised.latents)),
             "decoding": np.isfinite(images).reshape(len(images), -1).all(1),
         }
-        finite_steps = _on_host(drawn.finite_steps)
+        finite_steps = _on_host(denoised.finite_steps)
         lost = []
         for row in range(len(images)):
             stage = next((name for name, rows in finite.items() if not rows[row]), None)
@@ -490,9 +582,9 @@ class _Stages(NamedTuple):
                 stage = f"denoising (step {finite_steps[row] + 1} of {request.steps})"
             lost.append(stage)
         finished = []
-        for image, start in zip(images, starts, strict=False):
+        for image, start in zip(images, latents.starts, strict=False):
             finished.append(image if start is None else start.finish(image))
-        return _Images(finished, lost, int(_on_host(drawn.reused)))
+        return _Images(finished, lost, int(_on_host(denoised.reused)))
 
     def _batch(
         self,

@@ -12,20 +12,27 @@ from fluxjax.cli.options import (
     NameOrFile,
     OptionGroup,
     adapter,
+    aspect,
+    byte_count,
     file_path,
     finite_number,
     image_count,
-    mesh_sizes,
+    image_number,
     seed,
+    seeds,
     step_count,
     token_count,
     unicode_text,
 )
 from fluxjax.cli.shared_options import (
+    add_cfg,
+    add_churn,
     add_compilation_cache,
     add_dtype,
+    add_flux,
     add_guidance,
     add_integrator,
+    add_mesh,
     add_model,
     add_output_folder,
     add_quantize,
@@ -35,9 +42,23 @@ from fluxjax.cli.shared_options import (
 )
 
 
-def add_generate_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `fluxjax generate` to its parser."""
-    _add_prompt_options(parser.add_argument_group("prompt"))
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax plan`: those of `fluxjax generate`, and the memory."""
+    parser.add_argument(
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="plan for an NVIDIA GPU with so much memory, as 12GB (default: for this machine)",
+    )
+    add_generate_options(parser, needs_prompt=False)
+
+
+def add_generate_options(parser: argparse.ArgumentParser, *, needs_prompt: bool = True) -> None:
+    """Add the options of `fluxjax generate` to its parser.
+
+    `needs_prompt`: whether a prompt, or a file of them, has to be given.
+    """
+    _add_prompt_options(parser.add_argument_group("prompt"), needs_prompt)
     _add_image_options(parser.add_argument_group("images"))
     _add_start_options(parser.add_argument_group("images drawn again"))
     add_condition_options(parser.add_argument_group("conditions beside the prompt"))
@@ -49,8 +70,8 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     _add_device_options(parser.add_argument_group("devices"))
 
 
-def _add_prompt_options(group: OptionGroup) -> None:
-    prompt = group.add_mutually_exclusive_group(required=True)
+def _add_prompt_options(group: OptionGroup, required: bool) -> None:
+    prompt = group.add_mutually_exclusive_group(required=required)
     prompt.add_argument("prompt", nargs="?", type=unicode_text, help="text that the image shows")
     prompt.add_argument(
         "--prompts",
@@ -84,18 +105,41 @@ def _add_prompt_options(group: OptionGroup) -> None:
 def _add_image_options(group: OptionGroup) -> None:
     add_size(group)
     group.add_argument(
+        "--aspect",
+        type=aspect,
+        metavar="W:H",
+        help="shape of the image, as 16:9, with about as many pixels as the model's size",
+    )
+    group.add_argument(
         "--images",
         type=image_count,
         default=1,
         metavar="COUNT",
-        help=f"number of images, up to {MAX_IMAGES} (default: %(default)s)",
+        help=f"number of images of each seed, up to {MAX_IMAGES} (default: %(default)s)",
     )
     group.add_argument(
+        "--first-image",
+        type=image_number,
+        default=0,
+        metavar="NUMBER",
+        help="number of the first image, from 0: with 2, --images 1 draws only the third of those "
+        "that --images 3 would draw (default: %(default)s)",
+    )
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--seed",
         type=seed,
         help="seed of the noise, below 2^63 (default: 0; with --prompts, the number of the line)",
     )
+    chosen.add_argument(
+        "--seeds", type=seeds, metavar="SEEDS", help="several seeds, separated by commas"
+    )
     add_output_folder(group, "flux_N.png or, with --prompts, ID.png")
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print the files of the images and nothing else: no progress bar, no times",
+    )
     group.add_argument(
         "--overwrite",
         action="store_true",
@@ -144,6 +188,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
+    add_flux(group)
     add_dtype(group)
     group.add_argument(
         "--lora",
@@ -151,8 +196,9 @@ def add_model_options(group: OptionGroup) -> None:
         type=adapter,
         default=[],
         metavar="ADAPTER",
-        help="merge an adapter into the weights: [NAME=]FILE[:SCALE], where FILE may also be "
-        "hub:OWNER/REPO/FILE or tiny:STYLE; repeat the option for several adapters",
+        help="merge an adapter into the weights, or attach it to packed ones: "
+        "[NAME=]FILE[:SCALE], where FILE may also be hub:OWNER/REPO/FILE or tiny:STYLE; repeat the "
+        "option for several adapters",
     )
 
 
@@ -163,6 +209,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
         help=f"number of integration steps, up to {MAX_STEPS} (default: the model's)",
     )
     add_integrator(group)
+    add_churn(group)
     group.add_argument(
         "--timer",
         type=NameOrFile(TIMERS, ".json", "model"),
@@ -176,13 +223,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 def _add_guidance_options(group: OptionGroup) -> None:
     add_guidance(group)
-    group.add_argument(
-        "--cfg",
-        type=finite_number(),
-        metavar="SCALE",
-        help="classifier-free guidance scale; other values than 1 double the work "
-        "(default: the model's, which is 1, no guidance, except for Chroma and the like)",
-    )
+    add_cfg(group)
     add_rule(group)
     group.add_argument(
         "--nag",
@@ -250,6 +291,13 @@ def _add_memory_options(group: OptionGroup) -> None:
         "and copy them to the device block by block",
     )
     group.add_argument(
+        "--vae-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="run the VAE in strips of the image where it needs more memory than this beside its "
+        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
+    )
+    group.add_argument(
         "--show-memory",
         action="store_true",
         help="print which weights are in which memory once they are loaded",
@@ -257,13 +305,7 @@ def _add_memory_options(group: OptionGroup) -> None:
 
 
 def _add_device_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        metavar="SIZES",
-        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
-        "remaining devices (default: one device)",
-    )
+    add_mesh(group)
     group.add_argument(
         "--distributed",
         action="store_true",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fluxjax.cli.condition_source import (
+    ConditionNetwork,
     ConditionOfSize,
     ConditionParts,
     ConditionSource,
@@ -26,8 +27,13 @@ from fluxjax.generate.load_image_encoders import (
     load_siglip,
 )
 from fluxjax.generate.redux import REDUX_GUIDANCE, REDUX_STEPS, redux_condition, redux_tokens
+from fluxjax.generate.stage_memory import AddedTokens
+from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.shapes import Image
 from fluxjax.zoo import Defaults
+
+_SIGLIP_TOKENS = (SiglipConfig().image_size // SiglipConfig().patch) ** 2
+"""Of an image prompt of Redux."""
 
 
 class _Prompt(NamedTuple):
@@ -54,6 +60,14 @@ class ReduxSource(ConditionSource):
     siglip: str
     rule: str
     needs_both: bool
+
+    @property
+    def networks(self) -> Sequence[ConditionNetwork]:
+        return (ConditionNetwork("redux", self.redux), ConditionNetwork("siglip", self.siglip))
+
+    def added_tokens(self, img_tokens: int, max_length: int) -> AddedTokens:
+        sequences = 1 if self.rule == "sum" else len(self.prompts)
+        return AddedTokens(txt=sequences * _SIGLIP_TOKENS)
 
     def change_defaults(self, defaults: Defaults) -> Defaults:
         if defaults.guidance is None:
@@ -96,6 +110,14 @@ class IpAdapterSource(ConditionSource):
     encoder: str
     load_encoder: Callable[..., ImageEncoder]
     scale: float
+
+    @property
+    def networks(self) -> Sequence[ConditionNetwork]:
+        encoder = "siglip" if self.load_encoder is load_siglip else "clip_vision"
+        return (
+            ConditionNetwork("ip_adapter", self.adapter, stays=True),
+            ConditionNetwork(encoder, self.encoder),
+        )
 
     def describe(self) -> Mapping[str, str]:
         name = "siglip" if self.load_encoder is load_siglip else "clip_vision"

@@ -81,9 +81,10 @@ def _check_start_options(options: argparse.Namespace) -> None:
             "--repeats does nothing without --mask: it fits what is repainted to what is kept. "
             "Leave it out."
         )
-    if has_image and (options.height is not None or options.width is not None):
+    sizes = (options.height, options.width, options.aspect)
+    if has_image and any(size is not None for size in sizes):
         raise ValueError(
-            "--height and --width do nothing with --init-image: images have its size. "
+            "--height, --width and --aspect do nothing with --init-image: images have its size. "
             "Leave them out, or resize the file."
         )
 
@@ -93,6 +94,8 @@ def _check_file_options(options: argparse.Namespace) -> None:
         "--init-image": options.init_image is not None,
         "--prompt-2": options.prompt_2 is not None,
         "--seed": options.seed is not None,
+        "--seeds": options.seeds is not None,
+        "--first-image": options.first_image != 0,
         "--images": options.images != 1,
         "--keep-encoders": options.keep_encoders,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.members import member_of_source
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.picture import PictureJob, prompt_of, read_picture, request_of_size, size_of
@@ -15,7 +16,7 @@ from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.image import read_image
 from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
-from fluxjax.generate.latents import check_size
+from fluxjax.generate.latents import check_size, image_tokens
 from fluxjax.generate.load import Models
 from fluxjax.generate.prompted import DrawSettings
 from fluxjax.shapes import Array
@@ -58,8 +59,10 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     for path in options.reference:
         images.append(jnp.asarray(interruptible(read_image, path)))
     placement = options.placement or "offset"
-    references = References(placement=placement, preferred=not options.keep_size)
-    height, width = size_of(references.resize(picture))
+    references = References(placement=placement, preferred=False if options.keep_size else None)
+    defaults = interruptible(load_defaults, options.model)
+    resized = [size_of(references.resize(image, defaults)) for image in images]
+    height, width = resized[0]
     height = height if options.height is None else options.height
     width = width if options.width is None else options.width
     check_size("--height and --width", height, width)
@@ -70,7 +73,8 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
         about["placement"] = placement
     if options.keep_size:
         about["reference_size"] = "kept"
-    request = request_of_size(options, (height, width))
+    tokens = sum(image_tokens(*size) for size in resized)
+    request = request_of_size(options, (height, width), takes="reference", reference_tokens=tokens)
     draw = partial(
         _draw,
         images=images,

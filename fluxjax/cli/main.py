@@ -19,7 +19,8 @@ from fluxjax.cli.edit_options import (
     add_outpaint_options,
     add_restore_options,
 )
-from fluxjax.cli.generate_options import add_generate_options
+from fluxjax.cli.encode_options import add_encode_options
+from fluxjax.cli.generate_options import add_generate_options, add_plan_options
 from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
@@ -28,10 +29,13 @@ from fluxjax.cli.lora_options import (
     add_lora_merge_options,
 )
 from fluxjax.cli.options import Parser
+from fluxjax.cli.train_options import add_train_options
+from fluxjax.cli.ui_options import add_ui_options
 from fluxjax.cli.weights_options import (
     add_convert_options,
     add_download_options,
     add_inspect_options,
+    add_models_options,
 )
 from fluxjax.version import __version__
 
@@ -58,6 +62,14 @@ COMMANDS = (
         "Draw images of a prompt, or of each prompt in a file.",
         add_generate_options,
         "fluxjax.cli.generate:generate",
+    ),
+    Command(
+        "plan",
+        "say what `generate` would need in memory, and what fits",
+        "Say what each stage of `fluxjax generate` needs in memory with the same options, and how "
+        "it is drawn with where not all fits. Nothing is downloaded or drawn.",
+        add_plan_options,
+        "fluxjax.cli.plan:run_plan",
     ),
     Command(
         "edit",
@@ -97,6 +109,14 @@ COMMANDS = (
         "fluxjax.cli.compare:run_compare",
     ),
     Command(
+        "encode",
+        "encode images and captions for training",
+        "Encode the images and captions of a training once, into a folder that training reads. A "
+        "run that was interrupted is continued by the same command.",
+        add_encode_options,
+        "fluxjax.cli.encode:run_encode",
+    ),
+    Command(
         "convert",
         "write weights in another layout",
         "Write a checkpoint in another layout, tensor by tensor.",
@@ -112,12 +132,36 @@ COMMANDS = (
         "fluxjax.cli.weights:run_inspect",
     ),
     Command(
+        "ui",
+        "open a local page that draws",
+        "Serve a page on which images are drawn, edited and compared, on this machine only unless "
+        "--host says otherwise. It needs the extra `ui`.",
+        add_ui_options,
+        "fluxjax.cli.ui:run_ui",
+    ),
+    Command(
+        "models",
+        "list the models that can be named",
+        "List the models that can be named: parameters of the transformer, licence, what a model "
+        "takes beside a prompt, how it is sampled by default, and where its files are.",
+        add_models_options,
+        "fluxjax.cli.models:run_models",
+    ),
+    Command(
         "download",
         "download a model",
         "Download the files of a model that fluxjax reads into the hub's cache, and print their "
         "folder.",
         add_download_options,
         "fluxjax.cli.weights:run_download",
+    ),
+    Command(
+        "train",
+        "train a model, some of its layers, or an adapter",
+        "Train all of a model, some of its layers, or an adapter, as a configuration says. A "
+        "training that was stopped goes on from its last checkpoint.",
+        add_train_options,
+        "fluxjax.cli.train:run_train",
     ),
 )
 LORA_ACTIONS = (
@@ -201,5 +245,5 @@ def build_parser() -> Parser:
 
 def _add_command(add_parser: Callable[..., argparse.ArgumentParser], command: Command) -> None:
     parser = add_parser(command.name, help=command.summary, description=command.description)
-    parser.set_defaults(function=command.function)
+    parser.set_defaults(function=command.function, parser=parser)
     command.add_options(parser)

@@ -5,6 +5,7 @@ import math
 import os
 import pkgutil
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -12,6 +13,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 from fluxjax.cli.choices import BLOCK_PRESETS, MESH_AXES
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.printable import printable
+from fluxjax.suggestions import suggestion
 
 Value = TypeVar("Value")
 OptionGroup = argparse._ActionsContainer
@@ -25,6 +27,8 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
+MAX_ASPECT = 8
+"""The longer side of an image over the shorter one."""
 MAX_MARGIN = 2**15
 """Pixels that an image grows by on a side."""
 SIDES = ("left", "right", "top", "bottom")
@@ -60,6 +64,27 @@ class Parser(argparse.ArgumentParser):
             return action.type(word)
         except argparse.ArgumentTypeError as error:
             self.error(f"argument {action.metavar or action.dest}: {error}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = suggestion(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}.{near}") from None
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        """Parse all words. One that is left over is an error, with the option that it may be."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = self._option_strings(namespace)
+            near = suggestion(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {printable(' '.join(unknown))}.{near}")
+        return namespace
+
+    def _option_strings(self, namespace: argparse.Namespace) -> list[str]:
+        """Return the options of the command that was chosen."""
+        chosen = getattr(namespace, "parser", self)
+        return [name for action in chosen._actions for name in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         complain(f"{message} (see {self.prog} --help)")
@@ -115,6 +140,7 @@ def positive_number(text: str) -> float:
 
 
 seed = whole_number(0, MAX_SEED)
+image_number = whole_number(0, MAX_IMAGES)
 step_count = whole_number(1, MAX_STEPS)
 pixel_count = whole_number(1, MAX_PIXELS)
 image_count = whole_number(1, MAX_IMAGES)
@@ -167,7 +193,8 @@ class NameList:
         for name in names:
             if name not in self.known:
                 raise argparse.ArgumentTypeError(
-                    f"there is no {printable(name, _SHOWN)!r}; choose from {self}"
+                    f"there is no {printable(name, _SHOWN)!r}; choose from {self}."
+                    f"{suggestion(name, self.known)}"
                 )
         return _without_repetition(names)
 
@@ -192,7 +219,7 @@ class NameOrFile:
             return text
         raise argparse.ArgumentTypeError(
             f"there is no {printable(text, _SHOWN)!r}; choose from {self}, or give a file "
-            f"*{self.suffix}"
+            f"*{self.suffix}.{suggestion(text, self.known)}"
         )
 
 
@@ -202,6 +229,22 @@ def _without_repetition(values: Sequence[Value]) -> list[Value]:
         if values.count(value) > 1:
             raise argparse.ArgumentTypeError(f"{value} is given twice; leave one out")
     return list(values)
+
+
+def seeds(text: str) -> list[int]:
+    """Read different seeds that are separated by commas."""
+    return _without_repetition([seed(part) for part in text.split(",")])
+
+
+def aspect(text: str) -> float:
+    """Read a ratio of width to height, as 16:9, from 1:8 to 8:1."""
+    width, colon, height = text.partition(":")
+    is_ratio = bool(colon) and _is_number(width) and _is_number(height)
+    if is_ratio and float(width) > 0 and float(height) > 0:
+        ratio = float(width) / float(height)
+        if 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+            return ratio
+    raise _wrong_value(text, f"width:height, as 16:9, from 1:{MAX_ASPECT} to {MAX_ASPECT}:1")
 
 
 def step_counts(text: str) -> list[int]:
@@ -255,6 +298,20 @@ def mesh_sizes(text: str) -> dict[str, int]:
     if list(sizes.values()).count(-1) > 1:
         raise _wrong_value(text, needed)
     return sizes
+
+
+def setting(text: str) -> tuple[str, object]:
+    """Read a setting of a configuration, as in "optimizer.learning_rate=1e-4".
+
+    The value is one of TOML; what is none is a text.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or re.fullmatch(r"[A-Za-z_]+(\.[A-Za-z_]+)*", name.strip()) is None:
+        raise _wrong_value(text, "a name and a value, as optimizer.learning_rate=1e-4")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
 
 
 def _is_axis_size(text: str) -> bool:

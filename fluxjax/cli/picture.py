@@ -11,6 +11,8 @@ import numpy as np
 
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import complain, interruptible, raise_problems
+from fluxjax.cli.device import name_device
+from fluxjax.cli.memory import with_plan
 from fluxjax.cli.picture_lines import read_picture_lines
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import difference
@@ -22,19 +24,36 @@ from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load import Models, assemble_models, load_network, load_tokenizers
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
-from fluxjax.shapes import Array, Image
+from fluxjax.printable import printable
+from fluxjax.shapes import Array, Image, Times
 
 
 def request_of_size(
-    options: argparse.Namespace, size: tuple[int, int], *, features: int = 0
+    options: argparse.Namespace,
+    size: tuple[int, int],
+    *,
+    takes: str | None = None,
+    reference_tokens: int = 0,
 ) -> Request:
     """Return the options as values, for images of a size in pixels.
 
-    `features`: how many the command itself appends to each image token.
+    `takes`, `reference_tokens`: as for `read_request`.
     """
     use_cache(options.compilation_cache)
     options.height, options.width = padded_size(*size)
-    return read_request(options, features=features)
+    request = read_request(options, takes=takes, reference_tokens=reference_tokens)
+    _check_ends(options.timer, request.recipe.times)
+    return request
+
+
+def _check_ends(timer: str, times: Times) -> None:
+    """**Raises:** `ValueError` for times that do not lead from noise to an image."""
+    first, last = float(times[0]), float(times[-1])
+    if (first, last) != (1, 0):
+        raise ValueError(
+            f"--timer {printable(timer)} goes from {first:g} to {last:g}, and pictures are drawn "
+            "from 1, noise, to 0, the image. Plan or fit times between these."
+        )
 
 
 class PictureJob(NamedTuple):
@@ -86,6 +105,7 @@ def draw_pictures(options: argparse.Namespace, make_job: MakeJob) -> None:
 
 def _draw_one(request: Request, job: PictureJob) -> None:
     """Load the models, draw, write the images, and print the times and the paths."""
+    request = with_plan(request, picture=True)
     groups = batches(request.images, request.batch)
     with Clock(job.steps * len(groups), job.evaluations) as clock:
         models = _load(request, clock)
@@ -112,6 +132,7 @@ def _draw_lines(options: argparse.Namespace, make_job: MakeJob) -> None:
                 _check_present(path, request, job)
                 present += 1
                 continue
+            request = with_plan(request, picture=True)
             with Clock(job.steps, job.evaluations) as clock:
                 models = _load(request, clock) if models is None else models
                 image = _draw(request, job, models, clock)[0]
@@ -203,6 +224,7 @@ def _load(request: Request, clock: Clock) -> Models:
 
     Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
     """
+    name_device()
     offloads = jax.default_backend() != "cpu"
     family = request.family
     tokenizers = clock.load("tokenizers", lambda: load_tokenizers(request.model))
@@ -210,7 +232,7 @@ def _load(request: Request, clock: Clock) -> Models:
     for name in family.networks:
 
         def load(name: str = name):
-            network = load_network(name, request.model, request.load, note=complain)
+            network = load_network(name, request.model, request.load_of(name), note=complain)
             return offload(network) if offloads and name in family.text_encoders else network
 
         networks[name] = clock.load(name, load)

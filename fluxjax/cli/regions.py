@@ -29,6 +29,7 @@ from fluxjax.generate.regions import (
     region_labels,
     regional_condition,
 )
+from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.generate.text import TextStates
 
 
@@ -50,6 +51,10 @@ class RegionSource(ConditionSource):
     @property
     def texts(self) -> Sequence[str]:
         return self.prompts
+
+    def added_tokens(self, img_tokens: int, max_length: int) -> AddedTokens:
+        # Mixed prompts are evaluated one after another.
+        return AddedTokens(txt=0 if self.rule == "mix" else len(self.prompts) * max_length)
 
     def check(self, facts: ConditionFacts) -> None:
         mesh = facts.load.mesh

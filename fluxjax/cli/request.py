@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.family import family_of_source
-from fluxjax.cli.adapters import read_adapter
+from fluxjax.cli.adapters import read_adapter, with_shipped_adapters
 from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
 from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
@@ -23,17 +23,22 @@ from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
-from fluxjax.generate.latents import check_size
+from fluxjax.generate.latents import aspect_size, check_size, image_tokens
 from fluxjax.generate.limits import (
-    Demand,
     check_finite_times,
     check_memory,
+    default_vae_memory,
+    first_device,
     known_flux_config,
     read_configs,
 )
 from fluxjax.generate.load import LoadOptions, activation_dtype
+from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, with_storage
+from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
+from fluxjax.generate.stage_memory import AddedTokens, Demand
+from fluxjax.generate.storages import check_storage
 from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
 from fluxjax.kernels.attention import Attention
@@ -44,7 +49,7 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.printable import printable
 from fluxjax.shapes import Times
 from fluxjax.version import __version__
-from fluxjax.zoo import FLUX1, Defaults, Family
+from fluxjax.zoo import APPENDED_FEATURES, FLUX1, Defaults, Family
 
 Value = TypeVar("Value")
 
@@ -59,16 +64,21 @@ class Request:
       read later.
     - `timer`: a function of height and width (pixels) that returns the sampling times.
     - `negative_prompt`: for lines without one; None if the option is not given.
-    - `images`, `batch`: the number of images, and how many of them are drawn at once.
+    - `images`, `batch`: the number of images of each seed, and how many are drawn at once.
+    - `seeds`: of the images of one prompt. `first_image`: the number of the first image of each.
     - `height`, `width`: of the images in pixels. An image that a line starts from is drawn at its
       own size instead.
     - `max_length`: the number of T5 tokens.
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
+    - `vae_memory`: bytes that the VAE may need beside its weights; None for no limit.
     - `load`: how networks are loaded; `dtype`: of the activations.
     - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
       the command itself appends to each image token.
+    - `quiet`: whether only the files of the images are printed.
     - `description`: the entries of each image's metadata that describe the options, in order.
+    - `fixed`: what a plan of the memory may not change; `choice`: what it has chosen, or None.
+    - `reference_tokens`: of images that the command itself gives the model to look at.
     """
 
     model: str
@@ -81,11 +91,14 @@ class Request:
     negative_prompt: str | None
     images: int
     batch: int
+    seeds: tuple[int, ...]
+    first_image: int
     height: int
     width: int
     max_length: int
     recipe: Recipe
     distilled: float | None
+    vae_memory: float | None
     load: LoadOptions
     dtype: DTypeLike
     conditions: tuple[ConditionSource, ...]
@@ -95,7 +108,17 @@ class Request:
     keep_encoders: bool
     offload_encoders: bool
     show_memory: bool
+    quiet: bool
     description: Mapping[str, str]
+    fixed: Fixed
+    choice: Choice | None = None
+    reference_tokens: int = 0
+
+    @property
+    def draws(self) -> list[tuple[int, int]]:
+        """The seed and the number of each image of one prompt, in order."""
+        numbers = range(self.first_image, self.first_image + self.images)
+        return [(seed, number) for seed in self.seeds for number in numbers]
 
     @property
     def steps(self) -> int:
@@ -109,6 +132,13 @@ class Request:
     @property
     def guides_by_scale(self) -> bool:
         return "cfg" in self.description
+
+    def load_of(self, name: str) -> LoadOptions:
+        """Return how a network is loaded, with what the plan has chosen for it."""
+        if self.choice is None or name in ("clip", "vae"):
+            return self.load
+        storage = self.choice.text if name == "t5" else self.choice.transformer
+        return with_storage(self.load, storage)
 
     def check_conditions(self, flux: FluxConfig | ChromaConfig | None) -> None:
         """Check the conditions against the transformer's config, if that is known.
@@ -185,28 +215,36 @@ class _Sizes(NamedTuple):
     batch: int
 
 
-def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
+def read_request(
+    options: argparse.Namespace, *, takes: str | None = None, reference_tokens: int = 0
+) -> Request:
     """Return the options as values, before anything is loaded.
 
-    **Arguments:** `features`: how many the command itself appends to each image token.
+    **Arguments:** `takes`: what the command needs the model to take, as in `fluxjax.zoo.Model`.
+    `reference_tokens`: of images that the command gives the model beside the one that is drawn.
     **Raises:** `ValueError` for options that do not go together or can't be met.
     """
+    request = replace(request_of_options(options, takes=takes), reference_tokens=reference_tokens)
+    # An image that is drawn again has its own size, which is checked when it is read.
+    if options.init_image is None:
+        check_request_memory(request)
+    if request.load.quantize is not None:
+        check_storage(request.load.quantize, first_device())
+    request.check_conditions(known_flux_config(options.flux or options.model))
+    return replace(request, folder=writable(options.output_dir))
+
+
+def request_of_options(options: argparse.Namespace, *, takes: str | None = None) -> Request:
+    """Return the options as values, without a look at the machine. Arguments as `read_request`."""
     conditions = condition_sources(options)
+    needs = [takes, *(condition.takes for condition in conditions)]
+    options.lora = with_shipped_adapters(options.model, options.lora, needs)
     defaults = _defaults(options, conditions)
     sizes = _sizes(options, defaults)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
-    # An image that is drawn again has its own size, which is checked when it is read.
-    if options.init_image is None:
-        _check_sizes_memory(options.model, sizes, dtype, mesh)
     times = _timer(options, sizes, defaults)
-    recipe = Recipe(
-        times(sizes.height, sizes.width),
-        integrator(options.integrator, eta=options.eta),
-        _guidance(options),
-        _attention(options),
-    )
     request = Request(
         model=options.model,
         family=family_of_source(options.model),
@@ -218,24 +256,37 @@ def read_request(options: argparse.Namespace, *, features: int = 0) -> Request:
         negative_prompt=options.negative_prompt,
         images=options.images,
         batch=sizes.batch,
+        seeds=_seeds(options),
+        first_image=options.first_image,
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
-        recipe=recipe,
+        recipe=_recipe(options, times(sizes.height, sizes.width)),
         distilled=options.guidance,
+        vae_memory=None,
         load=_load_options(options, mesh),
         dtype=dtype,
         conditions=conditions,
-        features=features,
+        features=APPENDED_FEATURES.get(takes or "", 0),
         folder=options.output_dir,
         overwrite=options.overwrite,
         keep_encoders=options.keep_encoders,
         offload_encoders=options.offload_encoders,
         show_memory=options.show_memory,
+        quiet=options.quiet,
         description=_description(options, sizes, conditions),
+        fixed=_fixed(options),
     )
-    request.check_conditions(known_flux_config(options.model))
-    return replace(request, folder=writable(options.output_dir))
+    return replace(request, vae_memory=_vae_memory(options, request))
+
+
+def _recipe(options: argparse.Namespace, times: Times) -> Recipe:
+    return Recipe(
+        times,
+        integrator(options.integrator, eta=options.eta, churn=options.churn),
+        _guidance(options),
+        _attention(options),
+    )
 
 
 def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]) -> Defaults:
@@ -248,37 +299,75 @@ def _defaults(options: argparse.Namespace, conditions: Sequence[ConditionSource]
     return defaults
 
 
-def _check_sizes_memory(
-    model: str, sizes: _Sizes, dtype: DTypeLike, mesh: jax.sharding.Mesh | None
-) -> None:
-    """**Raises:** `ValueError` if what is drawn can't fit in memory."""
-    demand = Demand(sizes.batch, sizes.height, sizes.width, sizes.steps, sizes.max_length, dtype)
-    check_memory(demand, read_configs(model), devices=1 if mesh is None else mesh.size)
-
-
-def check_request_memory(request: Request) -> None:
-    """**Raises:** `ValueError` if what is requested can't fit in memory, at another image size."""
-    demand = Demand(
+def demand_of(request: Request) -> Demand:
+    """Return what is drawn at once: a batch."""
+    added = AddedTokens(reference=request.reference_tokens)
+    tokens = image_tokens(request.height, request.width)
+    for condition in request.conditions:
+        added = added.plus(condition.added_tokens(tokens, request.max_length))
+    return Demand(
         request.batch,
         request.height,
         request.width,
         request.steps,
         request.max_length,
         request.dtype,
+        added,
+        2 if request.guides_by_scale else 1,
     )
+
+
+def check_request_memory(request: Request) -> None:
+    """**Raises:** `ValueError` if what is requested can't fit in memory."""
     mesh = request.load.mesh
-    check_memory(demand, read_configs(request.model), devices=1 if mesh is None else mesh.size)
+    devices = 1 if mesh is None else mesh.size
+    check_memory(demand_of(request), read_configs(request.model), devices=devices)
+
+
+def _fixed(options: argparse.Namespace) -> Fixed:
+    """Return what the options leave no choice of."""
+    excluded = []
+    if options.dtype is not None:
+        excluded.append(BFLOAT16)
+    if options.unroll:
+        excluded.append(STREAMED)
+    offloads = None
+    if options.offload_encoders or options.keep_encoders:
+        offloads = options.offload_encoders
+    return Fixed(
+        storage=STREAMED if options.stream_blocks else options.quantize,
+        batch=options.batch,
+        offloads=offloads,
+        excluded=tuple(excluded),
+    )
+
+
+def _vae_memory(options: argparse.Namespace, request: Request) -> float | None:
+    """Return the bytes that the VAE may need beside its weights; None for no limit.
+
+    **Raises:** `ValueError` for a limit on a mesh.
+    """
+    if request.load.mesh is not None:
+        if options.vae_memory is not None:
+            raise ValueError(
+                "--vae-memory is for one device; on a mesh, the axes tensor and context split the "
+                "rows of an image. Leave out --vae-memory or --mesh."
+            )
+        return None
+    if options.vae_memory is not None:
+        return options.vae_memory
+    return default_vae_memory(demand_of(request), read_configs(request.model))
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
-    height = _or_default(options.height, defaults.height)
-    width = _or_default(options.width, defaults.width)
+    height, width = _size(options, defaults)
     check_size("--height and --width", height, width)
     if options.prompts is not None:
         batch = _or_default(options.batch, 1)
     else:
         # Never more rows than images: what is drawn beyond them would be thrown away.
-        batch = min(_or_default(options.batch, options.images), options.images)
+        count = options.images * len(_seeds(options))
+        batch = min(_or_default(options.batch, count), count)
     times = _times_of_file(options)
     return _Sizes(
         height=height,
@@ -288,6 +377,25 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
         max_length=_or_default(options.max_sequence_length, defaults.max_length),
         batch=batch,
     )
+
+
+def _size(options: argparse.Namespace, defaults: Defaults) -> tuple[int, int]:
+    """Return the height and width that are drawn, in pixels."""
+    if options.aspect is not None:
+        if options.height is not None or options.width is not None:
+            raise ValueError(
+                "--aspect chooses the height and the width. Leave out --height and --width, or it."
+            )
+        return aspect_size(options.aspect, defaults.height * defaults.width)
+    height = _or_default(options.height, defaults.height)
+    return height, _or_default(options.width, defaults.width)
+
+
+def _seeds(options: argparse.Namespace) -> tuple[int, ...]:
+    """Return the seeds of one prompt."""
+    if options.seeds is not None:
+        return tuple(options.seeds)
+    return (_or_default(options.seed, 0),)
 
 
 def _times_of_file(options: argparse.Namespace) -> Times | None:
@@ -325,7 +433,7 @@ def _line(options: argparse.Namespace) -> Line | None:
     """Return the prompt of the command line, unless a file of prompts is given."""
     if options.prompts is not None:
         return None
-    seed = _or_default(options.seed, 0)
+    seed = _seeds(options)[0]
     line = Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
     if options.init_image is None:
         return line
@@ -339,6 +447,7 @@ def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -
         adapters.append((read_adapter(adapter), adapter.scale))
     return LoadOptions(
         dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+        transformer=options.flux,
         mesh=mesh,
         adapters=tuple(adapters),
         quantize=options.quantize,
@@ -393,6 +502,8 @@ def _description(
     about["integrator"] = options.integrator
     if options.eta is not None:
         about["integrator"] += f", eta {options.eta:g}"
+    if options.churn is not None:
+        about["integrator"] += f", churn {options.churn:g}"
     about["timer"] = options.timer
     if sizes.times is not None:
         # With a hash: a file of the same name may hold other times in the next run, and existing
@@ -410,6 +521,8 @@ def _description(
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
+    if options.flux is not None:
+        about["flux"] = encodable(str(options.flux))
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         if value is not None:

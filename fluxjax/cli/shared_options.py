@@ -17,6 +17,7 @@ from fluxjax.cli.options import (
     OptionGroup,
     file_path,
     finite_number,
+    mesh_sizes,
     pixel_count,
     positive_number,
 )
@@ -33,6 +34,16 @@ def add_model(group: OptionGroup) -> None:
         default="tiny",
         help=f"{', '.join(ZOO)}, a folder in the diffusers layout, or a hub id "
         "(default: %(default)s)",
+    )
+
+
+def add_flux(group: OptionGroup) -> None:
+    """Add the option that replaces the model's transformer."""
+    group.add_argument(
+        "--flux",
+        metavar="FILE",
+        help="a file or folder in any layout whose transformer replaces the model's; the matrices "
+        "of GGUF and NF4 files stay packed (default: the model's own)",
     )
 
 
@@ -67,6 +78,17 @@ def add_guidance(group: OptionGroup) -> None:
     )
 
 
+def add_cfg(group: OptionGroup) -> None:
+    """Add the options of classifier-free guidance."""
+    group.add_argument(
+        "--cfg",
+        type=finite_number(),
+        metavar="SCALE",
+        help="classifier-free guidance scale; other values than 1 double the work "
+        "(default: the model's, which is 1, no guidance, except for Chroma and the like)",
+    )
+
+
 def add_rule(group: OptionGroup) -> None:
     """Add the option that chooses the rule of classifier-free guidance."""
     group.add_argument(
@@ -87,11 +109,27 @@ def add_integrator(group: OptionGroup) -> None:
         metavar="NAME",
         help="numerical integrator: %(choices)s (default: %(default)s)",
     )
+    add_eta(group)
+
+
+def add_eta(group: OptionGroup) -> None:
+    """Add the option that sets how much noise some integrators draw."""
     group.add_argument(
         "--eta",
         type=finite_number(0, 1),
         help="amount of fresh noise per step for the integrators ddim, sde and dpmpp_2m_sde, "
         "from 0 to 1 (default: 0 for ddim, 1 for the others)",
+    )
+
+
+def add_churn(group: OptionGroup) -> None:
+    """Add the option that adds noise before each step of a deterministic integrator."""
+    group.add_argument(
+        "--churn",
+        type=positive_number,
+        metavar="RATE",
+        help="share by which the noise grows before each step of an integrator that draws none, "
+        "up to 0.4142: S_churn / steps of Karras et al. (default: 0, no noise)",
     )
 
 
@@ -104,14 +142,25 @@ def add_shift(group: OptionGroup) -> None:
     )
 
 
+def add_mesh(group: OptionGroup) -> None:
+    """Add the option that shares the work among devices."""
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="SIZES",
+        help="devices that share the work, as data=2,fsdp=4; one size may be -1, for all "
+        "remaining devices (default: one device)",
+    )
+
+
 def add_quantize(group: OptionGroup) -> None:
-    """Add the option that multiplies in 8 bits."""
+    """Add the option that rounds matrices to fewer bits."""
     group.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
         metavar="DTYPE",
-        help="multiply the matrices of the transformer and T5 in 8 bits: %(choices)s "
-        "(default: in the dtype of the weights)",
+        help="round the matrices of the transformer and T5: %(choices)s; int8 and fp8 are "
+        "multiplied in 8 bits, the others only stored in fewer (default: the weights as they are)",
     )
 
 
@@ -150,7 +199,8 @@ def add_layout(group: OptionGroup) -> None:
         "--dtype",
         choices=FILE_DTYPES,
         help="dtype of the written weights; float8_e4m3 is used only for the matrices of linear "
-        "layers (default: the dtypes of the source)",
+        "layers; Q8_0, Q4_K and Q4_0 are for --to gguf, and for the matrices of blocks "
+        "(default: the dtypes of the source)",
     )
 
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from fluxjax.checkpoint.convert import convert_weights
 from fluxjax.checkpoint.family import hub_folder
+from fluxjax.checkpoint.gguf_layout import GGUF_FORMATS
 from fluxjax.checkpoint.inspect import inspect_weights
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.checkpoint.locate import download
@@ -42,10 +43,10 @@ def run_convert(options: argparse.Namespace) -> None:
     print(destination)
 
 
-def _file_dtype(name: str | None) -> jnp.dtype | None:
-    """Return the dtype that an option names, or None for that of the source."""
-    if name is None:
-        return None
+def _file_dtype(name: str | None) -> jnp.dtype | str | None:
+    """Return the dtype or block format that an option names, or None for the source's dtypes."""
+    if name is None or name in GGUF_FORMATS:
+        return name
     # What files call float8_e4m3 has no infinities; the JAX dtype of that name does.
     if name == "float8_e4m3":
         return jnp.dtype(jnp.float8_e4m3fn)

@@ -13,7 +13,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(lora=[])
     parser.add_argument("source", help=SOURCE_HELP)
     parser.add_argument(
-        "destination", type=file_path, help="a new folder, or a new .safetensors file"
+        "destination", type=file_path, help="a new folder, or a new .safetensors or .gguf file"
     )
     add_layout(parser)
     add_network_filter(parser)
@@ -37,3 +37,10 @@ def add_download_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax download` to its parser."""
     parser.add_argument("name", help=f"{', '.join(ZOO)}, or a hub id")
     add_network_filter(parser)
+
+
+def add_models_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fluxjax models` to its parser."""
+    parser.add_argument(
+        "--json", action="store_true", help="print an object for each model, with all that is known"
+    )

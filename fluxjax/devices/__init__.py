@@ -8,11 +8,16 @@ from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings, specs
 from fluxjax.devices.stream import stream_blocks
 from fluxjax.devices.tokens import TokenParallelFlux
+from fluxjax.devices.vae_memory import choose_strips, limit_vae_memory
 from fluxjax.devices.vae_rows import split_vae_rows
+from fluxjax.devices.vae_strips import VaeStrips, strip_vae
 
 __all__ = [
     "TokenParallelFlux",
+    "VaeStrips",
+    "choose_strips",
     "fetch",
+    "limit_vae_memory",
     "local",
     "make_mesh",
     "offload",
@@ -23,4 +28,5 @@ __all__ = [
     "specs",
     "split_vae_rows",
     "stream_blocks",
+    "strip_vae",
 ]

@@ -13,8 +13,11 @@ from fluxjax.devices.weights import (
     SummedWeight,
 )
 from fluxjax.nets.conv import DenseKernel, Kernel
+from fluxjax.nets.grouped import GroupedWeight
+from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.stack import SharedArrays
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 
 
 def local(network: PyTree, placed: PyTree) -> PyTree:
@@ -66,7 +69,13 @@ def _gathered(weight: Weight, spec: PyTree) -> Weight:
     """Return a weight that gathers what is split over "fsdp"."""
     if isinstance(weight, AdaptedWeight):
         return AdaptedWeight(_gathered(weight.base, spec.base), weight.down, weight.up)
-    if not isinstance(weight, Dense | QuantizedWeight):
+    if isinstance(weight, RowScaledWeight):
+        return RowScaledWeight(_gathered(weight.base, spec.base), weight.scale)
+    if isinstance(weight, GroupedWeight):
+        pairs = zip(weight.stacks.content, spec.stacks.content, strict=True)
+        stacks = tuple(_gathered(stack, placed) for stack, placed in pairs)
+        return GroupedWeight(weight.group, weight.place, SharedArrays(stacks))
+    if not isinstance(weight, Dense | QuantizedWeight | PackedWeight):
         raise ValueError(
             f"A {type(weight).__name__} weight has no form on a mesh. Use dense or quantized ones, "
             "or attached adapters."

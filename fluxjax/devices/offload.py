@@ -47,6 +47,13 @@ def move_arrays(tree: Tree, memory: str) -> Tree:
     return jax.tree.map(move, tree, is_leaf=lambda node: isinstance(node, HostWeight))
 
 
+def free(network: PyTree) -> None:
+    """Free the memory of a network's arrays at once, whoever holds them; it is then unusable."""
+    for leaf in jax.tree.leaves(network):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+
+
 def residency(networks: Mapping[str, PyTree]) -> str:
     """Return where the bytes of networks are: on devices, in the host's memory, or in files.
 
@@ -62,7 +69,8 @@ def _places(network: PyTree) -> str:
     for node in jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, FileWeight)):
         if isinstance(node, FileWeight):
             place = "in files"
-            size = math.prod(node.shape) * node.reader.dtype.itemsize
+            stored = node.reader.struct
+            size = math.prod(node.number.shape) * math.prod(stored.shape) * stored.dtype.itemsize
         elif isinstance(node, jax.Array):
             place = _place(node)
             # Of a sharded array, the part of one device.

@@ -36,6 +36,9 @@ def on_mesh(
     mesh and shapes reuse that program, as with `jax.jit`: define the function once, and pass what
     changes as an argument.
 
+    The function may take gradients of networks on meshes of "data" and "fsdp". Through layers that
+    are split over "tensor", or tokens over "context", reverse-mode gradients are wrong.
+
     **Arguments:** `function`: gets the networks as this device runs them, this device's rows, and
     `rest`; returns arrays with one row for each of its rows. `networks`: from `shard`, one or a
     pytree. `rows`: a pytree of arrays with one row for each example. If the devices do not divide

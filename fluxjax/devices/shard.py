@@ -34,7 +34,7 @@ def shard(network: Network, mesh: Mesh) -> Network:
         spec: PartitionSpec,
     ) -> Array:
         if config is not None and mesh.shape["tensor"] > 1:
-            leaf = _reordered(path, leaf, config, mesh.shape["tensor"])
+            leaf = in_device_order(path, leaf, config, mesh.shape["tensor"])
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     arrays, static = eqx.partition(network, eqx.is_array)
@@ -42,20 +42,29 @@ def shard(network: Network, mesh: Mesh) -> Network:
     return eqx.combine(placed, static)
 
 
-def _reordered(
+def in_device_order(
     path: KeyPath,
     leaf: Array,
     config: BlockConfig,
     devices: int,
+    *,
+    inverse: bool = False,
 ) -> Array:
-    """Return an array with what belongs to one device next to each other, if its layer is fused."""
+    """Return an array with what belongs to one device next to each other, if its layer is fused.
+
+    **Arguments:** `path`: of the array in its network, or in an adapted one. `devices`: along the
+    axis "tensor". `inverse`: return to the order of files.
+    """
     role = array_role(path)
     sizes = fused_features(config).get(role.layer)
     axis = tensor_axis(role)
-    if not role.in_blocks or sizes is None or axis is None:
+    if devices == 1 or not role.in_blocks or sizes is None or axis is None:
         # Not fused, or an array that is whole on every device.
         return leaf
-    return jnp.take(leaf, _device_order(sizes, devices), axis=axis)
+    # Of a packed row, each input takes some bits; `specs` has checked that no block is split.
+    unit = leaf.shape[axis] / sum(sizes)
+    order = _device_order([round(size * unit) for size in sizes], devices)
+    return jnp.take(leaf, np.argsort(order) if inverse else order, axis=axis)
 
 
 def _device_order(sizes: Sequence[int], devices: int) -> np.ndarray:

@@ -1,17 +1,19 @@
 """How each array of a network is split over a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import KeyPath
+from jax.tree_util import GetAttrKey, KeyPath
 from jaxtyping import PyTree
 
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.clip_vision import ClipVision
+from fluxjax.nets.flux_config import BlockConfig, fused_features
 from fluxjax.nets.ip_adapter import IpAdapter
+from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.siglip import Siglip
 from fluxjax.nets.stack import is_stacked, path_name
 
@@ -113,11 +115,39 @@ def specs(network: Network, mesh: Mesh) -> Network:
     tensor = _tensor_parts(network, mesh)
     fsdp = mesh.shape["fsdp"]
 
-    def place(path: KeyPath, leaf: PyTree) -> PartitionSpec:
-        return _spec(array_role(path), leaf.shape, fsdp, tensor)
+    def place(path: KeyPath, node: PyTree) -> PyTree:
+        if not isinstance(node, PackedWeight):
+            return _spec(array_role(path), node.shape, fsdp, tensor)
+        role = array_role((*path, GetAttrKey("value")))
+        _check_blocks(role, node, getattr(network, "config", None), tensor)
+        spec = _spec(role, node.value.shape, fsdp, tensor, unit=node.layout.nbytes)
+        return jax.tree.map(lambda _: spec, node)
 
     arrays = eqx.filter(network, lambda leaf: hasattr(leaf, "shape"))
-    return jax.tree_util.tree_map_with_path(place, arrays)
+    return jax.tree_util.tree_map_with_path(
+        place, arrays, is_leaf=lambda node: isinstance(node, PackedWeight)
+    )
+
+
+def _check_blocks(role: ArrayRole, weight: PackedWeight, config: object, tensor: int) -> None:
+    """Check that "tensor" splits the rows of a packed weight between their blocks.
+
+    **Arguments:** `config`: of the network, which says of what parts the rows of fused layers are.
+    **Raises:** `ValueError` if it does not.
+    """
+    if tensor == 1 or tensor_split(role.layer, role.in_blocks) != "in":
+        return
+    parts: Sequence[int] = (weight.shape[-1],)
+    if isinstance(config, BlockConfig):
+        parts = fused_features(config).get(role.layer, parts)
+    size = weight.layout.values
+    for part in parts:
+        if part % (size * tensor):
+            raise ValueError(
+                f"tensor={tensor} does not split {part} inputs of {role.layer} between the blocks "
+                f"of {size} in which {weight.format} has them. Choose a smaller one, split over "
+                "fsdp instead, or load the weights with dtype='bfloat16'."
+            )
 
 
 def _spec(
@@ -125,7 +155,12 @@ def _spec(
     shape: tuple[int, ...],
     fsdp: int,
     tensor: int,
+    unit: int = 1,
 ) -> PartitionSpec:
+    """Return how an array is split.
+
+    **Arguments:** `unit`: numbers along the last axis that stay together.
+    """
     axes: list[str | None] = [None] * len(shape)
     axis = tensor_axis(role)
     if tensor > 1 and axis is not None:
@@ -134,7 +169,8 @@ def _spec(
         # A kernel's outputs are its last axis. Of a matrix, the axis that is not split yet.
         is_kernel = len(shape) == 4
         axis = -1 if is_kernel or axes[-2] is not None else -2
-        if shape[axis] % fsdp == 0:
+        size = shape[axis] if axis == -2 else shape[axis] // unit
+        if size % fsdp == 0:
             axes[axis] = "fsdp"
     return PartitionSpec(*axes)
 

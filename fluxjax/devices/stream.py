@@ -10,17 +10,17 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from fluxjax.checkpoint.load import block_index, load_with_block_weights
+from fluxjax.checkpoint.load import load_with_block_weights
+from fluxjax.checkpoint.packed_leaves import stored_as
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import DEVICE_MEMORY, HOST_MEMORY, move_arrays
-from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight
+from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight, StoredWeight
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.controlnet import ControlNet
-from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.stack import is_stacked, path_name
+from fluxjax.nets.grouped import GroupedWeight
+from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.transformer import AbstractTransformer
-from fluxjax.nets.weight import Dense
 
 Network = TypeVar("Network", bound=eqx.Module)
 
@@ -34,7 +34,8 @@ def stream_blocks(network: Network) -> Network:
     **Arguments:** `network`: a `Flux`, `Chroma`, `ControlNet`, `T5` or `Clip`, on the device or
     from `offload`, with which it is never on the device as a whole. Merge adapters before, or
     attach them.
-    **Raises:** `ValueError` for another network, or for quantized weights.
+    **Raises:** `ValueError` for another network, or for weights whose blocks are stored in several
+    ways.
     """
     if not isinstance(network, AbstractTransformer | ControlNet | T5 | Clip):
         raise ValueError(
@@ -43,17 +44,17 @@ def stream_blocks(network: Network) -> Network:
         )
 
     def place(path: KeyPath, node: PyTree) -> PyTree:
-        if isinstance(node, QuantizedWeight):
+        if isinstance(node, GroupedWeight):
             raise ValueError(
-                "Quantized weights have no streamed form. Stream the plain ones, or keep these on "
-                "the device."
+                "Weights whose blocks are stored in several ways have no streamed form. Load them "
+                "with dtype='bfloat16' (--dtype bfloat16), or keep them on the device."
             )
-        if isinstance(node, Dense) and is_stacked(path_name(path)):
-            return HostWeight(move_arrays(node, HOST_MEMORY).value)
+        if isinstance(node, StoredWeight) and is_stacked(path_name(path)):
+            return HostWeight(move_arrays(node, HOST_MEMORY))
         return move_arrays(node, DEVICE_MEMORY)
 
     def is_placed(node: PyTree) -> bool:
-        return isinstance(node, Dense | QuantizedWeight)
+        return isinstance(node, StoredWeight | GroupedWeight)
 
     return jax.tree_util.tree_map_with_path(place, network, is_leaf=is_placed)
 
@@ -72,8 +73,19 @@ def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:
         shape: tuple[int, ...],
         target: np.dtype,
     ) -> FileWeight:
+        format = _packed_format(plan, name, shape) if dtype is None else None
+        reader = BlockReader(plan, name, shape, format or target)
         for block in range(shape[0]):
-            plan.leaf(name, shape, target, block_index(shape, block))
-        return FileWeight(jnp.arange(shape[0]), BlockReader(plan, name, shape, target))
+            reader.check(block)
+        return FileWeight(jnp.arange(shape[0]), reader)
 
     return load_with_block_weights(plan, file_weight, dtype=dtype)
+
+
+def _packed_format(plan: Plan, name: str, shape: tuple[int, ...]) -> str | None:
+    """Return the format in which all blocks of a matrix stay packed; None if they are decoded."""
+    if not is_rounded(name):
+        return None
+    ways = set(stored_as(plan, name, shape))
+    way = ways.pop() if len(ways) == 1 else None
+    return way if isinstance(way, str) else None

@@ -6,9 +6,18 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from fluxjax.checkpoint.load import block_index
+from fluxjax.checkpoint.packed_leaves import Stored, read_packed, stored_shape
 from fluxjax.checkpoint.plan import Plan
+from fluxjax.checkpoint.tensors import BYTES
+from fluxjax.nets.packed import PackedWeight
+from fluxjax.nets.quantized import QuantizedWeight
+from fluxjax.nets.stack import block_name
 from fluxjax.nets.weight import Dense, FetchedWeight, Weight
-from fluxjax.shapes import Array, Float, Int
+from fluxjax.shapes import Array, Int
+
+StoredWeight = Dense | QuantizedWeight | PackedWeight
+"""Weights whose arrays each have an axis of blocks."""
 
 
 class HostWeight(FetchedWeight):
@@ -17,18 +26,18 @@ class HostWeight(FetchedWeight):
     In a loop over blocks, each block's is copied while the block before it runs.
     """
 
-    value: Float[Array, "*depth out features"]
+    stored: StoredWeight
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.value.shape
+        return self.stored.shape
 
     @property
     def is_remote(self) -> bool:
         return True
 
     def fetch(self) -> Weight:
-        return Dense(jax.device_put(self.value, jax.memory.Space.Device))
+        return jax.device_put(self.stored, jax.memory.Space.Device)
 
 
 class BlockReader:
@@ -42,23 +51,46 @@ class BlockReader:
         plan: Plan,
         name: str,
         shape: tuple[int, ...],
-        dtype: np.dtype,
+        stored: Stored,
     ):
         """Read the array `name` of a checkpoint.
 
-        **Arguments:** `shape`: of the whole stack. `dtype`: in which blocks are returned.
+        **Arguments:** `shape`: of the whole stack. `stored`: the dtype in which blocks are
+        returned, or the format in which they stay packed.
         """
         self.plan = plan
         self.name = name
         self.shape = shape
-        self.dtype = dtype
+        self.stored = stored
         self.prefetched: tuple[int, Future[np.ndarray]] | None = None
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a block's array."""
+        shape = stored_shape(self.stored, self.shape)[1:]
+        return jax.ShapeDtypeStruct(shape, BYTES if self.format else self.stored)
+
+    @property
+    def format(self) -> str | None:
+        """The format in which blocks stay packed; None for a dtype."""
+        return self.stored if isinstance(self.stored, str) else None
+
+    def check(self, number: int) -> None:
+        """**Raises:** `WeightsError` that names a tensor of a block with NaN or infinity."""
+        if isinstance(self.stored, str):
+            self.read(number)
+        else:
+            index = block_index(self.shape, number)
+            self.plan.leaf(self.name, self.shape, self.stored, index)
 
     def read(self, number: int) -> np.ndarray:
         """Return a block, read now."""
-        others = tuple(slice(0, size) for size in self.shape[1:])
-        region = (slice(number, number + 1), *others)
-        block = self.plan.region(self.name, self.shape, self.dtype, region)[0]
+        if isinstance(self.stored, str):
+            rows = np.empty(self.struct.shape, BYTES)
+            read_packed(self.plan, block_name(self.name, number), self.stored, 0, rows)
+            return rows
+        index = block_index(self.shape, number)
+        block = self.plan.region(self.name, self.shape, self.stored, index)[0]
         # Copied, so that a memory-mapped file is read here and not by whoever waits for the block.
         return np.array(block)
 
@@ -97,5 +129,6 @@ class FileWeight(FetchedWeight):
 
     def fetch(self) -> Weight:
         # A callback, since the number of the block is known only when the program runs.
-        block = jax.ShapeDtypeStruct(self.reader.shape[1:], self.reader.dtype)
-        return Dense(jax.pure_callback(self.reader, block, self.number))
+        block = jax.pure_callback(self.reader, self.reader.struct, self.number)
+        format = self.reader.format
+        return Dense(block) if format is None else PackedWeight(block, format)

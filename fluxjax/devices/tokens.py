@@ -51,6 +51,7 @@ class TokenParallelFlux(eqx.Module):
         txt_ids: Float[Array, "txt_tokens axes"] | None = None,
         guidance: ScalarLike | None = None,
         dtype: DTypeLike | None = None,
+        remat: bool = False,
     ) -> PreparedShard:
         """Compute what `velocity` needs at any of several times; as the network's `prepare`."""
         prepared = self.flux.prepare(
@@ -61,6 +62,7 @@ class TokenParallelFlux(eqx.Module):
             txt_ids=None if txt_ids is None else _local_tokens(txt_ids),
             guidance=guidance,
             dtype=dtype,
+            remat=remat,
         )
         return PreparedShard(prepared, len(txt))
 
@@ -94,6 +96,7 @@ class TokenParallelFlux(eqx.Module):
         *,
         attention: AttentionChoice | Nag = None,
         degraded: DegradedBlocks | None = None,
+        remat: bool = False,
     ) -> Float[Array, "img_tokens out_channels"]:
         """Return the velocity at one of the times that were prepared; as the network's.
 
@@ -119,7 +122,12 @@ class TokenParallelFlux(eqx.Module):
                 "divides them."
             )
         part = self.flux.velocity(
-            _local_tokens(x), t, prepared.prepared, attention=joint, degraded=degraded
+            _local_tokens(x),
+            t,
+            prepared.prepared,
+            attention=joint,
+            degraded=degraded,
+            remat=remat,
         )
         return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
 

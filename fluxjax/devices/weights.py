@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 
 from fluxjax.nets.conv import Kernel
+from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.weight import Dense, FetchedWeight, Weight, WrappedWeight
 from fluxjax.numeric import wide_dtype
@@ -17,7 +18,7 @@ class GatheredWeight(FetchedWeight):
     number of devices that it is split among.
     """
 
-    part: Dense | QuantizedWeight
+    part: Dense | QuantizedWeight | PackedWeight
     axis: int = eqx.field(static=True)
     parts: int = eqx.field(static=True)
 

@@ -22,13 +22,16 @@ from fluxjax.generate.controlnet import (
 from fluxjax.generate.controls import Control, control_times
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
+    DenoisedBatch,
     DrawChange,
     DrawHooks,
     DrawnBatch,
     DrawProgress,
     ImageBatch,
     Recipe,
+    decode_batch,
     denoise,
+    denoise_batch,
     draw_batch,
     trajectories,
 )
@@ -155,6 +158,7 @@ __all__ = [
     "ControlSettings",
     "DecodePixels",
     "Degradation",
+    "DenoisedBatch",
     "DiffEditing",
     "DrawChange",
     "DrawHooks",
@@ -207,7 +211,9 @@ __all__ = [
     "control_times",
     "controlnet_condition",
     "decode",
+    "decode_batch",
     "denoise",
+    "denoise_batch",
     "draw_batch",
     "edit_image",
     "encode",

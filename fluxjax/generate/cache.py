@@ -136,7 +136,7 @@ class CachedFlux(StatefulVelocity):
     `image_axes`: names of the axes, of `jax.vmap` or `jax.shard_map`, over which all images skip
     blocks together; a decision for each image of a batch would compute both branches.
     `reference_tokens`: how many tokens the condition adds to the noisy ones. `control`:
-    ControlNets beside the network, which are skipped with its blocks.
+    ControlNets beside the network, which are skipped with its blocks. `remat`: as for `Flux`.
     """
 
     flux: AbstractTransformer
@@ -145,6 +145,7 @@ class CachedFlux(StatefulVelocity):
     image_axes: tuple[str, ...] = eqx.field(static=True, default=())
     reference_tokens: int = eqx.field(static=True, default=0)
     control: ControlNetSet | None = None
+    remat: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         if self.flux.config.double_depth < 1:
@@ -192,7 +193,9 @@ class CachedFlux(StatefulVelocity):
             first = hidden
             if start and control:
                 first = hidden._replace(img=add_after_first(hidden.img, control))
-            img = self.flux.blocks(first, attention=attention, control=control, start=start)
+            img = self.flux.blocks(
+                first, attention=attention, control=control, start=start, remat=self.remat
+            )
             return img, (img - hidden.img).astype(jnp.float32)
 
         img, residual = jax.lax.cond(skip, add_last, run_blocks)

@@ -23,7 +23,7 @@ from fluxjax.generate.image import next_number, to_bytes, write_png
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.prompted import as_arrays, distilled_guidance, guidance_of, prompt_batch
-from fluxjax.generate.samplers import integrator, timer
+from fluxjax.generate.samplers import WITH_ETA, WITH_SHIFT, integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Image, PRNGKeyArray, Times
@@ -56,7 +56,12 @@ class Comparison:
     """Which samplers are compared: every timer with every integrator and number of steps.
 
     `reference_steps`: of Heun's method at the model's own times. `guidance`: distilled scale.
-    `height`, `width`: in pixels. `dtype`: of the activations. None takes the model's default.
+    `cfg`: scale of classifier-free guidance away from `negative_prompt`. `eta`: of the integrators
+    that take one. `shift`: of the timer flux_static. `height`, `width`: in pixels. `dtype`: of the
+    activations. None takes the model's default.
+
+    **Raises:** `ValueError` for an eta or a shift that no sampler takes, or a negative prompt
+    without guidance.
     """
 
     integrators: Sequence[str]
@@ -64,9 +69,33 @@ class Comparison:
     steps: Sequence[int]
     reference_steps: int = 200
     guidance: float | None = None
+    cfg: float | None = None
+    negative_prompt: str = ""
+    eta: float | None = None
+    shift: float | None = None
     height: int | None = None
     width: int | None = None
     dtype: DTypeLike | None = None
+
+    def __post_init__(self):
+        if self.eta is not None and not set(self.integrators) & set(WITH_ETA):
+            raise ValueError(
+                f"eta does nothing here: it is taken by {', '.join(WITH_ETA)}. Leave it out, or "
+                "compare one of them."
+            )
+        if self.shift is not None and WITH_SHIFT not in self.timers:
+            raise ValueError(
+                f"shift does nothing here: it is taken by the timer {WITH_SHIFT}. Leave it out, or "
+                "compare that."
+            )
+        if self.negative_prompt and self.cfg == 1:
+            raise ValueError(
+                "A negative prompt does nothing at cfg 1. Give a scale, as 3, or leave it out."
+            )
+
+    def step(self, name: str) -> Step:
+        """Return an integrator, with the eta if it takes one."""
+        return integrator(name, eta=self.eta if name in WITH_ETA else None)
 
 
 def compare(
@@ -90,7 +119,8 @@ def compare(
     bench = _Bench.of(models, prompt, comparison, key)
     samplers = []
     for name, kind, count in product(comparison.timers, comparison.integrators, comparison.steps):
-        samplers.append((name, kind, count, bench.times(name, count), integrator(kind)))
+        times = bench.times(name, count, comparison.shift if name == WITH_SHIFT else None)
+        samplers.append((name, kind, count, times, comparison.step(kind)))
     kind, name = REFERENCE
     times = bench.times(name, comparison.reference_steps)
     truth, reference, _ = bench.draw(times, integrator(kind))
@@ -126,22 +156,30 @@ class _Bench(NamedTuple):
         dtype = activation_dtype() if comparison.dtype is None else comparison.dtype
         ids = prompt_ids(
             models.tokenizers,
-            [prompt, ""],
+            [prompt, comparison.negative_prompt],
             max_length=defaults.max_length,
             visible_padding=defaults.visible_padding,
         )
         states = encode_text(models.clip, models.t5, ids, dtype=dtype)
-        # Models that need true guidance are guided away from the empty prompt.
-        guidance = guidance_of(models, None)
+        # Models that need true guidance are guided away from the empty prompt by default.
+        scale = comparison.cfg
+        guidance = guidance_of(models, None if scale is None else Guidance(scale=scale))
+        if comparison.negative_prompt and guidance.scale == 1:
+            raise ValueError(
+                "`compare` got a negative prompt, which does nothing at this model's cfg of 1. "
+                "Give a scale, as cfg=3."
+            )
         negative = states.rows([1]) if guidance.scale != 1 else None
         channels = models.vae.config.latent_channels
         noise = noise_batch(key, [0], height, width, channels=channels)
-        scale = distilled_guidance(models.flux, defaults, comparison.guidance)
-        batch = prompt_batch(states.rows([0]), negative, noise=noise, keys=None, distilled=scale)
+        distilled = distilled_guidance(models.flux, defaults, comparison.guidance)
+        batch = prompt_batch(
+            states.rows([0]), negative, noise=noise, keys=None, distilled=distilled
+        )
         return cls(models, batch, as_arrays(guidance), key, (height, width), dtype)
 
-    def times(self, name: str, steps: int) -> Times:
-        return timer(name, steps, self.models.defaults, *self.size)
+    def times(self, name: str, steps: int, shift: float | None = None) -> Times:
+        return timer(name, steps, self.models.defaults, *self.size, shift=shift)
 
     def draw(self, times: Times, step: Step) -> tuple[Array, np.ndarray, float]:
         """Return a sampler's latent, its image, and the seconds of its integration."""

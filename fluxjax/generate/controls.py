@@ -94,12 +94,14 @@ ControlInput = Control | PreparedControl
 class ControlNets(eqx.Module):
     """ControlNets with their inputs: a function of the noisy image and the time.
 
-    `nets`: the networks. `inputs`: of each of them, for one image. `attention`: as for `Flux`.
+    `nets`: the networks. `inputs`: of each of them, for one image. `attention`, `remat`: as for
+    `Flux`.
     """
 
     nets: tuple[ControlNet, ...]
     inputs: tuple[ControlInput, ...]
     attention: AttentionChoice = None
+    remat: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self, x: Float[Array, "img_tokens channels"], t: Scalar
@@ -107,7 +109,7 @@ class ControlNets(eqx.Module):
         """Return what is added to the tokens of the noisy image in the transformer."""
         residuals = []
         for net, one in zip(self.nets, self.inputs, strict=True):
-            residuals.append(_residuals(net, one, x, t, self.attention))
+            residuals.append(_residuals(net, one, x, t, self.attention, self.remat))
         return sum_alike(residuals)
 
 
@@ -115,12 +117,14 @@ class ControlNetSet(eqx.Module):
     """The ControlNets beside a transformer that is evaluated for several conditions.
 
     `shared`: those whose inputs are the same for all conditions, or what they add at the current x
-    and t. `nets`: those of which each condition has inputs of its own. `attention`: as for `Flux`.
+    and t. `nets`: those of which each condition has inputs of its own. `attention`, `remat`: as for
+    `Flux`.
     """
 
     shared: ControlNets | tuple[ControlResiduals, ...]
     nets: tuple[ControlNet, ...] = ()
     attention: AttentionChoice = None
+    remat: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self,
@@ -130,14 +134,14 @@ class ControlNetSet(eqx.Module):
     ) -> tuple[ControlResiduals, ...]:
         """Return all that is added at x and t for one condition, whose own inputs are `inputs`."""
         control = self.at(x, t).shared
-        own = ControlNets(self.nets, inputs, self.attention)
+        own = ControlNets(self.nets, inputs, self.attention, self.remat)
         return sum_alike((*control, *own(x, t)))  # type: ignore[misc]  # `at` has evaluated it
 
     def at(self, x: Float[Array, "img_tokens channels"], t: Scalar) -> "ControlNetSet":
         """Return these with what is shared evaluated."""
         if not isinstance(self.shared, ControlNets):
             return self
-        return ControlNetSet(self.shared(x, t), self.nets, self.attention)
+        return ControlNetSet(self.shared(x, t), self.nets, self.attention, self.remat)
 
 
 def _residuals(
@@ -146,6 +150,7 @@ def _residuals(
     x: Float[Array, "img_tokens channels"],
     t: Scalar,
     attention: AttentionChoice,
+    remat: bool,
 ) -> ControlResiduals:
     """Return the scaled residuals of one network; zeros, without running it, where it is off."""
     scale = jnp.asarray(control.scale)
@@ -154,7 +159,8 @@ def _residuals(
         ready = control
         if isinstance(ready, Control):
             ready = prepare_control(net, ready, jnp.asarray(t)[None])
-        return net.residuals(x, t, ready.prepared, attention=attention) * scale
+        residuals = net.residuals(x, t, ready.prepared, attention=attention, remat=remat)
+        return residuals * scale
 
     def skip() -> ControlResiduals:
         return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(run))

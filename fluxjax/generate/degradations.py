@@ -82,11 +82,6 @@ class Degradation:
         """Return the height and width of the picture, from those of what is left of it."""
         return height, width
 
-    @property
-    def in_pixels(self) -> bool:
-        """Whether pixels are measured, through the decoder, or else the latent."""
-        return True
-
     def check(self, image: Image) -> None:
         """**Raises:** `ValueError` if this can not have led to an image."""
 
@@ -187,10 +182,6 @@ class Hidden(Degradation):
 
     mask: PixelMask
     margin: int = MARGIN
-
-    @property
-    def in_pixels(self) -> bool:
-        return False
 
     def check(self, image: Image) -> None:
         check_mask("Hidden", self.mask, image)

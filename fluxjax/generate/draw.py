@@ -102,7 +102,8 @@ class Recipe(eqx.Module):
     `Flux`. `change`: of velocity and integrator by the images' own inputs, if any. `first`: the
     number of the first step that is taken: the batch's `noise` is then the state at
     `times[first]`. An integer array compiles one program for all numbers, which has no gradient; a
-    Python integer compiles one for each.
+    Python integer compiles one for each. `remat`: as for `flux_velocity`, for a change that takes
+    gradients of the velocity.
     """
 
     times: Times
@@ -111,6 +112,7 @@ class Recipe(eqx.Module):
     attention: AttentionChoice = None
     change: DrawChange | None = None
     first: IntLike = 0
+    remat: bool = eqx.field(static=True, default=False)
 
 
 class DrawProgress(NamedTuple):
@@ -165,6 +167,14 @@ _SEGMENTS = 20
 """Segments where several processes draw together: all must cut the integration alike."""
 
 
+class DenoisedBatch(NamedTuple):
+    """Latents, and what is known of their integration, as in `DrawnBatch`."""
+
+    latents: Float[Array, "images latent_channels rows columns"]
+    finite_steps: Int[Array, " images"]
+    reused: Int[Array, ""]
+
+
 def draw_batch(
     flux: AbstractTransformer,
     vae: Vae,
@@ -185,26 +195,48 @@ def draw_batch(
     networks are then from `shard`.
     **Raises:** `ValueError` as `denoise`.
     """
+    denoised = denoise_batch(flux, vae, batch, recipe, dtype=dtype, mesh=mesh, hooks=hooks)
+    return decode_batch(vae, denoised, dtype=dtype, mesh=mesh, hooks=hooks)
+
+
+def denoise_batch(
+    flux: AbstractTransformer,
+    vae: Vae,
+    batch: ImageBatch,
+    recipe: Recipe,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    hooks: DrawHooks | None = None,
+) -> DenoisedBatch:
+    """Take the first half of `draw_batch`: after it the transformer is not needed any more.
+
+    **Arguments:** as for `draw_batch`. `vae`, `dtype`: with hooks the decoder is compiled for them
+    meanwhile.
+    **Raises:** `ValueError` as `denoise`.
+    """
     if hooks is None:
-        drawing = _denoise(flux, batch, recipe, mesh)
-        images = decode(vae, drawing.latents, dtype=dtype, mesh=mesh)
-    else:
+        return _denoise(flux, batch, recipe, mesh)
 
-        def compile_decoder() -> None:
-            if mesh is None:  # with one, how the latents are split is known only after denoising
-                hooks.compile_ahead(decode, vae, batch.noise, dtype=dtype, mesh=mesh)
+    def compile_decoder() -> None:
+        if mesh is None:  # with one, how the latents are split is known only after denoising
+            hooks.compile_ahead(decode, vae, batch.noise, dtype=dtype, mesh=mesh)
 
-        drawing = _denoise_in_segments(flux, batch, recipe, mesh, hooks, compile_decoder)
-        images = hooks.run("decode", decode, vae, drawing.latents, dtype=dtype, mesh=mesh)
-    return DrawnBatch(images, drawing.latents, drawing.finite_steps, drawing.reused)
+    return _denoise_in_segments(flux, batch, recipe, mesh, hooks, compile_decoder)
 
 
-class _Denoised(NamedTuple):
-    """Latents, and what is known of their integration, as in `DrawnBatch`."""
-
-    latents: Float[Array, "images latent_channels rows columns"]
-    finite_steps: Int[Array, " images"]
-    reused: Int[Array, ""]
+def decode_batch(
+    vae: Vae,
+    denoised: DenoisedBatch,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    hooks: DrawHooks | None = None,
+) -> DrawnBatch:
+    """Take the second half of `draw_batch`. Arguments as there."""
+    run = DrawHooks().run if hooks is None else hooks.run
+    images = run("decode", decode, vae, denoised.latents, dtype=dtype, mesh=mesh)
+    return DrawnBatch(images, *denoised)
 
 
 def denoise(
@@ -223,7 +255,7 @@ def denoise(
 @eqx.filter_jit
 def _denoise(
     flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
-) -> _Denoised:
+) -> DenoisedBatch:
     check_batch(flux, batch, recipe, mesh)
     drawing = _begin(flux, batch, recipe, mesh)
     # Bounds that are Python integers make the loop a scan, which has a gradient.
@@ -239,7 +271,7 @@ def _denoise_in_segments(
     mesh: Mesh | None,
     hooks: DrawHooks,
     while_denoising: Callable[[], None],
-) -> _Denoised:
+) -> DenoisedBatch:
     """Integrate segment by segment, so that progress can be reported between them.
 
     `while_denoising` is called once the loop is compiled: from then on the host mostly waits.
@@ -454,14 +486,16 @@ def _velocities(
     image_axes: tuple[str, ...] = (),
 ) -> tuple[Velocity, Velocity | None]:
     """Return the guided velocity of an image, and that of its source, which is not guided."""
-    attention = shared.recipe.attention
+    attention, remat = shared.recipe.attention, shared.recipe.remat
     guidance = eqx.combine(row.guidance, shared.guidance)
     flux = networks.flux
-    own = guided_velocity(flux, conditions.own, guidance, attention, image_axes, networks.own)
+    own = guided_velocity(
+        flux, conditions.own, guidance, attention, image_axes, networks.own, remat
+    )
     source = None
     if conditions.source is not None:
         unguided = guided_velocity(
-            flux, conditions.source, Guidance(), attention, (), networks.source
+            flux, conditions.source, Guidance(), attention, (), networks.source, remat
         )
         source = cast(Velocity, unguided)
     return cast(Velocity, own), source
@@ -603,12 +637,12 @@ def apply_to_fields(
     return _for_each_image(apply, _networks(flux, batch), (rows,), (shared, function), mesh)
 
 
-def _finish(batch: ImageBatch, drawing: _Drawing) -> _Denoised:
+def _finish(batch: ImageBatch, drawing: _Drawing) -> DenoisedBatch:
     """Return the latents of a batch whose integration is at its end."""
     height, width = image_size(batch.noise)
     packed = drawing.state.x.astype(batch.noise.dtype)
     latents = jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
-    return _Denoised(latents, drawing.state.finite_steps, _reused(drawing.state.memory))
+    return DenoisedBatch(latents, drawing.state.finite_steps, _reused(drawing.state.memory))
 
 
 _begin_jit = eqx.filter_jit(_begin)

@@ -1,9 +1,10 @@
 """Images as files, on the host."""
 
+import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -19,6 +20,10 @@ MOST_PIXELS = 2**27
 """Pixels of an image that is read: 134 million, 1.5 GiB as float32."""
 _LONGEST_KEY = 79
 """Characters of a PNG's keyword."""
+_ORIENTATION = 0x0112
+"""EXIF's tag of how an image is rotated; from 5 on, its sides are exchanged."""
+Content = TypeVar("Content")
+"""What is read from an image."""
 
 
 def to_bytes(image: Image | np.ndarray) -> np.ndarray:
@@ -43,44 +48,78 @@ def read_image(path: Path | str) -> np.ndarray:
             f"`read_image(path)` needs a file, and {printable(str(path))} is not one. "
             "Pass an image file."
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit of pixels, and notes on odd files
-            return _read(path)
-    except OSError as error:
-        if error.errno is not None:  # the file system's
-            raise
-        raise _unreadable(path, error) from error
-    except _TooLargeError as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:  # decoders of damaged files raise of many kinds
-        raise _unreadable(path, error) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own limit of pixels, and notes on odd files
+        return _from_file("read_image", path, str(path), _pixels)
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """Decode the content of an image file, as `read_image` reads one. Threads may call it at once.
+
+    **Arguments:** `name`: what errors call it.
+    **Returns:** float32 in [-1, 1], [height, width, 3].
+    **Raises:** `ValueError` as `read_image`.
+    """
+    return _from_file("decode_image", io.BytesIO(data), name, _pixels)
+
+
+def stored_size(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
+    """Return the height and width of an image file after its rotation; only its header is read.
+
+    **Arguments:** `file`: a path, or content in memory. `name`: what errors call it.
+    **Raises:** as `read_image`.
+    """
+    return _from_file("stored_size", file, name, _rotated_size)
 
 
 class _TooLargeError(Exception):
     """An image has more pixels than are read."""
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _from_file(
+    call: str, file: Path | io.BytesIO, name: str, read: Callable[[PIL.Image.Image], Content]
+) -> Content:
+    """Return what `read` reads from an opened image; errors are those of `read_image`."""
+    PIL.Image.init()
+    formats = [known for known in _FORMATS if known in PIL.Image.OPEN]  # a Pillow may lack some
+    try:
+        with PIL.Image.open(file, formats=formats) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise _TooLargeError(
+                    f"`{call}` reads at most {MOST_PIXELS} pixels, and {printable(name)} has "
+                    f"{image.width}x{image.height}. Make it smaller."
+                )
+            return read(image)
+    except OSError as error:
+        if error.errno is not None:  # the file system's
+            raise
+        raise _unreadable(call, name, error) from error
+    except _TooLargeError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # decoders of damaged files raise of many kinds
+        raise _unreadable(call, name, error) from error
+
+
+def _unreadable(call: str, name: str, error: Exception) -> ValueError:
     reason = printable(str(error) or type(error).__name__)
+    if isinstance(error, PIL.UnidentifiedImageError):  # whose text may name an object in memory
+        reason = "it is not an image in a known format"
     return ValueError(
-        f"`read_image` can't read {printable(str(path))}: {reason}. "
-        "Pass a whole image file, as PNG or JPEG."
+        f"`{call}` can't read {printable(name)}: {reason}. Pass a whole image file, as PNG or JPEG."
     )
 
 
-def _read(path: Path) -> np.ndarray:
-    PIL.Image.init()
-    formats = [name for name in _FORMATS if name in PIL.Image.OPEN]  # a Pillow may lack some
-    with PIL.Image.open(path, formats=formats) as file:
-        if file.width * file.height > MOST_PIXELS:
-            raise _TooLargeError(
-                f"`read_image` reads at most {MOST_PIXELS} pixels, and {printable(str(path))} has "
-                f"{file.width}x{file.height}. "
-                "Make it smaller."
-            )
-        file.load()
-        return _values(PIL.ImageOps.exif_transpose(file))
+def _pixels(file: PIL.Image.Image) -> np.ndarray:
+    file.load()
+    return _values(PIL.ImageOps.exif_transpose(file))
+
+
+def _rotated_size(file: PIL.Image.Image) -> tuple[int, int]:
+    # Not PNG's own method, which decodes the image to find EXIF data after it.
+    orientation = PIL.Image.Image.getexif(file).get(_ORIENTATION, 1)
+    if orientation >= 5:
+        return file.width, file.height
+    return file.height, file.width
 
 
 def _values(image: PIL.Image.Image) -> np.ndarray:

@@ -20,7 +20,7 @@ from fluxjax.generate.text_to_image import text_to_image
 from fluxjax.generate.velocity import Guidance
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray
-from fluxjax.zoo import FLUX1
+from fluxjax.zoo import FLUX1, Defaults
 
 ReferenceImage = Float[Array, "_ _ 3"]
 """An image of any size, in [-1, 1]: several references differ in theirs."""
@@ -36,6 +36,8 @@ _PREFERRED = (
     (1024, 1024),
 )
 """Sizes in pixels that Kontext was trained on, the shorter side first."""
+_LARGE = 512 * 512
+"""From so many pixels by default, a model is taken to be meant for about 1024 x 1024."""
 _SIDE = FLUX1.latent.token_side
 
 
@@ -91,18 +93,24 @@ class References:
 
     `placement`: as for `reference_ids`. `preferred`: each image is resized to the size that Kontext
     was trained on and that has the nearest proportions; otherwise to the nearest multiples of 16
-    pixels.
+    pixels. None: if the model is meant for images of about that size, which the tiny model is not.
     """
 
     placement: str = "offset"
-    preferred: bool = True
+    preferred: bool | None = None
 
     def __post_init__(self):
         check_placement("References", self.placement)
 
-    def resize(self, image: Image) -> Float[Array, "new_height new_width 3"]:
-        """Return an image at the size at which it is a reference."""
-        size = preferred_size if self.preferred else nearest_size
+    def resize(self, image: Image, defaults: Defaults) -> Float[Array, "new_height new_width 3"]:
+        """Return an image at the size at which it is a reference.
+
+        **Arguments:** `defaults`: of the model.
+        """
+        preferred = self.preferred
+        if preferred is None:
+            preferred = defaults.height * defaults.width >= _LARGE
+        size = preferred_size if preferred else nearest_size
         return resize_image(image, *size(*image.shape[:2]))
 
 
@@ -161,7 +169,7 @@ def kontext_image(
     """
     if not images:
         raise ValueError("`kontext_image` needs at least one image. Pass the one to edit.")
-    resized = [references.resize(image) for image in images]
+    resized = [references.resize(image, models.defaults) for image in images]
     height, width = resized[0].shape[:2]
     height = height if settings.height is None else settings.height
     width = width if settings.width is None else settings.width

@@ -1,5 +1,6 @@
 """Latents as tokens: seeds, noise, packing, positions."""
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -157,6 +158,16 @@ def image_tokens(height: int, width: int) -> int:
 def image_size(noise: Float[Array, "*images channels rows columns"]) -> tuple[int, int]:
     """Return the height and width in pixels of the image that a latent or its noise is of."""
     return _LAYOUT.cell * noise.shape[-2], _LAYOUT.cell * noise.shape[-1]
+
+
+def aspect_size(ratio: float, pixels: int) -> tuple[int, int]:
+    """Return the height and width of an image of a shape, in multiples of 16 pixels.
+
+    **Arguments:** `ratio`: width over height. `pixels`: about how many the image has.
+    """
+    side = _LAYOUT.token_side
+    width, height = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+    return max(1, round(height / side)) * side, max(1, round(width / side)) * side
 
 
 def check_size(call: str, height: int, width: int) -> None:

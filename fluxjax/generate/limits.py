@@ -4,45 +4,23 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from fluxjax.checkpoint.detect import open_source
 from fluxjax.checkpoint.family import family_of_source
-from fluxjax.checkpoint.kinds import KINDS, Kind
+from fluxjax.checkpoint.kinds import CONTROLNET, KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
-from fluxjax.generate.latents import image_tokens
+from fluxjax.devices.vae_memory import VAE_MEMORY
+from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand, least_bytes
 from fluxjax.nets.chroma_config import ChromaConfig
+from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
 from fluxjax.zoo import ZOO, family_of, named_model
-
-
-class Demand(NamedTuple):
-    """What is drawn at once.
-
-    `rows`: images in a forward pass. `height`, `width`: in pixels. `tokens`: of a prompt, for T5.
-    `dtype`: of the activations.
-    """
-
-    rows: int
-    height: int
-    width: int
-    steps: int
-    tokens: int
-    dtype: DTypeLike
-
-
-class Configs(NamedTuple):
-    """The configs of the networks that need the most memory."""
-
-    t5: T5Config
-    flux: FluxConfig | ChromaConfig
-    vae: VaeConfig
 
 
 def read_configs(source: str | Path) -> Configs:
@@ -77,8 +55,16 @@ def known_flux_config(source: str | Path) -> FluxConfig | ChromaConfig | None:
     return replace(
         base,
         in_channels=base.in_channels + model.appended_features,
+        double_depth=model.double_blocks or base.double_depth,
         guidance_embed=model.defaults.guidance is not None,
     )
+
+
+def controlnet_config(source: str | Path) -> ControlNetConfig:
+    """Return the config of a ControlNet, or the largest published one's for one on the hub."""
+    if not Path(source).exists():
+        return ControlNetConfig.union()
+    return _read_config(source, CONTROLNET)
 
 
 def _is_local(source: str | Path) -> bool:
@@ -90,30 +76,13 @@ def _read_config(source: str | Path, kind: Kind) -> Any:
     return open_source(find_part(source, kind.folder)).network(kind).config
 
 
-def needed_bytes(demand: Demand, configs: Configs) -> dict[str, int]:
-    """Return the least bytes that each stage needs on one device, beside the weights.
+def default_vae_memory(demand: Demand, configs: Configs) -> float:
+    """Return the bytes that the VAE may need beside its weights before it is run in strips.
 
-    They are lower bounds: the arrays that must exist together, without what a compiler adds.
-
-    - encoding: T5's position bias, [heads, tokens, tokens] in float32, and two hidden layers of its
-      MLP.
-    - denoising: each block's fused projection, [tokens, 3 width + MLP], and the modulations of all
-      steps.
-    - decoding: an input and an output of a convolution at the image's full size; the images in
-      float32.
+    They are what denoising needs at least, so that decoding is not the peak of the run for long;
+    or those with which 1024x1024 is decoded whole.
     """
-    t5, flux, vae = configs
-    size = np.dtype(demand.dtype).itemsize
-    pixels = demand.height * demand.width
-    tokens = demand.tokens + image_tokens(demand.height, demand.width)
-    bias = 4 * t5.heads * demand.tokens**2
-    modulations = demand.steps * flux.width * (12 * flux.double_depth + 3 * flux.single_depth + 2)
-    return {
-        "encoding": bias + 2 * size * demand.rows * demand.tokens * t5.mlp_width,
-        "denoising": size
-        * (demand.rows * tokens * (3 * flux.width + flux.mlp_width) + modulations),
-        "decoding": 2 * size * pixels * vae.channels[0] + 4 * demand.rows * pixels * 3,
-    }
+    return max(least_bytes(demand, configs)["denoising"], VAE_MEMORY)
 
 
 def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:
@@ -126,17 +95,28 @@ def check_memory(demand: Demand, configs: Configs, *, devices: int = 1) -> None:
     if present is None:
         return
     shared = 1 if device.platform == "cpu" else devices  # those of one machine have one memory
-    stage, most = max(needed_bytes(demand, configs).items(), key=lambda item: item[1])
+    stage, most = max(least_bytes(demand, configs).items(), key=lambda item: item[1])
     if most // shared > present:
         raise ValueError(
             f"{demand.rows} images of {demand.height}x{demand.width} at once, with {demand.tokens} "
-            f"tokens and {demand.steps} steps, need at least {_gigabytes(most // shared)} for "
-            f"{stage}, and this device has {_gigabytes(present)}. "
+            f"tokens{_beside(demand.added)} and {demand.steps} steps, need at least "
+            f"{gigabytes(most // shared)} for {stage}, and this device has {gigabytes(present)}. "
             "Lower --batch, --height and --width, --max-sequence-length, or --steps."
         )
 
 
-def _gigabytes(count: int) -> str:
+def _beside(added: AddedTokens) -> str:
+    """Return what there is beside the prompt's tokens, for a message."""
+    parts = [f", {added.txt} more"] if added.txt else []
+    if added.reference:
+        parts.append(f", {added.reference} of references")
+    if added.residuals:
+        parts.append(f", {added.residuals} residuals of ControlNets")
+    return "".join(parts)
+
+
+def gigabytes(count: int) -> str:
+    """Return a number of bytes for people."""
     return f"{count / 1e9:,.1f} GB"
 
 
@@ -156,6 +136,16 @@ _CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+
+
+def available_host_bytes() -> int | None:
+    """Return the bytes of the host's memory that are free for new arrays; None if not known."""
+    limits = [_read_limit(path) for path in _CONTAINER_LIMITS]
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+    return min((count for count in limits if count is not None), default=_physical_bytes())
 
 
 def _physical_bytes() -> int | None:
@@ -194,3 +184,8 @@ def check_finite_times(times: Any) -> None:
             "The sampling times overflow at this image size or shift. "
             "Choose a smaller one, or --timer uniform."
         )
+
+
+def first_device() -> jax.Device:
+    """Return the device of this process that plans and checks are for."""
+    return jax.local_devices()[0]

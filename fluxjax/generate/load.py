@@ -29,6 +29,7 @@ from fluxjax.checkpoint.kinds import (
 )
 from fluxjax.checkpoint.load import load, load_quantized
 from fluxjax.checkpoint.locate import find_part, find_source
+from fluxjax.checkpoint.plan import Plan
 from fluxjax.devices.offload import offload
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings
@@ -37,6 +38,8 @@ from fluxjax.generate.tokens import Tokenizers
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.merge import merge, notes_of
+from fluxjax.lora.merged_plan import merged_plan
+from fluxjax.lora.networks import is_plain
 from fluxjax.nets.chroma import Chroma
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.clip import Clip, ClipConfig
@@ -44,7 +47,8 @@ from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.quantized import quantize
+from fluxjax.nets.packed import decode_weights
+from fluxjax.nets.rounding import quantize
 from fluxjax.nets.stack import unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.transformer import AbstractTransformer
@@ -70,12 +74,13 @@ def load_flux(
     **Arguments:** `source`: a zoo name ("tiny", "dev", …), a file or a folder of any layout (the
     documentation's page on weights lists them), or a hub id. `config`: replaces what the source
     says, for a file that does not say it. `dtype`: of the weights, a float of 8 to 64 bits; None
-    keeps the file's, and decodes quantized weights to bfloat16. `sharding`: a
+    keeps the file's, in which the blocks' matrices of GGUF and NF4 files stay packed, and decodes
+    other quantized weights to bfloat16. `sharding`: a
     `jax.sharding.Sharding` for every leaf, a pytree of them, or a function that makes one from the
     network of shapes; each process then reads only the slices of its devices. `stream`: leave the
     matrices of the blocks in the files and read each whenever it is used, the next one ahead: for a
-    machine whose memory does not hold them. `quantize`: "int8" or "fp8": round the matrices of the
-    blocks as they are read, as `fluxjax.quantize` does.
+    machine whose memory does not hold them. `quantize`: "int8", "fp8", "int8-128", "int4" or "nf4":
+    round the matrices of the blocks as they are read, as `fluxjax.quantize` does.
     **Raises:** `WeightsError` for weights that can't be read or do not fit, `FileNotFoundError` for
     no such source, `ValueError` for a dtype that weights are not loaded as, or for more than one of
     `sharding`, `stream` and `quantize`.
@@ -169,12 +174,20 @@ def load_kind(
             "Streamed and quantized weights are read by one device. "
             "Pass one of sharding=, stream= and quantize=."
         )
-    plan = open_source(find_part(source, hub_folder(source, kind))).network(kind).plan(config)
+    plan = plan_of_source(kind, source, config)
     if eight_bits is not None:
         return load_quantized(plan, eight_bits, dtype=dtype)
     if stream:
         return load_streamed(plan, dtype=dtype)
     return load(plan, dtype=dtype, sharding=sharding)
+
+
+def plan_of_source(kind: Kind, source: str | Path, config: Any = None) -> Plan:
+    """Return which tensors of a source's files fill a network, downloaded if need be.
+
+    **Raises:** as `load_flux`.
+    """
+    return open_source(find_part(source, hub_folder(source, kind))).network(kind).plan(config)
 
 
 def load_tokenizers(source: str | Path) -> Tokenizers:
@@ -289,14 +302,17 @@ def load_models(
 class LoadOptions:
     """How networks are loaded for drawing.
 
-    `dtype`: of the weights; None keeps the files'. `mesh`: of devices that share them. `adapters`:
-    with their scales, merged into the networks that they change. `quantize`, `stream`, `unroll`:
-    for the blocks of the transformer, of T5 and of ControlNets: round their matrices to "int8" or
-    "fp8"; keep them in host memory (on a CPU: in their files) and fetch one block at a time, with
-    adapters attached rather than merged; compile each block by itself.
+    `dtype`: of the weights; None keeps the files'. `transformer`: a file or folder whose
+    transformer replaces the model's; None for the model's own. `mesh`: of devices that share them.
+    `adapters`: with their scales, merged into the networks that they change, or attached to those
+    whose matrices are packed in their files. `quantize`, `stream`, `unroll`: for the blocks of the
+    transformer, of T5 and of ControlNets: round their matrices as `fluxjax.quantize` does; keep
+    them in host memory (on a CPU: in their files) and fetch one block at a time, with adapters
+    attached rather than merged; compile each block by itself.
     """
 
     dtype: DTypeLike | None = None
+    transformer: str | Path | None = None
     mesh: Mesh | None = None
     adapters: tuple[tuple[Lora, float], ...] = ()
     quantize: str | None = None
@@ -317,6 +333,7 @@ _LOADERS: Mapping[str, Callable[..., Any]] = {
     "vae": load_vae,
     "controlnet": load_controlnet,
 }
+_TRANSFORMERS = ("flux", "chroma")
 _WITH_LARGE_BLOCKS = ("flux", "chroma", "t5", "controlnet")
 """The networks whose blocks are worth rounding, streaming and unrolling."""
 
@@ -333,28 +350,56 @@ def load_network(
     **Arguments:** `name`: "flux", "chroma", "clip", "t5", "vae" or "controlnet". `note`: called
     with a line for each part of an adapter that has no effect.
     """
+    if options.transformer is not None and name in _TRANSFORMERS:
+        source = options.transformer
     load_one = partial(_LOADERS[name], source, dtype=options.dtype)
     has_blocks = name in _WITH_LARGE_BLOCKS
     if has_blocks and options.stream:
         return _load_with_streamed_blocks(name, load_one, options, note)
     adapters = options.adapters_of(name)
-    eight_bits = options.quantize if has_blocks else None
+    rounded = options.quantize if has_blocks else None
     mesh = options.mesh
-    if eight_bits is not None and mesh is None and not adapters:
-        network = load_one(quantize=eight_bits)  # so that it is never whole in memory
+    if rounded is not None and mesh is None:
+        # Block by block, so that it is never whole in memory.
+        network = _load_rounded(name, source, options, note)
     else:
         if mesh is not None:
             load_one = partial(load_one, sharding=lambda network: shardings(network, mesh))
         network = load_one()
+        if rounded is not None:
+            network = decode_weights(network, donate=True)
         if adapters:
-            _note_adapters(network, adapters, note)
-            loras, scales = zip(*adapters, strict=True)
-            network = merge(network, loras, scales, donate=True)
-        if eight_bits is not None:
-            network = quantize(network, eight_bits, donate=True)
+            network = _with_adapters(network, adapters, note)
+        if rounded is not None:
+            network = quantize(network, rounded, donate=True)
     if has_blocks and options.unroll:
         network = unroll(network, donate=True)
     return network if mesh is None else shard(network, mesh)
+
+
+def _with_adapters(
+    network: Any, adapters: tuple[tuple[Lora, float], ...], note: Callable[[str], None]
+) -> Any:
+    """Return a network with adapters merged; attached, if its matrices stay packed."""
+    _note_adapters(network, adapters, note)
+    loras, scales = zip(*adapters, strict=True)
+    if is_plain(network):
+        return merge(network, loras, scales, donate=True)
+    return attach(network, loras, scales)
+
+
+def _load_rounded(
+    name: str, source: str | Path, options: LoadOptions, note: Callable[[str], None]
+) -> Any:
+    """Load a network whose blocks' matrices are rounded as they are read, adapters added before."""
+    assert options.quantize is not None
+    plan = plan_of_source(KINDS[name], source)
+    adapters = options.adapters_of(name)
+    if adapters:
+        _note_adapters(plan.network, adapters, note)
+        loras, scales = zip(*adapters, strict=True)
+        plan = merged_plan(plan, loras, scales)
+    return load_quantized(plan, options.quantize, dtype=options.dtype)
 
 
 def _load_with_streamed_blocks(

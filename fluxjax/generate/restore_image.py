@@ -7,6 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.operators import Measurement, Operator
@@ -109,6 +110,8 @@ _WITH_SIZE = ("flowdps", "flowchef")
 """Methods whose result depends on the size of their gradient steps."""
 _AT_MODEL_TIMES = ("proximal", "ddnm", "flowdps")
 """Methods that restore no better at other times than the model's own."""
+_WITH_NETWORK_GRADIENT = ("pigdm", "tmpd", "dps")
+"""Methods that take gradients of the transformer, which keep its activations in memory."""
 _FORWARD_MODE = ("tmpd",)
 """Methods that take forward-mode gradients of the network, which attention kernels do not have."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
@@ -123,7 +126,9 @@ class Restoration:
     `degradation`: `Blurred`, `Shrunk` or `Hidden`. `noise`: the standard deviation of the noise in
     what is left, in units of images of [-1, 1]; for `Hidden` in those of the latent. `method`: a
     name in `SOLVERS`. `iterations`: of conjugate gradients. `size`: of the gradient steps of
-    flowdps and flowchef, by default 0.3.
+    flowdps and flowchef, by default 0.3. `remat`: for pigdm, tmpd and dps, which take gradients of
+    the transformer, keep only the input of each of its blocks and compute the block again; the
+    memory of all activations would save the one evaluation for each gradient.
 
     **Raises:** `ValueError` for another method, a noise that is negative, or 0 where that is not
     allowed, fewer than 1 iteration, and a size that the method does not take.
@@ -134,6 +139,7 @@ class Restoration:
     method: str = "decoupled"
     iterations: int = 5
     size: float | None = None
+    remat: bool = True
 
     def __post_init__(self):
         if self.method not in SOLVERS:
@@ -217,8 +223,8 @@ def restore_image(
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
     **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
-    settings; for a step beside a method that is one; for sharded models with blurred or shrunk
-    pictures, whose decoder runs on one device.
+    settings; for a step beside a method that is one; for pigdm, tmpd and dps with models that are
+    split over tensor= or context=. On a mesh, each device measures with the whole decoder.
     """
     guidance = guidance_of(models, guidance)
     degradation = restoration.degradation
@@ -257,10 +263,23 @@ def _check_settings_of(restoration: Restoration, models: Models, settings: DrawS
             f"`restore_image` by {restoration.method} has an integrator of its own, which "
             f"{type(settings.step).__name__} would replace. Leave the step out of the settings."
         )
-    if models.mesh is not None and restoration.degradation.in_pixels:
+    check_mesh_of(restoration.method, models.mesh)
+
+
+def check_mesh_of(method: str, mesh: Mesh | None) -> None:
+    """Check that a method can restore on a mesh.
+
+    **Raises:** `ValueError` for a method that takes reverse-mode gradients of the transformer,
+    whose collectives are not transposed as they should be where a layer or the tokens are split.
+    """
+    if mesh is None or method not in _WITH_NETWORK_GRADIENT:
+        return
+    split = [f"{axis}={mesh.shape[axis]}" for axis in ("tensor", "context") if mesh.shape[axis] > 1]
+    if split:
         raise ValueError(
-            "`restore_image` measures pixels through the decoder on one device, and these models "
-            "lie on a mesh. Load them without one."
+            f"`restore_image` by {method} takes gradients of the transformer, which are wrong "
+            f"where it is split over {' and '.join(split)}. Use a mesh of data= and fsdp=, or "
+            "the method decoupled."
         )
 
 
@@ -283,6 +302,8 @@ def _draw_posterior(
     if restoration.method in _FORWARD_MODE and drawing.settings.attention is None:
         settings = replace(drawing.settings, attention="xla_chunked")
         drawing = replace(drawing, settings=settings)
+    # For the other methods the program is the same, and does not compile again.
+    remat = restoration.remat and restoration.method in _WITH_NETWORK_GRADIENT
     drawn = []
     for numbers in drawing.groups():
         batch = replace(
@@ -290,5 +311,6 @@ def _draw_posterior(
             inputs=jnp.broadcast_to(measured, (len(numbers), *measured.shape)),
             keys=keys_of_steps(drawing.key, numbers),
         )
-        drawn.append(drawing.draw(batch, replace(drawing.recipe(numbers), change=change)))
+        recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
+        drawn.append(drawing.draw(batch, recipe))
     return drawing.images(drawn)

@@ -2,6 +2,7 @@
 configurations.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,7 +11,15 @@ from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniP
 from fluxjax.flow.guidance import ClassifierFree, Projected, Rule, ZeroStar
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint
 from fluxjax.flow.step import Step
-from fluxjax.flow.stochastic import DDIM, ERSDE2, DPMpp2MSDE, Renoise, ReverseSDE
+from fluxjax.flow.stochastic import (
+    DDIM,
+    ERSDE2,
+    Churn,
+    DPMpp2MSDE,
+    Renoise,
+    ReverseSDE,
+    draws_noise,
+)
 from fluxjax.flow.times import (
     beta_times,
     exponential_times,
@@ -24,6 +33,7 @@ from fluxjax.flow.times import (
 from fluxjax.generate.cache import FirstBlock, StepCache, TeaCache
 from fluxjax.generate.latents import image_tokens
 from fluxjax.shapes import Times
+from fluxjax.suggestions import suggestion
 from fluxjax.zoo import FLUX1, Defaults, Family
 
 INTEGRATORS: Mapping[str, Callable[[], Step]] = {
@@ -45,11 +55,14 @@ INTEGRATORS: Mapping[str, Callable[[], Step]] = {
     "er_sde": ERSDE2,
     "renoise": Renoise,
 }
-_WITH_ETA: Mapping[str, Callable[[float], Step]] = {
+WITH_ETA: Mapping[str, Callable[[float], Step]] = {
     "ddim": DDIM,
     "sde": ReverseSDE,
     "dpmpp_2m_sde": DPMpp2MSDE,
 }
+"""The integrators that take an eta."""
+WITH_SHIFT = "flux_static"
+"""The timer that takes a shift."""
 RULES: Mapping[str, Callable[[], Rule]] = {
     "cfg": ClassifierFree,
     "zero_star": ZeroStar,
@@ -69,6 +82,7 @@ TIMERS = (
     "beta",
     "linear_quadratic",
 )
+_MOST_CHURN = math.sqrt(2) - 1
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -83,24 +97,42 @@ SHIFT_RULES: Mapping[str, Callable[[Defaults, int, int], float]] = {
 """The log-shift of a family's times, from the defaults, the number of image tokens and of steps."""
 
 
-def integrator(name: str, *, eta: float | None = None) -> Step:
+def integrator(name: str, *, eta: float | None = None, churn: float | None = None) -> Step:
     """Return an integrator of `INTEGRATORS`.
 
     **Arguments:** `eta`: how much noise is drawn, in [0, 1], by those that take it; by default 0
-    for ddim and 1 for the others.
-    **Raises:** `ValueError` for another name, an eta that is not taken, or one outside of [0, 1].
+    for ddim and 1 for the others. `churn`: by which t / (1 - t) grows before each step, in (0,
+    sqrt(2) - 1], as noise is added (Karras et al. 2022, algorithm 2, where it is S_churn / N); for
+    integrators that draw no noise themselves.
+    **Raises:** `ValueError` for another name, an eta or a churn that is not taken, or one outside
+    of its range.
     """
+    step = _integrator(name, eta)
+    if churn is None:
+        return step
+    if draws_noise(step):
+        raise ValueError(
+            f"{name} draws noise itself, so it takes no churn. Leave it out, or choose an "
+            "integrator that draws none, as heun."
+        )
+    if not 0 < churn <= _MOST_CHURN:
+        raise ValueError(f"churn is above 0 and at most {_MOST_CHURN:.4f}, got {churn}.")
+    return Churn(step, churn)
+
+
+def _integrator(name: str, eta: float | None) -> Step:
     if name not in INTEGRATORS:
         known = ", ".join(INTEGRATORS)
-        raise ValueError(f"There is no integrator {name!r}. Choose one of {known}.")
+        near = suggestion(name, INTEGRATORS)
+        raise ValueError(f"There is no integrator {name!r}. Choose one of {known}.{near}")
     if eta is None:
         return INTEGRATORS[name]()
-    if name not in _WITH_ETA:
-        known = ", ".join(_WITH_ETA)
+    if name not in WITH_ETA:
+        known = ", ".join(WITH_ETA)
         raise ValueError(f"{name} takes no eta. Leave it out, or choose one of {known}.")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is in [0, 1], got {eta}.")
-    return _WITH_ETA[name](eta)
+    return WITH_ETA[name](eta)
 
 
 def step_cache(text: str) -> StepCache:
@@ -154,14 +186,16 @@ def timer(
     above 0, or no steps.
     """
     if name not in TIMERS:
-        raise ValueError(f"There is no timer {name!r}. Choose one of {', '.join(TIMERS)}.")
-    if shift is not None and name != "flux_static":
+        known = ", ".join(TIMERS)
+        near = suggestion(name, TIMERS)
+        raise ValueError(f"There is no timer {name!r}. Choose one of {known}.{near}")
+    if shift is not None and name != WITH_SHIFT:
         raise ValueError(f"The timer {name} takes no shift. Leave it out, or choose flux_static.")
     if shift is not None and not 0 < shift <= _LARGEST:
         raise ValueError(
             f"`timer(shift)` needs a finite factor above 0, got {shift}. Choose one, as 3."
         )
-    if name == "flux_static":
+    if name == WITH_SHIFT:
         return static_times(steps, shift=3.0 if shift is None else shift)
     if name == "uniform":
         return uniform_times(steps)

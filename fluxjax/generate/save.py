@@ -16,6 +16,7 @@ from fluxjax.checkpoint.dtypes import check_written_dtype
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.family import family_of_networks
 from fluxjax.checkpoint.folders import DEFAULTS_FILE
+from fluxjax.checkpoint.gguf_layout import check_written_as
 from fluxjax.checkpoint.kinds import AnyKind, Network, kind_of_network
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, LAYOUTS, NetworkToWrite, check_layout
 from fluxjax.checkpoint.weights import InMemoryWeights, Weights, parameter_names
@@ -40,19 +41,20 @@ def save(
 
     **Arguments:** `network`: a `Flux`, `Clip`, `T5` or `Vae`, in the host's memory or on devices;
     attached adapters are merged as by `merge`. `path`: a new file that ends in .safetensors, or a
-    new folder. `to`: "own", "diffusers" (a folder), "bfl" (the transformer or the VAE) or "comfy".
-    `dtype`: of the weights; None keeps theirs; float8 is for the matrices of linear layers.
+    new folder. `to`: "own", "diffusers" (a folder), "bfl" (the transformer or the VAE), "comfy", or
+    "gguf" (the transformer, to a file that ends in .gguf). `dtype`: of the weights; None keeps
+    theirs; float8 is for the matrices of linear layers; with "gguf" also "Q8_0", "Q4_K", "Q4_0".
     **Returns:** the path.
     **Raises:** `FileExistsError` if there is something at the path; `ValueError` for another layout
     or dtype, or a path without a name; `WeightsError` for weights that are 8-bit, streamed,
     unrolled or split over `tensor`, for values that the dtype can't hold, for a network that the
     layout has no names for, and for a full disk.
     """
-    target = check_target("save(path)", path)
     check_layout("save(to)", to, LAYOUTS)
+    target = check_target("save(path)", path, to)
     check_free(target.path)
     to_write = _to_write("save", network)
-    stored = check_written_dtype("save", dtype)
+    stored = check_written_as("save", dtype, to)
     write_networks(target, [to_write], to, dtype=stored)
     return target.path
 
@@ -157,12 +159,12 @@ def _weights_of(call: str, network: Network, kind: AnyKind) -> Weights:
             _add_changes(changes, parameter_names(name, node.shape), node)
             node = node.base
         if isinstance(node, HostWeight):
-            return Dense(node.value)
+            node = node.stored
         if not isinstance(node, Dense):
             raise WeightsError(
                 f"`{call}` writes weights as they are, and {name} is stored as "
                 f"{type(node).__name__}. Save the network that was quantized, or load it again "
-                "without `stream` and `quantize`."
+                "without `stream` and `quantize`, and from a file of packed blocks with a `dtype`."
             )
         return node
 

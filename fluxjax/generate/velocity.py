@@ -95,7 +95,7 @@ class ConditionalFlux(eqx.Module):
     """The transformer as a function (x, t, condition) -> dx/dt.
 
     `attention`: as for `Flux`. `degraded`: blocks that are skipped or attend otherwise. `control`:
-    ControlNets beside it. `image_axes`: as for `flux_velocity`.
+    ControlNets beside it. `image_axes`, `remat`: as for `flux_velocity`.
 
     A condition with regions gets their attention. One with mixed prompts takes an evaluation for
     each of them beside that of its own.
@@ -106,6 +106,7 @@ class ConditionalFlux(eqx.Module):
     degraded: DegradedBlocks | None = None
     control: ControlNetSet | None = None
     image_axes: tuple[str, ...] = eqx.field(static=True, default=())
+    remat: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self, x: Float[Array, "img_tokens channels"], t: Scalar, condition: Condition
@@ -136,6 +137,7 @@ class ConditionalFlux(eqx.Module):
             prepared.prepared,  # type: ignore[arg-type]  # prepared by the same transformer
             attention=attention_at(self.attention, prepared, t, self.image_axes),
             degraded=self.degraded,
+            remat=self.remat,
             **added,  # refused where tokens are split
         )
         return velocity[: len(x)]
@@ -177,6 +179,7 @@ def flux_velocity(
     times: Float[Array, " evaluations"] | None = None,
     attention: AttentionChoice = None,
     image_axes: Sequence[str] = (),
+    remat: bool = False,
 ) -> Guided | ControlledVelocity:
     """Return the guided velocity of one image: a pytree, called as velocity(x, t), for `sample`.
 
@@ -188,7 +191,9 @@ def flux_velocity(
     them: what does not depend on the image is then computed once for all, and the velocity is NaN
     at any other time. None: it is computed in each evaluation, for any time. `attention`: as for
     `Flux`; NAG computes its attention with it too. `image_axes`: names of the `vmap` or mesh axes
-    that the images of a batch lie along; with a cache all of them skip blocks together.
+    that the images of a batch lie along; with a cache all of them skip blocks together. `remat`:
+    for a gradient of the velocity, keep only the input of each block, ControlNets' too, and compute
+    the block again.
     **Raises:** `ValueError` for a scale or NAG without `negative`, for NAG beside another custom
     attention, and for a cache where tokens are split over devices; for regions beside NAG, another
     custom attention, or tokens that are split; for mixed prompts beside a cache.
@@ -199,7 +204,7 @@ def flux_velocity(
     nets = nets_of(positive)
     joined = join_conditions(positive, negative, texts=guidance.nag is not None)
     joined = prepare_joined(flux, joined, times, nets)
-    return guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets)
+    return guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets, remat)
 
 
 def guided_velocity(
@@ -209,17 +214,23 @@ def guided_velocity(
     attention: AttentionChoice = None,
     image_axes: tuple[str, ...] = (),
     nets: Nets = Nets(),
+    remat: bool = False,
 ) -> Guided | ControlledVelocity:
-    """Return the guided velocity of conditions from `join_conditions` or `prepare_joined`."""
+    """Return the guided velocity of conditions from `join_conditions` or `prepare_joined`.
+
+    **Arguments:** `attention`, `image_axes`, `remat`: as for `flux_velocity`. `nets`: the networks
+    of the conditions' controls.
+    """
     positive, negative, shared = conditions
     control = None
     if shared or nets.own:
         named = control_attention(attention)
-        control = ControlNetSet(ControlNets(nets.shared, shared, named), nets.own, named)
+        together = ControlNets(nets.shared, shared, named, remat)
+        control = ControlNetSet(together, nets.own, named, remat)
     if guidance.nag is not None:
         named = guidance.nag.implementation if attention is None else attention
         attention = replace(guidance.nag, implementation=named)  # type: ignore[arg-type]
-    network: Conditional = ConditionalFlux(flux, attention, None, control, image_axes)
+    network: Conditional = ConditionalFlux(flux, attention, None, control, image_axes, remat)
     if guidance.cache is not None and isinstance(flux, AbstractTransformer):
         network = CachedFlux(  # type: ignore[assignment]  # it takes a memory, too
             flux,
@@ -228,10 +239,12 @@ def guided_velocity(
             image_axes,
             reference_tokens=_reference_tokens(positive),
             control=control,
+            remat=remat,
         )
     weak = None
     if guidance.weak is not None:
-        degraded = ConditionalFlux(flux, attention, guidance.weak.blocks, control, image_axes)
+        blocks = guidance.weak.blocks
+        degraded = ConditionalFlux(flux, attention, blocks, control, image_axes, remat)
         weak = WeakModel(
             degraded, guidance.weak.strength, low=guidance.weak.low, high=guidance.weak.high
         )

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
-import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.block_sizes import BlockSizes, resolve_block_sizes
 from fluxjax.kernels.chips import compute_capability, default_device, tpu_chip_name
 from fluxjax.kernels.cudnn_attention import cudnn_attention
+from fluxjax.kernels.requirements import DeviceType, HasShape, target_of, unmet_requirement
+from fluxjax.kernels.verified import is_verified
 from fluxjax.kernels.xla_attention import (
     Heads,
     LogitOptions,
@@ -27,17 +28,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 MAX_LOGIT_BYTES = 2**29
 """Bytes of one example's float32 logits up to which `select_attention` takes xla."""
-
-
-@runtime_checkable
-class HasShape(Protocol):
-    """An array, or what stands for one: `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
 
 
 @convert_arguments
@@ -59,7 +49,7 @@ def attention(
     - "xla": two matmuls; keeps the logits, heads x queries x keys, in memory in float32.
     - "xla_chunked": the same for one chunk of queries after another, at most 64 MiB of logits an
       example. The logits are computed again for a gradient, one sixth more work.
-    - "cudnn": NVIDIA GPUs; float16 or bfloat16; head_dim a multiple of 8 up to 128.
+    - "cudnn": NVIDIA GPUs from Ampere on; float16 or bfloat16; head_dim a multiple of 8 up to 128.
     - "flash_tpu": TPUs; bfloat16, or float32 at the highest matmul precision; neither `bias` nor
       `causal`. Its gradient does 3.5 times the matmuls of the forward pass. Reverse mode only.
     - "flash_gpu": NVIDIA GPUs from Ampere on; float16 or bfloat16; head_dim up to 128; neither
@@ -189,29 +179,38 @@ def select_attention(
     bias: bool = False,
     causal: bool = False,
     platform: str | None = None,
+    capability: float | None = None,
 ) -> Implementation:
     """Return the implementation that `attention` takes by default.
 
     flash_gpu is taken only if it is named: cudnn supports nearly all that it does, and is
-    published as faster.
+    published as faster. On the default device, flash_tpu and cudnn are taken only after a block of
+    them has given the values of xla there; that is checked once for a kind of device.
 
     **Arguments:** `q`, `k`: [tokens, heads, head_dim], arrays or `jax.ShapeDtypeStruct`. `bias`,
     `causal`: whether there is a bias or a causal mask. `platform`: "cpu", "gpu" or "tpu"; that of
-    the default device by default.
+    the default device by default. `capability`: the compute capability of an NVIDIA GPU, 0 for a
+    GPU of another vendor; by default that of the default device, or 9.0 if it is no GPU.
     **Returns:** on TPUs, flash_tpu for bfloat16, a head_dim of 128 or 256, and at least 1024 keys;
-    on NVIDIA GPUs, cudnn where it supports the arguments; else xla, or xla_chunked where the
-    logits of one example would take more than 512 MiB.
+    on NVIDIA GPUs of compute capability 8.0 or more, cudnn where it supports the arguments; else
+    xla, or xla_chunked where the logits of one example would take more than 512 MiB.
     """
-    if platform is None:
-        platform = default_device().platform
+    device = default_device()
+    target = target_of(device)
+    if platform is not None:
+        if capability is None:
+            capability = target.capability if device.platform == platform else 9.0
+        target = DeviceType(platform, capability)
     dim, keys = q.shape[-1], k.shape[0]
     # Other heads would be padded to 128 features, float32 takes several passes of the matmul unit,
     # and a few keys fill no block.
     fast_on_tpu = dim in (128, 256) and keys >= 1024 and q.dtype == jnp.bfloat16
-    if fast_on_tpu and _unmet_requirement("flash_tpu", q, bias, causal, platform) is None:
-        return "flash_tpu"
-    if _unmet_requirement("cudnn", q, bias, causal, platform) is None:
-        return "cudnn"
+    preferred: list[Implementation] = ["flash_tpu", "cudnn"] if fast_on_tpu else ["cudnn"]
+    for name in preferred:
+        if unmet_requirement(name, q, bias, causal, target) is not None:
+            continue
+        if platform is not None or is_verified(name, device):
+            return name
     return plain_attention(q, k)
 
 
@@ -238,7 +237,7 @@ def choose_implementation(q: Array, k: Array, bias: bool, causal: bool, name: st
     if name is None:
         return select_attention(q, k, bias=bias, causal=causal)
     _check_name(name)
-    unmet = _unmet_requirement(name, q, bias, causal, default_device().platform)
+    unmet = unmet_requirement(name, q, bias, causal, target_of(default_device()))
     if unmet is not None:
         raise ValueError(
             f"`attention(implementation={name!r})` needs {unmet}. Pass implementation=None."
@@ -252,40 +251,6 @@ def _check_name(name: str | None) -> None:
             f"`attention(implementation={name!r})` is unknown. "
             f"Choose one of {', '.join(IMPLEMENTATIONS)}, or None."
         )
-
-
-def _unmet_requirement(
-    name: str,
-    q: HasShape,
-    bias: bool,
-    causal: bool,
-    platform: str,
-) -> str | None:
-    """Return what an implementation needs and what it got instead; None if it supports these."""
-    dim = q.shape[-1]
-    half_precision = q.dtype in (jnp.float16, jnp.bfloat16)
-    if name == "cudnn" and not (
-        platform == "gpu" and half_precision and dim % 8 == 0 and dim <= 128
-    ):
-        return (
-            "an NVIDIA GPU, float16 or bfloat16, and a head_dim that is a multiple of 8 up to "
-            f"128, got {platform}, {q.dtype}, {dim}"
-        )
-    if name == "flash_tpu" and (platform != "tpu" or q.dtype not in (jnp.bfloat16, jnp.float32)):
-        return f"a TPU, and bfloat16 or float32, got {platform}, {q.dtype}"
-    if name == "flash_gpu" and not (
-        compute_capability(default_device()) >= 8 and half_precision and dim <= 128
-    ):
-        capability = getattr(default_device(), "compute_capability", "")
-        gpu = f"{platform} {capability}".strip()
-        return (
-            "an NVIDIA GPU of compute capability 8.0 or more, float16 or bfloat16, and a "
-            f"head_dim up to 128, got {gpu}, {q.dtype}, {dim}"
-        )
-    if name in ("flash_tpu", "flash_gpu") and (bias or causal):
-        got = "a bias" if bias else "causal=True"
-        return f"an attention without bias that is not causal, got {got}"
-    return None
 
 
 def _check_block_sizes(

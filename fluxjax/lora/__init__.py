@@ -5,7 +5,7 @@ from fluxjax.lora.attach import attach
 from fluxjax.lora.convert import adapter_notes, merge_while_converting
 from fluxjax.lora.describe import describe_lora
 from fluxjax.lora.extract import extract_lora
-from fluxjax.lora.init import BLOCKS, init_lora, trainable
+from fluxjax.lora.init import BLOCKS, init_dora, init_lokr, init_lora, trainable
 from fluxjax.lora.merge import merge, unmerge
 from fluxjax.lora.read import read_lora
 from fluxjax.lora.write import write_lora
@@ -17,6 +17,8 @@ __all__ = [
     "attach",
     "describe_lora",
     "extract_lora",
+    "init_dora",
+    "init_lokr",
     "init_lora",
     "merge",
     "merge_while_converting",

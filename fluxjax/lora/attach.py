@@ -20,6 +20,7 @@ from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
 from fluxjax.lora.factors import Factor, combined_factors
 from fluxjax.lora.merge import merge_changes
 from fluxjax.lora.networks import is_weight
+from fluxjax.lora.row_scales import BlockChanges, scale_rows
 from fluxjax.lora.scales import Scales, check_scales
 from fluxjax.lora.widen import widen_for_changes
 from fluxjax.nets.stack import is_stacked, leaf_names
@@ -29,8 +30,6 @@ from fluxjax.shapes import Array
 Network = TypeVar("Network", bound=eqx.Module)
 Leaf = Array | jax.ShapeDtypeStruct
 """An array, or the shape of one."""
-BlockChanges = Mapping[int | None, Sequence[ScaledChange]]
-"""The changes of one leaf by block; None for a leaf that is not stacked."""
 
 
 @convert_arguments
@@ -63,8 +62,9 @@ def attach(
 
     **Returns:** a network of the same kind, whose adapted matrices are `AdaptedWeight`. Its input
     is wider if an adapter adds input features, as those of FLUX.1 Canny and Depth do.
-    **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (DoRA, OFT,
-    a LoKr whose second factor is whole, full differences): merge it instead.
+    **Raises:** as `merge`, and `WeightsError` for an adapter that has no low-rank form (a DoRA of
+    columns, OFT, a LoKr whose second factor is whole, full differences): merge it instead. So has a
+    DoRA of rows beside weights that are not plain arrays, since it depends on their norms.
     """
     shapes = _as_dense_shapes(model)
     changes = changes_of(shapes, loras, check_scales("attach", len(loras), scales))
@@ -93,7 +93,8 @@ def attach(
                 f"{name} is a lookup table, beside which no low-rank factors can be attached. "
                 "Merge the adapter instead."
             )
-        return _adapt_weight(name, node, matrices[name], parts)
+        base, low_rank = scale_rows(name, node, matrices[name], parts)
+        return _adapt_weight(name, base, low_rank, parts)
 
     return jax.tree_util.tree_map_with_path(adapt, model, is_leaf=is_weight)
 

@@ -1,24 +1,24 @@
 """A new adapter, to be trained.
 
-`init_lora` makes it and `trainable` says which of its leaves are trained. The training loss
-applies it by `attach`, and `write_lora` writes the result.
+`init_lora`, `init_lokr` and `init_dora` make it, and `trainable` says which of its leaves are
+trained. The training loss applies it by `attach`, and `write_lora` writes the result.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.checkpoint.weights import parameters_of
+from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.networks import LOOKUP_TABLES, network_kind
-from fluxjax.lora.terms import LowRankTerm
+from fluxjax.lora.terms import KronTerm, LowRankTerm, MagnitudeTerm, Term
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.widen import widen_input
-from fluxjax.shapes import PRNGKeyArray
+from fluxjax.shapes import Array, PRNGKeyArray
 
 BLOCKS = (r"(double|single|blocks)\..*\.(qkv|out|up|down|gate|linear1|linear2|q|k|v)",)
 """The attention and the MLP of every block, as `targets` of `init_lora`."""
@@ -67,14 +67,121 @@ def init_lora(
 
     **Source:** Hu et al. 2021, section 4.1.
     """
-    if rank < 1:
-        raise ValueError(f"`init_lora` needs a rank of at least 1, got {rank}.")
-    if alpha is not None and not abs(alpha) <= _LARGEST_FLOAT32:
+    # Alpha is the rank by default, so the factor is 1.
+    factor = _factor("init_lora", rank, alpha)
+
+    def term(key: PRNGKeyArray, name: str, shape: tuple[int, ...]) -> Term:
+        return _zero_product(key, rank, shape, factor)
+
+    _check_rank("init_lora", rank)
+    largest = max(min(shape) for shape in _chosen(model, targets, extra_features).values())
+    if rank > largest:
         raise ValueError(
-            f"`init_lora(alpha)` needs a number that is finite in float32, got {alpha}. "
-            "Pass the rank, or less."
+            f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, "
+            f"got {rank}."
         )
+    return _new_adapter(model, targets, term, extra_features=extra_features, key=key)
+
+
+@convert_arguments
+def init_lokr(
+    model: eqx.Module,
+    rank: int,
+    targets: str | Sequence[str] = BLOCKS,
+    *,
+    divisor: int = 8,
+    alpha: float | None = None,
+    extra_features: int = 0,
+    key: PRNGKeyArray,
+) -> Lora:
+    """Return a LoKr that changes nothing yet: left ⊗ (up down), of a small left matrix.
+
+    Its numbers are 1 / divisor² of the weight's for the left matrix and of rank `rank` for the
+    right one: fewer than those of a LoRA of the same rank, for a change of up to `divisor` times
+    its rank.
+
+    **Arguments:** as for `init_lora`, and `divisor`: the rows and columns of the left matrix, as
+    LyCORIS's factor; for each axis the largest divisor of its size that is not larger.
+    **Raises:** `ValueError` as `init_lora`, for a divisor below 1, and for a rank that is not below
+    the sizes of a right matrix, whose factors would hold more than the matrix itself.
+    **Source:** Yeh et al. 2023, LyCORIS, LoKr.
+    """
+    _check_rank("init_lokr", rank)
+    if divisor < 1:
+        raise ValueError(f"`init_lokr` needs a divisor of at least 1, got {divisor}.")
+    factor = _factor("init_lokr", rank, alpha)
+
+    def term(key: PRNGKeyArray, name: str, shape: tuple[int, ...]) -> Term:
+        rows, columns = (_largest_divisor(size, divisor) for size in shape)
+        right = (shape[0] // rows, shape[1] // columns)
+        if rank >= min(right):
+            raise ValueError(
+                f"`init_lokr(rank)` needs less than {min(right)} for {name}, whose right matrix is "
+                f"{right[0]} x {right[1]}, got {rank}. Choose a smaller rank or divisor."
+            )
+        left_key, down_key = jax.random.split(key)
+        left = jax.random.normal(left_key, (rows, columns)) / columns**0.5
+        down = jax.random.normal(down_key, (rank, right[1])) / right[1] ** 0.5
+        return KronTerm((left,), (jnp.zeros((right[0], rank)), down), factor)
+
+    return _new_adapter(model, targets, term, extra_features=extra_features, key=key)
+
+
+@convert_arguments
+def init_dora(
+    model: eqx.Module,
+    rank: int,
+    targets: str | Sequence[str] = BLOCKS,
+    *,
+    alpha: float | None = None,
+    key: PRNGKeyArray,
+) -> Lora:
+    """Return a DoRA that changes nothing yet: the norm of each row is trained apart.
+
+    **Arguments:** as for `init_lora`; the `model` holds arrays, whose rows' norms are the first
+    magnitudes.
+    **Raises:** `ValueError` as `init_lora`.
+    **Source:** Liu et al. 2024, DoRA, section 4.1.
+    """
+    _check_rank("init_dora", rank)
+    factor = _factor("init_dora", rank, alpha)
+    slots, leaves = parameters_of(model), jax.tree.leaves(model)
+
+    def term(key: PRNGKeyArray, name: str, shape: tuple[int, ...]) -> Term:
+        weight = _parameter(leaves, slots[f"{name}.weight"]).astype(jnp.float32)
+        magnitude = jnp.linalg.norm(weight, axis=1)
+        return MagnitudeTerm(_zero_product(key, rank, shape, factor), magnitude, True)
+
+    return _new_adapter(model, targets, term, extra_features=0, key=key)
+
+
+def _new_adapter(
+    model: eqx.Module,
+    targets: str | Sequence[str],
+    make: Callable[[PRNGKeyArray, str, tuple[int, ...]], Term],
+    *,
+    extra_features: int,
+    key: PRNGKeyArray,
+) -> Lora:
+    """Return an adapter of one term for each chosen matrix.
+
+    **Arguments:** `make`: (key, name, shape) -> the term of a matrix.
+    """
     network = network_kind("init_lora", model)
+    chosen = _chosen(model, targets, extra_features)
+    # One key for each matrix, so that no two downs are equal.
+    subkeys = jax.random.split(key, len(chosen))
+    changes: dict[str, tuple[Change, ...]] = {}
+    for subkey, (name, shape) in zip(subkeys, chosen.items(), strict=True):
+        changes[f"{name}.weight"] = (Change(make(subkey, name, shape), None, False),)
+    return Lora({network: changes}, "new")
+
+
+def _chosen(
+    model: eqx.Module, targets: str | Sequence[str], extra_features: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the chosen matrices by name, those of a widened input if it is."""
+    network_kind("init_lora", model)
     patterns = [targets] if isinstance(targets, str) else targets
     if extra_features:
         model = _widened_shapes(model, extra_features)
@@ -84,22 +191,46 @@ def init_lora(
             f"`init_lora(extra_features={extra_features})` needs img_in among the targets, which "
             f'reads them. Pass targets=[*BLOCKS, "img_in"].'
         )
-    largest = max(min(shape) for shape in chosen.values())
-    if rank > largest:
+    return chosen
+
+
+def _check_rank(call: str, rank: int) -> None:
+    """**Raises:** `ValueError` for a rank below 1."""
+    if rank < 1:
+        raise ValueError(f"`{call}` needs a rank of at least 1, got {rank}.")
+
+
+def _factor(call: str, rank: int, alpha: float | None) -> Array:
+    """Return alpha / rank. **Raises:** `ValueError` for an alpha that is not finite."""
+    if alpha is not None and not abs(alpha) <= _LARGEST_FLOAT32:
         raise ValueError(
-            f"`init_lora` needs a rank of at most {largest}, that of the largest chosen matrix, "
-            f"got {rank}."
+            f"`{call}(alpha)` needs a number that is finite in float32, got {alpha}. "
+            "Pass the rank, or less."
         )
-    # Alpha is the rank by default, so the factor is 1.
-    factor = jnp.float32((rank if alpha is None else alpha) / rank)
-    # One key for each matrix, so that no two downs are equal.
-    subkeys = jax.random.split(key, len(chosen))
-    changes: dict[str, tuple[Change, ...]] = {}
-    for subkey, (name, (rows, columns)) in zip(subkeys, chosen.items(), strict=True):
-        down = jax.random.normal(subkey, (rank, columns)) / columns**0.5
-        term = LowRankTerm(jnp.zeros((rows, rank)), down, factor)
-        changes[f"{name}.weight"] = (Change(term, None, False),)
-    return Lora({network: changes}, "new")
+    return jnp.float32((rank if alpha is None else alpha) / max(rank, 1))
+
+
+def _zero_product(
+    key: PRNGKeyArray, rank: int, shape: tuple[int, ...], factor: Array
+) -> LowRankTerm:
+    """Return a product of random downs and ups of zeros."""
+    rows, columns = shape
+    down = jax.random.normal(key, (rank, columns)) / columns**0.5
+    return LowRankTerm(jnp.zeros((rows, rank)), down, factor)
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    """Return the largest divisor of a size that is at most `most`."""
+    for divisor in range(min(size, most), 0, -1):
+        if size % divisor == 0:
+            return divisor
+    return 1
+
+
+def _parameter(leaves: Sequence[Array], slot: Parameter) -> Array:
+    """Return a parameter: a leaf, or one block of it."""
+    leaf = leaves[slot.leaf]
+    return leaf if slot.block is None else leaf[slot.block]
 
 
 def _widened_shapes(model: eqx.Module, features: int) -> Flux:

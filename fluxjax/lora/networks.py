@@ -5,6 +5,8 @@ import jax
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.kinds import KINDS
+from fluxjax.nets.grouped import GroupedWeight
+from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.weight import Dense, Weight
 
 LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
@@ -56,6 +58,16 @@ def check_plain(
     **Raises:** `WeightsError` if one is.
     """
     for node in jax.tree.leaves(model, is_leaf=is_weight):
+        if isinstance(node, PackedWeight | GroupedWeight):
+            remedy += " `fluxjax.nets.decode_weights` decodes packed ones; or attach the adapters."
         if isinstance(node, Weight) and not isinstance(node, Dense):
             kind = type(node).__name__
             raise WeightsError(f"{problem} weights that are stored as {kind}. {remedy}")
+
+
+def is_plain(model: eqx.Module) -> bool:
+    """Return whether no weight of a network is packed, quantized, adapted or somewhere else."""
+    for node in jax.tree.leaves(model, is_leaf=is_weight):
+        if isinstance(node, Weight) and not isinstance(node, Dense):
+            return False
+    return True

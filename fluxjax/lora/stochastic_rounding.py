@@ -1,4 +1,4 @@
-"""Merged weights cast to their stored dtype: to nearest, or stochastically for 8-bit floats."""
+"""Weights cast to their stored dtype: to nearest, or stochastically for 8-bit floats."""
 
 import math
 import zlib
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.errors import WeightsError
-from fluxjax.shapes import Array, Float
+from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 
 def rounding_seed(name: str) -> np.uint32:
@@ -37,7 +37,10 @@ def round_to_dtype(
     0 if there is none, infinity for NaN.
     """
     nearest = x.astype(dtype)
-    out = _round_stochastically(x, nearest, seed) if _has_8_bits(dtype) else nearest
+    out = nearest
+    if _has_8_bits(dtype):
+        # A fixed generator: the configured one may draw other numbers, or others on each device.
+        out = round_stochastically(x, nearest, jax.random.key(seed, impl="threefry2x32"))
     # The maximum that XLA:CPU compiles can lose a NaN, so NaN is counted as infinity.
     magnitude = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
     return out, jnp.max(jnp.where(jnp.isfinite(nearest), 0.0, magnitude), initial=0.0)
@@ -47,18 +50,18 @@ def _has_8_bits(dtype: jnp.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
 
 
-def _round_stochastically(
-    x: Array,
-    nearest: Array,
-    seed: Array | np.uint32,
-) -> Array:
+def round_stochastically(
+    x: Float[Array, "*shape"],
+    nearest: Float[Array, "*shape"],
+    key: PRNGKeyArray,
+) -> Float[Array, "*shape"]:
     """Return x rounded away from 0 with the probability of its distance from the lower neighbour.
 
     **Arguments:**
 
     - `x`: float32.
     - `nearest`: x in the dtype of the result, which is kept where it is not finite.
-    - `seed`: of the random draws.
+    - `key`: of the random draws.
     """
     info = jnp.finfo(nearest.dtype)
     size = jnp.abs(x)
@@ -68,8 +71,7 @@ def _round_stochastically(
     # The quotient is exact, because the spacing is a power of two.
     steps = size / spacing
     lower = jnp.floor(steps)
-    # A fixed generator: the configured one may draw other numbers, or others on each device.
-    draws = jax.random.uniform(jax.random.key(seed, impl="threefry2x32"), x.shape)
+    draws = jax.random.uniform(key, x.shape, jnp.float32)
     up = (draws < steps - lower).astype(jnp.float32)
     # A value just above the largest number may be rounded up, but its nearest is the largest.
     chosen = jnp.minimum((lower + up) * spacing, float(info.max))

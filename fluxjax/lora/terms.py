@@ -280,6 +280,29 @@ class MagnitudeTerm(Term):
         ratio = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 0)
         return changed * ratio - base
 
+    def scaled_factors(self, base: Matrix) -> tuple[Array, Array, Array] | None:
+        """Return the difference as (ratio - 1) W + ratio up down, without the changed matrix.
+
+        |w + u down|² = |w|² + 2 u (down w) + u (down downᵀ) u for a row w and its factor u.
+
+        **Arguments:**
+
+        - `base`: as for `delta`.
+
+        **Returns:** ratio [rows], up and down; None for magnitudes of columns, or where the inner
+        term has no low-rank form.
+        """
+        factors = self.inner.factors()
+        if factors is None or not self.by_row:
+            return None
+        up, down = factors
+        overlap = jnp.sum(up * (base @ down.T), axis=1)
+        added = jnp.sum(up * (up @ (down @ down.T)), axis=1)
+        squared = jnp.sum(jnp.square(base), axis=1) + 2 * overlap + added
+        # A zero row has no direction to stretch, and the root no gradient there.
+        norm = jnp.sqrt(jnp.where(squared > 0, squared, 1))
+        return jnp.where(squared > 0, _float32(self.magnitude) / norm, 0), up, down
+
     @property
     def rows(self) -> int | None:
         return self.inner.rows

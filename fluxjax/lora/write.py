@@ -26,7 +26,13 @@ from fluxjax.lora.changes import row_range
 from fluxjax.lora.factors import combined_factors
 from fluxjax.lora.flux_widths import adapter_parts
 from fluxjax.lora.networks import LOOKUP_TABLES
-from fluxjax.lora.terms import FullTerm, LowRankTerm
+from fluxjax.lora.terms import FullTerm, KronTerm, LowRankTerm, MagnitudeTerm
+from fluxjax.lora.write_kinds import (
+    check_own_kind,
+    is_of_own_kind,
+    kron_tensors,
+    magnitude_tensors,
+)
 from fluxjax.nets.flux_config import FluxConfig
 
 FORMATS = ("peft", "kohya")
@@ -41,6 +47,15 @@ _PEFT = {
     "flux": ("transformer.", TRANSFORMER_DIFFUSERS),
     "clip": ("text_encoder.", tables.CLIP_TRANSFORMERS),
     "t5": ("text_encoder_2.", tables.T5_TRANSFORMERS),
+}
+
+_DORA_ENDINGS = {
+    "kohya": {"up": "lora_up.weight", "down": "lora_down.weight", "magnitude": "dora_scale"},
+    "peft": {
+        "up": "lora_B.weight",
+        "down": "lora_A.weight",
+        "magnitude": "lora_magnitude_vector",
+    },
 }
 
 
@@ -69,8 +84,8 @@ def write_lora(
     - `path`: of the file, which ends in .safetensors.
     - `lora`: from `read_lora`, `init_lora` or `extract_lora`.
     - `to`: "peft" for the names of diffusers and PEFT (q, k and v apart), or "kohya" for those of
-      kohya's scripts (fused), which also hold whole differences: `.diff` of weights and norms,
-      and `.diff_b` of biases.
+      kohya's scripts (fused), which also hold whole differences, `.diff` of weights and norms and
+      `.diff_b` of biases, and LoKr.
     - `dtype`: of the factors; below float32 they are rounded.
     - `config`: of the transformer that the adapter is for. It is needed only for a transformer
       whose MLP is not 4 x width, and there only if the adapter changes no MLP.
@@ -128,6 +143,9 @@ def check_format(lora: Lora, to: str) -> None:
     for changes in lora.changes.values():
         for name, of_weight in changes.items():
             for change in of_weight:
+                if is_of_own_kind(change) and len(of_weight) == 1:
+                    check_own_kind(name, change, to)
+                    continue
                 _check_low_rank(name, change)
                 check_peft_holds(name, is_whole=isinstance(change.term, FullTerm), to=to)
 
@@ -137,7 +155,7 @@ def _check_low_rank(name: str, change: Change) -> None:
     if not isinstance(change.term, LowRankTerm | FullTerm):
         raise WeightsError(
             f"What the adapter does to {name} ({type(change.term).__name__}) is not of low rank, "
-            "so it can't be written. Merge it instead."
+            "a LoKr or a DoRA of rows, so it can't be written. Merge it instead."
         )
 
 
@@ -224,6 +242,8 @@ def _weight_tensors(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarr
     """
     if any(isinstance(change.term, FullTerm) for change in weight.changes):
         return _full_difference(weight, names)
+    if is_of_own_kind(weight.changes[0]):
+        return _of_own_kind(weight, names)
     tensors = {}
     for module, up, down in _module_factors(weight, names.dialect):
         stem = names.stem(module)
@@ -236,6 +256,18 @@ def _weight_tensors(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarr
             # An alpha of the rank, so that the factor is 1 for every reader.
             tensors[f"{stem}.alpha"] = np.asarray(len(down), np.float32)
     return tensors
+
+
+def _of_own_kind(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarray]:
+    """Return the tensors of a LoKr or a DoRA, by key."""
+    term = weight.changes[0].term
+    if isinstance(term, KronTerm):
+        # One module: PEFT's names, in which a weight may have several, are refused.
+        (key, _), *_ = names.dialect.keys(weight.name)
+        return kron_tensors(term, key.removesuffix(".weight"), names.stem)
+    assert isinstance(term, MagnitudeTerm)
+    endings = _DORA_ENDINGS[names.format]
+    return magnitude_tensors(weight.name, term, names.dialect, weight.parts, names.stem, endings)
 
 
 def _full_difference(weight: _WrittenWeight, names: _Names) -> dict[str, np.ndarray]:

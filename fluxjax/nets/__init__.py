@@ -17,16 +17,19 @@ from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.flux_control import ControlResiduals
 from fluxjax.nets.flux_state import Prepared
+from fluxjax.nets.grouped import GroupedWeight
 from fluxjax.nets.image_prompt import ImagePrompt
 from fluxjax.nets.ip_adapter import IpAdapter, IpAdapterConfig
-from fluxjax.nets.quantized import QuantizedWeight, quantize
+from fluxjax.nets.packed import PackedWeight, decode_weights
+from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.redux import Redux, ReduxConfig
+from fluxjax.nets.rounding import quantize
 from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.nets.stack import Unrolled, leaf_names, unroll
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae, VaeConfig
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 from fluxjax.nets.widen import widen_input
 
 __all__ = [
@@ -46,14 +49,17 @@ __all__ = [
     "Dense",
     "Flux",
     "FluxConfig",
+    "GroupedWeight",
     "ImagePrompt",
     "IpAdapter",
     "IpAdapterConfig",
+    "PackedWeight",
     "Prepared",
     "PreparedControlNet",
     "QuantizedWeight",
     "Redux",
     "ReduxConfig",
+    "RowScaledWeight",
     "Siglip",
     "SiglipConfig",
     "T5Config",
@@ -61,6 +67,7 @@ __all__ = [
     "Vae",
     "VaeConfig",
     "Weight",
+    "decode_weights",
     "leaf_names",
     "quantize",
     "unroll",

@@ -1,7 +1,8 @@
 """Convolutions over [rows, columns, channels], and how their kernels are stored."""
 
+import itertools
 from abc import abstractmethod
-from functools import partial
+from functools import partial, reduce
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
 
+from fluxjax.kernels.chips import default_device
 from fluxjax.nets.rows import WHOLE, Cells, Pad, Rows
 from fluxjax.nets.weight import product_dtype
 from fluxjax.numeric import wide_dtype
@@ -19,6 +21,12 @@ Padding = tuple[Pad, Pad]
 KernelArray = Float[Array, "side side channels out"]
 OutCells = Float[Array, "new_rows new_columns out"]
 """Cells in another resolution or with another number of channels."""
+
+
+_WIDE = 64
+"""Channels from which a convolution of bfloat16 is computed as products on CPUs."""
+_BLOCK_CELLS = 1024
+"""Cells of a block of rows, of such a convolution."""
 
 
 class Kernel(eqx.Module):
@@ -172,7 +180,9 @@ def _convolve_jvp(
     """
     x, kernel = primals
     dx, dkernel = tangents
-    by_x = _convolve_to(x.dtype, dx, kernel, stride, padding)
+    # Restoration transposes this part in loops.
+    by_cells = _sum_products if default_device().platform == "cpu" else _convolve_to
+    by_x = by_cells(x.dtype, dx, kernel, stride, padding)
     by_kernel = _convolve_to(x.dtype, x, dkernel, stride, padding)
     tangent = (by_x + by_kernel).astype(product_dtype(x))
     return _convolve(x, kernel, stride, padding), tangent
@@ -186,6 +196,8 @@ def _convolve_to(
     padding: Padding,
 ) -> Array:
     """Convolve, with a result of `dtype`."""
+    if _as_products(x, kernel, stride):
+        return _convolve_by_products(dtype, x[0], kernel, padding)[None]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -194,3 +206,78 @@ def _convolve_to(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=dtype,
     )
+
+
+def _sum_products(
+    dtype: DTypeLike,
+    x: Array,
+    kernel: Array,
+    stride: int,
+    padding: Padding,
+) -> Array:
+    """Convolve by a matrix product for each cell of the kernel, with a result of `dtype`.
+
+    XLA:CPU has fast convolutions for kernels of our layout only. The transpose of a convolution has
+    another, and XLA rearranges it everywhere but in loops, where it is ten times as slow. These
+    products are almost as fast as a fast convolution, and so are their transposes.
+    """
+    wide = wide_dtype(x.dtype)
+    (above, below), (left, right) = padding
+    x = jnp.pad(x.astype(wide), ((0, 0), (above, below), (left, right), (0, 0)))
+    side, width, _, _ = kernel.shape
+    # How far the kernel's first cell moves, plus one.
+    rows = (x.shape[1] - side) // stride * stride + 1
+    columns = (x.shape[2] - width) // stride * stride + 1
+    products = []
+    for row, column in itertools.product(range(side), range(width)):
+        cells = x[:, row : row + rows : stride, column : column + columns : stride]
+        products.append(cells @ kernel[row, column].astype(wide))
+    return reduce(jnp.add, products).astype(dtype)
+
+
+def _as_products(x: Array, kernel: Array, stride: int) -> bool:
+    """Return whether a convolution is computed as matrix products.
+
+    XLA:CPU computes a convolution of bfloat16 in float32, but a matrix product of bfloat16 with the
+    processor's instructions for it. With few channels the products are too small to gain.
+    """
+    wide = min(kernel.shape[2:]) >= _WIDE
+    return wide and stride == 1 and x.dtype == jnp.bfloat16 and default_device().platform == "cpu"
+
+
+def _convolve_by_products(
+    dtype: DTypeLike,
+    x: Cells,
+    kernel: KernelArray,
+    padding: Padding,
+) -> OutCells:
+    """Convolve with a stride of 1, as one matrix product for each cell of the kernel.
+
+    A block of rows is computed at a time, so that the sums of its products stay in the cache.
+    """
+    side, _, channels, out = kernel.shape
+    rows, columns = (
+        size + sum(around) - side + 1 for size, around in zip(x.shape, padding, strict=False)
+    )
+    block = min(rows, max(1, _BLOCK_CELLS // columns))
+    blocks = -(-rows // block)  # rounded up
+    (above, below), horizontal = padding
+    missing = blocks * block - rows
+    padded = jnp.pad(x, ((above, below + missing), horizontal, (0, 0)))
+
+    def convolve_block(number: Array) -> Array:
+        read = jax.lax.dynamic_slice_in_dim(padded, number * block, block + side - 1)
+        total = jnp.zeros((block * columns, out), wide_dtype(dtype))
+        for row in range(side):
+            for column in range(side):
+                cells = read[row : row + block, column : column + columns]
+                total += jax.lax.dot_general(
+                    cells.reshape(-1, channels),
+                    kernel[row, column],
+                    (((1,), (0,)), ((), ())),
+                    preferred_element_type=total.dtype,
+                )
+        return total.astype(dtype)
+
+    found = jax.lax.map(convolve_block, jnp.arange(blocks))
+    return found.reshape(-1, columns, out)[:rows]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.kernels.chips import default_device, tpu_chip_name
+from fluxjax.kernels.verified import is_verified
 from fluxjax.nets.layers import RmsNorm, Rotation, rotate, split_heads
 from fluxjax.shapes import Array, Float
 
@@ -74,7 +75,7 @@ def query_key_value(
     it takes these shapes. It has gradients in reverse mode only, which are those of the unfused
     computation.
     """
-    if fused and rotation.kernel_rotation is not None:
+    if fused and rotation.kernel_rotation is not None and is_verified("qkv_tpu", default_device()):
         from fluxjax.kernels.qkv_tpu import fused_qkv_supported
 
         chip = tpu_chip_name(default_device())

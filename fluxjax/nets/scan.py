@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from fluxjax.kernels.chips import default_device
-from fluxjax.nets.stack import Unrolled, block_at, depth_of
+from fluxjax.nets.stack import Unrolled, block_at, depth_of, split_arrays
 from fluxjax.nets.weight import Weight
 from fluxjax.shapes import Array, Int
 
@@ -113,8 +113,8 @@ def _scan_stacked(
     remat: bool,
 ) -> tuple[Carry, PyTree]:
     """`_scan` of stacked blocks whose weights are used where they are."""
-    # Activations and sizes of layers are static: a scan takes arrays only.
-    arrays, static = eqx.partition(blocks, eqx.is_array)
+    # Activations and sizes of layers are static: a scan takes arrays only, of all blocks.
+    arrays, static = split_arrays(blocks)
     numbers = jnp.arange(start, depth_of(blocks))
 
     def body(carry: Carry, scanned: PyTree) -> tuple[Carry, PyTree]:
@@ -201,7 +201,7 @@ def _scan_prefetching(
 
     def fetch_block(number: Index) -> tuple[PyTree, PyTree]:
         block = jax.tree.map(_fetched, block_at(blocks, number), is_leaf=_is_weight)
-        return eqx.partition(block, eqx.is_array)
+        return split_arrays(block)
 
     first, static = fetch_block(start)
 

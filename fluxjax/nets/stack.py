@@ -1,5 +1,6 @@
 """Blocks of one kind, stacked along a leading axis or unrolled, and the names of their arrays."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from operator import attrgetter
 from typing import TypeVar
@@ -47,6 +48,31 @@ class Unrolled(eqx.Module):
     blocks: tuple[PyTree, ...]
 
 
+class SharedArrays(eqx.Module):
+    """Arrays of stacked blocks that have no axis of blocks: each block gets them all.
+
+    `content`: a pytree of them.
+    """
+
+    content: PyTree
+
+
+class BlockStack(eqx.Module):
+    """A part of stacked blocks of which an unrolled block is not a slice of every array."""
+
+    @abstractmethod
+    def block(self, number: int) -> PyTree:
+        """Return the part of one block. `number`: of the block, not traced."""
+
+
+def split_arrays(blocks: PyTree) -> tuple[PyTree, PyTree]:
+    """Return the arrays of stacked blocks that have an axis of blocks, and all the rest.
+
+    `eqx.combine` joins the two, also after the first has been sliced.
+    """
+    return eqx.partition(blocks, eqx.is_array, is_leaf=lambda node: isinstance(node, SharedArrays))
+
+
 def map_part(blocks: PyTree, part: Callable[[PyTree], PyTree]) -> PyTree:
     """Return part(block) of every block, stacked or unrolled as the blocks are.
 
@@ -70,8 +96,8 @@ def zip_blocks(first: PyTree, second: PyTree) -> PyTree:
 
 def depth_of(blocks: PyTree) -> int:
     """Return how many blocks are stacked, which is the leading size of all of their arrays."""
-    arrays = jax.tree.leaves(eqx.filter(blocks, eqx.is_array))
-    return arrays[0].shape[0]
+    arrays, _ = split_arrays(blocks)
+    return jax.tree.leaves(arrays)[0].shape[0]
 
 
 def block_at(blocks: PyTree, index: int | Int[Array, ""]) -> PyTree:
@@ -81,7 +107,8 @@ def block_at(blocks: PyTree, index: int | Int[Array, ""]) -> PyTree:
     """
     if isinstance(blocks, Unrolled):
         return blocks.blocks[index]
-    return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, blocks)
+    arrays, rest = split_arrays(blocks)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf[index], arrays), rest)
 
 
 def unroll(network: Network, *, donate: bool = False) -> Network:
@@ -114,12 +141,15 @@ def unroll(network: Network, *, donate: bool = False) -> Network:
 
 def _unrolled(blocks: PyTree, donate: bool) -> Unrolled:
     """Return stacked blocks as unrolled ones, copied array by array."""
-    leaves, structure = jax.tree.flatten(blocks)
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda node: isinstance(node, BlockStack))
     depth = depth_of(blocks)
     leaves_of_block: list[list] = [[] for _ in range(depth)]
     for leaf in leaves:
         for number, block in enumerate(leaves_of_block):
-            block.append(leaf[number] if eqx.is_array(leaf) else leaf)
+            if isinstance(leaf, BlockStack):
+                block.append(leaf.block(number))
+            else:
+                block.append(leaf[number] if eqx.is_array(leaf) else leaf)
         if donate and eqx.is_array(leaf):
             # The copies have to be finished before their source is freed.
             jax.block_until_ready([block[-1] for block in leaves_of_block])

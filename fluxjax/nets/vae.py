@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.nets.conv import Conv
 from fluxjax.nets.rows import WHOLE, Cells, Rows
 from fluxjax.nets.summary import describe_network
-from fluxjax.nets.vae_layers import GroupNorm, Level, Middle
+from fluxjax.nets.vae_layers import GroupNorm, Level, Middle, Stage
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Image, Latent, PRNGKeyArray
 
@@ -84,15 +85,22 @@ class Encoder(eqx.Module):
         **Arguments:** `image`: [height, width, 3]. `rows`: where its rows are.
         **Returns:** [height / 8, width / 8, 2 latent_channels].
         """
-        x = self.conv_in(image, rows)
-        for level in self.down:
-            x = level(x, rows)
-            if level.resample is not None:
-                # Padded at the end only, as the original in PyTorch.
-                x = level.resample(x, rows, stride=2, padding=((0, 1), (0, 1)))
-        x = self.middle(x, rows)
-        x = self.norm_out(x, rows)
-        return self.conv_out(jax.nn.silu(x), rows)
+        for stage in self.stages():
+            image = stage.run(image, rows)
+        return image
+
+    def stages(self) -> list[Stage]:
+        """Return the chain of layers that makes up the encoder."""
+        levels = [level.reducing() for level in self.down]
+        return [
+            Stage(self.conv_in, 1),
+            *chain.from_iterable(levels),
+            *self.middle.stages(),
+            Stage(self._head, 1),
+        ]
+
+    def _head(self, x: Cells, rows: Rows) -> Moments:
+        return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
 
 
 class Decoder(eqx.Module):
@@ -123,14 +131,22 @@ class Decoder(eqx.Module):
         **Arguments:** `z`: [rows, columns, latent_channels]. `rows`: where its rows are.
         **Returns:** [8 rows, 8 columns, 3].
         """
-        x = self.conv_in(z, rows)
-        x = self.middle(x, rows)
-        for level in self.up:
-            x = level(x, rows)
-            if level.resample is not None:
-                x = level.resample.upsample(x, rows)
-        x = self.norm_out(x, rows)
-        return self.conv_out(jax.nn.silu(x), rows)
+        for stage in self.stages():
+            z = stage.run(z, rows)
+        return z
+
+    def stages(self) -> list[Stage]:
+        """Return the chain of layers that makes up the decoder."""
+        levels = [level.enlarging() for level in self.up]
+        return [
+            Stage(self.conv_in, 1),
+            *self.middle.stages(),
+            *chain.from_iterable(levels),
+            Stage(self._head, 1),
+        ]
+
+    def _head(self, x: Cells, rows: Rows) -> Image:
+        return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
 
 
 def _levels(

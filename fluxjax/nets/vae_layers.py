@@ -1,15 +1,18 @@
 """The layers of the VAE: group norms, residual blocks and attention over the cells of an image.
 
 All take `rows`, which tells where the rows of the image are: `WHOLE`, by default, is an image that
-is on this device, and `fluxjax.devices` has the rows of one that is split among devices.
+is on this device, and `fluxjax.devices` has the rows of one that is split among devices, or run
+part by part.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 
-from fluxjax.kernels.attention import attention, plain_attention
 from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.layers import Linear, Vector
 from fluxjax.nets.rows import WHOLE, Cells, Rows
@@ -39,21 +42,12 @@ class GroupNorm(eqx.Module):
 
     def __call__(self, x: Cells, rows: Rows = WHOLE) -> Cells:
         """Normalize, in float32 at least. The result has the dtype of `x`."""
-        centered = x.astype(wide_dtype(x.dtype))
-        centered = centered - self._group_means(centered, rows)
-        # Of what is centered the mean square is the variance.
-        variance = self._group_means(jnp.square(centered), rows)
-        y = centered * jax.lax.rsqrt(variance + _EPS)
+        wide = x.astype(wide_dtype(x.dtype))
+        # Means of channels, then of groups: the channels stay the last axis, the fastest layout.
+        mean, variance = rows.moments(wide, self.groups)
+        y = (wide - mean) * jax.lax.rsqrt(variance + _EPS)
         y = y * self.scale.astype(y.dtype) + self.bias.astype(y.dtype)
         return y.astype(x.dtype)
-
-    def _group_means(self, x: Cells, rows: Rows) -> Vector:
-        """Return, for each channel, the mean of its group over all cells."""
-        # Means of channels first: the channels stay the last axis, which is the fastest layout.
-        means = rows.channel_means(x)
-        # Groups have as many channels each, so the mean of their means is theirs.
-        group_means = reduce(means, "(groups each) -> groups", "mean", groups=self.groups)
-        return jnp.repeat(group_means, x.shape[-1] // self.groups)
 
 
 class Resnet(eqx.Module):
@@ -129,11 +123,21 @@ class CellAttention(eqx.Module):
         )
         # Queries stay on their device; all of them need all keys and values.
         k, v = rows.all_cells(k), rows.all_cells(v)
-        # Restoration takes forward-mode gradients of the decoder, which kernels do not have. They
-        # would gain little: this is one layer, and its head of 512 features is too wide for most.
-        attended = attention(q, k, v, implementation=plain_attention(q, k))
+        attended = rows.attend(q, k, v)
         mixed = self.out(rearrange(attended, "cells 1 c -> cells c"))
         return x + rearrange(mixed, "(y x) c -> y x c", y=x.shape[0])
+
+
+class Stage(NamedTuple):
+    """A step of an encoder or a decoder, each of which is a chain of them.
+
+    `run`: (cells, rows) -> cells. `reach`: how many cells away, of its input, it reads. `scale`:
+    the rows of its output for each row of its input: 1, 2 or 1/2.
+    """
+
+    run: Callable[[Cells, Rows], OutCells]
+    reach: int
+    scale: float = 1
 
 
 class Middle(eqx.Module):
@@ -156,17 +160,13 @@ class Middle(eqx.Module):
         self.attention = CellAttention(channels, groups, key=middle)
         self.resnet2 = Resnet(channels, channels, groups, key=second)
 
-    def __call__(self, x: Cells, rows: Rows = WHOLE) -> Cells:
-        x = self.resnet1(x, rows)
-        x = self.attention(x, rows)
-        return self.resnet2(x, rows)
+    def stages(self) -> list[Stage]:
+        """Return the layers in their order."""
+        return [Stage(self.resnet1, 2), Stage(self.attention, 0), Stage(self.resnet2, 2)]
 
 
 class Level(eqx.Module):
-    """The residual blocks of one resolution, and the convolution that changes it, if any.
-
-    The call runs the residual blocks only: the encoder and the decoder use `resample` differently.
-    """
+    """The residual blocks of one resolution, and the convolution that changes it, if any."""
 
     resnets: tuple[Resnet, ...]
     resample: Conv | None
@@ -190,7 +190,24 @@ class Level(eqx.Module):
         self.resnets = tuple(resnets)
         self.resample = Conv(out, out, key=last) if resample else None
 
-    def __call__(self, x: Cells, rows: Rows = WHOLE) -> OutCells:
-        for resnet in self.resnets:
-            x = resnet(x, rows)
-        return x
+    def enlarging(self) -> list[Stage]:
+        """Return the layers in their order, the last of which doubles rows and columns."""
+        stages = self._resnets()
+        if self.resample is not None:
+            stages.append(Stage(self.resample.upsample, 1, 2))
+        return stages
+
+    def reducing(self) -> list[Stage]:
+        """Return the layers in their order, the last of which halves rows and columns."""
+        stages = self._resnets()
+        if self.resample is not None:
+            stages.append(Stage(self._downsample, 1, 0.5))
+        return stages
+
+    def _resnets(self) -> list[Stage]:
+        return [Stage(resnet, 2) for resnet in self.resnets]
+
+    def _downsample(self, x: Cells, rows: Rows) -> OutCells:
+        assert self.resample is not None
+        # Padded at the end only, as the original in PyTorch.
+        return self.resample(x, rows, stride=2, padding=((0, 1), (0, 1)))

@@ -115,6 +115,20 @@ class AdaptedWeight(WrappedWeight):
         return product + Dense(self.up).matmul(reduced)
 
 
+class RowScaledWeight(WrappedWeight):
+    """A weight whose rows are multiplied by numbers, which are stored beside it.
+
+    **Source:** Liu et al. 2024, DoRA, eq. 5, where they are the ratios of magnitudes.
+    """
+
+    base: Weight
+    scale: Float[Array, "*depth out"]
+
+    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        product = self.base.matmul(x)
+        return product * self.scale.astype(product.dtype)
+
+
 def product_dtype(x: Float[Array, "*batch features"]) -> jnp.dtype:
     """Return the dtype in which the product of these rows and a weight is written to memory.
 

@@ -44,6 +44,7 @@ def flow_matching_loss(
     x0: Float[Array, "*shape"],
     t: Scalar,
     noise: Float[Array, "*shape"],
+    mask: Float[Array, " tokens"] | None = None,
 ) -> Scalar:
     """Return the flow-matching loss of one example.
 
@@ -51,12 +52,34 @@ def flow_matching_loss(
     noise - x0.
 
     **Arguments:** `velocity`: (x, t) -> dx/dt. `x0`: the data. `t`: the time, in [0, 1]. `noise`:
-    drawn from N(0, 1), in the shape of x0.
+    drawn from N(0, 1), in the shape of x0. `mask`: how much each entry of the first axis counts,
+    at least 0: the loss is the mean by these weights, 0 if all are 0. None: all alike.
     **Returns:** a scalar, computed in at least float32.
     **Source:** Lipman et al. 2022, eq. 23; Esser et al. 2024, eq. 2.
     """
     predicted = velocity((1 - t) * x0 + t * noise, t)
-    return jnp.mean(jnp.square(predicted.astype(wide_dtype(predicted.dtype)) - (noise - x0)))
+    squared = jnp.square(predicted.astype(wide_dtype(predicted.dtype)) - (noise - x0))
+    if mask is None:
+        return jnp.mean(squared)
+    by_token = jnp.mean(squared, axis=range(1, squared.ndim))
+    total = jnp.sum(mask)
+    return jnp.sum(mask * by_token) / jnp.where(total > 0, total, 1)
+
+
+@convert_arguments
+def min_snr_weight(t: ScalarLike, gamma: ScalarLike = 5.0) -> Scalar:
+    """Return the weight of a velocity's squared error at a time: min(SNR, gamma) t².
+
+    It is Min-SNR-gamma for straight paths. The signal-to-noise ratio of x_t = (1 - t) x0 + t noise
+    is (1 - t)² / t², and the error of the estimate x0 = x_t - t dx/dt is t times that of dx/dt, so
+    that min(SNR, gamma) times the squared error of x0 is this weight times that of dx/dt.
+
+    **Arguments:** `t`: in [0, 1]. `gamma`: the largest weight of the error of x0, positive.
+    **Returns:** in float32, at most gamma / (1 + sqrt(gamma))²; 0 at both ends.
+    **Source:** Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, section 3.4.
+    """
+    t = jnp.asarray(t, jnp.float32)
+    return jnp.minimum(jnp.square(1 - t), gamma * jnp.square(t))
 
 
 @convert_arguments

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.shapes import Array, PRNGKeyArray, Scalar, ScalarLike
@@ -21,12 +22,13 @@ Trainable = Any
 class TrainState(eqx.Module):
     """All that training changes, as one pytree to save and restore.
 
-    `model`: the current weights. `ema`: their exponential moving average. `optimizer`: the state
-    of the optimizer. `step`: the number of steps taken.
+    `model`: the current weights, a network or a dictionary of what is trained of one. `ema`: their
+    exponential moving average; None for none. `optimizer`: the state of the optimizer. `step`: the
+    number of steps taken.
     """
 
-    model: eqx.Module
-    ema: eqx.Module
+    model: PyTree
+    ema: PyTree
     optimizer: optax.OptState
     step: Array
 
@@ -77,17 +79,23 @@ def make_step(
         value, gradient = eqx.filter_value_and_grad(loss_of)(trained)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trained)
         model = eqx.apply_updates(state.model, updates)
-        steps = state.step.astype(jnp.float32)
-        # A long average would otherwise be dominated by the first weights for a long time.
-        decay = jnp.minimum(ema_decay, (1 + steps) / (10 + steps))
-        ema = average(state.ema, model, decay)
+        ema = average(state.ema, model, decay_at(state.step, ema_decay))
         return TrainState(model, ema, optimizer_state, state.step + 1), value
 
     return step
 
 
+def decay_at(step: Array, decay: ScalarLike) -> Scalar:
+    """Return the decay of an average after `step` steps: smaller at first.
+
+    A long average would otherwise be dominated by the first weights for a long time.
+    """
+    steps = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + steps) / (10 + steps))
+
+
 @convert_arguments
-def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module:
+def average(ema: PyTree, model: PyTree, decay: ScalarLike) -> PyTree:
     """Return decay * ema + (1 - decay) * model, leaf by leaf.
 
     **Arguments:** `ema`, `model`: pytrees of the same structure. Leaves that are not
@@ -96,7 +104,8 @@ def average(ema: eqx.Module, model: eqx.Module, decay: ScalarLike) -> eqx.Module
 
     def mix(averaged: Leaf, current: Leaf) -> Leaf:
         if eqx.is_inexact_array(averaged):
-            return averaged + (1 - decay) * (current - averaged)
+            # The average may be wider than the weights.
+            return averaged + (1 - decay) * (current.astype(averaged.dtype) - averaged)
         return current
 
     return jax.tree.map(mix, ema, model)

@@ -4,6 +4,7 @@ import csv
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -58,9 +59,26 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(run,
     assert (tmp_path / "flux_5.png").read_bytes() == (tmp_path / "flux_2.png").read_bytes()
 
 
+def test_each_image_of_several_seeds_can_be_drawn_alone(run, tmp_path):
+    command = ["generate", PROMPT, *SMALL, "--batch", "1", "--quiet"]
+    several = run(*command, "--seeds", "3,4", "--images", "2")
+    assert (several.code, several.progress) == (0, "")
+    assert several.output.split() == [f"flux_{number}.png" for number in range(4)]
+    alone = run(*command, "--seed", "4", "--first-image", "1")
+    assert alone.output == "flux_4.png\n"
+    written = [(tmp_path / f"flux_{number}.png").read_bytes() for number in range(5)]
+    assert written[4] == written[3]
+    assert len(set(written)) == 4
+    about = read_text(tmp_path / "flux_2.png")
+    assert (about["seed"], about["image"]) == ("4", "0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (["--aspect", "2:1", "--height", "32"], "Leave out --height and --width"),
+        (["--churn", "0.5"], "churn is above 0 and at most 0.4142, got 0.5"),
+        (["--integrator", "sde", "--churn", "0.1"], "sde draws noise itself"),
         (["--height", "100"], "multiples of 16 pixels, got 100x128"),
         (["--model", "nothing"], "Pass a known model"),
         (["--output-dir", "/proc/nothing"], "can't be made"),
@@ -187,7 +205,7 @@ def test_compare_writes_a_grid_and_a_table(run, tmp_path):
     assert heun_of_6 < heun_of_2
     with PIL.Image.open(tmp_path / "compare_0.png") as file:
         assert file.size == grid_size(rows=3, columns=2)  # the reference has a row too
-        assert file.text == {"prompt": "a red star", "model": "tiny"}
+        assert file.text == {"prompt": "a red star", "model": "tiny", "seed": "0"}
 
 
 def grid_size(rows, columns):
@@ -208,6 +226,44 @@ def test_a_comparison_has_a_row_for_each_timer_and_integrator_and_a_column_for_e
     lines = comparison_csv(runs).splitlines()
     assert lines[0] == "timer,integrator,steps,evaluations,seconds,distance,psnr"
     assert lines[1:6:4] == ["uniform,euler,2,2,0.5,0.25,20", "karras,euler,2,2,0.5,0.25,20"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"eta": 0.5}, "eta does nothing here"),
+        ({"shift": 2.0}, "shift does nothing here"),
+        ({"negative_prompt": "a ring", "cfg": 1.0}, "negative prompt does nothing at cfg 1"),
+    ],
+)
+def test_what_no_compared_sampler_takes_is_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        Comparison(integrators=["euler"], timers=["model"], steps=[1], **options)
+
+
+def test_a_comparison_is_guided_and_passes_eta_and_shift_to_those_that_take_them(tiny):
+    def images(**options):
+        comparison = Comparison(
+            integrators=["euler", "ddim"],
+            timers=["flux_static"],
+            steps=[2],
+            reference_steps=1,
+            height=32,
+            width=32,
+            dtype=jnp.float32,
+            **options,
+        )
+        return np.array(compare(tiny, "a red star", comparison, key=jax.random.key(0))[1])
+
+    plain = images()
+    changed = images(eta=1.0)
+    np.testing.assert_array_equal(changed[1], plain[1])  # euler takes no eta
+    assert np.abs(changed[2] - plain[2]).max() > 0.01
+    assert np.abs(images(shift=1.0)[1] - plain[1]).max() > 0.01
+    guided, away = images(cfg=3.0), images(cfg=3.0, negative_prompt="a red star")
+    assert np.abs(guided - plain).max() > 0.01
+    # Guided away from the prompt itself, nothing is left of the guidance.
+    np.testing.assert_allclose(away, plain, atol=1e-3)
 
 
 def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):

@@ -148,7 +148,7 @@ def test_what_a_model_does_not_take_or_lacks_is_one_line(run, tmp_path, canny, a
     draw, fill = ["generate", PROMPT], ["fill", edges, PROMPT, "--outpaint", "left=8"]
     kontext = ["edit", edges, PROMPT, "--method", "kontext"]
     cases = [
-        ([*draw, "--control", edges], "this model takes none"),
+        ([*draw, "--model", "dev", "--control", edges], "this model takes none"),
         ([*draw, "--model", canny], "got none of the 64 features"),
         ([*draw, "--lora", adapter], "got none of the 320 features"),
         ([*draw, "--lora", adapter, "--control", edges], "got 64 of the 320 features"),
@@ -161,7 +161,7 @@ def test_what_a_model_does_not_take_or_lacks_is_one_line(run, tmp_path, canny, a
         ([*draw, "--model", "canny"], "draw with --control"),
         ([*draw, "--model", canny, "--canny"], "--canny does nothing without --control"),
         ([*draw, "--model", canny, "--control", edges, "--height", "20"], "multiples of 16"),
-        (fill, "this model takes none"),
+        ([*fill, "--model", "dev"], "this model takes none"),
         ([*fill, "--model", canny], "got 320 of the 64 features"),
         ([*fill, "--binary-mask"], "--binary-mask does nothing with --outpaint"),
         ([*fill[:-1], "left=8,left=9"], "as left=64,top=128"),

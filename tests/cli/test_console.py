@@ -151,7 +151,7 @@ def test_a_function_is_called_in_another_thread_and_its_error_is_raised_here():
     [
         (ValueError("a\nb \x1b[2J"), "a b \\x1b[2J"),
         (FileNotFoundError("There is no file."), "There is no file."),
-        (MemoryError(), "There is not enough memory (out of memory). Choose a smaller"),
+        (MemoryError(), "There is not enough memory (out of memory). `fluxjax plan`"),
         (RuntimeError("RESOURCE_EXHAUSTED: 4 GB"), "enough memory (RESOURCE_EXHAUSTED: 4 GB)"),
         (RuntimeError("Unable to initialize backend 'tpu'"), "JAX finds no such device: Unable"),
     ],

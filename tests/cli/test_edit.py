@@ -7,6 +7,8 @@ import PIL.Image
 import pytest
 
 from fluxjax import DrawSettings, generate, load_models, read_image
+from fluxjax.cli import edit
+from fluxjax.cli.main import build_parser
 
 SIZE = (25, 30)
 STEPS = ["--steps", "2"]
@@ -165,6 +167,30 @@ def test_restore_draws_what_the_function_draws(run, tmp_path, picture, mask, met
 
 
 @pytest.mark.parametrize(
+    ("run_command", "words"),
+    [
+        (edit.run_edit, ["edit", "in.png", RING, "--method", "sdedit"]),
+        (edit.run_restore, ["restore", "in.png", "--operator", "blur:1"]),
+    ],
+    ids=["edit", "restore"],
+)
+def test_a_file_of_times_is_a_timer_and_sets_the_steps(
+    tmp_path, monkeypatch, picture, run_command, words
+):
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    monkeypatch.setattr(edit, "draw_pictures", lambda options, make: jobs.append(make(options)))
+    generate.write_times("own.json", [1.0, 0.75, 0.5, 0.125, 0.0])
+    run_command(build_parser().parse_args([*words, "--timer", "own.json"]))
+    request, job = jobs[0]
+    assert request.steps == 4
+    np.testing.assert_array_equal(request.recipe.times, [1.0, 0.75, 0.5, 0.125, 0.0])
+    # By default sdedit takes three quarters of the steps.
+    assert job.steps == (3 if words[0] == "edit" else 4)
+    assert request.metadata(request.line, "none", {})["timer"].startswith("own.json, sha256 ")
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["generate", RING, "--strength", "0.5"], "--strength does nothing without --init-image"),
@@ -208,6 +234,19 @@ def test_restore_draws_what_the_function_draws(run, tmp_path, picture, mask, met
         (["restore", "in.png", "--operator", "blur:1", "--noise", "-1"], "from 0 on"),
         (["restore", "in.png", "--operator", "blur:1", "--method", "magic"], "invalid choice"),
         (
+            ["restore", "in.png", "--operator", "blur:1", "--timer", "magic"],
+            "or give a file *.json",
+        ),
+        (["restore", "in.png", "--operator", "blur:1", "--timer", "none.json"], "none.json"),
+        (
+            ["restore", "in.png", "--operator", "blur:1", "--timer", "times.json", "--steps", "9"],
+            "times.json has 2 steps, and --steps is 9. Leave out --steps",
+        ),
+        (
+            ["edit", "in.png", RING, "--method", "sdedit", "--timer", "times.json"],
+            "times.json goes from 1 to 0.25, and pictures are drawn from 1, noise, to 0",
+        ),
+        (
             ["restore", "in.png", "--operator", "blur:1", "--noise", "0", "--method", "tmpd"],
             "above 0, got 0",
         ),
@@ -216,6 +255,7 @@ def test_restore_draws_what_the_function_draws(run, tmp_path, picture, mask, met
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, picture, mask, words, reason):
     PIL.Image.new("L", (4, 3)).save(tmp_path / "other.png")
     (tmp_path / "text.txt").write_text("no image")
+    generate.write_times(tmp_path / "times.json", [1.0, 0.5, 0.25])
     before = sorted(tmp_path.iterdir())
     finished = run(*words)
     assert finished.code == 2

@@ -121,6 +121,8 @@ def test_options_are_read_as_values():
         options.Adapter("mine", "a:b.safetensors", 0.5),
     ]
     assert (read.images, read.seed, read.cfg, read.model) == (1, None, None, "tiny")
+    read = parse("generate", "a star", "--aspect", "16:9", "--seeds", "3,4", "--first-image", "2")
+    assert (read.aspect, read.seeds, read.first_image) == (16 / 9, [3, 4], 2)
     read = parse("compare", "a star", "--integrators", "heun,euler", "--steps", "4,2")
     assert (read.integrators, read.timers, read.steps) == (["heun", "euler"], ["model"], [4, 2])
     read = parse("lora", "merge", "dev", "hub:me/styles/a/b.safetensors:-2", "-o", "out")
@@ -156,6 +158,11 @@ LORA = ["lora", "inspect"]
         ([*GENERATE, "--mesh", "rows=2"], "there is no axis 'rows'; choose from data, fsdp"),
         ([*GENERATE, "--mesh", "data=2,data=4"], "data is given twice; leave one out"),
         ([*GENERATE, "--prompts", "lines.jsonl"], "not allowed with argument"),
+        ([*GENERATE, "--aspect", "16x9"], "needs width:height, as 16:9, from 1:8 to 8:1"),
+        ([*GENERATE, "--aspect", "9:1"], "needs width:height"),
+        ([*GENERATE, "--aspect", "0:1"], "needs width:height"),
+        ([*GENERATE, "--seeds", "1,1"], "1 is given twice; leave one out"),
+        ([*GENERATE, "--seeds", "1", "--seed", "2"], "not allowed with argument"),
         (["generate"], "one of the arguments prompt --prompts is required"),
         ([*COMPARE, "--integrators", "euler,eller"], "there is no 'eller'; choose from euler,"),
         ([*COMPARE, "--timers", "beta,beta"], "beta is given twice; leave one out"),
@@ -175,6 +182,22 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(words, reason, capsys):
     assert reason in error
     assert error.endswith("--help)\n")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["generat", "a"], "generate"),
+        ([*GENERATE, "--integrator", "eulr"], "euler"),
+        ([*GENERATE, "--stepz", "3"], "--steps"),
+        ([*COMPARE, "--timers", "karas"], "karras"),
+        ([*GENERATE, "--timer", "uniforn"], "uniform"),
+    ],
+)
+def test_a_wrong_name_is_told_with_the_nearest_right_one(words, nearest, capsys):
+    with pytest.raises(SystemExit):
+        main.main(words)
+    assert f"Did you mean '{nearest}'?" in capsys.readouterr().err
 
 
 def test_block_sizes_may_be_one_number_or_a_preset():

@@ -68,7 +68,7 @@ def test_blocks_are_read_whole_from_any_layout_and_once_each(tiny, tmp_path, mon
     flux = fluxjax.load_flux(path, config=tiny.flux.config, stream=True)
     whole = fluxjax.load_flux("tiny").single.linear1.weight.value
     reader = flux.single.linear1.weight.reader
-    assert reader.dtype == whole.dtype
+    assert reader.struct.dtype == whole.dtype
     last = len(whole) - 1
     for number in (0, 1, 3, 2, last, 0):  # prefetched or not
         np.testing.assert_array_equal(reader(number), whole[number])

@@ -229,22 +229,23 @@ def test_every_method_of_restoration_has_a_name_and_its_rules():
 
 
 @pytest.mark.parametrize(
-    ("method", "attention"), [("tmpd", "xla_chunked"), ("pigdm", None), ("decoupled", None)]
+    ("method", "attention", "remat"),
+    [("tmpd", "xla_chunked", True), ("pigdm", None, True), ("decoupled", None, False)],
 )
-def test_methods_with_forward_mode_gradients_attend_in_plain_jax(
-    tiny, image, monkeypatch, method, attention
+def test_methods_with_gradients_compute_blocks_again_and_forward_ones_attend_in_plain_jax(
+    tiny, image, monkeypatch, method, attention, remat
 ):
     class SeenError(Exception):
         pass
 
     def see(flux, vae, batch, recipe, **options):
-        raise SeenError(recipe.attention)
+        raise SeenError(recipe.attention, recipe.remat)
 
     monkeypatch.setattr("fluxjax.generate.prompted.draw_batch", see)
     restoration = Restoration(degradation=Hidden(np.zeros(SIZE)), method=method)
     with pytest.raises(SeenError) as seen:
         restore_image(tiny, image, "", key=KEY, restoration=restoration, settings=SETTINGS)
-    assert seen.value.args == (attention,)
+    assert seen.value.args == (attention, remat)
 
 
 @pytest.mark.parametrize(

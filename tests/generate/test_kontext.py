@@ -21,6 +21,7 @@ from fluxjax.generate import (
 from fluxjax.generate.autoencode import encode
 from fluxjax.generate.kontext import nearest_size
 from fluxjax.generate.latents import pack_latents
+from fluxjax.zoo import ZOO
 
 PROMPT = "a red star on white"
 SETTINGS = DrawSettings(steps=1, height=32, width=48)
@@ -108,6 +109,15 @@ def test_the_preferred_size_has_the_nearest_proportions():
     assert preferred_size(1500, 1000) == (1248, 832)
     assert preferred_size(10, 1000) == (672, 1568)
     assert preferred_size(1000, 10) == (1568, 672)
+
+
+def test_references_are_resized_to_what_the_model_is_meant_for():
+    image = jnp.zeros((40, 60, 3))
+    small, large = ZOO["tiny"].defaults, ZOO["kontext"].defaults
+    assert References().resize(image, small).shape == (32, 64, 3)
+    assert References().resize(image, large).shape == (832, 1248, 3)
+    assert References(preferred=False).resize(image, large).shape == (32, 64, 3)
+    assert References(preferred=True).resize(image, small).shape == (832, 1248, 3)
     assert nearest_size(7, 41) == (16, 48)
 
 
@@ -134,7 +144,7 @@ def test_an_edit_has_the_size_of_its_reference_and_depends_on_it(tiny, programs)
     drawn = kontext_image(tiny, [image], PROMPT, key=key, references=references, settings=own_size)
     assert drawn.shape == (1, 32, 48, 3)
     conditions = []
-    for one in (references.resize(image), picture(32, 48, seed=1)):
+    for one in (references.resize(image, tiny.defaults), picture(32, 48, seed=1)):
         conditions.append(kontext_condition(tiny.vae, [one], dtype=jnp.float32))
     images = []
     for condition in conditions:

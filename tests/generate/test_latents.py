@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from fluxjax import image_ids, initial_noise, pack_latents, unpack_latents
 from fluxjax.generate import seed_key
+from fluxjax.generate.latents import aspect_size
 
 SIDES = st.integers(1, 6).map(lambda n: 16 * n)
 
@@ -88,3 +89,10 @@ def test_seeds_that_differ_in_the_high_word_alone_give_other_noise():
 def test_what_is_no_seed_is_refused(seed):
     with pytest.raises(ValueError, match=r"needs a whole number from 0 to 2\^63 - 1"):
         seed_key(seed)
+
+
+def test_an_aspect_gives_multiples_of_16_of_about_as_many_pixels():
+    assert aspect_size(1.0, 1024 * 1024) == (1024, 1024)
+    assert aspect_size(16 / 9, 1024 * 1024) == (768, 1360)
+    assert aspect_size(3 / 4, 128 * 128) == (144, 112)
+    assert aspect_size(8.0, 16 * 16) == (16, 48)

@@ -25,6 +25,10 @@ def test_the_default_is_the_best_that_supports_the_arguments():
     assert selected(4608, 128, "tpu", jnp.float32) == "xla_chunked"
     assert selected(256, 128, "tpu") == "xla"
     assert selected(4608, 128, "gpu") == "cudnn"
+    # T4 and V100, and GPUs of AMD, have no flash attention of cuDNN's.
+    for capability, name in ((8.0, "cudnn"), (12.0, "cudnn"), (7.5, "xla_chunked"), (0.0, "xla")):
+        tokens = 4608 if capability else 256
+        assert selected(tokens, 128, "gpu", capability=capability) == name
     assert selected(4608, 192, "gpu") == "xla_chunked"
     assert selected(4608, 128, "gpu", jnp.float32) == "xla_chunked"
     assert selected(1024, 128, "cpu") == "xla"

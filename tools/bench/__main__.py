@@ -28,6 +28,7 @@ import bench_gpu
 import bench_gpu_aot
 import bench_load
 import bench_lora
+import bench_memory
 import bench_stream
 import bench_tpu
 import jax
@@ -45,6 +46,7 @@ BENCHES = (
     bench_stream,
     bench_flash,
     bench_gpu_aot,
+    bench_memory,
 )
 
 

@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 from bench_flash import KERNELS, run_of
 from bench_parts import pretended, sample_latents
-from bench_tpu import eight_bits
+from bench_tpu import eight_bits, packed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from fluxjax import Flux, FluxConfig, unroll
 from fluxjax.generate import TextStates
 from fluxjax.kernels.flash_gpu import flash_attention_gpu
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS
 
 # From the data sheets: compute capability, multiprocessors and their GHz, bytes of memory, bytes
@@ -198,6 +199,7 @@ def transformer_row(
     flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
     flux = jax.tree.map(lambda leaf: struct(*leaf.shape), flux)
     flux = eight_bits(flux, EIGHT_BITS[weights]) if weights in EIGHT_BITS else flux
+    flux = packed(flux, weights) if weights in PACKED_FORMATS else flux
     flux = eqx.filter_eval_shape(unroll, flux) if unrolled else flux
     flux = jax.tree.map(lambda leaf: struct(*leaf.shape, dtype=leaf.dtype), flux)
     states = TextStates(struct(batch, 512, config.context), struct(batch, config.pooled))
@@ -255,6 +257,8 @@ _TRANSFORMERS = [
     ("int8", False, 1),
     ("fp8", False, 1),
     ("fp8", True, 1),
+    ("Q4_K", False, 1),
+    ("nf4", False, 1),
 ]
 
 

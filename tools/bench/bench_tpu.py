@@ -29,7 +29,10 @@ from fluxjax.devices.specs import specs
 from fluxjax.devices.streamed import HostWeight
 from fluxjax.generate import TextStates
 from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.packed import PackedWeight
+from fluxjax.nets.packed_formats import PACKED_FORMATS
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight
+from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.weight import Dense
 
 # By name: the topology, and the usable GiB of each device.
@@ -106,11 +109,29 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
     """Return the shapes of the result of `fluxjax.quantize`."""
 
     def place(path: Any, node: Any) -> Any:
-        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+        if not isinstance(node, Dense) or not is_rounded(path_name(path)):
             return node
         shape = node.value.shape
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
         return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
+
+    return jax.tree_util.tree_map_with_path(
+        place, flux, is_leaf=lambda node: isinstance(node, Dense)
+    )
+
+
+def packed(flux: Flux, format: str) -> Flux:
+    """Return the shapes of a network whose blocks' matrices are packed, where they divide."""
+    sizes = PACKED_FORMATS[format]
+
+    def place(path: Any, node: Any) -> Any:
+        if not isinstance(node, Dense) or path[0].name not in ("double", "single"):
+            return node
+        *rows, features = node.value.shape
+        shape = (*rows, features // sizes.values * sizes.nbytes)
+        empty = PackedWeight(jnp.zeros((0, 0), jnp.uint8), format)
+        struct = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        return eqx.tree_at(lambda weight: weight.value, empty, struct)
 
     return jax.tree_util.tree_map_with_path(
         place, flux, is_leaf=lambda node: isinstance(node, Dense)
@@ -124,10 +145,10 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     """Return the shapes of the result of `fluxjax.stream_blocks`."""
 
     def place(path: Any, node: Any) -> Any:
-        stays = isinstance(node, Dense) and path[0].name in ("double", "single")
-        return (
-            eqx.tree_at(lambda weight: weight.value, _EMPTY, struct(node.value)) if stays else node
-        )
+        stays = isinstance(node, Dense) and is_stacked(path_name(path))
+        if not stays:
+            return node
+        return eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value))
 
     def struct(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
@@ -137,7 +158,7 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     )
 
 
-_EMPTY = HostWeight(jnp.zeros((0, 0)))
+_EMPTY = HostWeight(Dense(jnp.zeros((0, 0))))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:

@@ -1,7 +1,8 @@
 """Measure methods of restoration on the tiny model: error, what is kept, and diversity.
 
 Each scene is drawn by code, degraded, and restored with its caption as the prompt. Results are JSON
-lines on standard output, one for each problem and method.
+lines on standard output, one for each problem and method; --each appends one for each scene to a
+file as soon as it is restored, and --summarize averages the scenes of such a file.
 """
 
 import argparse
@@ -48,7 +49,7 @@ MASKS = {"half": half_mask, "box": box_mask}
 DEGRADATIONS = {"sr4": lambda: Shrunk(4), "deblur": lambda: Blurred(2.0)}
 """Block means of 4x4 pixels, and a Gaussian blur of 2 pixels."""
 MASK_METHODS = ("decoupled", "pigdm", "tmpd", "proximal", "ddnm", "flowdps", "flowchef")
-PIXEL_METHODS = ("decoupled", "pigdm", "flowdps", "flowchef")
+PIXEL_METHODS = ("decoupled", "pigdm", "tmpd", "flowdps", "flowchef")
 REPAINTING = {"inpaint": 1, "repaint": 5}
 """Methods that keep the state instead of the estimate, with their repeats."""
 
@@ -122,33 +123,63 @@ def measure(
     restore = restorer(models, problem, method, options.steps)
     scenes: list[tuple[Scene, str]] = held_out_scenes(options.scenes)
     rng = np.random.default_rng(0)
-    adherence, seen, truth_error, spread, seconds = [], [], [], [], []
+    spread, rows = [], []
     for number, (scene, prompt) in enumerate(scenes):
         image = render(scene, SIZE, SIZE, rng)
         left = degrade(problem, image, rng)
         images = options.draws if number < options.diverse_scenes else 1
         start = time.perf_counter()
         drawn = np.asarray(restore(left, prompt, jax.random.key(number), images))
-        if images == 1:
-            seconds.append(time.perf_counter() - start)
-        adherence.append(check(drawn[0], scene)["all"])
-        seen.append(psnr(seen_error(problem, drawn[0], left)))
-        truth_error.append(psnr(drawn[0] - image))
+        seconds = time.perf_counter() - start
+        about = {"problem": problem, "method": method, "scene": number, "steps": options.steps}
+        row = {
+            "adherence": bool(check(drawn[0], scene)["all"]),
+            # JSON has no infinity: what is pasted back is exact.
+            "seen_psnr_db": finite(psnr(seen_error(problem, drawn[0], left))),
+            "psnr_db": round(psnr(drawn[0] - image), 2),
+            "seconds": round(seconds, 2) if images == 1 else None,
+        }
+        rows.append(about | row)
+        if options.each is not None:
+            with options.each.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
         if images > 1:
             deviations = drawn.std(0).mean(-1)[hidden_part(problem) == 1]
             spread.append(float(np.sqrt(np.mean(np.square(deviations)))))
+    summary = summarize(rows)
+    summary["diversity"] = round(float(np.mean(spread)), 3) if spread else None
+    return summary
+
+
+def finite(number: float) -> float | None:
+    """Return a number in hundredths, or None for one that is not finite."""
+    return round(number, 2) if np.isfinite(number) else None
+
+
+def summarize(rows: list[dict]) -> dict[str, object]:
+    """Return one row for those of several scenes, all of one problem and method."""
+    seen = [row["seen_psnr_db"] for row in rows]
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
-        "problem": problem,
-        "method": method,
-        "scenes": options.scenes,
-        "steps": options.steps,
-        "adherence_percent": round(100 * float(np.mean(adherence)), 1),
-        # JSON has no infinity: what is pasted back is exact.
-        "seen_psnr_db": round(float(np.mean(seen)), 2) if np.all(np.isfinite(seen)) else None,
-        "psnr_db": round(float(np.mean(truth_error)), 2),
-        "diversity": round(float(np.mean(spread)), 3) if spread else None,
-        "seconds": round(float(np.median(seconds)), 2),
+        "problem": rows[0]["problem"],
+        "method": rows[0]["method"],
+        "scenes": len(rows),
+        "steps": rows[0]["steps"],
+        "adherence_percent": round(100 * float(np.mean([row["adherence"] for row in rows])), 1),
+        "seen_psnr_db": None if None in seen else round(float(np.mean(seen)), 2),
+        "psnr_db": round(float(np.mean([row["psnr_db"] for row in rows])), 2),
+        "seconds": round(float(np.median(seconds)), 2) if seconds else None,
     }
+
+
+def print_summaries(path: Path) -> None:
+    """Print the row of each problem and method in a file of scenes."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups.setdefault((row["problem"], row["method"], row["steps"]), []).append(row)
+    for rows in groups.values():
+        print(json.dumps(summarize(rows)))
 
 
 def main() -> None:
@@ -159,7 +190,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="of a scene, for the diversity")
     parser.add_argument("--diverse-scenes", type=int, default=10, help="scenes with many draws")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--each", type=Path, help="append a JSON line for each scene to this file")
+    parser.add_argument("--summarize", type=Path, help="only average the scenes of such a file")
     options = parser.parse_args()
+    if options.summarize is not None:
+        print_summaries(options.summarize)
+        return
     models = fluxjax.load_models("tiny", dtype="float32")
     jax.config.update("jax_default_matmul_precision", "highest")
     for problem in options.problems:

@@ -34,13 +34,16 @@ class Encoded(NamedTuple):
 
     `latents`: packed, [tokens, 64]. `text`: of the prompts. `condition`: of the kind: features of
     each token (fill, edges), packed latents (kontext, controlnet), or a picture in bytes (redux).
-    `caption`: states of the targets' full captions; of redux only.
+    `caption`: states of the targets' full captions; of kontext and redux only. `taught`: [tokens],
+    1 for those that are drawn anew where the base model knows how: hidden (fill), or changed by the
+    instruction (kontext).
     """
 
     latents: jax.Array
     text: TextStates
     condition: jax.Array
     caption: TextStates | None
+    taught: jax.Array
 
 
 class _Part(NamedTuple):
@@ -49,6 +52,7 @@ class _Part(NamedTuple):
     target: SceneArrays
     source: SceneArrays
     mask: Blot
+    known: np.ndarray
 
 
 @eqx.filter_jit
@@ -59,8 +63,10 @@ def _encode_part(vae: Vae, tables: jax.Array, kind: str, part: _Part) -> tuple:
     def one(part: _Part) -> tuple:
         target = draw_scene(part.target, tables)
         source = draw_scene(part.source, tables)
+        drawn_anew = jnp.abs(target - source).max(-1) > 0
         if kind == "fill":
-            condition = fill_features(latent, target, draw_mask(part.mask))
+            drawn_anew = draw_mask(part.mask)
+            condition = fill_features(latent, target, drawn_anew)
         elif kind == "edges":
             condition = latent(edge_picture(target))
         elif kind == "controlnet":
@@ -69,11 +75,18 @@ def _encode_part(vae: Vae, tables: jax.Array, kind: str, part: _Part) -> tuple:
             condition = latent(source)
         else:
             condition = jnp.round((source + 1) * 127.5).astype(jnp.uint8)
-        if not kind.startswith("redux"):
+        if kind != "redux":
             condition = condition.astype(jnp.float16)
-        return latent(target).astype(jnp.float16), condition
+        taught = part.known * of_tokens(drawn_anew.astype(jnp.float16))
+        return latent(target).astype(jnp.float16), condition, taught
 
     return jax.vmap(one)(part)
+
+
+def of_tokens(mask: jax.Array) -> jax.Array:
+    """Return for each image token the largest value of a mask in its 16 x 16 pixels: [tokens]."""
+    rows, columns = mask.shape[0] // 16, mask.shape[1] // 16
+    return mask.reshape(rows, 16, columns, 16).max((1, 3)).reshape(-1)
 
 
 def fill_features(
@@ -87,17 +100,19 @@ def fill_features(
 def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     """Draw and encode examples; `models` are in float32."""
     tables = jnp.asarray(distance_tables())
-    part = _Part(scene_arrays(examples.targets), scene_arrays(examples.sources), examples.masks)
+    known = np.array([target.known for target in examples.targets], np.float16)
+    targets, sources = scene_arrays(examples.targets), scene_arrays(examples.sources)
+    part = _Part(targets, sources, examples.masks, known)
     part = part._replace(mask=Blot(*(array.astype(np.float32) for array in part.mask)))
     encoded = _in_chunks(
         lambda rows: _encode_part(models.vae, tables, kind, rows), part, len(examples.prompts)
     )
     text = encode_prompts(models, examples.prompts)
     captions = None
-    if kind.startswith("redux"):
+    if kind in ("kontext", "redux"):
         rng = np.random.default_rng(1)
         captions = encode_prompts(models, [caption(one.scene, rng) for one in examples.targets])
-    return Encoded(encoded[0], text, encoded[1], captions)
+    return Encoded(encoded[0], text, encoded[1], captions, encoded[2])
 
 
 def encode_prompts(models: Models, prompts: Sequence[str]) -> TextStates:

@@ -68,24 +68,36 @@ def _blot_over(spot: Spot, rng: np.random.Generator) -> tuple[bool, tuple, tuple
     return is_ellipse, (x + shift[0], y + shift[1]), tuple(half)
 
 
-def _plain(rng: np.random.Generator) -> Draw:
-    placed = random_placed(rng)
+def _plain(rng: np.random.Generator, canonical: float) -> Draw:
+    placed = random_placed(rng, canonical=canonical)
     return placed, caption(placed.scene, rng), placed
 
 
-def _edit(rng: np.random.Generator) -> Draw | None:
-    """Return an edited scene, the instruction, and the scene before it."""
+def _edit(rng: np.random.Generator, canonical: float) -> Draw | None:
+    """Return an edited scene, the instruction, and the scene before it.
+
+    Of a scene as the base model draws it, the edited one is so too: what is moved, added or left
+    over lies where the model puts the objects of the new scene.
+    """
     edit = EDITS[str(rng.choice(list(EDITS)))]
     for _ in range(40):
-        source = random_placed(rng)
+        source = random_placed(rng, canonical=canonical)
         found = edit(source, rng)
         if found is not None:
-            return found[0], found[1], source
+            target, words = found
+            if source.known and not target.known:
+                target = canonical_spots(target.scene, rng)
+            return target, words, source
     return None
 
 
-def _picture(rng: np.random.Generator) -> Draw:
-    """Return a scene and the same one in the picture, or one of which the prompt names a change."""
+def _picture(rng: np.random.Generator, canonical: float) -> Draw:
+    """Return a scene and the same one in the picture, or one of which the prompt names a change.
+
+    All objects lie where the base model puts them, since Redux follows what a picture shows, not
+    where.
+    """
+    del canonical
     source = canonical_spots(random_scene(rng), rng)
     mode = rng.random()
     if mode < 0.6:
@@ -113,7 +125,7 @@ def mixed(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     return Scene(scene.background, other.things, other.relation), words
 
 
-DRAWS: dict[str, Callable[[np.random.Generator], Draw | None]] = {
+DRAWS: dict[str, Callable[[np.random.Generator, float], Draw | None]] = {
     "fill": _plain,
     "edges": _plain,
     "controlnet": _plain,
@@ -121,16 +133,24 @@ DRAWS: dict[str, Callable[[np.random.Generator], Draw | None]] = {
     "redux": _picture,
 }
 
+CANONICAL = {"fill": 0.8, "edges": 0.3, "controlnet": 0.3, "kontext": 1.0, "redux": 1.0}
+"""Shares of the scenes whose objects lie where the base model puts them."""
 
-def make_examples(kind: str, count: int, seed: int, *, held_out: bool = False) -> Examples:
+
+def make_examples(
+    kind: str, count: int, seed: int, *, held_out: bool = False, canonical: float | None = None
+) -> Examples:
     """Draw examples of a kind.
 
     **Arguments:** `held_out`: whether the targets' combinations are those kept from training.
+    `canonical`: the share of scenes whose objects lie where the base model puts them; that of the
+    kind by default.
     """
+    share = CANONICAL[kind] if canonical is None else canonical
     rng = np.random.default_rng((2027, KINDS.index(kind), seed))
     examples = Examples([], [], [], Blot(*(np.zeros((count, BLOTS, *n)) for n in ((), (2,), (2,)))))
     while len(examples.targets) < count:
-        drawn = DRAWS[kind](rng)
+        drawn = DRAWS[kind](rng, share)
         if drawn is None:
             continue
         target, prompt, source = drawn

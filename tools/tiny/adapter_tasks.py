@@ -32,6 +32,10 @@ from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_t
 from fluxjax.zoo import ZOO
 
 DISTILLED = 1.0
+MOST_GUIDANCE = 5.0
+"""The largest distilled scale that the tiny model was trained with."""
+TAUGHT = ("fill", "kontext")
+"""The adapters that learn from the base model what is to be drawn anew."""
 DROPPED = 0.1
 SIGLIP = SiglipConfig(image_size=SIZE, patch=16, width=96, heads=3, depth=2, mlp_width=384)
 CAPTION_WEIGHT = 0.05
@@ -41,22 +45,26 @@ class Recipe(NamedTuple):
     """How an adapter is trained.
 
     `rate`: the highest learning rate. `features`: appended to each token. `rank`: of the blocks'
-    matrices. `input_rank`: of `img_in`, 0 for none.
+    matrices and of the last layer. `input_rank`: of `img_in`, 0 for none. `uniform`: the share of
+    times that are uniform in [0, 1]. The others are those of the sampler, which are mostly near 1;
+    but what is copied exactly is decided near 0.
     """
 
     rate: float
     features: int = 0
     rank: int = 8
     input_rank: int = 0
+    uniform: float = 0.25
 
 
 RECIPES = {
-    "fill": Recipe(2e-3, features=320, input_rank=96),
+    "fill": Recipe(2e-3, features=320, rank=16, input_rank=128, uniform=0.5),
     "edges": Recipe(2e-3, features=64, input_rank=64),
-    "kontext": Recipe(2e-3, rank=12),
+    "kontext": Recipe(2e-3, rank=16, uniform=0.5),
     "controlnet": Recipe(1e-3),
-    "redux": Recipe(1.5e-3, rank=0),
+    "redux": Recipe(1.5e-3, rank=0, uniform=0.0),
 }
+TARGETS = (*BLOCKS, r"final\.linear")
 
 
 class Task(NamedTuple):
@@ -94,7 +102,7 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
     """Return the training of a LoRA."""
     recipe, flux = RECIPES[kind], models.flux
     of_blocks, of_input = jax.random.split(key)
-    lora = init_lora(flux, recipe.rank, BLOCKS, key=of_blocks)
+    lora = init_lora(flux, recipe.rank, TARGETS, key=of_blocks)
     if recipe.input_rank:
         entry = init_lora(
             flux, recipe.input_rank, "img_in", extra_features=recipe.features, key=of_input
@@ -102,7 +110,8 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
         lora = Lora({"flux": lora.changes["flux"] | entry.changes["flux"]}, lora.format)
 
     def write(lora: eqx.Module, path: Path) -> None:
-        write_lora(path, lora, dtype=jnp.bfloat16, config=flux.config, overwrite=True)
+        # In kohya's names, q, k and v share one down, so the file is smaller.
+        write_lora(path, lora, to="kohya", dtype=jnp.bfloat16, overwrite=True)
 
     return Task(lora, trainable(lora), _frozen(flux), partial(lora_loss, kind), write)
 
@@ -110,40 +119,94 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
 def lora_loss(
     kind: str, lora: Lora, flux: Flux, batch: Encoded, empty: TextStates, *, key: jax.Array
 ) -> jax.Array:
-    """Return the flow-matching loss of the network with the adapter."""
-    network = ConditionalFlux(attach(flux, [lora]), "xla")
-    drop, rest = jax.random.split(key)
-    text = drop_captions(drop, batch.text, empty, DROPPED)
-    ids = image_ids(SIZE, SIZE)
+    """Return the flow-matching loss of the network with the adapter.
 
-    def conditioning(text: TextStates, condition: jax.Array) -> Conditioning:
+    Where the base model knows what is to be drawn anew, its velocity for the caption is the target
+    instead: it is the mean of the other one, which has the noise of a single example. Its distilled
+    guidance is that of the example.
+    """
+    network = ConditionalFlux(attach(flux, [lora]), "xla")
+    drop, scale, rest = jax.random.split(key, 3)
+    ids = image_ids(SIZE, SIZE)
+    is_taught = kind in TAUGHT
+    text = batch.text if is_taught else drop_captions(drop, batch.text, empty, DROPPED)
+    scales = jnp.full((len(batch.latents),), DISTILLED)
+    if is_taught:
+        scales = jax.random.uniform(scale, scales.shape, minval=1, maxval=MOST_GUIDANCE)
+
+    def conditioning(text: TextStates, scale: jax.Array, condition: jax.Array) -> Conditioning:
         features, reference = condition.astype(jnp.float32), None
         if kind == "kontext":
             features, reference = None, ReferenceTokens(features, ids.at[:, 0].set(1))
-        guidance = jnp.float32(DISTILLED)
-        return Conditioning(text.txt, text.vec, ids, guidance, features, reference)
+        return Conditioning(text.txt, text.vec, ids, scale, features, reference)
 
-    conditions = jax.vmap(conditioning)(text, batch.condition)
-    return matching_loss(network, batch.latents, conditions, key=rest)
+    def plain(text: TextStates, scale: jax.Array) -> Conditioning:
+        return Conditioning(text.txt, text.vec, ids, scale)
+
+    teacher = None
+    if is_taught:
+        captions = batch.text if batch.caption is None else batch.caption
+        base = ConditionalFlux(flux, "xla")
+        teacher = Teacher(base, jax.vmap(plain)(captions, scales), batch.taught)
+    conditions = jax.vmap(conditioning)(text, scales, batch.condition)
+    uniform = RECIPES[kind].uniform
+    return matching_loss(
+        network, batch.latents, conditions, uniform=uniform, key=rest, teacher=teacher
+    )
+
+
+class Teacher(NamedTuple):
+    """A network whose velocity is the target for some tokens.
+
+    `velocity`: (x, t, condition) -> dx/dt. `conditions`: a batch. `tokens`: [batch, tokens], 1 for
+    those that it teaches.
+    """
+
+    velocity: Callable[..., jax.Array]
+    conditions: Conditioning
+    tokens: jax.Array
 
 
 def matching_loss(
-    network: Callable[..., jax.Array], latents: jax.Array, conditions: Any, *, key: jax.Array
+    network: Callable[..., jax.Array],
+    latents: jax.Array,
+    conditions: Any,
+    *,
+    uniform: float,
+    key: jax.Array,
+    teacher: Teacher | None = None,
 ) -> jax.Array:
     """Return the mean flow-matching loss of (x, t, condition) -> dx/dt over a batch.
 
-    The times are distributed as those of the sampler.
+    **Arguments:** `uniform`: the share of times that are uniform; the others are distributed as
+    those of the sampler. `teacher`: what gives the targets of some tokens.
     """
-    when, noise = jax.random.split(key)
+    when, which, evenly, noise = jax.random.split(key, 4)
     x0, defaults = latents.astype(jnp.float32), ZOO["tiny"].defaults
     mu = resolution_mu(x0.shape[1], base_shift=defaults.base_shift, max_shift=defaults.max_shift)
-    times = logit_normal_times(when, len(x0), mu=mu)
+    times = jnp.where(
+        jax.random.uniform(which, (len(x0),)) < uniform,
+        jax.random.uniform(evenly, (len(x0),), minval=1e-3),
+        logit_normal_times(when, len(x0), mu=mu),
+    )
     noise = jax.random.normal(noise, x0.shape)
 
     def one(x0: jax.Array, t: jax.Array, noise: jax.Array, condition: Any) -> jax.Array:
         return flow_matching_loss(lambda x, t: network(x, t, condition), x0, t, noise)
 
-    return jnp.mean(jax.vmap(one)(x0, times, noise, conditions))
+    def taught(
+        x0: jax.Array, t: jax.Array, noise: jax.Array, condition: Any, said: Any, tokens: jax.Array
+    ) -> jax.Array:
+        assert teacher is not None
+        x = (1 - t) * x0 + t * noise
+        target = jnp.where(tokens[:, None] > 0, teacher.velocity(x, t, said), noise - x0)
+        error = network(x, t, condition) - jax.lax.stop_gradient(target)
+        return jnp.mean(jnp.square(error))
+
+    if teacher is None:
+        return jnp.mean(jax.vmap(one)(x0, times, noise, conditions))
+    said = teacher.conditions, teacher.tokens
+    return jnp.mean(jax.vmap(taught)(x0, times, noise, conditions, *said))
 
 
 def controlnet_config(config: FluxConfig) -> ControlNetConfig:
@@ -186,7 +249,8 @@ def controlnet_loss(
         return flux(x, t, control=[residuals], attention="xla", **inputs)
 
     conditions = text, batch.condition.astype(jnp.float32)
-    return matching_loss(network, batch.latents, conditions, key=rest)
+    uniform = RECIPES["controlnet"].uniform
+    return matching_loss(network, batch.latents, conditions, uniform=uniform, key=rest)
 
 
 class ReduxNetworks(eqx.Module):
@@ -246,7 +310,8 @@ def redux_loss(
 
     conditions = jax.vmap(conditioning)(batch.text, tokens)
     network = ConditionalFlux(flux, "xla")
-    matching = matching_loss(network, batch.latents, conditions, key=key)
+    uniform = RECIPES["redux"].uniform
+    matching = matching_loss(network, batch.latents, conditions, uniform=uniform, key=key)
     caption = jnp.mean(batch.caption.txt.astype(jnp.float32), axis=1)
     distance = jnp.mean(jnp.square(jnp.mean(tokens, axis=1) - caption))
     return matching + CAPTION_WEIGHT * distance

@@ -36,10 +36,14 @@ Spot = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Placed:
-    """A scene, and the spot of each of its objects."""
+    """A scene, and the spot of each of its objects.
+
+    `known`: whether the spots are those where the tiny model puts the objects.
+    """
 
     scene: Scene
     spots: tuple[Spot, ...]
+    known: bool = False
 
 
 def random_placed(rng: np.random.Generator, *, canonical: float = CANONICAL) -> Placed:
@@ -56,7 +60,8 @@ def random_placed(rng: np.random.Generator, *, canonical: float = CANONICAL) -> 
 def canonical_spots(scene: Scene, rng: np.random.Generator) -> Placed:
     """Return a scene with the spots that the tiny model knows."""
     pixels = place(scene, SIZE, SIZE, rng)
-    return Placed(scene, tuple((x / SIZE - 0.5, y / SIZE - 0.5, r / SIZE) for x, y, r in pixels))
+    spots = tuple((x / SIZE - 0.5, y / SIZE - 0.5, r / SIZE) for x, y, r in pixels)
+    return Placed(scene, spots, known=True)
 
 
 def free_spots(scene: Scene, rng: np.random.Generator, tries: int = 60) -> Placed | None:
@@ -135,7 +140,8 @@ def _with_thing(placed: Placed, index: int, thing: Thing, spot: Spot | None = No
     things, spots = list(placed.scene.things), list(placed.spots)
     things[index] = thing
     spots[index] = spots[index] if spot is None else spot
-    return Placed(replace(placed.scene, things=tuple(things)), tuple(spots))
+    known = placed.known and spot is None
+    return Placed(replace(placed.scene, things=tuple(things)), tuple(spots), known)
 
 
 def recolor(placed: Placed, rng: np.random.Generator) -> Edit | None:
@@ -154,7 +160,7 @@ def change_background(placed: Placed, rng: np.random.Generator) -> Edit | None:
     taken = {placed.scene.background, *(thing.color for thing in placed.scene.things)}
     color = str(rng.choice([color for color in BACKGROUNDS if color not in taken]))
     scene = replace(placed.scene, background=color)
-    return Placed(scene, placed.spots), f"make the background {color}"
+    return Placed(scene, placed.spots, placed.known), f"make the background {color}"
 
 
 def reshape(placed: Placed, rng: np.random.Generator) -> Edit | None:

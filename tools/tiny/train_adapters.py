@@ -21,6 +21,9 @@ from adapter_examples import KINDS, make_examples_in_parallel
 from adapter_tasks import RECIPES, Task, make_task
 
 from fluxjax.generate.load import load_models
+from fluxjax.lora.adapter import Change, Lora
+from fluxjax.lora.read import read_lora
+from fluxjax.lora.terms import LowRankTerm
 from fluxjax.train.step import TrainState, make_step
 
 STARTED = time.monotonic()
@@ -28,6 +31,28 @@ EMA = 0.998
 WARM_UP = 0.04
 LAST_RATE = 0.03
 STOP_EARLY = 4.0  # seconds that the last write may take
+
+
+def like(model: Lora, started: Lora) -> Lora:
+    """Return an adapter with the values of one that was written earlier, in the places of `model`.
+
+    **Raises:** `ValueError` for an adapter of other ranks.
+    """
+    changes = {}
+    for name, (change,) in model.changes["flux"].items():
+        if name not in started.changes["flux"]:
+            changes[name] = (change,)
+            continue
+        # Written for diffusers, the parts of a fused matrix are apart, each with the same down.
+        parts = {one.part: one.term for one in started.changes["flux"][name]}
+        order = [part for part in ("q", "k", "v", "qkv", "mlp", None) if part in parts]
+        up = jnp.concatenate([parts[part].up * parts[part].factor for part in order])
+        term = LowRankTerm(up.astype(jnp.float32), parts[order[0]].down, jnp.float32(1))
+        term = eqx.tree_at(lambda term: term.down, term, term.down.astype(jnp.float32))
+        if jax.tree.map(jnp.shape, term) != jax.tree.map(jnp.shape, change.term):
+            raise ValueError("--start has other ranks than this kind of adapter is trained with.")
+        changes[name] = (Change(term, None, False),)
+    return Lora({"flux": changes}, model.format)
 
 
 def make_optimizer(rate: float) -> optax.GradientTransformation:
@@ -100,6 +125,8 @@ def train(options: argparse.Namespace) -> None:
     jax.block_until_ready(data)
     _log(kind, "encoded")
     task = make_task(kind, models, key)
+    if options.start is not None:
+        task = task._replace(model=like(task.model, read_lora(options.start)))
     rate = options.rate or RECIPES[kind].rate
     optimizer = make_optimizer(rate)
     state = TrainState.create(task.model, optimizer, trainable=task.trained)
@@ -175,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, help="the highest learning rate (default: that of the kind)")
     add("--report", type=float, default=20, help="seconds between two lines of the log")
     add("--save", type=float, default=60, help="seconds between two written files")
+    add("--start", type=Path, help="go on from an adapter that was written earlier")
     add("--seed", type=int, default=0)
     return made
 

@@ -1,0 +1,142 @@
+"""The command `fluxjax plan`: what drawing needs in memory, what there is, and the choice."""
+
+import argparse
+from dataclasses import replace
+
+import jax.numpy as jnp
+
+from fluxjax.cli.jobs import check_together
+from fluxjax.cli.memory import described_choice, job_of
+from fluxjax.cli.request import Request, request_of_options
+from fluxjax.generate.device_memory import (
+    LARGE_FRACTION,
+    MachineMemory,
+    imagined_machine,
+    machine_memory,
+    pool_fraction,
+)
+from fluxjax.generate.limits import check_devices, first_device, gigabytes
+from fluxjax.generate.memory_plan import (
+    HOST_FULL,
+    Job,
+    MemoryPlan,
+    StageNeed,
+    plan_memory,
+    with_larger_pool,
+)
+from fluxjax.generate.network_bytes import STREAMED
+from fluxjax.generate.storages import STORAGES
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Print the plan of what `fluxjax generate` would do with these options."""
+    if options.prompt is None:
+        options.prompt = ""
+    check_together(options)
+    request = request_of_options(options)
+    if options.memory is None:
+        check_devices()
+        machine = machine_memory(first_device())
+    else:
+        machine = imagined_machine(options.memory)
+        if options.dtype is None:
+            request = replace(request, dtype=jnp.bfloat16)  # as on every GPU
+    job = job_of(request)
+    plan = plan_memory(job, machine, request.fixed)
+    lines = [_title(request), _describe_machine(machine), ""]
+    lines += _table(plan)
+    lines += ["", *_networks(request, job), ""]
+    lines += _conclusion(request, job, machine, plan)
+    print("\n".join(lines))
+
+
+def _title(request: Request) -> str:
+    count = len(request.draws)
+    images = "1 image" if count == 1 else f"{count} images"
+    return (
+        f"{request.model}: {images} of {request.width}x{request.height}, {request.steps} steps, "
+        f"{request.max_length} tokens"
+    )
+
+
+def _describe_machine(machine: MachineMemory) -> str:
+    if machine.pool is None:
+        return f"{machine.device}: its memory is not known"
+    text = f"{machine.device}: {gigabytes(machine.pool)} for JAX"
+    if machine.larger_pool is not None:
+        assert machine.total is not None
+        text += f", {pool_fraction():.0%} of its {gigabytes(machine.total)}"
+    if machine.host is not None and not machine.is_cpu:
+        text += f"; {gigabytes(machine.host)} free in the host"
+    return text
+
+
+def _table(plan: MemoryPlan) -> list[str]:
+    """Return the needs of the stages as lines of a table."""
+    rows = [("stage", "weights", "temporaries", "together", "without a choice")]
+    for name, need in plan.stages.items():
+        rows.append((name, *_cells(need), gigabytes(plan.plain[name].total)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        for cell, width in zip(others, widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells))
+    return lines
+
+
+def _cells(need: StageNeed) -> tuple[str, str, str]:
+    return gigabytes(need.weights), gigabytes(need.temporaries), gigabytes(need.total)
+
+
+def _networks(request: Request, job: Job) -> list[str]:
+    """Return the bytes of the transformer and of T5 in each storage, one line for each."""
+    lines = []
+    for name, network in ((request.family.transformer, job.transformer), ("t5", job.text)):
+        cells = [f"{gigabytes(network.on_device(None))} as it is"]
+        for storage in STORAGES:
+            cells.append(f"{gigabytes(network.on_device(storage.name))} in {storage.name}")
+        cells.append(f"{gigabytes(network.on_device(STREAMED))} streamed")
+        source = "" if network.known else " (not on this machine: the published sizes)"
+        lines.append(f"{name}: {', '.join(cells)}{source}")
+    return lines
+
+
+def _conclusion(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> list[str]:
+    stage, most = plan.most
+    choice = described_choice(plan.choice)
+    lines = []
+    if machine.pool is None:
+        lines.append(f"not known whether it fits; planned: {choice}")
+    elif plan.fits and not plan.is_needed:
+        lines.append(f"fits: {choice}")
+    elif plan.fits:
+        plain = max(need.total for need in plan.plain.values())
+        lines.append(
+            f"`fluxjax generate` chooses: {choice}; without, {gigabytes(plain)} would be needed"
+        )
+    else:
+        lines.append(
+            f"does not fit: with {choice}, the {stage} needs {gigabytes(most)}. Lower --width and "
+            "--height, or split it over devices by --mesh fsdp=-1."
+        )
+        streamed = _streamed_host_bytes(job)
+        if machine.host is not None and streamed > HOST_FULL * machine.host:
+            lines.append(
+                f"streaming from host memory would need {gigabytes(streamed)} of the host's "
+                f"{gigabytes(machine.host)}"
+            )
+    if plan.host:
+        lines.append(f"in host memory: {gigabytes(plan.host)}")
+    larger = with_larger_pool(job, machine, request.fixed)
+    if larger is not None and larger.choice != plan.choice and larger.fits:
+        lines.append(
+            f"with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_FRACTION}, where nothing else uses the "
+            f"device: {described_choice(larger.choice)}"
+        )
+    return lines
+
+
+def _streamed_host_bytes(job: Job) -> int:
+    return job.transformer.on_host(STREAMED) + job.beside.on_host(STREAMED)

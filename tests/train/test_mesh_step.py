@@ -1,0 +1,145 @@
+"""A training step on a mesh, or in micro-batches, is the step on one device at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import mesh_of
+from training import AVERAGED, Training, batch_of, random_flux
+
+from fluxjax.train import mesh_step
+from fluxjax.train.config import MethodSettings
+from fluxjax.train.loop import jit_step
+from fluxjax.train.mesh_step import StepSettings
+from fluxjax.train.place import place_batch
+
+# Sums in another order, through three blocks and their gradients.
+BOUND = 1e-5
+MESHES = {
+    "data": dict(data=2),
+    "fsdp": dict(fsdp=2),
+    "tensor": dict(tensor=2),
+    "context": dict(context=2),
+    "data and fsdp": dict(data=2, fsdp=4),
+    "fsdp, tensor and context": dict(fsdp=2, tensor=2, context=2),
+}
+ROWS = 5  # a number that no mesh here divides
+
+
+def relative(found, expected):
+    """Return the largest relative error of an array of two pytrees."""
+    largest = 0.0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        largest = max(largest, np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    return largest
+
+
+def stepped(mesh=None, **options):
+    """Return the state and the metrics after one step."""
+    training = Training(mesh, **options)
+    metrics = training.take(batch_of(ROWS))
+    return training.state, metrics
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return stepped()
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_on_a_mesh_is_the_step_on_one_device(expected, name):
+    found = stepped(mesh_of(**MESHES[name]))
+    # The weights, their average, the optimizer's moments, the loss and the gradient's norm.
+    assert relative(found, expected) <= BOUND
+
+
+@pytest.mark.parametrize("left_out", ["data", "fsdp", "tensor", "context"])
+def test_without_one_of_its_sums_over_devices_a_step_is_wrong(expected, monkeypatch, left_out):
+    others = tuple(axis for axis in mesh_step.AXES if axis != left_out)
+    monkeypatch.setattr(mesh_step, "AXES", others)
+    # The program with all sums is compiled already, and the one without has to go again.
+    jit_step.clear_cache()
+    state, _ = stepped(mesh_of(**{left_out: 2}))
+    jit_step.clear_cache()
+    assert relative(state.optimizer, expected[0].optimizer) > 100 * BOUND
+
+
+def test_micro_batches_are_the_batch_at_once(expected):
+    settings = StepSettings(accumulate=3, ema_decay=AVERAGED.ema_decay)
+    # 5 rows in 3 micro-batches of 2: one row of weight 0 is added.
+    assert relative(stepped(settings=settings), expected) <= BOUND
+    on_mesh = stepped(mesh_of(fsdp=2), settings=settings, remat=True)
+    assert relative(on_mesh, expected) <= BOUND
+
+
+def test_added_rows_have_no_weight_and_draws_do_not_depend_on_the_mesh():
+    batch = batch_of(5)
+    rows, shared = place_batch(batch, Training.empty, mesh_of(data=4), accumulate=2)
+    assert rows.weight.shape == (8,)
+    np.testing.assert_array_equal(rows.weight, [*batch.weight, 0, 0, 0])
+    np.testing.assert_array_equal(rows.place[:5], range(5))
+    assert shared.empty.txt.shape == batch.text.txt.shape[1:]
+
+
+ADAPTERS = {
+    "lora": MethodSettings(method="lora", rank=2),
+    "lokr": MethodSettings(method="lokr", rank=2, divisor=4),
+    "dora": MethodSettings(method="dora", rank=2),
+    "layers": MethodSettings(
+        method="layers", targets=(r"double\.1\..*", r"single\.0\.linear[12]", "img_in")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_and_layers_are_trained_alike_on_a_mesh(name):
+    mesh = mesh_of(fsdp=2, context=2) if name == "dora" else mesh_of(fsdp=2, tensor=2)
+    method = ADAPTERS[name]
+    one, many = stepped(method=method), stepped(mesh, method=method)
+    # The ups of an adapter are zeros before the step, so that only some of the factors move.
+    assert relative(many, one) <= BOUND
+    moved = Training(method=method).weights
+    changes = [relative(one[0].model[key], leaf) for key, leaf in moved.items()]
+    assert max(changes) > 1e-4
+
+
+def test_a_dora_is_not_split_over_tensor():
+    with pytest.raises(ValueError, match="Use fsdp or context"):
+        stepped(mesh_of(tensor=2), method=ADAPTERS["dora"])
+
+
+def test_untrained_blocks_stay_bitwise_and_the_rest_of_a_stack_is_kept():
+    training = Training(method=ADAPTERS["layers"])
+    before = random_flux()
+    training.take(batch_of(2))
+    after = training.step.part.join(training.state.model, training.frozen)
+    first, second = before.double.img.qkv.weight.value, after.double.img.qkv.weight.value
+    np.testing.assert_array_equal(first[0], second[0])
+    assert not np.array_equal(first[1], second[1])
+    np.testing.assert_array_equal(before.txt_in.weight.value, after.txt_in.weight.value)
+    assert not np.array_equal(before.img_in.bias, after.img_in.bias)
+
+
+def test_bfloat16_weights_have_moments_and_an_average_in_float32():
+    method = MethodSettings(method="layers", targets=("img_in",), weights_dtype="bfloat16")
+    lost, kept = [
+        Training(
+            method=method,
+            settings=StepSettings(ema_decay=0.5, stochastic_rounding=stochastic),
+        )
+        for stochastic in (False, True)
+    ]
+    for training in (lost, kept):
+        assert training.state.model["img_in.weight"].dtype == jnp.bfloat16
+        assert training.state.ema["img_in.weight"].dtype == jnp.float32
+        for number in range(2):
+            training.take(batch_of(2, seed=number))
+    start = np.asarray(lost.weights["img_in.weight"], np.float32)
+    changed = [
+        np.mean(np.asarray(training.state.model["img_in.weight"], np.float32) != start)
+        for training in (lost, kept)
+    ]
+    # Updates of 1e-3 beside weights of 0.2, which are 1e-3 apart, and half of them more.
+    assert changed[1] > 0.3
+    assert np.all(np.isfinite(np.asarray(kept.state.ema["img_in.weight"])))
