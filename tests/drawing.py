@@ -28,12 +28,14 @@ def encoded(models, texts, *, max_length=13, encode=encode_text, mesh=None):
 
 def batch_of(models, images, *, height=48, width=80, negative=False, step=Euler(), guidance=3.5):
     """Return a batch of images of the tiny model, each with a prompt of its own."""
-    texts = [PROMPTS[number % 3] for number in range(images)]
-    negatives = [NEGATIVES[number % 3] for number in range(images)]
+    # All in one batch, so that the encoders are compiled once for all sizes of batches.
+    texts = encoded(models, [*PROMPTS, *NEGATIVES])
+    numbers = [number % len(PROMPTS) for number in range(images)]
+    negatives = [number + len(PROMPTS) for number in numbers]
     noise = noise_batch(KEY, range(images), height, width, channels=16)
     return prompt_batch(
-        encoded(models, texts),
-        encoded(models, negatives) if negative else None,
+        texts.rows(numbers),
+        texts.rows(negatives) if negative else None,
         noise=noise,
         keys=step_keys(KEY, range(images), step),
         distilled=None if guidance is None else jnp.float32(guidance),

@@ -40,7 +40,7 @@ def assert_same_network(found, expected) -> None:
 
 def cast_network(network, dtype):
     """Return a network with its leaves in another dtype; NumPy casts them."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), network)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype), dtype), network)
 
 
 def export(network, dialect: Dialect) -> Arrays:

@@ -33,7 +33,8 @@ def flux_inputs(config, images, txt_tokens=13):
         x = rng.normal(size=(HEIGHT * WIDTH // 256, config.in_channels))
         txt = rng.normal(size=(txt_tokens, config.context))
         rows.append((x, txt, rng.normal(size=config.pooled)))
-    return tuple(jnp.asarray(np.stack(column), jnp.float32) for column in zip(*rows, strict=True))
+    columns = [np.stack(column).astype(np.float32) for column in zip(*rows, strict=True)]
+    return tuple(jnp.asarray(column, jnp.float32) for column in columns)
 
 
 def velocities(flux: Flux, rows, mesh=None, **options):

@@ -115,20 +115,20 @@ class Problem(NamedTuple):
         """The y that `matrix`, which has no rows for hidden pixels, belongs to."""
         y = self.measurement.y
         if isinstance(self.measurement.operator, Mask):
-            return jnp.asarray(np.asarray(y)[np.asarray(self.measurement.operator.mask) > 0])
+            return jnp.float64(np.asarray(y)[np.asarray(self.measurement.operator.mask) > 0])
         return y
 
 
 def _problem(prior, operator, y, std):
     matrix = np.asarray(jax.jit(jax.jacobian(operator))(jnp.zeros(PIXELS)))
     seen = np.any(matrix != 0, 1)
-    matrix, rows = jnp.asarray(matrix[seen]), jnp.asarray(np.asarray(y)[seen])
+    matrix, rows = jnp.float64(matrix[seen]), jnp.float64(np.asarray(y)[seen])
     return Problem(prior, Measurement(operator, y, std), matrix, prior.posterior(matrix, rows, std))
 
 
 def _decaying(scale, variance=1.0):
     i = np.arange(PIXELS, dtype=np.float64)
-    return jnp.asarray(variance * scale ** np.abs(i[:, None] - i))
+    return jnp.float64(variance * scale ** np.abs(i[:, None] - i))
 
 
 OPERATORS = ("mask", "blur", "down")
@@ -148,7 +148,7 @@ def operator_named(name):
 def g8(name, std=0.2):
     """Return G8 with the operator `name`: y is that of cos(i), without noise."""
     i = np.arange(PIXELS, dtype=np.float64)
-    prior = Normal(jnp.asarray(0.5 * np.sin(i)), _decaying(0.8))
+    prior = Normal(jnp.float64(0.5 * np.sin(i)), _decaying(0.8))
     operator = operator_named(name)
     return _problem(prior, operator, eqx.filter_jit(operator)(np.cos(i)), std)
 
@@ -158,7 +158,7 @@ def m8():
     """Return M8: four modes, pixels 0 and 3 seen."""
     i = np.arange(PIXELS, dtype=np.float64)
     k = np.arange(4, dtype=np.float64)[:, None]
-    means = jnp.asarray(1.5 * np.cos(2 * np.pi * (k + 1) * i / PIXELS + k))
+    means = jnp.float64(1.5 * np.cos(2 * np.pi * (k + 1) * i / PIXELS + k))
     prior = Mixture(means, _decaying(0.6, 0.3), jnp.float64([0.4, 0.3, 0.2, 0.1]))
     operator = Mask(jnp.float64([1, 0, 0, 1, 0, 0, 0, 0]))
     return _problem(prior, operator, jnp.float64([0.3, 0, 0, -0.2, 0, 0, 0, 0]), 0.3)
@@ -166,7 +166,7 @@ def m8():
 
 def falling_times(steps):
     """Return uniform times from 1 to 0 in float64."""
-    return jnp.asarray(np.linspace(1.0, 0.0, steps + 1))
+    return jnp.float64(np.linspace(1.0, 0.0, steps + 1))
 
 
 def affine_moments(step, velocity, times):

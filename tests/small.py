@@ -30,11 +30,14 @@ IDS = jnp.asarray(np.arange(IMAGE)[:, None] * np.float32([0, 1, 0]), jnp.float32
 
 def draw(*shape: int, seed: int = 0) -> Array:
     """Return normal random numbers of a shape."""
-    return jnp.asarray(_numbers(shape, seed))
+    return jnp.asarray(_numbers(shape, seed), jnp.float32)
 
 
 def _numbers(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """In NumPy: JAX would compile a program for each shape."""
+    """In NumPy: JAX would compile a program for each shape.
+
+    So does `jnp.asarray` of an array of another dtype, or without a dtype.
+    """
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -46,7 +49,8 @@ def adapted(flux: Flux, rank: int = 2) -> Flux:
             return node
         depth, out, features = node.shape
         down, up = _numbers((depth, rank, features), 1), _numbers((depth, out, rank), 2)
-        return AdaptedWeight(node, *(jnp.asarray(np.float32(0.1) * x) for x in (down, up)))
+        scaled = [jnp.asarray(np.float32(0.1) * x, jnp.float32) for x in (down, up)]
+        return AdaptedWeight(node, *scaled)
 
     def is_weight(node):
         return isinstance(node, Weight)
@@ -77,5 +81,5 @@ def _random(make, config):
     leaves, structure = jax.tree.flatten(network)
     arrays = []
     for number, leaf in enumerate(leaves):
-        arrays.append(jnp.asarray(np.float32(0.2) * _numbers(leaf.shape, number)))
+        arrays.append(jnp.asarray(np.float32(0.2) * _numbers(leaf.shape, number), jnp.float32))
     return jax.tree.unflatten(structure, arrays)

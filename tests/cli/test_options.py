@@ -16,7 +16,6 @@ from fluxjax.kernels.block_sizes import PRESETS, BlockSizes
 
 LIGHT = """
 import sys
-import time
 from fluxjax.cli.main import main
 
 for line in {lines!r}:
@@ -25,7 +24,6 @@ for line in {lines!r}:
     except SystemExit as stopped:
         print("code", stopped.code)
 print("modules", *sorted({{name.partition(".")[0] for name in sys.modules}}))
-print("seconds", time.process_time())
 """
 
 
@@ -52,11 +50,9 @@ def test_help_and_mistakes_are_shown_without_importing_jax():
     assert codes == ["code 0"] * len(helped) + ["code 2"] * len(wrong), found.stderr
     assert found.stderr.count("fluxjax: ") == len(wrong)
     assert "Traceback" not in found.stderr
-    modules = set(lines[-2].split())
+    modules = set(lines[-1].split())
     assert "fluxjax" in modules
     assert not modules & {"jax", "jaxlib", "equinox", "numpy", "beartype", "huggingface_hub"}
-    # Of the processor: the time on the clock depends on what else the machine does.
-    assert float(lines[-1].split()[1]) < 0.3
 
 
 def test_the_package_runs_as_a_module():

@@ -22,7 +22,7 @@ def compilations():
 
     monitoring.register_event_duration_secs_listener(listen)
     yield count
-    monitoring.clear_event_listeners()
+    monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """On a mesh every network computes what it computes on one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,12 @@ MOST_IMAGES = 11
 
 
 @pytest.fixture(scope="module")
+def placed(tiny):
+    """Return the transformer on the mesh of these sizes; each is placed once."""
+    return functools.cache(lambda **sizes: shard(tiny.flux, mesh_of(**sizes)))
+
+
+@pytest.fixture(scope="module")
 def rows(tiny):
     return flux_inputs(tiny.flux.config, MOST_IMAGES)
 
@@ -57,21 +65,21 @@ def first(rows, count):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_velocities_on_a_mesh_are_those_on_one_device(tiny, rows, expected, name):
+def test_velocities_on_a_mesh_are_those_on_one_device(placed, rows, expected, name):
     mesh = mesh_of(**MESHES[name])
     # A number that the devices do not divide, unless they are one.
     images = mesh.shape["data"] * mesh.shape["fsdp"] + 3
-    found = velocities(shard(tiny.flux, mesh), first(rows, images), mesh)
+    found = velocities(placed(**MESHES[name]), first(rows, images), mesh)
     bound = 1e-6 if name == "data" else BOUND
     assert relative(found, expected[:images]) <= bound
 
 
 @pytest.mark.parametrize("name", ["data and fsdp", "context, ring", "tensor and context"])
-def test_sampling_on_a_mesh_is_sampling_on_one_device(tiny, name):
+def test_sampling_on_a_mesh_is_sampling_on_one_device(tiny, placed, name):
     mesh = mesh_of(**MESHES[name])
     batch = batch_of(tiny, mesh.shape["data"] * mesh.shape["fsdp"] + 1)
     expected = denoise(tiny.flux, batch, recipe_of())
-    found = denoise(shard(tiny.flux, mesh), batch, recipe_of(), mesh=mesh)
+    found = denoise(placed(**MESHES[name]), batch, recipe_of(), mesh=mesh)
     assert relative(found, expected) <= BOUND
 
 
@@ -110,7 +118,7 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES, ids=lambda kind: kind.__name__)
-def test_without_its_collective_a_mesh_is_wrong(tiny, rows, expected, monkeypatch, kind):
+def test_without_its_collective_a_mesh_is_wrong(placed, rows, expected, monkeypatch, kind):
     """Each is replaced by what one device would do without the others."""
 
     def matmul(weight, x):
@@ -128,8 +136,8 @@ def test_without_its_collective_a_mesh_is_wrong(tiny, rows, expected, monkeypatc
         monkeypatch.setattr(kind, "__call__", mix)
     else:
         monkeypatch.setattr(kind, "matmul", matmul)
-    mesh = mesh_of(**{COLLECTIVES[kind]: 4 if kind is RingAttention else 2})
-    found = velocities(shard(tiny.flux, mesh), first(rows, 2), mesh)
+    sizes = {COLLECTIVES[kind]: 4 if kind is RingAttention else 2}
+    found = velocities(placed(**sizes), first(rows, 2), mesh_of(**sizes))
     assert not relative(found, expected[:2]) <= 100 * BOUND
 
 
@@ -144,7 +152,7 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_guidance_and_random_steps_work_on_a_mesh(tiny, name):
+def test_guidance_and_random_steps_work_on_a_mesh(tiny, placed, name):
     guidance, options = GUIDED[name]
     if name == "degraded":
         blocks = DegradedBlocks(tiny.flux.config, double=[1], attention=isolated_attention)
@@ -154,7 +162,7 @@ def test_guidance_and_random_steps_work_on_a_mesh(tiny, name):
     expected = denoise(tiny.flux, batch, recipe_of(**steps, **guidance))
     mesh = mesh_of(data=2, tensor=2)
     recipe = recipe_of(**options, **guidance)
-    found = denoise(shard(tiny.flux, mesh), batch, recipe, mesh=mesh)
+    found = denoise(placed(data=2, tensor=2), batch, recipe, mesh=mesh)
     # Guidance multiplies the errors.
     assert relative(found, expected) <= 5 * BOUND
 
@@ -169,7 +177,7 @@ def test_a_cache_decides_for_all_devices(tiny):
 
 
 def test_a_model_loaded_onto_a_mesh_draws_the_same_images(tiny):
-    settings = fluxjax.DrawSettings(steps=1, height=48, width=80, images=2)
+    settings = fluxjax.DrawSettings(steps=1, height=48, width=48, images=2)
     options = dict(key=jax.random.key(0), settings=settings)
     expected = fluxjax.text_to_image(tiny, "a red star", **options)
     for sizes in (dict(data=2, tensor=2), dict(fsdp=2, context=2)):
@@ -243,9 +251,9 @@ def test_what_split_tokens_can_not_do_is_refused(tiny, rows):
 @pytest.mark.parametrize(
     "sizes", [dict(context=2), dict(context=4), dict(tensor=2, context=3)], ids=str
 )
-def test_nag_where_tokens_are_split_is_nag_on_one_device(tiny, sizes):
+def test_nag_where_tokens_are_split_is_nag_on_one_device(tiny, placed, sizes):
     mesh, recipe = mesh_of(**sizes), recipe_of(nag=Nag(jnp.float32(3.0)))
     batch = batch_of(tiny, 2, negative=True)
     expected = denoise(tiny.flux, batch, recipe)
-    found = denoise(shard(tiny.flux, mesh), batch, recipe, mesh=mesh)
+    found = denoise(placed(**sizes), batch, recipe, mesh=mesh)
     assert relative(found, expected) <= BOUND

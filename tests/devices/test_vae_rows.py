@@ -31,7 +31,10 @@ def vae():
     )
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.2), leaf.dtype), network
+        lambda leaf: jnp.asarray(
+            rng.normal(size=leaf.shape, scale=0.2).astype(leaf.dtype), leaf.dtype
+        ),
+        network,
     )
 
 

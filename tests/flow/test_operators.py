@@ -28,11 +28,11 @@ def numbers(*shape, seed=0):
 
 
 def draw(*shape, seed=0):
-    return jnp.asarray(numbers(*shape, seed=seed))
+    return jnp.float64(numbers(*shape, seed=seed))
 
 
 def soft_mask():
-    return Mask(jnp.asarray(np.abs(np.sin(numbers(ROWS, COLUMNS, seed=3)))))
+    return Mask(jnp.float64(np.abs(np.sin(numbers(ROWS, COLUMNS, seed=3)))))
 
 
 def operators():

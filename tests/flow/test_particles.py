@@ -148,7 +148,7 @@ def small_run(axis=None, correction=proximal()):
 
 
 def start(particles=16):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(particles, PIXELS)))
+    return jnp.float64(np.random.default_rng(0).normal(size=(particles, PIXELS)))
 
 
 def assert_equal_particles(found, expected):

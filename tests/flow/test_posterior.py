@@ -98,7 +98,7 @@ def likelihood_gradient(velocity, x, t):
 
 
 def x_at(seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=PIXELS))
+    return jnp.float64(np.random.default_rng(seed).normal(size=PIXELS))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -397,7 +397,7 @@ def test_a_batch_of_measurements_is_one_vmap_and_may_be_sharded():
     with jax.enable_x64(True):
         problem = g8("mask")
         count = 8
-        x = jnp.asarray(np.random.default_rng(3).normal(size=(count, PIXELS)))
+        x = jnp.float64(np.random.default_rng(3).normal(size=(count, PIXELS)))
         y = problem.measurement.y + 0.1 * x
         times = falling_times(10)
 
@@ -500,7 +500,7 @@ def test_the_likelihood_of_a_white_covariance_is_a_normal_density():
 def test_a_linear_decoder_is_measured_as_the_operator_it_makes():
     with jax.enable_x64(True):
         problem = g8("mask")
-        matrix = jnp.asarray(np.random.default_rng(4).normal(size=(4, PIXELS)))
+        matrix = jnp.float64(np.random.default_rng(4).normal(size=(4, PIXELS)))
         y = jnp.float64([0.3, -0.2])
         decoded = Decoded(lambda z: matrix @ z, Downsample(2, axes=(0,)))
         pairs = Downsample(2, axes=(0,))(matrix)

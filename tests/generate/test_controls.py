@@ -67,6 +67,12 @@ def evaluate(velocity, x=NOISE, t=T):
 
 
 @eqx.filter_jit
+def guided(flux, positive, negative=None, guidance=Guidance(), times=None):
+    """Evaluate the velocity in the program that also prepares it."""
+    return flux_velocity(flux, positive, negative, guidance=guidance, times=times)(NOISE, T)
+
+
+@eqx.filter_jit
 def residuals_by_hand(net, condition, text, scale=0.8, mode=1):
     inputs = {"txt": text.txt, "vec": text.vec, "img_ids": IDS, "guidance": text.guidance}
     residuals = net(NOISE, T, condition=condition, mode=jnp.int32(mode), **inputs)
@@ -102,14 +108,14 @@ def test_several_are_added_up(flux, net):
         residuals_by_hand(net, OTHER, POSITIVE, 0.3, 2),
         residuals_by_hand(third, LATENT, POSITIVE, 0.5),
     )
-    found = evaluate(flux_velocity(flux, with_control(POSITIVE, *controls)))
+    found = guided(flux, with_control(POSITIVE, *controls))
     np.testing.assert_allclose(found, by_hand(flux, POSITIVE, residuals), atol=BOUND)
 
 
 def test_off_it_is_bitwise_without(flux, net):
-    base = evaluate(flux_velocity(flux, POSITIVE))
+    base = guided(flux, POSITIVE)
     for off in (control_of(net, scale=0.0), control_of(net, low=0.6), control_of(net, high=0.5)):
-        found = evaluate(flux_velocity(flux, with_control(POSITIVE, off)))
+        found = guided(flux, with_control(POSITIVE, off))
         np.testing.assert_array_equal(found, base)
 
 
@@ -118,7 +124,7 @@ def test_the_window_is_the_references_rule():
     for steps in (1, 4, 10, 28):
         times = flow_times(steps, mu=1.15)
         for start, end in [(0, 1), (0.2, 0.8), (0, 0.8), (0.5, 0.5), (0.3, 0.35), (0, 0.65)]:
-            low, high = control_times(times, start=start, end=end)
+            low, high = map(np.asarray, control_times(times, start=start, end=end))
             on = (np.asarray(times) > low) & (np.asarray(times) <= high)
             expected = [i / steps >= start and (i + 1) / steps <= end for i in range(steps)]
             assert on[:-1].tolist() == expected, (steps, start, end)
@@ -129,7 +135,7 @@ def test_a_negative_condition_shares_the_residuals_or_has_its_own(flux, net):
     scale = Guidance(scale=jnp.float32(3.0))
     shared = residuals_by_hand(net, LATENT, POSITIVE)
     own = residuals_by_hand(net, LATENT, NEGATIVE)
-    positive = by_hand(flux, POSITIVE, (shared,))
+    positive = np.asarray(by_hand(flux, POSITIVE, (shared,)))
     apart = control_of(net, shared=False)
     cases = [
         (control_of(net), (), (shared,)),
@@ -137,31 +143,26 @@ def test_a_negative_condition_shares_the_residuals_or_has_its_own(flux, net):
         (apart, (), ()),
     ]
     for of_positive, of_negative, residuals in cases:
-        velocity = flux_velocity(
-            flux,
-            with_control(POSITIVE, of_positive),
-            with_control(NEGATIVE, *of_negative),
-            guidance=scale,
-            times=T[None],
-        )
-        negative = by_hand(flux, NEGATIVE, residuals)
+        conditions = with_control(POSITIVE, of_positive), with_control(NEGATIVE, *of_negative)
+        found = guided(flux, *conditions, scale, T[None])
+        negative = np.asarray(by_hand(flux, NEGATIVE, residuals))
         expected = negative + 3 * (positive - negative)
-        np.testing.assert_allclose(evaluate(velocity), expected, atol=5 * BOUND)
+        np.testing.assert_allclose(found, expected, atol=5 * BOUND)
 
 
 def test_beside_nag_and_a_weak_network_it_reads_its_own_text(flux, net):
     residuals = (residuals_by_hand(net, LATENT, POSITIVE),)
     positive = with_control(POSITIVE, control_of(net))
-    nag = flux_velocity(flux, positive, NEGATIVE, guidance=Guidance(nag=Nag(3.0)))
+    found = guided(flux, positive, NEGATIVE, Guidance(nag=Nag(3.0)))
     both = eqx.tree_at(lambda c: c.txt, POSITIVE, jnp.concatenate([NEGATIVE.txt, POSITIVE.txt]))
     expected = by_hand(flux, both, residuals, attention=Nag(3.0))
-    np.testing.assert_allclose(evaluate(nag), expected, atol=BOUND)
+    np.testing.assert_allclose(found, expected, atol=BOUND)
     blocks = DegradedBlocks(CONFIG, double=[1], attention=isolated_attention)
-    weak = flux_velocity(flux, positive, guidance=Guidance(weak=WeakNetwork(blocks, 1.5)))
-    strong = by_hand(flux, POSITIVE, residuals)
-    degraded = by_hand(flux, POSITIVE, residuals, degraded=blocks)
+    found = guided(flux, positive, None, Guidance(weak=WeakNetwork(blocks, 1.5)))
+    strong = np.asarray(by_hand(flux, POSITIVE, residuals))
+    degraded = np.asarray(by_hand(flux, POSITIVE, residuals, degraded=blocks))
     expected = strong + 1.5 * (strong - degraded)
-    np.testing.assert_allclose(evaluate(weak), expected, atol=2 * BOUND)
+    np.testing.assert_allclose(found, expected, atol=2 * BOUND)
 
 
 def test_reference_tokens_get_no_residuals(flux, net):
@@ -170,7 +171,7 @@ def test_reference_tokens_get_no_residuals(flux, net):
     x = jnp.concatenate([NOISE, reference.tokens])
     residuals = (residuals_by_hand(net, LATENT, POSITIVE),)
     expected = by_hand(flux, POSITIVE, residuals, x)[:IMAGE]
-    np.testing.assert_allclose(evaluate(flux_velocity(flux, positive)), expected, atol=BOUND)
+    np.testing.assert_allclose(guided(flux, positive), expected, atol=BOUND)
 
 
 @pytest.mark.parametrize(("kind", "shared"), [(FirstBlock, True), (TeaCache, False)])

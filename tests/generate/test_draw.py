@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import batch_of, recipe_of
+from drawing import batch_of, recipe_of, with_small_vae
 
 from fluxjax import DDIM, UniPC2, denoise, draw_batch
 from fluxjax.flow import Heun
@@ -26,6 +26,12 @@ class Listener(DrawHooks):
 
     def progress(self, progress):
         self.progresses.append(progress)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny):
+    """The tiny model with a smaller VAE: each test compiles its decoder."""
+    return with_small_vae(tiny)
 
 
 def drawn(tiny, batch, recipe, hooks=None):

@@ -49,7 +49,7 @@ def moved(lora, step: float, least_axes: int):
     leaves, structure = jax.tree.flatten(lora)
     arrays = [np.asarray(leaf) for leaf in leaves]
     added = [array + np.float32(step) if array.ndim >= least_axes else array for array in arrays]
-    return jax.tree.unflatten(structure, [jnp.asarray(array) for array in added])
+    return jax.tree.unflatten(structure, [jnp.asarray(array, array.dtype) for array in added])
 
 
 def assert_close(found, expected, tolerance: float) -> None:

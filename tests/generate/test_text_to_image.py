@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import KEY
+from drawing import KEY, with_small_vae
 
 import fluxjax
 from fluxjax import DDIM, DrawSettings, Guidance, text_to_image
@@ -19,6 +19,12 @@ from fluxjax.nets import DegradedBlocks
 # XLA:CPU's sums depend on the batch: some 1e-6 for a network, carried through steps and decoder.
 BATCH_BOUND = 1e-4
 SETTINGS = {"steps": 2, "height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny):
+    """The tiny model with a smaller VAE, which is compiled for each size of batches."""
+    return with_small_vae(tiny)
 
 
 def draw(tiny, prompt="a red star on white", *, key=KEY, guidance=Guidance(), **options):

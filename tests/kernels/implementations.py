@@ -136,7 +136,8 @@ def operands(queries, keys, heads, dim, seed, size=1.0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     drawn = []
     for tokens in (queries, keys, keys, queries):
-        drawn.append(jnp.asarray(size * rng.standard_normal((tokens, heads, dim)), dtype))
+        numbers = (size * rng.standard_normal((tokens, heads, dim))).astype(np.dtype(dtype))
+        drawn.append(jnp.asarray(numbers, dtype))
     return drawn
 
 

@@ -31,7 +31,9 @@ LOW_RANK = ("kohya", "peft, metadata", "onetrainer", "control", "xlabs", "loha")
 @pytest.fixture(scope="module")
 def flux() -> Flux:
     """A network of moderate weights: an adapter moves its output, which is not chaotic."""
-    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * np.asarray(leaf)), random_flux())
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * np.asarray(leaf), jnp.float32), random_flux()
+    )
 
 
 @eqx.filter_jit

@@ -26,6 +26,7 @@ from adapters import (
     weights,
 )
 from jax.sharding import NamedSharding, PartitionSpec
+from layouts import cast_network
 
 from fluxjax import Flux, WeightsError, merge, read_lora
 from fluxjax.lora import unmerge
@@ -41,7 +42,7 @@ def flux() -> Flux:
 
 @pytest.fixture(scope="module")
 def half(flux) -> Flux:
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(jnp.bfloat16)), flux)
+    return cast_network(flux, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -181,7 +182,7 @@ def test_merging_needs_only_shapes_and_donates_if_it_may(flux, tmp_path):
     lora = read_lora(saved(sample, tmp_path / "x.safetensors"))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), flux)
     assert eqx.tree_equal(eqx.filter_eval_shape(merge, abstract, [lora]), abstract)
-    copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), flux)
+    copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf), leaf.dtype), flux)
     merge(copy, [lora], donate=True)
     assert copy.double.img.out.weight.value.is_deleted()
     assert not flux.double.img.out.weight.value.is_deleted()

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import convert_merged, effective, leaves, random_clip, random_t5, same_leaves
-from layouts import export, write as write_file
+from layouts import cast_network, export, write as write_file
 from small import CONFIG, small_flux
 
 from fluxjax import (
@@ -49,7 +49,8 @@ rng = np.random.default_rng(0)
 
 
 def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+    numbers = scale * rng.standard_normal(shape)
+    return jnp.asarray(numbers.astype(np.float32), jnp.float32)
 
 
 def adapter(changes: dict[str, object], network: str = "flux", part: str | None = None) -> Lora:
@@ -141,7 +142,7 @@ def test_a_small_change_of_fp8_weights_is_kept_on_average(flux, size, bound):
 
 
 def test_rounding_is_the_same_on_every_run_in_every_reading_and_on_every_sharding(flux):
-    eight = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(E4M3)), flux)
+    eight = cast_network(flux, E4M3)
     lora = adapter({"double.1.img.qkv.weight": low_rank(96, 32)})
     merged = merge(eight, [lora])
     assert same_leaves(merged, merge(eight, [lora]))
@@ -194,7 +195,7 @@ def test_a_checkpoint_converted_to_fp8_with_adapters_keeps_them_and_without_is_r
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), E4M3, E5M2], ids=str)
 def test_a_sum_that_a_dtype_can_not_hold_is_named(flux, dtype):
-    model = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), flux)
+    model = cast_network(flux, dtype)
     lora = adapter({"double.2.txt.out.weight": FullTerm(jnp.full((32, 32), 1e5))})
     with pytest.raises(
         WeightsError,
@@ -207,7 +208,7 @@ def test_a_sum_that_a_dtype_can_not_hold_is_named(flux, dtype):
 
 
 def test_attached_adapters_are_exact_beside_fp8_weights_and_biases(flux):
-    eight = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(E4M3)), flux)
+    eight = cast_network(flux, E4M3)
     bias = normal(32, scale=1e-3)
     lora = adapter(
         {"double.0.img.out.bias": FullTerm(bias), "double.0.img.out.weight": low_rank(32, 32)}

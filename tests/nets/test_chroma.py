@@ -54,16 +54,18 @@ def test_padding_that_is_left_out_equals_trimmed_text(chroma, expected, attentio
 
 def test_nag_leaves_out_the_padding_of_each_prompt():
     image, lengths = 5, (2, 3)
-    q, k, v = draw(3, 2 * TEXT + image, 2, 8)
-    found = Nag(3.0)(q, k, v, 2 * TEXT, jnp.int32(lengths))
-    plain, away = Attention(), Nag(3.0)
+    q, k, v = np.asarray(draw(3, 2 * TEXT + image, 2, 8))
+    away = Nag(3.0)
+    found = jax.jit(lambda *qkv: away(*qkv, 2 * TEXT, jnp.int32(lengths)))(q, k, v)
+    plain = jax.jit(Attention().__call__)
 
     def alone(start, length):
         rows = np.r_[start : start + length, 2 * TEXT : 2 * TEXT + image]
         return plain(q[rows], k[rows], v[rows])[length:]
 
     negative, positive = alone(0, lengths[0]), alone(TEXT, lengths[1])
-    np.testing.assert_allclose(found[2 * TEXT :], away.combine(positive, negative), atol=1e-6)
+    combined = jax.jit(away.combine)(positive, negative)
+    np.testing.assert_allclose(found[2 * TEXT :], combined, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_every_matrix_of_stacked_layers_has_a_rule_for_meshes():
 
 def test_streamed_and_unrolled_it_computes_the_same(chroma, expected):
     x, txt = inputs()
-    for other in (stream_blocks(chroma), unroll(chroma)):
+    for other in (stream_blocks(chroma), eqx.filter_jit(unroll)(chroma)):
         found = velocity(other, x, txt, jnp.int32(LENGTH))
         assert relative(found, expected) <= BOUND
 
@@ -119,18 +121,29 @@ def test_quantization_rounds_its_blocks_and_not_its_approximator(chroma, expecte
 def test_skipped_blocks_leave_their_input(chroma):
     x, txt = inputs()
     every = DegradedBlocks(CONFIG, double=range(2), single=range(3))
-    t = jnp.float32(0.5)
-    prepared = chroma.prepare(t[None], txt=txt, img_ids=IDS)
-    hidden = chroma.embed(x, t, prepared)
+
+    @eqx.filter_jit
+    def without_blocks(chroma):
+        t = jnp.float32(0.5)
+        hidden = chroma.embed(x, t, chroma.prepare(t[None], txt=txt, img_ids=IDS))
+        return chroma.predict(hidden.img, hidden)
+
     found = velocity(chroma, x, txt, None, None, every)
-    np.testing.assert_allclose(found, chroma.predict(hidden.img, hidden), atol=1e-5)
+    np.testing.assert_allclose(found, without_blocks(chroma), atol=1e-5)
 
 
 def test_the_modulation_depends_on_the_time_and_a_time_not_prepared_is_nan(chroma):
     x, txt = inputs()
-    prepared = chroma.prepare(jnp.float32([1.0, 0.25]), txt=txt, img_ids=IDS)
-    assert relative(prepared.at(1.0).final, prepared.at(0.25).final) > 1e-3
-    assert jnp.isnan(chroma.velocity(x, 0.5, prepared)).all()
+
+    @eqx.filter_jit
+    def values(chroma):
+        prepared = chroma.prepare(jnp.float32([1.0, 0.25]), txt=txt, img_ids=IDS)
+        both = [prepared.at(jnp.float32(t)).final for t in (1.0, 0.25)]
+        return both, chroma.velocity(x, 0.5, prepared)
+
+    both, never_prepared = values(chroma)
+    assert relative(*both) > 1e-3
+    assert np.isnan(never_prepared).all()
 
 
 def test_what_it_does_not_read_is_refused(chroma):

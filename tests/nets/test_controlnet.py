@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layouts import cast_network
 from small import CONFIG, IDS, IMAGE, TEXT, draw, small_controlnet, small_flux
 
 from fluxjax import attach, quantize, unroll
@@ -74,7 +75,7 @@ def test_each_block_gets_its_residual(residuals, depth, repeated, expected):
 def test_residuals_are_added_after_their_blocks(flux, unrolls):
     """A residual after the last single block of a transformer that does nothing else to it."""
     control = random_residuals(2, 2)
-    network = unroll(flux) if unrolls else flux
+    network = eqx.filter_jit(unroll)(flux) if unrolls else flux
 
     @eqx.filter_jit
     def run(network):
@@ -143,7 +144,8 @@ def test_every_weight_of_a_controlnet_has_a_gradient(flux):
 
 def test_a_new_controlnet_changes_nothing():
     config = small_controlnet(double_depth=1, single_depth=0).config
-    residual = ControlNet(config, key=jax.random.key(0)).double_residual
+    # Compiled, so that no other weight is drawn.
+    residual = jax.jit(lambda key: ControlNet(config, key=key).double_residual)(jax.random.key(0))
     assert not np.any(residual.weight.value)
     assert not np.any(residual.bias)
 
@@ -160,8 +162,9 @@ def test_without_single_blocks_there_are_no_single_residuals(flux):
     residuals = residuals_of(net)
     assert residuals.single.shape == (0, IMAGE, 32)
     assert np.abs(velocity(flux, (residuals,)) - velocity(flux)).max() > 1e-3
-    np.testing.assert_allclose(residuals_of(unroll(net)).double, residuals.double, atol=1e-5)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), net)
+    unrolled = residuals_of(eqx.filter_jit(unroll)(net))
+    np.testing.assert_allclose(unrolled.double, residuals.double, atol=1e-5)
+    half = cast_network(net, jnp.bfloat16)
     np.testing.assert_allclose(residuals_of(half).double, residuals.double, rtol=0.1, atol=0.2)
 
 
@@ -181,10 +184,10 @@ def test_an_image_is_reduced_to_the_image_tokens():
 def test_stored_otherwise_it_computes_the_same(net):
     plain = residuals_of(net)
     lora = init_lora(net, 2, [r"double\..*\.qkv", "double_residual.*"], key=jax.random.key(0))
-    for other in (unroll(net), attach(net, [lora])):
+    for other in (eqx.filter_jit(unroll)(net), attach(net, [lora])):
         np.testing.assert_allclose(residuals_of(other).double, plain.double, atol=1e-4)
     # Adapters of random numbers do something; 8 bits are close.
-    moved = jax.tree.map(lambda leaf: leaf + 0.1, lora)
+    moved = jax.jit(lambda lora: jax.tree.map(lambda leaf: leaf + 0.1, lora))(lora)
     assert np.abs(residuals_of(attach(net, [moved])).double - plain.double).max() > 1e-3
     rounded = residuals_of(quantize(net, "int8"))
     scale = np.abs(plain.double).max()

@@ -33,7 +33,8 @@ def randomized(make, config):
     network = eqx.filter_eval_shape(make, config, key=KEY)
     leaves, structure = jax.tree.flatten(network)
     rng = np.random.default_rng(1)
-    arrays = [jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    drawn = [(0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+    arrays = [jnp.asarray(values, values.dtype) for values in drawn]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -46,10 +47,10 @@ def inputs(height=32, width=48, txt_tokens=5):
     rng = np.random.default_rng(2)
     tokens = (height // 16) * (width // 16)
     return dict(
-        x=jnp.asarray(rng.normal(size=(tokens, 16)), jnp.float32),
+        x=jnp.asarray(rng.normal(size=(tokens, 16)).astype(np.float32), jnp.float32),
         t=jnp.float32(0.3),
-        txt=jnp.asarray(rng.normal(size=(txt_tokens, 24)), jnp.float32),
-        vec=jnp.asarray(rng.normal(size=8), jnp.float32),
+        txt=jnp.asarray(rng.normal(size=(txt_tokens, 24)).astype(np.float32), jnp.float32),
+        vec=jnp.asarray(rng.normal(size=8).astype(np.float32), jnp.float32),
         img_ids=image_ids(height, width),
         guidance=jnp.float32(3.5),
     )
