@@ -1,0 +1,158 @@
+"""A training that is killed again and again ends with the weights of one that was left alone."""
+
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jobs import start_job
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fluxjax.cli.main import main
+
+STEPS, KEPT, KILLS = 24, 8, 10
+CONFIG = f"""
+model = "tiny"
+output_dtype = "float32"
+steps = {STEPS}
+batch = 2
+ema = 0.5
+
+[train]
+method = "layers"
+targets = ['single\\.[03]\\.linear2', 'final\\.linear']
+
+[optimizer]
+learning_rate = 1e-3
+
+[checkpoints]
+every = 1
+keep_every = {KEPT}
+
+[log]
+every = 1
+
+[mesh]
+data = 1
+
+[data]
+sources = "photos"
+cache = "encoded"
+size = 32
+"""
+
+
+def run(devices: int, arguments: list[str]) -> None:
+    """Run the command line in a process that was forked before JAX was used."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_disable_most_optimizations", True)
+    main(arguments)
+
+
+class Trainings:
+    """Trainings of one configuration, each in processes of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # The processes are forked from one that has imported everything, which takes seconds.
+        self.context = multiprocessing.get_context("forkserver")
+        modules = ["test_killed_training", "fluxjax.cli.train", "grain.python"]
+        self.context.set_forkserver_preload(modules)
+
+    def arguments(self, name: str, *settings: str) -> list[str]:
+        path, cache = self.folder / f"{name}.safetensors", self.folder / "compiled"
+        arguments = ["train", str(self.folder / "all.toml"), "--output", str(path)]
+        for setting in settings:
+            arguments += ["--set", setting]
+        return [*arguments, "--compilation-cache", str(cache)]
+
+    def start(self, name: str, *settings: str, devices: int = 1):
+        process = self.context.Process(
+            target=run, args=(devices, self.arguments(name, *settings)), daemon=True
+        )
+        process.start()
+        return process
+
+    def finish(self, name: str, *settings: str, devices: int = 1) -> dict[str, np.ndarray]:
+        process = self.start(name, *settings, devices=devices)
+        process.join(timeout=300)
+        assert process.exitcode == 0
+        return self.weights(name)
+
+    def weights(self, name: str) -> dict[str, np.ndarray]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def steps_done(self, name: str) -> int:
+        """Return the last step whose checkpoint is begun or complete."""
+        folder = self.folder / f"{name}-checkpoints"
+        names = [path.name.partition(".")[0] for path in folder.glob("[0-9]*")]
+        return max(map(int, names), default=0)
+
+    def copy_checkpoint(self, name: str, other: str) -> None:
+        """Let another training go on from the checkpoint that is kept."""
+        place = f"{other}-checkpoints/{KEPT}"
+        shutil.copytree(self.folder / f"{name}-checkpoints" / str(KEPT), self.folder / place)
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        levels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(levels).save(folder / "photos" / f"{number}.png")
+        (folder / "photos" / f"{number}.txt").write_text("a red star")
+    (folder / "all.toml").write_text(CONFIG)
+    main(["encode", str(folder / "all.toml"), "--batch", "5"])
+    return Trainings(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(trainings):
+    """The weights without an interruption."""
+    return trainings.finish("whole")
+
+
+def test_killed_at_ten_moments_it_ends_with_the_same_weights(trainings, whole):
+    rng = np.random.default_rng(3)
+    moments = np.sort(rng.integers(0, STEPS, KILLS))
+    found = []
+    for moment in moments:
+        process = trainings.start("killed")
+        while trainings.steps_done("killed") < moment and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        found.append(trainings.steps_done("killed"))
+    print(moments, found)
+    weights = trainings.finish("killed")
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(weights[name], expected, err_msg=name)
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = np.linalg.norm(found[name] - value) / np.linalg.norm(value)
+        assert error <= 1e-5, (name, error)
+
+
+def test_it_goes_on_on_another_mesh(trainings, whole):
+    trainings.copy_checkpoint("whole", "split")
+    assert_close(trainings.finish("split", "mesh.data=1", "mesh.fsdp=2", devices=2), whole)
+
+
+def test_it_goes_on_in_two_processes(trainings, whole):
+    trainings.copy_checkpoint("whole", "shared")
+    arguments = trainings.arguments("shared", "mesh.data=2")
+    job = start_job(arguments, 2, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    outputs = [process.communicate(timeout=300) for process in job]
+    assert [process.returncode for process in job] == [0, 0], outputs
+    assert_close(trainings.weights("shared"), whole)
