@@ -69,18 +69,15 @@ class Trainings:
             arguments += ["--set", setting]
         return [*arguments, "--compilation-cache", str(cache)]
 
-    def start(self, name: str, *settings: str, devices: int = 1):
-        process = self.context.Process(
-            target=run, args=(devices, self.arguments(name, *settings)), daemon=True
-        )
+    def start(self, arguments: list[str], devices: int = 1):
+        process = self.context.Process(target=run, args=(devices, arguments), daemon=True)
         process.start()
         return process
 
-    def finish(self, name: str, *settings: str, devices: int = 1) -> dict[str, np.ndarray]:
-        process = self.start(name, *settings, devices=devices)
+    def finish(self, arguments: list[str], devices: int = 1) -> None:
+        process = self.start(arguments, devices)
         process.join(timeout=300)
         assert process.exitcode == 0
-        return self.weights(name)
 
     def weights(self, name: str) -> dict[str, np.ndarray]:
         return load_file(self.folder / f"{name}.safetensors")
@@ -107,20 +104,22 @@ def trainings(tmp_path_factory):
         Image.fromarray(levels).save(folder / "photos" / f"{number}.png")
         (folder / "photos" / f"{number}.txt").write_text("a red star")
     (folder / "all.toml").write_text(CONFIG)
-    main(["encode", str(folder / "all.toml"), "--batch", "5"])
-    return Trainings(folder)
+    trainings = Trainings(folder)
+    trainings.finish(["encode", str(folder / "all.toml"), "--batch", "5"])
+    return trainings
 
 
 @pytest.fixture(scope="module")
 def whole(trainings):
     """The weights without an interruption."""
-    return trainings.finish("whole")
+    trainings.finish(trainings.arguments("whole"))
+    return trainings.weights("whole")
 
 
 def test_killed_at_ten_moments_it_ends_with_the_same_weights(trainings, whole):
     rng = np.random.default_rng(3)
     for moment in np.sort(rng.integers(0, STEPS, KILLS)):
-        process = trainings.start("killed")
+        process = trainings.start(trainings.arguments("killed"))
         # Anywhere from the first import on, while a checkpoint is written or a step is taken.
         while trainings.steps_done("killed") < moment and process.is_alive():
             time.sleep(0.002)
@@ -129,7 +128,8 @@ def test_killed_at_ten_moments_it_ends_with_the_same_weights(trainings, whole):
         process.kill()
         process.join()
     assert not (trainings.folder / "killed.safetensors").exists()
-    weights = trainings.finish("killed")
+    trainings.finish(trainings.arguments("killed"))
+    weights = trainings.weights("killed")
     for name, expected in whole.items():
         np.testing.assert_array_equal(weights[name], expected, err_msg=name)
 
@@ -143,7 +143,8 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 def test_it_goes_on_on_another_mesh(trainings, whole):
     trainings.copy_checkpoint("whole", "split")
-    assert_close(trainings.finish("split", "mesh.data=1", "mesh.fsdp=2", devices=2), whole)
+    trainings.finish(trainings.arguments("split", "mesh.fsdp=2"), devices=2)
+    assert_close(trainings.weights("split"), whole)
 
 
 def test_it_goes_on_in_two_processes(trainings, whole):

@@ -5,9 +5,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 import optax
 import pytest
-from training import KEY, Training, batch_of, random_flux
+from training import Training, batch_of
 
-from fluxjax.nets.widen import widen_input
 from fluxjax.train.config import MethodSettings
 from fluxjax.train.objective import LossSettings
 

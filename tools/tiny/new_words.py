@@ -74,9 +74,7 @@ MIXED = ("old", "crescent", "old", "lime", "old", "both")
 """The kinds of images, in turns: half of them are old."""
 
 
-def write_examples(
-    folder: Path, count: int, seed: int = 0, kinds: tuple[str, ...] = MIXED
-) -> None:
+def write_examples(folder: Path, count: int, seed: int = 0, kinds: tuple[str, ...] = MIXED) -> None:
     """Write captioned images of some kinds in turns, none of them held out."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +142,11 @@ def run_all(folder: Path, images: int, count: int) -> None:
     busy = (time.process_time() - start[1]) / 60
     print(f"{minutes:.1f} minutes from the images to the model, {busy:.1f} of them of a CPU")
     before, after = draw_model("tiny", count), draw_model(tuned, count)
-    rows = [[drawn[kind].images[:SHOWN] for kind in KINDS] for drawn in (before, after)]
-    columns = SHOWN * len(KINDS)
-    grid(np.concatenate(sum(rows, [])), columns).save(folder / "before_and_after.png")
+    shown: list[np.ndarray] = []
+    for drawn in (before, after):
+        for kind in KINDS:
+            shown.extend(drawn[kind].images[:SHOWN])
+    grid(np.stack(shown), SHOWN * len(KINDS)).save(folder / "before_and_after.png")
 
 
 def main() -> None:
