@@ -1,4 +1,7 @@
-"""A training that is killed again and again ends with the weights of one that was left alone."""
+"""A training that is killed again and again ends with the weights of one that was left alone.
+
+`tests/train/test_checkpoints.py` has another mesh in one process.
+"""
 
 import multiprocessing
 import shutil
@@ -47,9 +50,8 @@ size = 32
 """
 
 
-def run(devices: int, arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """Run the command line in a process that was forked before JAX was used."""
-    jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_disable_most_optimizations", True)
     main(arguments)
 
@@ -70,13 +72,13 @@ class Trainings:
             arguments += ["--set", setting]
         return [*arguments, "--compilation-cache", str(cache)]
 
-    def start(self, arguments: list[str], devices: int = 1):
-        process = self.context.Process(target=run, args=(devices, arguments), daemon=True)
+    def start(self, arguments: list[str]):
+        process = self.context.Process(target=run, args=(arguments,), daemon=True)
         process.start()
         return process
 
-    def finish(self, arguments: list[str], devices: int = 1) -> None:
-        process = self.start(arguments, devices)
+    def finish(self, arguments: list[str]) -> None:
+        process = self.start(arguments)
         process.join(timeout=300)
         assert process.exitcode == 0
 
@@ -137,7 +139,8 @@ def test_killed_at_ten_moments_it_ends_with_the_same_weights(trainings, whole):
 
 def test_it_goes_on_in_two_processes(trainings, whole):
     trainings.copy_checkpoint("whole", "shared")
-    job = start_job(trainings.arguments("shared", "mesh.data=2"), 2)
+    arguments = trainings.arguments("shared", "mesh.data=2")
+    job = start_job(arguments, 2, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     outputs = [process.communicate(timeout=300) for process in job]
     assert [process.returncode for process in job] == [0, 0], outputs
     for name, found in trainings.weights("shared").items():
