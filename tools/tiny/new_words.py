@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import scenes
 from evaluate_tiny import generate, grid
+from PIL import Image
 from scenes import Scene, Thing, caption, check, random_scene, render
 
 import fluxjax
@@ -27,10 +28,11 @@ from fluxjax.cli.main import main as run
 from fluxjax.generate.image import write_png
 
 SHAPE, COLOR = "crescent", "pink"
-KINDS = ("crescent", "pink", "both", "old")
+NEW = ("crescent", "pink", "both")
+OLD = ("old",)
 CONFIG = Path(__file__).with_suffix(".toml")
-SHOWN = 3
-"""Prompts of each kind in the picture: the first ones."""
+SHOWN = 6
+"""New prompts in the picture, and half as many old ones: the first of each."""
 
 
 def _crescent(points: int = 48) -> np.ndarray:
@@ -89,45 +91,55 @@ def write_examples(folder: Path, count: int, seed: int = 0, kinds: tuple[str, ..
 
 
 class Drawn(NamedTuple):
-    """Images that a model drew of held-out scenes of a kind."""
+    """Images that a model drew of held-out scenes. `kinds`: of the scenes."""
 
+    kinds: list[str]
     scenes: list[Scene]
     images: np.ndarray
 
 
-def draw_kinds(models: fluxjax.Models, count: int, seed: int = 1) -> dict[str, Drawn]:
-    """Draw `count` held-out scenes of each kind, as the model is meant to be sampled."""
-    drawn = {}
-    for kind in KINDS:
-        rng, pairs = np.random.default_rng((seed, *kind.encode())), []
-        while len(pairs) < count:
-            scene = scene_of(kind, rng)
-            if scene.held_out:
-                pairs.append((scene, caption(scene, rng)))
-        texts = [text for _, text in pairs]
-        defaults = models.defaults
-        images = generate(models, texts, steps=defaults.steps, guidance=defaults.guidance)
-        drawn[kind] = Drawn([scene for scene, _ in pairs], images)
-    return drawn
+def draw_kinds(models: fluxjax.Models, kinds: tuple[str, ...], count: int, seed: int = 1) -> Drawn:
+    """Draw `count` held-out scenes of kinds in turns, as the model is meant to be sampled."""
+    rng = np.random.default_rng(seed)
+    turns, asked, texts = [], [], []
+    while len(asked) < count:
+        kind = kinds[len(asked) % len(kinds)]
+        scene = scene_of(kind, rng)
+        if scene.held_out:
+            turns.append(kind)
+            asked.append(scene)
+            texts.append(caption(scene, rng))
+    defaults = models.defaults
+    images = generate(models, texts, steps=defaults.steps, guidance=defaults.guidance)
+    return Drawn(turns, asked, images)
 
 
-def score(drawn: dict[str, Drawn]) -> dict[str, dict[str, float]]:
-    """Return the percentage of scenes that are drawn right, by kind and attribute."""
-    found = {}
-    for kind, (asked, images) in drawn.items():
-        verdicts = [check(image, scene) for image, scene in zip(images, asked, strict=True)]
-        found[kind] = {
-            name: 100 * float(np.mean([one[name] for one in verdicts]))
-            for name in ("shape", "color", "all")
-        }
+def score(drawn: Drawn) -> dict[str, float]:
+    """Return the percentage of scenes that are drawn right, in all and by kind."""
+    right = [
+        check(image, scene)["all"] for image, scene in zip(drawn.images, drawn.scenes, strict=True)
+    ]
+    found = {"all": 100 * float(np.mean(right))}
+    for kind in dict.fromkeys(drawn.kinds):
+        of_kind = [one for one, name in zip(right, drawn.kinds, strict=True) if name == kind]
+        found[kind] = 100 * float(np.mean(of_kind))
     return found
 
 
-def draw_model(path: str, count: int) -> dict[str, Drawn]:
-    """Draw all kinds with a model, and print its scores."""
-    drawn = draw_kinds(fluxjax.load_models(path, dtype="float32"), count)
-    print(path, json.dumps(score(drawn), indent=2), flush=True)
+def draw_model(path: str, count: int) -> tuple[Drawn, Drawn]:
+    """Draw new and old scenes with a model, and print its scores."""
+    models = fluxjax.load_models(path, dtype="float32")
+    drawn = draw_kinds(models, NEW, count), draw_kinds(models, OLD, count)
+    print(path, *map(json.dumps, map(score, drawn)), flush=True)
     return drawn
+
+
+def picture(before: tuple[Drawn, Drawn], after: tuple[Drawn, Drawn]) -> Image.Image:
+    """Return the first images of both: above before the training, below after it."""
+    shown: list[np.ndarray] = []
+    for new, old in (before, after):
+        shown += [*new.images[:SHOWN], *old.images[: SHOWN // 2]]
+    return grid(np.stack(shown), SHOWN + SHOWN // 2)
 
 
 def run_all(folder: Path, images: int, count: int) -> None:
@@ -142,11 +154,7 @@ def run_all(folder: Path, images: int, count: int) -> None:
     busy = (time.process_time() - start[1]) / 60
     print(f"{minutes:.1f} minutes from the images to the model, {busy:.1f} of them of a CPU")
     before, after = draw_model("tiny", count), draw_model(tuned, count)
-    shown: list[np.ndarray] = []
-    for drawn in (before, after):
-        for kind in KINDS:
-            shown.extend(drawn[kind].images[:SHOWN])
-    grid(np.stack(shown), SHOWN * len(KINDS)).save(folder / "before_and_after.png")
+    picture(before, after).save(folder / "before_and_after.png")
 
 
 def main() -> None:
@@ -156,7 +164,9 @@ def main() -> None:
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
     parser.add_argument("--images", type=int, default=200, help="to train on")
-    parser.add_argument("--prompts", type=int, default=100, help="of each kind, to score")
+    parser.add_argument(
+        "--prompts", type=int, default=100, help="new ones, and as many old ones, to score"
+    )
     options = parser.parse_args()
     extend_scenes()
     if options.action == "all":
