@@ -27,7 +27,7 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
         sizes[name] = bytes_of_source(name, source, config=config, dtype=dtype)
     beside, image_encoders = _condition_bytes(request)
     has_file = request.prompts is not None
-    rows = request.batch if has_file else len(request.draws)
+    rows = request.batch if has_file else max(request.batch, len(request.draws))
     return Job(
         demand=demand_of(request)._replace(rows=rows),
         configs=configs,

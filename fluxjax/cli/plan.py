@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fluxjax.cli.jobs import check_together
 from fluxjax.cli.memory import described_choice, job_of
+from fluxjax.cli.replay import replayed
 from fluxjax.cli.request import Request, request_of_options
 from fluxjax.generate.device_memory import (
     LARGE_FRACTION,
@@ -30,8 +31,8 @@ from fluxjax.generate.storages import STORAGES
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print the plan of what `fluxjax generate` would do with these options."""
-    if options.prompt is None:
-        options.prompt = ""
+    options = replayed(options)
+    options.texts = options.texts or [""]
     check_together(options)
     request = request_of_options(options)
     if options.memory is None:

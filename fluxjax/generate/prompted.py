@@ -137,7 +137,7 @@ class PromptedDrawing:
     def encode_prompt(self, prompt: str) -> TextStates:
         """Return another prompt encoded, as a batch of one."""
         texts = PromptTexts([prompt])
-        return _encode_prompts(self.models, texts, self.settings, self.run)[0]
+        return encode_prompts(self.models, texts, self.settings, self.hooks)[0]
 
     @property
     def run(self) -> Runner:
@@ -193,7 +193,7 @@ def prompted_drawing(
     height = defaults.height if settings.height is None else settings.height
     width = defaults.width if settings.width is None else settings.width
     times = _times(call, settings, defaults, height, width)
-    states, negative = _encode_prompts(models, texts, settings, _runner(hooks))
+    states, negative = encode_prompts(models, texts, settings, hooks)
     distilled = distilled_guidance(models.flux, defaults, settings.distilled_guidance)
     conditions = tuple(condition.for_times(times) for condition in settings.conditions)
     return PromptedDrawing(
@@ -367,13 +367,14 @@ def _times(call: str, settings: DrawSettings, defaults: Defaults, height: int, w
     return times
 
 
-def _encode_prompts(
-    models: Models, texts: PromptTexts, settings: DrawSettings, run: Runner
+def encode_prompts(
+    models: Models, texts: PromptTexts, settings: DrawSettings, hooks: DrawHooks | None
 ) -> tuple[TextStates, TextStates | None]:
     """Encode the prompts, and each different negative prompt once, with encoders fetched for it.
 
-    `run`: runs a jitted function, as `PromptedDrawing.run` does.
+    **Arguments:** `settings`: of which the length of prompts and the dtype count.
     """
+    run = _runner(hooks)
     clip = None if models.clip is None else fetch(models.clip)
     t5 = fetch(models.t5)
     max_length = models.defaults.max_length if settings.max_length is None else settings.max_length
