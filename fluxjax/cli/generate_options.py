@@ -32,12 +32,12 @@ from fluxjax.cli.shared_options import (
     add_churn,
     add_compilation_cache,
     add_dtype,
-    add_flux,
     add_guidance,
     add_integrator,
     add_mesh,
     add_model,
     add_output_folder,
+    add_parts,
     add_quantize,
     add_rule,
     add_shift,
@@ -243,7 +243,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
-    add_flux(group)
+    add_parts(group)
     add_dtype(group)
     group.add_argument(
         "--lora",

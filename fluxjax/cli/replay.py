@@ -20,7 +20,8 @@ from fluxjax.version import __version__
 
 OF_RUN = frozenset(
     "prompts source_image output_dir output quiet overwrite images seeds batch compilation_cache "
-    "keep_encoders offload_encoders stream_blocks show_memory distributed preview preview_every".split()
+    "keep_encoders offload_encoders stream_blocks show_memory distributed preview "
+    "preview_every".split()
 )
 """Options of a run, which no command of an image has."""
 OF_IMAGE = frozenset(

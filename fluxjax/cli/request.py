@@ -29,6 +29,7 @@ from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
 from fluxjax.generate.latents import aspect_size, check_size, image_tokens
 from fluxjax.generate.limits import (
+    check_files,
     check_finite_times,
     check_memory,
     default_vae_memory,
@@ -41,7 +42,7 @@ from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, with_storage
 from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
-from fluxjax.generate.stage_memory import AddedTokens, Demand
+from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand
 from fluxjax.generate.storages import check_storage
 from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
@@ -282,6 +283,7 @@ def read_request(
 
 def request_of_options(options: argparse.Namespace, *, takes: str | None = None) -> Request:
     """Return the options as values, without a look at the machine. Arguments as `read_request`."""
+    check_files(_files(options), family_of_source(options.model))
     conditions = condition_sources(options)
     needs = [takes, *(condition.takes for condition in conditions)]
     options.lora = with_shipped_adapters(options.model, options.lora, needs)
@@ -371,11 +373,16 @@ def demand_of(request: Request) -> Demand:
     )
 
 
+def configs_of(request: Request) -> Configs:
+    """Return the configs of the networks that a request is drawn with."""
+    return read_configs(request.model, request.load.files)
+
+
 def check_request_memory(request: Request) -> None:
     """**Raises:** `ValueError` if what is requested can't fit in memory."""
     mesh = request.load.mesh
     devices = 1 if mesh is None else mesh.size
-    check_memory(demand_of(request), read_configs(request.model), devices=devices)
+    check_memory(demand_of(request), configs_of(request), devices=devices)
 
 
 def _fixed(options: argparse.Namespace) -> Fixed:
@@ -410,7 +417,7 @@ def _vae_memory(options: argparse.Namespace, request: Request) -> float | None:
         return None
     if options.vae_memory is not None:
         return options.vae_memory
-    return default_vae_memory(demand_of(request), read_configs(request.model))
+    return default_vae_memory(demand_of(request), configs_of(request))
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
@@ -514,13 +521,19 @@ def _lines(options: argparse.Namespace) -> tuple[Line, ...]:
     return tuple(lines)
 
 
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    """Return the files that replace networks of the model, as `LoadOptions` takes them."""
+    names = ("flux", "vae", "t5", "clip")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:
     adapters = []
     for adapter in options.lora:
         adapters.append((read_adapter(adapter), adapter.scale))
     return LoadOptions(
         dtype=None if options.dtype is None else jnp.dtype(options.dtype),
-        transformer=options.flux,
+        files=_files(options),
         mesh=mesh,
         adapters=tuple(adapters),
         quantize=options.quantize,
@@ -594,8 +607,8 @@ def _description(
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
-    if options.flux is not None:
-        about["flux"] = encodable(str(options.flux))
+    for name, file in _files(options).items():
+        about[name] = encodable(file)
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         if value is not None:

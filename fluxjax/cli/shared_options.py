@@ -37,14 +37,20 @@ def add_model(group: OptionGroup) -> None:
     )
 
 
-def add_flux(group: OptionGroup) -> None:
-    """Add the option that replaces the model's transformer."""
+def add_parts(group: OptionGroup) -> None:
+    """Add the options that replace networks of the model."""
     group.add_argument(
         "--flux",
         metavar="FILE",
         help="a file or folder in any layout whose transformer replaces the model's; the matrices "
         "of GGUF and NF4 files stay packed (default: the model's own)",
     )
+    for name, title in (("vae", "VAE"), ("t5", "T5 encoder"), ("clip", "CLIP text encoder")):
+        group.add_argument(
+            f"--{name}",
+            metavar="FILE",
+            help=f"a file or folder whose {title} replaces the model's (default: its own)",
+        )
 
 
 def add_dtype(group: OptionGroup) -> None:

@@ -133,11 +133,8 @@ def test_lines_of_one_size_and_number_of_steps_share_batches(tmp_path):
     request = request_of_options(options)
     paths, problems = line_paths(request, lines)
     work = _sort_lines(request, lines, paths)
-    groups = _group_lines(
-        replace(request, batch=2),
-        work,
-        {(48, 32, 2, None): 3, (48, 64, 2, None): 1, (48, 32, 3, None): 5, (48, 32, 2, 2.0): 1},
-    )
+    alike = {(48, 32, 2, None): 3, (48, 64, 2, None): 1, (48, 32, 3, None): 5, (48, 32, 2, 2.0): 1}
+    groups = _group_lines(replace(request, batch=2), work, alike)
     assert not problems
     assert not work.problems
     found = []

@@ -16,7 +16,8 @@ from fluxjax.cli.starts import start_facts
 from fluxjax.generate import write_png
 
 AS_GIVEN = {
-    *("max_sequence_length", "flux", "dtype", "lora", "integrator", "eta", "churn", "timer"),
+    *("max_sequence_length", "flux", "vae", "t5", "clip", "dtype", "lora", "integrator", "eta"),
+    *("churn", "timer"),
     *("shift", "rule", "nag", "cache", "quantize", "attention", "flash_block_sizes", "unroll"),
     *("vae_memory", "mesh", "control", "canny", "image_prompt", "redux"),
     *("redux_rule", "siglip", "ip_adapter", "clip_vision", "ip_scale", "region", "region_rule"),
@@ -129,12 +130,8 @@ def test_what_is_given_replaces_what_the_metadata_say(pictures):
     assert (same.texts, same.seed, same.cfg, same.quiet) == (["a"], 3, 2.0, True)
     assert same.drawn_in == BatchSize(4, together=False)
     other = replayed(parse("b", "c", "--from", "drawn.png", "--seeds", "1,2", "--lora", "tiny:ruf"))
-    assert (other.texts, other.seeds, other.seed, other.drawn_in) == (
-        ["b", "c"],
-        [1, 2],
-        None,
-        None,
-    )
+    assert (other.texts, other.seeds, other.seed) == (["b", "c"], [1, 2], None)
+    assert other.drawn_in is None
     assert [adapter.place for adapter in other.lora] == ["tiny:ruf"]
     assert (other.height, other.steps) == (32, 2)
     wide = replayed(parse("--from", "drawn.png", "--aspect", "2:1"))
