@@ -34,6 +34,7 @@ from fluxjax.cli.shared_options import (
     add_dtype,
     add_guidance,
     add_integrator,
+    add_json,
     add_mesh,
     add_model,
     add_output_folder,
@@ -53,6 +54,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="plan for an NVIDIA GPU with so much memory, as 12GB (default: for this machine)",
     )
+    add_json(parser)
     add_generate_options(parser, needs_prompt=False)
 
 

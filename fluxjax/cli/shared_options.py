@@ -192,6 +192,11 @@ def add_compilation_cache(group: OptionGroup) -> None:
     )
 
 
+def add_json(group: OptionGroup) -> None:
+    """Add the option that prints what is known for other programs."""
+    group.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+
+
 def add_layout(group: OptionGroup) -> None:
     """Add the options that set how weights are written."""
     group.add_argument(
