@@ -6,6 +6,7 @@ is gathered here from the parsers.
 
 import argparse
 
+from fluxjax.cli.options import NameList, NameOrFile
 from fluxjax.cli.shell_scripts import WRITERS, CompletedCommand, CompletedOption
 
 _FILE_METAVARS = ("FILE", "DIR", "PATH", "SOURCE", "ADAPTER", "IMAGE", "PATTERN", "FILE[=WEIGHT]")
@@ -42,7 +43,7 @@ def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> Complet
     values: tuple[str, ...] = ()
     if action.choices is not None:
         values = tuple(map(str, action.choices))
-    elif hasattr(action.type, "known"):  # one of several names
+    elif isinstance(action.type, NameList | NameOrFile):
         values = tuple(action.type.known)
     return CompletedOption(
         names=tuple(action.option_strings),

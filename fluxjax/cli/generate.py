@@ -256,8 +256,9 @@ def _write_prompt_images(
     request, written = group.request, []
     for row, number in enumerate(dict.fromkeys(group.numbers)):  # a repeated one is at the end
         image = request.draws[number]
-        if drawn.lost[row] is not None:
-            raise ValueError(f"Image {image.number} {_not_finite(drawn.lost[row])}")
+        lost = drawn.lost[row]
+        if lost is not None:
+            raise ValueError(f"Image {image.number} {_not_finite(lost)}")
         if jax.process_index() > 0:
             continue
         line = request.lines[image.line]._replace(seed=image.seed)

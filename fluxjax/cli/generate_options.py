@@ -140,6 +140,12 @@ def _add_prompt_options(group: OptionGroup) -> None:
 
 def _add_image_options(group: OptionGroup) -> None:
     add_size(group)
+    _add_counts(group)
+    _add_output_options(group)
+    _add_preview_options(group)
+
+
+def _add_counts(group: OptionGroup) -> None:
     group.add_argument(
         "--aspect",
         type=aspect,
@@ -170,6 +176,9 @@ def _add_image_options(group: OptionGroup) -> None:
     chosen.add_argument(
         "--seeds", type=seeds, metavar="SEEDS", help="several seeds, separated by commas"
     )
+
+
+def _add_output_options(group: OptionGroup) -> None:
     folder = group.add_mutually_exclusive_group()
     add_output_folder(folder, "flux_N.png or, with --prompts, ID.png")
     folder.add_argument(
@@ -179,6 +188,20 @@ def _add_image_options(group: OptionGroup) -> None:
         help=f"paths of the images, with fields in braces: {', '.join(FIELDS)}; as "
         "out/{prompt}_{seed}.png",
     )
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print the files of the images and nothing else: no progress bar, no times",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --prompts, draw an image again if the existing one was made with another "
+        "prompt, seed or option; with --output, replace files that exist",
+    )
+
+
+def _add_preview_options(group: OptionGroup) -> None:
     group.add_argument(
         "--preview",
         type=png_path,
@@ -191,17 +214,6 @@ def _add_image_options(group: OptionGroup) -> None:
         type=step_count,
         metavar="STEPS",
         help=f"steps between two previews (default: {PREVIEW_STEPS}; 1 shows every step)",
-    )
-    group.add_argument(
-        "--quiet",
-        action="store_true",
-        help="print the files of the images and nothing else: no progress bar, no times",
-    )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="with --prompts, draw an image again if the existing one was made with another "
-        "prompt, seed or option; with --output, replace files that exist",
     )
 
 

@@ -65,7 +65,7 @@ def image_command(
     values |= {"seed": image.seed, "first-image": image.number or None, "steps": request.steps}
     values["guidance"] = guidance
     if request.guides_by_scale:
-        values["cfg"] = float(request.recipe.guidance.scale)
+        values["cfg"] = np.asarray(request.recipe.guidance.scale).item()
     if facts is None:
         values |= {"height": request.height, "width": request.width}
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -281,6 +281,14 @@ def read_request(
     return replace(request, folder=writable(options.output_dir))
 
 
+_AS_GIVEN = (
+    *("model", "prompts", "negative_prompt", "images", "first_image", "output", "overwrite"),
+    *("keep_encoders", "offload_encoders", "show_memory", "quiet", "preview"),
+    *("drawn_in", "recorded", "given"),
+)
+"""Fields of a request that are options as they are."""
+
+
 def request_of_options(options: argparse.Namespace, *, takes: str | None = None) -> Request:
     """Return the options as values, without a look at the machine. Arguments as `read_request`."""
     check_files(_files(options), family_of_source(options.model))
@@ -294,20 +302,17 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
     mesh = _mesh(options)
     timers = _timers(options, sizes, defaults)
     times = timers(sizes.steps)
+    as_given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
     request = Request(
-        model=options.model,
+        **as_given,
         family=family_of_source(options.model),
         defaults=defaults,
         lines=_lines(options),
-        prompts=options.prompts,
         start=start_of_options(options),
         timer=times,
         timers=timers,
-        negative_prompt=options.negative_prompt,
-        images=options.images,
         batch=sizes.batch,
         seeds=_seeds(options),
-        first_image=options.first_image,
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
@@ -319,19 +324,9 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         conditions=conditions,
         features=APPENDED_FEATURES.get(takes or "", 0),
         folder=options.output_dir,
-        output=options.output,
-        overwrite=options.overwrite,
-        keep_encoders=options.keep_encoders,
-        offload_encoders=options.offload_encoders,
-        show_memory=options.show_memory,
-        quiet=options.quiet,
-        preview=options.preview,
         preview_every=_or_default(options.preview_every, PREVIEW_STEPS),
         description=_description(options, sizes, conditions),
         fixed=_fixed(options),
-        drawn_in=options.drawn_in,
-        recorded=options.recorded,
-        given=options.given,
     )
     return replace(request, vae_memory=_vae_memory(options, request))
 

@@ -55,7 +55,7 @@ def decode_tokens(
 
     **Arguments:** `packed`: of one image, or of several with a leading axis. `height`, `width`: of
     the images, in pixels. `dtype`: of the activations.
-    **Returns:** as `decode`.
+    **Returns:** as `decode`: clipped, so that pixels at the ends of the range have no gradient.
     **Raises:** `ValueError` for a size that the number of tokens does not fit.
     """
     return decode_packed(vae, packed, height, width, jnp.dtype(dtype))

@@ -44,7 +44,7 @@ class LoraSummary:
         for name, network in self.networks.items():
             lines += _describe_network(name, network)
         if self.unknown_keys:
-            count, keys = len(self.unknown_keys), list_keys(self.unknown_keys)
+            count, keys = len(self.unknown_keys), list_keys(list(self.unknown_keys))
             lines.append(f"  {count} keys without a place: {keys}")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
