@@ -14,12 +14,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _set_up() -> None:
     from jaxtyping import install_import_hook
+    from type_checks import use_lazy_checks
 
     # Imported before the hook: `fluxjax.shapes`, which this imports, holds the hook's type checker,
     # and the decorator of public functions is tested as users have it.
     import fluxjax.arguments  # noqa: F401
 
     # Users' programs check the public functions; the tests check every function's shapes and types.
+    use_lazy_checks()
     install_import_hook("fluxjax", "fluxjax.shapes.checked")
 
     import hypothesis
@@ -97,10 +99,18 @@ def tiny():
     return fluxjax.load_models("tiny", dtype="float32")
 
 
+MEMORY_MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs():
-    """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
+    """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps.
+
+    Programs of an earlier module often serve the next, so that they stay as long as they can.
+    """
     import jax
 
     yield
-    jax.clear_caches()
+    if not MEMORY_MAPS.exists() or MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
