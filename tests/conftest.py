@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -101,16 +102,25 @@ def tiny():
 
 MEMORY_MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
+"""XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
+REPLACES_PARTS = re.compile(
+    "monkeypatch|mock|monitoring|import affine|from (affine|implementations)"
+)
+"""In modules that replace what programs are made of, or count the programs that are compiled."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs():
-    """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps.
-
-    Programs of an earlier module often serve the next, so that they stay as long as they can.
-    """
+def _free_compiled_programs(request: pytest.FixtureRequest):
+    """Keep programs for the next module, which often needs the same, where nothing is replaced."""
     import jax
 
-    yield
-    if not MEMORY_MAPS.exists() or MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    apart = REPLACES_PARTS.search(request.path.read_text()) is not None
+    if apart:
         jax.clear_caches()
+    yield
+    if apart or _has_many_maps():
+        jax.clear_caches()
+
+
+def _has_many_maps() -> bool:
+    return not MEMORY_MAPS.exists() or MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MAPS

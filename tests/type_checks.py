@@ -20,6 +20,9 @@ Function = Callable[..., typing.Any]
 BOUND = "__beartype_func"
 """The keyword by which a function made by beartype holds the function that it calls."""
 
+CALL = jaxtyped("context")
+"""Sizes of named dimensions are the same in one call, and in others they are others."""
+
 _checks: dict[typing.Any, types.FunctionType | None] = {}
 """For each code and annotations: beartype's function, or None if it has nothing to check."""
 
@@ -32,7 +35,7 @@ def use_lazy_checks() -> None:
 def checks_types(target=None, *, typechecker=None):
     """Decorate a function, or the `__init__` of a dataclass, as `jaxtyping.jaxtyped` does."""
     if target == "context":
-        return jaxtyped("context")
+        return CALL
     if target is None:
         return functools.partial(checks_types, typechecker=typechecker)
     if not inspect.isclass(target):
@@ -55,8 +58,7 @@ def _check_calls(function: Function, typechecker) -> Function:
         nonlocal checked
         if checked is None:
             checked = _with_checks(function, typechecker)
-        # Sizes of named dimensions are the same in one call.
-        with jaxtyped("context"):
+        with CALL:
             return checked(*args, **kwargs)
 
     wrapped.checks_types = True
