@@ -114,6 +114,8 @@ _WITH_NETWORK_GRADIENT = ("pigdm", "tmpd", "dps")
 """Methods that take gradients of the transformer, which keep its activations in memory."""
 _FORWARD_MODE = ("tmpd",)
 """Methods that take forward-mode gradients of the network, which attention kernels do not have."""
+_WHOLE_DECODER = 512 * 512
+"""Pixels up to which the decoder keeps all activations for derivatives, 9 GB in bfloat16."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
 """Methods that take measurements without noise."""
 
@@ -126,9 +128,10 @@ class Restoration:
     `degradation`: `Blurred`, `Shrunk` or `Hidden`. `noise`: the standard deviation of the noise in
     what is left, in units of images of [-1, 1]; for `Hidden` in those of the latent. `method`: a
     name in `SOLVERS`. `iterations`: of conjugate gradients. `size`: of the gradient steps of
-    flowdps and flowchef, by default 0.3. `remat`: for pigdm, tmpd and dps, which take gradients of
-    the transformer, keep only the input of each of its blocks and compute the block again; the
-    memory of all activations would save the one evaluation for each gradient.
+    flowdps and flowchef, by default 0.3. `remat`: for derivatives, keep only the input of each
+    layer and compute the layer again, which takes one more evaluation for each derivative: of the
+    transformer, for pigdm, tmpd and dps, and of the decoder, for pictures of more than 512x512
+    pixels. Smaller ones have room for all activations.
 
     **Raises:** `ValueError` for another method, a noise that is negative, or 0 where that is not
     allowed, fewer than 1 iteration, and a size that the method does not take.
@@ -289,7 +292,13 @@ def _draw_posterior(
     """Draw all images, at the padded size."""
     degradation = restoration.degradation
     height, width = degradation.restored_size(*image.shape[:2])
-    decode = DecodePixels(drawing.models.vae, drawing.height, drawing.width, drawing.dtype)
+    decode = DecodePixels(
+        drawing.models.vae,
+        drawing.height,
+        drawing.width,
+        drawing.dtype,
+        remat=restoration.remat and drawing.height * drawing.width > _WHOLE_DECODER,
+    )
     measured = degradation.measured(image, drawing.encode_image)
     size = 0.3 if restoration.size is None else restoration.size
     change = Measured(

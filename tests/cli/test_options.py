@@ -56,9 +56,8 @@ def test_help_and_mistakes_are_shown_without_importing_jax():
 
 
 def test_the_package_runs_as_a_module():
-    found = subprocess.run(
-        [sys.executable, "-m", "fluxjax.cli", "--version"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "fluxjax", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout == f"fluxjax {main.__version__}\n"
 

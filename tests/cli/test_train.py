@@ -115,7 +115,7 @@ def test_a_mistake_is_one_line(folder, capsys, options, message):
 
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(folder):
     config = write(folder, "d.toml", "stopped.safetensors")
-    command = [sys.executable, "-m", "fluxjax.cli", "train", config, "--set", "steps=100000"]
+    command = [sys.executable, "-m", "fluxjax", "train", config, "--set", "steps=100000"]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     log = folder / "stopped-log" / "log.jsonl"
