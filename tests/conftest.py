@@ -101,7 +101,7 @@ def tiny():
 
 
 MEMORY_MAPS = Path("/proc/self/maps")
-MOST_MAPS = 30_000
+MOST_MAPS = 20_000
 """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
 REPLACES_PARTS = re.compile("monkeypatch|mock|monitoring|platform|(affine|implementations) import")
 """In modules that replace what programs are made of, or count the programs that are compiled."""
