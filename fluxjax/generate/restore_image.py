@@ -28,7 +28,6 @@ from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
 from fluxjax.generate.draw import DrawChange, DrawHooks
 from fluxjax.generate.image_to_image import check_image
-from fluxjax.generate.latents import keys_of_steps
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import padded_size, paste_kept
 from fluxjax.generate.prompted import (
@@ -207,7 +206,7 @@ def restore_image(
     image: Image,
     prompt: str = "",
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     restoration: Restoration,
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,
@@ -318,7 +317,7 @@ def _draw_posterior(
         batch = replace(
             drawing.batch(numbers),
             inputs=jnp.broadcast_to(measured, (len(numbers), *measured.shape)),
-            keys=keys_of_steps(drawing.key, numbers),
+            keys=drawing.step_noise_keys(numbers),
         )
         recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
         drawn.append(drawing.draw(batch, recipe))
