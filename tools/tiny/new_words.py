@@ -4,11 +4,12 @@
     python tools/tiny/new_words.py score words/tuned
 
 `all` writes the images, encodes them, trains, scores the model before and after, and draws a
-picture of both, in a new folder. The model has never seen a crescent, nor read the word, and knows
-pink as a background only. Half of the images have neither, so that what it knows is kept. Scored
-are scenes whose combination of objects, relation and background is in no training.
+picture of both, in a new folder. The model has never seen a crescent, nor read the word "moon", and
+knows pink as a background only. Half of the images have neither, so that what it knows is kept.
+Scored are scenes whose combination of objects, relation and background is in no training.
 
-The VAE is not trained, and draws no colour that none of its images had: lime would be yellow.
+The VAE is not trained, and draws no colour that none of its images had: lime would be yellow. T5
+spells a new word letter by letter; with a longer one, captions would not fit its 24 tokens.
 """
 
 import argparse
@@ -27,8 +28,8 @@ import fluxjax
 from fluxjax.cli.main import main as run
 from fluxjax.generate.image import write_png
 
-SHAPE, COLOR = "crescent", "pink"
-NEW = ("crescent", "pink", "both")
+SHAPE, COLOR = "moon", "pink"
+NEW = ("moon", "pink", "both")
 OLD = ("old",)
 CONFIG = Path(__file__).with_suffix(".toml")
 SHOWN = 6
@@ -65,14 +66,14 @@ def scene_of(kind: str, rng: np.random.Generator) -> Scene:
         if {SHAPE, COLOR}.intersection(words):
             continue
         first, *rest = scene.things
-        shape = SHAPE if kind in ("crescent", "both") else first.shape
+        shape = SHAPE if kind in ("moon", "both") else first.shape
         color = COLOR if kind in ("pink", "both") else first.color
         if color == scene.background:
             continue
         return Scene(scene.background, (Thing(first.size, color, shape), *rest), scene.relation)
 
 
-MIXED = ("old", "crescent", "old", "pink", "old", "both")
+MIXED = ("old", "moon", "old", "pink", "old", "both")
 """The kinds of images, in turns: half of them are old."""
 
 
