@@ -100,8 +100,10 @@ def _unfused(
         q, k, v = (jnp.concatenate(each) for each in zip(*parts, strict=True))
     else:
         q, k, v = parts[0]
-    turn = rotate_by_matrices if default_device().platform == "gpu" else rotate
-    return turn(q, rotation), turn(k, rotation), v
+    # For cuDNN odd numbers of tokens are padded, in a kernel that `rotate` is fused with.
+    on_gpu = default_device().platform == "gpu" and len(q) % 2 == 0
+    rotate_heads = rotate_by_matrices if on_gpu else rotate
+    return rotate_heads(q, rotation), rotate_heads(k, rotation), v
 
 
 def _split_and_normalize(

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.nets.weight import Dense, Weight
+from fluxjax.nets.weight import Dense, RowMaxima, Weight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
 
@@ -21,6 +21,10 @@ Outputs = Float[Array, "*batch out"]
 HeadFeatures = Float[Array, "tokens heads head_dim"]
 Vector = Float[Array, " features"]
 """One number for each feature, the same for the whole batch."""
+
+
+_GELU_LOWEST = -0.7524614
+"""Where `gelu` is lowest."""
 
 
 class Linear(eqx.Module):
@@ -46,8 +50,9 @@ class Linear(eqx.Module):
         self.weight = Dense(jax.random.normal(key, (out, features)) * deviation)
         self.bias = jnp.zeros(out) if bias else None
 
-    def __call__(self, x: Features) -> Outputs:
-        y = self.weight.matmul(x)
+    def __call__(self, x: Features, largest: RowMaxima | None = None) -> Outputs:
+        """Return x W^T + b. `largest`: the largest magnitude of each row of `x`, where known."""
+        y = self.weight.matmul(x, largest)
         if self.bias is not None:
             # Added before the rounding to x.dtype: the product may be wider.
             y = y + self.bias.astype(y.dtype)
@@ -199,6 +204,26 @@ def gelu(x: Array) -> Array:
     **Source:** Hendrycks & Gimpel 2016.
     """
     return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_maxima(x: Features) -> RowMaxima:
+    """Return the largest magnitude of gelu(x) along the last axis, in the dtype of x.
+
+    It is found by comparisons of x: GELU falls to its minimum, and rises from there on.
+    """
+    infinity = jnp.asarray(jnp.inf, x.dtype)
+    lowest = jnp.asarray(_GELU_LOWEST, x.dtype)
+    # Where the magnitude is largest among all, among those left of the minimum, and right of it.
+    candidates = (
+        jnp.max(x, axis=-1),
+        jnp.max(jnp.where(x <= lowest, x, -infinity), axis=-1),
+        jnp.min(jnp.where(x >= lowest, x, infinity), axis=-1),
+    )
+    largest = jnp.zeros(x.shape[:-1], x.dtype)
+    for candidate in candidates:
+        found = jnp.where(jnp.isfinite(candidate), jnp.abs(gelu(candidate)), 0)
+        largest = jnp.maximum(largest, found)
+    return largest
 
 
 def sinusoid(
