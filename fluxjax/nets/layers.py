@@ -211,17 +211,13 @@ def gelu_maxima(x: Features) -> RowMaxima:
 
     It is found by comparisons of x: GELU falls to its minimum, and rises from there on.
     """
-    infinity = jnp.asarray(jnp.inf, x.dtype)
-    lowest = jnp.asarray(_GELU_LOWEST, x.dtype)
-    # Where the magnitude is largest among all, among those left of the minimum, and right of it.
-    candidates = (
-        jnp.max(x, axis=-1),
-        jnp.max(jnp.where(x <= lowest, x, -infinity), axis=-1),
-        jnp.min(jnp.where(x >= lowest, x, infinity), axis=-1),
-    )
-    largest = jnp.zeros(x.shape[:-1], x.dtype)
-    for candidate in candidates:
-        found = jnp.where(jnp.isfinite(candidate), jnp.abs(gelu(candidate)), 0)
+    lowest, infinity = jnp.asarray(_GELU_LOWEST, x.dtype), jnp.asarray(jnp.inf, x.dtype)
+    largest = jnp.abs(gelu(jnp.max(x, axis=-1)))
+    # Of negative numbers those next to the minimum are the largest, on both sides of it.
+    below = jnp.max(jnp.where(x <= lowest, x, -infinity), axis=-1)
+    above = jnp.min(jnp.where(x >= lowest, x, infinity), axis=-1)
+    for nearest in (below, above):
+        found = jnp.where(jnp.isfinite(nearest), jnp.abs(gelu(nearest)), 0)
         largest = jnp.maximum(largest, found)
     return largest
 
