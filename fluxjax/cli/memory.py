@@ -42,6 +42,7 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
         encodes_beside=picture or has_file,
         can_free=not picture and not has_file,
         prompts=request.batch if has_file else 1,
+        vae_memory=request.vae_memory,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.devices.vae_memory import without_vae_limit
 from fluxjax.flow.operators import Measurement, Operator
 from fluxjax.flow.posterior import (
     DDNM,
@@ -289,7 +290,9 @@ def _draw_posterior(
     """Draw all images, at the padded size."""
     degradation = restoration.degradation
     height, width = degradation.restored_size(*image.shape[:2])
-    decode = DecodePixels(drawing.models.vae, drawing.height, drawing.width, drawing.dtype)
+    # Methods differentiate it, which images in strips do not allow.
+    vae = without_vae_limit(drawing.models.vae)
+    decode = DecodePixels(vae, drawing.height, drawing.width, drawing.dtype)
     measured = degradation.measured(image, drawing.encode_image)
     size = 0.3 if restoration.size is None else restoration.size
     change = Measured(

@@ -216,6 +216,4 @@ def test_on_gpus_heads_are_turned_by_matrices_with_the_same_result(counts, dtype
     for x, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert x.dtype == wanted.dtype
         scale = np.abs(np.float64(wanted)).max()
-        np.testing.assert_allclose(
-            np.float64(x), np.float64(wanted), rtol=0, atol=4 * atol * scale
-        )
+        np.testing.assert_allclose(np.float64(x), np.float64(wanted), rtol=0, atol=4 * atol * scale)

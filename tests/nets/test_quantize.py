@@ -84,7 +84,10 @@ def test_a_product_with_a_known_largest_magnitude_is_the_same(name):
     weight = QuantizedWeight(*round_rows(matrix, EIGHT_BITS[name]))
     largest = jnp.max(jnp.abs(x), axis=-1)
     np.testing.assert_array_equal(weight.matmul(x, largest), weight.matmul(x))
-    slopes = (jax.grad(lambda x, known=known: weight.matmul(x, known).sum())(x) for known in (largest, None))
+    slopes = (
+        jax.grad(lambda x, known=known: weight.matmul(x, known).sum())(x)
+        for known in (largest, None)
+    )
     np.testing.assert_array_equal(*slopes)
 
 

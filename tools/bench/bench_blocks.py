@@ -137,9 +137,7 @@ def _hidden(case: BlockCase, config: FluxConfig, struct: Any) -> HiddenState:
     """Return the shapes of what goes through the blocks."""
     width, pairs = config.width, sum(config.rope_axes) // 2
     of_stream = struct(_DEPTH, 6 * width)
-    modulation = Modulation(
-        DoubleModulation(of_stream, of_stream), struct(_DEPTH, 3 * width), None
-    )
+    modulation = Modulation(DoubleModulation(of_stream, of_stream), struct(_DEPTH, 3 * width), None)
     angles = struct(case.txt_tokens + case.img_tokens, pairs, dtype=jnp.float32)
     return HiddenState(
         struct(case.img_tokens, width),

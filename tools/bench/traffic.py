@@ -211,7 +211,9 @@ def _numbers(line: Instruction) -> float:
 def _written(inside: Computation, root: Instruction, result: str) -> float:
     """Return the bytes that a fusion writes."""
     if root.opcode == "tuple":
-        return sum(_written(inside, inside.lines[name], inside.lines[name].type) for name in root.inputs)
+        return sum(
+            _written(inside, inside.lines[name], inside.lines[name].type) for name in root.inputs
+        )
     while root.opcode in _NAMES:
         root = inside.lines[root.inputs[0]]
     if root.opcode == "dynamic-update-slice":
