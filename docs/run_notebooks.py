@@ -1,7 +1,10 @@
 """Run the notebooks of this folder; with --write, keep what they printed and drew."""
 
 import argparse
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -31,8 +34,10 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write the outputs into the notebooks")
     options = parser.parse_args()
-    for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
-        run(path, write=options.write)
+    paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"))
+    # Each notebook has a process of its own, whose programs are mostly compiled by one thread.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(partial(run, write=options.write), paths))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The public names at the top of the package, and the folders that they live in.
 
-Each is imported when it is first used.
+Each is imported when it is first used. What has its file's name is imported from that file: type
+checkers would take the folder's name for the file otherwise.
 """
 
 from . import (
@@ -21,11 +22,11 @@ from .checkpoint import (
 )
 from .devices import (
     make_mesh as make_mesh,
-    offload as offload,
     on_mesh as on_mesh,
-    shard as shard,
     stream_blocks as stream_blocks,
 )
+from .devices.offload import offload as offload
+from .devices.shard import shard as shard
 from .flow import (
     DDIM as DDIM,
     ClassifierFree as ClassifierFree,
@@ -34,9 +35,9 @@ from .flow import (
     Heun as Heun,
     UniPC2 as UniPC2,
     flow_times as flow_times,
-    sample as sample,
-    stream as stream,
 )
+from .flow.sample import sample as sample
+from .flow.stream import stream as stream
 from .generate import (
     Conditioning as Conditioning,
     DrawSettings as DrawSettings,
@@ -60,23 +61,21 @@ from .generate import (
     load_vae as load_vae,
     pack_latents as pack_latents,
     read_image as read_image,
-    save as save,
     save_models as save_models,
-    text_to_image as text_to_image,
     tokenize as tokenize,
     unpack_latents as unpack_latents,
     write_png as write_png,
 )
-from .kernels import (
-    attention as attention,
-)
+from .generate.save import save as save
+from .generate.text_to_image import text_to_image as text_to_image
+from .kernels.attention import attention as attention
 from .lora import (
     Lora as Lora,
-    attach as attach,
-    merge as merge,
     read_lora as read_lora,
     write_lora as write_lora,
 )
+from .lora.attach import attach as attach
+from .lora.merge import merge as merge
 from .nets import (
     T5 as T5,
     Clip as Clip,

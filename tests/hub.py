@@ -159,7 +159,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 def run_process(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a new process, with this hub and without a login."""
-    command = [sys.executable, "-m", "fluxjax.cli", *arguments]
+    command = [sys.executable, "-m", "fluxjax", *arguments]
     return subprocess.run(
         command, env=_environment(url, cache), capture_output=True, text=True, timeout=120
     )

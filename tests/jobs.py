@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-COMMAND = ["-m", "fluxjax.cli"]
+COMMAND = ["-m", "fluxjax"]
 _IMPATIENT = """
 import jax
 

@@ -16,7 +16,7 @@ from commands import OPTIONS
 
 import fluxjax
 from fluxjax import read_image, sample
-from fluxjax.cli.main import build_parser
+from fluxjax.cli.main import build_parser, main
 from fluxjax.flow import uniform_times
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,10 @@ LARGEST_PICTURE = 15_000
 """Bytes of a picture of a recipe."""
 
 
+HOW_TO = "howto/"
+"""Pages whose commands are run too, each block in its turn."""
+
+
 class Block(NamedTuple):
     """A block of code on a page.
 
@@ -57,12 +61,12 @@ class Block(NamedTuple):
     runs: bool
 
 
-def blocks(page: str, kind: str) -> Iterator[Block]:
+def blocks(page: str, *kinds: str) -> Iterator[Block]:
     text = PAGES[page].read_text()
     for found in FENCE.finditer(text):
-        if found["kind"] == kind:
+        if found["kind"] in kinds:
             line = text.count("\n", 0, found.start("text")) + 1
-            yield Block(kind, found["text"], line, found["note"] is None)
+            yield Block(found["kind"], found["text"], line, found["note"] is None)
 
 
 def prose(page: str) -> str:
@@ -74,7 +78,7 @@ def prose(page: str) -> str:
 
 
 def pictures(page: str) -> list[str]:
-    """Return the names of the pictures beside a recipe."""
+    """Return the names of the pictures that the programs of a recipe draw."""
     if not page.startswith("recipes/"):
         return []
     return re.findall(r"^!\[.+\]\((\w+\.png)\)$", prose(page), re.M)
@@ -87,7 +91,10 @@ def test_the_programs_of_a_page_run_one_after_another(page, tmp_path, monkeypatc
     # Users, and optax, leave JAX's promotion of dtypes as it is, in every thread.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     try:
-        for block in blocks(page, "python"):
+        for block in blocks(page, *(["python", "sh"] if page.startswith(HOW_TO) else ["python"])):
+            if block.kind == "sh":
+                run_commands(block)
+                continue
             # The empty lines give tracebacks the line numbers of the page.
             program = compile("\n" * (block.line - 1) + block.text, str(PAGES[page]), "exec")
             if block.runs:
@@ -98,6 +105,12 @@ def test_the_programs_of_a_page_run_one_after_another(page, tmp_path, monkeypatc
         assert (tmp_path / written).is_file(), written
     if page == "README.md":
         assert read_image("star.png").shape == (128, 128, 3)
+
+
+def run_commands(block: Block) -> None:
+    for words in commands_of(block):
+        assert words[0] == "fluxjax", words
+        main(words[1:])
 
 
 @ON_EACH_PAGE
@@ -139,14 +152,18 @@ def check_name(name: str) -> None:
 def commands(page: str) -> Iterator[list[str]]:
     """Yield each command in the blocks of a page, as its words."""
     for block in blocks(page, "sh"):
-        for line in block.text.replace("\\\n", " ").splitlines():
-            words: list[str] = []
-            for word in [*shlex.split(line, comments=True), "&&"]:
-                if word != "&&":
-                    words.append(word)
-                elif words:
-                    yield words
-                    words = []
+        yield from commands_of(block)
+
+
+def commands_of(block: Block) -> Iterator[list[str]]:
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word != "&&":
+                words.append(word)
+            elif words:
+                yield words
+                words = []
 
 
 @ON_EACH_PAGE

@@ -29,6 +29,7 @@ LAYERS = {
     "generate": 7,
     "train": 8,
     "cli": 9,
+    "__main__": 10,
 }
 FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
 

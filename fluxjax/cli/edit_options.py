@@ -70,6 +70,12 @@ _DEFAULTS_OF_GENERATE = {
     "show_memory": False,
     "mesh": None,
     "distributed": False,
+    "texts": [],
+    "output": None,
+    "drawn_in": None,
+    "preview": None,
+    "preview_every": None,
+    "recorded": {},
     **CONDITION_DEFAULTS,
 }
 """Options of `fluxjax generate` that these commands do not have: the same requests are made."""

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,10 +20,14 @@ from fluxjax.cli.condition_source import ConditionOfSize, ConditionParts
 from fluxjax.cli.conditions import load_conditions
 from fluxjax.cli.console import complain, raise_problems
 from fluxjax.cli.device import name_device
+from fluxjax.cli.image_paths import image_paths, line_paths
 from fluxjax.cli.jobs import check_together, join_job
 from fluxjax.cli.memory import with_plan
+from fluxjax.cli.places import BatchSize, PlannedImage
+from fluxjax.cli.preview_file import watch_previews
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import Line, difference, read_prompts, share
+from fluxjax.cli.replay import check_recorded, image_command, replayed, with_command
 from fluxjax.cli.request import Request, check_request_memory, read_request
 from fluxjax.cli.starts import StartFacts, StartImage, describe_start, read_start, start_facts
 from fluxjax.devices.offload import fetch, free, offload, residency
@@ -52,6 +57,7 @@ from fluxjax.shapes import Array, Bool, Float
 
 def generate(options: argparse.Namespace) -> None:
     """Draw the images of a prompt, or those that a file of prompts lacks."""
+    options = replayed(options)
     check_together(options)
     if options.distributed:
         join_job()
@@ -60,10 +66,10 @@ def generate(options: argparse.Namespace) -> None:
     request = read_request(options)
     # Once nothing is wrong with the options: a mistake of theirs is one line.
     name_device(quiet=options.quiet)
-    if request.line is not None:
-        _draw_prompt(request, request.line)
-    elif request.prompts is not None:
+    if request.prompts is not None:
         _draw_file(request, request.prompts)
+    else:
+        _draw_prompts(request)
 
 
 class _Encoders(NamedTuple):
@@ -83,6 +89,12 @@ class _Networks(NamedTuple):
     guidance: Float[Array, ""] | None
     conditions: tuple[ConditionOfSize, ...]
 
+    def at_guidance(self, request: Request) -> "_Networks":
+        """Return the networks with a request's distilled scale. **Raises:** as
+        `distilled_guidance`."""
+        scale = distilled_guidance(self.flux, request.defaults, request.distilled)
+        return self._replace(guidance=scale)
+
     @property
     def guidance_text(self) -> str:
         return "none" if self.guidance is None else f"{float(self.guidance):g}"
@@ -93,6 +105,13 @@ class _Prompts(NamedTuple):
 
     positive: TextStates
     negative: TextStates | None
+
+    @staticmethod
+    def joined(parts: Sequence["_Prompts"]) -> "_Prompts":
+        """Return the prompts of several batches as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
 
     def rows(self, numbers: Sequence[int]) -> "_Prompts":
         negative = None if self.negative is None else self.negative.rows(numbers)
@@ -120,7 +139,7 @@ class _Latents(NamedTuple):
 class _Group(NamedTuple):
     """Images that are drawn together.
 
-    `numbers`: of the images of a prompt, or of the lines of a file. `request`: for their size.
+    `numbers`: of the images of all prompts, or of the lines of a file. `request`: for their size.
     `facts`: of one of the images that are drawn again, or None; all begin at the same time.
     """
 
@@ -135,43 +154,65 @@ class _Group(NamedTuple):
         return Start(times, 0) if self.facts is None else self.facts.repaint.start_of(times)
 
 
-def _draw_prompt(request: Request, line: Line) -> None:
-    """Draw the images of one prompt: encode it, free the encoders, draw, a batch at a time."""
+def _draw_prompts(request: Request) -> None:
+    """Draw the images of prompts: encode them, free the encoders, draw, a batch at a time."""
     is_writer = jax.process_index() == 0
-    facts, start = start_facts(line, request.start, request.timer), read_start(line)
+    facts, start = start_facts(request.lines[0], request.start, request.timer), None
     if facts is not None:
+        start = read_start(request.lines[0])  # all prompts have the same
         request = request.at_size(*facts.padded)
         check_request_memory(request)
     request = with_plan(request)
-    draws = request.draws
-    groups = [_Group(one, request, facts) for one in batches(len(draws), request.batch)]
+    check_recorded(request, facts)
+    paths = image_paths(request)
+    groups = _group_images(request, facts)
     written: list[Path] = []
     reused = 0
     with _clock(request, groups, silent=not is_writer or request.quiet) as clock:
         stages = _Stages(clock, request)
         encoders = stages.load_encoders()
-        stages.note_cut_prompts(encoders.tokenizers, [line] if is_writer else [])
-        prompts = stages.encode(encoders, [line])
+        stages.note_cut_prompts(encoders.tokenizers, request.lines if is_writer else [])
+        prompts = _encode_prompts(stages, encoders)
         stages.show_memory(encoders, None)
         texts = stages.encode_conditions(encoders, is_writer)
         kept = encoders if request.keep_encoders else None
         del encoders
         networks = stages.load_networks(texts)
         stages.show_memory(kept, networks)
+        watch_previews(request, clock, networks.vae)
         drawn = _draw_groups(stages, networks, prompts, groups, start)
-        changes = {} if facts is None else facts.description
         for group, images in zip(groups, drawn, strict=True):
             reused += images.reused
-            about = {}
-            for number in group.numbers:
-                own = line._replace(seed=draws[number][0])
-                metadata = request.metadata(own, networks.guidance_text, changes)
-                about[number] = {**metadata, "image": str(draws[number][1])}
-            written += _write_prompt_images(request, images, about)
+            written += _write_prompt_images(networks, group, images, paths)
     if is_writer:
         if not request.quiet:
             _print_report(clock, request, reused, groups)
         print("\n".join(str(path) for path in written))
+
+
+def _group_images(request: Request, facts: StartFacts | None) -> list[_Group]:
+    """Return the batches of the images of all prompts."""
+    if request.drawn_in is not None:
+        # One image, in each row of a batch of the size that it was drawn in.
+        return [_Group([0] * request.drawn_in.rows, request, facts)]
+    numbers = batches(len(request.draws), request.batch)
+    return [_Group(one, request, facts) for one in numbers]
+
+
+def _encode_prompts(stages: "_Stages", encoders: _Encoders) -> _Prompts:
+    """Encode the prompts one by one; the last bits of a row may depend on those beside it."""
+    request = stages.request
+    if request.drawn_in is not None and request.drawn_in.together:
+        return stages.encode(encoders, request.lines * request.drawn_in.rows)
+    return _Prompts.joined([stages.encode(encoders, [line]) for line in request.lines])
+
+
+def _prompt_rows(request: Request, numbers: Sequence[int]) -> list[int]:
+    """Return the encoded prompt of each image of a batch."""
+    if request.drawn_in is not None and request.drawn_in.together:
+        return list(range(len(numbers)))
+    draws = request.draws
+    return [draws[number].line for number in numbers]
 
 
 def _draw_groups(
@@ -181,7 +222,7 @@ def _draw_groups(
     groups: Sequence[_Group],
     start: StartImage | None,
 ) -> Iterator[_Images]:
-    """Draw the images of one prompt, batch by batch.
+    """Draw the images of all prompts, batch by batch.
 
     Where the plan says so, or nothing follows, the transformer is freed before they are decoded;
     all batches are denoised before.
@@ -193,8 +234,8 @@ def _draw_groups(
     frees = len(groups) == 1 or (request.choice is not None and request.choice.frees)
     denoised = []
     for group in groups:
-        rows = prompts.rows([0] * len(group.numbers))
-        seeds = [draws[number] for number in group.numbers]
+        rows = prompts.rows(_prompt_rows(request, group.numbers))
+        seeds = [draws[number][1:] for number in group.numbers]
         denoised.append(stages.denoise(networks, rows, group, seeds, [start] * len(seeds)))
         if not frees:
             yield stages.decode(networks.vae, denoised.pop())
@@ -205,27 +246,49 @@ def _draw_groups(
 
 
 def _write_prompt_images(
-    request: Request, drawn: _Images, about: Mapping[int, Mapping[str, str]]
+    networks: _Networks, group: _Group, drawn: _Images, paths: Sequence[Path] | None
 ) -> list[Path]:
-    """Write the images of a batch of one prompt; return their paths.
+    """Write the different images of a batch; return their paths.
 
-    **Arguments:** `about`: the metadata of each different image, in order.
+    **Arguments:** `paths`: of all images; None for numbered files.
     **Raises:** `ValueError` for one that is not finite.
     """
-    written = []
-    # The last group repeats its last image.
-    for metadata, image, lost in zip(about.values(), drawn.images, drawn.lost, strict=False):
+    request, written = group.request, []
+    for row, number in enumerate(dict.fromkeys(group.numbers)):  # a repeated one is at the end
+        image = request.draws[number]
+        lost = drawn.lost[row]
         if lost is not None:
-            raise ValueError(f"Image {metadata['image']} {_not_finite(lost)}")
-        if jax.process_index() == 0:
-            written.append(write_numbered(image, request.folder, metadata))
+            raise ValueError(f"Image {image.number} {_not_finite(lost)}")
+        if jax.process_index() > 0:
+            continue
+        line = request.lines[image.line]._replace(seed=image.seed)
+        metadata = _metadata(networks, group, line) | {"image": str(image.number)}
+        size = request.drawn_in or BatchSize(len(group.numbers), together=False)
+        metadata = with_command(metadata, _command(networks, group, line, image), size)
+        if paths is None:
+            written.append(write_numbered(drawn.images[row], request.folder, metadata))
+        else:
+            overwrite = request.overwrite
+            write_png(drawn.images[row], paths[number], metadata, overwrite=overwrite)
+            written.append(paths[number])
     return written
+
+
+def _metadata(networks: _Networks, group: _Group, line: Line) -> dict[str, str]:
+    changes = {} if group.facts is None else group.facts.description
+    return group.request.metadata(line, networks.guidance_text, changes)
+
+
+def _command(networks: _Networks, group: _Group, line: Line, image: PlannedImage) -> str:
+    scale = None if networks.guidance is None else float(networks.guidance)
+    return image_command(group.request, line, image, scale, group.facts)
 
 
 class _Work(NamedTuple):
     """What a process has to do for a file of prompts.
 
     - `lines`: the lines whose images it draws.
+    - `requests`: for their sizes and steps, by the line's id. `paths`: of their images.
     - `facts`: for lines that start from an image, what was read of that image, by the line's id.
     - `replaced`: the ids of lines whose existing images are overwritten.
     - `present`: the number of images that exist already and are kept.
@@ -233,6 +296,8 @@ class _Work(NamedTuple):
     """
 
     lines: list[Line]
+    requests: dict[str, Request]
+    paths: dict[str, Path]
     facts: dict[str, StartFacts]
     replaced: set[str]
     present: int
@@ -242,15 +307,19 @@ class _Work(NamedTuple):
 def _draw_file(request: Request, path: Path) -> None:
     """Draw this process's share of a file's lines that have no image yet.
 
-    An image depends on its line and on the batch size; it is written whole or not at all.
+    An image depends on its line, on --batch, and on the number of lines like it; it is written
+    whole or not at all.
     """
     lines, problems = read_prompts(path, guided=request.is_guided)
+    paths, repeated = line_paths(request, lines)
+    lines = [line for line in lines if line.id in paths]
     mine = share(lines, jax.process_index(), jax.process_count())
-    work = _sort_lines(request, mine)
-    problems += work.problems
+    work = _sort_lines(request, mine, paths)
+    problems += repeated + work.problems
     written = 0
     if work.lines:
-        groups = _group_lines(request, work, min(request.batch, max(len(lines), 1)))
+        alike = Counter(_kind(request.of_line(line)) for line in lines)
+        groups = _group_lines(request, work, alike)
         request = _with_plan_of_largest(request, groups)
         reused = 0
         with _clock(request, groups, silent=request.quiet) as clock:
@@ -261,32 +330,43 @@ def _draw_file(request: Request, path: Path) -> None:
             stages.show_memory(encoders, networks)
             for group in groups:
                 chosen = [work.lines[number] for number in group.numbers]
-                drawn = _draw_lines(stages, encoders, networks, group, chosen)
+                try:
+                    own = networks.at_guidance(group.request)
+                except ValueError as error:
+                    problems += [f"line {line.number}: {error}" for line in dict.fromkeys(chosen)]
+                    continue
+                watch_previews(group.request, clock, networks.vae)
+                drawn = _draw_lines(stages, encoders, own, group, chosen)
                 reused += drawn.reused
-                count, more = _write_lines(request, networks, chosen, drawn, work)
+                count, more = _write_lines(group, own, chosen, drawn, work)
                 written += count
                 problems += more
         if not request.quiet:
             _print_report(clock, request, reused, groups)
     if not request.quiet:
+        place = request.folder if request.output is None else request.output.text
         print(
-            f"{written} images written to {request.folder}, {work.present} were there, "
+            f"{written} images written to {place}, {work.present} were there, "
             f"{len(lines)} lines in all"
         )
     raise_problems(path, problems)
 
 
-def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
+def _sort_lines(request: Request, lines: Sequence[Line], paths: Mapping[str, Path]) -> _Work:
     """Sort lines by whether their images are there, and are theirs."""
-    work = _Work([], {}, set(), 0, [])
+    work = _Work([], {}, {**paths}, {}, set(), 0, [])
     present = 0
     for line in lines:
-        path = line.image(request.folder)
+        path = paths[line.id]
         try:
-            facts = start_facts(line, request.start, request.timer)
+            own = request.of_line(line)
+            facts = start_facts(line, own.start, own.timer)
+            sized = own if facts is None else own.at_size(*facts.padded)
+            check_request_memory(sized)
         except (ValueError, OSError) as error:
             work.problems.append(f"line {line.number}: {error}")
             continue
+        work.requests[line.id] = sized
         if facts is not None:
             work.facts[line.id] = facts
         if not path.exists() and not path.is_symlink():
@@ -294,7 +374,7 @@ def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
             continue
         found = read_metadata(path)
         changes = {} if facts is None else facts.description
-        expected = request.metadata(line, request.expected_guidance(found), changes)
+        expected = sized.metadata(line, sized.expected_guidance(found), changes)
         reason = difference(found, expected)
         if reason is None:
             present += 1
@@ -308,23 +388,35 @@ def _sort_lines(request: Request, lines: Sequence[Line]) -> _Work:
     return work._replace(present=present)
 
 
-def _group_lines(request: Request, work: _Work, size: int) -> list[_Group]:
-    """Return the lines' numbers in batches, whose images have one size and begin at one time."""
-    alike: dict[tuple, list[int]] = {}
+def _kind(request: Request) -> tuple:
+    """Return what lines share that are drawn together: size, number of steps, guidance."""
+    return request.height, request.width, request.steps, request.distilled
+
+
+def _group_lines(request: Request, work: _Work, alike: Mapping[tuple, int]) -> list[_Group]:
+    """Return the lines' numbers in batches of what is alike and begins at one time. Those of one
+    size follow one another.
+
+    A batch has as many rows whichever lines have their images already: the last one of a kind
+    repeats its last line.
+
+    **Arguments:** `alike`: how many lines of the file there are of each kind.
+    """
+    numbers_by_kind: dict[tuple, list[int]] = {}
     for number, line in enumerate(work.lines):
-        facts = work.facts.get(line.id)
-        kind: tuple = ()
+        kind, facts = _kind(work.requests[line.id]), work.facts.get(line.id)
         if facts is not None:
-            kind = (*facts.padded, facts.repaint.strength, facts.repaint.rule, facts.has_mask)
-        alike.setdefault(kind, []).append(number)
+            kind += (facts.repaint.strength, facts.repaint.rule, facts.has_mask)
+        numbers_by_kind.setdefault(kind, []).append(number)
     groups = []
-    for numbers in alike.values():
-        facts = work.facts.get(work.lines[numbers[0]].id)
-        sized = request if facts is None else request.at_size(*facts.padded)
-        check_request_memory(sized)
-        for places in batches(len(numbers), size):
-            groups.append(_Group([numbers[place] for place in places], sized, facts))
-    return groups
+    for numbers in numbers_by_kind.values():
+        line = work.lines[numbers[0]]
+        size = max(1, min(request.batch, alike[_kind(request.of_line(line))]))
+        for start in range(0, len(numbers), size):
+            chosen = (numbers[start:] + [numbers[-1]] * size)[:size]
+            groups.append(_Group(chosen, work.requests[line.id], work.facts.get(line.id)))
+    # All of one size use the same compiled programs, also where they have other steps.
+    return sorted(groups, key=lambda group: (group.request.height, group.request.width))
 
 
 def _with_plan_of_largest(request: Request, groups: Sequence[_Group]) -> Request:
@@ -355,7 +447,7 @@ def _draw_lines(
 
 
 def _write_lines(
-    request: Request,
+    group: _Group,
     networks: _Networks,
     lines: Sequence[Line],
     drawn: _Images,
@@ -369,14 +461,17 @@ def _write_lines(
             problems.append(f"line {line.number}: its image {_not_finite(lost)}")
             continue
         with suppress(FileExistsError):  # another process has drawn it since
-            facts = work.facts.get(line.id)
-            changes = {} if facts is None else facts.description
-            metadata = request.metadata(line, networks.guidance_text, changes)
-            overwrite = line.id in work.replaced
-            write_png(image, line.image(request.folder), metadata, overwrite=overwrite)
+            planned = PlannedImage(0, line.seed, 0)
+            own = group._replace(facts=work.facts.get(line.id))
+            size = BatchSize(len(lines), together=True)
+            metadata = with_command(
+                _metadata(networks, own, line), _command(networks, own, line, planned), size
+            )
+            path = work.paths[line.id]
+            write_png(image, path, metadata, overwrite=line.id in work.replaced)
             written += 1
-            if request.quiet:
-                print(line.image(request.folder))
+            if group.request.quiet:
+                print(path)
     return written, problems
 
 

@@ -8,6 +8,7 @@ from fluxjax.cli.options import (
     MAX_IMAGES,
     MAX_STEPS,
     MAX_TOKENS,
+    PREVIEW_STEPS,
     BlockSizesReader,
     NameOrFile,
     OptionGroup,
@@ -18,23 +19,26 @@ from fluxjax.cli.options import (
     finite_number,
     image_count,
     image_number,
+    png_path,
     seed,
     seeds,
     step_count,
     token_count,
     unicode_text,
 )
+from fluxjax.cli.output_pattern import FIELDS, output_pattern
 from fluxjax.cli.shared_options import (
     add_cfg,
     add_churn,
     add_compilation_cache,
     add_dtype,
-    add_flux,
     add_guidance,
     add_integrator,
+    add_json,
     add_mesh,
     add_model,
     add_output_folder,
+    add_parts,
     add_quantize,
     add_rule,
     add_shift,
@@ -51,6 +55,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="plan for an NVIDIA GPU with so much memory, as 12GB (default: for this machine)",
     )
+    add_json(parser)
     add_generate_options(parser, needs_prompt=False)
 
 
@@ -59,7 +64,8 @@ def add_generate_options(parser: argparse.ArgumentParser, *, needs_prompt: bool 
 
     `needs_prompt`: whether a prompt, or a file of them, has to be given.
     """
-    _add_prompt_options(parser.add_argument_group("prompt"), needs_prompt)
+    parser.set_defaults(find_problem=_prompt_problem if needs_prompt else _prompts_problem)
+    _add_prompt_options(parser.add_argument_group("prompt"))
     _add_image_options(parser.add_argument_group("images"))
     _add_start_options(parser.add_argument_group("images drawn again"))
     add_condition_options(parser.add_argument_group("conditions beside the prompt"))
@@ -71,15 +77,45 @@ def add_generate_options(parser: argparse.ArgumentParser, *, needs_prompt: bool 
     _add_device_options(parser.add_argument_group("devices"))
 
 
-def _add_prompt_options(group: OptionGroup, required: bool) -> None:
-    prompt = group.add_mutually_exclusive_group(required=required)
-    prompt.add_argument("prompt", nargs="?", type=unicode_text, help="text that the image shows")
-    prompt.add_argument(
+def _prompt_problem(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with the prompts that are given, if anything is."""
+    if not options.texts and options.prompts is None and options.source_image is None:
+        return "one of the arguments prompt --prompts --from is required"
+    return _prompts_problem(options)
+
+
+def _prompts_problem(options: argparse.Namespace) -> str | None:
+    if options.texts and options.prompts is not None:
+        return "argument --prompts: not allowed with argument prompt"
+    if len(options.texts) > 1 and options.prompt_2 is not None:
+        return "argument --prompt-2: not allowed with several prompts"
+    return None
+
+
+def _add_prompt_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "texts",
+        nargs="*",
+        default=[],
+        type=unicode_text,
+        metavar="prompt",
+        help="text that the image shows; several draw the images of each",
+    )
+    group.add_argument(
         "--prompts",
         type=file_path,
         metavar="FILE",
         help="draw an image for each line of a file instead: a JSON object with prompt and, "
-        "optionally, prompt_2, negative_prompt, id, seed, init_image, mask and strength",
+        "optionally, prompt_2, negative_prompt, id, seed, height, width, steps, guidance, "
+        "init_image, mask and strength",
+    )
+    group.add_argument(
+        "--from",
+        dest="source_image",
+        type=file_path,
+        metavar="IMAGE",
+        help="draw an image of this command again as its metadata say; what else is given "
+        "replaces what they say",
     )
     group.add_argument(
         "--prompt-2",
@@ -105,6 +141,12 @@ def _add_prompt_options(group: OptionGroup, required: bool) -> None:
 
 def _add_image_options(group: OptionGroup) -> None:
     add_size(group)
+    _add_counts(group)
+    _add_output_options(group)
+    _add_preview_options(group)
+
+
+def _add_counts(group: OptionGroup) -> None:
     group.add_argument(
         "--aspect",
         type=aspect,
@@ -135,7 +177,18 @@ def _add_image_options(group: OptionGroup) -> None:
     chosen.add_argument(
         "--seeds", type=seeds, metavar="SEEDS", help="several seeds, separated by commas"
     )
-    add_output_folder(group, "flux_N.png or, with --prompts, ID.png")
+
+
+def _add_output_options(group: OptionGroup) -> None:
+    folder = group.add_mutually_exclusive_group()
+    add_output_folder(folder, "flux_N.png or, with --prompts, ID.png")
+    folder.add_argument(
+        "--output",
+        type=output_pattern,
+        metavar="PATTERN",
+        help=f"paths of the images, with fields in braces: {', '.join(FIELDS)}; as "
+        "out/{prompt}_{seed}.png",
+    )
     group.add_argument(
         "--quiet",
         action="store_true",
@@ -145,7 +198,23 @@ def _add_image_options(group: OptionGroup) -> None:
         "--overwrite",
         action="store_true",
         help="with --prompts, draw an image again if the existing one was made with another "
-        "prompt, seed or option",
+        "prompt, seed or option; with --output, replace files that exist",
+    )
+
+
+def _add_preview_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--preview",
+        type=png_path,
+        metavar="FILE",
+        help="a PNG that shows what the images of a batch are becoming; it is replaced as they are "
+        "drawn",
+    )
+    group.add_argument(
+        "--preview-every",
+        type=step_count,
+        metavar="STEPS",
+        help=f"steps between two previews (default: {PREVIEW_STEPS}; 1 shows every step)",
     )
 
 
@@ -189,7 +258,7 @@ def _add_start_options(group: OptionGroup) -> None:
 def add_model_options(group: OptionGroup) -> None:
     """Add the options of the model, its dtype and its adapters."""
     add_model(group)
-    add_flux(group)
+    add_parts(group)
     add_dtype(group)
     group.add_argument(
         "--lora",

@@ -37,6 +37,8 @@ def check_together(options: argparse.Namespace) -> None:
     for one, other, message in _EXCLUSIVE:
         if getattr(options, one) and getattr(options, other):
             raise ValueError(message)
+    if options.preview_every is not None and options.preview is None:
+        raise ValueError("--preview-every does nothing without --preview. Give a file.")
     _check_start_options(options)
     if options.prompts is None:
         _check_prompt_options(options)
@@ -50,9 +52,9 @@ def _check_prompt_options(options: argparse.Namespace) -> None:
             "--offload-encoders does nothing for one prompt: once it is encoded they are freed. "
             "Leave it out."
         )
-    if options.overwrite:
+    if options.overwrite and options.output is None:
         raise ValueError(
-            "--overwrite does nothing without --prompts: the images of one prompt get new numbers. "
+            "--overwrite does nothing without --prompts or --output: images get new numbers. "
             "Leave it out."
         )
     if options.distributed and options.mesh is None:
@@ -92,6 +94,7 @@ def _check_start_options(options: argparse.Namespace) -> None:
 def _check_file_options(options: argparse.Namespace) -> None:
     values = {
         "--init-image": options.init_image is not None,
+        "--from": options.source_image is not None,
         "--prompt-2": options.prompt_2 is not None,
         "--seed": options.seed is not None,
         "--seeds": options.seeds is not None,

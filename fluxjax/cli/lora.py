@@ -1,6 +1,8 @@
 """The commands about adapters: `fluxjax lora inspect`, `convert` and `extract`."""
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from fluxjax.checkpoint.detect import open_source
@@ -16,7 +18,8 @@ from fluxjax.lora.write import write_lora
 
 def run_lora_inspect(options: argparse.Namespace) -> None:
     """Print what an adapter contains."""
-    print(describe_lora(interruptible(adapter_file, options.adapter.place)))
+    summary = describe_lora(interruptible(adapter_file, options.adapter.place))
+    print(json.dumps(asdict(summary)) if options.json else summary)
 
 
 def run_lora_convert(options: argparse.Namespace) -> None:

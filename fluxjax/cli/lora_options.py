@@ -4,12 +4,13 @@ import argparse
 
 from fluxjax.cli.choices import LORA_FORMATS
 from fluxjax.cli.options import adapter, file_path, lora_rank
-from fluxjax.cli.shared_options import ADAPTER_HELP, SOURCE_HELP, add_layout
+from fluxjax.cli.shared_options import ADAPTER_HELP, SOURCE_HELP, add_json, add_layout
 
 
 def add_lora_inspect_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fluxjax lora inspect` to its parser."""
     parser.add_argument("adapter", type=adapter, metavar="FILE", help=ADAPTER_HELP)
+    add_json(parser)
 
 
 def add_lora_merge_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fluxjax.cli.compare_options import add_compare_options
+from fluxjax.cli.completion_options import add_completion_options
 from fluxjax.cli.console import interruptible, run_command
 from fluxjax.cli.edit_options import (
     add_edit_options,
@@ -148,6 +149,14 @@ COMMANDS = (
         "fluxjax.cli.models:run_models",
     ),
     Command(
+        "completion",
+        "print a script that completes commands in a shell",
+        "Print a script by which a shell completes commands, options and their values. Write it to "
+        "a file that the shell reads when it starts.",
+        add_completion_options,
+        "fluxjax.cli.completion:run_completion",
+    ),
+    Command(
         "download",
         "download a model",
         "Download the files of a model that fluxjax reads into the hub's cache, and print their "
@@ -228,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def build_parser() -> Parser:
     """Return the parser of all commands; its result has the chosen command's `function`."""
     parser = Parser(prog="fluxjax", description="FLUX for JAX.")
+    parser.set_defaults(root=parser)
     parser.add_argument("--version", action="version", version=f"fluxjax {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -4,9 +4,9 @@ from dataclasses import replace
 from functools import cache
 
 from fluxjax.cli.console import complain
-from fluxjax.cli.request import Request, demand_of
+from fluxjax.cli.request import Request, configs_of, demand_of
 from fluxjax.generate.device_memory import MachineMemory, machine_memory
-from fluxjax.generate.limits import first_device, gigabytes, read_configs
+from fluxjax.generate.limits import first_device, gigabytes
 from fluxjax.generate.memory_plan import Choice, Job, MemoryPlan, plan_memory
 from fluxjax.generate.network_bytes import NOTHING, STREAMED, NetworkBytes, bytes_of_source
 from fluxjax.nets.quantized import EIGHT_BITS
@@ -18,7 +18,7 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
     **Arguments:** `picture`: whether a command draws it from a picture: all networks are then
     loaded first, and text encoders wait in the host's memory.
     """
-    configs = read_configs(request.model)
+    configs = configs_of(request)
     family, dtype = request.family, request.load.dtype
     sizes: dict[str, NetworkBytes] = {}
     for name in family.networks:
@@ -27,7 +27,7 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
         sizes[name] = bytes_of_source(name, source, config=config, dtype=dtype)
     beside, image_encoders = _condition_bytes(request)
     has_file = request.prompts is not None
-    rows = request.batch if has_file else len(request.draws)
+    rows = request.batch if has_file else max(request.batch, len(request.draws))
     return Job(
         demand=demand_of(request)._replace(rows=rows),
         configs=configs,

@@ -1,6 +1,7 @@
 """Readers of the values of options: each converts a text, or says in one line what is wrong."""
 
 import argparse
+import itertools
 import math
 import os
 import pkgutil
@@ -25,6 +26,8 @@ MIN_NORMAL_FLOAT32 = 2.0**-126
 """The smallest positive float32 of full precision."""
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000
+PREVIEW_STEPS = 4
+"""Steps between two previews."""
 MAX_PIXELS = 2**16
 """Pixels along a side of an image."""
 MAX_ASPECT = 8
@@ -42,7 +45,12 @@ _SHOWN = 60
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line.
+
+    What it parses has an attribute `given`: the words of each option that was given, by the name of
+    the attribute that the option sets. With `find_problem` as a default, a function of what was
+    parsed, the problem that this returns is an error.
+    """
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
         """Parse options, also where words that may be left out follow an option.
@@ -50,13 +58,29 @@ class Parser(argparse.ArgumentParser):
         argparse gives such a word, as a prompt, the value None as soon as an option comes, and then
         refuses it.
         """
+        self._given: dict[str, list[str]] = {}
         namespace, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
-            is_missing = action.nargs == "?" and getattr(namespace, action.dest, "") is None
-            has_word = unknown and not unknown[0].startswith("-")
-            if not action.option_strings and is_missing and has_word:
-                setattr(namespace, action.dest, self._read_word(action, unknown.pop(0)))
+            if action.option_strings:
+                continue
+            if action.nargs == "?" and getattr(namespace, action.dest, "") is None:
+                for word in _leading_words(unknown)[:1]:
+                    setattr(namespace, action.dest, self._read_word(action, word))
+                    unknown.pop(0)
+            elif action.nargs == "*":
+                words = _leading_words(unknown)
+                read = [self._read_word(action, word) for word in words]
+                setattr(namespace, action.dest, [*getattr(namespace, action.dest), *read])
+                unknown = unknown[len(words) :]
+        if not hasattr(namespace, "given"):  # the parser of a command has been here before
+            namespace.given = self._given
         return namespace, unknown
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        if action.option_strings:
+            given = self._given.setdefault(action.dest, [])
+            given += option_words(action.option_strings[-1], arg_strings)
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
     def _read_word(self, action: argparse.Action, word: str) -> object:
         assert callable(action.type)
@@ -79,6 +103,9 @@ class Parser(argparse.ArgumentParser):
             known = self._option_strings(namespace)
             near = suggestion(unknown[0].partition("=")[0], known)
             self.error(f"unrecognized arguments: {printable(' '.join(unknown))}.{near}")
+        problem = getattr(namespace, "find_problem", _no_problem)(namespace)
+        if problem is not None:
+            namespace.parser.error(problem)
         return namespace
 
     def _option_strings(self, namespace: argparse.Namespace) -> list[str]:
@@ -89,6 +116,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
+
+
+def _no_problem(options: argparse.Namespace) -> None:
+    return None
+
+
+def _leading_words(words: Sequence[str]) -> list[str]:
+    """Return the words before the first that looks like an option."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+
+
+def option_words(name: str, values: Sequence[str]) -> list[str]:
+    """Return the words that give an option these values."""
+    if len(values) == 1 and values[0].startswith("-"):  # which would look like an option
+        return [f"{name}={values[0]}"]
+    return [name, *values]
 
 
 def _wrong_value(text: str, needed: str) -> argparse.ArgumentTypeError:
@@ -171,6 +214,14 @@ def file_path(text: str) -> Path:
     if "\0" in text:
         raise _wrong_value(text, "a path without NUL characters")
     return Path(text)
+
+
+def png_path(text: str) -> Path:
+    """Read the path of a PNG that is written."""
+    path = file_path(text)
+    if path.suffix.lower() != ".png":
+        raise _wrong_value(text, "a name that ends in .png")
+    return path
 
 
 class NameList:

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path, option: str = "--output-dir") -> Path:
     """Create a folder if it does not exist, and check that files can be written to it.
 
-    **Arguments:** `folder`: the value of --output-dir.
+    **Arguments:** `option`: that names it, for messages.
     **Returns:** the folder.
     **Raises:** `ValueError` if it can't be created or written to.
     """
@@ -16,11 +16,9 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         folder.absolute()  # raises for a relative path if the current folder was deleted
     except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder} can't be made ({error.strerror}). {remedy}"
-        ) from error
+        raise ValueError(f"{option} {folder} can't be made ({error.strerror}). {remedy}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {folder} is not writable. {remedy}")
+        raise ValueError(f"{option} {folder} is not writable. {remedy}")
     return folder
 
 

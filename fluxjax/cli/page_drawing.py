@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -16,11 +14,11 @@ from jax.typing import DTypeLike
 from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.options import adapter
 from fluxjax.cli.output import encodable
-from fluxjax.generate.autoencode import decode
+from fluxjax.generate.autoencode import decode_tokens
 from fluxjax.generate.draw import DrawHooks, DrawProgress
 from fluxjax.generate.image import to_bytes, write_numbered
 from fluxjax.generate.image_to_image import Repaint, image_to_image
-from fluxjax.generate.latents import seed_key, unpack_latents
+from fluxjax.generate.latents import seed_key
 from fluxjax.generate.load import Models, activation_dtype, load_models
 from fluxjax.generate.prompted import DrawSettings, guidance_of
 from fluxjax.generate.samplers import integrator, timer
@@ -89,21 +87,10 @@ class _PreviewHooks(DrawHooks):
             raise DrawingStoppedError
         if time.monotonic() - self.last < PREVIEW_SECONDS:
             return
-        images = _decode_packed(self.models, progress.estimate, self.size, self.dtype)
+        images = decode_tokens(self.models.vae, progress.estimate, *self.size, dtype=self.dtype)
         status = f"step {progress.done} of {progress.steps}"
         self.sent.put(Drawn([to_bytes(image) for image in images], status, []))
         self.last = time.monotonic()
-
-
-@eqx.filter_jit
-def _decode_packed(
-    models: Models,
-    packed: Float[Array, "images img_tokens channels"],
-    size: tuple[int, int],
-    dtype: DTypeLike,
-) -> Float[Array, "images height width 3"]:
-    latents = jax.vmap(lambda one: unpack_latents(one, *size))(packed)
-    return decode(models.vae, latents, dtype=dtype)
 
 
 class Studio:

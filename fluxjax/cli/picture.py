@@ -17,12 +17,11 @@ from fluxjax.cli.picture_lines import read_picture_lines
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import difference
 from fluxjax.cli.request import Request, read_request
-from fluxjax.devices.offload import offload
 from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices
-from fluxjax.generate.load import Models, assemble_models, load_network, load_tokenizers
+from fluxjax.generate.load import Models, load_parts
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
 from fluxjax.printable import printable
@@ -228,21 +227,11 @@ def _load(request: Request, clock: Clock) -> Models:
     Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
     """
     name_device()
-    offloads = jax.default_backend() != "cpu"
-    family = request.family
-    tokenizers = clock.load("tokenizers", lambda: load_tokenizers(request.model))
-    networks = {}
-    for name in family.networks:
-
-        def load(name: str = name):
-            network = load_network(name, request.model, request.load_of(name), note=complain)
-            return offload(network) if offloads and name in family.text_encoders else network
-
-        networks[name] = clock.load(name, load)
-    return assemble_models(
-        tokenizers,
-        networks,
-        family=family,
-        defaults=request.defaults,
-        mesh=request.load.mesh,
+    models = load_parts(
+        request.model,
+        request.load_of,
+        offload_encoders=jax.default_backend() != "cpu",
+        load=clock.load,
+        note=complain,
     )
+    return models._replace(defaults=request.defaults)

@@ -1,12 +1,15 @@
 """The command `fluxjax plan`: what drawing needs in memory, what there is, and the choice."""
 
 import argparse
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from typing import Any
 
 import jax.numpy as jnp
 
 from fluxjax.cli.jobs import check_together
 from fluxjax.cli.memory import described_choice, job_of
+from fluxjax.cli.replay import replayed
 from fluxjax.cli.request import Request, request_of_options, vae_memory_of
 from fluxjax.devices import choose_strips
 from fluxjax.generate.device_memory import (
@@ -31,8 +34,8 @@ from fluxjax.generate.storages import STORAGES
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print the plan of what `fluxjax generate` would do with these options."""
-    if options.prompt is None:
-        options.prompt = ""
+    options = replayed(options)
+    options.texts = options.texts or [""]
     check_together(options)
     request = request_of_options(options)
     if options.memory is None:
@@ -45,11 +48,44 @@ def run_plan(options: argparse.Namespace) -> None:
             request = replace(request, vae_memory=vae_memory_of(options, request))
     job = job_of(request)
     plan = plan_memory(job, machine, request.fixed)
+    if options.json:
+        print(json.dumps(_values(request, job, machine, plan)))
+        return
     lines = [_title(request), _describe_machine(machine), ""]
     lines += _table(plan)
     lines += ["", *_networks(request, job), ""]
     lines += _conclusion(request, job, machine, plan)
     print("\n".join(lines))
+
+
+def _values(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> dict[str, Any]:
+    """Return the plan as values of JSON; memory in bytes, None where it is not known."""
+    stages = {}
+    for name, need in plan.stages.items():
+        plain = plan.plain[name].total
+        stages[name] = {**need._asdict(), "total": need.total, "without_choice": plain}
+    networks = {}
+    for name, network in ((request.family.transformer, job.transformer), ("t5", job.text)):
+        sizes = {storage.name: network.on_device(storage.name) for storage in STORAGES}
+        sizes |= {"as_is": network.on_device(None), STREAMED: network.on_device(STREAMED)}
+        networks[name] = {"bytes": sizes, "known": network.known}
+    return {
+        "model": request.model,
+        "images": len(request.draws),
+        "height": request.height,
+        "width": request.width,
+        "steps": request.steps,
+        "max_length": request.max_length,
+        "device": machine.device,
+        "memory": machine.pool,
+        "host_memory": machine.host,
+        "stages": stages,
+        "networks": networks,
+        "choice": asdict(plan.choice),
+        "host": plan.host,
+        "fits": plan.fits,
+        "needs_choice": plan.is_needed,
+    }
 
 
 def _title(request: Request) -> str:

@@ -20,7 +20,8 @@ _BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"
 class Clock(DrawHooks):
     """Runs the stages of drawing, times each, and shows a progress bar that names the present one.
 
-    What takes long runs in a worker thread, so that a signal ends it at once.
+    What takes long runs in a worker thread, so that a signal ends it at once. `watch`: called with
+    the progress too, if it is set.
     """
 
     def __init__(self, steps: int, evaluations: int, *, silent: bool = False):
@@ -32,6 +33,7 @@ class Clock(DrawHooks):
         self.programs: dict[Hashable, Future[Callable[..., Any]]] = {}
         self.done = 0
         self.bar = tqdm(total=steps * evaluations, bar_format=_BAR, disable=silent)
+        self.watch: Callable[[DrawProgress], None] | None = None
 
     def __enter__(self) -> "Clock":
         return self
@@ -94,6 +96,8 @@ class Clock(DrawHooks):
         steps = progress.done - self.done
         self.bar.update(steps * self.evaluations)
         self.done = 0 if progress.done == progress.steps else progress.done
+        if self.watch is not None:
+            self.watch(progress)
 
     def report(self) -> str:
         """Return the seconds of each stage, on one line."""

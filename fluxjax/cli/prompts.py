@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from fluxjax.generate.latents import SEEDS
+from fluxjax.cli.options import MAX_FLOAT32, MAX_PIXELS, MAX_STEPS
+from fluxjax.generate.latents import SEEDS, check_size
 from fluxjax.printable import printable
 
 _TEXT_FIELDS = ("prompt", "prompt_2", "negative_prompt", "id", "init_image", "mask")
-_FIELDS = (*_TEXT_FIELDS, "seed", "strength")
+_WHOLE_NUMBERS = {"seed": (0, SEEDS - 1), "steps": (1, MAX_STEPS)} | dict.fromkeys(
+    ("height", "width"), (1, MAX_PIXELS)
+)
+"""The fields that are whole numbers, each with the least and the largest one."""
+_NUMBERS = {"strength": (0, 1), "guidance": (-MAX_FLOAT32, MAX_FLOAT32)}
+_FIELDS = (*_TEXT_FIELDS, *_WHOLE_NUMBERS, *_NUMBERS)
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_ID = 251
 """Characters of an id: file names have at most 255 bytes, and ".png" takes four."""
@@ -29,8 +35,8 @@ class Line(NamedTuple):
     `negative_prompt`: what the image is guided away from; None for that of the command line.
     `id`: the file name of the image, without its ending. `seed`: of the noise. `number`: of the
     line in the file, from 1. `init_image`, `mask`: paths of the image that is drawn again, and of
-    what is repainted of it, from `folder` on. `strength`: how strongly; None for that of the
-    command line.
+    what is repainted of it, from `folder` on. `strength`: how strongly; `height`, `width` (pixels),
+    `steps`, `guidance`: of the image; None for those of the command line.
     """
 
     prompt: str
@@ -43,10 +49,10 @@ class Line(NamedTuple):
     mask: str | None = None
     strength: float | None = None
     folder: Path = Path()
-
-    def image(self, folder: Path) -> Path:
-        """Return the path of the line's image in a folder."""
-        return folder / f"{self.id}.png"
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
     def texts(self) -> dict[str, str]:
         """Return the texts that are encoded, by field."""
@@ -62,16 +68,17 @@ class _Fields(NamedTuple):
     """The values of a line's JSON object, whose types have been checked."""
 
     texts: dict[str, str]
-    seed: int | None
-    strength: float | None
+    whole: dict[str, int]
+    numbers: dict[str, float]
 
 
 def read_prompts(path: Path | str, *, guided: bool = True) -> tuple[list[Line], list[str]]:
     """Read a file of prompts in UTF-8, with or without a byte-order mark.
 
     A line is a JSON object with `prompt` and, optionally, `prompt_2`, `negative_prompt`, `id`,
-    `seed`, `init_image`, `mask` and `strength`. `id` and `seed` are by default the number of the
-    line, counted from 0. Paths begin at the folder of the file. Empty lines are skipped.
+    `seed`, `height`, `width`, `steps`, `guidance`, `init_image`, `mask` and `strength`. `id` and
+    `seed` are by default the number of the line, counted from 0. Paths begin at the folder of the
+    file. Empty lines are skipped.
 
     **Arguments:** `path`: the file. `guided`: whether negative prompts are used. If not, a line
     with one is an error.
@@ -124,25 +131,37 @@ def _read_line(data: bytes, number: int) -> Line:
     texts = fields.texts
     name = texts.get("id", str(number - 1))
     check_id(name)
-    seed = number - 1 if fields.seed is None else fields.seed
-    if not 0 <= seed < SEEDS:
-        shown = str(seed) if abs(seed) < 10**30 else "a number of many digits"
-        raise ValueError(f"its seed is not in [0, 2^63), got {shown}")
-    starts = {"mask": "mask" in texts, "strength": fields.strength is not None}
-    for field, is_given in starts.items():
-        if is_given and "init_image" not in texts:
-            raise ValueError(f"its {field} does nothing without an init_image")
+    _check_start(fields)
+    whole = fields.whole
+    if "height" in whole and "width" in whole:
+        check_size("its size", whole["height"], whole["width"])
     return Line(
         texts["prompt"],
         texts.get("prompt_2"),
         texts.get("negative_prompt"),
         name,
-        seed,
+        whole.get("seed", number - 1),
         number,
         texts.get("init_image"),
         texts.get("mask"),
-        fields.strength,
+        fields.numbers.get("strength"),
+        height=whole.get("height"),
+        width=whole.get("width"),
+        steps=whole.get("steps"),
+        guidance=fields.numbers.get("guidance"),
     )
+
+
+def _check_start(fields: _Fields) -> None:
+    """**Raises:** `ValueError` for a field that does nothing with an image to start from, or
+    without one."""
+    has_image = "init_image" in fields.texts
+    names = ("height", "width") if has_image else ("mask", "strength")
+    for name in names:
+        if name in fields.texts or name in fields.whole or name in fields.numbers:
+            raise ValueError(
+                f"its {name} does nothing {'with' if has_image else 'without'} an init_image"
+            )
 
 
 def check_id(name: str) -> None:
@@ -161,19 +180,18 @@ def _read_fields(data: bytes) -> _Fields:
     parsed = parse_json(data)
     if not isinstance(parsed, dict) or "prompt" not in parsed:
         raise ValueError('it is not an object with a prompt; write {"prompt": "a red star"}')
-    texts: dict[str, str] = {}
-    seed = strength = None
+    fields = _Fields({}, {}, {})
     for name, value in parsed.items():
         if name in _TEXT_FIELDS:
-            texts[name] = check_text(name, value)
-        elif name == "seed":
-            seed = _check_seed(value)
-        elif name == "strength":
-            strength = _check_strength(value)
+            fields.texts[name] = check_text(name, value)
+        elif name in _WHOLE_NUMBERS:
+            fields.whole[name] = _check_whole(name, value)
+        elif name in _NUMBERS:
+            fields.numbers[name] = _check_number(name, value)
         else:
             shown = printable(name, _SHOWN)
             raise ValueError(f"it has an unknown field '{shown}'; there are {', '.join(_FIELDS)}")
-    return _Fields(texts, seed, strength)
+    return fields
 
 
 def check_text(name: str, value: object) -> str:
@@ -189,18 +207,24 @@ def check_text(name: str, value: object) -> str:
     return value
 
 
-def _check_seed(value: object) -> int:
+def _check_whole(name: str, value: object) -> int:
     # In Python True is also an int.
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("its seed is not a whole number")
+        raise ValueError(f"its {name} is not a whole number")
+    least, most = _WHOLE_NUMBERS[name]
+    if not least <= value <= most:
+        shown = str(value) if abs(value) < 10**30 else "a number of many digits"
+        raise ValueError(f"its {name} is not from {least} to {most}, got {shown}")
     return value
 
 
-def _check_strength(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError("its strength is not a number from 0 to 1")
-    return float(value)  # type: ignore[arg-type]
+def _check_number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"its {name} is not a number")
+    least, most = _NUMBERS[name]
+    if not least <= value <= most:
+        raise ValueError(f"its {name} is not from {least:g} to {most:g}")
+    return float(value)
 
 
 def parse_json(data: bytes) -> object:
@@ -252,13 +276,14 @@ def difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | Non
     """Return how an existing image differs from what a line would draw.
 
     **Arguments:** `found`: metadata of the image. `wanted`: metadata that the line would write.
-    **Returns:** a message, or None if the metadata are equal except for the version of fluxjax.
+    **Returns:** a message, or None if the metadata are equal except for the version of fluxjax and
+    how the image was drawn beside others.
     """
     if "prompt" not in found:
         return "there is another file of its name"
     changes = []
     for name in {**wanted, **found}:
-        if name != "version" and found.get(name) != wanted.get(name):
+        if name not in ("version", "command", "batch") and found.get(name) != wanted.get(name):
             changes.append(f"{name} {_shown(found, name)} instead of {_shown(wanted, name)}")
     if not changes:
         return None

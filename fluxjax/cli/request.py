@@ -1,11 +1,12 @@
 """The options of `fluxjax generate` as values: checked, with the model's defaults filled in."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ from fluxjax.cli.adapters import read_adapter, with_shipped_adapters
 from fluxjax.cli.condition_source import ConditionFacts, ConditionSource
 from fluxjax.cli.conditions import check_conditions, condition_sources
 from fluxjax.cli.console import interruptible
+from fluxjax.cli.options import PREVIEW_STEPS
 from fluxjax.cli.output import encodable, writable
+from fluxjax.cli.output_pattern import OutputPattern
+from fluxjax.cli.places import BatchSize, PlannedImage
 from fluxjax.cli.prompts import Line
 from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
@@ -25,6 +29,7 @@ from fluxjax.generate.draw import Recipe
 from fluxjax.generate.image_to_image import Repaint
 from fluxjax.generate.latents import aspect_size, check_size, image_tokens
 from fluxjax.generate.limits import (
+    check_files,
     check_finite_times,
     check_memory,
     default_vae_memory,
@@ -37,7 +42,7 @@ from fluxjax.generate.memory_plan import BFLOAT16, Choice, Fixed, with_storage
 from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache, timer
-from fluxjax.generate.stage_memory import AddedTokens, Demand
+from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand
 from fluxjax.generate.storages import check_storage
 from fluxjax.generate.times_file import TIMES_SUFFIX, read_times
 from fluxjax.generate.velocity import Guidance
@@ -59,15 +64,21 @@ class Request:
     """What is to be drawn, how, and where it is written.
 
     - `model`: its name, folder or hub id; `family`: of it; `defaults`: its default settings.
-    - `line`: the prompt of the command line, or None if `prompts` names a file of prompts.
+    - `lines`: the prompts of the command line; none if `prompts` names a file of prompts.
     - `start`: strength and repeats for lines that start from an image of their own. Their masks are
       read later.
-    - `timer`: a function of height and width (pixels) that returns the sampling times.
+    - `timer`: a function of height and width (pixels) that returns the sampling times; `timers`:
+      of a number of steps, returns another timer.
     - `negative_prompt`: for lines without one; None if the option is not given.
     - `images`, `batch`: the number of images of each seed, and how many are drawn at once.
     - `seeds`: of the images of one prompt. `first_image`: the number of the first image of each.
     - `height`, `width`: of the images in pixels. An image that a line starts from is drawn at its
       own size instead.
+    - `output`: the pattern of the images' paths; None writes numbered files, or those of the
+      lines' ids, to `folder`.
+    - `drawn_in`: of an image that is drawn again, the size of its batch.
+    - `recorded`: metadata that the image must have, of one that is drawn again.
+    - `given`: the words of each option that was given, by its name.
     - `max_length`: the number of T5 tokens.
     - `recipe`: times, integrator and guidance.
     - `distilled`: the distilled guidance scale; None takes the model's.
@@ -75,6 +86,8 @@ class Request:
     - `load`: how networks are loaded; `dtype`: of the activations.
     - `conditions`: what all images are conditioned on beside their prompts. `features`: how many
       the command itself appends to each image token.
+    - `preview`: a file that shows what images are becoming, or None; `preview_every`: the steps
+      between two of them.
     - `quiet`: whether only the files of the images are printed.
     - `description`: the entries of each image's metadata that describe the options, in order.
     - `fixed`: what a plan of the memory may not change; `choice`: what it has chosen, or None.
@@ -84,10 +97,11 @@ class Request:
     model: str
     family: Family
     defaults: Defaults
-    line: Line | None
+    lines: tuple[Line, ...]
     prompts: Path | None
     start: Repaint
     timer: Callable[[int, int], Times]
+    timers: Callable[[int], Callable[[int, int], Times]]
     negative_prompt: str | None
     images: int
     batch: int
@@ -104,21 +118,33 @@ class Request:
     conditions: tuple[ConditionSource, ...]
     features: int
     folder: Path
+    output: OutputPattern | None
     overwrite: bool
     keep_encoders: bool
     offload_encoders: bool
     show_memory: bool
     quiet: bool
+    preview: Path | None
+    preview_every: int
     description: Mapping[str, str]
     fixed: Fixed
+    recorded: Mapping[str, str]
+    given: Mapping[str, Sequence[str]]
     choice: Choice | None = None
     reference_tokens: int = 0
+    drawn_in: BatchSize | None = None
 
     @property
-    def draws(self) -> list[tuple[int, int]]:
-        """The seed and the number of each image of one prompt, in order."""
+    def line(self) -> Line | None:
+        """The first prompt of the command line, if there is one."""
+        return self.lines[0] if self.lines else None
+
+    @property
+    def draws(self) -> list[PlannedImage]:
+        """The images of the command line's prompts, in order."""
         numbers = range(self.first_image, self.first_image + self.images)
-        return [(seed, number) for seed in self.seeds for number in numbers]
+        planned = itertools.product(range(len(self.lines)), self.seeds, numbers)
+        return [PlannedImage(*one) for one in planned]
 
     @property
     def steps(self) -> int:
@@ -165,6 +191,25 @@ class Request:
         """Return the request for another image size, in pixels, with the times for it."""
         recipe = replace(self.recipe, times=self.timer(height, width))
         return replace(self, height=height, width=width, recipe=recipe)
+
+    def of_line(self, line: Line) -> "Request":
+        """Return the request with a line's own size, steps and guidance.
+
+        **Raises:** `ValueError` for a size that is none of an image, or steps of a file of times.
+        """
+        if (line.height, line.width, line.steps, line.guidance) == (None,) * 4:
+            return self
+        height, width = _or_default(line.height, self.height), _or_default(line.width, self.width)
+        check_size("its size", height, width)
+        steps = _or_default(line.steps, self.steps)
+        about = {"steps": str(steps), "size": f"{width}x{height}"}
+        changed = replace(
+            self,
+            timer=self.timer if line.steps is None else self.timers(steps),
+            distilled=_or_default(line.guidance, self.distilled),
+            description={**self.description, **about},
+        )
+        return changed.at_size(height, width)
 
     def metadata(
         self, line: Line, guidance: str, changes: Mapping[str, str] = MappingProxyType({})
@@ -231,11 +276,22 @@ def read_request(
     if request.load.quantize is not None:
         check_storage(request.load.quantize, first_device())
     request.check_conditions(known_flux_config(options.flux or options.model))
+    if request.output is not None:
+        return request
     return replace(request, folder=writable(options.output_dir))
+
+
+_AS_GIVEN = (
+    *("model", "prompts", "negative_prompt", "images", "first_image", "output", "overwrite"),
+    *("keep_encoders", "offload_encoders", "show_memory", "quiet", "preview"),
+    *("drawn_in", "recorded", "given"),
+)
+"""Fields of a request that are options as they are."""
 
 
 def request_of_options(options: argparse.Namespace, *, takes: str | None = None) -> Request:
     """Return the options as values, without a look at the machine. Arguments as `read_request`."""
+    check_files(_files(options), family_of_source(options.model))
     conditions = condition_sources(options)
     needs = [takes, *(condition.takes for condition in conditions)]
     options.lora = with_shipped_adapters(options.model, options.lora, needs)
@@ -244,20 +300,19 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
     _check_guidance(options)
     dtype = activation_dtype() if options.dtype is None else jnp.dtype(options.dtype)
     mesh = _mesh(options)
-    times = _timer(options, sizes, defaults)
+    timers = _timers(options, sizes, defaults)
+    times = timers(sizes.steps)
+    as_given: dict[str, Any] = {name: getattr(options, name) for name in _AS_GIVEN}
     request = Request(
-        model=options.model,
+        **as_given,
         family=family_of_source(options.model),
         defaults=defaults,
-        line=_line(options),
-        prompts=options.prompts,
+        lines=_lines(options),
         start=start_of_options(options),
         timer=times,
-        negative_prompt=options.negative_prompt,
-        images=options.images,
+        timers=timers,
         batch=sizes.batch,
         seeds=_seeds(options),
-        first_image=options.first_image,
         height=sizes.height,
         width=sizes.width,
         max_length=sizes.max_length,
@@ -269,11 +324,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         conditions=conditions,
         features=APPENDED_FEATURES.get(takes or "", 0),
         folder=options.output_dir,
-        overwrite=options.overwrite,
-        keep_encoders=options.keep_encoders,
-        offload_encoders=options.offload_encoders,
-        show_memory=options.show_memory,
-        quiet=options.quiet,
+        preview_every=_or_default(options.preview_every, PREVIEW_STEPS),
         description=_description(options, sizes, conditions),
         fixed=_fixed(options),
     )
@@ -317,11 +368,16 @@ def demand_of(request: Request) -> Demand:
     )
 
 
+def configs_of(request: Request) -> Configs:
+    """Return the configs of the networks that a request is drawn with."""
+    return read_configs(request.model, request.load.files)
+
+
 def check_request_memory(request: Request) -> None:
     """**Raises:** `ValueError` if what is requested can't fit in memory."""
     mesh = request.load.mesh
     devices = 1 if mesh is None else mesh.size
-    check_memory(demand_of(request), read_configs(request.model), devices=devices)
+    check_memory(demand_of(request), configs_of(request), devices=devices)
 
 
 def _fixed(options: argparse.Namespace) -> Fixed:
@@ -356,7 +412,7 @@ def vae_memory_of(options: argparse.Namespace, request: Request) -> float | None
         return None
     if options.vae_memory is not None:
         return options.vae_memory
-    return default_vae_memory(demand_of(request), read_configs(request.model))
+    return default_vae_memory(demand_of(request), configs_of(request))
 
 
 def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
@@ -364,9 +420,11 @@ def _sizes(options: argparse.Namespace, defaults: Defaults) -> _Sizes:
     check_size("--height and --width", height, width)
     if options.prompts is not None:
         batch = _or_default(options.batch, 1)
+    elif options.drawn_in is not None:
+        batch = options.drawn_in.rows
     else:
         # Never more rows than images: what is drawn beyond them would be thrown away.
-        count = options.images * len(_seeds(options))
+        count = options.images * len(_seeds(options)) * len(_texts(options))
         batch = min(_or_default(options.batch, count), count)
     times = _times_of_file(options)
     return _Sizes(
@@ -414,31 +472,54 @@ def _times_of_file(options: argparse.Namespace) -> Times | None:
     return times
 
 
-def _timer(
+def _timers(
     options: argparse.Namespace, sizes: _Sizes, defaults: Defaults
-) -> Callable[[int, int], Times]:
-    """Return the function that gives the times for a height and a width."""
+) -> Callable[[int], Callable[[int, int], Times]]:
+    """Return the function that gives, for a number of steps, the timer of heights and widths."""
 
-    def times(height: int, width: int) -> Times:
-        if sizes.times is not None:
-            return sizes.times
-        nodes = timer(options.timer, sizes.steps, defaults, height, width, shift=options.shift)
-        check_finite_times(nodes)
-        return nodes
+    def timer_of(steps: int) -> Callable[[int, int], Times]:
+        if sizes.times is not None and steps != sizes.steps:
+            raise ValueError(
+                f"its {steps} steps are not those of the file of times, {sizes.steps}; leave them "
+                "out"
+            )
 
-    return times
+        def times(height: int, width: int) -> Times:
+            if sizes.times is not None:
+                return sizes.times
+            nodes = timer(options.timer, steps, defaults, height, width, shift=options.shift)
+            check_finite_times(nodes)
+            return nodes
+
+        return times
+
+    return timer_of
 
 
-def _line(options: argparse.Namespace) -> Line | None:
-    """Return the prompt of the command line, unless a file of prompts is given."""
+def _texts(options: argparse.Namespace) -> list[str]:
+    """Return the prompts of the command line."""
+    return options.texts or [options.prompt]
+
+
+def _lines(options: argparse.Namespace) -> tuple[Line, ...]:
+    """Return the prompts of the command line, unless a file of prompts is given."""
     if options.prompts is not None:
-        return None
+        return ()
     seed = _seeds(options)[0]
-    line = Line(options.prompt, options.prompt_2, options.negative_prompt, "", seed)
-    if options.init_image is None:
-        return line
-    mask = None if options.mask is None else str(options.mask)
-    return line._replace(init_image=str(options.init_image), mask=mask)
+    lines = []
+    for text in _texts(options):
+        line = Line(text, options.prompt_2, options.negative_prompt, "", seed)
+        if options.init_image is not None:
+            mask = None if options.mask is None else str(options.mask)
+            line = line._replace(init_image=str(options.init_image), mask=mask)
+        lines.append(line)
+    return tuple(lines)
+
+
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    """Return the files that replace networks of the model, as `LoadOptions` takes them."""
+    names = ("flux", "vae", "t5", "clip")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:
@@ -447,7 +528,7 @@ def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -
         adapters.append((read_adapter(adapter), adapter.scale))
     return LoadOptions(
         dtype=None if options.dtype is None else jnp.dtype(options.dtype),
-        transformer=options.flux,
+        files=_files(options),
         mesh=mesh,
         adapters=tuple(adapters),
         quantize=options.quantize,
@@ -521,8 +602,8 @@ def _description(
     if options.max_sequence_length is not None:
         about["max_sequence_length"] = str(options.max_sequence_length)
     about["model"] = encodable(options.model)
-    if options.flux is not None:
-        about["flux"] = encodable(str(options.flux))
+    for name, file in _files(options).items():
+        about[name] = encodable(file)
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         if value is not None:

@@ -38,14 +38,20 @@ def add_model(group: OptionGroup) -> None:
     )
 
 
-def add_flux(group: OptionGroup) -> None:
-    """Add the option that replaces the model's transformer."""
+def add_parts(group: OptionGroup) -> None:
+    """Add the options that replace networks of the model."""
     group.add_argument(
         "--flux",
         metavar="FILE",
         help="a file or folder in any layout whose transformer replaces the model's; the matrices "
         "of GGUF and NF4 files stay packed (default: the model's own)",
     )
+    for name, title in (("vae", "VAE"), ("t5", "T5 encoder"), ("clip", "CLIP text encoder")):
+        group.add_argument(
+            f"--{name}",
+            metavar="FILE",
+            help=f"a file or folder whose {title} replaces the model's (default: its own)",
+        )
 
 
 def add_dtype(group: OptionGroup) -> None:
@@ -196,6 +202,11 @@ def add_compilation_cache(group: OptionGroup) -> None:
         metavar="DIR",
         help="folder in which compiled programs are kept (default: %(default)s)",
     )
+
+
+def add_json(group: OptionGroup) -> None:
+    """Add the option that prints what is known for other programs."""
+    group.add_argument("--json", action="store_true", help="print all of it as one JSON object")
 
 
 def add_layout(group: OptionGroup) -> None:

@@ -1,6 +1,8 @@
 """The commands about weights: `fluxjax convert`, `inspect`, `download`, and `lora merge`."""
 
 import argparse
+import json
+from dataclasses import asdict
 from types import TracebackType
 
 import jax.numpy as jnp
@@ -81,7 +83,11 @@ class _ByteBar:
 def run_inspect(options: argparse.Namespace) -> None:
     """Print what a file or folder contains. **Raises:** `SystemExit(1)` if it does not load."""
     report = inspect_weights(options.source)
-    print(report)
+    if options.json:
+        networks = [{**asdict(one), "whole": one.whole} for one in report.networks]
+        print(json.dumps({**asdict(report), "networks": networks, "whole": report.whole}))
+    else:
+        print(report)
     if not report.whole:
         raise SystemExit(1)
 

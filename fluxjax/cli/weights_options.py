@@ -3,7 +3,7 @@
 import argparse
 
 from fluxjax.cli.options import byte_count, file_path
-from fluxjax.cli.shared_options import SOURCE_HELP, add_layout, add_network_filter
+from fluxjax.cli.shared_options import SOURCE_HELP, add_json, add_layout, add_network_filter
 from fluxjax.zoo import ZOO
 
 
@@ -31,6 +31,7 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
         "source",
         help="a file or folder in any layout, or the name or hub id of a downloaded model",
     )
+    add_json(parser)
 
 
 def add_download_options(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def free(network: PyTree) -> None:
             leaf.delete()
 
 
-def residency(networks: Mapping[str, PyTree]) -> str:
+def residency(networks: Mapping[str, object]) -> str:
     """Return where the bytes of networks are: on devices, in the host's memory, or in files.
 
     **Arguments:** `networks`: by name; None for one that is not in memory.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.flow.step import Step, time_dtype
-from fluxjax.flow.velocity import Memory, Velocity
+from fluxjax.flow.velocity import AnyVelocity, Memory, Velocity
 from fluxjax.numeric import check_finite, is_concrete_number
 from fluxjax.shapes import Array, Scalar
 
@@ -76,7 +76,7 @@ def checked_times(call: str, step: Step, times: Array, x: Array) -> Array:
     return times
 
 
-def checked_velocity(call: str, velocity: Velocity) -> Velocity:
+def checked_velocity(call: str, velocity: AnyVelocity) -> Velocity:
     """Return a velocity whose values are cast to the dtype of x; see `cast_value`."""
 
     # A velocity without a memory takes no argument of that name, so none is passed to it.

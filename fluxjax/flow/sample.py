@@ -1,6 +1,6 @@
 """Sampling: a velocity integrated over an array of times, in one loop or in segments of one."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import OptionalKey, Step, StepState
-from fluxjax.flow.velocity import Memory, MemoryCarrier, Velocity, initial_memory
+from fluxjax.flow.velocity import AnyVelocity, Memory, MemoryCarrier, Velocity, initial_memory
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
 
 
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 @convert_arguments
 def sample(
-    velocity: Velocity,
+    velocity: AnyVelocity,
     x: Float[Array, "*shape"],
     times: Float[Array, " nodes"],
     *,
@@ -115,7 +115,7 @@ class SampleState(eqx.Module):
 
 @convert_arguments
 def begin_sample(
-    velocity: Velocity,
+    velocity: AnyVelocity,
     x: Float[Array, "*shape"],
     times: Float[Array, " nodes"],
     *,
@@ -133,7 +133,7 @@ def begin_sample(
 
 @convert_arguments
 def advance_sample(
-    velocity: Velocity,
+    velocity: AnyVelocity,
     state: SampleState,
     times: Float[Array, " nodes"],
     start: int | Int[Array, ""],
@@ -192,7 +192,7 @@ def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
         )
 
 
-def first_carry(call: str, step: Step, velocity: Velocity, x: Array, t: Scalar) -> Carry:
+def first_carry(call: str, step: Step, velocity: AnyVelocity, x: Array, t: Scalar) -> Carry:
     """Return what is passed to the first step, which starts at t."""
     memory = initial_memory(velocity, x)
     field = checked_velocity(call, velocity)
@@ -204,7 +204,7 @@ def first_carry(call: str, step: Step, velocity: Velocity, x: Array, t: Scalar) 
 
 
 def take_step(
-    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: OptionalKey
+    step: Step, velocity: AnyVelocity, carry: Carry, interval: Interval, key: OptionalKey
 ) -> tuple[Carry, Array | None]:
     """Take one step. Return its result, and the log-density of what it drew.
 
@@ -218,9 +218,10 @@ def take_step(
         key = jax.random.fold_in(key, number)
 
     if carry.memory is None:
-        x, step_state, log_prob = step(velocity, carry.x, t, u, carry.step_state, key=key)
+        field = cast(Velocity, velocity)
+        x, step_state, log_prob = step(field, carry.x, t, u, carry.step_state, key=key)
         return Carry(x, step_state, None), log_prob
-    carrier = MemoryCarrier(velocity, carry.memory)
+    carrier = MemoryCarrier(cast(Velocity, velocity), carry.memory)
     x, step_state, log_prob = step(carrier, carry.x, t, u, carry.step_state, key=key)
     return Carry(x, step_state, carrier.memory), log_prob
 

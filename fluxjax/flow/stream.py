@@ -11,7 +11,7 @@ from fluxjax.flow.checks import checked_times, checked_velocity
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.sample import Carry, Interval, first_carry, straight_estimate, take_step
 from fluxjax.flow.step import OptionalKey, Step
-from fluxjax.flow.velocity import Velocity
+from fluxjax.flow.velocity import AnyVelocity
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
 @convert_arguments
 def stream(
-    velocity: Velocity,
+    velocity: AnyVelocity,
     x: Float[Array, "*shape"],
     times: Float[Array, " nodes"],
     *,
@@ -51,7 +51,7 @@ def stream(
 
 
 def _steps(
-    velocity: Velocity, x: Array, times: Array, step: Step, key: OptionalKey
+    velocity: AnyVelocity, x: Array, times: Array, step: Step, key: OptionalKey
 ) -> Iterator[Progress]:
     dtype = x.dtype
     carry = _compiled_start("stream", step, velocity, x.astype(times.dtype), times[0])
@@ -68,7 +68,7 @@ _compiled_start = eqx.filter_jit(first_carry)
 
 @eqx.filter_jit
 def _compiled_step(
-    step: Step, velocity: Velocity, carry: Carry, interval: Interval, key: OptionalKey
+    step: Step, velocity: AnyVelocity, carry: Carry, interval: Interval, key: OptionalKey
 ) -> tuple[Carry, Array]:
     field = checked_velocity("stream", velocity)
     after, _ = take_step(step, field, carry, interval, key)

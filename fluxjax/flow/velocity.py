@@ -43,6 +43,10 @@ class StatefulVelocity(eqx.Module):
         """Return the value; if a memory was passed, the value and the new memory."""
 
 
+AnyVelocity = Velocity | StatefulVelocity
+"""A velocity with or without a memory, as `sample` takes them."""
+
+
 def initial_memory(velocity: Callable[..., Any], x: Float[Array, "*shape"]) -> Memory:
     """Return the memory that a velocity starts with: None unless it is a `StatefulVelocity`."""
     if isinstance(velocity, StatefulVelocity):

@@ -1,6 +1,6 @@
 """From prompts to images: text, conditioning, guided velocities, drawing; loading by name."""
 
-from fluxjax.generate.autoencode import decode, encode
+from fluxjax.generate.autoencode import decode, decode_tokens, encode
 from fluxjax.generate.cache import CachedFlux, FirstBlock, StepCache, TeaCache
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.channels import ConcatCondition
@@ -49,6 +49,7 @@ from fluxjax.generate.edit_methods import (
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
+from fluxjax.generate.image_grid import show_images
 from fluxjax.generate.image_to_image import (
     Repaint,
     Start,
@@ -98,6 +99,7 @@ from fluxjax.generate.load_image_encoders import (
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
+from fluxjax.generate.prompt_conditioning import prompt_conditioning
 from fluxjax.generate.prompted import DrawSettings, prompt_batch
 from fluxjax.generate.redux import (
     REDUX_GUIDANCE,
@@ -212,6 +214,7 @@ __all__ = [
     "controlnet_condition",
     "decode",
     "decode_batch",
+    "decode_tokens",
     "denoise",
     "denoise_batch",
     "draw_batch",
@@ -256,6 +259,7 @@ __all__ = [
     "plot_times",
     "preferred_size",
     "prompt_batch",
+    "prompt_conditioning",
     "prompt_ids",
     "read_image",
     "read_mask",
@@ -272,6 +276,7 @@ __all__ = [
     "save",
     "save_models",
     "seed_key",
+    "show_images",
     "siglip_pixels",
     "step_cache",
     "text_to_image",

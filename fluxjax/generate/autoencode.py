@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from fluxjax.arguments import convert_arguments
 from fluxjax.devices.run import on_mesh
 from fluxjax.devices.vae_rows import split_vae_rows
+from fluxjax.generate.latents import unpack_latents
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, Latent
 
@@ -38,6 +40,40 @@ def decode(
         return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
 
     return _one_by_one(decode_one, vae, latents, mesh)
+
+
+@convert_arguments
+def decode_tokens(
+    vae: Vae,
+    packed: Float[Array, "*images img_tokens channels"],
+    height: int,
+    width: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*images height width 3"]:
+    """Decode packed latents, as `sample` returns them, to images.
+
+    **Arguments:** `packed`: of one image, or of several with a leading axis. `height`, `width`: of
+    the images, in pixels. `dtype`: of the activations.
+    **Returns:** as `decode`: clipped, so that pixels at the ends of the range have no gradient.
+    **Raises:** `ValueError` for a size that the number of tokens does not fit.
+    """
+    return decode_packed(vae, packed, height, width, jnp.dtype(dtype))
+
+
+@eqx.filter_jit
+def decode_packed(
+    vae: Vae,
+    packed: Float[Array, "*images img_tokens channels"],
+    height: int,
+    width: int,
+    dtype: DTypeLike,
+) -> Float[Array, "*images height width 3"]:
+    """Decode packed latents, with all arguments but arrays static. As `decode_tokens`."""
+    if packed.ndim == 2:
+        return decode_packed(vae, packed[None], height, width, dtype)[0]
+    latents = jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
+    return decode(vae, latents, dtype=dtype)
 
 
 @eqx.filter_jit

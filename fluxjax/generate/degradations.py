@@ -28,18 +28,19 @@ class DecodePixels(eqx.Module):
     """The decoder of one image, from its packed latent: [img_tokens, channels] to pixels.
 
     It returns float32, [3, height, width], not clipped, which is differentiable everywhere.
-    `height`, `width`: multiples of 16. `dtype`: of the activations.
+    `height`, `width`: multiples of 16. `dtype`: of the activations. `remat`: as for `Vae.decode`.
     """
 
     vae: Vae
     height: int = eqx.field(static=True)
     width: int = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
+    remat: bool = eqx.field(static=True, default=False)
 
     def __call__(self, packed: Packed) -> Float[Array, "3 height width"]:
         latent = unpack_latents(packed, self.height, self.width)
-        image = self.vae.decode(latent.astype(self.dtype)).astype(jnp.float32)
-        return jnp.moveaxis(image, -1, 0)
+        image = self.vae.decode(latent.astype(self.dtype), remat=self.remat)
+        return jnp.moveaxis(image.astype(jnp.float32), -1, 0)
 
 
 class Corner(Operator):

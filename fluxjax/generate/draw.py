@@ -129,7 +129,13 @@ class DrawProgress(NamedTuple):
 
 class DrawHooks:
     """What the drawing loop calls as it goes: for progress, timing, previews, and to stay
-    interruptible. Subclasses replace what they need."""
+    interruptible. Subclasses replace what they need.
+
+    `steps_between`: after how many steps `progress` is called at the latest, and whenever a
+    multiple of it is done; 1 calls it after every step. None leaves it to the clock.
+    """
+
+    steps_between: int | None = None
 
     def run(self, stage: str, function: Callable[..., Result], *inputs, **options) -> Result:
         """Return function(*inputs, **options) of a jitted function.
@@ -144,7 +150,8 @@ class DrawHooks:
         the same shapes, so that it can be compiled in another thread meanwhile."""
 
     def progress(self, progress: DrawProgress) -> None:
-        """Called between segments of the integration, at least a few times a second."""
+        """Called between segments of the integration: a few times a second, or after each step
+        that takes longer, and as `steps_between` says."""
 
 
 class DrawnBatch(NamedTuple):
@@ -284,6 +291,9 @@ def _denoise_in_segments(
     while done < steps:
         start = time.monotonic()
         stop = min(done + count, steps)
+        if hooks.steps_between is not None:
+            taken = done - first
+            stop = min(stop, done + hooks.steps_between - taken % hooks.steps_between)
         bounds = jnp.int32(done), jnp.int32(stop)
         drawing = hooks.run("denoise", _advance_jit, flux, batch, recipe, drawing, bounds, mesh)
         jax.block_until_ready(drawing.state.x)

@@ -20,7 +20,7 @@ def edit_image(
     image: Image,
     prompt: str,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     method: EditMethod,
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,
@@ -64,9 +64,10 @@ def edit_image(
 
 
 def _check_method(method: EditMethod, settings: DrawSettings, guidance: Guidance) -> None:
-    if settings.images > 1 and not method.draws:
+    images = len(settings.seeds or ()) or settings.images
+    if images > 1 and not method.draws:
         raise ValueError(
-            f"`edit_image` by {method.name} draws no noise, so that all {settings.images} images "
+            f"`edit_image` by {method.name} draws no noise, so that all {images} images "
             "would be the same. Ask for one."
         )
     if not method.any_step and not isinstance(settings.step, Euler):

@@ -28,7 +28,7 @@ from fluxjax.generate.draw import (
     trajectories,
 )
 from fluxjax.generate.image_to_image import Repaint, Start, begin_from_images
-from fluxjax.generate.latents import image_ids, keys_of_steps, pack_latents, unpack_latents
+from fluxjax.generate.latents import image_ids, pack_latents, unpack_latents
 from fluxjax.generate.prompted import PromptedDrawing, distilled_guidance, text_conditioning
 from fluxjax.generate.velocity import Guidance
 from fluxjax.numeric import check_finite
@@ -110,7 +110,7 @@ class Edit:
         """Return the batch of the images of these numbers, whose state is the image itself."""
         batch = self.drawing.batch(numbers)
         latents = self.latents(numbers).astype(batch.noise.dtype)
-        keys = keys_of_steps(self.drawing.key, numbers)
+        keys = self.drawing.step_noise_keys(numbers)
         return replace(batch, noise=latents, keys=keys)
 
     def path_to_noise(

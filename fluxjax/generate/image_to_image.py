@@ -14,7 +14,7 @@ from fluxjax.flow.strength import STRENGTH_RULES, add_noise, partial_times, star
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.draw import DrawChange, DrawHooks, ImageBatch, Recipe
-from fluxjax.generate.latents import keys_of_steps, pack_latents
+from fluxjax.generate.latents import pack_latents
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import (
     MARGIN,
@@ -180,7 +180,7 @@ def drawing_of_image(
     image: Image,
     prompt: str,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     settings: DrawSettings,
     guidance: Guidance | None,
     hooks: DrawHooks | None,
@@ -215,7 +215,7 @@ def image_to_image(
     image: Image,
     prompt: str,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     repaint: Repaint = Repaint(),
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,
@@ -269,7 +269,7 @@ def _draw_again(
             jnp.broadcast_to(latent, (rows, *latent.shape)),
             repaint,
             cells=None if cells is None else jnp.broadcast_to(cells, (rows, *cells.shape)),
-            keys=keys_of_steps(drawing.key, numbers),
+            keys=drawing.step_noise_keys(numbers),
         )
         drawn.append(drawing.draw(batch, recipe))
     height, width = image.shape[:2]
@@ -282,7 +282,7 @@ def outpaint(
     image: Image,
     prompt: str,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     margins: Margins,
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,

@@ -152,7 +152,7 @@ def kontext_image(
     images: Sequence[ReferenceImage],
     prompt: str,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     references: References = References(),
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,

@@ -1,7 +1,8 @@
 """The least memory that drawing needs, beside what the machine has; what can't fit is refused."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from fluxjax.checkpoint.detect import open_source
+from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.kinds import CONTROLNET, KINDS, Kind
 from fluxjax.checkpoint.locate import find_part
@@ -20,22 +22,56 @@ from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.t5 import T5Config
 from fluxjax.nets.vae import VaeConfig
-from fluxjax.zoo import ZOO, family_of, named_model
+from fluxjax.zoo import ZOO, Family, family_of, named_model
 
 
-def read_configs(source: str | Path) -> Configs:
+def read_configs(source: str | Path, files: Mapping[str, str | Path] | None = None) -> Configs:
     """Return the configs of a model on this machine, or FLUX.1's for one on the hub.
 
     Nothing is downloaded.
 
+    **Arguments:** `files`: that replace its networks, as of `LoadOptions`.
     **Raises:** as `load_flux` for a local source.
     """
-    if not _is_local(source):
-        return Configs(T5Config(), known_flux_config(source) or FluxConfig(), VaeConfig())
-    family = family_of_source(source)
-    # All of them, so that an error names one that is missing.
-    configs = {name: _read_config(source, KINDS[name]) for name in family.networks}
-    return Configs(configs["t5"], configs[family.transformer], configs["vae"])
+    local = {name: file for name, file in (files or {}).items() if Path(file).exists()}
+    transformer = known_flux_config(local.get("flux", source)) or FluxConfig()
+    configs: dict[str, Any] = {"t5": T5Config(), "vae": VaeConfig()}
+    if _is_local(source):
+        # All of them, so that an error names one that is missing.
+        for name in family_of_source(source).networks:
+            if name not in local:
+                configs[name] = _read_config(source, KINDS[name])
+    for name in local.keys() - {"flux"}:
+        configs[name] = _read_config(local[name], KINDS[name])
+    return Configs(configs["t5"], transformer, configs["vae"])
+
+
+def check_files(files: Mapping[str, str | Path], family: Family) -> None:
+    """Check that files which replace networks of a model hold them, as far as they are here.
+
+    **Arguments:** `files`: as of `LoadOptions`.
+    **Raises:** `WeightsError` for a file of another network; `FileNotFoundError` for one that is
+    not there; `ValueError` for a network that the model does not have.
+    """
+    for option, file in files.items():
+        name = family.transformer if option == "flux" else option
+        if name not in family.networks:
+            raise ValueError(f"--{option} {file}: the model has no such network. Leave it out.")
+        kind = KINDS[name]
+        if Path(file).exists():
+            with naming_option(option):
+                open_source(find_part(file, kind.folder)).network(kind)
+        elif Path(file).suffix in (".safetensors", ".gguf", ".sft"):
+            raise FileNotFoundError(f"--{option} {file}: there is no such file.")
+
+
+@contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Begin the errors of a file with the option that names it."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"--{option}: {error}") from None
 
 
 def known_flux_config(source: str | Path) -> FluxConfig | ChromaConfig | None:

@@ -1,7 +1,8 @@
 """Networks and whole models from a name, a folder, a file or a hub id."""
 
+import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +51,7 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.packed import decode_weights
 from fluxjax.nets.rounding import quantize
 from fluxjax.nets.stack import unroll
+from fluxjax.nets.summary import network_size
 from fluxjax.nets.t5 import T5, T5Config
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.vae import Vae, VaeConfig
@@ -234,6 +236,20 @@ class Models(NamedTuple):
                 lines.append(f"{name}: {network!r}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return a table of the networks, for notebooks."""
+        rows = [
+            "<tr><th></th><th>network</th><th>parameters</th><th>memory</th><th>dtypes</th></tr>"
+        ]
+        for name in ("flux", "clip", "t5", "vae"):
+            network = getattr(self, name)
+            if network is not None:
+                parameters, memory, dtypes = network_size(network)
+                cells = (name, type(network).__name__, f"{parameters:,}", memory, dtypes)
+                rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        text = html.escape(f"{self.defaults}, mesh={self.mesh}")
+        return f"<table>{''.join(rows)}</table><p>{text}</p>"
+
     @property
     def networks(self) -> tuple[eqx.Module, ...]:
         """The networks that there are, the transformer first."""
@@ -271,30 +287,67 @@ def load_models(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     offload_encoders: bool = False,
+    quantize: str | None = None,
+    stream: bool = False,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Models:
     """Load every part of a model, from a zoo name, a diffusers folder or a hub id.
 
     **Arguments:** `dtype`: of the weights; None keeps the files'. `mesh`: of devices, from
     `make_mesh`, each of which gets its part of the networks; `text_to_image` then runs on it.
     `offload_encoders`: keep the text encoders in host memory, from which they are fetched while
-    they are used.
+    they are used. `quantize`: round the blocks' matrices of the transformer and T5, as
+    `load_flux`. `stream`: keep these blocks in host memory (on a CPU: in their files) and fetch one
+    at a time. `files`: that replace networks, by "flux", "vae", "t5" and "clip".
     **Raises:** as `load_flux`; `ValueError` for a mesh that does not divide heads and hidden
-    features.
+    features, for `stream` with `quantize` or `mesh`, and for a file of a network that there is not.
     """
-    options = LoadOptions(dtype=dtype, mesh=mesh)
+    if stream and (quantize is not None or mesh is not None):
+        raise ValueError(
+            "`load_models(stream=True)` passes the weights as they are through one device. Leave "
+            "out quantize= and mesh=."
+        )
+    known = {"flux", *family_of_source(source).networks}
+    unknown = sorted(set(files or {}) - known)
+    if unknown:
+        raise ValueError(
+            f"`load_models(files)` replaces {', '.join(sorted(known))} of this model, got "
+            f"{unknown[0]!r}. Name one of these."
+        )
+    options = LoadOptions(
+        dtype=dtype, mesh=mesh, quantize=quantize, stream=stream, files=dict(files or {})
+    )
+    return load_parts(source, lambda name: options, offload_encoders=offload_encoders)
+
+
+def load_parts(
+    source: str | Path,
+    options_of: "Callable[[str], LoadOptions]",
+    *,
+    offload_encoders: bool,
+    load: Callable[[str, Callable[[], Any]], Any] = lambda name, function: function(),
+    note: Callable[[str], None] = lambda text: None,
+) -> Models:
+    """Load every part of a model.
+
+    **Arguments:** `options_of`: the name of a network -> how it is loaded, all on the same mesh.
+    `load`: (name of a part, function) -> function(), which loads it. `note`: as for `load_network`.
+    """
     family = family_of_source(source)
+    tokenizers = load("tokenizers", lambda: load_tokenizers(source))
     networks = {}
     for name in family.networks:
-        network = load_network(name, source, options)
-        if offload_encoders and name in family.text_encoders:
-            network = offload(network)
-        networks[name] = network
+
+        def load_one(name: str = name) -> eqx.Module:
+            network = load_network(name, source, options_of(name), note=note)
+            return (
+                offload(network) if offload_encoders and name in family.text_encoders else network
+            )
+
+        networks[name] = load(name, load_one)
+    mesh = options_of(family.transformer).mesh
     return assemble_models(
-        load_tokenizers(source),
-        networks,
-        family=family,
-        defaults=load_defaults(source),
-        mesh=mesh,
+        tokenizers, networks, family=family, defaults=load_defaults(source), mesh=mesh
     )
 
 
@@ -302,17 +355,18 @@ def load_models(
 class LoadOptions:
     """How networks are loaded for drawing.
 
-    `dtype`: of the weights; None keeps the files'. `transformer`: a file or folder whose
-    transformer replaces the model's; None for the model's own. `mesh`: of devices that share them.
-    `adapters`: with their scales, merged into the networks that they change, or attached to those
-    whose matrices are packed in their files. `quantize`, `stream`, `unroll`: for the blocks of the
-    transformer, of T5 and of ControlNets: round their matrices as `fluxjax.quantize` does; keep
-    them in host memory (on a CPU: in their files) and fetch one block at a time, with adapters
-    attached rather than merged; compile each block by itself.
+    `dtype`: of the weights; None keeps the files'. `files`: files or folders whose networks replace
+    the model's, by "flux" (its transformer, of any family), "vae", "t5" and "clip". `mesh`: of
+    devices that share the networks. `adapters`: with their scales, merged into the networks that
+    they change, or attached to those whose matrices are packed in their files. `quantize`,
+    `stream`, `unroll`: for the blocks of the transformer, of T5 and of ControlNets: round their
+    matrices as `fluxjax.quantize` does; keep them in host memory (on a CPU: in their files) and
+    fetch one block at a time, with adapters attached rather than merged; compile each block by
+    itself.
     """
 
     dtype: DTypeLike | None = None
-    transformer: str | Path | None = None
+    files: Mapping[str, str | Path] = field(default_factory=dict)
     mesh: Mesh | None = None
     adapters: tuple[tuple[Lora, float], ...] = ()
     quantize: str | None = None
@@ -320,10 +374,8 @@ class LoadOptions:
     unroll: bool = False
 
     def source_of(self, name: str, model: str | Path) -> str | Path:
-        """Return where a network is loaded from: the model, or the file of its transformer."""
-        if self.transformer is not None and name in _TRANSFORMERS:
-            return self.transformer
-        return model
+        """Return where a network is loaded from: its own file, or the model."""
+        return self.files.get("flux" if name in _TRANSFORMERS else name, model)
 
     def adapters_of(self, name: str) -> tuple[tuple[Lora, float], ...]:
         """Return the adapters that change a network."""

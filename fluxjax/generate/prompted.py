@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +15,7 @@ from fluxjax.devices.offload import fetch
 from fluxjax.flow.checks import check_times
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
+from fluxjax.flow.stochastic import draws_noise
 from fluxjax.generate.cache import AttentionChoice
 from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
@@ -25,7 +27,7 @@ from fluxjax.generate.draw import (
     check_image_count,
     draw_batch,
 )
-from fluxjax.generate.latents import image_ids, image_size, noise_batch, step_keys
+from fluxjax.generate.latents import image_ids, image_size, keys_of_steps, noise_batch, seed_key
 from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
@@ -46,17 +48,21 @@ Runner = Callable[..., Any]
 class DrawSettings:
     """How images are drawn; None takes the model's default.
 
-    `height`, `width`: in pixels, multiples of 16. `images`: of each prompt. `steps`: of the model's
-    own timer, or `times`: nodes of another. `step`: the integrator. `distilled_guidance`: the scale
-    that guidance-distilled networks take, one number or one for each image. `max_length`: T5 tokens
-    for each prompt. `batch`: images in a forward pass; None draws all at once. `dtype`: of the
-    activations; None takes that of `activation_dtype`. `attention`: as for `Flux`. `conditions`:
-    what images are conditioned on beside their prompts, such as an image that is edited.
+    `height`, `width`: in pixels, multiples of 16. `images`: of each prompt. `seeds`: instead, one
+    for each image of a prompt, in place of a key: the first image of `seed_key(seed)` each.
+    `steps`: of the model's own timer, or `times`: nodes of another. `step`: the integrator.
+    `distilled_guidance`: the scale that guidance-distilled networks take, one number or one for
+    each image (of all prompts, prompt by prompt); so is the scale of a `Guidance`. `max_length`: T5
+    tokens for each prompt. `batch`: images in a forward pass; None draws all at once. `dtype`: of
+    the activations; None takes that of `activation_dtype`. `attention`: as for `Flux`.
+    `conditions`: what images are conditioned on beside their prompts, such as an image that is
+    edited.
     """
 
     height: int | None = None
     width: int | None = None
     images: int = 1
+    seeds: Sequence[int] | None = None
     steps: int | None = None
     times: Times | None = None
     step: Step = field(default_factory=Euler)
@@ -85,15 +91,15 @@ class PromptedDrawing:
     """Everything that images of prompts are drawn from.
 
     `call`: the function that is named in messages. `key`: the noise of each image is drawn from it
-    and from the number of the image. `settings`, `guidance`, `hooks`: as for `text_to_image`.
-    `states`, `negative`: the encoded prompts. `distilled`: the scale that the network takes, if it
-    takes one. `times`: nodes of the sampling. `height`, `width`: in pixels, multiples of 16.
-    `dtype`: of the activations.
+    and from the number of the image; None where the settings have seeds. `settings`, `guidance`,
+    `hooks`: as for `text_to_image`. `states`, `negative`: the encoded prompts. `distilled`: the
+    scale that the network takes, if it takes one. `times`: nodes of the sampling. `height`,
+    `width`: in pixels, multiples of 16. `dtype`: of the activations.
     """
 
     call: str
     models: Models
-    key: PRNGKeyArray
+    key: PRNGKeyArray | None
     settings: DrawSettings
     guidance: Guidance
     hooks: DrawHooks | None
@@ -119,15 +125,36 @@ class PromptedDrawing:
         """Return the batch of the images of these numbers, which begins as noise at t = 1."""
         rows = [number // self.settings.images for number in numbers]
         channels = self.models.vae.config.latent_channels
-        noise = noise_batch(self.key, numbers, self.height, self.width, channels=channels)
+        draw = partial(noise_batch, height=self.height, width=self.width, channels=channels)
+        noise = self._each(draw, numbers)
+        keys = None
+        if draws_noise(self.settings.step):
+            keys = self.step_noise_keys(numbers)
         return prompt_batch(
             self.states.rows(rows),
             None if self.negative is None else self.negative.rows(rows),
             noise=noise.astype(wide_dtype(jnp.dtype(self.dtype))),
-            keys=step_keys(self.key, numbers, self.settings.step),
+            keys=keys,
             distilled=_select_images(self.distilled, numbers),
             conditions=self.settings.conditions,
         )
+
+    def step_noise_keys(self, numbers: Sequence[int]) -> Array:
+        """Return the keys of what steps draw, one for each of the images of these numbers."""
+        return self._each(keys_of_steps, numbers)
+
+    def _each(
+        self, draw: Callable[[PRNGKeyArray, Sequence[int]], Array], numbers: Sequence[int]
+    ) -> Array:
+        """Return draw(key, numbers) of images, each with the key and the number that it has."""
+        if self.key is not None:
+            return draw(self.key, numbers)
+        assert self.settings.seeds is not None
+        rows = []
+        for number in numbers:
+            seed = self.settings.seeds[number % self.settings.images]
+            rows.append(draw(seed_key(seed), [0]))
+        return jnp.concatenate(rows)
 
     def recipe(self, numbers: Sequence[int]) -> Recipe:
         """Return how the images of these numbers are sampled."""
@@ -137,7 +164,7 @@ class PromptedDrawing:
     def encode_prompt(self, prompt: str) -> TextStates:
         """Return another prompt encoded, as a batch of one."""
         texts = PromptTexts([prompt])
-        return _encode_prompts(self.models, texts, self.settings, self.run)[0]
+        return encode_prompts(self.models, texts, self.settings, self.hooks)[0]
 
     @property
     def run(self) -> Runner:
@@ -175,7 +202,7 @@ def prompted_drawing(
     models: Models,
     texts: PromptTexts,
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None,
     settings: DrawSettings,
     guidance: Guidance,
     hooks: DrawHooks | None,
@@ -185,6 +212,7 @@ def prompted_drawing(
     **Arguments:** `call`: the function that messages name. The rest as for `text_to_image`.
     **Raises:** `ValueError` as `text_to_image`.
     """
+    settings = _with_seeds(call, key, settings)
     prompts = len(texts.prompts)
     count = settings.images * prompts
     _check_settings(call, settings, count, prompts, guidance)
@@ -193,7 +221,7 @@ def prompted_drawing(
     height = defaults.height if settings.height is None else settings.height
     width = defaults.width if settings.width is None else settings.width
     times = _times(call, settings, defaults, height, width)
-    states, negative = _encode_prompts(models, texts, settings, _runner(hooks))
+    states, negative = encode_prompts(models, texts, settings, hooks)
     distilled = distilled_guidance(models.flux, defaults, settings.distilled_guidance)
     conditions = tuple(condition.for_times(times) for condition in settings.conditions)
     return PromptedDrawing(
@@ -211,6 +239,23 @@ def prompted_drawing(
         width=width,
         dtype=dtype,
     )
+
+
+def _with_seeds(call: str, key: PRNGKeyArray | None, settings: DrawSettings) -> DrawSettings:
+    """Return settings with as many images as seeds, if there are any.
+
+    **Raises:** `ValueError` for seeds beside a key or a number of images, or for none of them.
+    """
+    if settings.seeds is None:
+        if key is None:
+            raise ValueError(f"`{call}` needs a key=, or DrawSettings(seeds=), got none of them.")
+        return settings
+    if key is not None or settings.images != 1 or not len(settings.seeds):
+        raise ValueError(
+            f"`{call}` draws an image for each of DrawSettings(seeds=), and needs one at least, "
+            "without a key= and images=. Leave these out."
+        )
+    return replace(settings, images=len(settings.seeds))
 
 
 def negative_prompts(
@@ -367,13 +412,14 @@ def _times(call: str, settings: DrawSettings, defaults: Defaults, height: int, w
     return times
 
 
-def _encode_prompts(
-    models: Models, texts: PromptTexts, settings: DrawSettings, run: Runner
+def encode_prompts(
+    models: Models, texts: PromptTexts, settings: DrawSettings, hooks: DrawHooks | None
 ) -> tuple[TextStates, TextStates | None]:
     """Encode the prompts, and each different negative prompt once, with encoders fetched for it.
 
-    `run`: runs a jitted function, as `PromptedDrawing.run` does.
+    **Arguments:** `settings`: of which the length of prompts and the dtype count.
     """
+    run = _runner(hooks)
     clip = None if models.clip is None else fetch(models.clip)
     t5 = fetch(models.t5)
     max_length = models.defaults.max_length if settings.max_length is None else settings.max_length

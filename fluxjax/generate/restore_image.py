@@ -29,7 +29,6 @@ from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
 from fluxjax.generate.draw import DrawChange, DrawHooks
 from fluxjax.generate.image_to_image import check_image
-from fluxjax.generate.latents import keys_of_steps
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import padded_size, paste_kept
 from fluxjax.generate.prompted import (
@@ -115,6 +114,8 @@ _WITH_NETWORK_GRADIENT = ("pigdm", "tmpd", "dps")
 """Methods that take gradients of the transformer, which keep its activations in memory."""
 _FORWARD_MODE = ("tmpd",)
 """Methods that take forward-mode gradients of the network, which attention kernels do not have."""
+_WHOLE_DECODER = 512 * 512
+"""Pixels up to which the decoder keeps all activations for derivatives, 9 GB in bfloat16."""
 _WITHOUT_NOISE = ("decoupled", "ddnm", "flowdps", "flowchef", "proximal", "pigdm")
 """Methods that take measurements without noise."""
 
@@ -127,9 +128,10 @@ class Restoration:
     `degradation`: `Blurred`, `Shrunk` or `Hidden`. `noise`: the standard deviation of the noise in
     what is left, in units of images of [-1, 1]; for `Hidden` in those of the latent. `method`: a
     name in `SOLVERS`. `iterations`: of conjugate gradients. `size`: of the gradient steps of
-    flowdps and flowchef, by default 0.3. `remat`: for pigdm, tmpd and dps, which take gradients of
-    the transformer, keep only the input of each of its blocks and compute the block again; the
-    memory of all activations would save the one evaluation for each gradient.
+    flowdps and flowchef, by default 0.3. `remat`: for derivatives, keep only the input of each
+    layer and compute the layer again, which takes one more evaluation for each derivative: of the
+    transformer, for pigdm, tmpd and dps, and of the decoder, for pictures of more than 512x512
+    pixels. Smaller ones have room for all activations.
 
     **Raises:** `ValueError` for another method, a noise that is negative, or 0 where that is not
     allowed, fewer than 1 iteration, and a size that the method does not take.
@@ -205,7 +207,7 @@ def restore_image(
     image: Image,
     prompt: str = "",
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     restoration: Restoration,
     settings: DrawSettings = DrawSettings(),
     guidance: Guidance | None = None,
@@ -290,9 +292,14 @@ def _draw_posterior(
     """Draw all images, at the padded size."""
     degradation = restoration.degradation
     height, width = degradation.restored_size(*image.shape[:2])
-    # Methods differentiate it, which images in strips do not allow.
-    vae = without_vae_limit(drawing.models.vae)
-    decode = DecodePixels(vae, drawing.height, drawing.width, drawing.dtype)
+    decode = DecodePixels(
+        # Methods differentiate it, which images in strips do not allow.
+        without_vae_limit(drawing.models.vae),
+        drawing.height,
+        drawing.width,
+        drawing.dtype,
+        remat=restoration.remat and drawing.height * drawing.width > _WHOLE_DECODER,
+    )
     measured = degradation.measured(image, drawing.encode_image)
     size = 0.3 if restoration.size is None else restoration.size
     change = Measured(
@@ -312,7 +319,7 @@ def _draw_posterior(
         batch = replace(
             drawing.batch(numbers),
             inputs=jnp.broadcast_to(measured, (len(numbers), *measured.shape)),
-            keys=keys_of_steps(drawing.key, numbers),
+            keys=drawing.step_noise_keys(numbers),
         )
         recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
         drawn.append(drawing.draw(batch, recipe))

@@ -21,7 +21,7 @@ def text_to_image(
     models: Models,
     prompt: str | Sequence[str],
     *,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     prompt_2: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] = "",
     settings: DrawSettings = DrawSettings(),
@@ -32,16 +32,18 @@ def text_to_image(
 
     An image depends on the key, its prompt and its number, not on the batch that it is drawn in.
 
-    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `prompt_2`: as many,
+    **Arguments:** `models`: from `load_models`. `prompt`: one, or several. `key`: of the noise of
+    all images; left out where the settings have `seeds`, with which each image of a prompt is the
+    one that its seed alone draws, as on the command line. `prompt_2`: as many,
     which T5 reads in their place. `negative_prompt`: what `guidance` guides away from, one for all
     prompts or one for each. `settings`: sizes, steps, integrator. `guidance`: classifier-free
     guidance, NAG, degraded blocks, step cache; None for what the model is meant to be sampled with.
     `hooks`: called as drawing proceeds.
     **Returns:** float32 in [-1, 1]; the images of each prompt one after another, prompt by prompt.
     **Raises:** `ValueError` for sizes that are not multiples of 16; no steps, images or prompts;
-    both steps and times; numbers that are not finite or not as many as images; a guidance that the
-    model does not take; a negative prompt that no guidance uses; what `denoise` refuses; an image
-    that is not finite (unless it is traced).
+    both steps and times; both a key and seeds, or none of them; numbers that are not finite or not
+    as many as images; a guidance that the model does not take; a negative prompt that no guidance
+    uses; what `denoise` refuses; an image that is not finite (unless it is traced).
     """
     guidance = guidance_of(models, guidance)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)

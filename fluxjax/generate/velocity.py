@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.flow.guidance import ClassifierFree, Conditional, Guided, Rule, WeakModel
 from fluxjax.flow.mixing import Mixed
-from fluxjax.flow.velocity import Memory, StatefulVelocity
+from fluxjax.flow.velocity import Memory, StatefulVelocity, Velocity
 from fluxjax.generate.cache import (
     AttentionChoice,
     CachedFlux,
@@ -180,7 +180,7 @@ def flux_velocity(
     attention: AttentionChoice = None,
     image_axes: Sequence[str] = (),
     remat: bool = False,
-) -> Guided | ControlledVelocity:
+) -> Velocity:
     """Return the guided velocity of one image: a pytree, called as velocity(x, t), for `sample`.
 
     It works under `jit`, `vmap`, `grad` and `scan`, and inside `on_mesh`. `x` is a packed latent,
@@ -204,7 +204,8 @@ def flux_velocity(
     nets = nets_of(positive)
     joined = join_conditions(positive, negative, texts=guidance.nag is not None)
     joined = prepare_joined(flux, joined, times, nets)
-    return guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets, remat)
+    velocity = guided_velocity(flux, joined, guidance, attention, tuple(image_axes), nets, remat)
+    return cast(Velocity, velocity)
 
 
 def guided_velocity(

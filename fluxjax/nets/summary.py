@@ -29,6 +29,21 @@ class _Part(NamedTuple):
     dtypes: Sequence[str]
 
 
+class NetworkSize(NamedTuple):
+    """What a network takes: its parameters without adapters, the bytes of its arrays with their
+    unit, and their dtypes."""
+
+    parameters: int
+    memory: str
+    dtypes: str
+
+
+def network_size(network: eqx.Module) -> NetworkSize:
+    """Return what a network of arrays takes over all devices."""
+    whole = _part("", network)
+    return NetworkSize(whole.parameters, _size(whole.nbytes), ", ".join(whole.dtypes))
+
+
 def describe_network(network: eqx.Module) -> str:
     """Return a network's class, config and size, and one line for each of its parts.
 

@@ -1,7 +1,8 @@
 """The 8x VAE: an image in [-1, 1] to a latent of 16 channels, and back. Channels last inside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.nets.conv import Conv
+from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.rows import WHOLE, Cells, Rows
 from fluxjax.nets.summary import describe_network
 from fluxjax.nets.vae_layers import GroupNorm, Level, Middle, Stage
@@ -125,14 +126,16 @@ class Decoder(eqx.Module):
         self.norm_out = GroupNorm(channels[-1], config.groups)
         self.conv_out = Conv(channels[-1], 3, key=last)
 
-    def __call__(self, z: Cells, rows: Rows = WHOLE) -> Image:
+    def __call__(self, z: Cells, rows: Rows = WHOLE, *, remat: bool = False) -> Image:
         """Decode a z.
 
-        **Arguments:** `z`: [rows, columns, latent_channels]. `rows`: where its rows are.
+        **Arguments:** `z`: [rows, columns, latent_channels]. `rows`: where its rows are. `remat`:
+        keep only the input of each layer for a derivative, and compute the layer again.
         **Returns:** [8 rows, 8 columns, 3].
         """
         for stage in self.stages():
-            z = stage.run(z, rows)
+            run: Callable[[Cells], OutCells] = partial(_run_stage, stage, rows)
+            z = jax.checkpoint(run)(z) if remat else run(z)
         return z
 
     def stages(self) -> list[Stage]:
@@ -147,6 +150,10 @@ class Decoder(eqx.Module):
 
     def _head(self, x: Cells, rows: Rows) -> Image:
         return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
+
+
+def _run_stage(stage: Stage, rows: Rows, x: Cells) -> OutCells:
+    return stage.run(x, rows)
 
 
 def _levels(
@@ -233,13 +240,25 @@ class Vae(eqx.Module):
         return ((z - self.config.shift) * self.config.scale).astype(image.dtype)
 
     @convert_arguments
-    def decode(self, latent: Latent) -> Image:
+    def decode(self, latent: Latent, *, remat: bool = False) -> Image:
         """Decode a latent.
 
-        **Arguments:** `latent`: [16, rows, columns], scaled and shifted.
+        **Arguments:** `latent`: [16, rows, columns], scaled and shifted. `remat`: for a derivative,
+        keep only the input of each layer and compute the layer again, which needs a fraction of the
+        memory.
         **Returns:** an image, [8 rows, 8 columns, 3], in [-1, 1] but not clipped, in the latent's
         dtype.
+        **Raises:** `ValueError` for `remat` with a decoder that is run in strips.
         """
         wide = latent.astype(wide_dtype(latent.dtype))
         z = wide / self.config.scale + self.config.shift
-        return self.decoder(rearrange(z.astype(latent.dtype), "c y x -> y x c"))
+        cells = rearrange(z.astype(latent.dtype), "c y x -> y x c")
+        if not remat:
+            return self.decoder(cells)
+        if not isinstance(self.decoder, Decoder):
+            raise ValueError(
+                "`Vae.decode(remat=True)` needs the decoder as it was loaded, and this one is run "
+                "in strips. Differentiate the VAE that `strip_vae`, `limit_vae_memory` or "
+                "`split_vae_rows` got."
+            )
+        return self.decoder(cells, remat=True)

@@ -50,6 +50,9 @@ def test_generate_writes_numbered_images_with_metadata_and_prints_the_times(run,
         "size": "48x32",
         "model": "tiny",
         "version": f"fluxjax {fluxjax.__version__}",
+        "command": f"fluxjax generate '{PROMPT}' --model tiny --seed 7 --first-image 2 --steps 2 "
+        "--guidance 3.5 --height 32 --width 48",
+        "batch": "2 images",
     }
     with PIL.Image.open(tmp_path / "flux_2.png") as file:
         assert file.size == (48, 32)

@@ -15,7 +15,7 @@ from fluxjax.cli.console import Stopped, interruptible, run_command, stop_signal
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "fluxjax.cli", *arguments]
+    return [sys.executable, "-m", "fluxjax", *arguments]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_signal_ends_the_command_at_once_in_one_line(tmp_path, programs, name,
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_jax_is_imported_is_one_line(tmp_path, name, code):
-    words = [sys.executable, "-X", "importtime", "-m", "fluxjax.cli", "generate", "a star"]
+    words = [sys.executable, "-X", "importtime", "-m", "fluxjax", "generate", "a star"]
     process = subprocess.Popen(
         words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

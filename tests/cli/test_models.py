@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
 from fluxjax.zoo import ZOO
 
 
@@ -38,3 +39,19 @@ def test_models_are_listed_for_programs(run, empty_cache):
     # As the cards of the models say: 8.2 and 8.9 billion.
     assert round(found["lite"]["transformer"] / 1e9, 1) == 8.2
     assert round(found["chroma"]["transformer"] / 1e9, 1) == 8.9
+
+
+def test_files_and_plans_are_described_for_programs(run):
+    vae = json.loads(run("inspect", tiny_folder() / "vae", "--json").output)
+    assert vae["whole"]
+    assert (vae["networks"][0]["kind"], vae["networks"][0]["loads_as"]) == ("vae", "bfloat16")
+    adapter = json.loads(run("lora", "inspect", shipped_lora("kraft"), "--json").output)
+    network = adapter["networks"]["flux"]
+    assert network["blocks"]["double"] == 2
+    assert network["weights"] > len(network["ranks"]) > 0
+    plan = json.loads(run("plan", "--model", "dev", "--memory", "24GB", "--json").output)
+    assert (plan["width"], plan["steps"], plan["fits"]) == (1024, 28, True)
+    for need in plan["stages"].values():
+        assert need["total"] == need["weights"] + need["temporaries"] <= plan["memory"]
+    assert plan["networks"]["flux"]["bytes"]["as_is"] > plan["networks"]["flux"]["bytes"]["int8"]
+    assert plan["choice"]["batch"] == 1

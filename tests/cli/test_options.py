@@ -56,9 +56,8 @@ def test_help_and_mistakes_are_shown_without_importing_jax():
 
 
 def test_the_package_runs_as_a_module():
-    found = subprocess.run(
-        [sys.executable, "-m", "fluxjax.cli", "--version"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "fluxjax", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout == f"fluxjax {main.__version__}\n"
 
@@ -109,7 +108,7 @@ def test_options_are_read_as_values():
         *("--mesh", "data=2,fsdp=-1", "--flash-block-sizes", "256,128", "--eta", "0.5"),
         *("--lora", "tiny:kraft", "--lora", "mine=a:b.safetensors:0.5"),
     )
-    assert (read.prompt, read.steps, read.rule, read.integrator) == ("a star", 3, "apg", "heun")
+    assert (read.texts, read.steps, read.rule, read.integrator) == (["a star"], 3, "apg", "heun")
     assert read.mesh == {"data": 2, "fsdp": -1}
     assert read.flash_block_sizes == BlockSizes(q=256, kv=128)
     assert read.lora == [
@@ -159,7 +158,16 @@ LORA = ["lora", "inspect"]
         ([*GENERATE, "--aspect", "0:1"], "needs width:height"),
         ([*GENERATE, "--seeds", "1,1"], "1 is given twice; leave one out"),
         ([*GENERATE, "--seeds", "1", "--seed", "2"], "not allowed with argument"),
-        (["generate"], "one of the arguments prompt --prompts is required"),
+        (["generate"], "one of the arguments prompt --prompts --from is required"),
+        ([*GENERATE, "a ring", "--prompt-2", "a"], "--prompt-2: not allowed with several prompts"),
+        ([*GENERATE, "--output", "{seeds}.png"], "there is no field {seeds}; choose from prompt,"),
+        ([*GENERATE, "--output", "{seed.real}.png"], "there is no field {seed.real}"),
+        ([*GENERATE, "--output", "{}.png"], "there is no field {}"),
+        ([*GENERATE, "--output", "{seed:q}.png"], "is not a pattern: Unknown format code 'q'"),
+        ([*GENERATE, "--output", "{seed.png"], "is not a pattern: expected '}'"),
+        ([*GENERATE, "--output", "{seed}.jpg"], "needs a name that ends in .png"),
+        ([*GENERATE, "--output", "a.png", "--output-dir", "b"], "not allowed with argument"),
+        ([*GENERATE, "--preview", "a.jpg"], "--preview: needs a name that ends in .png"),
         ([*COMPARE, "--integrators", "euler,eller"], "there is no 'eller'; choose from euler,"),
         ([*COMPARE, "--timers", "beta,beta"], "beta is given twice; leave one out"),
         ([*COMPARE, "--steps", "4,four"], "needs a whole number from 1 to 10000, got 'four'"),
@@ -243,6 +251,17 @@ def test_a_command_line_in_utf8_is_read_as_such_where_the_locale_is_ascii():
 def test_the_prompt_may_follow_an_option(words):
     found = main.build_parser().parse_args(words)
     assert (str(found.picture), found.prompt, found.steps) == ("in.png", "a star", 3)
+
+
+def test_several_prompts_may_stand_before_and_after_options():
+    found = main.build_parser().parse_args(["generate", "a", "b", "--steps", "3", "c"])
+    assert (found.texts, found.steps) == (["a", "b", "c"], 3)
+    assert found.given == {"steps": ["--steps", "3"]}
+    given = ["--cfg=-1", "--lora", "a:2", "--lora=b", "--unroll"]
+    found = main.build_parser().parse_args(["generate", *given, "--", "-5 degrees"])
+    assert found.texts == ["-5 degrees"]
+    words = {"cfg": ["--cfg=-1"], "lora": ["--lora", "a:2", "--lora", "b"], "unroll": ["--unroll"]}
+    assert found.given == words
 
 
 def test_words_that_are_too_many_are_refused(capsys):

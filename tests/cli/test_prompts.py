@@ -2,15 +2,21 @@
 
 import json
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import PIL.Image
 import pytest
 from jobs import IMPATIENT, start, start_job
 
+from fluxjax.cli.generate import _group_lines, _sort_lines
+from fluxjax.cli.image_paths import line_paths
 from fluxjax.cli.jobs import join_job
-from fluxjax.cli.main import main
+from fluxjax.cli.main import build_parser, main
 from fluxjax.cli.prompts import Line, read_prompts, share
+from fluxjax.cli.replay import replayed
+from fluxjax.cli.request import request_of_options
 
 
 def read(tmp_path, *lines):
@@ -29,11 +35,15 @@ def test_lines_have_their_number_as_id_and_seed(tmp_path):
         "negative_prompt": "c",
         "id": "star-1.v2",
         "seed": 7,
+        "height": 32,
+        "width": 48,
+        "steps": 5,
+        "guidance": 2,
     }
     lines, problems = read(tmp_path, {"prompt": "a"}, "", full)
     assert lines == [
         Line("a", None, None, "0", 0, 1),
-        Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3),
+        Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3, None, None, None, Path(), 32, 48, 5, 2.0),
     ]
     assert not problems
 
@@ -47,8 +57,14 @@ def test_lines_have_their_number_as_id_and_seed(tmp_path):
         ({"prompt": 3}, "its prompt is not a text"),
         ({"prompt": "a", "seed": "3"}, "its seed is not a whole number"),
         ({"prompt": "a", "seed": True}, "its seed is not a whole number"),
-        ({"prompt": "a", "seed": -1}, "its seed is not in [0, 2^63), got -1"),
-        ({"prompt": "a", "steps": 3}, "unknown field 'steps'"),
+        ({"prompt": "a", "seed": -1}, "its seed is not from 0 to 9223372036854775807, got -1"),
+        ({"prompt": "a", "step": 3}, "unknown field 'step'"),
+        ({"prompt": "a", "steps": 0}, "its steps is not from 1 to 10000, got 0"),
+        ({"prompt": "a", "width": 32.0}, "its width is not a whole number"),
+        ({"prompt": "a", "width": 40, "height": 32}, "its size needs height and width that are"),
+        ({"prompt": "a", "guidance": "3"}, "its guidance is not a number"),
+        ({"prompt": "a", "mask": "m.png"}, "its mask does nothing without an init_image"),
+        ({"prompt": "a", "width": 32, "init_image": "i.png"}, "its width does nothing with an"),
         ({"prompt": "a", "id": "../a"}, "its id '../a' is not a file name"),
         ({"prompt": "a", "id": "/a"}, "is not a file name"),
         ({"prompt": "a", "id": ".."}, "is not a file name"),
@@ -100,6 +116,57 @@ NAMES = ["0.png", "3.png", "4.png", "5.png", "ring.png"]
 
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """As in the process of the tests: other processes compile faster, and to the same numbers."""
+
+
+def test_lines_of_one_size_and_number_of_steps_share_batches(tmp_path):
+    """Each size and number of steps is compiled once, also where some images are there already."""
+    lines, _ = read(
+        tmp_path,
+        {"prompt": "a"},
+        {"prompt": "b", "width": 64},
+        {"prompt": "c", "steps": 3},
+        {"prompt": "d"},
+        {"prompt": "e", "guidance": 2.0},
+    )
+    words = ["generate", "--prompts", "x", "--height", "48", "--width", "32", "--steps", "2"]
+    options = replayed(build_parser().parse_args([*words, "--output", str(tmp_path / "{id}.png")]))
+    request = request_of_options(options)
+    paths, problems = line_paths(request, lines)
+    work = _sort_lines(request, lines, paths)
+    alike = {(48, 32, 2, None): 3, (48, 64, 2, None): 1, (48, 32, 3, None): 5, (48, 32, 2, 2.0): 1}
+    groups = _group_lines(replace(request, batch=2), work, alike)
+    assert not problems
+    assert not work.problems
+    found = []
+    for group in groups:
+        own = group.request
+        found.append((group.numbers, own.width, len(own.recipe.times) - 1, own.distilled))
+    assert found == [
+        ([0, 3], 32, 2, None),
+        ([2, 2], 32, 3, None),
+        ([4], 32, 2, 2.0),
+        ([1], 64, 2, None),
+    ]
+    about = groups[1].request.metadata(lines[2], "3.5")
+    assert (about["size"], about["steps"], about["guidance"]) == ("32x48", "3", "3.5")
+
+
+def test_a_line_that_cannot_be_drawn_is_reported(tmp_path):
+    lines, _ = read(
+        tmp_path, {"prompt": "a", "width": 40}, {"prompt": "b", "steps": 3}, {"prompt": "a b"}
+    )
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps({"times": [1.0, 0.5, 0.0]}))
+    words = ["generate", "--prompts", "x", "--timer", str(times), "--output", "{prompt:.1}.png"]
+    request = request_of_options(replayed(build_parser().parse_args(words)))
+    paths, problems = line_paths(request, lines)
+    assert "line 1: its size needs height and width" in problems[0]
+    assert "line 2: its 3 steps are not those of the file of times, 2" in problems[1]
+    assert list(paths) == ["2"]
+    words[-1] = "{steps}.png"
+    request = request_of_options(replayed(build_parser().parse_args(words)))
+    _, problems = line_paths(request, [lines[2], lines[2]._replace(id="3", number=4)])
+    assert problems == ["line 4: its image 2.png is also that of line 3"]
 
 
 def command(tmp_path, folder, programs, *more):

@@ -85,8 +85,9 @@ def test_a_folder_of_images_becomes_an_adapter(folder, capsys):
 def test_layers_become_a_whole_model(folder):
     config = write(folder, "b.toml", "tuned", method="layers")
     with jax.numpy_dtype_promotion("standard"):
-        main(["train", config, "--set", "optimizer.name=lion"])
+        main(["train", config, "--set", "optimizer.name=lion", "--set", "data.max_length=9"])
     tuned, base = fluxjax.load_models(folder / "tuned"), fluxjax.load_models("tiny")
+    assert tuned.defaults.max_length == 9
     assert not np.array_equal(
         tuned.flux.single.linear2.weight.value, base.flux.single.linear2.weight.value
     )
@@ -115,7 +116,7 @@ def test_a_mistake_is_one_line(folder, capsys, options, message):
 
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(folder):
     config = write(folder, "d.toml", "stopped.safetensors")
-    command = [sys.executable, "-m", "fluxjax.cli", "train", config, "--set", "steps=100000"]
+    command = [sys.executable, "-m", "fluxjax", "train", config, "--set", "steps=100000"]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     log = folder / "stopped-log" / "log.jsonl"

@@ -65,7 +65,7 @@ def test_a_file_is_read_slice_by_slice_and_adapters_are_attached(tiny, rows, tmp
     assert found.sharding.shard_shape(found.shape) == (4, 192 // 4, 960 // 32 * 18)
     np.testing.assert_array_equal(found, whole.single.linear2.weight.value)
     kraft = fluxjax.read_lora(shipped_lora("kraft"))
-    options = LoadOptions(transformer=path, adapters=((kraft, 1.0),))
+    options = LoadOptions(files={"flux": path}, adapters=((kraft, 1.0),))
     attached = load_network("flux", "tiny", options)
     expected = velocities(fluxjax.attach(whole, [kraft]), rows)
     np.testing.assert_array_equal(velocities(attached, rows), expected)

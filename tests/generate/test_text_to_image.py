@@ -1,5 +1,7 @@
 """Text to image through the public function, on the tiny model at small sizes."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from drawing import KEY, with_small_vae
 import fluxjax
 from fluxjax import DDIM, DrawSettings, Guidance, text_to_image
 from fluxjax.flow import uniform_times
-from fluxjax.generate import FirstBlock, WeakNetwork, model_times
+from fluxjax.generate import DrawHooks, FirstBlock, WeakNetwork, model_times, seed_key
 from fluxjax.generate.prompted import batches, distilled_guidance
 from fluxjax.generate.samplers import INTEGRATORS, TIMERS, integrator, timer
 from fluxjax.kernels import Nag, isolated_attention
@@ -165,6 +167,45 @@ def test_scales_may_differ_from_image_to_image(tiny):
         np.testing.assert_allclose(guided[number], alone[number], atol=BATCH_BOUND)
 
 
+def test_images_of_seeds_are_those_that_each_seed_draws_alone(tiny):
+    """Also with a guidance scale for each image, and with a step that draws noise."""
+    settings = DrawSettings(**SETTINGS, step=DDIM(1.0))
+    prompts, scales = ["a red star on white", "a blue ring on black"], [1.0, 2.0, 3.0, 4.0]
+    together = text_to_image(
+        tiny, prompts, settings=replace(settings, seeds=[7, 2**40], distilled_guidance=scales)
+    )
+    for number, scale in enumerate(scales):
+        seed, prompt = (7, 2**40)[number % 2], prompts[number // 2]
+        own = replace(settings, distilled_guidance=scale)
+        alone = text_to_image(tiny, prompt, key=seed_key(seed), settings=own)
+        np.testing.assert_allclose(together[number], alone[0], atol=BATCH_BOUND)
+    for wrong in (
+        {"key": KEY, "settings": DrawSettings(seeds=[1])},
+        {"settings": DrawSettings(seeds=[1], images=2)},
+        {"settings": DrawSettings(seeds=[])},
+    ):
+        with pytest.raises(ValueError, match="an image for each of DrawSettings"):
+            text_to_image(tiny, "a star", **wrong)
+    with pytest.raises(ValueError, match="needs a key=, or DrawSettings"):
+        text_to_image(tiny, "a star")
+
+
+def test_hooks_may_hear_of_every_step(tiny):
+    class Steps(DrawHooks):
+        steps_between = 2
+
+        def __init__(self):
+            self.done = []
+
+        def progress(self, progress):
+            self.done.append(progress.done)
+
+    hooks = Steps()
+    settings = DrawSettings(**{**SETTINGS, "steps": 5})
+    text_to_image(tiny, "a red star on white", key=KEY, settings=settings, hooks=hooks)
+    assert {2, 4, 5} <= set(hooks.done)
+
+
 def test_nag_and_degraded_blocks_guide_the_image(tiny, base):
     nothing = draw(tiny, negative_prompt="a blue ring", guidance=Guidance(nag=Nag(1.0)))
     np.testing.assert_allclose(nothing, base, atol=BATCH_BOUND)
@@ -222,7 +263,7 @@ def test_an_image_that_is_not_finite_is_refused_with_its_stage(tiny, network, st
 
 def test_gradients_pass_through_drawing(tiny):
     """The gradient of a scale beside a central difference, through sampler and decoder."""
-    settings = DrawSettings(steps=2, height=16, width=16)
+    settings = DrawSettings(**SETTINGS)  # of which the program without gradients is compiled
 
     def brightness(scale):
         guidance = Guidance(scale=scale)

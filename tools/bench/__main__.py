@@ -10,6 +10,7 @@ stream: dev from its file, one block at a time, in little memory.
 tpu-aot, flash-aot, gpu-aot: programs compiled for TPUs and GPUs on a machine without them: their
 memory, operations and communication, and the attention kernels' VMEM.
 blocks: the bytes that the kernels of one block of dev move, compiled the same way.
+train-aot: training steps of dev, compiled for both in the same way.
 
 Each bench prints its rows. With --output it also appends them as JSON lines, with the versions and
 the machine.
@@ -33,6 +34,7 @@ import bench_lora
 import bench_memory
 import bench_stream
 import bench_tpu
+import bench_train
 import jax
 
 import fluxjax
@@ -50,6 +52,7 @@ BENCHES = (
     bench_gpu_aot,
     bench_memory,
     bench_blocks,
+    bench_train,
 )
 
 

@@ -1,8 +1,9 @@
 """Measure the memory of restoration on a GPU without one: from programs compiled for it.
 
-One evaluation of the conditioned velocity of full-size dev in bfloat16, by each method, with and
-without rematerialization of the transformer's blocks. Prints a JSON line for each program. Needs
-jax's CUDA plugin with CUDA's packages, and JAX_PLATFORMS=cpu, so that JAX does not look for a GPU.
+One evaluation of the conditioned velocity of full-size dev in bfloat16, or one step by decoupled,
+with and without rematerialization of the transformer's blocks and the decoder's layers.
+Prints a JSON line for each program. Needs jax's CUDA plugin with CUDA's packages, and
+JAX_PLATFORMS=cpu, so that JAX does not look for a GPU.
 """
 
 import argparse
@@ -20,7 +21,17 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from fluxjax import Conditioning, Flux, FluxConfig, Vae, flux_velocity
-from fluxjax.flow import Conditioned, Correction, Mask, Measurement, Operator, dps, pigdm, tmpd
+from fluxjax.flow import (
+    Conditioned,
+    Correction,
+    Decoupled,
+    Mask,
+    Measurement,
+    Operator,
+    dps,
+    pigdm,
+    tmpd,
+)
 from fluxjax.generate.degradations import DecodePixels, Shrunk
 from fluxjax.nets import VaeConfig
 
@@ -29,7 +40,13 @@ from bench_gpu_aot import GPUS, gpu_topology  # found by the line above
 from bench_parts import pretended
 
 CORRECTIONS = {"dps": dps, "pigdm": pigdm, "tmpd": tmpd}
-ATTENTION = {"velocity": "cudnn", "dps": "cudnn", "pigdm": "cudnn", "tmpd": "xla_chunked"}
+ATTENTION = {
+    "velocity": "cudnn",
+    "decoupled": "cudnn",
+    "dps": "cudnn",
+    "pigdm": "cudnn",
+    "tmpd": "xla_chunked",
+}
 """What `restore_image` chooses on a GPU: only attention in plain JAX has forward-mode gradients."""
 FACTOR = 4
 """Of the super-resolution whose pixels are measured."""
@@ -58,17 +75,21 @@ class Inputs(eqx.Module):
 def evaluate(
     networks: Networks, inputs: Inputs, *, method: str, remat: bool, size: int
 ) -> jax.Array:
-    """Return one evaluation of a velocity: the prior's, or conditioned by a method."""
+    """Return one evaluation of a velocity, the prior's or conditioned, or one decoupled step."""
     condition = Conditioning(*inputs.prompt)
     velocity = flux_velocity(networks.flux, condition, attention=ATTENTION[method], remat=remat)
     if method == "velocity":
         return velocity(inputs.x, inputs.t)
     operator: Operator = Mask(inputs.mask)
     if networks.vae is not None:
-        decode = DecodePixels(networks.vae, size, size, jnp.bfloat16)
+        decode = DecodePixels(networks.vae, size, size, jnp.bfloat16, remat=remat)
         operator = Shrunk(FACTOR).of_tokens(decode, size, size)
     # A traced deviation would be checked by a callback, which needs a GPU.
     measurement = Measurement(operator, inputs.y, 0.02)
+    if method == "decoupled":
+        step = Decoupled(measurement)
+        half = inputs.t / 2
+        return step(velocity, inputs.x, inputs.t, half, None, key=jax.random.key(0))[0]
     correction: Correction = CORRECTIONS[method]()
     return Conditioned(velocity, measurement, correction)(inputs.x, inputs.t)
 

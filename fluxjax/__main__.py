@@ -1,4 +1,4 @@
-"""`python -m fluxjax.cli`, which is the same as `fluxjax`."""
+"""`python -m fluxjax`, which is the same as `fluxjax`."""
 
 from fluxjax.cli.main import main
 
