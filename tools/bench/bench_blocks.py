@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -47,7 +47,8 @@ class BlockCase:
     """A block, and what it is compiled for.
 
     `target`: one of `TARGETS`. `block`: "double" or "single". `weights`: "bfloat16", "float32", or
-    one of the 8-bit formats, beside activations in bfloat16. `img_tokens`, `txt_tokens`: of one image.
+    one of the 8-bit formats, beside activations in bfloat16. `img_tokens`, `txt_tokens`: of one
+    image.
     """
 
     target: str
@@ -76,9 +77,11 @@ def missing_for(target: str) -> str | None:
     plugins = ("libtpu",)
     if target in GPUS:
         plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    if any(importlib.util.find_spec(name) is not None for name in plugins):
-        return None
-    return f"{' or '.join(plugins)} is not installed"
+    if all(importlib.util.find_spec(name) is None for name in plugins):
+        return f"{' or '.join(plugins)} is not installed"
+    if jax.config.jax_platforms != "cpu":
+        return "JAX_PLATFORMS is not cpu, so that JAX would look for the device itself"
+    return None
 
 
 def compiled_block(case: BlockCase) -> tuple[Any, str]:
@@ -126,7 +129,8 @@ def _device(target: str) -> tuple[Any, Any]:
         return device, device
     (device,) = gpu_topology(target).devices
     capability = f"{GPUS[target]['major']}.{GPUS[target]['minor']}"
-    return device, SimpleNamespace(platform="gpu", compute_capability=capability)
+    seen = mock.Mock(spec=jax.Device, platform="gpu", compute_capability=capability)
+    return device, seen
 
 
 def _struct(where: Any, activations: Any, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
