@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _set_up() -> None:
     from jaxtyping import install_import_hook
+    from type_checks import use_lazy_checks
 
     # Imported before the hook: `fluxjax.shapes`, which this imports, holds the hook's type checker,
     # and the decorator of public functions is tested as users have it.
     import fluxjax.arguments  # noqa: F401
 
     # Users' programs check the public functions; the tests check every function's shapes and types.
+    use_lazy_checks()
     install_import_hook("fluxjax", "fluxjax.shapes.checked")
 
     import hypothesis
@@ -97,10 +100,25 @@ def tiny():
     return fluxjax.load_models("tiny", dtype="float32")
 
 
+MEMORY_MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
+REPLACES_PARTS = re.compile("monkeypatch|mock|monitoring|platform|(affine|implementations) import")
+"""In modules that replace what programs are made of, or count the programs that are compiled."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs():
-    """XLA:CPU maps memory for each compiled program, and a process may have 65,530 maps."""
+def _free_compiled_programs(request: pytest.FixtureRequest):
+    """Keep programs for the next module, which often needs the same, where nothing is replaced."""
     import jax
 
+    apart = REPLACES_PARTS.search(request.path.read_text()) is not None
+    if apart:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
+    if apart or _has_many_maps():
+        jax.clear_caches()
+
+
+def _has_many_maps() -> bool:
+    return not MEMORY_MAPS.exists() or MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MAPS

@@ -11,8 +11,10 @@ import jax
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 import jax.numpy as jnp
 import numpy as np
+from drawing import with_small_vae
 from small import IDS, small_flux
 
 import fluxjax
@@ -43,7 +45,7 @@ tangent = slide(jnp.asarray(x), jnp.asarray(way))
 error = float(jnp.linalg.norm(slope - tangent) / jnp.linalg.norm(tangent))
 assert error <= 1e-8, error
 
-models = fluxjax.load_models("tiny")
+models = with_small_vae(fluxjax.load_models("tiny"))
 drawn = []
 for dtype in ("float64", "float32"):
     settings = fluxjax.generate.DrawSettings(steps=1, height=32, width=32, dtype=dtype)

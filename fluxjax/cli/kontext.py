@@ -58,7 +58,7 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     images = [picture]
     for path in options.reference:
         images.append(jnp.asarray(interruptible(read_image, path)))
-    placement = options.drawn_inment or "offset"
+    placement = options.placement or "offset"
     references = References(placement=placement, preferred=False if options.keep_size else None)
     defaults = interruptible(load_defaults, options.model)
     resized = [size_of(references.resize(image, defaults)) for image in images]
@@ -69,7 +69,7 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     about = {"init_image": describe_file(options.picture), "method": METHOD}
     if options.reference:
         about["references"] = "; ".join(describe_file(path) for path in options.reference)
-    if options.drawn_inment is not None:
+    if options.placement is not None:
         about["placement"] = placement
     if options.keep_size:
         about["reference_size"] = "kept"

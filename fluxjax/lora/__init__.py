@@ -1,7 +1,7 @@
 """Adapters: reading every format, merging, attaching, extracting, writing."""
 
 from fluxjax.lora.adapter import Lora
-from fluxjax.lora.attach import attach
+from fluxjax.lora.attach import attach, without_adapters
 from fluxjax.lora.convert import adapter_notes, merge_while_converting
 from fluxjax.lora.describe import ChangedNetwork, LoraSummary, describe_lora
 from fluxjax.lora.extract import extract_lora
@@ -27,5 +27,6 @@ __all__ = [
     "read_lora",
     "trainable",
     "unmerge",
+    "without_adapters",
     "write_lora",
 ]

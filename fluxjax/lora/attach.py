@@ -24,7 +24,7 @@ from fluxjax.lora.row_scales import BlockChanges, scale_rows
 from fluxjax.lora.scales import Scales, check_scales
 from fluxjax.lora.widen import widen_for_changes
 from fluxjax.nets.stack import is_stacked, leaf_names
-from fluxjax.nets.weight import AdaptedWeight, Dense, Weight
+from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -97,6 +97,24 @@ def attach(
         return _adapt_weight(name, base, low_rank, parts)
 
     return jax.tree_util.tree_map_with_path(adapt, model, is_leaf=is_weight)
+
+
+def without_adapters(model: Network) -> Network:
+    """Return a network whose matrices are those that adapters were attached beside.
+
+    Biases, norm scales and a wider input, which `attach` changes, stay changed. Its weights may
+    have been placed on a mesh since.
+    """
+
+    def is_adapted(node: object) -> bool:
+        return isinstance(node, AdaptedWeight)
+
+    def strip(node: Weight | Leaf) -> Weight | Leaf:
+        if not isinstance(node, AdaptedWeight):
+            return node
+        return node.base.base if isinstance(node.base, RowScaledWeight) else node.base
+
+    return jax.tree.map(strip, model, is_leaf=is_adapted)
 
 
 def _change_vectors(

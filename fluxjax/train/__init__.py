@@ -10,6 +10,7 @@ from fluxjax.train.config import TrainConfig, train_config
 from fluxjax.train.cost import StepCost, forward_flop, training_flop
 from fluxjax.train.data import open_batches
 from fluxjax.train.data_settings import DataSettings
+from fluxjax.train.distill import TeacherInterval, consistency_loss, teacher_interval
 from fluxjax.train.encode_data import EncodeOptions, encode_examples
 from fluxjax.train.encoders import Encoders, load_encoders
 from fluxjax.train.fit_condition import FittedCondition, fit_condition, interpolate_conditions
@@ -48,6 +49,7 @@ __all__ = [
     "StepCost",
     "StepMetrics",
     "StepSettings",
+    "TeacherInterval",
     "TrainBatch",
     "TrainConfig",
     "TrainHooks",
@@ -61,6 +63,7 @@ __all__ = [
     "average",
     "bucket_sizes",
     "compile_step",
+    "consistency_loss",
     "create_state",
     "divide_adapter",
     "divide_layers",
@@ -84,6 +87,7 @@ __all__ = [
     "place_batch",
     "run_steps",
     "set_up_training",
+    "teacher_interval",
     "train_config",
     "training_flop",
     "training_shapes",

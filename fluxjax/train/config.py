@@ -204,6 +204,11 @@ class TrainConfig:
                 "stochastic_rounding is for trained weights in bfloat16. Set train.weights_dtype, "
                 "or leave it out."
             )
+        if self.loss.is_distillation and (not self.train.is_adapter or self.train.extra_features):
+            raise ValueError(
+                "loss.distill_steps trains an adapter that follows the network without it, and "
+                "train.method is an adapter then, without train.extra_features. Choose 'lora'."
+            )
         _ = self.step
 
     @property

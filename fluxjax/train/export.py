@@ -1,6 +1,7 @@
 """The result of a training as files: an adapter, a network, or a whole model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def trained_network(setup: TrainingSetup, weights: WeightArrays) -> AbstractTran
 def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) -> Path:
     """Write the whole model: the trained network, and what it was trained beside.
 
+    It is sampled with captions of the length that it was trained with.
+
     **Arguments:** `network`: in the memory of this process. `path`: of a new folder.
     **Returns:** the path.
     """
@@ -123,6 +126,8 @@ def _write_model(config: TrainConfig, network: AbstractTransformer, path: Path) 
             networks[name] = load_network(name, config.model, LoadOptions())
     tokenizers = load_tokenizers(config.model)
     defaults = load_defaults(config.model)
+    if config.data.max_length is not None:
+        defaults = replace(defaults, max_length=config.data.max_length)
     models = assemble_models(tokenizers, networks, family=family, defaults=defaults, mesh=None)
     to = config.format or "diffusers"
     return save_models(models, path, to=to, dtype=_dtype(config.output_dtype))

@@ -1,6 +1,7 @@
 """The loop of a training: steps one after another, and what is done between them."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import PyTree
 from fluxjax.shapes import Array
 from fluxjax.train.batch import AbstractBatches
 from fluxjax.train.config import TrainConfig
-from fluxjax.train.cost import StepCost, TokenCounts, step_cost, training_flop
+from fluxjax.train.cost import StepCost, TokenCounts, forward_flop, step_cost, training_flop
 from fluxjax.train.mesh_step import StepMetrics, TrainStep
 from fluxjax.train.parts import TrainedLayers
 from fluxjax.train.place import StepRows, batch_shapes, place_batch
@@ -69,8 +70,15 @@ def jit_step(
     return step(state, frozen, *inputs)
 
 
-def compile_step(setup: TrainingSetup, config: TrainConfig) -> StepCost:
-    """Compile a step for shapes alone, and return its cost.
+class LoweredStep(NamedTuple):
+    """A step that is not compiled yet. `flop`: its operations by formula, over all devices."""
+
+    lowered: jax.stages.Lowered
+    flop: float
+
+
+def lower_step(setup: TrainingSetup, config: TrainConfig) -> LoweredStep:
+    """Lower a step for shapes alone.
 
     Images have `data.size`, or the model's own size.
 
@@ -90,9 +98,15 @@ def compile_step(setup: TrainingSetup, config: TrainConfig) -> StepCost:
         reference=config.data.condition == "reference",
     )
     inputs = (setup.state_shapes(), setup.frozen, rows, shared, setup.key)
-    compiled = jit_step.lower(setup.step, *inputs).compile()
-    flop = config.batch * example_flop(setup, rows)
-    return step_cost(compiled, flop, mesh.devices.flat[0])
+    return LoweredStep(
+        jit_step.lower(setup.step, *inputs), config.batch * example_flop(setup, rows)
+    )
+
+
+def compile_step(setup: TrainingSetup, config: TrainConfig) -> StepCost:
+    """Compile a step for shapes alone, and return its cost. Arguments as for `lower_step`."""
+    lowered, flop = lower_step(setup, config)
+    return step_cost(lowered.compile(), flop, setup.mesh.devices.flat[0])
 
 
 def _appended_features(setup: TrainingSetup, config: TrainConfig) -> int:
@@ -109,7 +123,12 @@ def example_flop(setup: TrainingSetup, rows: StepRows) -> float:
         img += rows.reference_tokens.shape[1]
     is_full = isinstance(setup.step.part, TrainedLayers)
     trained = setup.weights if is_full else {}
-    return training_flop(setup.network, TokenCounts(img, txt), trained)
+    tokens = TokenCounts(img, txt)
+    flop = training_flop(setup.network, tokens, trained)
+    if setup.step.loss.is_distillation:
+        # The teacher and the student are evaluated for what the student is compared with.
+        flop += 2 * forward_flop(setup.network, tokens)
+    return flop
 
 
 def weights_to_write(state: TrainState) -> dict[str, Array]:

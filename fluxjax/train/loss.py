@@ -59,9 +59,14 @@ def flow_matching_loss(
     """
     predicted = velocity((1 - t) * x0 + t * noise, t)
     squared = jnp.square(predicted.astype(wide_dtype(predicted.dtype)) - (noise - x0))
+    return masked_mean(squared, mask)
+
+
+def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, " tokens"] | None) -> Scalar:
+    """Return the mean of values by the weights of the first axis; 0 if all of these are 0."""
     if mask is None:
-        return jnp.mean(squared)
-    by_token = jnp.mean(squared, axis=range(1, squared.ndim))
+        return jnp.mean(values)
+    by_token = jnp.mean(values, axis=range(1, values.ndim))
     total = jnp.sum(mask)
     return jnp.sum(mask * by_token) / jnp.where(total > 0, total, 1)
 

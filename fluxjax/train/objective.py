@@ -12,7 +12,9 @@ from fluxjax.flow.times import resolution_mu, time_shift
 from fluxjax.generate.conditioning import ReferenceTokens, Transformer
 from fluxjax.generate.latents import image_ids
 from fluxjax.generate.text import TextStates
+from fluxjax.lora.attach import without_adapters
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray, Scalar
+from fluxjax.train.distill import consistency_loss, teacher_interval
 from fluxjax.train.loss import flow_matching_loss, logit_normal_times, min_snr_weight
 from fluxjax.zoo import Defaults
 
@@ -34,13 +36,19 @@ class LossSettings:
     - `caption_dropout`: the share of captions that are replaced by the empty one, in [0, 1].
     - `guidance`: the range of the distilled guidance scale, drawn uniformly for each example;
       both ends alike for one number, None for a network that takes none.
+    - `distill_steps`: None for the flow-matching loss; a number for the distillation of the
+      network into an adapter beside it that is sampled in so many steps, by
+      `consistency_loss`.
+    - `teacher_steps`: of the network without the adapter, in each of those.
 
     A network that is distilled for guidance, as dev, predicts at scale 1 what its data's
     distribution is, and at 3.5 what true guidance would make of it. Trained on data at scale 1, it
     keeps what guidance adds, and is sampled at its usual scale. Trained at 3.5, it learns to draw
     the data at that scale without guidance, and what was distilled is lost step by step.
+    A teacher is followed at its usual scale.
 
-    **Raises:** `ValueError` for another rule, or a number out of its range.
+    **Raises:** `ValueError` for another rule, or a number out of its range; for distillation unless
+    its times are uniform, as those of sampling before the shift, and have one weight.
     """
 
     times: str = "logit_normal"
@@ -53,6 +61,8 @@ class LossSettings:
     gamma: float = 5.0
     caption_dropout: float = 0.1
     guidance: tuple[float, float] | None = None
+    distill_steps: int | None = None
+    teacher_steps: int = 8
 
     def __post_init__(self):
         for field, rules in (("times", TIME_RULES), ("weighting", WEIGHT_RULES)):
@@ -77,9 +87,27 @@ class LossSettings:
                 f"`LossSettings(guidance)` is a range from low to high, got {self.guidance}. "
                 "Swap them."
             )
+        for field in ("distill_steps", "teacher_steps"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"`LossSettings({field})` is at least 1, got {value}. Choose more, as 4."
+                )
+        if self.is_distillation and (self.times, self.weighting) != ("uniform", "none"):
+            raise ValueError(
+                "`LossSettings(distill_steps)` needs times='uniform' and weighting='none', got "
+                f"{self.times!r} and {self.weighting!r}. Set them."
+            )
+
+    @property
+    def is_distillation(self) -> bool:
+        """Whether a teacher is followed, not data."""
+        return self.distill_steps is not None
 
     def for_model(self, defaults: Defaults, *, takes_guidance: bool) -> "LossSettings":
-        """Return settings in which a model's own shifts and scale 1 replace None.
+        """Return settings in which a model's own shifts and scale replace None.
+
+        The scale is 1, or in distillation that at which the model is sampled.
 
         **Arguments:** `defaults`: of the model. `takes_guidance`: whether its network takes a
         distilled scale.
@@ -92,7 +120,9 @@ class LossSettings:
             )
         changes: dict[str, object] = {}
         if takes_guidance and self.guidance is None:
-            changes["guidance"] = (1.0, 1.0)
+            usual = defaults.guidance if self.is_distillation else None
+            scale = 1.0 if usual is None else usual
+            changes["guidance"] = (scale, scale)
         if not defaults.shift and self.shift is None and self.base_shift is None:
             changes["shift"] = 0.0
         for name in ("base_shift", "max_shift"):
@@ -188,7 +218,10 @@ def example_loss(
 ) -> Scalar:
     """Return the loss of an example at drawn values.
 
-    **Arguments:** `flux`: the transformer, also of split tokens.
+    In distillation the time is rounded to the nearest one of the teacher's.
+
+    **Arguments:** `flux`: the transformer, also of split tokens; in distillation with the adapter
+    that is trained attached.
     **Returns:** a scalar in float32; 0 where the mask leaves out all tokens.
     """
 
@@ -200,6 +233,18 @@ def example_loss(
     def velocity(x: Array, t: Scalar) -> Array:
         return velocity_of(flux, x, t, example, text, draws.guidance, evaluation)
 
+    if settings.distill_steps is not None:
+        teacher = without_adapters(flux)
+
+        def by_teacher(x: Array, t: Scalar) -> Array:
+            return velocity_of(teacher, x, t, example, text, draws.guidance, evaluation)
+
+        steps, mu = settings.distill_steps, settings.mu(len(example.latents))
+        interval = teacher_interval(
+            draws.t, steps=steps, teacher_steps=settings.teacher_steps, mu=mu
+        )
+        x = (1 - interval.start) * example.latents + interval.start * draws.noise
+        return consistency_loss(velocity, by_teacher, x, interval, example.mask)
     loss = flow_matching_loss(velocity, example.latents, draws.t, draws.noise, example.mask)
     if settings.weighting == "min_snr":
         return min_snr_weight(draws.t, settings.gamma) * loss

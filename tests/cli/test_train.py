@@ -85,8 +85,9 @@ def test_a_folder_of_images_becomes_an_adapter(folder, capsys):
 def test_layers_become_a_whole_model(folder):
     config = write(folder, "b.toml", "tuned", method="layers")
     with jax.numpy_dtype_promotion("standard"):
-        main(["train", config, "--set", "optimizer.name=lion"])
+        main(["train", config, "--set", "optimizer.name=lion", "--set", "data.max_length=9"])
     tuned, base = fluxjax.load_models(folder / "tuned"), fluxjax.load_models("tiny")
+    assert tuned.defaults.max_length == 9
     assert not np.array_equal(
         tuned.flux.single.linear2.weight.value, base.flux.single.linear2.weight.value
     )

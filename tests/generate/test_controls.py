@@ -61,6 +61,9 @@ def with_control(conditioning, *control):
     return replace(conditioning, control=control)
 
 
+prepare = eqx.filter_jit(flux_velocity)
+
+
 @eqx.filter_jit
 def evaluate(velocity, x=NOISE, t=T):
     return velocity(x, t)
@@ -90,7 +93,7 @@ def test_it_is_the_network_with_scaled_residuals_also_prepared(flux, net):
     positive = with_control(POSITIVE, control_of(net))
     expected = by_hand(flux, POSITIVE, (residuals_by_hand(net, LATENT, POSITIVE),))
     for times in (None, jnp.float32([0.9, 0.6])):
-        found = evaluate(flux_velocity(flux, positive, times=times))
+        found = evaluate(prepare(flux, positive, times=times))
         np.testing.assert_allclose(found, expected, atol=BOUND)
     assert np.abs(expected - by_hand(flux, POSITIVE)).max() > 1e-2
 

@@ -19,7 +19,6 @@ from fluxjax.generate import (
     Repaint,
     Restoration,
     SDEditing,
-    Shrunk,
     decode,
     edit_image,
     encode,
@@ -195,25 +194,6 @@ def test_what_is_seen_without_noise_is_kept(tiny, image, method):
     found = restored(tiny, image, Hidden(mask), method, noise=0.0)
     np.testing.assert_array_equal(found[:, :16], image[:, :16])
     assert np.isfinite(found).all()
-
-
-def test_an_enlarged_image_shrinks_nearer_to_what_was_measured(tiny, image):
-    """Through the decoder, at one token: two steps come nearer by a third than plain drawing."""
-    small = image[:8, :8].reshape(4, 2, 4, 2, 3).mean((1, 3))
-    settings = DrawSettings(steps=2)
-
-    def distance(found):
-        assert found.shape == (1, 8, 8, 3)
-        shrunk = np.asarray(found).reshape(4, 2, 4, 2, 3).mean((1, 3))
-        return np.sqrt(np.mean(np.square(shrunk - small)))
-
-    restoration = Restoration(degradation=Shrunk(2), iterations=3)
-    options = {"key": KEY, "settings": settings}
-    found = restore_image(tiny, small, "a red star", restoration=restoration, **options)
-    plain = image_to_image(
-        tiny, image[:8, :8], "a red star", repaint=Repaint(strength=1.0), **options
-    )
-    assert distance(found) < 2 / 3 * distance(plain)
 
 
 def test_every_method_of_restoration_has_a_name_and_its_rules():

@@ -6,8 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import reduce, repeat
-from scenes import random_scene, render
+from einops import repeat
 
 from fluxjax.generate import fit_preview
 from fluxjax.generate.preview import Preview
@@ -32,23 +31,6 @@ def test_an_affine_decoder_is_found_again():
     fitted = inspect.unwrap(fit_preview)(LinearVae(matrix), draw(2, 16, 16, 16, seed=1))
     # The ridge of a hundredth takes about a hundredth off.
     np.testing.assert_allclose(fitted.matrix, matrix, atol=2e-3)
-
-
-def test_a_preview_of_the_tiny_model_shows_what_its_decoder_would(tiny):
-    rng = np.random.default_rng(3)
-    images = np.stack([render(random_scene(rng), 128, 128, rng) for _ in range(40)])
-    latents = jax.lax.map(tiny.vae.encode, jnp.asarray(images, jnp.float32))
-    preview = fit_preview(tiny.vae, latents[:32])
-    shown = jax.vmap(preview)(latents[32:])
-    assert shown.shape == (8, 16, 16, 3)
-    decoded = jnp.clip(jax.lax.map(tiny.vae.decode, latents[32:]), -1, 1)
-    cells = reduce(
-        decoded, "images (rows a) (columns b) rgb -> images rows columns rgb", "mean", a=8, b=8
-    )
-    error, spread = jnp.mean(jnp.square(shown - cells)), jnp.mean(jnp.var(cells, axis=(1, 2)))
-    # The tiny model's decoder is far from linear: 0.45 of the spread is missed in images that the
-    # preview was not fitted to.
-    assert error < 0.5 * spread
 
 
 def test_previews_are_clipped():

@@ -263,7 +263,7 @@ def test_an_image_that_is_not_finite_is_refused_with_its_stage(tiny, network, st
 
 def test_gradients_pass_through_drawing(tiny):
     """The gradient of a scale beside a central difference, through sampler and decoder."""
-    settings = DrawSettings(steps=2, height=16, width=16)
+    settings = DrawSettings(**SETTINGS)  # of which the program without gradients is compiled
 
     def brightness(scale):
         guidance = Guidance(scale=scale)

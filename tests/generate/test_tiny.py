@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import reduce
 from evaluate_tiny import generate, held_out_scenes, score
 from scenes import SHAPES, Scene, Thing, caption, check, find, random_scene, render
 
 import fluxjax
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.shipped import tiny_folder
+from fluxjax.generate import (
+    Repaint,
+    Restoration,
+    Shrunk,
+    fit_preview,
+    image_to_image,
+    restore_image,
+)
 from fluxjax.zoo import ZOO
 
 SIZES = ((128, 128), (96, 160), (160, 96))
@@ -160,3 +169,41 @@ def test_backgrounds_are_those_of_the_prompts(tiny):
         fluxjax.text_to_image(tiny, prompts, key=jax.random.key(0), settings=settings)
     )
     assert [find(image)[0] for image in images] == grounds
+
+
+def test_a_preview_of_the_tiny_model_shows_what_its_decoder_would(tiny):
+    rng = np.random.default_rng(3)
+    images = np.stack([render(random_scene(rng), 128, 128, rng) for _ in range(40)])
+    latents = jax.lax.map(tiny.vae.encode, jnp.asarray(images, jnp.float32))
+    preview = fit_preview(tiny.vae, latents[:32])
+    shown = jax.vmap(preview)(latents[32:])
+    assert shown.shape == (8, 16, 16, 3)
+    decoded = jnp.clip(jax.lax.map(tiny.vae.decode, latents[32:]), -1, 1)
+    cells = reduce(
+        decoded, "images (rows a) (columns b) rgb -> images rows columns rgb", "mean", a=8, b=8
+    )
+    error, spread = jnp.mean(jnp.square(shown - cells)), jnp.mean(jnp.var(cells, axis=(1, 2)))
+    # The tiny model's decoder is far from linear: 0.45 of the spread is missed in images that the
+    # preview was not fitted to.
+    assert error < 0.5 * spread
+
+
+def test_an_enlarged_image_shrinks_nearer_to_what_was_measured(tiny):
+    """Through the decoder, at one token: two steps come nearer by a third than plain drawing."""
+    y, x = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
+    image = np.stack([np.sin(y / 9), np.cos(x / 7), 0.3 * np.sin((x + y) / 8)], -1).astype(
+        "float32"
+    )
+    small = image.reshape(4, 2, 4, 2, 3).mean((1, 3))
+    settings = fluxjax.DrawSettings(steps=2)
+
+    def distance(found):
+        assert found.shape == (1, 8, 8, 3)
+        shrunk = np.asarray(found).reshape(4, 2, 4, 2, 3).mean((1, 3))
+        return np.sqrt(np.mean(np.square(shrunk - small)))
+
+    restoration = Restoration(degradation=Shrunk(2), iterations=3)
+    options = {"key": jax.random.key(3), "settings": settings}
+    found = restore_image(tiny, small, "a red star", restoration=restoration, **options)
+    plain = image_to_image(tiny, image, "a red star", repaint=Repaint(strength=1.0), **options)
+    assert distance(found) < 2 / 3 * distance(plain)

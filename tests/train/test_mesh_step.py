@@ -3,23 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec
 from meshes import mesh_of
-from training import AVERAGED, Training, batch_of, random_flux
+from training import AVERAGED, Training, batch_of, jit_gradients, random_flux
 
 from fluxjax.train import mesh_step
 from fluxjax.train.config import MethodSettings
-from fluxjax.train.loop import jit_step
 from fluxjax.train.mesh_step import StepSettings
 from fluxjax.train.place import place_batch
 
 # Sums in another order, through three blocks and their gradients.
 BOUND = 1e-5
+BETA = 0.9  # of Adam's first moments
+STATELESS = optax.sgd(1.0)
+AXES = ("data", "fsdp", "tensor", "context")
 MESHES = {
-    "data": dict(data=2),
-    "fsdp": dict(fsdp=2),
-    "tensor": dict(tensor=2),
-    "context": dict(context=2),
     "data and fsdp": dict(data=2, fsdp=4),
     "fsdp, tensor and context": dict(fsdp=2, tensor=2, context=2),
 }
@@ -42,9 +42,22 @@ def stepped(mesh=None, **options):
     return training.state, metrics
 
 
+def gradients(mesh=None, **options):
+    """Return the gradients of the first step."""
+    options = {"optimizer": STATELESS, "settings": StepSettings(), **options}
+    return Training(mesh, **options).gradients(batch_of(ROWS))
+
+
 @pytest.fixture(scope="module")
 def expected():
     return stepped()
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(expected):
+    """What Adam's first moments are a tenth of after the first step."""
+    moments = optax.tree.get(expected[0].optimizer, "mu")
+    return {name: np.asarray(moment) / (1 - BETA) for name, moment in moments.items()}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -54,21 +67,57 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(expected, name):
     assert relative(found, expected) <= BOUND
 
 
-@pytest.mark.parametrize("left_out", ["data", "fsdp", "tensor", "context"])
-def test_without_one_of_its_sums_over_devices_a_step_is_wrong(expected, monkeypatch, left_out):
-    others = tuple(axis for axis in mesh_step.AXES if axis != left_out)
+@pytest.mark.parametrize("axis", AXES)
+def test_gradients_over_one_axis_are_those_on_one_device(expected_gradients, axis):
+    found = gradients(mesh_of(**{axis: 2}))
+    assert found.keys() == expected_gradients.keys()
+    assert relative(found, expected_gradients) <= BOUND
+
+
+def test_without_one_of_its_sums_over_devices_a_step_is_wrong(expected_gradients, monkeypatch):
+    others = tuple(axis for axis in mesh_step.AXES if axis != "tensor")
     monkeypatch.setattr(mesh_step, "AXES", others)
     # The program with all sums is compiled already, and the one without has to go again.
-    jit_step.clear_cache()
-    state, _ = stepped(mesh_of(**{left_out: 2}))
-    jit_step.clear_cache()
-    assert relative(state.optimizer, expected[0].optimizer) > 100 * BOUND
+    jit_gradients.clear_cache()
+    found = gradients(mesh_of(tensor=2))
+    jit_gradients.clear_cache()
+    assert relative(found, expected_gradients) > 100 * BOUND
 
 
-def test_micro_batches_are_the_batch_at_once(expected):
-    settings = StepSettings(accumulate=3, ema_decay=AVERAGED.ema_decay)
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [
+        (dict(data=2, fsdp=4), PartitionSpec("fsdp")),
+        (dict(fsdp=2, tensor=2, context=2), PartitionSpec(None, ("tensor", "fsdp"))),
+        (dict(data=2, tensor=2, context=2), PartitionSpec()),
+    ],
+    ids=str,
+)
+def test_gradients_are_added_up_along_the_axes_that_do_not_split_them(sizes, split):
+    mesh = mesh_of(**sizes)
+    # One number of each device, which tells it from the others in any sum.
+    numbers = 2.0 ** np.arange(8).reshape([sizes.get(axis, 1) for axis in AXES])
+
+    def of_device(numbers):
+        gradients = {"weight": numbers.reshape(1, 1)}
+        return mesh_step.reduce_gradients(gradients, {"weight": split})["weight"].reshape(
+            1, 1, 1, 1
+        )
+
+    by_device = PartitionSpec(*AXES)
+    run = jax.shard_map(
+        of_device, mesh=mesh, in_specs=by_device, out_specs=by_device, check_vma=False
+    )
+    summed = tuple(number for number, axis in enumerate(AXES) if axis not in str(split))
+    expected = np.broadcast_to(numbers.sum(summed, keepdims=True), numbers.shape)
+    np.testing.assert_array_equal(jax.jit(run)(jnp.asarray(numbers, jnp.float32)), expected)
+
+
+def test_micro_batches_are_the_batch_at_once(expected, expected_gradients):
     # 5 rows in 3 micro-batches of 2: one row of weight 0 is added.
-    assert relative(stepped(settings=settings), expected) <= BOUND
+    alone = gradients(settings=StepSettings(accumulate=3))
+    assert relative(alone, expected_gradients) <= BOUND
+    settings = StepSettings(accumulate=3, ema_decay=AVERAGED.ema_decay)
     on_mesh = stepped(mesh_of(fsdp=2), settings=settings, remat=True)
     assert relative(on_mesh, expected) <= BOUND
 
@@ -82,6 +131,7 @@ def test_added_rows_have_no_weight_and_draws_do_not_depend_on_the_mesh():
     assert shared.empty.txt.shape == batch.text.txt.shape[1:]
 
 
+SPLIT = mesh_of(fsdp=2, tensor=2)
 ADAPTERS = {
     "lora": MethodSettings(method="lora", rank=2),
     "lokr": MethodSettings(method="lokr", rank=2, divisor=4),
@@ -92,16 +142,21 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_and_layers_are_trained_alike_on_a_mesh(name):
-    mesh = mesh_of(fsdp=2, context=2) if name == "dora" else mesh_of(fsdp=2, tensor=2)
-    method = ADAPTERS[name]
-    one, many = stepped(method=method), stepped(mesh, method=method)
+def test_a_lora_is_trained_alike_on_a_mesh():
+    one, many = [Training(mesh, method=ADAPTERS["lora"]) for mesh in (None, SPLIT)]
+    before = {key: np.asarray(leaf) for key, leaf in one.weights.items()}
+    metrics = [training.take(batch_of(ROWS)) for training in (one, many)]
+    assert relative((many.state, metrics[1]), (one.state, metrics[0])) <= BOUND
     # The ups of an adapter are zeros before the step, so that only some of the factors move.
+    assert max(relative(one.state.model[key], leaf) for key, leaf in before.items()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["lokr", "dora", "layers"])
+def test_other_adapters_and_layers_have_the_same_gradients_on_a_mesh(name):
+    mesh = mesh_of(fsdp=2, context=2) if name == "dora" else SPLIT
+    one, many = [gradients(place, method=ADAPTERS[name]) for place in (None, mesh)]
     assert relative(many, one) <= BOUND
-    moved = Training(method=method).weights
-    changes = [relative(one[0].model[key], leaf) for key, leaf in moved.items()]
-    assert max(changes) > 1e-4
+    assert max(np.abs(np.asarray(leaf)).max() for leaf in one.values()) > 1e-4
 
 
 def test_a_dora_is_not_split_over_tensor():

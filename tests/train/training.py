@@ -127,6 +127,18 @@ class Training:
             self.state, metrics = jit_step(self.step, self.state, self.frozen, rows, shared, key)
         return metrics
 
+    def gradients(self, batch, key=KEY):
+        """Return the gradients of a step, which is half of the program of `take`."""
+        rows, shared = place_batch(batch, EMPTY, self.mesh, accumulate=self.settings.accumulate)
+        return jit_gradients(self.step, self.state.model, self.frozen, rows, shared, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jit_gradients(step, *inputs):
+    *arrays, key = inputs
+    draw_key, _ = jax.random.split(jax.random.fold_in(key, 0))  # as in a first step
+    return step.gradients(*arrays, draw_key)[1]
+
 
 class ListedBatches(AbstractBatches):
     """Batches of a list, over and over."""

@@ -9,6 +9,7 @@ lora: merging an adapter.
 stream: dev from its file, one block at a time, in little memory.
 tpu-aot, flash-aot, gpu-aot: programs compiled for TPUs and GPUs on a machine without them: their
 memory, operations and communication, and the attention kernels' VMEM.
+train-aot: training steps of dev, compiled for both in the same way.
 
 Each bench prints its rows. With --output it also appends them as JSON lines, with the versions and
 the machine.
@@ -31,6 +32,7 @@ import bench_lora
 import bench_memory
 import bench_stream
 import bench_tpu
+import bench_train
 import jax
 
 import fluxjax
@@ -47,6 +49,7 @@ BENCHES = (
     bench_flash,
     bench_gpu_aot,
     bench_memory,
+    bench_train,
 )
 
 
