@@ -132,6 +132,15 @@ CALLS = {
     ),
     train.logit_normal_times: ({"count": 3, "mean": 0.5, "mu": 1.0}, {"key": jax.random.key(0)}),
     train.min_snr_weight: ({"t": 0.3, "gamma": 4.0}, {}),
+    train.teacher_interval: ({"t": 0.3, "mu": 0.5}, {"steps": 2, "teacher_steps": 3}),
+    train.consistency_loss: (
+        {"x": X},
+        {
+            "student": straight,
+            "teacher": straight,
+            "interval": train.TeacherInterval(*np.float32([0.9, 0.7, 0.5])),
+        },
+    ),
     train.flow_matching_loss: ({"x0": X, "t": 0.5, "noise": X}, {"velocity": straight}),
     train.interpolate_conditions: (
         {"share": 0.3},
@@ -352,7 +361,10 @@ def test_what_can_not_be_converted_is_named(arguments, message):
             r"`sample\(step\)` takes Step, got the class Euler. Pass an instance, such as Euler",
         ),
         (lambda: f.sample(straight, X, [1.0, 0.0], step="euler"), r"takes Step, got 'euler'"),
-        (lambda: f.sample(3, X, [1.0, 0.0]), r"`sample\(velocity\)` takes a function, got 3"),
+        (
+            lambda: f.sample(3, X, [1.0, 0.0]),
+            r"`sample\(velocity\)` takes a function or \w+, got 3",
+        ),
         (lambda: f.sample(straight, X, [1.0, 0.0], history=3), r"`sample\(history\)` takes a bool"),
         (lambda: f.estimates(X, X, 0.5, kind=3), r"`estimates\(kind\)` takes a string, got 3"),
         (lambda: f.estimates(X, X[:2], 0.5, "x0"), "Dimensions of one name have the same size"),
