@@ -67,13 +67,23 @@ def _check_calls(function: Function, typechecker) -> Function:
 
 def _with_checks(function: types.FunctionType, typechecker) -> Function:
     """Return a function with checks of its arguments and its result."""
-    key = function.__code__, tuple(function.__annotations__.items())
+    key = _key(function)
     if key not in _checks:
         made = typechecker(_with_classes(function))
         _checks[key] = made if BOUND in (made.__kwdefaults__ or {}) else None
     if _checks[key] is None:
         return function
     return _copy(_checks[key], {**_checks[key].__kwdefaults__, BOUND: function})
+
+
+def _key(function: types.FunctionType) -> typing.Hashable:
+    """Return the code of a function and its annotations, by which its checks are kept."""
+    annotations = []
+    for name, annotation in function.__annotations__.items():
+        # Of older Pythons, the arguments of a ParamSpec have no hash.
+        has_hash = getattr(type(annotation), "__hash__", None) is not None
+        annotations.append((name, annotation if has_hash else repr(annotation)))
+    return function.__code__, tuple(annotations)
 
 
 def _with_classes(function: types.FunctionType) -> types.FunctionType:

@@ -37,6 +37,7 @@ from fluxjax.cli.shared_options import (
     add_quantize,
     add_rule,
     add_shift,
+    add_vae_memory,
 )
 
 _DEFAULTS_OF_GENERATE = {
@@ -54,7 +55,6 @@ _DEFAULTS_OF_GENERATE = {
     "integrator": "euler",
     "eta": None,
     "churn": None,
-    "vae_memory": None,
     "aspect": None,
     "first_image": 0,
     "seeds": None,
@@ -334,6 +334,7 @@ def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:
     model = parser.add_argument_group("model")
     add_model_options(model)
     add_quantize(model)
+    add_vae_memory(model)
     model.add_argument(
         "--max-sequence-length",
         type=token_count,

@@ -5,7 +5,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from fluxjax.cli.console import complain, raise_problems
 from fluxjax.cli.device import name_device
 from fluxjax.cli.image_paths import image_paths, line_paths
 from fluxjax.cli.jobs import check_together, join_job
-from fluxjax.cli.memory import with_plan
+from fluxjax.cli.memory import with_choice, with_found_plan, with_plan
 from fluxjax.cli.places import BatchSize, PlannedImage
 from fluxjax.cli.preview_file import watch_previews
 from fluxjax.cli.progress import Clock
@@ -320,7 +319,7 @@ def _draw_file(request: Request, path: Path) -> None:
     if work.lines:
         alike = Counter(_kind(request.of_line(line)) for line in lines)
         groups = _group_lines(request, work, alike)
-        request = _with_plan_of_largest(request, groups)
+        request, groups = _planned(request, groups)
         reused = 0
         with _clock(request, groups, silent=request.quiet) as clock:
             stages = _Stages(clock, request)
@@ -375,6 +374,7 @@ def _sort_lines(request: Request, lines: Sequence[Line], paths: Mapping[str, Pat
         found = read_metadata(path)
         changes = {} if facts is None else facts.description
         expected = sized.metadata(line, sized.expected_guidance(found), changes)
+        expected = with_found_plan(expected, found)
         reason = difference(found, expected)
         if reason is None:
             present += 1
@@ -419,16 +419,14 @@ def _group_lines(request: Request, work: _Work, alike: Mapping[tuple, int]) -> l
     return sorted(groups, key=lambda group: (group.request.height, group.request.width))
 
 
-def _with_plan_of_largest(request: Request, groups: Sequence[_Group]) -> Request:
-    """Return a request with the plan for the largest images of a file."""
+def _planned(request: Request, groups: Sequence[_Group]) -> tuple[Request, list[_Group]]:
+    """Return a request and its batches with the plan for the largest images of a file."""
     largest = max(groups, key=lambda group: group.request.height * group.request.width)
-    planned = with_plan(largest.request)
-    return replace(
-        request,
-        choice=planned.choice,
-        offload_encoders=planned.offload_encoders,
-        description=planned.description,
-    )
+    choice = with_plan(largest.request).choice
+    if choice is None:
+        return request, list(groups)
+    own = [group._replace(request=with_choice(group.request, choice)) for group in groups]
+    return with_choice(request, choice), own
 
 
 def _draw_lines(

@@ -43,6 +43,7 @@ from fluxjax.cli.shared_options import (
     add_rule,
     add_shift,
     add_size,
+    add_vae_memory,
 )
 
 
@@ -359,13 +360,7 @@ def _add_memory_options(group: OptionGroup) -> None:
         help="keep the weights of the transformer and T5 in host memory (on CPU: in their files), "
         "and copy them to the device block by block",
     )
-    group.add_argument(
-        "--vae-memory",
-        type=byte_count,
-        metavar="BYTES",
-        help="run the VAE in strips of the image where it needs more memory than this beside its "
-        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
-    )
+    add_vae_memory(group)
     group.add_argument(
         "--show-memory",
         action="store_true",

@@ -43,27 +43,29 @@ def image_paths(request: Request) -> list[Path] | None:
 
 
 def line_paths(request: Request, lines: Sequence[Line]) -> tuple[dict[str, Path], list[str]]:
-    """Return the paths of the images of lines by their ids, and what is wrong with other lines."""
-    if request.output is None:
-        return {line.id: request.folder / f"{line.id}.png" for line in lines}, []
+    """Return the paths of the images of lines by their ids, and what is wrong with other lines:
+    two of one path, or a size or steps that can't be drawn."""
     paths: dict[str, Path] = {}
     taken: dict[str, int] = {}
     problems = []
     for line in lines:
         try:
             own, image = request.of_line(line), PlannedImage(0, line.seed, 0)
-            path = _path_of(request.output, own, line, image, line.number - 1)
         except ValueError as error:
             problems.append(f"line {line.number}: {error}")
             continue
+        path = request.folder / f"{line.id}.png"
+        if request.output is not None:
+            path = _path_of(request.output, own, line, image, line.number - 1)
         # Some file systems do not distinguish capital letters.
         other = taken.setdefault(str(path).lower(), line.number)
         if other != line.number:
             problems.append(f"line {line.number}: its image {path} is also that of line {other}")
             continue
         paths[line.id] = path
-    for folder in {path.parent for path in paths.values()}:
-        writable(folder, _OPTION)
+    if request.output is not None:
+        for folder in {path.parent for path in paths.values()}:
+            writable(folder, _OPTION)
     return paths, problems
 
 

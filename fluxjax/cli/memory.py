@@ -1,5 +1,6 @@
 """The plan of the memory of a request: what fits on this machine, and what is changed for it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -42,6 +43,7 @@ def job_of(request: Request, *, picture: bool = False) -> Job:
         encodes_beside=picture or has_file,
         can_free=not picture and not has_file,
         prompts=request.batch if has_file else 1,
+        vae_memory=request.vae_memory,
     )
 
 
@@ -90,6 +92,15 @@ def with_plan(request: Request, *, picture: bool = False) -> Request:
 @cache  # so that a file of pictures has one note, not one for each of its lines
 def _note(text: str) -> None:
     complain(f"{text} (`fluxjax plan` shows all)")
+
+
+def with_found_plan(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata that an image should have, with the storages that a plan had chosen for it:
+    the plan of this run is made later."""
+    planned = found.get("quantize", "")
+    if "quantize" in expected or not planned.startswith(("transformer ", "t5 ")):
+        return dict(expected)
+    return {**expected, "quantize": planned}
 
 
 def with_choice(request: Request, choice: Choice) -> Request:

@@ -17,6 +17,7 @@ from fluxjax.cli.picture_lines import read_picture_lines
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import difference
 from fluxjax.cli.request import Request, read_request
+from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices
@@ -161,6 +162,8 @@ def _draw(request: Request, job: PictureJob, models: Models, clock: Clock) -> np
     """Return the images of a job."""
     assert request.line is not None
     request.check_conditions(models.flux.config)
+    if request.vae_memory is not None:
+        models = models._replace(vae=limit_vae_memory(models.vae, request.vae_memory))
     images = job.draw(
         models,
         key=seed_key(request.line.seed),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from fluxjax.cli.jobs import check_together
 from fluxjax.cli.memory import described_choice, job_of
 from fluxjax.cli.replay import replayed
-from fluxjax.cli.request import Request, request_of_options
+from fluxjax.cli.request import Request, request_of_options, vae_memory_of
+from fluxjax.devices import choose_strips
 from fluxjax.generate.device_memory import (
     LARGE_FRACTION,
     MachineMemory,
@@ -44,6 +45,7 @@ def run_plan(options: argparse.Namespace) -> None:
         machine = imagined_machine(options.memory)
         if options.dtype is None:
             request = replace(request, dtype=jnp.bfloat16)  # as on every GPU
+            request = replace(request, vae_memory=vae_memory_of(options, request))
     job = job_of(request)
     plan = plan_memory(job, machine, request.fixed)
     if options.json:
@@ -136,7 +138,19 @@ def _networks(request: Request, job: Job) -> list[str]:
         cells.append(f"{gigabytes(network.on_device(STREAMED))} streamed")
         source = "" if network.known else " (not on this machine: the published sizes)"
         lines.append(f"{name}: {', '.join(cells)}{source}")
+    lines.append(f"vae: {_described_vae(request, job)}")
     return lines
+
+
+def _described_vae(request: Request, job: Job) -> str:
+    """Return how images are decoded, in words."""
+    memory = job.vae_memory
+    if memory is None:
+        return "whole images"
+    size = (request.height, request.width)
+    strips = choose_strips(job.configs.vae, *size, dtype=request.dtype, memory=memory)
+    limit = f"whole, an image would need more than {gigabytes(int(memory))}"
+    return "whole images" if strips is None else f"in strips of the image: {limit} (--vae-memory)"
 
 
 def _conclusion(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> list[str]:

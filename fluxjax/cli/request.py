@@ -328,7 +328,7 @@ def request_of_options(options: argparse.Namespace, *, takes: str | None = None)
         description=_description(options, sizes, conditions),
         fixed=_fixed(options),
     )
-    return replace(request, vae_memory=_vae_memory(options, request))
+    return replace(request, vae_memory=vae_memory_of(options, request))
 
 
 def _recipe(options: argparse.Namespace, times: Times) -> Recipe:
@@ -398,7 +398,7 @@ def _fixed(options: argparse.Namespace) -> Fixed:
     )
 
 
-def _vae_memory(options: argparse.Namespace, request: Request) -> float | None:
+def vae_memory_of(options: argparse.Namespace, request: Request) -> float | None:
     """Return the bytes that the VAE may need beside its weights; None for no limit.
 
     **Raises:** `ValueError` for a limit on a mesh.

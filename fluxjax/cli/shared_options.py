@@ -15,6 +15,7 @@ from fluxjax.cli.compilation_cache import default_cache_folder
 from fluxjax.cli.options import (
     MAX_PIXELS,
     OptionGroup,
+    byte_count,
     file_path,
     finite_number,
     mesh_sizes,
@@ -167,6 +168,17 @@ def add_quantize(group: OptionGroup) -> None:
         metavar="DTYPE",
         help="round the matrices of the transformer and T5: %(choices)s; int8 and fp8 are "
         "multiplied in 8 bits, the others only stored in fewer (default: the weights as they are)",
+    )
+
+
+def add_vae_memory(group: OptionGroup) -> None:
+    """Add the option that limits the VAE's memory."""
+    group.add_argument(
+        "--vae-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="run the VAE in strips of the image where it needs more memory than this beside its "
+        "weights (default: as much as the transformer's activations, at least 1.5 GiB)",
     )
 
 

@@ -8,7 +8,7 @@ from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings, specs
 from fluxjax.devices.stream import stream_blocks
 from fluxjax.devices.tokens import TokenParallelFlux
-from fluxjax.devices.vae_memory import choose_strips, limit_vae_memory
+from fluxjax.devices.vae_memory import choose_strips, limit_vae_memory, without_vae_limit
 from fluxjax.devices.vae_rows import split_vae_rows
 from fluxjax.devices.vae_strips import VaeStrips, strip_vae
 
@@ -29,4 +29,5 @@ __all__ = [
     "split_vae_rows",
     "stream_blocks",
     "strip_vae",
+    "without_vae_limit",
 ]

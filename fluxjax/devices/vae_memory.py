@@ -39,6 +39,13 @@ def limit_vae_memory(vae: Vae, memory: float = VAE_MEMORY) -> Vae:
     return eqx.tree_at(lambda vae: (vae.encoder, vae.decoder), vae, (encoder, decoder))
 
 
+def without_vae_limit(vae: Vae) -> Vae:
+    """Return the VAE that was given to `limit_vae_memory`, which has gradients for every image."""
+    parts = [vae.encoder, vae.decoder]
+    whole = tuple(part.network if isinstance(part, _Limited) else part for part in parts)
+    return eqx.tree_at(lambda vae: (vae.encoder, vae.decoder), vae, whole)
+
+
 class _Limited(eqx.Module):
     """An encoder or a decoder that is run whole or in strips; called as the network.
 

@@ -6,7 +6,7 @@ import jax
 from fluxjax.nets.conv import Kernel
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.weight import Dense, FetchedWeight, Weight, WrappedWeight
+from fluxjax.nets.weight import Dense, FetchedWeight, RowMaxima, Weight, WrappedWeight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 
@@ -62,9 +62,12 @@ class SummedWeight(WrappedWeight):
 
     base: Weight
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
         # Summed before the product is rounded to the dtype of x.
-        return jax.lax.psum(self.base.matmul(x).astype(wide_dtype(x.dtype)), "tensor")
+        product = self.base.matmul(x, largest)
+        return jax.lax.psum(product.astype(wide_dtype(x.dtype)), "tensor")
 
 
 class ConcatenatedWeight(WrappedWeight):
@@ -75,6 +78,8 @@ class ConcatenatedWeight(WrappedWeight):
 
     base: Weight
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch all_out"]:
-        part = self.base.matmul(x)
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch all_out"]:
+        part = self.base.matmul(x, largest)
         return jax.lax.all_gather(part, "tensor", axis=part.ndim - 1, tiled=True)

@@ -70,7 +70,7 @@ class Job:
     whether the VAE encodes images first. `keeps_encoders`: whether text encoders stay until the
     end. `encodes_beside`: whether prompts are encoded while the transformer is there. `can_free`:
     whether the transformer can be freed before images are decoded. `prompts`: the most that are
-    encoded at once.
+    encoded at once. `vae_memory`: bytes from which on the VAE is run in strips; None for never.
     """
 
     demand: Demand
@@ -86,6 +86,7 @@ class Job:
     encodes_beside: bool = False
     can_free: bool = True
     prompts: int = 1
+    vae_memory: float | None = None
 
 
 class StageNeed(NamedTuple):
@@ -231,7 +232,7 @@ def stage_needs(job: Job, machine: MachineMemory, choice: Choice) -> dict[str, S
         encoding += transformer + job.vae.on_device(None)
     prompts = demand._replace(rows=min(job.prompts, choice.batch))
     found = {"text encoders": StageNeed(encoding, text_bytes(prompts, t5))}
-    images = encode_bytes(demand, vae) if job.encodes_images else 0
+    images = encode_bytes(demand, vae, job.vae_memory) if job.encodes_images else 0
     if images or job.image_encoders:
         found["image encoders"] = StageNeed(drawing + job.image_encoders, images)
     denoising = denoise_bytes(
@@ -242,7 +243,7 @@ def stage_needs(job: Job, machine: MachineMemory, choice: Choice) -> dict[str, S
     )
     found["transformer"] = StageNeed(drawing, denoising)
     decoding = drawing - transformer if choice.frees else drawing
-    found["VAE decoder"] = StageNeed(decoding, decode_bytes(demand, vae))
+    found["VAE decoder"] = StageNeed(decoding, decode_bytes(demand, vae, job.vae_memory))
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.devices.vae_memory import without_vae_limit
 from fluxjax.flow.operators import Measurement, Operator
 from fluxjax.flow.posterior import (
     DDNM,
@@ -292,7 +293,8 @@ def _draw_posterior(
     degradation = restoration.degradation
     height, width = degradation.restored_size(*image.shape[:2])
     decode = DecodePixels(
-        drawing.models.vae,
+        # Methods differentiate it, which images in strips do not allow.
+        without_vae_limit(drawing.models.vae),
         drawing.height,
         drawing.width,
         drawing.dtype,

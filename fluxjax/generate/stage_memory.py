@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
+from fluxjax.devices.vae_memory import choose_strips, strips_bytes
 from fluxjax.generate.latents import image_tokens
 from fluxjax.nets.chroma_config import ChromaConfig
 from fluxjax.nets.flux_config import FluxConfig
@@ -131,19 +132,39 @@ def denoise_bytes(
     return rows * modulation_bytes(demand, flux) + max(tokens + residuals + beside, once)
 
 
-def decode_bytes(demand: Demand, vae: VaeConfig) -> int:
+def decode_bytes(demand: Demand, vae: VaeConfig, memory: float | None = None) -> int:
     """Return the temporaries of decoding: images one after another, and all of them in float32.
 
-    Of one image, inputs and outputs of the convolutions at its full size.
+    Of one image, inputs and outputs of the convolutions at its full size, or what its strips need.
+
+    **Arguments:** `memory`: bytes from which on the VAE is run in strips; None for never.
     """
     images = 2 * 4 * 3 * demand.rows * demand.pixels
+    in_strips = _bytes_in_strips(demand, vae, memory)
+    if in_strips is not None:
+        return in_strips + images
     return 6 * demand.itemsize * vae.channels[0] * demand.pixels + images
 
 
-def encode_bytes(demand: Demand, vae: VaeConfig) -> int:
-    """Return the temporaries of encoding images, one after another."""
+def encode_bytes(demand: Demand, vae: VaeConfig, memory: float | None = None) -> int:
+    """Return the temporaries of encoding images, one after another. `memory`: as for decoding."""
     images = 4 * 3 * demand.rows * demand.pixels
+    in_strips = _bytes_in_strips(demand, vae, memory)
+    if in_strips is not None:
+        return in_strips + images
     return 3 * demand.itemsize * vae.channels[0] * demand.pixels + images
+
+
+def _bytes_in_strips(demand: Demand, vae: VaeConfig, memory: float | None) -> int | None:
+    """Return what an image in strips needs; None where it is run whole."""
+    if memory is None:
+        return None
+    height, width = demand.height, demand.width
+    strips = choose_strips(vae, height, width, dtype=demand.dtype, memory=memory)
+    if strips is None:
+        return None
+    rows, columns = height // vae.factor, width // vae.factor
+    return round(strips_bytes(vae, rows, columns, demand.itemsize, strips))
 
 
 def least_bytes(demand: Demand, configs: Configs) -> dict[str, int]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import Projection
 from fluxjax.nets.image_prompt import BlockPrompt, add_after_block, add_to_attention
-from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, modulate
+from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, gelu_maxima, modulate
 from fluxjax.nets.weight import materialize
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
@@ -74,8 +74,11 @@ class Mlp(eqx.Module):
 
     def __call__(self, x: Features, activation: Activation) -> Outputs:
         # Where `down` is of 8 bits, its input is read twice: for the scales, and for the product.
-        hidden = materialize(activation(self.up(x)))
-        return self.down(hidden)
+        before = self.up(x)
+        hidden = materialize(activation(before))
+        # Of GELU it is known without computing it, so that it need not be written for two readers.
+        largest = gelu_maxima(before) if activation is gelu else None
+        return self.down(hidden, largest)
 
 
 class Stream(eqx.Module):
@@ -223,8 +226,10 @@ class SingleBlock(eqx.Module):
         projection = Projection(projected, self.query_norm, self.key_norm)
         attended = attention(width, projection)
         attended = add_to_attention(attended, projection, width, prompts)
-        hidden = materialize(gelu(projected[:, 3 * width :]))
-        return x + gate * self.linear2(jnp.concatenate([attended, hidden], axis=-1))
+        before = projected[:, 3 * width :]
+        joined = jnp.concatenate([attended, materialize(gelu(before))], axis=-1)
+        largest = jnp.maximum(jnp.max(jnp.abs(attended), axis=-1), gelu_maxima(before))
+        return x + gate * self.linear2(joined, largest)
 
 
 class FinalLayer(eqx.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.nets.stack import BlockStack, SharedArrays, block_at
-from fluxjax.nets.weight import LocalWeight, Weight
+from fluxjax.nets.weight import LocalWeight, RowMaxima, Weight
 from fluxjax.shapes import Array, Float, Int
 
 
@@ -47,9 +47,11 @@ class GroupedWeight(BlockStack, LocalWeight):
         stack = self.stacks.content[int(self.group[number])]
         return block_at(stack, int(self.place[number]))
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
         def multiply(stack: Weight) -> Float[Array, "*batch out"]:
-            return block_at(stack, self.place).matmul(x)
+            return block_at(stack, self.place).matmul(x, largest)
 
         branches = [lambda stack=stack: multiply(stack) for stack in self.stacks.content]
         return jax.lax.switch(self.group, branches)

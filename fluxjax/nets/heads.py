@@ -10,7 +10,7 @@ from einops import rearrange
 
 from fluxjax.kernels.chips import default_device, tpu_chip_name
 from fluxjax.kernels.verified import is_verified
-from fluxjax.nets.layers import RmsNorm, Rotation, rotate, split_heads
+from fluxjax.nets.layers import RmsNorm, Rotation, rotate, rotate_by_matrices, split_heads
 from fluxjax.shapes import Array, Float
 
 Heads = Float[Array, "tokens heads head_dim"]
@@ -100,7 +100,10 @@ def _unfused(
         q, k, v = (jnp.concatenate(each) for each in zip(*parts, strict=True))
     else:
         q, k, v = parts[0]
-    return rotate(q, rotation), rotate(k, rotation), v
+    # For cuDNN odd numbers of tokens are padded, in a kernel that `rotate` is fused with.
+    on_gpu = default_device().platform == "gpu" and len(q) % 2 == 0
+    rotate_heads = rotate_by_matrices if on_gpu else rotate
+    return rotate_heads(q, rotation), rotate_heads(k, rotation), v
 
 
 def _split_and_normalize(

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.nets.weight import Dense, Weight
+from fluxjax.nets.weight import Dense, RowMaxima, Weight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
 
@@ -21,6 +21,10 @@ Outputs = Float[Array, "*batch out"]
 HeadFeatures = Float[Array, "tokens heads head_dim"]
 Vector = Float[Array, " features"]
 """One number for each feature, the same for the whole batch."""
+
+
+_GELU_LOWEST = -0.7524614
+"""Where `gelu` is lowest."""
 
 
 class Linear(eqx.Module):
@@ -46,8 +50,9 @@ class Linear(eqx.Module):
         self.weight = Dense(jax.random.normal(key, (out, features)) * deviation)
         self.bias = jnp.zeros(out) if bias else None
 
-    def __call__(self, x: Features) -> Outputs:
-        y = self.weight.matmul(x)
+    def __call__(self, x: Features, largest: RowMaxima | None = None) -> Outputs:
+        """Return x W^T + b. `largest`: the largest magnitude of each row of `x`, where known."""
+        y = self.weight.matmul(x, largest)
         if self.bias is not None:
             # Added before the rounding to x.dtype: the product may be wider.
             y = y + self.bias.astype(y.dtype)
@@ -201,6 +206,22 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def gelu_maxima(x: Features) -> RowMaxima:
+    """Return the largest magnitude of gelu(x) along the last axis, in the dtype of x.
+
+    It is found by comparisons of x: GELU falls to its minimum, and rises from there on.
+    """
+    lowest, infinity = jnp.asarray(_GELU_LOWEST, x.dtype), jnp.asarray(jnp.inf, x.dtype)
+    largest = jnp.abs(gelu(jnp.max(x, axis=-1)))
+    # Of negative numbers those next to the minimum are the largest, on both sides of it.
+    below = jnp.max(jnp.where(x <= lowest, x, -infinity), axis=-1)
+    above = jnp.min(jnp.where(x >= lowest, x, infinity), axis=-1)
+    for nearest in (below, above):
+        found = jnp.where(jnp.isfinite(nearest), jnp.abs(gelu(nearest)), 0)
+        largest = jnp.maximum(largest, found)
+    return largest
+
+
 def sinusoid(
     t: Float[Array, "*batch"],
     width: int,
@@ -273,3 +294,21 @@ def rotate(
     cos, sin = rotation.cos[:, None].astype(wide), rotation.sin[:, None].astype(wide)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_by_matrices(
+    x: HeadFeatures,
+    rotation: Rotation,
+) -> HeadFeatures:
+    """Rotate as `rotate` does, each pair times its token's matrix of 2x2.
+
+    On GPUs XLA computes this in one kernel with the norm before it. It does not for `rotate`, which
+    slices and stacks.
+    """
+    wide = wide_dtype(x.dtype)
+    cos = rotation.cos[:, None, :, None, None].astype(wide)
+    sin = rotation.sin[:, None, :, None, None].astype(wide)
+    row, column = jnp.arange(2)[:, None], jnp.arange(2)
+    matrices = jnp.where(row == column, cos, jnp.where(row < column, -sin, sin))
+    pairs = rearrange(x.astype(wide), "tokens heads (pairs two) -> tokens heads pairs 1 two", two=2)
+    return jnp.sum(pairs * matrices, axis=-1).reshape(x.shape).astype(x.dtype)

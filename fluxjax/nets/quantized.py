@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.weight import Dense, LocalWeight, product_dtype
+from fluxjax.nets.weight import Dense, LocalWeight, RowMaxima, product_dtype
 from fluxjax.shapes import Array, Float
 
 EIGHT_BITS = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -27,21 +27,31 @@ class QuantizedWeight(LocalWeight):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return _quantized_matmul(x, self.value, self.scale)
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
+        if jnp.issubdtype(self.value.dtype, jnp.integer):
+            # On GPUs `largest` comes from a product in int32, whose reading twice costs more bytes
+            # than writing what is multiplied.
+            largest = None
+        return _quantized_matmul(x, largest, self.value, self.scale)
 
 
 def round_rows(
     x: Float[Array, "*rows features"],
     dtype: jnp.dtype,
+    largest: Float[Array, "*rows"] | None = None,
 ) -> tuple[Array, Float[Array, "*rows"]]:
     """Quantize rows, each with the scale that maps its largest magnitude to the format's largest.
 
-    **Arguments:** `dtype`: one of `EIGHT_BITS`.
+    **Arguments:** `dtype`: one of `EIGHT_BITS`. `largest`: the largest magnitude of each row, where
+    it is known.
     **Returns:** the rows in `dtype`, and their scales in float32.
     """
     x = x.astype(jnp.float32)
-    magnitude = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if largest is None:
+        largest = jnp.max(jnp.abs(x), axis=-1)
+    magnitude = largest.astype(jnp.float32)[..., None]
     # A row of zeros gets the scale 1, so that it stays zeros.
     scale = jnp.where(magnitude > 0, magnitude / _largest_value(dtype), 1)
     scaled = x / scale
@@ -61,11 +71,12 @@ def _largest_value(dtype: jnp.dtype) -> float:
 @jax.custom_jvp
 def _quantized_matmul(
     x: Array,
+    largest: Array | None,
     value: Array,
     scale: Array,
 ) -> Array:
     """Return x (value * scale)^T, accumulated exactly for int8 and in float32 for float8."""
-    rows, row_scale = round_rows(x, value.dtype)
+    rows, row_scale = round_rows(x, value.dtype, largest)
     if jnp.issubdtype(value.dtype, jnp.integer):
         accumulated = jnp.dtype(jnp.int32)
     else:
@@ -78,13 +89,13 @@ def _quantized_matmul(
 
 @_quantized_matmul.defjvp
 def _quantized_matmul_jvp(
-    primals: tuple[Array, Array, Array],
-    tangents: tuple[Array, object, Array],
+    primals: tuple[Array, Array | None, Array, Array],
+    tangents: tuple[Array, Array | None, object, Array],
 ) -> tuple[Array, Array]:
     """Differentiate with respect to x only: the weight is not trained."""
-    x, value, scale = primals
+    x, largest, value, scale = primals
     # Integers have tangents of no dtype.
-    x_tangent, _, _ = tangents
+    x_tangent, *_ = tangents
     plain = value.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
     tangent = Dense(plain).matmul(x_tangent).astype(jnp.float32)
-    return _quantized_matmul(x, value, scale), tangent
+    return _quantized_matmul(x, largest, value, scale), tangent

@@ -11,6 +11,8 @@ from fluxjax.kernels.chips import default_device
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 
+RowMaxima = Float[Array, "*batch"]
+"""The largest magnitude of each row of what is multiplied."""
 _MANY_ROWS = 128
 """Rows from which a GPU writes a product of bfloat16 in bfloat16."""
 
@@ -37,9 +39,13 @@ class Weight(eqx.Module):
         """Return the weight with all of its numbers in this device's memory."""
 
     @abstractmethod
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
         """Return x W^T.
 
+        **Arguments:** `largest`: the largest magnitude of each row of `x`, where it is known, for
+        weights that round the rows.
         **Returns:** the product, accumulated in float32 (float64 for float64), in the dtype of
         `product_dtype`.
         """
@@ -59,8 +65,10 @@ class LocalWeight(Weight):
 class FetchedWeight(Weight):
     """A weight whose numbers are somewhere else, and are fetched to be multiplied."""
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.fetch().matmul(x)
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
+        return self.fetch().matmul(x, largest)
 
 
 class WrappedWeight(Weight):
@@ -89,7 +97,9 @@ class Dense(LocalWeight):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
         # The weight is [out, in]: both last axes are contracted, and nothing is transposed.
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
         product = jax.lax.dot_general(
@@ -108,9 +118,11 @@ class AdaptedWeight(WrappedWeight):
     down: Float[Array, "*depth rank features"]
     up: Float[Array, "*depth out rank"]
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
         # Two thin products: up @ down would be as large as the base.
-        product = self.base.matmul(x)
+        product = self.base.matmul(x, largest)
         reduced = Dense(self.down).matmul(x).astype(x.dtype)
         return product + Dense(self.up).matmul(reduced)
 
@@ -124,8 +136,10 @@ class RowScaledWeight(WrappedWeight):
     base: Weight
     scale: Float[Array, "*depth out"]
 
-    def matmul(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        product = self.base.matmul(x)
+    def matmul(
+        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+    ) -> Float[Array, "*batch out"]:
+        product = self.base.matmul(x, largest)
         return product * self.scale.astype(product.dtype)
 
 

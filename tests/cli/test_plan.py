@@ -96,6 +96,15 @@ def test_what_is_not_expected_to_fit_is_said_and_tried(run, tmp_path, on_a_devic
     assert (tmp_path / "flux_1.png").exists()
 
 
+def test_an_image_of_a_plan_is_that_of_its_line():
+    """The plan of a run that goes on is made after it has looked at the images."""
+    found = {"prompt": "a", "quantize": "transformer nf4, t5 int8"}
+    assert memory.with_found_plan({"prompt": "a"}, found) == found
+    own = {"prompt": "a", "quantize": "int8"}
+    assert memory.with_found_plan(own, found) == own
+    assert memory.with_found_plan({"prompt": "a"}, own) == {"prompt": "a"}
+
+
 def test_the_device_is_named_once(run):
     done = run("generate", "a red star", *SMALL)
     named = [line for line in done.progress.splitlines() if line.startswith("device")]

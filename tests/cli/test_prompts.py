@@ -163,6 +163,8 @@ def test_a_line_that_cannot_be_drawn_is_reported(tmp_path):
     assert "line 1: its size needs height and width" in problems[0]
     assert "line 2: its 3 steps are not those of the file of times, 2" in problems[1]
     assert list(paths) == ["2"]
+    plain = request_of_options(replayed(build_parser().parse_args(words[:-2])))
+    assert line_paths(plain, lines) == ({"2": Path("2.png")}, problems)
     words[-1] = "{steps}.png"
     request = request_of_options(replayed(build_parser().parse_args(words)))
     _, problems = line_paths(request, [lines[2], lines[2]._replace(id="3", number=4)])

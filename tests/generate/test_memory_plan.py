@@ -162,6 +162,19 @@ def test_everything_beside_the_transformer_counts():
         assert needs["VAE decoder"] == plain["VAE decoder"]
 
 
+def test_a_decoder_in_strips_needs_no_more_than_its_limit():
+    large = replace(DEV, demand=DEMAND._replace(height=4096, width=4096))
+    in_strips = replace(large, vae_memory=1.5e9)
+    needs = [stage_needs(job, machine(60), Choice())["VAE decoder"] for job in (large, in_strips)]
+    assert needs[0].temporaries > 25 * GB
+    assert needs[1].temporaries < 2 * GB
+    # With a picture the transformer stays, and would have to be streamed for the whole decoder.
+    plans = [
+        plan_memory(replace(job, can_free=False), machine(36), FREE) for job in (large, in_strips)
+    ]
+    assert [plan.choice.transformer for plan in plans] == [STREAMED, None]
+
+
 def test_a_plan_that_does_not_fit_is_the_smallest():
     huge = replace(DEV, demand=DEMAND._replace(height=8192, width=8192))
     plan = plan_memory(huge, machine(24.0), FREE)

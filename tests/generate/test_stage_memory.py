@@ -128,3 +128,14 @@ def test_what_can_not_fit_is_refused_with_everything_that_is_drawn(monkeypatch):
         with pytest.raises(ValueError, match=message):
             check_memory(demand._replace(added=added), configs)
     assert bytes_of_config(FLUX).on_device(STREAMED) < 10**9 * 1.3
+
+
+def test_a_decoder_in_strips_takes_what_they_need():
+    demand = Demand(1, 4096, 4096, 28, 512, jnp.bfloat16)
+    images = 2 * 4 * 3 * demand.pixels
+    whole, limit = decode_bytes(demand, VAE), 1.5e9
+    # As compiled for an H100, beside the image in float32: `gpu-aot --vae`.
+    assert 1 < (decode_bytes(demand, VAE, limit) - images) / 1.41e9 < 1.2
+    assert encode_bytes(demand, VAE, limit) < 0.1 * whole
+    small = demand._replace(height=512, width=512)
+    assert decode_bytes(small, VAE, limit) == decode_bytes(small, VAE)

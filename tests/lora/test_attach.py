@@ -130,7 +130,7 @@ class Int8(LocalWeight):
     def shape(self):
         return self.value.shape
 
-    def matmul(self, x):
+    def matmul(self, x, largest=None):
         return Dense(self.value.astype(jnp.float32) * self.scale[..., None]).matmul(x)
 
 

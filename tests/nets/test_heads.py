@@ -190,3 +190,30 @@ def test_a_choice_of_attention_comes_to_an_implementation():
         )
         assert resolve_implementation(RingAttention("context", 512, 4096), long, long) is None
         assert resolve_implementation(isolated_attention, long, long) is None
+
+
+@pytest.mark.parametrize("counts", [[300], [48, 270], [77, 270]])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_gpus_heads_are_turned_by_matrices_with_the_same_result(counts, dtype):
+    parts, rotation = inputs(counts, 3 * WIDTH, dtype)
+    gpu = mock.Mock(spec=jax.Device, platform="gpu")
+
+    def run(parts, rotation):
+        return query_key_value(parts, prepare_rotation(rotation), WIDTH)
+
+    def both():
+        # A function of its own: what is compiled once is not traced for another device.
+        return jax.jit(lambda *given: (run(*given), jax.vjp(run, *given)[1](run(*given))))
+
+    expected = both()(parts, rotation)
+    with pretended(gpu, ("nets.heads",)):
+        program = str(jax.make_jaxpr(run)(parts, rotation))
+        found = both()(parts, rotation)
+    # An odd number of tokens is padded, in a kernel of its own.
+    assert ("select_n" in program) == (sum(counts) % 2 == 0)
+    # Sums of the same two products, which may be rounded in another order.
+    atol = 1e-6 if dtype == jnp.float32 else 2**-8
+    for x, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == wanted.dtype
+        scale = np.abs(np.float64(wanted)).max()
+        np.testing.assert_allclose(np.float64(x), np.float64(wanted), rtol=0, atol=4 * atol * scale)

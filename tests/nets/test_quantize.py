@@ -11,6 +11,7 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 import fluxjax
 from fluxjax import quantize, shard
 from fluxjax.checkpoint.shipped import shipped_lora
+from fluxjax.nets.layers import gelu, gelu_maxima
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 
 FORMATS = pytest.mark.parametrize("name", EIGHT_BITS)
@@ -55,6 +56,39 @@ def test_a_product_is_that_of_the_rounded_numbers(name):
     cotangent = draw(3, 5, 6, seed=3)
     slope = jax.grad(lambda x: jnp.vdot(weight.matmul(x), cotangent))(x)
     assert relative(slope, np.asarray(cotangent) @ rounded) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_largest_magnitude_of_gelu_is_known_before_gelu_is(dtype):
+    rng = np.random.default_rng(0)
+    rows = [
+        rng.standard_normal((40, 30)),  # most of them decided by a positive number
+        0.1 * rng.standard_normal((40, 30)),
+        -2 * rng.random((200, 3)),  # on both sides of the minimum
+        -0.75 - 0.01 * rng.random((40, 5)),
+        -np.exp(rng.uniform(-8, 3, (40, 4))),
+        np.zeros((1, 3)),
+    ]
+    for part in rows:
+        x = jnp.asarray(part, dtype)
+        found, expected = gelu_maxima(x), jnp.max(jnp.abs(gelu(x)), axis=-1)
+        assert found.dtype == dtype
+        # Near its minimum GELU is flat: what is nearest to it may be a rounding lower.
+        step = 3 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float64(found), np.float64(expected), rtol=step)
+
+
+@FORMATS
+def test_a_product_with_a_known_largest_magnitude_is_the_same(name):
+    x, matrix = draw(3, 5, 40, seed=1), draw(6, 40, seed=2)
+    weight = QuantizedWeight(*round_rows(matrix, EIGHT_BITS[name]))
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    np.testing.assert_array_equal(weight.matmul(x, largest), weight.matmul(x))
+    slopes = (
+        jax.grad(lambda x, known=known: weight.matmul(x, known).sum())(x)
+        for known in (largest, None)
+    )
+    np.testing.assert_array_equal(*slopes)
 
 
 @FORMATS

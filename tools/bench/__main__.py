@@ -9,6 +9,7 @@ lora: merging an adapter.
 stream: dev from its file, one block at a time, in little memory.
 tpu-aot, flash-aot, gpu-aot: programs compiled for TPUs and GPUs on a machine without them: their
 memory, operations and communication, and the attention kernels' VMEM.
+blocks: the bytes that the kernels of one block of dev move, compiled the same way.
 train-aot: training steps of dev, compiled for both in the same way.
 
 Each bench prints its rows. With --output it also appends them as JSON lines, with the versions and
@@ -22,6 +23,7 @@ import subprocess
 from importlib.metadata import distributions
 
 import bench_attention
+import bench_blocks
 import bench_compile
 import bench_cpu
 import bench_flash
@@ -49,6 +51,7 @@ BENCHES = (
     bench_flash,
     bench_gpu_aot,
     bench_memory,
+    bench_blocks,
     bench_train,
 )
 

@@ -8,13 +8,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _LINE = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
+_ELEMENT = re.compile(r"%([\w.-]+)#(\d+)")
+"""An element of a tuple, as newer compilers for TPUs name it where it is read."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send")
 _COPYING = ("copy", "transpose", "reshape", "slice", "concatenate")
@@ -144,7 +146,7 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             computations[name], name = Computation(lines, root), ""
         elif found := _LINE.match(line):
-            one = _split(found["name"], found["rest"])
+            one = _split(found["name"], _ELEMENT.sub(partial(_element, lines), found["rest"]))
             lines[one.name] = one
             root = one.name if found["root"] else root
     if not entry:
@@ -154,6 +156,31 @@ def parse(text: str) -> Program:
         for key in ("num_partitions", "replica_count")
     ]
     return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
+
+
+def _element(lines: dict[str, Instruction], found: re.Match[str]) -> str:
+    """Return the name of an element of a tuple, which becomes an instruction of its own."""
+    name, index = found.groups()
+    element = f"{name}.element.{index}"
+    if element not in lines:
+        kind = elements(lines[name].type)[int(index)]
+        lines[element] = Instruction(
+            element, kind, "get-tuple-element", f"%{name}", f", index={index}"
+        )
+    return f"%{element}"
+
+
+def elements(text: str) -> list[str]:
+    """Return the types in the type of a tuple."""
+    parts, depth, start = [], 0, 1
+    for position, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(text[start:position])
+            start = position + 1
+            if depth == 0:
+                break
+    return [re.sub(r"/\*.*?\*/", "", part).strip() for part in parts]
 
 
 def _split(name: str, rest: str) -> Instruction:
@@ -375,13 +402,7 @@ def _result(line: Instruction, kind: str) -> str:
     """
     if not line.opcode.endswith("-start") or kind == "all-reduce":
         return line.type
-    parts, depth, start = list[str](), 0, 1
-    for i, letter in enumerate(line.type):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or depth == 0:
-            parts.append(line.type[start:i])
-            start = i + 1
-    return parts[1]
+    return elements(line.type)[1]
 
 
 def _group(line: Instruction, devices: int) -> int:
