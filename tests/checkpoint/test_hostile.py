@@ -106,7 +106,7 @@ def stubbed(tmp_path, monkeypatch):
     """The folder to run in; what would draw images is replaced and draws none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("_draw_prompt", "_draw_file"):
+    for name in ("_draw_prompts", "_draw_file"):
         monkeypatch.setattr(draw, name, lambda *_: None)
 
     def stop(*_, **__):
