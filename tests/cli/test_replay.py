@@ -1,6 +1,7 @@
 """Images drawn again from their own metadata, by `fluxjax generate --from`."""
 
 import shlex
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -184,7 +185,7 @@ def test_patterns_name_each_image_by_its_fields():
     assert name_part("★") == "empty"
     assert len(name_part("ü" * 500).encode()) <= 100
     assert str(repeated_path([pattern.path(FIELDS), pattern.path(values)])) == "None"
-    assert repeated_path(["a.png", "A.png"]) == "A.png"
+    assert repeated_path([Path("a.png"), Path("A.png")]) == Path("A.png")
 
 
 def test_images_are_drawn_again_bit_by_bit(run, tmp_path):
