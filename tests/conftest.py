@@ -38,9 +38,11 @@ def _set_up() -> None:
     # Most of the time is spent compiling programs that run for a moment. Both of these halve it.
     jax.config.update("jax_disable_most_optimizations", True)
     # Fused loops by LLVM directly, in one module, in this process and in those that tests start.
-    # XLA exits at a flag that it does not know, and a later version may drop these.
+    # XLA exits at a flag that it does not know: 0.11 has no other emitters than the new ones.
+    flags = "--xla_cpu_parallel_codegen_split_count=1"
+    if jaxlib.version.__version_info__ < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
     if jaxlib.version.__version_info__ < (0, 12):
-        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     hypothesis.settings.register_profile("untimed", deadline=None, max_examples=25)
     hypothesis.settings.load_profile("untimed")
