@@ -21,7 +21,7 @@ COLORS = 64
 WIDEST = 800
 """Pixels of a picture along its longer side."""
 GAP = 6
-"""White pixels between the images of a row."""
+"""Width in pixels of the white gap between two images of a row."""
 ROWS = {
     "several": [f"flux_{number}.png" for number in range(4)],
     "sampler": ["compare_0.png"],
@@ -71,6 +71,7 @@ def with_few_colors(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    # argparse compares the empty list of no pages with the choices as well.
     parser.add_argument("pages", nargs="*", choices=[*ROWS, []], help="by default all")
     for name in parser.parse_args().pages or ROWS:
         start = time.monotonic()

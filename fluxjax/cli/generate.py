@@ -154,7 +154,7 @@ class _Group(NamedTuple):
 
 
 def _draw_prompts(request: Request) -> None:
-    """Draw the images of prompts: encode them, free the encoders, draw, a batch at a time."""
+    """Encode all prompts, free the text encoders, then draw the images batch by batch."""
     is_writer = jax.process_index() == 0
     facts, start = start_facts(request.lines[0], request.start, request.timer), None
     if facts is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jobs import start_job
 from meshes import relative
-from PIL import Image
+from photos import write_photos
 from safetensors.numpy import load_file
 
 from fluxjax.cli.main import main
@@ -100,12 +100,7 @@ class Trainings:
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(5):
-        levels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(levels).save(folder / "photos" / f"{number}.png")
-        (folder / "photos" / f"{number}.txt").write_text("a red star")
+    write_photos(folder / "photos", count=5, side=32)
     (folder / "all.toml").write_text(CONFIG)
     trainings = Trainings(folder)
     trainings.finish(["encode", str(folder / "all.toml"), "--batch", "5"])

@@ -43,7 +43,7 @@ def test_lines_have_their_number_as_id_and_seed(tmp_path):
     lines, problems = read(tmp_path, {"prompt": "a"}, "", full)
     assert lines == [
         Line("a", None, None, "0", 0, 1),
-        Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3, None, None, None, Path(), 32, 48, 5, 2.0),
+        Line("ein Stern ★", "b", "c", "star-1.v2", 7, 3, *[None] * 3, Path(), 32, 48, 5, 2.0),
     ]
     assert not problems
 

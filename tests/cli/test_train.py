@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from photos import write_photos
 
 import fluxjax
 from fluxjax.cli.main import main
@@ -45,12 +45,7 @@ size = 32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        levels = rng.integers(0, 256, (40, 40, 3), np.uint8)
-        Image.fromarray(levels).save(folder / "photos" / f"{number}.png")
-        (folder / "photos" / f"{number}.txt").write_text("a red star")
+    write_photos(folder / "photos", count=3, side=40)
     return folder
 
 
