@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jax.typing import DTypeLike
 
 from fluxjax.generate.conditioning import AddedCondition
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.load import LoadOptions
 from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.generate.text import TextStates

@@ -15,7 +15,7 @@ from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.options import adapter
 from fluxjax.cli.output import encodable
 from fluxjax.generate.autoencode import decode_tokens
-from fluxjax.generate.draw import DrawHooks, DrawProgress
+from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 from fluxjax.generate.image import to_bytes, write_numbered
 from fluxjax.generate.image_to_image import Repaint, image_to_image
 from fluxjax.generate.latents import seed_key

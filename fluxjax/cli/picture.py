@@ -16,7 +16,8 @@ from fluxjax.cli.memory import with_plan
 from fluxjax.cli.picture_lines import read_picture_lines
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.prompts import difference
-from fluxjax.cli.request import Request, read_request
+from fluxjax.cli.read_request import read_request
+from fluxjax.cli.request import Request
 from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key

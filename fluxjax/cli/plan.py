@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from fluxjax.cli.jobs import check_together
 from fluxjax.cli.memory import described_choice, job_of
+from fluxjax.cli.read_request import request_of_options, vae_memory_of
 from fluxjax.cli.replay import replayed
-from fluxjax.cli.request import Request, request_of_options, vae_memory_of
+from fluxjax.cli.request import Request
 from fluxjax.devices import choose_strips
 from fluxjax.generate.device_memory import (
     LARGE_FRACTION,

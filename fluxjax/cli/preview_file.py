@@ -7,7 +7,7 @@ from fluxjax.cli.output import writable
 from fluxjax.cli.progress import Clock
 from fluxjax.cli.request import Request
 from fluxjax.generate.autoencode import decode_packed
-from fluxjax.generate.draw import DrawProgress
+from fluxjax.generate.draw_hooks import DrawProgress
 from fluxjax.generate.image import write_png
 from fluxjax.generate.image_grid import tile_images
 from fluxjax.nets.vae import Vae

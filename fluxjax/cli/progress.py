@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from fluxjax.cli.console import interruptible, start_in_thread
-from fluxjax.generate.draw import DrawHooks, DrawProgress
+from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 
 Result = TypeVar("Result")
 _BAR = "{desc:<16} {bar} {n_fmt}/{total_fmt} evaluations"

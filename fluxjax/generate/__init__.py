@@ -23,18 +23,13 @@ from fluxjax.generate.controls import Control, control_times
 from fluxjax.generate.degradations import Blurred, DecodePixels, Degradation, Hidden, Shrunk
 from fluxjax.generate.draw import (
     DenoisedBatch,
-    DrawChange,
-    DrawHooks,
     DrawnBatch,
-    DrawProgress,
-    ImageBatch,
-    Recipe,
     decode_batch,
     denoise,
     denoise_batch,
     draw_batch,
-    trajectories,
 )
+from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 from fluxjax.generate.edges import canny_edges
 from fluxjax.generate.edit_image import edit_image
 from fluxjax.generate.edit_methods import (
@@ -47,8 +42,10 @@ from fluxjax.generate.edit_methods import (
     SDEditing,
 )
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
+from fluxjax.generate.field_functions import trajectories
 from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
 from fluxjax.generate.image import read_image, write_png
+from fluxjax.generate.image_batch import DrawChange, ImageBatch, Recipe
 from fluxjax.generate.image_grid import show_images
 from fluxjax.generate.image_to_image import (
     Repaint,

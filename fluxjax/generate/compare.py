@@ -18,8 +18,10 @@ from PIL import ImageDraw, ImageFont
 
 from fluxjax.checkpoint.atomic import new_file
 from fluxjax.flow.step import Step
-from fluxjax.generate.draw import DrawHooks, ImageBatch, Recipe, draw_batch
+from fluxjax.generate.draw import draw_batch
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image import next_number, to_bytes, write_png
+from fluxjax.generate.image_batch import ImageBatch, Recipe
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.prompted import as_arrays, distilled_guidance, guidance_of, prompt_batch

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.autoencode import encode
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, Latent
 

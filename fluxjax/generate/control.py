@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.channels import ConcatCondition
 from fluxjax.generate.condition_images import encode_image
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.latents import check_size, pack_latents
 from fluxjax.nets.vae import Vae

@@ -12,7 +12,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
 from fluxjax.generate.controls import Control, control_times
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.latents import check_size, pack_latents
 from fluxjax.nets.controlnet import ControlNet

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.runge_kutta import Euler
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.edit_methods import Edit, EditMethod, source_conditioning
 from fluxjax.generate.image_to_image import drawing_of_image
 from fluxjax.generate.load import Models

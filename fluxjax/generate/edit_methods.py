@@ -17,16 +17,10 @@ from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.conditioning import Conditioning
-from fluxjax.generate.draw import (
-    DrawChange,
-    DrawnBatch,
-    DrawProgress,
-    FieldFunction,
-    ImageBatch,
-    Recipe,
-    apply_to_fields,
-    trajectories,
-)
+from fluxjax.generate.draw import DrawnBatch
+from fluxjax.generate.draw_hooks import DrawProgress
+from fluxjax.generate.field_functions import FieldFunction, apply_to_fields, trajectories
+from fluxjax.generate.image_batch import DrawChange, ImageBatch, Recipe
 from fluxjax.generate.image_to_image import Repaint, Start, begin_from_images
 from fluxjax.generate.latents import image_ids, pack_latents, unpack_latents
 from fluxjax.generate.prompted import PromptedDrawing, distilled_guidance, text_conditioning

@@ -11,7 +11,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.channels import ConcatCondition, check_features
 from fluxjax.generate.condition_images import encode_image
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_to_image import check_image, drawing_of_image
 from fluxjax.generate.latents import check_size, pack_latents
 from fluxjax.generate.load import Models, activation_dtype

@@ -13,7 +13,8 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.strength import STRENGTH_RULES, add_noise, partial_times, start_time
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.canvas import Margins, extend_canvas
-from fluxjax.generate.draw import DrawChange, DrawHooks, ImageBatch, Recipe
+from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.image_batch import DrawChange, ImageBatch, Recipe
 from fluxjax.generate.latents import pack_latents
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import (

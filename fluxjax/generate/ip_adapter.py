@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.nets.clip_vision import ClipVision
 from fluxjax.nets.image_prompt import ImagePrompt

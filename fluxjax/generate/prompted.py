@@ -19,14 +19,9 @@ from fluxjax.flow.stochastic import draws_noise
 from fluxjax.generate.cache import AttentionChoice
 from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
-from fluxjax.generate.draw import (
-    DrawHooks,
-    DrawnBatch,
-    ImageBatch,
-    Recipe,
-    check_image_count,
-    draw_batch,
-)
+from fluxjax.generate.draw import DrawnBatch, draw_batch
+from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.image_batch import ImageBatch, Recipe, check_image_count
 from fluxjax.generate.latents import image_ids, image_size, keys_of_steps, noise_batch, seed_key
 from fluxjax.generate.load import Models, activation_dtype
 from fluxjax.generate.samplers import model_times

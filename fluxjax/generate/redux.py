@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import AddedCondition, Conditioning
-from fluxjax.generate.draw import DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.encoder_pixels import siglip_pixels
 from fluxjax.nets.redux import Redux
 from fluxjax.nets.siglip import Siglip

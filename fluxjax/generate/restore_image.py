@@ -27,7 +27,8 @@ from fluxjax.flow.step import Step
 from fluxjax.flow.times import static_times
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
-from fluxjax.generate.draw import DrawChange, DrawHooks
+from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.image_batch import DrawChange
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.load import Models
 from fluxjax.generate.masks import padded_size, paste_kept

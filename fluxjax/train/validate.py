@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 from fluxjax.devices.run import on_mesh
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.generate.autoencode import decode
-from fluxjax.generate.draw import Recipe, denoise
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.latents import noise_batch, seed_key
 from fluxjax.generate.prompted import distilled_guidance, prompt_batch
 from fluxjax.generate.samplers import model_times

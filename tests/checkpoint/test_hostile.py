@@ -17,6 +17,7 @@ import pytest
 from fluxjax import read_image
 from fluxjax.cli import compare as compare_command, generate as draw, main as cli
 from fluxjax.cli.prompts import Line, read_prompts
+from fluxjax.cli.text_stages import cut_notes
 from fluxjax.generate.tokens import token_counts
 
 NUMBERS = [
@@ -106,7 +107,7 @@ def stubbed(tmp_path, monkeypatch):
     """The folder to run in; what would draw images is replaced and draws none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("_draw_prompts", "_draw_file"):
+    for name in ("_draw_prompts", "draw_prompt_file"):
         monkeypatch.setattr(draw, name, lambda *_: None)
 
     def stop(*_, **__):
@@ -268,7 +269,7 @@ def test_mutated_images_are_read_or_refused(tmp_path):
 def test_a_prompt_that_is_cut_is_reported(tiny):
     text = "a red star " * 60
     line = Line(text, prompt_2=None, negative_prompt=None, id="a", seed=0)
-    (note,) = draw.cut_notes(tiny.tokenizers, line, 24)
+    (note,) = cut_notes(tiny.tokenizers, line, 24)
     clip, t5 = token_counts(tiny.tokenizers, text)
     assert note == f"the prompt is cut: CLIP reads 77 of {clip} tokens, T5 reads 24 of {t5}"
     assert clip == 3 * 60 + 2

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import fluxjax.cli.generate as command
+from fluxjax.cli import loaded_networks, prompt_file_drawing
 from fluxjax.generate.compare import write_comparison
 
 FIXED = ["--steps", "1", "--height", "32", "--width", "32"]
@@ -59,13 +59,13 @@ def test_wrong_lines_and_changed_ones_are_reported_and_the_others_drawn(run, tmp
 
 def test_only_the_images_that_were_written_are_counted(run, tmp_path, monkeypatch):
     path = write_lines(tmp_path, {"prompt": "a"}, {"prompt": "b"})
-    write = command.write_png
+    write = prompt_file_drawing.write_png
 
     def rival(image, path, *rest, **options):
         write(image, path, *rest, **options)  # another job was faster
         return write(image, path, *rest, **options)
 
-    monkeypatch.setattr(command, "write_png", rival)
+    monkeypatch.setattr(prompt_file_drawing, "write_png", rival)
     assert "0 images written" in run("generate", "--prompts", path, *FIXED).output
 
 
@@ -74,7 +74,7 @@ def test_only_the_images_that_were_written_are_counted(run, tmp_path, monkeypatc
     [("t5", "the text encoders"), ("flux", "denoising (step 1 of 1)"), ("vae", "decoding")],
 )
 def test_what_is_not_finite_is_not_written(run, tmp_path, monkeypatch, network, stage):
-    load = command.load_network
+    load = loaded_networks.load_network
 
     def load_nan(name, *arguments, **options):
         loaded = load(name, *arguments, **options)
@@ -82,7 +82,7 @@ def test_what_is_not_finite_is_not_written(run, tmp_path, monkeypatch, network, 
             return loaded
         return jax.tree.map(lambda x: x * jnp.asarray(jnp.nan, x.dtype), loaded)
 
-    monkeypatch.setattr(command, "load_network", load_nan)
+    monkeypatch.setattr(loaded_networks, "load_network", load_nan)
     finished = run("generate", "a star", *FIXED)
     assert finished.code == 2
     (error,) = finished.errors

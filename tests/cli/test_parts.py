@@ -4,8 +4,9 @@ import pytest
 
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.cli.main import build_parser
+from fluxjax.cli.read_request import request_of_options
 from fluxjax.cli.replay import replayed
-from fluxjax.cli.request import configs_of, request_of_options
+from fluxjax.cli.request import configs_of
 from fluxjax.generate.limits import read_configs
 
 FOLDERS = {"flux": "transformer", "vae": "vae", "t5": "text_encoder_2", "clip": "text_encoder"}

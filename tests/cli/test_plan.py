@@ -147,7 +147,7 @@ def test_fp8_is_refused_where_it_is_only_converted(run, monkeypatch):
     ampere = mock.Mock(
         spec=jax.Device, platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0"
     )
-    monkeypatch.setattr("fluxjax.cli.request.first_device", lambda: ampere)
+    monkeypatch.setattr("fluxjax.cli.read_request.first_device", lambda: ampere)
     done = run("generate", "a red star", *SMALL, "--quantize", "fp8")
     assert done.code == 2
     assert (

@@ -10,13 +10,13 @@ import PIL.Image
 import pytest
 from jobs import IMPATIENT, start, start_job
 
-from fluxjax.cli.generate import _group_lines, _sort_lines
 from fluxjax.cli.image_paths import line_paths
 from fluxjax.cli.jobs import join_job
 from fluxjax.cli.main import build_parser, main
+from fluxjax.cli.prompt_file_drawing import group_lines, sort_lines
 from fluxjax.cli.prompts import Line, read_prompts, share
+from fluxjax.cli.read_request import request_of_options
 from fluxjax.cli.replay import replayed
-from fluxjax.cli.request import request_of_options
 
 
 def read(tmp_path, *lines):
@@ -132,9 +132,9 @@ def test_lines_of_one_size_and_number_of_steps_share_batches(tmp_path):
     options = replayed(build_parser().parse_args([*words, "--output", str(tmp_path / "{id}.png")]))
     request = request_of_options(options)
     paths, problems = line_paths(request, lines)
-    work = _sort_lines(request, lines, paths)
+    work = sort_lines(request, lines, paths)
     alike = {(48, 32, 2, None): 3, (48, 64, 2, None): 1, (48, 32, 3, None): 5, (48, 32, 2, 2.0): 1}
-    groups = _group_lines(replace(request, batch=2), work, alike)
+    groups = group_lines(replace(request, batch=2), work, alike)
     assert not problems
     assert not work.problems
     found = []

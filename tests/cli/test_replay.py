@@ -11,8 +11,8 @@ from commands import OPTIONS
 from fluxjax.cli.main import build_parser
 from fluxjax.cli.output_pattern import FIELDS, name_part, output_pattern, repeated_path
 from fluxjax.cli.places import BatchSize, read_batch_size
+from fluxjax.cli.read_request import request_of_options
 from fluxjax.cli.replay import OF_IMAGE, OF_RUN, check_recorded, image_command, replayed
-from fluxjax.cli.request import request_of_options
 from fluxjax.cli.starts import start_facts
 from fluxjax.generate import write_png
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
-from fluxjax.generate.draw import Recipe, denoise
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.latents import image_ids, initial_noise, pack_latents
 from fluxjax.generate.load import load_chroma, load_t5
 from fluxjax.generate.prompted import prompt_batch

@@ -9,7 +9,8 @@ from reference import FLOAT32_BOUND, relative_error, to_torch
 import fluxjax
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
-from fluxjax.generate.draw import Recipe, denoise
+from fluxjax.generate.draw import denoise
+from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.prompted import prompt_batch
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import encode_text, prompt_ids
