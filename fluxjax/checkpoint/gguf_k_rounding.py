@@ -1,5 +1,7 @@
 """Blocks of values rounded to Q4_K, whose parts have a scale and an offset of 6 bits each."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,30 @@ Parts = Float[Array, "blocks parts values"]
 OfParts = Float[Array, "blocks parts"]
 
 
+class _SixBits(NamedTuple):
+    """Numbers rounded to 6 bits: the float16 of each block that scales them, and their codes."""
+
+    half: Float[Array, " blocks"]
+    codes: OfParts
+
+    @property
+    def values(self) -> OfParts:
+        """The numbers that the codes stand for."""
+        return self.half.astype(jnp.float32)[:, None] * self.codes
+
+    @property
+    def code_bytes(self) -> UInt8[Array, "blocks parts"]:
+        return self.codes.astype(jnp.uint8)
+
+
+class _Fit(NamedTuple):
+    """A scale and an offset of each part, and the weighted error of the values that they give."""
+
+    scale: OfParts
+    offset: OfParts
+    error: OfParts
+
+
 def q4_k_blocks(blocks: np.ndarray) -> np.ndarray:
     """Return blocks of Q4_K.
 
@@ -27,25 +53,33 @@ def q4_k_blocks(blocks: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _q4_k_blocks(blocks: Float[Array, "blocks 256"]) -> UInt8[Array, "blocks 144"]:
+    """Return the float16 of the scales and of the offsets, the codes of both, then the values'."""
     parts = blocks.reshape(-1, _PARTS, _PART)
     scales, offsets = _fitted(parts)
     # Both are themselves rounded to 6 bits, with one float16 for each kind.
-    half_scale, scale_codes = _six_bits(scales)
-    half_offset, offset_codes = _six_bits(offsets)
-    scales = half_scale.astype(jnp.float32)[:, None] * scale_codes
-    offsets = half_offset.astype(jnp.float32)[:, None] * offset_codes
-    divisor = jnp.where(scales == 0, 1, scales)[..., None]
-    codes = jnp.round((parts + offsets[..., None]) / divisor)
-    codes = jnp.clip(codes, 0, _LARGEST_CODE).astype(jnp.uint8)
+    scale = _six_bits(scales)
+    offset = _six_bits(offsets)
+    codes = _codes_of(parts, scale.values, offset.values)
+    # The bytes of each two parts hold the codes of the first in their low halves.
     pairs = codes.reshape(-1, _PARTS // 2, 2, _PART)
     nibbles = pairs[:, :, 0] | pairs[:, :, 1] << 4
     fields = [
-        _half_bytes(half_scale),
-        _half_bytes(half_offset),
-        _packed_scales(scale_codes.astype(jnp.uint8), offset_codes.astype(jnp.uint8)),
+        _half_bytes(scale.half),
+        _half_bytes(offset.half),
+        _packed_scales(scale.code_bytes, offset.code_bytes),
         nibbles.reshape(len(blocks), -1),
     ]
     return jnp.concatenate(fields, axis=-1)
+
+
+def _codes_of(
+    parts: Parts, scales: OfParts, offsets: OfParts
+) -> UInt8[Array, "blocks parts values"]:
+    """Return the codes from 0 to 15 that values are rounded to."""
+    divisor = jnp.where(scales == 0, 1, scales)[..., None]
+    shifted = parts + offsets[..., None]
+    codes = jnp.round(shifted / divisor)
+    return jnp.clip(codes, 0, _LARGEST_CODE).astype(jnp.uint8)
 
 
 def _fitted(parts: Parts) -> tuple[OfParts, OfParts]:
@@ -56,45 +90,53 @@ def _fitted(parts: Parts) -> tuple[OfParts, OfParts]:
 
     **Source:** ggml's search for Q4_K (`make_qkx2_quants`).
     """
-    weights = jnp.sqrt(jnp.mean(parts**2, axis=-1, keepdims=True)) + jnp.abs(parts)
+    mean_square = jnp.mean(parts**2, axis=-1, keepdims=True)
+    weights = jnp.sqrt(mean_square) + jnp.abs(parts)
     # The offset is subtracted, and can't be negative.
     lowest = jnp.minimum(parts.min(-1, keepdims=True), 0)
     span = parts.max(-1, keepdims=True) - lowest
     span = jnp.where(span > 0, span, 1)
-    best = (span[..., 0] / _LARGEST_CODE, -lowest[..., 0])
-
-    def error_of(scale: OfParts, offset: OfParts, codes: Parts) -> OfParts:
-        difference = scale[..., None] * codes - offset[..., None] - parts
-        return jnp.sum(weights * difference**2, axis=-1)
 
     def codes_at(inverse: Array) -> Parts:
-        return jnp.clip(jnp.round(inverse * (parts - lowest)), 0, _LARGEST_CODE)
+        """Return the codes at 1 / scale."""
+        codes = jnp.round(inverse * (parts - lowest))
+        return jnp.clip(codes, 0, _LARGEST_CODE)
 
-    def step(number: Array, state: tuple[OfParts, OfParts, OfParts]) -> tuple:
-        scale, offset, error = state
+    def fit_of(scale: OfParts, offset: OfParts, codes: Parts) -> _Fit:
+        values = scale[..., None] * codes - offset[..., None]
+        error = jnp.sum(weights * (values - parts) ** 2, axis=-1)
+        return _Fit(scale, offset, error)
+
+    def keep_better(number: Array, best: _Fit) -> _Fit:
+        """Return the better one of a fit and of that of the candidate of a number."""
         levels = _LARGEST_CODE - 1 + 0.1 * number.astype(jnp.float32)
         codes = codes_at(levels / span)
-        new_scale, new_offset = _least_squares(parts, codes, weights)
-        new_error = error_of(new_scale, new_offset, codes)
-        is_better = new_error < error
-        return (
-            jnp.where(is_better, new_scale, scale),
-            jnp.where(is_better, new_offset, offset),
-            jnp.where(is_better, new_error, error),
-        )
+        scale, offset = _least_squares(parts, codes, weights)
+        candidate = fit_of(scale, offset, codes)
+        is_better = candidate.error < best.error
+        return jax.tree.map(lambda new, old: jnp.where(is_better, new, old), candidate, best)
 
-    start = (*best, error_of(*best, codes_at(_LARGEST_CODE / span)))
-    scale, offset, _ = jax.lax.fori_loop(0, _CANDIDATES, step, start)
-    return scale, offset
+    first = fit_of(
+        span[..., 0] / _LARGEST_CODE,
+        -lowest[..., 0],
+        codes_at(_LARGEST_CODE / span),
+    )
+    best = jax.lax.fori_loop(0, _CANDIDATES, keep_better, first)
+    return best.scale, best.offset
 
 
 def _least_squares(parts: Parts, codes: Parts, weights: Parts) -> tuple[OfParts, OfParts]:
-    """Return the scale and the offset, of which none is negative, that fit codes best."""
+    """Return the scale and the offset, of which none is negative, that fit codes best.
+
+    They solve the two normal equations of the weighted error; the determinant is 0 where all codes
+    of a part are equal, and the part then gets a scale of 0.
+    """
+    weighted_codes = weights * codes
     total = jnp.sum(weights, axis=-1)
-    of_codes = jnp.sum(weights * codes, axis=-1)
+    of_codes = jnp.sum(weighted_codes, axis=-1)
     of_squares = jnp.sum(weights * codes**2, axis=-1)
     of_values = jnp.sum(weights * parts, axis=-1)
-    of_products = jnp.sum(weights * codes * parts, axis=-1)
+    of_products = jnp.sum(weighted_codes * parts, axis=-1)
     determinant = total * of_squares - of_codes**2
     solvable = determinant > 0
     divisor = jnp.where(solvable, determinant, 1)
@@ -104,15 +146,17 @@ def _least_squares(parts: Parts, codes: Parts, weights: Parts) -> tuple[OfParts,
     alone = of_products / jnp.where(of_squares > 0, of_squares, 1)
     scale = jnp.where(offset < 0, alone, scale)
     scale = jnp.where(solvable & (scale > 0), scale, 0)
-    return scale, jnp.where(solvable, jnp.maximum(offset, 0), 0)
+    offset = jnp.where(solvable, jnp.maximum(offset, 0), 0)
+    return scale, offset
 
 
-def _six_bits(numbers: OfParts) -> tuple[Float[Array, " blocks"], OfParts]:
-    """Return numbers as codes of 6 bits, and the float16 of each block that scales them."""
+def _six_bits(numbers: OfParts) -> _SixBits:
+    """Return numbers rounded to 6 bits, the largest of a block to the largest code."""
     largest = numbers.max(-1, keepdims=True)
-    codes = jnp.round(_LARGEST_SCALE / jnp.where(largest > 0, largest, 1) * numbers)
+    inverse = _LARGEST_SCALE / jnp.where(largest > 0, largest, 1)
+    codes = jnp.round(inverse * numbers)
     half = (largest[:, 0] / _LARGEST_SCALE).astype(jnp.float16)
-    return half, jnp.clip(codes, 0, _LARGEST_SCALE)
+    return _SixBits(half, jnp.clip(codes, 0, _LARGEST_SCALE))
 
 
 def _packed_scales(
@@ -123,11 +167,14 @@ def _packed_scales(
 
     The first four of each are whole, and above them lie the upper two bits of the last four.
     """
-    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
-    second = offsets[:, :4] | offsets[:, 4:] >> 4 << 6
-    third = scales[:, 4:] & 15 | (offsets[:, 4:] & 15) << 4
+    last_scales = scales[:, 4:]
+    last_offsets = offsets[:, 4:]
+    first = scales[:, :4] | last_scales >> 4 << 6
+    second = offsets[:, :4] | last_offsets >> 4 << 6
+    third = last_scales & 15 | (last_offsets & 15) << 4
     return jnp.concatenate([first, second, third], axis=-1)
 
 
 def _half_bytes(half: Float[Array, " blocks"]) -> UInt8[Array, "blocks 2"]:
+    """Return the two bytes of each float16, the lower one first."""
     return jax.lax.bitcast_convert_type(half, jnp.uint8)

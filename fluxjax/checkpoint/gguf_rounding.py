@@ -39,29 +39,37 @@ def _q8_0_blocks(blocks: np.ndarray) -> np.ndarray:
     scaled = blocks * _inverse(scale)
     magnitude = np.abs(scaled)
     whole = np.floor(magnitude)
-    rounded = np.sign(scaled) * (whole + np.floor(2 * (magnitude - whole)))
-    return np.concatenate([_half_bytes(scale), rounded.astype(np.int8).view(np.uint8)], axis=1)
+    rounded_up = np.floor(2 * (magnitude - whole))  # 1 from a half on
+    codes = np.sign(scaled) * (whole + rounded_up)
+    code_bytes = codes.astype(np.int8).view(np.uint8)
+    return _joined(_half_bytes(scale), code_bytes)
 
 
 def _q4_0_blocks(blocks: np.ndarray) -> np.ndarray:
     """Map the number of the largest magnitude to -8."""
     scale, codes = _signed_codes(blocks, 8)
-    return np.concatenate([_half_bytes(scale), _low_half_first(codes)], axis=1)
+    return _joined(_half_bytes(scale), _low_half_first(codes))
 
 
 def _q5_0_blocks(blocks: np.ndarray) -> np.ndarray:
     """Map the number of the largest magnitude to -16; the fifth bits are apart."""
     scale, codes = _signed_codes(blocks, 16)
     high = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return np.concatenate([_half_bytes(scale), high, _low_half_first(codes & 15)], axis=1)
+    low = _low_half_first(codes & 15)
+    return _joined(_half_bytes(scale), high, low)
 
 
 def _signed_codes(blocks: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scale of each block, and the codes from 0 to 2 `most` - 1 of its values."""
+    """Return the scale of each block, and the codes from 0 to 2 `most` - 1 of its values.
+
+    The value of the largest magnitude gets the code 0, which stands for -`most`.
+    """
     place = np.abs(blocks).argmax(axis=1, keepdims=True)
-    scale = np.take_along_axis(blocks, place, axis=1) / np.float32(-most)
+    extreme = np.take_along_axis(blocks, place, axis=1)
+    scale = extreme / np.float32(-most)
     shifted = blocks * _inverse(scale) + np.float32(most + 0.5)
-    return scale, np.trunc(shifted).astype(np.uint8).clip(0, 2 * most - 1)
+    codes = np.trunc(shifted).astype(np.uint8)
+    return scale, codes.clip(0, 2 * most - 1)
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
@@ -76,7 +84,13 @@ def _low_half_first(codes: np.ndarray) -> np.ndarray:
     return low | high << 4
 
 
+def _joined(*fields: np.ndarray) -> np.ndarray:
+    """Return the fields of each block's bytes, one after another."""
+    return np.concatenate(fields, axis=1)
+
+
 def _half_bytes(scale: np.ndarray) -> np.ndarray:
+    """Return each scale as the two bytes of a float16."""
     # What float16 can't hold is infinite, and reported when the tensor is written.
     with np.errstate(over="ignore"):
         return scale.astype("<f2").view(np.uint8)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fluxjax.shapes import Array, Float, UInt8
 
@@ -65,69 +66,99 @@ class PackedFormat(NamedTuple):
 
 
 def _q8_0(blocks: Blocks) -> Values:
-    return _float16(blocks, 0) * _signed(blocks[..., 2:])
+    """Read a scale and 32 signed bytes."""
+    scale = _float16(blocks, 0)
+    return scale * _signed(blocks[..., 2:])
 
 
 def _q4_0(blocks: Blocks) -> Values:
-    codes = _fields(blocks[..., 2:], 1, (0, 4), 15)
-    return _float16(blocks, 0) * (_float(codes) - 8)
+    """Read a scale and 32 codes of 4 bits, of which 8 stands for 0."""
+    scale = _float16(blocks, 0)
+    codes = _four_bits(blocks[..., 2:])
+    return scale * (_float(codes) - 8)
 
 
 def _q4_1(blocks: Blocks) -> Values:
-    codes = _fields(blocks[..., 4:], 1, (0, 4), 15)
-    return _float16(blocks, 0) * _float(codes) + _float16(blocks, 2)
+    """Read a scale, the least value, and 32 codes of 4 bits."""
+    scale = _float16(blocks, 0)
+    least = _float16(blocks, 2)
+    codes = _four_bits(blocks[..., 4:])
+    return scale * _float(codes) + least
 
 
 def _q5_0(blocks: Blocks) -> Values:
-    return _float16(blocks, 0) * (_float(_five_bits(blocks[..., 2:])) - 16)
+    """Read a scale and 32 codes of 5 bits, of which 16 stands for 0."""
+    scale = _float16(blocks, 0)
+    codes = _five_bits(blocks[..., 2:])
+    return scale * (_float(codes) - 16)
 
 
 def _q5_1(blocks: Blocks) -> Values:
-    return _float16(blocks, 0) * _float(_five_bits(blocks[..., 4:])) + _float16(blocks, 2)
+    """Read a scale, the least value, and 32 codes of 5 bits."""
+    scale = _float16(blocks, 0)
+    least = _float16(blocks, 2)
+    codes = _five_bits(blocks[..., 4:])
+    return scale * _float(codes) + least
 
 
 def _five_bits(codes: Bytes) -> Array:
     """Return 32 codes of 5 bits: the fifth bits as 4 bytes, then the lower four of each."""
-    high = codes[..., :4, None] >> jnp.arange(8, dtype=jnp.uint8) & 1
-    low = _fields(codes[..., 4:], 1, (0, 4), 15)
+    places = jnp.arange(8, dtype=jnp.uint8)
+    high = codes[..., :4, None] >> places & 1
+    low = _four_bits(codes[..., 4:])
     return low | high.reshape(low.shape) << 4
 
 
 def _iq4_nl(blocks: Blocks) -> Values:
-    codes = _fields(blocks[..., 2:], 1, (0, 4), 15)
-    return _float16(blocks, 0) * _look_up(codes, _IQ4_CODES)
+    """Read a scale and 32 codes of 4 bits, whose values are a table's."""
+    scale = _float16(blocks, 0)
+    codes = _four_bits(blocks[..., 2:])
+    return scale * _look_up(codes, _IQ4_CODES)
+
+
+# The formats with a K have blocks of 256 values. Their parts have scales of a few bits, which are
+# multiplied by a float16 of the block.
 
 
 def _q2_k(blocks: Blocks) -> Values:
-    scales = _float(blocks[..., :16] & 15) * _float16(blocks, 80)
-    offsets = _float(blocks[..., :16] >> 4) * _float16(blocks, 82)
-    codes = _fields(blocks[..., 16:80], 2, (0, 2, 4, 6), 3)
-    return _times_scales(codes, scales) - jnp.repeat(offsets, 16, axis=-1)
+    """Read 16 parts, whose scales and offsets have 4 bits and whose codes have 2."""
+    part_bytes = blocks[..., :16]
+    scales = _float(part_bytes & 15) * _float16(blocks, 80)
+    offsets = _float(part_bytes >> 4) * _float16(blocks, 82)
+    codes = _two_bits(blocks[..., 16:80], groups=2)
+    return _scaled(codes, scales, offsets)
 
 
 def _q3_k(blocks: Blocks) -> Values:
-    low_scales = _fields(blocks[..., 96:104], 1, (0, 4), 15)
-    high_scales = _fields(blocks[..., 104:108], 1, (0, 2, 4, 6), 3)
+    """Read 16 parts, whose scales have 6 bits and whose codes have 3.
+
+    The third bits of all codes come first, then the lower two of each, then the lower four bits of
+    the scales and their upper two.
+    """
+    low_scales = _four_bits(blocks[..., 96:104])
+    high_scales = _two_bits(blocks[..., 104:108])
+    # A scale of 32 stands for 0.
     scales = _float(low_scales | high_scales << 4) - 32
-    low = _fields(blocks[..., 32:96], 2, (0, 2, 4, 6), 3)
-    high = _fields(blocks[..., :32], 1, range(8), 1)
+    low = _two_bits(blocks[..., 32:96], groups=2)
+    high = _single_bits(blocks[..., :32])
     # A bit that is missing stands for -4.
     codes = _float(low) + 4 * _float(high) - 4
-    return _times_scales(codes, scales * _float16(blocks, 108))
+    return _scaled(codes, scales * _float16(blocks, 108))
 
 
 def _q4_k(blocks: Blocks) -> Values:
+    """Read 8 parts, whose scales and offsets have 6 bits and whose codes have 4."""
     scales, offsets = _scales_and_offsets(blocks)
-    codes = _fields(blocks[..., 16:], 4, (0, 4), 15)
-    return _times_scales(codes, scales) - jnp.repeat(offsets, 32, axis=-1)
+    codes = _four_bits(blocks[..., 16:], groups=4)
+    return _scaled(codes, scales, offsets)
 
 
 def _q5_k(blocks: Blocks) -> Values:
+    """Read 8 parts as those of Q4_K, whose codes have a fifth bit in bytes 16 to 47."""
     scales, offsets = _scales_and_offsets(blocks)
-    low = _fields(blocks[..., 48:], 4, (0, 4), 15)
-    high = _fields(blocks[..., 16:48], 1, range(8), 1)
-    codes = low | high << 4
-    return _times_scales(codes, scales) - jnp.repeat(offsets, 32, axis=-1)
+    low = _four_bits(blocks[..., 48:], groups=4)
+    high = _single_bits(blocks[..., 16:48])
+    return _scaled(low | high << 4, scales, offsets)
 
 
 def _scales_and_offsets(blocks: Blocks) -> tuple[Values, Values]:
@@ -150,27 +181,63 @@ def _scales_and_offsets(blocks: Blocks) -> tuple[Values, Values]:
 
 
 def _q6_k(blocks: Blocks) -> Values:
+    """Read 16 parts, whose scales are signed bytes and whose codes have 6 bits.
+
+    The lower four bits of all codes come first, then the upper two. 32 stands for 0.
+    """
     scales = _signed(blocks[..., 192:208]) * _float16(blocks, 208)
-    low = _fields(blocks[..., :128], 2, (0, 4), 15)
-    high = _fields(blocks[..., 128:192], 2, (0, 2, 4, 6), 3)
-    return _times_scales(_float(low | high << 4) - 32, scales)
+    low = _four_bits(blocks[..., :128], groups=2)
+    high = _two_bits(blocks[..., 128:192], groups=2)
+    codes = _float(low | high << 4) - 32
+    return _scaled(codes, scales)
 
 
 def _nf4(blocks: Blocks) -> Values:
-    return _float32(blocks, 0) * _look_up(_high_first(blocks[..., 4:]), NF4_CODES)
+    """Read a magnitude in float32 and 64 codes of 4 bits, whose values are a table's."""
+    magnitude = _float32(blocks, 0)
+    codes = _high_first(blocks[..., 4:])
+    return magnitude * _look_up(codes, NF4_CODES)
 
 
 def _int4(blocks: Blocks) -> Values:
-    return _bfloat16(blocks, 0) * (_float(_high_first(blocks[..., 2:])) - 8)
+    """Read a scale and 64 codes of 4 bits, of which 8 stands for 0."""
+    scale = _bfloat16(blocks, 0)
+    codes = _high_first(blocks[..., 2:])
+    return scale * (_float(codes) - 8)
 
 
 def _int8(blocks: Blocks) -> Values:
-    return _bfloat16(blocks, 0) * _signed(blocks[..., 2:])
+    """Read a scale and signed bytes."""
+    scale = _bfloat16(blocks, 0)
+    return scale * _signed(blocks[..., 2:])
 
 
-def _times_scales(codes: Array, scales: Array) -> Array:
-    """Multiply codes by scales, each of which is of equally many."""
-    return _float(codes) * jnp.repeat(scales, codes.shape[-1] // scales.shape[-1], axis=-1)
+def _scaled(codes: Array, scales: Array, offsets: Array | None = None) -> Array:
+    """Return the values of codes.
+
+    **Arguments:** `scales`: factors, each of equally many codes. `offsets`: what is subtracted then
+    from as many, if anything is.
+    """
+    size = codes.shape[-1] // scales.shape[-1]
+    values = _float(codes) * jnp.repeat(scales, size, axis=-1)
+    if offsets is None:
+        return values
+    return values - jnp.repeat(offsets, size, axis=-1)
+
+
+def _four_bits(bytes: Bytes, groups: int = 1) -> Array:
+    """Return the two codes of 4 bits of each byte, in the order of `_fields`."""
+    return _fields(bytes, groups, (0, 4), 15)
+
+
+def _two_bits(bytes: Bytes, groups: int = 1) -> Array:
+    """Return the four codes of 2 bits of each byte, in the order of `_fields`."""
+    return _fields(bytes, groups, (0, 2, 4, 6), 3)
+
+
+def _single_bits(bytes: Bytes) -> Array:
+    """Return the eight bits of each byte, in the order of `_fields`."""
+    return _fields(bytes, 1, range(8), 1)
 
 
 def _fields(
@@ -186,13 +253,15 @@ def _fields(
     """
     rows = bytes.shape[:-1]
     grouped = bytes.reshape(*rows, groups, 1, -1)
-    codes = grouped >> jnp.asarray(tuple(shifts), jnp.uint8)[:, None] & mask
+    places = jnp.asarray(tuple(shifts), jnp.uint8)[:, None]
+    codes = grouped >> places & mask
     return codes.reshape(*rows, -1)
 
 
 def _high_first(bytes: Bytes) -> Array:
     """Return two codes of 4 bits for each byte, first the one in its high half."""
-    codes = bytes[..., None] >> jnp.asarray((4, 0), jnp.uint8) & 15
+    places = jnp.asarray((4, 0), jnp.uint8)
+    codes = bytes[..., None] >> places & 15
     return codes.reshape(*bytes.shape[:-1], -1)
 
 
@@ -213,28 +282,31 @@ def _float(codes: Array) -> Array:
 
 
 def _signed(bytes: Bytes) -> Array:
+    """Return bytes as integers from -128 to 127, in float32."""
     return _float(jax.lax.bitcast_convert_type(bytes, jnp.int8))
 
 
-def _bits(blocks: Blocks, start: int, dtype: str) -> Array:
-    """Return the little-endian integer that begins at a byte of each block."""
-    unsigned = jnp.zeros((*blocks.shape[:-1], 1), dtype)
-    for number in range(unsigned.dtype.itemsize):
-        byte = blocks[..., start + number, None].astype(dtype)
-        unsigned = unsigned | byte << (8 * number)
-    return unsigned
-
-
 def _float16(blocks: Blocks, start: int) -> Array:
-    return _float(jax.lax.bitcast_convert_type(_bits(blocks, start, "uint16"), jnp.float16))
+    return _float(_number(blocks, start, jnp.float16))
 
 
 def _bfloat16(blocks: Blocks, start: int) -> Array:
-    return _float(jax.lax.bitcast_convert_type(_bits(blocks, start, "uint16"), jnp.bfloat16))
+    return _float(_number(blocks, start, jnp.bfloat16))
 
 
 def _float32(blocks: Blocks, start: int) -> Array:
-    return jax.lax.bitcast_convert_type(_bits(blocks, start, "uint32"), jnp.float32)
+    return _number(blocks, start, jnp.float32)
+
+
+def _number(blocks: Blocks, start: int, dtype: DTypeLike) -> Array:
+    """Return the little-endian number that begins at a byte of each block."""
+    size = jnp.dtype(dtype).itemsize
+    unsigned = jnp.uint16 if size == 2 else jnp.uint32
+    bits = jnp.zeros((*blocks.shape[:-1], 1), unsigned)
+    for number in range(size):
+        byte = blocks[..., start + number, None].astype(unsigned)
+        bits = bits | byte << (8 * number)
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 PACKED_FORMATS: Mapping[str, PackedFormat] = {
@@ -266,6 +338,8 @@ def decode_rows(
     **Arguments:** `format`: a name in `PACKED_FORMATS`.
     """
     packed = PACKED_FORMATS[format]
-    blocks = rows.reshape(*rows.shape[:-1], rows.shape[-1] // packed.nbytes, packed.nbytes)
+    *leading, row_bytes = rows.shape
+    count = row_bytes // packed.nbytes
+    blocks = rows.reshape(*leading, count, packed.nbytes)
     values = packed.decode(blocks)
-    return values.reshape(*rows.shape[:-1], blocks.shape[-2] * packed.values)
+    return values.reshape(*leading, count * packed.values)

@@ -22,10 +22,11 @@ def pack_rows(
     **Arguments:** `rows`: of a multiple of the format's block. `format`: one of `ROUNDED_FORMATS`.
     **Returns:** the bytes of the rows.
     """
+    *leading, features = rows.shape
     size = PACKED_FORMATS[format].values
-    blocks = rows.astype(jnp.float32).reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
+    blocks = rows.astype(jnp.float32).reshape(*leading, features // size, size)
     packed = ROUNDED_FORMATS[format](blocks)
-    return packed.reshape(*rows.shape[:-1], -1)
+    return packed.reshape(*leading, -1)
 
 
 def _nf4(blocks: Blocks) -> Bytes:
@@ -33,31 +34,33 @@ def _nf4(blocks: Blocks) -> Bytes:
 
     **Source:** Dettmers et al. 2023 (2305.14314), section 3.
     """
-    scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    scale = _largest_magnitude(blocks)
     scaled = blocks / _nonzero(scale)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
     for lower, upper in pairwise(NF4_CODES):
         # Of two codes the upper one is the nearer from their middle on.
-        codes = codes + (scaled > (lower + upper) / 2).astype(jnp.uint8)
-    return jnp.concatenate([_as_bytes(scale), _pairs(codes)], axis=-1)
+        is_above = scaled > (lower + upper) / 2
+        codes = codes + is_above.astype(jnp.uint8)
+    return _joined(scale, _pairs(codes))
 
 
 def _int4(blocks: Blocks) -> Bytes:
     """Map the number of the largest magnitude to -8, so that both signs' codes are used."""
-    smallest, largest = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
+    smallest = blocks.min(-1, keepdims=True)
+    largest = blocks.max(-1, keepdims=True)
     extreme = jnp.where(largest > -smallest, largest, smallest)
     scale = (extreme / -8).astype(jnp.bfloat16)
-    codes = jnp.round(blocks / _nonzero(scale.astype(jnp.float32))) + 8
-    pairs = _pairs(jnp.clip(codes, 0, 15).astype(jnp.uint8))
-    return jnp.concatenate([_as_bytes(scale), pairs], axis=-1)
+    codes = _rounded(blocks, scale) + 8
+    codes = jnp.clip(codes, 0, 15).astype(jnp.uint8)
+    return _joined(scale, _pairs(codes))
 
 
 def _int8(blocks: Blocks) -> Bytes:
     """Map the largest magnitude of each block to 127."""
-    scale = (jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127).astype(jnp.bfloat16)
+    scale = (_largest_magnitude(blocks) / 127).astype(jnp.bfloat16)
     # The scale may have been rounded down.
-    codes = jnp.clip(jnp.round(blocks / _nonzero(scale.astype(jnp.float32))), -127, 127)
-    return jnp.concatenate([_as_bytes(scale), _as_bytes(codes.astype(jnp.int8))], axis=-1)
+    codes = jnp.clip(_rounded(blocks, scale), -127, 127)
+    return _joined(scale, codes.astype(jnp.int8))
 
 
 ROUNDED_FORMATS: Mapping[str, Callable[[Blocks], Bytes]] = {
@@ -67,6 +70,16 @@ ROUNDED_FORMATS: Mapping[str, Callable[[Blocks], Bytes]] = {
     "nf4": _nf4,
 }
 """How blocks of values are rounded to each packed format that is made here."""
+
+
+def _largest_magnitude(blocks: Blocks) -> Array:
+    return jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+
+
+def _rounded(blocks: Blocks, scale: Array) -> Array:
+    """Return the whole numbers that are next to values / scale."""
+    divisor = _nonzero(scale.astype(jnp.float32))
+    return jnp.round(blocks / divisor)
 
 
 def _nonzero(scale: Array) -> Array:
@@ -79,9 +92,13 @@ def _pairs(codes: Array) -> Array:
     return codes[..., ::2] << 4 | codes[..., 1::2]
 
 
+def _joined(scale: Array, codes: Array) -> Bytes:
+    """Return the bytes of each block: those of its scale, then those of its codes."""
+    return jnp.concatenate([_as_bytes(scale), _as_bytes(codes)], axis=-1)
+
+
 def _as_bytes(values: Array) -> Array:
     """Return the little-endian bytes of values along the last axis."""
-    if values.dtype.itemsize == 1:
-        return jax.lax.bitcast_convert_type(values, jnp.uint8)
     bytes = jax.lax.bitcast_convert_type(values, jnp.uint8)
-    return bytes.reshape(*values.shape[:-1], values.shape[-1] * values.dtype.itemsize)
+    *leading, count = values.shape
+    return bytes.reshape(*leading, count * values.dtype.itemsize)

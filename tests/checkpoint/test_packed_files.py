@@ -9,7 +9,7 @@ from meshes import flux_inputs, relative, velocities
 
 from fluxjax import Flux, FluxConfig, WeightsError, convert_weights, load_flux, merge, save
 from fluxjax.checkpoint import names as tables
-from fluxjax.checkpoint.bitsandbytes import QuantState, decode_four_bits
+from fluxjax.checkpoint.bitsandbytes_4bit import QuantState, decode_four_bits
 from fluxjax.checkpoint.gguf_rounding import round_to_gguf
 from fluxjax.generate.network_bytes import bytes_of_source
 from fluxjax.lora import init_lora
