@@ -7,10 +7,11 @@ from fluxjax.devices.run import on_mesh
 from fluxjax.devices.shard import shard
 from fluxjax.devices.specs import shardings, specs
 from fluxjax.devices.stream import stream_blocks
+from fluxjax.devices.strip_grid import VaeStrips
 from fluxjax.devices.tokens import TokenParallelFlux
 from fluxjax.devices.vae_memory import choose_strips, limit_vae_memory, without_vae_limit
 from fluxjax.devices.vae_rows import split_vae_rows
-from fluxjax.devices.vae_strips import VaeStrips, strip_vae
+from fluxjax.devices.vae_strips import strip_vae
 
 __all__ = [
     "TokenParallelFlux",

@@ -6,7 +6,8 @@ import equinox as eqx
 import numpy as np
 from jax.typing import DTypeLike
 
-from fluxjax.devices.vae_strips import StripNetwork, VaeStrips
+from fluxjax.devices.strip_grid import VaeStrips
+from fluxjax.devices.vae_strips import StripNetwork
 from fluxjax.nets.vae import Decoder, Encoder, Vae, VaeConfig
 from fluxjax.numeric import check_positive
 from fluxjax.shapes import Array, Float

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from meshes import relative
 
-from fluxjax.devices import VaeStrips, choose_strips, limit_vae_memory, strip_vae, vae_strips
+from fluxjax.devices import (
+    VaeStrips,
+    choose_strips,
+    limit_vae_memory,
+    strip_segments,
+    strip_vae,
+)
 from fluxjax.devices.vae_memory import VAE_MEMORY, strips_bytes, whole_bytes
 from fluxjax.nets.vae import Vae, VaeConfig
 
@@ -69,8 +75,8 @@ def test_in_strips_it_encodes_what_the_whole_one_does(vae, inputs, expected, nam
 
 
 def test_a_halo_that_is_short_by_one_gives_another_image(vae, inputs, expected, monkeypatch):
-    reach_of = vae_strips.reach_of
-    monkeypatch.setattr(vae_strips, "reach_of", lambda segment: max(reach_of(segment) - 1, 0))
+    reach_of = strip_segments.reach_of
+    monkeypatch.setattr(strip_segments, "reach_of", lambda segment: max(reach_of(segment) - 1, 0))
     strips = STRIPS["those of the latent's resolution stored"]
     found = jax.jit(lambda vae, latent: vae.decode(latent))(strip_vae(vae, strips), inputs[0][0])
     assert relative(found, expected[0][0]) > 100 * BOUND
