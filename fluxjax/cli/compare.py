@@ -12,14 +12,9 @@ from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.device import name_device
 from fluxjax.cli.output import encodable, writable
-from fluxjax.generate.compare import (
-    Comparison,
-    Run,
-    compare,
-    comparison_csv,
-    comparison_grid,
-    write_comparison,
-)
+from fluxjax.generate.compare import Comparison, Run, compare
+from fluxjax.generate.comparison_files import comparison_csv, write_comparison
+from fluxjax.generate.comparison_grid import comparison_grid
 from fluxjax.generate.latents import check_size, seed_key
 from fluxjax.generate.limits import check_devices, check_memory, read_configs
 from fluxjax.generate.load import Models, activation_dtype, load_models

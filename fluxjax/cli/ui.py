@@ -15,7 +15,9 @@ from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import complain, interruptible
 from fluxjax.cli.output import writable
 from fluxjax.cli.page_drawing import Fields, Studio, picture_and_mask
-from fluxjax.generate.compare import Comparison, compare, comparison_csv, comparison_grid
+from fluxjax.generate.compare import Comparison, compare
+from fluxjax.generate.comparison_files import comparison_csv
+from fluxjax.generate.comparison_grid import comparison_grid
 from fluxjax.generate.image import read_metadata
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices

@@ -10,13 +10,9 @@ import PIL.Image
 import pytest
 
 import fluxjax
-from fluxjax.generate.compare import (
-    Comparison,
-    Run,
-    compare,
-    comparison_csv,
-    comparison_grid,
-)
+from fluxjax.generate.compare import Comparison, Run, compare
+from fluxjax.generate.comparison_files import comparison_csv
+from fluxjax.generate.comparison_grid import comparison_grid
 
 PROMPT = "a large red star above a small blue ring on a beige background"
 SMALL = ["--steps", "2", "--height", "32", "--width", "32"]

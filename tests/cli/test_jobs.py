@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from fluxjax.cli import loaded_networks, prompt_file_drawing
-from fluxjax.generate.compare import write_comparison
+from fluxjax.generate.comparison_files import write_comparison
 
 FIXED = ["--steps", "1", "--height", "32", "--width", "32"]
 
