@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fluxjax.checkpoint.locate import download_file
 from fluxjax.checkpoint.shipped import shipped_lora
+from fluxjax.cli.compound_options import Adapter
 from fluxjax.cli.console import complain, interruptible
-from fluxjax.cli.options import Adapter
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.read import read_lora
 from fluxjax.zoo import named_model

@@ -3,14 +3,9 @@
 from collections.abc import Mapping
 
 from fluxjax.cli.choices import CONTROL_MODES, REDUX_RULES, REGION_RULES
-from fluxjax.cli.options import (
-    OptionGroup,
-    file_path,
-    finite_number,
-    image_prompt,
-    region,
-    unicode_text,
-)
+from fluxjax.cli.compound_options import image_prompt, region
+from fluxjax.cli.option_parser import OptionGroup
+from fluxjax.cli.options import file_path, finite_number, unicode_text
 
 CONDITION_DEFAULTS: Mapping[str, object] = {
     "control": None,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from fluxjax.cli.compound_options import OperatorText
 from fluxjax.cli.kontext import METHOD as KONTEXT, edit_method_name, kontext_job
-from fluxjax.cli.options import OperatorText
 from fluxjax.cli.picture import (
     PictureJob,
     draw_pictures,

@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Mapping
 
 from fluxjax.cli.choices import EDIT_METHODS, PLACEMENTS, SOLVERS, TIMERS
+from fluxjax.cli.compound_options import canvas_margins, picture_operator
 from fluxjax.cli.condition_options import CONDITION_DEFAULTS
 from fluxjax.cli.generate_options import add_model_options
+from fluxjax.cli.option_parser import OptionGroup
 from fluxjax.cli.options import (
     MAX_FLOAT32,
     MAX_IMAGES,
@@ -14,12 +16,9 @@ from fluxjax.cli.options import (
     SIDES,
     LineField,
     NameOrFile,
-    OptionGroup,
-    canvas_margins,
     file_path,
     finite_number,
     image_count,
-    picture_operator,
     pixel_count,
     positive_number,
     seed,

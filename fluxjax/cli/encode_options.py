@@ -4,10 +4,10 @@ import argparse
 import re
 
 from fluxjax.cli.choices import DATA_CONDITIONS, TEXT_DTYPES
+from fluxjax.cli.option_parser import OptionGroup
 from fluxjax.cli.options import (
     MAX_DEVICES,
     MAX_IMAGES,
-    OptionGroup,
     file_path,
     finite_number,
     image_count,

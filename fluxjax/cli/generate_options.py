@@ -3,16 +3,15 @@
 import argparse
 
 from fluxjax.cli.choices import ATTENTIONS, TIMERS
+from fluxjax.cli.compound_options import BlockSizesReader, adapter
 from fluxjax.cli.condition_options import add_condition_options
+from fluxjax.cli.option_parser import OptionGroup
 from fluxjax.cli.options import (
     MAX_IMAGES,
     MAX_STEPS,
     MAX_TOKENS,
     PREVIEW_STEPS,
-    BlockSizesReader,
     NameOrFile,
-    OptionGroup,
-    adapter,
     aspect,
     byte_count,
     file_path,

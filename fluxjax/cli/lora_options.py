@@ -3,7 +3,8 @@
 import argparse
 
 from fluxjax.cli.choices import LORA_FORMATS
-from fluxjax.cli.options import adapter, file_path, lora_rank
+from fluxjax.cli.compound_options import adapter
+from fluxjax.cli.options import file_path, lora_rank
 from fluxjax.cli.shared_options import ADAPTER_HELP, SOURCE_HELP, add_json, add_layout
 
 

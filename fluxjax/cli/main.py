@@ -29,7 +29,7 @@ from fluxjax.cli.lora_options import (
     add_lora_inspect_options,
     add_lora_merge_options,
 )
-from fluxjax.cli.options import Parser
+from fluxjax.cli.option_parser import Parser
 from fluxjax.cli.train_options import add_train_options
 from fluxjax.cli.ui_options import add_ui_options
 from fluxjax.cli.weights_options import (

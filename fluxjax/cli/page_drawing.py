@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fluxjax.cli.adapters import read_adapter
-from fluxjax.cli.options import adapter
+from fluxjax.cli.compound_options import adapter
 from fluxjax.cli.output import encodable
 from fluxjax.generate.autoencode import decode_tokens
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress

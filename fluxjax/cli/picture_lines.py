@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fluxjax.cli.options import LineField, OperatorText
+from fluxjax.cli.compound_options import OperatorText
+from fluxjax.cli.options import LineField
 from fluxjax.cli.prompts import check_id, check_text, parse_json, read_content
 from fluxjax.printable import printable
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from fluxjax.cli.compound_options import RegionOption
 from fluxjax.cli.condition_source import (
     ConditionFacts,
     ConditionOfSize,
@@ -13,7 +14,6 @@ from fluxjax.cli.condition_source import (
     ConditionSource,
 )
 from fluxjax.cli.console import interruptible
-from fluxjax.cli.options import RegionOption
 from fluxjax.cli.output import encodable
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.conditioning import AddedCondition

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxjax.cli.console import complain
-from fluxjax.cli.options import option_words
+from fluxjax.cli.option_parser import option_words
 from fluxjax.cli.output import encodable
 from fluxjax.cli.places import BatchSize, PlannedImage, read_batch_size
 from fluxjax.cli.prompts import Line

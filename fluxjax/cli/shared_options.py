@@ -12,13 +12,13 @@ from fluxjax.cli.choices import (
     RULES,
 )
 from fluxjax.cli.compilation_cache import default_cache_folder
+from fluxjax.cli.compound_options import mesh_sizes
+from fluxjax.cli.option_parser import OptionGroup
 from fluxjax.cli.options import (
     MAX_PIXELS,
-    OptionGroup,
     byte_count,
     file_path,
     finite_number,
-    mesh_sizes,
     pixel_count,
     positive_number,
 )

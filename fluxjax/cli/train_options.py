@@ -2,7 +2,8 @@
 
 import argparse
 
-from fluxjax.cli.options import file_path, setting, step_count
+from fluxjax.cli.compound_options import setting
+from fluxjax.cli.options import file_path, step_count
 from fluxjax.cli.shared_options import add_compilation_cache
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.cli.adapters import adapter_file, with_shipped_adapters
-from fluxjax.cli.options import adapter
+from fluxjax.cli.compound_options import adapter
 from fluxjax.zoo import ZOO
 
 
