@@ -58,6 +58,7 @@ def describe_value(value: object) -> str:
 
 
 def _describe_member(member: Annotation) -> str:
+    """Return one type of an annotation in words: an array by its shape, others by their names."""
     if hasattr(member, "array_type"):
         return _describe_array(member)
     if isinstance(member, TypeVar):

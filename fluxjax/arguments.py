@@ -59,6 +59,11 @@ def convert_arguments(target: Target) -> Target:
 
 
 def _converting(function: Function, call: str) -> Function:
+    """Return a function that converts its arguments before it calls another one.
+
+    **Arguments:** `call`: what errors name. They are `ValueError`.
+    """
+
     @functools.wraps(function)
     def converted(*args: Value, **kwargs: Value) -> Value:
         try:
@@ -93,6 +98,10 @@ def _annotations(function: Function) -> tuple[inspect.Signature, dict[str, Annot
 def _convert_all(
     function: Function, call: str, args: tuple[Value, ...], kwargs: dict[str, Value]
 ) -> Arguments:
+    """Return the arguments of a call, converted to what the function is annotated with.
+
+    **Raises:** `_ArgumentError` for one that can't be.
+    """
     signature, annotations = _annotations(function)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -107,6 +116,11 @@ def _convert_all(
 
 
 def _convert(call: str, name: str, value: Value, annotation: Annotation) -> Value:
+    """Return an argument as it is, or converted to the first type of its annotation that it fits.
+
+    **Arguments:** `call`, `name`: of the function and the argument, for errors.
+    **Raises:** `_ArgumentError` that says what is expected.
+    """
     members = union_members(annotation)
     if any(map(_is_key, members)):
         if value is None and type(None) in members:
@@ -148,6 +162,7 @@ def _convert_key(call: str, name: str, key: Value) -> Array:
 
 
 def _is_legacy_key(key: object) -> bool:
+    """Return whether an array is a key of `jax.random.PRNGKey`, whose type is not that of keys."""
     if not isinstance(key, jax.Array | np.ndarray):
         return False
     if key.dtype != np.uint32:

@@ -164,6 +164,10 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _remove_if_unlocked(path: Path) -> None:
+    """Remove a temporary file or folder whose writer has ended.
+
+    **Raises:** `OSError` while its writer lives, which holds a lock on it.
+    """
     # Not blocking: something under this name could be a pipe, and opening it would wait.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:

@@ -177,6 +177,7 @@ class _Reader:
         return GgufEntry(name, self.uint32(), shape, self.uint64())
 
     def _bytes(self, count: int) -> bytes:
+        """Read exactly so many bytes. **Raises:** `WeightsError` if the file has fewer."""
         left = self._size - self._file.tell()
         if count > min(_MOST_STRING_BYTES, left):
             raise self.damaged()

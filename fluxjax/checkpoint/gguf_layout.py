@@ -36,6 +36,8 @@ WrittenAs = np.dtype | str | None
 def check_written_as(call: str, dtype: DTypeLike | None, layout: str) -> WrittenAs:
     """Return what weights are written as: a dtype, or one of GGUF's block formats.
 
+    **Arguments:** `call`: the function that an error names. `dtype`: a dtype, the name of a block
+    format, or None for the dtype of the weights. `layout`: of the file.
     **Raises:** `ValueError` for what the layout does not have.
     """
     if isinstance(dtype, str) and dtype in GGUF_FORMATS:
@@ -56,6 +58,7 @@ def gguf_file(
 
     Matrices of blocks are written in a block format; everything else is plain, vectors in float32.
 
+    **Arguments:** `networks`: with their weights. `written_as`: from `check_written_as`.
     **Raises:** `WeightsError` for anything but one transformer.
     """
     names = [network.kind.name for network in networks]
@@ -70,9 +73,12 @@ def gguf_file(
     plain = dialect_tensors(network, dialect, plain_dtype)
     tensors: dict[str, GgufOutput] = {}
     for key, tensor in plain.items():
-        format = written_as if isinstance(written_as, str) else None
-        tensors[key] = _output(tensor, format if _is_block_matrix(key, tensor, dialect) else None)
-    most = written_as or max(plain.values(), key=lambda tensor: tensor.nbytes).dtype
+        if isinstance(written_as, str) and _is_block_matrix(key, tensor, dialect):
+            tensors[key] = _block_output(tensor, written_as)
+        else:
+            tensors[key] = _plain_output(tensor)
+    largest = max(plain.values(), key=lambda tensor: tensor.nbytes)
+    most = written_as or largest.dtype
     metadata: dict[str, str | int] = {
         "general.architecture": "flux",  # Chroma's files have the same
         "general.file_type": _FILE_TYPES.get(str(most), _FILE_TYPES["bfloat16"]),
@@ -83,22 +89,26 @@ def gguf_file(
 
 
 def _is_block_matrix(key: str, tensor: OutputTensor, dialect: Dialect) -> bool:
+    """Return whether a tensor is a matrix of the transformer's blocks."""
     found = dialect.find(key)
     return found is not None and len(tensor.shape) == 2 and is_rounded(found[0])
 
 
-def _output(tensor: OutputTensor, format: str | None) -> GgufOutput:
-    """Return a tensor as it is written.
-
-    **Arguments:** `format`: of blocks; None for a plain one.
-    """
-    if format is not None and tensor.shape[1] % PACKED_FORMATS[format].values:
+def _block_output(tensor: OutputTensor, format: str) -> GgufOutput:
+    """Return a matrix in a block format, or as it is if its rows do not divide into blocks."""
+    rows, columns = tensor.shape
+    if columns % PACKED_FORMATS[format].values:
         format = _FALLBACK.get(format, format)
-    if format is not None and tensor.shape[1] % PACKED_FORMATS[format].values == 0:
-        packed = PACKED_FORMATS[format]
-        row_bytes = tensor.shape[1] // packed.values * packed.nbytes
-        rows = OutputTensor(BYTES, (tensor.shape[0], row_bytes), _RoundedRows(tensor, format))
-        return GgufOutput(format, tensor.shape, rows)
+    packed = PACKED_FORMATS[format]
+    if columns % packed.values:
+        return _plain_output(tensor)
+    row_bytes = columns // packed.values * packed.nbytes
+    content = OutputTensor(BYTES, (rows, row_bytes), _RoundedRows(tensor, format))
+    return GgufOutput(format, tensor.shape, content)
+
+
+def _plain_output(tensor: OutputTensor) -> GgufOutput:
+    """Return a tensor of floats: vectors in float32, others in the dtype that they have."""
     dtype = np.dtype(np.float32)
     if len(tensor.shape) > 1 and tensor.dtype.itemsize < dtype.itemsize:
         dtype = BFLOAT16 if tensor.dtype.itemsize == 1 else tensor.dtype
@@ -125,7 +135,8 @@ def _check_scales(rows: np.ndarray, format: str) -> None:
     packed = PACKED_FORMATS[format]
     blocks = rows.reshape(-1, packed.nbytes)
     for offset in packed.scales:
-        scales = np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16)
+        scale_bytes = np.ascontiguousarray(blocks[:, offset : offset + 2])
+        scales = scale_bytes.view(np.float16)
         if not np.isfinite(scales).all():
             raise WeightsError(
                 f"A matrix has values that are too large for {format}, whose scales are float16. "

@@ -59,6 +59,10 @@ def _limit_waiting(request: Any) -> None:
 
 
 def _check_headers(response: Any) -> None:
+    """Check headers of an answer from which the client makes names of files.
+
+    **Raises:** `WeightsError` for one that could leave the cache's folder.
+    """
     if response.request.method != "HEAD":
         return  # the client reads these headers from answers to HEAD only
     for header in _HEADERS_USED_AS_NAMES:

@@ -61,6 +61,7 @@ def _parse_finite(text: str) -> float:
 
 
 def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs. **Raises:** `ValueError` for a name that comes twice."""
     table = dict(pairs)
     if len(table) < len(pairs):
         raise ValueError(f"{first_repeated_name(pairs)!r} comes twice")

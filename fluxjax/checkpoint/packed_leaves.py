@@ -60,12 +60,16 @@ def block_storages(plan: Plan, name: str, shape: tuple[int, ...]) -> list[Stored
 
     **Arguments:** `name`, `shape`: of the leaf. Matrices that do not stay packed get one dtype.
     """
-    names = parameter_names(name, shape)
-    formats = [_packed_format(plan, parameter) for parameter in names]
-    plain = [plan.dtype(n) for n, format in zip(names, formats, strict=True) if format is None]
+    formats: list[str | None] = []
+    plain_dtypes = []
+    for parameter in parameter_names(name, shape):
+        format = _packed_format(plan, parameter)
+        formats.append(format)
+        if format is None:
+            plain_dtypes.append(plan.dtype(parameter))
     stored: list[Stored] = []
     for format in formats:
-        stored.append(widest(plain) if format is None else format)
+        stored.append(widest(plain_dtypes) if format is None else format)
     return stored
 
 
@@ -79,30 +83,43 @@ def _packed_format(plan: Plan, name: str) -> str | None:
         # A row of the tensor has to be a row of the parameter.
         rows_are_whole = source.layout in (None, "own", "swap")
         formats.add(source.tensor.packed_format if rows_are_whole else None)
-    return formats.pop() if len(formats) == 1 else None
+    if len(formats) > 1:
+        return None
+    return formats.pop()
 
 
 def read_packed(plan: Plan, name: str, format: str, first: int, out: np.ndarray) -> None:
     """Read rows of a packed parameter, from row `first` on, into an array of bytes.
 
+    **Arguments:** `format`: in which all tensors of the parameter are. `out`: [rows, bytes of a
+    row].
     **Raises:** `WeightsError` that names a tensor whose scales are not finite.
     """
     last = first + len(out)
-    packed = PACKED_FORMATS[format]
     for source in plan.sources[name]:
-        start, stop = max(first, source.start), min(last, source.stop)
+        # The rows that the array and this source have in common.
+        start = max(first, source.start)
+        stop = min(last, source.stop)
         if start >= stop:
             continue
         rows = out[start - first : stop - first]
         shift = source.skip - source.start
         source.tensor.read_packed_rows(start + shift, rows)
-        blocks = rows.reshape(-1, packed.nbytes)
-        for offset in packed.scales:
-            size = np.dtype(packed.scale_dtype).itemsize
-            scales = np.ascontiguousarray(blocks[:, offset : offset + size])
-            # The codes are finite whatever their bits are.
-            if not np.isfinite(scales.view(packed.scale_dtype).astype(np.float32)).all():
-                raise not_finite_error(source)
+        if not _has_finite_scales(rows, format):
+            raise not_finite_error(source)
+
+
+def _has_finite_scales(rows: np.ndarray, format: str) -> bool:
+    """Return whether the values of packed rows are finite: codes are, whatever their bits are."""
+    packed = PACKED_FORMATS[format]
+    size = np.dtype(packed.scale_dtype).itemsize
+    blocks = rows.reshape(-1, packed.nbytes)
+    for offset in packed.scales:
+        scale_bytes = np.ascontiguousarray(blocks[:, offset : offset + size])
+        scales = scale_bytes.view(packed.scale_dtype).astype(np.float32)
+        if not np.isfinite(scales).all():
+            return False
+    return True
 
 
 def with_packed_matrices(plan: Plan) -> tuple[PyTree, dict[str, MatrixStack]]:
@@ -117,18 +134,16 @@ def with_packed_matrices(plan: Plan) -> tuple[PyTree, dict[str, MatrixStack]]:
         if not isinstance(node, Dense) or not is_rounded(name):
             return node
         stored = block_storages(plan, name, node.shape)
-        ways = list(dict.fromkeys(stored))
-        if not any(isinstance(way, str) for way in ways):
+        if not any(isinstance(way, str) for way in stored):
             return node
-        names = parameter_names(name, node.shape)
-        weights = []
-        for number, way in enumerate(ways):
-            mine = [n for n, stored_so in zip(names, stored, strict=True) if stored_so == way]
-            stack = MatrixStack(mine, way, stored_shape(way, (len(mine), *node.shape[1:])))
-            weights.append(_abstract_weight(stack))
-            stacks[name if len(ways) == 1 else f"{name}.stacks.content.{number}"] = stack
-        if len(ways) == 1:
+        groups = _stacks_of(parameter_names(name, node.shape), stored, node.shape[1:])
+        weights = [_abstract_weight(stack) for stack in groups]
+        if len(groups) == 1:
+            stacks[name] = groups[0]
             return weights[0]
+        for number, stack in enumerate(groups):
+            stacks[f"{name}.stacks.content.{number}"] = stack
+        ways = [stack.stored for stack in groups]
         return GroupedWeight.of_stacks([ways.index(way) for way in stored], weights)
 
     network = jax.tree_util.tree_map_with_path(
@@ -137,12 +152,33 @@ def with_packed_matrices(plan: Plan) -> tuple[PyTree, dict[str, MatrixStack]]:
     return network, stacks
 
 
+def _stacks_of(
+    names: Sequence[str], stored: Sequence[Stored], shape: tuple[int, ...]
+) -> list[MatrixStack]:
+    """Return a stack for each way in which some matrices are stored.
+
+    **Arguments:** `names`, `stored`: of the matrices, in order. `shape`: of each.
+    """
+    names_by_way: dict[Stored, list[str]] = {}
+    for name, way in zip(names, stored, strict=True):
+        names_by_way.setdefault(way, []).append(name)
+    stacks = []
+    for way, mine in names_by_way.items():
+        stacks.append(MatrixStack(mine, way, stored_shape(way, (len(mine), *shape))))
+    return stacks
+
+
 def stored_shape(stored: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the array that holds matrices of a shape."""
+    """Return the shape of the array that holds matrices of a shape.
+
+    **Returns:** the same shape for a dtype; for a packed format, with the bytes of rows.
+    """
     if not isinstance(stored, str):
         return shape
     packed = PACKED_FORMATS[stored]
-    return (*shape[:-1], shape[-1] // packed.values * packed.nbytes)
+    *leading, columns = shape
+    row_bytes = columns // packed.values * packed.nbytes
+    return (*leading, row_bytes)
 
 
 def _abstract_weight(stack: MatrixStack) -> Weight:

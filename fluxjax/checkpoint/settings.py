@@ -127,6 +127,7 @@ def check_settings(
 def _check_names_are_known(
     place: str, settings: Mapping[str, object], fields: Mapping[str, Field]
 ) -> None:
+    """**Raises:** `WeightsError` for a setting that is no field, which would have no effect."""
     for name in settings:
         if name not in fields:
             known = ", ".join(fields)
@@ -136,6 +137,10 @@ def _check_names_are_known(
 
 
 def _check_value(place: str, name: str, value: Any, field: Field) -> Value:
+    """Return a value as the config takes it: lists as tuples, numbers as floats.
+
+    **Raises:** `WeightsError` for a value that the field does not allow.
+    """
     if not field.allows(value):
         raise WeightsError(
             f"{place}: {name!r} should be {field.describe()}, got {describe(value)}. Correct it, "

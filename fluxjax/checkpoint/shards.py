@@ -35,6 +35,10 @@ def read_index(index: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
+    """Return the names of the files that an index distributes tensors over, sorted.
+
+    **Raises:** `WeightsError` for a file that is no such index.
+    """
     content = read_json(index, most_bytes=_MOST_INDEX_BYTES)
     names: set[str] = set()
     if isinstance(content, dict):

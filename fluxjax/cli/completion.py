@@ -40,6 +40,7 @@ def completed_commands(parser: argparse.ArgumentParser, words: str = "") -> list
 
 
 def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> CompletedOption:
+    """Return what a shell can complete of an option: its names, its values, files."""
     values: tuple[str, ...] = ()
     if action.choices is not None:
         values = tuple(map(str, action.choices))

@@ -222,6 +222,7 @@ def adapter(text: str) -> Adapter:
 
 
 def _is_adapter_place(place: str) -> bool:
+    """Return whether a text is a path, a hub file with all of its parts, or a shipped adapter."""
     if place in ("", "tiny:") or "\0" in place:
         return False
     if not place.startswith("hub:"):

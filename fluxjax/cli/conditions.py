@@ -85,6 +85,10 @@ class ControlSource(ConditionSource):
 
 
 def _read_control(options: argparse.Namespace) -> ConditionSource | None:
+    """Return the control image that options name, if any.
+
+    **Raises:** `ValueError` for --canny without an image, or without OpenCV.
+    """
     if options.control is None:
         if options.canny:
             raise ValueError("--canny does nothing without --control. Give an image.")

@@ -115,6 +115,10 @@ def _explain_machine_error(error: Exception) -> str | None:
 
 
 def _exit_after_signal(number: int, *, program: bool) -> NoReturn:
+    """End the command with the exit code that shells give to a signal.
+
+    **Arguments:** `program`: whether the process is ended at once, whatever its threads do.
+    """
     complain(f"stopped by {signal.Signals(number).name}")
     if program:
         sys.stdout.flush()

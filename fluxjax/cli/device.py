@@ -70,6 +70,10 @@ def driver_version(driver_file: Path) -> int | None:
 
 
 def _remedy(version: int | None) -> str:
+    """Return what makes JAX use the GPU that it does not use.
+
+    **Arguments:** `version`: of the driver, None if it is not known.
+    """
     installed = [name for name in _PLUGINS if importlib.util.find_spec(name) is not None]
     oldest = min(_PLUGINS.values())
     if version is not None and version < oldest:

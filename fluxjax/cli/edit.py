@@ -62,6 +62,10 @@ def run_restore(options: argparse.Namespace) -> None:
 
 
 def _edit_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    """Read the picture of `fluxjax edit`; return the request, and what is drawn.
+
+    **Raises:** `ValueError` for options that the method has no use for.
+    """
     image, prompt = read_picture(options), prompt_of(options)
     method = _edit_method(options)
     if options.images > 1 and not method.draws:
@@ -91,6 +95,10 @@ def _edit_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
 
 
 def _outpaint_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    """Read the picture of `fluxjax outpaint`; return the request, and what is drawn.
+
+    **Raises:** `ValueError` if the image grows on no side.
+    """
     image, prompt = read_picture(options), prompt_of(options)
     sides = {name: getattr(options, name) for name in ("left", "right", "top", "bottom")}
     if max(sides.values()) == 0:
@@ -111,6 +119,12 @@ def _outpaint_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
 
 
 def _restore_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    """Read the picture of `fluxjax restore`; return the request, and what is drawn.
+
+    Without a timer of its own, some methods take times that are made for restoration.
+
+    **Raises:** `ValueError` without an operator, or for a picture that this one can't be undone in.
+    """
     if options.operator is None:
         raise ValueError(
             "`fluxjax restore` needs to know what has happened to the picture. Give --operator, as "
@@ -176,6 +190,7 @@ def _edit_method(options: argparse.Namespace) -> EditMethod:
 
 
 def _degradation(operator: OperatorText, image: Image) -> Degradation:
+    """Return what has happened to a picture, as the option says it."""
     if operator.kind == "blur":
         return Blurred(float(operator.value))
     if operator.kind == "downsample":

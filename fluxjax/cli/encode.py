@@ -63,6 +63,7 @@ def _settings(options: argparse.Namespace, config: dict[str, Any], folder: Path)
 
 
 def _text(config: dict[str, Any], name: str) -> str | None:
+    """Return a value of a configuration. **Raises:** `ValueError` for one that is no text."""
     value = config.get(name)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"`{name}` of a configuration is a text, as {name} = 'tiny'. Change it.")
@@ -80,6 +81,7 @@ def _work(options: argparse.Namespace) -> EncodeOptions:
 def _encode(
     settings: DataSettings, model: str, dtype: str | None, work: EncodeOptions
 ) -> EncodeReport:
+    """Load the encoders, and encode with a progress bar over images."""
     encoders = load_encoders(model, dtype=dtype)
     with tqdm(desc="encode", unit="image") as bar:
 

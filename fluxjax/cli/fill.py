@@ -31,6 +31,10 @@ def run_fill(options: argparse.Namespace) -> None:
 
 
 def _fill_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
+    """Read the picture of `fluxjax fill`; return the request, and what is drawn.
+
+    **Raises:** `ValueError` if nothing says what is drawn.
+    """
     picture, prompt = read_picture(options), prompt_of(options)
     if options.mask is None and options.outpaint is None:
         raise ValueError(

@@ -72,6 +72,7 @@ def line_paths(request: Request, lines: Sequence[Line]) -> tuple[dict[str, Path]
 def _path_of(
     pattern: OutputPattern, request: Request, line: Line, image: PlannedImage, index: int
 ) -> Path:
+    """Return the path that a pattern gives to an image. `index`: among all images."""
     return pattern.path(
         {
             "prompt": line.prompt,

@@ -92,6 +92,7 @@ def _check_start_options(options: argparse.Namespace) -> None:
 
 
 def _check_file_options(options: argparse.Namespace) -> None:
+    """**Raises:** `ValueError` for options that the lines of a file replace."""
     values = {
         "--init-image": options.init_image is not None,
         "--from": options.source_image is not None,

@@ -96,5 +96,9 @@ def _draw(
     settings: DrawSettings,
     **options: Any,
 ) -> Array:
+    """Draw at a size beside pictures that the model looks at.
+
+    **Arguments:** `size`: height and width. `options`: as for `kontext_image`.
+    """
     settings = replace(settings, height=size[0], width=size[1])
     return kontext_image(models, images, prompt, settings=settings, **options)

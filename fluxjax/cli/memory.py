@@ -150,6 +150,7 @@ def _fits_text(plan: MemoryPlan, machine: MachineMemory) -> str:
 
 
 def _does_not_fit(plan: MemoryPlan, machine: MachineMemory) -> str:
+    """Return a note on a plan of which no choice fits, with what may help."""
     stage, most = plan.most
     assert machine.pool is not None
     text = (

@@ -73,6 +73,7 @@ def _place(family: Family, name: str, model: Model) -> str:
 
 
 def _shown(value: object) -> str:
+    """Return a value as a cell of the table: numbers of parameters in millions or billions."""
     if value is None:
         return "-"
     if isinstance(value, int) and value >= 1_000_000:

@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        """Return the value of an option, and note by which words it was given."""
         if action.option_strings:
             given = self._given.setdefault(action.dest, [])
             given += option_words(action.option_strings[-1], arg_strings)
@@ -59,6 +60,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {action.metavar or action.dest}: {error}")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
+        """**Raises:** `argparse.ArgumentError` for a wrong choice, with the one it may be."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:

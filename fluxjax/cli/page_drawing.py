@@ -77,27 +77,38 @@ class _PreviewHooks(DrawHooks):
     """Sends previews to a queue; raises `DrawingStoppedError` once the page has asked for it."""
 
     def __init__(self, models: Models, size: tuple[int, int], dtype: DTypeLike):
-        self.models, self.size, self.dtype = models, size, dtype
+        """**Arguments:** `size`: at which is drawn, height and width. `dtype`: of previews."""
+        self.models = models
+        self.size = size
+        self.dtype = dtype
         self.sent: queue.Queue[Drawn | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
         self.last = 0.0
 
     def progress(self, progress: DrawProgress) -> None:
+        """Send a preview, if the last one was a while ago."""
         if self.stop.is_set():
             raise DrawingStoppedError
         if time.monotonic() - self.last < PREVIEW_SECONDS:
             return
-        images = decode_tokens(self.models.vae, progress.estimate, *self.size, dtype=self.dtype)
-        status = f"step {progress.done} of {progress.steps}"
-        self.sent.put(Drawn([to_bytes(image) for image in images], status, []))
+        vae, tokens = self.models.vae, progress.estimate
+        images = decode_tokens(vae, tokens, *self.size, dtype=self.dtype)
+        self.send(images, f"step {progress.done} of {progress.steps}")
         self.last = time.monotonic()
+
+    def send(self, images: Array, status: str) -> None:
+        """Send images, [images, height, width, 3] in [-1, 1]."""
+        pictures = [to_bytes(image) for image in images]
+        self.sent.put(Drawn(pictures, status, []))
 
 
 class Studio:
     """Draws for the page. Models stay loaded until others are asked for."""
 
     def __init__(self, folder: Path, dtype: DTypeLike | None):
-        self.folder, self.dtype = folder, dtype
+        """**Arguments:** `folder`: of the images. `dtype`: None for that of the device."""
+        self.folder = folder
+        self.dtype = dtype
         self.lock = threading.Lock()
         self.loaded: tuple[str, str] | None = None
         self.models: Models | None = None
@@ -106,17 +117,24 @@ class Studio:
     def load(self, model: str, adapters: str) -> Models:
         """Return a model with adapters merged into its transformer.
 
+        **Arguments:** `adapters`: one a line, as for --lora.
         **Raises:** `ValueError` or `OSError` for a model or an adapter that can't be loaded.
         """
         if self.loaded == (model, adapters) and self.models is not None:
             return self.models
         self.models = None  # so that two are never in memory
         models = load_models(model, dtype=self.dtype)
-        read = [adapter(line.strip()) for line in adapters.splitlines() if line.strip()]
-        if read:
-            loras, scales = [read_adapter(one) for one in read], [one.scale for one in read]
-            models = models._replace(flux=merge(models.flux, loras, scales, donate=True))
-        self.models, self.loaded = models, (model, adapters)
+        loras, scales = [], []
+        for line in adapters.splitlines():
+            if line.strip():
+                named = adapter(line.strip())
+                loras.append(read_adapter(named))
+                scales.append(named.scale)
+        if loras:
+            merged = merge(models.flux, loras, scales, donate=True)
+            models = models._replace(flux=merged)
+        self.models = models
+        self.loaded = (model, adapters)
         return models
 
     def draw(self, fields: Fields) -> Iterator[Drawn]:
@@ -128,10 +146,7 @@ class Studio:
             yield Drawn([], "loading", [])
             models = self.load(fields.model, fields.adapters)
             dtype = activation_dtype() if self.dtype is None else self.dtype
-            size = fields.height, fields.width
-            if fields.picture is not None:
-                size = _padded(fields.picture.shape[0]), _padded(fields.picture.shape[1])
-            hooks = self.hooks = _PreviewHooks(models, size, dtype)
+            hooks = self.hooks = _PreviewHooks(models, _drawn_size(fields), dtype)
             thread = threading.Thread(target=_work, args=(models, fields, hooks, dtype))
             thread.start()
             yield Drawn([], "compiling and drawing", [])
@@ -149,6 +164,7 @@ class Studio:
             self.hooks.stop.set()
 
     def _written(self, drawn: Drawn, fields: Fields) -> Drawn:
+        """Write the images, and return what the page shows of that."""
         paths = []
         for number, image in enumerate(drawn.pictures):
             about = _metadata(fields) | {"image": str(number)}
@@ -161,40 +177,52 @@ class Studio:
 def _work(models: Models, fields: Fields, hooks: _PreviewHooks, dtype: DTypeLike) -> None:
     """Draw in a thread, and send the images or the error to the hooks' queue."""
     try:
-        images = _draw(models, fields, hooks, dtype)
-        hooks.sent.put(Drawn([to_bytes(image) for image in images], "done", []))
+        hooks.send(_draw(models, fields, hooks, dtype), "done")
         hooks.sent.put(None)
     except BaseException as error:
         hooks.sent.put(error)
 
 
 def _draw(models: Models, fields: Fields, hooks: DrawHooks, dtype: DTypeLike) -> Array:
+    """Return the images of the page's fields, from noise or from a picture."""
     is_new = fields.picture is None
-    height, width = fields.height, fields.width
-    if fields.picture is not None:
-        height, width = fields.picture.shape[:2]
-    times = timer(fields.timer, fields.steps, models.defaults, _padded(height), _padded(width))
-    guidance = guidance_of(models, None if fields.cfg == 1 else Guidance(scale=fields.cfg))
+    is_guided = fields.cfg != 1
+    takes_scale = models.flux.config.guidance_embed
     settings = DrawSettings(
-        height=height if is_new else None,
-        width=width if is_new else None,
+        # A picture has its own size.
+        height=fields.height if is_new else None,
+        width=fields.width if is_new else None,
         images=fields.images,
-        times=times,
+        times=timer(fields.timer, fields.steps, models.defaults, *_timed_size(fields)),
         step=integrator(fields.integrator),
-        distilled_guidance=fields.guidance if models.flux.config.guidance_embed else None,
+        distilled_guidance=fields.guidance if takes_scale else None,
         dtype=dtype,
     )
     common: dict[str, Any] = {
         "key": seed_key(fields.seed),
         "settings": settings,
-        "guidance": guidance,
+        "guidance": guidance_of(models, Guidance(scale=fields.cfg) if is_guided else None),
         "hooks": hooks,
     }
     if fields.picture is None:
-        negative = fields.negative_prompt if fields.cfg != 1 else ""
+        negative = fields.negative_prompt if is_guided else ""
         return text_to_image(models, fields.prompt, negative_prompt=negative, **common)
     repaint = Repaint(strength=fields.strength, mask=fields.mask)
     return image_to_image(models, fields.picture, fields.prompt, repaint=repaint, **common)
+
+
+def _drawn_size(fields: Fields) -> tuple[int, int]:
+    """Return the height and width at which is drawn."""
+    if fields.picture is None:
+        return fields.height, fields.width
+    height, width = fields.picture.shape[:2]
+    return _padded(height), _padded(width)
+
+
+def _timed_size(fields: Fields) -> tuple[int, int]:
+    """Return the height and width that the times are for, which are whole tokens."""
+    height, width = _drawn_size(fields)
+    return _padded(height), _padded(width)
 
 
 def _padded(pixels: int) -> int:
@@ -220,8 +248,11 @@ def _metadata(fields: Fields) -> dict[str, str]:
         about["lora"] = encodable(", ".join(fields.adapters.split()))
     if fields.picture is not None:
         height, width = fields.picture.shape[:2]
-        about |= {"size": f"{width}x{height}", "strength": f"{fields.strength:g}"}
-        about["init_image"] = "from the page" + (", masked" if fields.mask is not None else "")
+        about["size"] = f"{width}x{height}"
+        about["strength"] = f"{fields.strength:g}"
+        about["init_image"] = "from the page"
+        if fields.mask is not None:
+            about["init_image"] += ", masked"
     about["version"] = f"fluxjax {__version__}"
     return about
 
@@ -235,11 +266,15 @@ def picture_and_mask(editor: dict[str, Any] | None) -> tuple[Image | None, Array
     if editor is None or editor.get("background") is None:
         return None, None
     background = np.asarray(editor["background"], np.float32)
-    if not background[..., 3].any():
+    colors, alpha = background[..., :3], background[..., 3:]
+    if not alpha.any():
         return None, None
-    opacity = background[..., 3:] / 255
-    picture = jnp.asarray((background[..., :3] * opacity + 255 * (1 - opacity)) / 127.5 - 1)
+    opacity = alpha / 255
+    on_white = colors * opacity + 255 * (1 - opacity)
+    picture = jnp.asarray(on_white / 127.5 - 1)
     drawn = np.zeros(background.shape[:2], bool)
     for layer in editor.get("layers") or ():
         drawn |= np.asarray(layer)[..., 3] > 0
-    return picture, jnp.asarray(drawn, jnp.float32) if drawn.any() else None
+    if not drawn.any():
+        return picture, None
+    return picture, jnp.asarray(drawn, jnp.float32)

@@ -58,6 +58,11 @@ def read_picture_lines(options: argparse.Namespace) -> tuple[list[PictureLine], 
 
 
 def _read_line(data: bytes, number: int, options: argparse.Namespace) -> PictureLine:
+    """Read a line of a file: an object with a picture, and options in place of the command's.
+
+    **Arguments:** `number`: of the line, from 1. Its seed and its name count from 0.
+    **Raises:** `ValueError` that says what is wrong with the line.
+    """
     parsed = parse_json(data)
     if not isinstance(parsed, dict) or "picture" not in parsed:
         raise ValueError('it is not an object with a picture; write {"picture": "cat.png"}')

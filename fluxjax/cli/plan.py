@@ -29,7 +29,7 @@ from fluxjax.generate.memory_plan import (
     plan_memory,
     with_larger_pool,
 )
-from fluxjax.generate.network_bytes import STREAMED
+from fluxjax.generate.network_bytes import STREAMED, NetworkBytes
 from fluxjax.generate.storages import STORAGES
 
 
@@ -59,16 +59,25 @@ def run_plan(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def _large_networks(request: Request, job: Job) -> dict[str, NetworkBytes]:
+    """Return the networks that can be stored in several ways, by name."""
+    return {request.family.transformer: job.transformer, "t5": job.text}
+
+
 def _values(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> dict[str, Any]:
     """Return the plan as values of JSON; memory in bytes, None where it is not known."""
     stages = {}
     for name, need in plan.stages.items():
-        plain = plan.plain[name].total
-        stages[name] = {**need._asdict(), "total": need.total, "without_choice": plain}
+        stages[name] = {
+            **need._asdict(),
+            "total": need.total,
+            "without_choice": plan.plain[name].total,
+        }
     networks = {}
-    for name, network in ((request.family.transformer, job.transformer), ("t5", job.text)):
+    for name, network in _large_networks(request, job).items():
         sizes = {storage.name: network.on_device(storage.name) for storage in STORAGES}
-        sizes |= {"as_is": network.on_device(None), STREAMED: network.on_device(STREAMED)}
+        sizes["as_is"] = network.on_device(None)
+        sizes[STREAMED] = network.on_device(STREAMED)
         networks[name] = {"bytes": sizes, "known": network.known}
     return {
         "model": request.model,
@@ -90,6 +99,7 @@ def _values(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan
 
 
 def _title(request: Request) -> str:
+    """Return a line that says what is drawn."""
     count = len(request.draws)
     images = "1 image" if count == 1 else f"{count} images"
     return (
@@ -99,6 +109,7 @@ def _title(request: Request) -> str:
 
 
 def _describe_machine(machine: MachineMemory) -> str:
+    """Return a line that says what memory there is."""
     if machine.pool is None:
         return f"{machine.device}: its memory is not known"
     text = f"{machine.device}: {gigabytes(machine.pool)} for JAX"
@@ -114,8 +125,10 @@ def _table(plan: MemoryPlan) -> list[str]:
     """Return the needs of the stages as lines of a table."""
     rows = [("stage", "weights", "temporaries", "together", "without a choice")]
     for name, need in plan.stages.items():
-        rows.append((name, *_cells(need), gigabytes(plan.plain[name].total)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        plain = gigabytes(plan.plain[name].total)
+        rows.append((name, *_cells(need), plain))
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     lines = []
     for first, *others in rows:
         cells = [first.ljust(widths[0])]
@@ -126,16 +139,22 @@ def _table(plan: MemoryPlan) -> list[str]:
 
 
 def _cells(need: StageNeed) -> tuple[str, str, str]:
-    return gigabytes(need.weights), gigabytes(need.temporaries), gigabytes(need.total)
+    """Return the cells of a stage: its weights, its temporary arrays, and both together."""
+    return (
+        gigabytes(need.weights),
+        gigabytes(need.temporaries),
+        gigabytes(need.total),
+    )
 
 
 def _networks(request: Request, job: Job) -> list[str]:
     """Return the bytes of the transformer and of T5 in each storage, one line for each."""
     lines = []
-    for name, network in ((request.family.transformer, job.transformer), ("t5", job.text)):
+    for name, network in _large_networks(request, job).items():
         cells = [f"{gigabytes(network.on_device(None))} as it is"]
         for storage in STORAGES:
-            cells.append(f"{gigabytes(network.on_device(storage.name))} in {storage.name}")
+            size = network.on_device(storage.name)
+            cells.append(f"{gigabytes(size)} in {storage.name}")
         cells.append(f"{gigabytes(network.on_device(STREAMED))} streamed")
         source = "" if network.known else " (not on this machine: the published sizes)"
         lines.append(f"{name}: {', '.join(cells)}{source}")
@@ -150,11 +169,28 @@ def _described_vae(request: Request, job: Job) -> str:
         return "whole images"
     size = (request.height, request.width)
     strips = choose_strips(job.configs.vae, *size, dtype=request.dtype, memory=memory)
+    if strips is None:
+        return "whole images"
     limit = f"whole, an image would need more than {gigabytes(int(memory))}"
-    return "whole images" if strips is None else f"in strips of the image: {limit} (--vae-memory)"
+    return f"in strips of the image: {limit} (--vae-memory)"
 
 
 def _conclusion(request: Request, job: Job, machine: MachineMemory, plan: MemoryPlan) -> list[str]:
+    """Return lines that say whether it fits, by which choice, and what would change that."""
+    lines = _verdict(job, machine, plan)
+    if plan.host:
+        lines.append(f"in host memory: {gigabytes(plan.host)}")
+    larger = with_larger_pool(job, machine, request.fixed)
+    if larger is not None and larger.choice != plan.choice and larger.fits:
+        lines.append(
+            f"with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_FRACTION}, where nothing else uses the "
+            f"device: {described_choice(larger.choice)}"
+        )
+    return lines
+
+
+def _verdict(job: Job, machine: MachineMemory, plan: MemoryPlan) -> list[str]:
+    """Return lines that say whether it fits."""
     stage, most = plan.most
     choice = described_choice(plan.choice)
     lines = []
@@ -178,16 +214,9 @@ def _conclusion(request: Request, job: Job, machine: MachineMemory, plan: Memory
                 f"streaming from host memory would need {gigabytes(streamed)} of the host's "
                 f"{gigabytes(machine.host)}"
             )
-    if plan.host:
-        lines.append(f"in host memory: {gigabytes(plan.host)}")
-    larger = with_larger_pool(job, machine, request.fixed)
-    if larger is not None and larger.choice != plan.choice and larger.fits:
-        lines.append(
-            f"with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_FRACTION}, where nothing else uses the "
-            f"device: {described_choice(larger.choice)}"
-        )
     return lines
 
 
 def _streamed_host_bytes(job: Job) -> int:
+    """Return the bytes of the host's memory that streamed blocks would take."""
     return job.transformer.on_host(STREAMED) + job.beside.on_host(STREAMED)

@@ -208,6 +208,7 @@ def check_text(name: str, value: object) -> str:
 
 
 def _check_whole(name: str, value: object) -> int:
+    """Return the value of a field. **Raises:** `ValueError` for no whole number in its range."""
     # In Python True is also an int.
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"its {name} is not a whole number")
@@ -219,6 +220,7 @@ def _check_whole(name: str, value: object) -> int:
 
 
 def _check_number(name: str, value: object) -> float:
+    """Return the value of a field. **Raises:** `ValueError` for no number in its range."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"its {name} is not a number")
     least, most = _NUMBERS[name]

@@ -202,6 +202,7 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _load_options(options: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> LoadOptions:
+    """Return how networks are loaded by the options, with their adapters read."""
     adapters = []
     for adapter in options.lora:
         adapters.append((read_adapter(adapter), adapter.scale))

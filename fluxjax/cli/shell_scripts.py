@@ -174,6 +174,7 @@ def fish_script(commands: Sequence[CompletedCommand]) -> str:
 
 
 def _fish_option(option: CompletedOption) -> str:
+    """Return the part of fish's `complete` that describes an option."""
     words = []
     for name in option.names:
         kind = "-l" if name.startswith("--") else "-s"

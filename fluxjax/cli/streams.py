@@ -36,6 +36,10 @@ class _TolerantStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write text; characters that the encoding lacks become escapes.
+
+        **Returns:** the number of characters, as if all had been written.
+        """
         try:
             self._stream.write(text)
         except UnicodeEncodeError:

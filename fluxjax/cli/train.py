@@ -186,6 +186,7 @@ class _Hooks(TrainHooks):
         self.watch, self.validation, self.pending = watch, validation, pending
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Report a step; write a checkpoint and validate, each after so many steps."""
         self.watch.step(report)
         number, config = report.number, self.config
         if number % config.checkpoints.every == 0:

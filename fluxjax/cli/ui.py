@@ -4,6 +4,7 @@ import argparse
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def run_ui(options: argparse.Namespace) -> None:
     use_cache(options.compilation_cache)
     defaults = interruptible(load_defaults, options.model)
     dtype = None if options.dtype is None else jnp.dtype(options.dtype)
-    page = _Page(Studio(folder, dtype), folder, options.model, defaults).build()
+    studio = Studio(folder, dtype)
+    page = _Page(studio, folder, options.model, defaults).build()
     if options.host not in _LOCAL:
         complain(f"anyone who reaches {options.host} can draw on this machine")
     _, address, _ = page.launch(
@@ -73,8 +75,10 @@ class _Page:
     """The page's parts, and what they call."""
 
     def __init__(self, studio: Studio, folder: Path, model: str, defaults: Defaults):
-        self.studio, self.folder = studio, folder
-        self.model, self.defaults = model, defaults
+        self.studio = studio
+        self.folder = folder
+        self.model = model
+        self.defaults = defaults
         self.gradio = import_gradio()
 
     def build(self) -> Any:
@@ -90,12 +94,15 @@ class _Page:
         return page
 
     def _draw_tab(self) -> None:
+        """Add the fields of a drawing on the left, and what is drawn on the right.
+
+        The inputs are in the order of `Fields`.
+        """
         gr, defaults = self.gradio, self.defaults
         with gr.Row():
             with gr.Column():
-                names = list(dict.fromkeys([self.model, *ZOO]))
                 first = [
-                    gr.Dropdown(names, value=self.model, label="Model", allow_custom_value=True),
+                    self._model_field(),
                     gr.Textbox(label="Prompt", lines=2),
                     gr.Textbox(label="Negative prompt (with guidance by cfg)"),
                     gr.Textbox(label="Adapters, one a line: FILE:SCALE", lines=1),
@@ -116,14 +123,7 @@ class _Page:
                         gr.Number(0, label="Seed", precision=0, minimum=0),
                         gr.Number(1, label="Images", precision=0, minimum=1),
                     ]
-                with gr.Accordion("Draw a picture again", open=False):
-                    editor = gr.ImageEditor(
-                        label="Picture; paint what is drawn again (nothing: all of it)",
-                        image_mode="RGBA",
-                        type="numpy",
-                        transforms=(),
-                    )
-                    strength = gr.Slider(0, 1, 0.6, label="Strength")
+                picture = self._picture_fields()
                 with gr.Row():
                     button = gr.Button("Draw", variant="primary")
                     stop = gr.Button("Stop")
@@ -131,54 +131,97 @@ class _Page:
                 status = gr.Textbox(label="Status", interactive=False)
                 pictures = gr.Gallery(label="Images", columns=2, object_fit="contain")
                 files = gr.Files(label="Files", interactive=False)
-        inputs = [*first, *sampler, *numbers, editor, strength]
+        inputs = [*first, *sampler, *numbers, *picture]
         button.click(self._draw, inputs, [pictures, status, files])
         stop.click(self.studio.stop, queue=False)
+
+    def _model_field(self) -> Any:
+        """Add a list of the models by name, in which another place may be written."""
+        names = list(dict.fromkeys([self.model, *ZOO]))
+        return self.gradio.Dropdown(
+            names,
+            value=self.model,
+            label="Model",
+            allow_custom_value=True,
+        )
+
+    def _picture_fields(self) -> list[Any]:
+        """Add what says which picture is drawn again, and how strongly."""
+        gr = self.gradio
+        with gr.Accordion("Draw a picture again", open=False):
+            editor = gr.ImageEditor(
+                label="Picture; paint what is drawn again (nothing: all of it)",
+                image_mode="RGBA",
+                type="numpy",
+                transforms=(),
+            )
+            strength = gr.Slider(0, 1, 0.6, label="Strength")
+        return [editor, strength]
 
     def _draw(self, *values: Any) -> Iterator[tuple]:
         """Yield the pictures, the status and the files that the page shows."""
         *plain, editor, strength = values
         picture, mask = picture_and_mask(editor)
-        fields = Fields(*plain)._replace(picture=picture, mask=mask, strength=float(strength))
-        try:
+        fields = Fields(*plain)
+        fields = fields._replace(picture=picture, mask=mask, strength=float(strength))
+        with self._shown_errors():
             for drawn in self.studio.draw(fields):
-                yield drawn.pictures, drawn.status, [str(path) for path in drawn.paths]
+                paths = [str(path) for path in drawn.paths]
+                yield drawn.pictures, drawn.status, paths
+
+    @contextmanager
+    def _shown_errors(self) -> Iterator[None]:
+        """Show errors of what was asked for on the page, until they are clicked away."""
+        try:
+            yield
         except (ValueError, OSError, RuntimeError) as error:
             raise self.gradio.Error(str(error), duration=None) from None
 
     def _compare_tab(self) -> None:
+        """Add the samplers to compare, and below them the grid and the table of their images."""
         gr = self.gradio
         prompt = gr.Textbox(label="Prompt", lines=2)
         with gr.Row():
-            chosen = ["euler", "heun", "dpmpp_2m"]
             integrators = gr.Dropdown(
-                list(INTEGRATORS), value=chosen, multiselect=True, label="Integrators"
+                list(INTEGRATORS),
+                value=["euler", "heun", "dpmpp_2m"],
+                multiselect=True,
+                label="Integrators",
             )
-            timers = gr.Dropdown(list(TIMERS), value=["model"], multiselect=True, label="Times")
+            timers = gr.Dropdown(
+                list(TIMERS),
+                value=["model"],
+                multiselect=True,
+                label="Times",
+            )
             steps = gr.Textbox("4,8", label="Steps, separated by commas")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         button = gr.Button("Compare", variant="primary")
         grid = gr.Image(label="Beside a reference of many steps", interactive=False)
         table = gr.Dataframe(label="Distances from the reference", interactive=False)
-        button.click(self._compare, [prompt, integrators, timers, steps, seed], [grid, table])
+        inputs = [prompt, integrators, timers, steps, seed]
+        button.click(self._compare, inputs, [grid, table])
 
     def _compare(
         self, prompt: str, integrators: list[str], timers: list[str], steps: str, seed: int
     ) -> tuple[np.ndarray, dict]:
         """Return the grid of images, and the table."""
-        try:
+        with self._shown_errors():
             counts = [int(count) for count in steps.split(",")]
             with self.studio.lock:
                 models = self.studio.load(self.model, "")
                 comparison = Comparison(integrators=integrators, timers=timers, steps=counts)
-                runs, images = compare(models, prompt, comparison, key=seed_key(int(seed)))
-        except (ValueError, OSError, RuntimeError) as error:
-            raise self.gradio.Error(str(error), duration=None) from None
+                key = seed_key(int(seed))
+                runs, images = compare(models, prompt, comparison, key=key)
         header, *rows = comparison_csv(runs).splitlines()
-        table = {"headers": header.split(","), "data": [row.split(",") for row in rows]}
+        table = {
+            "headers": header.split(","),
+            "data": [row.split(",") for row in rows],
+        }
         return np.asarray(comparison_grid(runs, images)), table
 
     def _gallery_tab(self, page: Any) -> None:
+        """Add the newest images of the folder; one that is clicked says how it was drawn."""
         gr = self.gradio
         button = gr.Button("Refresh")
         gallery = gr.Gallery(label=str(self.folder), columns=6, object_fit="contain")
@@ -195,5 +238,6 @@ class _Page:
 
     def _files(self) -> list[str]:
         """Return the paths of the newest images of the folder."""
-        files = sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
-        return [str(path.resolve()) for path in files[::-1][:_SHOWN_FILES]]
+        oldest_first = sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
+        shown = oldest_first[::-1][:_SHOWN_FILES]
+        return [str(path.resolve()) for path in shown]

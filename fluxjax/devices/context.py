@@ -111,6 +111,7 @@ class UlyssesAttention(eqx.Module):
         )
 
     def _attend(self, q: Heads, k: Heads, v: Heads, txt_length: TxtLength | None) -> Heads:
+        """Return the mixed values of all tokens, of this device's share of the heads."""
         if self.nag is None:
             return as_attention(self.implementation)(q, k, v, self.txt_tokens, txt_length)
         # The norms of Nag are over all heads of a token, which are split over this axis too.

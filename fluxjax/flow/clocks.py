@@ -102,6 +102,10 @@ def phi3(z: Scalar) -> Scalar:
 
 
 def _phi(z: Scalar, order: int, formula: Callable[[Scalar], Scalar]) -> Scalar:
+    """Return (e^z - its Taylor polynomial of degree order - 1) / z^order.
+
+    **Arguments:** `formula`: computes that directly, accurate where z is not near 0.
+    """
     # For |z| < 1 the formula would lose its digits to cancellation, and the Taylor series does not.
     near = jnp.abs(z) < 1
     small = jnp.where(near, z, 0)

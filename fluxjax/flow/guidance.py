@@ -126,6 +126,10 @@ class Projected(Rule):
         return guided, t * plain + momentum
 
     def _guide(self, x: X, t: Scalar, positive: X, difference: X, scale: Scalar) -> X:
+        """Return the guided velocity.
+
+        **Arguments:** `difference`: of the velocities, positive - negative, with momentum.
+        """
         estimate = x - t * positive
         # The difference of the estimates is -t times that of the velocities: no division by t.
         length = t * jnp.linalg.norm(difference)
@@ -251,6 +255,7 @@ class Guided(StatefulVelocity):
         return guided, after
 
     def _positive_only(self, x: X, t: Scalar, memory: GuidedMemory) -> tuple[X, X, GuidedMemory]:
+        """Return what `_both` does, without guidance: the guided velocity is the positive one."""
         positive, after = self._evaluate(x, t, self.positive, memory.positive)
         return positive, positive, memory._replace(positive=after)
 
@@ -277,6 +282,7 @@ class Guided(StatefulVelocity):
         return self.velocity(x, t, condition, memory=memory)  # type: ignore[call-arg, return-value]
 
     def _away_from_weak(self, weak: WeakModel, x: X, t: Scalar, guided: X, positive: X) -> X:
+        """Return a velocity guided away from a degraded model, where that is used."""
         strength = jnp.asarray(weak.strength, x.dtype)
         used = (strength != 0) & (weak.low <= t) & (t <= weak.high)
 

@@ -119,6 +119,7 @@ class Inpaint(StepAround):
         return after.x, after.state, None
 
     def _nodes(self, t: Scalar, u: Scalar) -> Float[Array, " nodes"]:
+        """Return the times of the steps that one interval is divided into, from t to u."""
         shares = jnp.arange(self.jump + 1, dtype=t.dtype) / self.jump
         # Written so that both ends are exact.
         return (1 - shares) * t + shares * u

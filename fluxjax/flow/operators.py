@@ -94,6 +94,10 @@ class Mask(Operator):
         return jnp.square(self._broadcast(x))
 
     def _broadcast(self, x: Array) -> Array:
+        """Return the mask in the shape and dtype of x.
+
+        **Raises:** `ValueError` for a mask that can't be broadcast to it.
+        """
         mask = self.mask
         try:
             shape = np.broadcast_shapes(mask.shape, x.shape)

@@ -153,6 +153,7 @@ def twisted_sample(
 
 
 def _check(conditioned: Conditioned, step: StochasticStep, times: Array, x: Array) -> None:
+    """**Raises:** `ValueError` for what `twisted_sample` would weight or evaluate wrongly."""
     name = type(step).__name__
     if len(x) == 0:
         raise ValueError("`twisted_sample(x)` needs at least 1 row, one per particle, got none.")

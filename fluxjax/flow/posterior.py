@@ -184,6 +184,7 @@ class Gain(Correction):
         return local.corrected(system.solve(local.residual)), log_density
 
     def _linearize(self, field: Field, x: X, t: Scalar, measurement: Measurement) -> _Local:
+        """Return the velocity, the measurement of its estimate, linearized, and covariances."""
         scale = jnp.square(t) / (1 - t)
         if self.outer == "model":
             velocity, pull_back = jax.vjp(field, x)
@@ -252,6 +253,10 @@ class _System(NamedTuple):
 
 
 def _measured_system(local: _Local, measurement: Measurement) -> _System:
+    """Return the covariance of the measurement given x, diagonalized.
+
+    Where an operator knows its own product with its adjoint, no network is evaluated for that.
+    """
     near, residual, inner = local.near, local.residual, local.inner
     variance = jnp.square(measurement.noise_std("twisted_sample", residual.dtype))
     if not callable(inner) and near.gram is not None:
@@ -476,6 +481,7 @@ class Conditioned(StatefulVelocity):
     def _evaluate(
         self, x: X, t: Scalar, condition: tuple[Condition, ...], memory: Memory
     ) -> tuple[X, Memory]:
+        """Return the velocity without the measurement, in the dtype of x, and the new memory."""
         if memory is None:
             return cast_value("Conditioned", self.velocity(x, t, *condition), x), None
         value, after = self.velocity(x, t, *condition, memory=memory)  # type: ignore[call-arg]

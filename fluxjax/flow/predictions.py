@@ -68,6 +68,7 @@ def _nonzero_sigma(sigma: Scalar, kind: str) -> Scalar:
 
 
 def _from_velocity(prediction: Array, x: Array, t: Scalar, path: Path) -> Estimates:
+    """Return x0 and the noise that a velocity along a path means."""
     alpha, alpha_rate = _with_derivative(path.alpha, t)
     sigma, sigma_rate = _with_derivative(path.sigma, t)
     # x and dx/dt are two linear equations in x0 and noise; this is their determinant.

@@ -182,6 +182,7 @@ def advance_sample(
 
 
 def _check_segment(start: int | Array, stop: int | Array, steps: int) -> None:
+    """**Raises:** `ValueError` for known numbers of steps that are not those of the times."""
     # Indices out of range would be clamped by JAX, and give steps of length 0.
     if isinstance(start, jax.core.Tracer) or isinstance(stop, jax.core.Tracer):
         return

@@ -53,6 +53,7 @@ def stream(
 def _steps(
     velocity: AnyVelocity, x: Array, times: Array, step: Step, key: OptionalKey
 ) -> Iterator[Progress]:
+    """Yield the progress after each step, of which each is one call of a compiled program."""
     dtype = x.dtype
     carry = _compiled_start("stream", step, velocity, x.astype(times.dtype), times[0])
     for index in range(len(times) - 1):
@@ -70,6 +71,7 @@ _compiled_start = eqx.filter_jit(first_carry)
 def _compiled_step(
     step: Step, velocity: AnyVelocity, carry: Carry, interval: Interval, key: OptionalKey
 ) -> tuple[Carry, Array]:
+    """Take a step; return the new state, and the image that the step points to."""
     field = checked_velocity("stream", velocity)
     after, _ = take_step(step, field, carry, interval, key)
     return after, straight_estimate(carry.x, after.x, interval)

@@ -212,6 +212,10 @@ class CachedFlux(StatefulVelocity):
         return value, new
 
     def _skips(self, t: Scalar, distance: Scalar, old: CacheMemory) -> Bool[Array, ""]:
+        """Return whether the blocks are skipped, and their last change is added instead.
+
+        **Arguments:** `distance`: how much their input has changed since they were run.
+        """
         cache = self.cache
         allowed = (cache.low <= t) & (t <= cache.high)
         # A polynomial may be negative; a threshold of 0 still never skips.

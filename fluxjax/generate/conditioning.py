@@ -146,6 +146,7 @@ def bind_control(conditioning: Conditioning) -> tuple[Control, ...]:
 
 
 def _bound(control: Control, conditioning: Conditioning) -> Control:
+    """Return a control with the fields that it lacks taken from the conditioning."""
     names = ("txt", "vec", "img_ids", "guidance")
     missing = [name for name in names if getattr(control, name) is None]
     return eqx.tree_at(

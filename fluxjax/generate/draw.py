@@ -145,6 +145,7 @@ def denoise(
 def _denoise(
     flux: AbstractTransformer, batch: ImageBatch, recipe: Recipe, mesh: Mesh | None
 ) -> DenoisedBatch:
+    """Integrate a batch in one program."""
     check_batch(flux, batch, recipe, mesh)
     drawing = _begin(flux, batch, recipe, mesh)
     # Bounds that are Python integers make the loop a scan, which has a gradient.

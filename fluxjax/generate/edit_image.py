@@ -64,6 +64,7 @@ def edit_image(
 
 
 def _check_method(method: EditMethod, settings: DrawSettings, guidance: Guidance) -> None:
+    """**Raises:** `ValueError` for settings and guidance that a method has no use for."""
     images = len(settings.seeds or ()) or settings.images
     if images > 1 and not method.draws:
         raise ValueError(

@@ -411,6 +411,7 @@ class DiffEditing(InvertingMethod):
     def _masks(
         self, edit: Edit, batch: ImageBatch, recipe: Recipe
     ) -> Float[Array, "images img_tokens 1"]:
+        """Return where the velocities of both prompts differ most, as the mask of each image."""
         models = edit.drawing.models
         function = PromptDifference(
             jnp.float32(self.mask_time), jnp.float32(self.ratio), self.averages

@@ -101,6 +101,7 @@ def _from_file(
 
 
 def _unreadable(call: str, name: str, error: Exception) -> ValueError:
+    """Return the error for an image that can't be decoded."""
     reason = printable(str(error) or type(error).__name__)
     if isinstance(error, PIL.UnidentifiedImageError):  # whose text may name an object in memory
         reason = "it is not an image in a known format"
@@ -115,6 +116,7 @@ def _pixels(file: PIL.Image.Image) -> np.ndarray:
 
 
 def _rotated_size(file: PIL.Image.Image) -> tuple[int, int]:
+    """Return the height and width of an image as it is shown, turned as its EXIF data say."""
     # Not PNG's own method, which decodes the image to find EXIF data after it.
     orientation = PIL.Image.Image.getexif(file).get(_ORIENTATION, 1)
     if orientation >= 5:
@@ -123,6 +125,10 @@ def _rotated_size(file: PIL.Image.Image) -> tuple[int, int]:
 
 
 def _values(image: PIL.Image.Image) -> np.ndarray:
+    """Return the colors of an image in [-1, 1], [height, width, 3]; what is transparent is white.
+
+    **Raises:** `ValueError` for levels of which it is not known what is white.
+    """
     if image.mode.startswith("I"):  # gray of 16 bits, which `convert` would cut to 8
         levels = np.asarray(image).astype(np.float32)
         if levels.min() < 0 or levels.max() > 65535:
@@ -204,6 +210,7 @@ def _checked(image: Any) -> np.ndarray:
 
 
 def _text_chunks(metadata: Mapping[Any, Any]) -> PngInfo:
+    """**Raises:** `ValueError` for metadata that PNG can't hold, or that are no text."""
     info = PngInfo()
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str):

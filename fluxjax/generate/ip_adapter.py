@@ -108,6 +108,7 @@ def _image_prompt(
     scale: Float[Array, "*blocks"],
     dtype: DTypeLike | None,
 ) -> ImagePrompt:
+    """Return the keys and values of one image. `scale`: how strongly it is followed."""
     if isinstance(encoder, ClipVision):
         embedding = encoder(pixels, dtype=dtype)
     else:

@@ -76,6 +76,7 @@ def noise_batch(
 def _noise_batch(
     key: PRNGKeyArray, numbers: UInt32[Array, " images"], height: int, width: int, channels: int
 ) -> Float[Array, "images channels rows columns"]:
+    """Return the noise of each image, from a key of its own number."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
     return jax.vmap(lambda key: initial_noise(key, height, width, channels=channels))(keys)
 

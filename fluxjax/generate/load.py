@@ -481,6 +481,7 @@ def _load_with_streamed_blocks(
 def _note_adapters(
     network: eqx.Module, adapters: tuple[tuple[Lora, float], ...], note: Callable[[str], None]
 ) -> None:
+    """Call `note` with what is worth knowing of each adapter on a network."""
     for lora, _ in adapters:
         for text in notes_of(network, lora):
             note(f"an adapter ({lora.format}): {text}")

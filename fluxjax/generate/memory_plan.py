@@ -270,6 +270,7 @@ def host_suffices(job: Job, machine: MachineMemory, choice: Choice) -> bool:
 
 
 def _fits(job: Job, machine: MachineMemory, choice: Choice) -> bool:
+    """Return whether a choice fits in the memory of the host and, if known, of the device."""
     if not host_suffices(job, machine, choice):
         return False
     if machine.pool is None:

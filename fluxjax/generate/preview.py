@@ -51,5 +51,6 @@ def fit_preview(vae: Vae, latents: Float[Array, "images latent_channels rows col
 
 
 def _affine_features(latent: Latent) -> Float[Array, "rows columns channels_and_1"]:
+    """Return for each cell a 1, for the offset, and its channels."""
     cells = rearrange(latent.astype(jnp.float32), "channels rows columns -> rows columns channels")
     return jnp.concatenate([jnp.ones((*cells.shape[:2], 1)), cells], axis=-1)

@@ -378,6 +378,11 @@ def is_finite_tree(tree: object) -> Bool[Array, ""]:
 def _check_settings(
     call: str, settings: DrawSettings, count: int, prompts: int, guidance: Guidance
 ) -> None:
+    """Check what can be known before anything is encoded.
+
+    **Arguments:** `count`: of the images. `prompts`: how many there are.
+    **Raises:** `ValueError` for nothing to draw, or numbers that are not those of the images.
+    """
     batch = count if settings.batch is None else settings.batch
     if count < 1 or batch < 1:
         raise ValueError(

@@ -73,6 +73,7 @@ class Region:
 
 
 def _checked_box(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return a box as numbers. **Raises:** `ValueError` for one that is no part of the image."""
     values = np.asarray(box, np.float64)
     if values.shape == (4,):
         left, top, right, bottom = map(float, values)

@@ -257,6 +257,7 @@ def restore_image(
 
 
 def _check_settings_of(restoration: Restoration, models: Models, settings: DrawSettings) -> None:
+    """**Raises:** `ValueError` for settings that the restoration has no use for."""
     if settings.height is not None or settings.width is not None:
         raise ValueError(
             "`restore_image` draws at the size of the picture. Leave height and width out of the "

@@ -121,6 +121,10 @@ def integrator(name: str, *, eta: float | None = None, churn: float | None = Non
 
 
 def _integrator(name: str, eta: float | None) -> Step:
+    """Return the integrator of a name.
+
+    **Raises:** `ValueError` for an unknown name, or an eta that it does not take.
+    """
     if name not in INTEGRATORS:
         known = ", ".join(INTEGRATORS)
         near = suggestion(name, INTEGRATORS)

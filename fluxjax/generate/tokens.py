@@ -166,6 +166,10 @@ def _fit(ids: Sequence[int], end: int, length: int, *, pad: int) -> np.ndarray:
 def _clip_tokenizer(
     vocabulary: dict[str, int], merges: list[tuple[str, str]]
 ) -> tokenizers.Tokenizer:
+    """Return CLIP's tokenizer: lower case, words by its own expression, then byte pairs.
+
+    **Arguments:** `vocabulary`: ids by token. `merges`: pairs that are joined, in order.
+    """
     model = tokenizers.models.BPE(
         vocab=vocabulary,
         merges=merges,
@@ -242,6 +246,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Read T5's tokenizer. **Raises:** `WeightsError` for a file that is none."""
     try:
         t5 = sentencepiece.SentencePieceProcessor(model_proto=_content(path))
         size = t5.get_piece_size()

@@ -111,6 +111,7 @@ def _flash_attention(
     v: Heads,
     length: KeyLength | None,
 ) -> Heads:
+    """Compute attention without what only a gradient needs."""
     call = KernelCall(
         name="forward",
         compute=compute_forward,
@@ -129,6 +130,7 @@ def _flash_attention_fwd(
     v: Heads,
     length: KeyLength | None,
 ) -> tuple[Heads, _Residuals]:
+    """Compute attention, and keep what the gradients are computed from."""
     row = jax.ShapeDtypeStruct((q.shape[1], len(q)), jnp.float32)
     call = KernelCall(
         name="forward",
@@ -146,6 +148,7 @@ def _flash_attention_bwd(
     residuals: _Residuals,
     grad: Heads,
 ) -> tuple[Heads, Heads, Heads, None]:
+    """Return the gradients of q, k and v; the length has none."""
     q, k, v, length, mixed, log_sum = residuals
     # The gradient of softmax subtracts it: the weighted mean of the weights' gradients.
     products = mixed.astype(jnp.float32) * grad.astype(jnp.float32)

@@ -81,6 +81,7 @@ def flash_attention_tpu(
 
 
 def _pad_and_join_heads(x: Float[Array, "tokens heads head_dim"], padded_dim: int) -> Matrix:
+    """Return a matrix of the heads side by side, each padded with zeros to a size."""
     missing = padded_dim - x.shape[-1]
     if missing:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)))
@@ -117,6 +118,7 @@ def _flash_attention_fwd(
     v: Matrix,
     length: KeyLength | None,
 ) -> tuple[Matrix, _Residuals]:
+    """Compute attention, and keep what the gradients are computed from."""
     mixed, log_sum = run_forward(spec, q, k, v, length, with_log_sum=True)
     return mixed, _Residuals(q, k, v, length, mixed, log_sum)
 
@@ -126,6 +128,7 @@ def _flash_attention_bwd(
     residuals: _Residuals,
     grad: Matrix,
 ) -> tuple[Matrix, Matrix, Matrix, None]:
+    """Return the gradients of q, k and v; the length has none."""
     q, k, v, length, mixed, log_sum = residuals
     # The gradient of softmax subtracts their sums: the weighted means of the weights' gradients.
     products = mixed.astype(jnp.float32) * grad.astype(jnp.float32)

@@ -56,6 +56,7 @@ def _default_block(
     dtype: DTypeLike,
     chip: str,
 ) -> Block:
+    """Return the largest block that fits in the chip's VMEM and wastes little on padding."""
     limits = TPU_CHIPS[chip]
     largest = limits.largest_block
     while largest > LANES:
@@ -69,6 +70,10 @@ def _default_block(
 
 
 def _requested_block(kernel: str, queries: int, keys: int, block_sizes: BlockSizes) -> Block:
+    """Return the block of a kernel that was asked for, no larger than the tokens need.
+
+    **Raises:** `ValueError` for sizes that are not whole lanes.
+    """
     q, kv = getattr(block_sizes, kernel)
     if q % LANES or kv % LANES:
         raise ValueError(
@@ -79,6 +84,7 @@ def _requested_block(kernel: str, queries: int, keys: int, block_sizes: BlockSiz
 
 
 def _check_vmem(kernel: str, block: Block, head_dim: int, dtype: DTypeLike, chip: str) -> None:
+    """**Raises:** `ValueError` for a block that does not fit in the chip's VMEM."""
     needed, limit = flash_vmem_bytes(kernel, block, head_dim, dtype), TPU_CHIPS[chip].vmem_bytes
     if needed > limit:
         raise ValueError(

@@ -119,6 +119,7 @@ class RegionalAttention(eqx.Module):
         return is_on
 
     def _mix(self, base: Heads, regional: Heads) -> Heads:
+        """Return a share of what the whole prompt gives, and the rest of what regions give."""
         wide = wide_dtype(base.dtype)
         ratio = jnp.asarray(self.base_ratio, wide)
         mixed = ratio * base.astype(wide) + (1 - ratio) * regional.astype(wide)

@@ -17,7 +17,13 @@ from fluxjax.shapes import Array
 
 MOST_ERROR = 0.02
 """Relative error that a right kernel stays far below: in bfloat16 they have 2e-3 to 4e-3."""
-_TOKENS, _HEADS, _HEAD_DIM, _EPS = 320, 2, 128, 1e-6
+_TOKENS = 320
+_TXT_TOKENS = 64
+_HEADS = 2
+_HEAD_DIM = 128
+_EPS = 1e-6
+_MOST_REASON = 200
+"""Characters of a compiler's error that are repeated."""
 _KEY_LENGTH = 290
 """Ends within a block, so that masking is checked too."""
 
@@ -48,17 +54,24 @@ def failure_of(check: BlockCheck, device: jax.Device) -> str | None:
 
 
 def _failure_here(check: BlockCheck, device: jax.Device) -> str | None:
+    """Run the check in this thread. Arguments and result as of `failure_of`."""
     with jax.default_device(device):
-        expected = np.asarray(jax.jit(check.reference)(*check.inputs), np.float32)
+        expected = _computed(check.reference, check.inputs)
         try:
-            found = np.asarray(jax.jit(check.kernel)(*check.inputs), np.float32)
+            found = _computed(check.kernel, check.inputs)
         except Exception as error:  # compilers raise all kinds
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            return f"it does not run ({reason[:200]})"
-    distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+            first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+            return f"it does not run ({first_line[:_MOST_REASON]})"
+    difference = np.linalg.norm(found - expected)
+    distance = float(difference / np.linalg.norm(expected))
     if math.isnan(distance) or distance > MOST_ERROR:
         return f"its values are wrong (relative error {distance:.2g})"
     return None
+
+
+def _computed(function: Computation, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Compile a function and run it."""
+    return np.asarray(jax.jit(function)(*inputs), np.float32)
 
 
 def block_check(name: str, device: jax.Device) -> BlockCheck:
@@ -79,12 +92,18 @@ def block_check(name: str, device: jax.Device) -> BlockCheck:
     def by_flash(q: Array, k: Array, v: Array) -> Array:
         from fluxjax.kernels.flash_tpu import flash_attention_tpu
 
-        options, chip = _logit_options(), tpu_chip_name(device)
+        options = _logit_options()
         return flash_attention_tpu(
-            q, k, v, scale=options.scale, key_length=options.key_length, chip=chip
+            q,
+            k,
+            v,
+            scale=options.scale,
+            key_length=options.key_length,
+            chip=tpu_chip_name(device),
         )
 
-    return BlockCheck(by_flash if name == "flash_tpu" else by_cudnn, reference, inputs)
+    kernel = by_flash if name == "flash_tpu" else by_cudnn
+    return BlockCheck(kernel, reference, inputs)
 
 
 def _logit_options() -> LogitOptions:
@@ -93,6 +112,7 @@ def _logit_options() -> LogitOptions:
 
 
 def _draw(seed: int, *shape: int) -> np.ndarray:
+    """Return normally distributed numbers in bfloat16."""
     values = np.random.default_rng(seed).normal(size=shape)
     return values.astype(ml_dtypes.bfloat16)
 
@@ -100,13 +120,14 @@ def _draw(seed: int, *shape: int) -> np.ndarray:
 def _qkv_check(chip: str) -> BlockCheck:
     """Return the check of the kernel for q, k and v, with the two parts of a double block."""
     width = _HEADS * _HEAD_DIM
-    first, second = 64, _TOKENS - 64
-    angles = np.random.default_rng(9).uniform(0, 6, (_TOKENS, _HEAD_DIM // 2))
+    img_tokens = _TOKENS - _TXT_TOKENS
+    rng = np.random.default_rng(9)
+    angles = rng.uniform(0, 6, (_TOKENS, _HEAD_DIM // 2))
     inputs = [
         np.cos(angles).astype(np.float32),
         np.sin(angles).astype(np.float32),
-        _draw(0, first, 3 * width),
-        _draw(1, second, 3 * width),
+        _draw(0, _TXT_TOKENS, 3 * width),
+        _draw(1, img_tokens, 3 * width),
         *(_draw(seed, _HEAD_DIM) for seed in range(2, 6)),
     ]
 
@@ -115,12 +136,16 @@ def _qkv_check(chip: str) -> BlockCheck:
 
         parts = [(txt, scales[0], scales[1]), (img, scales[2], scales[3])]
         factors = rotation_factors(cos, sin)
-        return jnp.stack(fused_qkv_tpu(parts, factors, width=width, eps=_EPS, chip=chip))
+        qkv = fused_qkv_tpu(parts, factors, width=width, eps=_EPS, chip=chip)
+        return jnp.stack(qkv)
 
     def reference(cos: Array, sin: Array, txt: Array, img: Array, *scales: Array) -> Array:
-        parts = [_plain_qkv(txt, *scales[:2]), _plain_qkv(img, *scales[2:])]
-        q, k, v = jnp.concatenate(parts, axis=1)
-        joined = jnp.stack([_rotated(q, cos, sin), _rotated(k, cos, sin), v])
+        txt_qkv = _plain_qkv(txt, *scales[:2])
+        img_qkv = _plain_qkv(img, *scales[2:])
+        q, k, v = jnp.concatenate([txt_qkv, img_qkv], axis=1)
+        rotated_q = _rotated(q, cos, sin)
+        rotated_k = _rotated(k, cos, sin)
+        joined = jnp.stack([rotated_q, rotated_k, v])
         return joined.reshape(3, _TOKENS, width)
 
     return BlockCheck(kernel, reference, inputs)
@@ -128,11 +153,13 @@ def _qkv_check(chip: str) -> BlockCheck:
 
 def _plain_qkv(projected: Array, q_scale: Array, k_scale: Array) -> Array:
     """Return q, k and v, [3, tokens, heads, head_dim], of which q and k are normed."""
-    x = projected.astype(jnp.float32).reshape(len(projected), 3, _HEADS, _HEAD_DIM)
-    q, k, v = jnp.swapaxes(x, 0, 1)
+    wide = projected.astype(jnp.float32)
+    by_token = wide.reshape(len(projected), 3, _HEADS, _HEAD_DIM)
+    q, k, v = jnp.swapaxes(by_token, 0, 1)
 
     def normed(x: Array, scale: Array) -> Array:
-        inverse_rms = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + _EPS)
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        inverse_rms = jax.lax.rsqrt(mean_square + _EPS)
         return x * inverse_rms * scale.astype(jnp.float32)
 
     return jnp.stack([normed(q, q_scale), normed(k, k_scale), v])
@@ -140,7 +167,10 @@ def _plain_qkv(projected: Array, q_scale: Array, k_scale: Array) -> Array:
 
 def _rotated(x: Array, cos: Array, sin: Array) -> Array:
     """Return heads whose adjacent features are rotated by a token's angles."""
-    even, odd = x[..., ::2], x[..., 1::2]
+    even = x[..., ::2]
+    odd = x[..., 1::2]
     cos, sin = cos[:, None], sin[:, None]
-    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    rotated_even = even * cos - odd * sin
+    rotated_odd = odd * cos + even * sin
+    pairs = jnp.stack([rotated_even, rotated_odd], axis=-1)
     return pairs.reshape(x.shape)

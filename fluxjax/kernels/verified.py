@@ -42,6 +42,7 @@ def is_verified(name: str, device: jax.Device) -> bool:
 
 @cache
 def _is_verified(name: str, device: jax.Device, file: Path | None) -> bool:
+    """Return whether a kernel passes its check; a failure is printed, with what is used instead."""
     reason = cached_failure(name, device, file)
     if reason:
         print(

@@ -68,6 +68,7 @@ def describe_lora(path: str | Path) -> LoraSummary:
 
 
 def _summarize(changes: Mapping[str, tuple[Change, ...]]) -> ChangedNetwork:
+    """Return what an adapter changes: the kinds of its terms, their ranks and their factors."""
     kinds: set[str] = set()
     ranks: set[int] = set()
     factors: set[float] = set()

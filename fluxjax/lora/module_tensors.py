@@ -106,6 +106,7 @@ class ModuleTensors:
         return values
 
     def _take_alpha(self) -> float:
+        """Return alpha as a number. **Raises:** `WeightsError` for anything else."""
         key = self.keys.pop("alpha")
         stored = self.file.tensors[key].view()
         value = np.asarray(stored).reshape(-1)

@@ -162,6 +162,10 @@ def _settings(where: str, table: Table) -> PeftSettings:
 
 
 def _check_table(table: Table) -> PeftSettings:
+    """Return the settings that a table of PEFT gives.
+
+    **Raises:** `WeightsError` for a method that is not read, or a value of the wrong kind.
+    """
     method = table.get("peft_type") or "LORA"
     if not isinstance(method, str) or method not in _METHODS:
         raise WeightsError(

@@ -52,6 +52,10 @@ def _flags(
     depth: int,
     numbers: Sequence[int],
 ) -> Bool[Array, " depth"]:
+    """Return which blocks of a kind are degraded.
+
+    **Raises:** `ValueError` for a number that is of no block.
+    """
     unknown = [number for number in numbers if not 0 <= number < depth]
     if unknown:
         raise ValueError(

@@ -106,6 +106,7 @@ class EncoderBlock(eqx.Module):
         return x + self.down(hidden)
 
     def _attend(self, x: EncoderStates) -> EncoderStates:
+        """Return what attention adds to the states."""
         q = split_heads(self.q(x), self.head_dim)
         k = split_heads(self.k(x), self.head_dim)
         v = split_heads(self.v(x), self.head_dim)

@@ -163,6 +163,7 @@ def _fused_fwd(
     rotation: Rotation,
     kernel_rotation: KernelRotation,
 ) -> tuple[QueryKeyValue, Residuals]:
+    """Compute q, k and v by the kernel, and keep what the gradients are computed from."""
     result = _fused(width_and_chip, projections, rotation, kernel_rotation)
     return result, (projections, rotation)
 

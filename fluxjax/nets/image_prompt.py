@@ -76,6 +76,7 @@ class ImagePrompt(eqx.Module):
         scales: Float[Array, " depth"],
         weights: Float[Array, " tokens"] | None,
     ) -> "BlockPrompt":
+        """Return the prompt for some blocks. **Arguments:** `blocks`: keys and values, stacked."""
         if weights is not None:
             weights = jnp.broadcast_to(weights, (len(scales), *weights.shape))
         return BlockPrompt(blocks, scales, weights, self.joins_attention, self.head_axis)

@@ -88,6 +88,7 @@ def _decoded_stack(
     format: str,
     dtype: jnp.dtype,
 ) -> Float[Array, "*depth out features"]:
+    """Return the matrices of packed rows, of one block or of a stack of them."""
     if value.ndim == 2:
         return decode_rows(value, format).astype(dtype)
     # Block by block, so that no whole stack is in memory in float32.

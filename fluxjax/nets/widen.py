@@ -41,6 +41,10 @@ def widen_input(flux: Flux, features: int) -> Flux:
 
 
 def _widen(weight: Weight, features: int) -> Weight:
+    """Return a weight with zeros for further input features, so that they change nothing.
+
+    **Raises:** `ValueError` for one that is stored in another way.
+    """
     if isinstance(weight, Dense):
         return Dense(append_zero_columns(weight.value, features))
     if isinstance(weight, AdaptedWeight):

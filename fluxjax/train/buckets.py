@@ -30,7 +30,7 @@ def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) 
     """
     check_size("`bucket_sizes(side)`", side, side)
     if step is None:
-        step = 4 * _SIDE if side >= _LARGE and side % (4 * _SIDE) == 0 else _SIDE
+        step = _default_step(side)
     if step < _SIDE or step % _SIDE or side % step:
         raise ValueError(
             f"`bucket_sizes(step)` needs a multiple of {_SIDE} pixels that divides the side "
@@ -48,16 +48,28 @@ def bucket_sizes(side: int, *, max_ratio: float = 2.0, step: int | None = None) 
     return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
 
 
+def _default_step(side: int) -> int:
+    """Return what all sides are multiples of where no argument says it."""
+    coarse = 4 * _SIDE
+    if side >= _LARGE and side % coarse == 0:
+        return coarse
+    return _SIDE
+
+
 def nearest_bucket(height: int, width: int, sizes: tuple[Size, ...]) -> Size:
     """Return the size whose proportions are the nearest to those of an image.
 
     The distance is that of the logarithms, so that of an upright and a wide size neither is
     preferred. Of two that are equally near, it is the larger one, then the narrower one.
+
+    **Arguments:** `height`, `width`: of the image in pixels. `sizes`: from `bucket_sizes`.
     """
+    proportions = log(width / height)
 
     def distance(size: Size) -> tuple[float, int, int]:
-        ratio = abs(log(size[1] / size[0]) - log(width / height))
-        return round(ratio, 9), -size[0] * size[1], size[1]
+        size_height, size_width = size
+        ratio = abs(log(size_width / size_height) - proportions)
+        return round(ratio, 9), -size_height * size_width, size_width
 
     return min(sizes, key=distance)
 
@@ -65,11 +77,14 @@ def nearest_bucket(height: int, width: int, sizes: tuple[Size, ...]) -> Size:
 def covering_box(height: int, width: int, size: Size) -> tuple[float, float, float, float]:
     """Return the part in the middle of an image that has the proportions of a size.
 
+    **Arguments:** `height`, `width`: of the image in pixels.
     **Returns:** its left, upper, right and lower edge in pixels of the image.
     """
     scale = min(height / size[0], width / size[1])
-    crop_height, crop_width = size[0] * scale, size[1] * scale
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    crop_height = size[0] * scale
+    crop_width = size[1] * scale
+    left = (width - crop_width) / 2
+    top = (height - crop_height) / 2
     return (
         max(0.0, left),
         max(0.0, top),
@@ -88,17 +103,22 @@ def resize_to_cover(image: np.ndarray, size: Size, *, smooth: bool = False) -> n
     height, width = image.shape[:2]
     if (height, width) == size:
         return image
-    kernel = PIL.Image.Resampling.BILINEAR if smooth else PIL.Image.Resampling.LANCZOS
+    kernels = PIL.Image.Resampling
+    kernel = kernels.BILINEAR if smooth else kernels.LANCZOS
     box = covering_box(height, width, size)
+    new_height, new_width = size
     channels = []
     for channel in np.moveaxis(image, -1, 0):
         picture = PIL.Image.fromarray(np.ascontiguousarray(channel, np.float32))
-        channels.append(np.asarray(picture.resize((size[1], size[0]), kernel, box)))
+        resized = picture.resize((new_width, new_height), kernel, box)
+        channels.append(np.asarray(resized))
+    # Lanczos' filter overshoots at edges.
     return np.clip(np.stack(channels, axis=-1), -1, 1)
 
 
 def token_means(mask: Float[Array, "height width"] | np.ndarray) -> np.ndarray:
     """Return the mean of a mask over the pixels of each token, [tokens] in row-major order."""
-    rows, columns = mask.shape[0] // _SIDE, mask.shape[1] // _SIDE
+    height, width = mask.shape
+    rows, columns = height // _SIDE, width // _SIDE
     cells = np.asarray(mask, np.float32).reshape(rows, _SIDE, columns, _SIDE)
     return cells.mean(axis=(1, 3)).reshape(-1)

@@ -95,6 +95,7 @@ def _write_json(path: Path, record: CacheDescription | ShardEntry) -> None:
 
 
 def _read_record(path: Path, kind: type) -> dict[str, Any]:
+    """Read the fields of a record. **Raises:** `ValueError` for a file of other ones."""
     values = read_json(path, most_bytes=_MOST_BYTES)
     names = {one.name for one in fields(kind)}
     if not isinstance(values, dict) or set(values) != names:
@@ -225,6 +226,7 @@ class ShardReader:
 
 
 def _read_row(tensor: StoredTensor, numbers: Sequence[int]) -> np.ndarray:
+    """Read one element. **Arguments:** `numbers`: its index along each of the first axes."""
     for number in numbers:
         tensor = tensor.rows(number, number + 1).split()[0]
     out = np.empty(tensor.shape, tensor.dtype)

@@ -40,8 +40,8 @@ class Catalog:
     def summary(self) -> list[str]:
         """Return lines that say what was found."""
         lines = []
-        for size, count in sorted(Counter(self.sizes).items()):
-            lines.append(f"{size[1]}x{size[0]}: {_counted(count, 'image')}")
+        for (height, width), count in sorted(Counter(self.sizes).items()):
+            lines.append(f"{width}x{height}: {_counted(count, 'image')}")
         if self.enlarged:
             lines.append(f"{_counted(self.enlarged, 'image')} smaller than that and enlarged")
         for role, count in sorted(self.unused.items()):
@@ -51,7 +51,9 @@ class Catalog:
 
 
 def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """Return a number of things in words."""
+    ending = "" if count == 1 else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def make_catalog(settings: DataSettings) -> Catalog:
@@ -67,7 +69,8 @@ def make_catalog(settings: DataSettings) -> Catalog:
     candidates, broken = split_broken(find_examples(settings.sources, settings.fields))
     with ThreadPoolExecutor(settings.threads) as pool:
         measured = list(pool.map(lambda one: _measure(one, settings), candidates))
-    examples, buckets, enlarged = [], [], 0
+    examples, buckets = [], []
+    enlarged = 0
     unused: Counter[str] = Counter()
     for example, size in zip(candidates, measured, strict=True):
         if isinstance(size, BrokenExample):
@@ -82,7 +85,13 @@ def make_catalog(settings: DataSettings) -> Catalog:
     check_broken(broken, settings.max_broken)
     if not examples:
         raise ValueError(f"There are no examples in {_places(settings)}. Put some there.")
-    return Catalog(tuple(examples), tuple(buckets), tuple(broken), enlarged, unused)
+    return Catalog(
+        examples=tuple(examples),
+        sizes=tuple(buckets),
+        broken=tuple(broken),
+        enlarged=enlarged,
+        unused=unused,
+    )
 
 
 def _measure(example: Example, settings: DataSettings) -> Size | BrokenExample:
@@ -99,19 +108,23 @@ def _measure(example: Example, settings: DataSettings) -> Size | BrokenExample:
 
 
 def _unused(example: Example, settings: DataSettings) -> list[str]:
+    """Return what an example has beside its image that these settings have no use for."""
     used = {_NEEDED.get(settings.condition or "")}
     if settings.masked_loss or settings.condition == "fill":
         used.add("mask")
+    nouns = {"control": "control image", "source": "source image", "mask": "mask"}
     found = []
-    for role in ("control", "source", "mask"):
+    for role, noun in nouns.items():
         if getattr(example, role) is not None and role not in used:
-            found.append(role if role == "mask" else f"{role} image")
+            found.append(noun)
     return found
 
 
 def _check_captions(broken: Sequence[BrokenExample], count: int) -> None:
     """**Raises:** `ValueError` if no image has a caption."""
-    if broken and count == len(broken) and all(one.reason == NO_CAPTION for one in broken):
+    if not broken or count != len(broken):
+        return
+    if all(one.reason == NO_CAPTION for one in broken):
         raise ValueError(
             f"None of the {_counted(count, 'image')} has a caption, as {broken[0].name}. Write "
             "captions to text files of the same stem, or to metadata.jsonl or other JSON lines."
@@ -121,6 +134,7 @@ def _check_captions(broken: Sequence[BrokenExample], count: int) -> None:
 def check_broken(broken: Sequence[BrokenExample], limit: int) -> None:
     """Check that not too many examples can't be used.
 
+    **Arguments:** `limit`: how many may be broken.
     **Raises:** `ValueError` that names some of them.
     """
     if len(broken) <= limit:
@@ -138,8 +152,12 @@ def _places(settings: DataSettings) -> str:
 
 
 def data_digest(names: Sequence[str], sizes: Sequence[Size]) -> str:
-    """Return a hash of the names and sizes of all examples, which their order depends on."""
+    """Return a hash of the names and sizes of all examples, which their order depends on.
+
+    **Returns:** 16 hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    for name, size in zip(names, sizes, strict=True):
-        digest.update(f"{name}\0{size[0]}x{size[1]}\0".encode(errors="surrogateescape"))
+    for name, (height, width) in zip(names, sizes, strict=True):
+        entry = f"{name}\0{height}x{width}\0"
+        digest.update(entry.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]

@@ -166,6 +166,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, says that there is no room."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             return True

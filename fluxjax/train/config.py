@@ -274,6 +274,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[tuple[str, Any
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested tables."""
     copies = {}
     for name, value in values.items():
         copies[name] = _copied(value) if isinstance(value, Mapping) else value

@@ -78,6 +78,11 @@ class FileBytes(AbstractBytes):
         return self._read(count if self.length is None else min(count, self.length))
 
     def _read(self, count: int | None) -> bytes:
+        """Read bytes from the beginning.
+
+        **Arguments:** `count`: how many; None for all up to the end of the file.
+        **Raises:** `ValueError` if there are fewer than when the example was found.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(-1 if count is None else count)
@@ -188,6 +193,7 @@ def example_from(
 
 
 def _weight(value: object) -> float:
+    """Return how much an example counts. **Raises:** `ValueError` for a value that is no weight."""
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -198,6 +204,7 @@ def _weight(value: object) -> float:
 
 
 def _size(record: Record) -> tuple[int, int] | None:
+    """Return the height and width that a record gives, so that no image is opened for them."""
     height, width = record.get("height"), record.get("width")
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
         return height, width

@@ -26,6 +26,7 @@ def folder_examples(folder: Path, images: list[Path]) -> Found:
 
 
 def _captioned(path: Path, name: str) -> Example | BrokenExample:
+    """Return the example of an image and of the text file beside it, or why it can't be used."""
     text = path.with_suffix(".txt")
     try:
         caption = text.read_text(encoding="utf-8").strip()
@@ -64,6 +65,7 @@ def json_examples(path: Path, fields: Mapping[str, str]) -> Found:
 def _example_of_line(
     name: str, line: str, fields: Mapping[str, str], open_image: Any
 ) -> Example | BrokenExample:
+    """Return the example of a line of JSON, or why it can't be used."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -56,6 +56,10 @@ class EpochOrder:
             return self._plans[number]
 
     def _plan(self, number: int) -> EpochPlan:
+        """Return the batches of an epoch: each of one size, in an order of the epoch's own.
+
+        A batch that is not full repeats its examples, which do not count.
+        """
         rng = np.random.default_rng((self._seed, number))
         rows, counts = [], []
         for group in self._groups:

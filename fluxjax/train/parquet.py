@@ -71,6 +71,7 @@ class ParquetImages:
         return [name for name in self._file.schema_arrow.names if self._is_image(name)]
 
     def _is_image(self, name: str) -> bool:
+        """Return whether a column holds files: bytes, or structures with bytes."""
         types = import_types()
         kind = self._file.schema_arrow.field(name).type
         if types.is_struct(kind):

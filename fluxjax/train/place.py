@@ -72,27 +72,37 @@ def place_batch(
             "processes, each of which reads its own rows. Choose other sizes of the mesh."
         )
     padding = -count % (accumulate * parts // processes)
+    rows = _padded_rows(batch, padding)
+    sharding = NamedSharding(mesh, ROWS)
+    placed = jax.tree.map(lambda leaf: _from_process(sharding, leaf), rows)
+    reference = batch.reference
+    shared = SharedInputs(
+        empty=jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], empty),
+        reference_ids=None if reference is None else jnp.asarray(reference.ids),
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return placed, jax.device_put(shared, everywhere)
+
+
+def _padded_rows(batch: TrainBatch, padding: int) -> StepRows:
+    """Return the rows of a batch, and further ones of weight 0."""
+    count = len(batch.latents)
     first = jax.process_index() * count
     reference = batch.reference
     rows = StepRows(
-        batch.latents,
-        batch.text,
-        batch.weight,
-        jnp.arange(first, first + count, dtype=jnp.int32),
+        latents=batch.latents,
+        text=batch.text,
+        weight=batch.weight,
+        place=jnp.arange(first, first + count, dtype=jnp.int32),
         concat=batch.concat,
         reference_tokens=None if reference is None else reference.tokens,
         mask=batch.mask,
         size=batch.size,
     )
     rows = jax.tree.map(lambda leaf: _padded(np.asarray(leaf), padding), rows)
-    filler = np.arange(count + padding) >= count
-    weight = np.where(filler, 0, np.asarray(rows.weight)).astype(np.float32)
-    rows = eqx.tree_at(lambda rows: rows.weight, rows, weight)
-    sharding = NamedSharding(mesh, ROWS)
-    placed = jax.tree.map(lambda leaf: _from_process(sharding, leaf), rows)
-    ids = None if reference is None else jnp.asarray(reference.ids)
-    shared = SharedInputs(jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], empty), ids)
-    return placed, jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
+    is_filler = np.arange(count + padding) >= count
+    weight = np.where(is_filler, 0, np.asarray(rows.weight)).astype(np.float32)
+    return eqx.tree_at(lambda rows: rows.weight, rows, weight)
 
 
 def _padded(rows: np.ndarray, padding: int) -> np.ndarray:
@@ -101,7 +111,10 @@ def _padded(rows: np.ndarray, padding: int) -> np.ndarray:
     Copies, because what is computed of them has to be finite: their weights of 0 would turn
     infinity and NaN into NaN.
     """
-    return np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)]) if padding else rows
+    if not padding:
+        return rows
+    copies = np.repeat(rows[-1:], padding, axis=0)
+    return np.concatenate([rows, copies])
 
 
 def _from_process(sharding: NamedSharding, rows: np.ndarray) -> Array:
@@ -179,28 +192,39 @@ def batch_shapes(
     """
     config = network.config
     tokens = image_tokens(*size)
-    by_row, whole = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+    by_row = NamedSharding(mesh, ROWS)
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def shape(*sizes: int, dtype: DTypeLike = jnp.float32, sharding: NamedSharding = by_row):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     def text(*axes: int, sharding: NamedSharding) -> TextStates:
+        """Return the shapes of texts: with a pooled vector, or with a length in its place."""
+        txt = shape(*axes, txt_tokens, config.context, sharding=sharding)
         pooled = getattr(config, "pooled", None)
-        vec = None if pooled is None else shape(*axes, pooled, sharding=sharding)
-        length = None if pooled else shape(*axes, dtype=jnp.int32, sharding=sharding)
-        return TextStates(shape(*axes, txt_tokens, config.context, sharding=sharding), vec, length)
+        if pooled is None:
+            length = shape(*axes, dtype=jnp.int32, sharding=sharding)
+            return TextStates(txt, None, length)
+        return TextStates(txt, shape(*axes, pooled, sharding=sharding), None)
 
-    arrays = {
+    rows_shapes = {
         "latents": shape(rows, tokens, config.out_channels),
         "text": text(rows, sharding=by_row),
         "weight": shape(rows),
         "place": shape(rows, dtype=jnp.int32),
         "concat": shape(rows, tokens, features) if features else None,
-        "reference_tokens": shape(rows, tokens, config.out_channels) if reference else None,
+        "reference_tokens": None,
+        "mask": None,
+        "size": size,
     }
-    ids = shape(tokens, len(config.rope_axes), sharding=whole) if reference else None
-    filled = _with_fields(StepRows, arrays | {"mask": None, "size": size})
-    return filled, _with_fields(SharedInputs, {"empty": text(sharding=whole), "reference_ids": ids})
+    shared_shapes = {
+        "empty": text(sharding=whole),
+        "reference_ids": None,
+    }
+    if reference:
+        rows_shapes["reference_tokens"] = shape(rows, tokens, config.out_channels)
+        shared_shapes["reference_ids"] = shape(tokens, len(config.rope_axes), sharding=whole)
+    return _with_fields(StepRows, rows_shapes), _with_fields(SharedInputs, shared_shapes)
 
 
 def _with_fields(kind: type, values: Mapping[str, Any]) -> Any:
@@ -222,7 +246,10 @@ def _first_state(
     **Arguments:** `weights`: of any dtype, of which the state has copies: it is donated to every
     step, and the same array must not be donated twice.
     """
-    model = {name: jnp.array(leaf) for name, leaf in weights.items()}
     wide = {name: leaf.astype(jnp.float32) for name, leaf in weights.items()}
-    ema = {name: jnp.array(leaf) for name, leaf in wide.items()} if has_ema else None
-    return TrainState(model, ema, optimizer.init(wide), jnp.zeros((), jnp.int32))
+    return TrainState(
+        jax.tree.map(jnp.array, weights),
+        jax.tree.map(jnp.array, wide) if has_ema else None,
+        optimizer.init(wide),
+        jnp.zeros((), jnp.int32),
+    )

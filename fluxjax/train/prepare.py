@@ -45,14 +45,16 @@ def prepare_example(
     **Raises:** `OSError` and `ValueError` for an image that can't be read, or a control image or a
     mask of other proportions than the image.
     """
-    example, size = catalog.examples[number], catalog.sizes[number]
+    example = catalog.examples[number]
+    size = catalog.sizes[number]
     pixels = decode_image(example.image.read(), example.name)
     image = resize_to_cover(pixels, size)
+    is_fill = settings.condition == "fill"
     mask = None
-    if example.mask is not None and (settings.masked_loss or settings.condition == "fill"):
+    if example.mask is not None and (settings.masked_loss or is_fill):
         mask = _read_mask(example.mask, pixels.shape, size)
     hidden = None
-    if settings.condition == "fill":
+    if is_fill:
         rng = example_rng(settings.seed, epoch, number, _MASK)
         hidden = random_mask(rng, size) if mask is None else np.round(mask)
     condition = _condition(example, settings, size, image, hidden, pixels.shape)
@@ -61,10 +63,17 @@ def prepare_example(
         counted = np.ones(size, np.float32) if mask is None else mask
     if flip:
         image = np.ascontiguousarray(image[:, ::-1])
-        condition, hidden, counted = map(_mirrored, (condition, hidden, counted))
-    if counted is not None:
-        counted = token_means(counted)
-    return PreparedExample(image, example.caption, example.weight, condition, hidden, counted)
+        condition = _mirrored(condition)
+        hidden = _mirrored(hidden)
+        counted = _mirrored(counted)
+    return PreparedExample(
+        image=image,
+        caption=example.caption,
+        weight=example.weight,
+        condition=condition,
+        hidden=hidden,
+        counted=None if counted is None else token_means(counted),
+    )
 
 
 def _condition(
@@ -87,28 +96,41 @@ def _condition(
         _check_proportions("control image", control.shape, shape)
         return resize_to_cover(control, size)
     if settings.condition == "reference" and example.source is not None:
-        return resize_to_cover(decode_image(example.source.read(), example.source.name), size)
+        source = decode_image(example.source.read(), example.source.name)
+        return resize_to_cover(source, size)
     return None
 
 
 def _read_mask(data: AbstractBytes, shape: tuple[int, ...], size: Size) -> np.ndarray:
-    """Return a mask in [0, 1], [height, width]."""
-    mask = (decode_image(data.read(), data.name).mean(axis=-1, keepdims=True) + 1) / 2
+    """Return a mask in [0, 1], [height, width], at the size of the training.
+
+    **Arguments:** `shape`: of the image that it belongs to, before that is resized.
+    **Raises:** `ValueError` for a mask of other proportions.
+    """
+    pixels = decode_image(data.read(), data.name)
+    mask = (pixels.mean(axis=-1, keepdims=True) + 1) / 2
     _check_proportions("mask", mask.shape, shape)
-    return np.clip(resize_to_cover(mask, size, smooth=True)[..., 0], 0, 1)
+    resized = resize_to_cover(mask, size, smooth=True)
+    return np.clip(resized[..., 0], 0, 1)
 
 
 def _check_proportions(what: str, shape: tuple[int, ...], of_image: tuple[int, ...]) -> None:
-    ratio = shape[1] * of_image[0] / (shape[0] * of_image[1])
+    """**Raises:** `ValueError` for a shape of other proportions than the image's."""
+    height, width = shape[:2]
+    image_height, image_width = of_image[:2]
+    ratio = width * image_height / (height * image_width)
     if abs(ratio - 1) > _PROPORTION_TOLERANCE:
         raise ValueError(
-            f"its {what} has {shape[1]}x{shape[0]} pixels, other proportions than the image's "
-            f"{of_image[1]}x{of_image[0]}"
+            f"its {what} has {width}x{height} pixels, other proportions than the image's "
+            f"{image_width}x{image_height}"
         )
 
 
 def _mirrored(values: np.ndarray | None) -> np.ndarray | None:
-    return None if values is None else np.ascontiguousarray(values[:, ::-1])
+    """Return an image or a mask with left and right exchanged."""
+    if values is None:
+        return None
+    return np.ascontiguousarray(values[:, ::-1])
 
 
 def random_mask(rng: np.random.Generator, size: Size) -> np.ndarray:
@@ -121,7 +143,8 @@ def random_mask(rng: np.random.Generator, size: Size) -> np.ndarray:
         return np.ones(size, np.float32)
     mask = np.zeros(size, np.float32)
     for _ in range(rng.integers(1, _MOST_RECTANGLES + 1)):
-        height, width = (int(rng.integers(side // 8, side + 1)) for side in size)
+        height = int(rng.integers(size[0] // 8, size[0] + 1))
+        width = int(rng.integers(size[1] // 8, size[1] + 1))
         top = int(rng.integers(0, size[0] - height + 1))
         left = int(rng.integers(0, size[1] - width + 1))
         mask[top : top + height, left : left + width] = 1
@@ -129,7 +152,10 @@ def random_mask(rng: np.random.Generator, size: Size) -> np.ndarray:
 
 
 def example_rng(seed: int, epoch: int, number: int, purpose: int) -> np.random.Generator:
-    """Return random numbers that depend on nothing else."""
+    """Return random numbers that depend on nothing else.
+
+    **Arguments:** `seed`: of the training. `number`: of the example. `purpose`: what they are for.
+    """
     return np.random.default_rng((seed, epoch, number, purpose))
 
 
@@ -137,7 +163,8 @@ def is_flipped(settings: DataSettings, epoch: int, number: int) -> bool:
     """Return whether an example is mirrored in an epoch."""
     if not settings.flip:
         return False
-    return bool(example_rng(settings.seed, epoch, number, _FLIP).random() < 0.5)
+    rng = example_rng(settings.seed, epoch, number, _FLIP)
+    return bool(rng.random() < 0.5)
 
 
 def latent_noise(
@@ -151,7 +178,16 @@ def latent_noise(
 def blank_example(settings: DataSettings, size: Size) -> PreparedExample:
     """Return a gray image without a caption and without weight, to fill a batch."""
     image = np.zeros((*size, 3), np.float32)
-    condition = None if settings.condition is None else image
-    hidden = np.zeros(size, np.float32) if settings.condition == "fill" else None
-    counted = token_means(np.ones(size, np.float32)) if settings.masked_loss else None
-    return PreparedExample(image, "", 0.0, condition, hidden, counted)
+    hidden = counted = None
+    if settings.condition == "fill":
+        hidden = np.zeros(size, np.float32)
+    if settings.masked_loss:
+        counted = token_means(np.ones(size, np.float32))
+    return PreparedExample(
+        image=image,
+        caption="",
+        weight=0.0,
+        condition=None if settings.condition is None else image,
+        hidden=hidden,
+        counted=counted,
+    )

@@ -34,6 +34,10 @@ def find_examples(places: Sequence[str | Path], fields: Mapping[str, str]) -> Fo
 
 
 def _paths(place: str) -> list[Path]:
+    """Return the paths that a place names, which may be a pattern, as data/*.tar.
+
+    **Raises:** `FileNotFoundError` for none.
+    """
     path = Path(place)
     if path.exists():
         return [path]
@@ -46,6 +50,10 @@ def _paths(place: str) -> list[Path]:
 
 
 def _examples_at(path: Path, fields: Mapping[str, str]) -> Found:
+    """Return the examples of a folder or of a file, by what it is.
+
+    **Raises:** `ValueError` for a file of another kind.
+    """
     if path.is_dir():
         return _examples_in(path, fields)
     if path.suffix == ".jsonl":
@@ -61,6 +69,10 @@ def _examples_at(path: Path, fields: Mapping[str, str]) -> Found:
 
 
 def _examples_in(folder: Path, fields: Mapping[str, str]) -> Found:
+    """Return the examples of a folder: of its metadata, of its images, or of its shards.
+
+    **Raises:** `ValueError` for a folder of both images and shards, or of neither.
+    """
     if (folder / METADATA_FILE).is_file():
         return json_examples(folder / METADATA_FILE, fields)
     files = _files_below(folder)

@@ -83,6 +83,10 @@ def _damaged(path: Path, reason: str) -> ValueError:
 def _example_of_members(
     name: str, members: Members, fields: Mapping[str, str]
 ) -> Example | BrokenExample:
+    """Return the example of the members of a tar file with one key, or why it can't be used.
+
+    **Arguments:** `name`: of the example. `members`: by what follows the key in their names.
+    """
     images = _images(members)
     if "" not in images:
         return BrokenExample(name, "it has no image")

@@ -91,6 +91,10 @@ class Validator(eqx.Module):
         rows: StepRows,
         rest: tuple[SharedInputs, PRNGKeyArray, Float[Array, " times"]],
     ) -> Float[Array, "rows times"]:
+        """Return the loss of each row at each time.
+
+        **Arguments:** `rest`: what the rows share, the key of their noise, and the times.
+        """
         shared, key, times = rest
         placed: AbstractTransformer | TokenParallelFlux = network
         if self.mesh.shape["context"] > 1:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fluxjax.cli import choices, main, options
+from fluxjax.cli import choices, compound_options, main, options
 from fluxjax.generate.latents import SEEDS
 from fluxjax.kernels.block_sizes import PRESETS, BlockSizes
 
@@ -112,8 +112,8 @@ def test_options_are_read_as_values():
     assert read.mesh == {"data": 2, "fsdp": -1}
     assert read.flash_block_sizes == BlockSizes(q=256, kv=128)
     assert read.lora == [
-        options.Adapter("kraft", "tiny:kraft", 1.0),
-        options.Adapter("mine", "a:b.safetensors", 0.5),
+        compound_options.Adapter("kraft", "tiny:kraft", 1.0),
+        compound_options.Adapter("mine", "a:b.safetensors", 0.5),
     ]
     assert (read.images, read.seed, read.cfg, read.model) == (1, None, None, "tiny")
     read = parse("generate", "a star", "--aspect", "16:9", "--seeds", "3,4", "--first-image", "2")
@@ -121,7 +121,7 @@ def test_options_are_read_as_values():
     read = parse("compare", "a star", "--integrators", "heun,euler", "--steps", "4,2")
     assert (read.integrators, read.timers, read.steps) == (["heun", "euler"], ["model"], [4, 2])
     read = parse("lora", "merge", "dev", "hub:me/styles/a/b.safetensors:-2", "-o", "out")
-    assert read.lora == [options.Adapter("b", "hub:me/styles/a/b.safetensors", -2.0)]
+    assert read.lora == [compound_options.Adapter("b", "hub:me/styles/a/b.safetensors", -2.0)]
     assert (read.only, read.shard_size) == (None, None)  # as run_convert needs them
     assert parse("convert", "tiny", "out", "--only", "t5", "--shard-size", "1.5 GB").lora == []
 
@@ -205,7 +205,7 @@ def test_a_wrong_name_is_told_with_the_nearest_right_one(words, nearest, capsys)
 
 
 def test_block_sizes_may_be_one_number_or_a_preset():
-    read = options.BlockSizesReader()
+    read = compound_options.BlockSizesReader()
     assert read("512") == BlockSizes(q=512)
     assert [read(name) for name in choices.BLOCK_PRESETS] == list(PRESETS.values())
 
