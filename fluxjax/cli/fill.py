@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fluxjax.cli.console import interruptible
 from fluxjax.cli.picture import (
     PictureJob,
+    described_sides,
     draw_pictures,
     prompt_of,
     read_picture,
@@ -35,7 +36,8 @@ def _fill_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
 
     **Raises:** `ValueError` if nothing says what is drawn.
     """
-    picture, prompt = read_picture(options), prompt_of(options)
+    picture = read_picture(options)
+    prompt = prompt_of(options)
     if options.mask is None and options.outpaint is None:
         raise ValueError(
             "`fluxjax fill` needs to know what is drawn. Give --mask FILE, or --outpaint SIDES."
@@ -43,16 +45,21 @@ def _fill_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     image, mask = _canvas(options, picture)
     about = {"init_image": describe_file(options.picture)}
     if options.outpaint is not None:
-        about["margins"] = ", ".join(f"{side} {count}" for side, count in options.outpaint.items())
+        about["margins"] = described_sides(options.outpaint)
     else:
         about["mask"] = describe_file(options.mask)
         if options.binary_mask:
             about["mask"] += ", binary"
     request = request_of_size(options, size_of(image), takes="fill")
-    draw = partial(fill_image, image=image, mask=mask, prompt=prompt)
-    evaluations = request.recipe.step.evaluations
-    size = size_of(image)
-    return request, PictureJob("fill", draw, size, about, request.steps, evaluations)
+    job = PictureJob(
+        stem="fill",
+        draw=partial(fill_image, image=image, mask=mask, prompt=prompt),
+        size=size_of(image),
+        about=about,
+        steps=request.steps,
+        evaluations=request.recipe.step.evaluations,
+    )
+    return request, job
 
 
 def _canvas(options: argparse.Namespace, picture: Image) -> tuple[Canvas, Mask]:

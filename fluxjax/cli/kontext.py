@@ -54,8 +54,8 @@ def edit_method_name(options: argparse.Namespace) -> str:
 
 def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     """Return how a picture is edited by FLUX.1 Kontext."""
-    picture, prompt = read_picture(options), prompt_of(options)
-    images = [picture]
+    images = [read_picture(options)]
+    prompt = prompt_of(options)
     for path in options.reference:
         images.append(jnp.asarray(interruptible(read_image, path)))
     placement = options.placement or "offset"
@@ -66,7 +66,10 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
     height = height if options.height is None else options.height
     width = width if options.width is None else options.width
     check_size("--height and --width", height, width)
-    about = {"init_image": describe_file(options.picture), "method": METHOD}
+    about = {
+        "init_image": describe_file(options.picture),
+        "method": METHOD,
+    }
     if options.reference:
         about["references"] = "; ".join(describe_file(path) for path in options.reference)
     if options.placement is not None:
@@ -75,16 +78,16 @@ def kontext_job(options: argparse.Namespace) -> tuple[Request, PictureJob]:
         about["reference_size"] = "kept"
     tokens = sum(image_tokens(*size) for size in resized)
     request = request_of_size(options, (height, width), takes="reference", reference_tokens=tokens)
-    draw = partial(
-        _draw,
-        images=images,
-        prompt=prompt,
-        size=(height, width),
-        references=references,
-    )
-    evaluations = request.recipe.step.evaluations
     size = (height, width)
-    return request, PictureJob("edit", draw, size, about, request.steps, evaluations)
+    job = PictureJob(
+        stem="edit",
+        draw=partial(_draw, images=images, prompt=prompt, size=size, references=references),
+        size=size,
+        about=about,
+        steps=request.steps,
+        evaluations=request.recipe.step.evaluations,
+    )
+    return request, job
 
 
 def _draw(

@@ -99,7 +99,7 @@ COMMANDS = (
         "restore a blurred, shrunk or partly hidden picture",
         "Draw what a picture may have been before it was blurred, shrunk or partly hidden.",
         add_restore_options,
-        "fluxjax.cli.edit:run_restore",
+        "fluxjax.cli.restore:run_restore",
     ),
     Command(
         "compare",

@@ -76,6 +76,11 @@ class PictureJob(NamedTuple):
     note: str | None = None
 
 
+def described_sides(sides: Mapping[str, int]) -> str:
+    """Return the sides on which an image grows, and by how many pixels, as metadata say it."""
+    return ", ".join(f"{side} {count}" for side, count in sides.items() if count)
+
+
 MakeJob = Callable[[argparse.Namespace], tuple[Request, PictureJob]]
 """Reads the picture of the options; returns the request, and what is drawn."""
 

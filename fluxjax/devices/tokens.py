@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fluxjax.devices.context import RingAttention, UlyssesAttention
+from fluxjax.devices.ring import RingAttention
+from fluxjax.devices.ulysses import UlyssesAttention
 from fluxjax.kernels.attention import Attention
 from fluxjax.kernels.guided_attention import Nag
 from fluxjax.nets.degraded import DegradedBlocks

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from fluxjax.checkpoint.disk import FULL_DISK
 from fluxjax.printable import printable_path
 from fluxjax.train.batch import StreamState
-from fluxjax.train.parts import leaf_path_name
+from fluxjax.train.named_leaves import leaf_path_name
 from fluxjax.train.step import TrainState
 
 Identity = Mapping[str, Any]

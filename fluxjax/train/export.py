@@ -26,7 +26,8 @@ from fluxjax.nets.flux_config import FluxConfig
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array
 from fluxjax.train.config import TrainConfig
-from fluxjax.train.parts import TrainedAdapter, WeightArrays, with_named_leaves
+from fluxjax.train.named_leaves import WeightArrays, with_named_leaves
+from fluxjax.train.parts import TrainedAdapter
 from fluxjax.train.setup import TrainingSetup
 
 

@@ -26,6 +26,7 @@ from fluxjax.lora.stochastic_rounding import round_stochastically
 from fluxjax.nets.stack import leaf_names
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Scalar
+from fluxjax.train.named_leaves import WeightArrays, replace_leaves, select_leaves
 from fluxjax.train.objective import (
     Evaluation,
     LossSettings,
@@ -33,7 +34,7 @@ from fluxjax.train.objective import (
     draw,
     example_loss,
 )
-from fluxjax.train.parts import TrainedPart, WeightArrays, replace_leaves, select_leaves
+from fluxjax.train.parts import TrainedPart
 from fluxjax.train.place import SharedInputs, StepRows
 from fluxjax.train.step import TrainState, average, decay_at
 

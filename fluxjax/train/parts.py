@@ -19,13 +19,18 @@ from fluxjax.devices.shard import in_device_order
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.attach import attach
 from fluxjax.lora.init import trainable
-from fluxjax.nets.stack import block_name, is_stacked, leaf_names
+from fluxjax.nets.stack import block_name, is_stacked
 from fluxjax.nets.transformer import AbstractTransformer
 from fluxjax.nets.weight import AdaptedWeight, RowScaledWeight
 from fluxjax.shapes import Array
-
-WeightArrays = dict[str, Array]
-"""Arrays by name: what is trained, or gradients of it."""
+from fluxjax.train.named_leaves import (
+    LeafHole,
+    WeightArrays,
+    flatten_by_name,
+    leaf_path_name,
+    select_leaves,
+    with_named_leaves,
+)
 
 _ADDED_FIELDS = ("down", "up")
 """The fields of weights that adapters put beside a base."""
@@ -79,7 +84,7 @@ class TrainedLayers(TrainedPart):
     rows: tuple[tuple[str, tuple[int, ...] | None], ...] = eqx.field(static=True)
 
     def join(self, weights: WeightArrays, frozen: PyTree, tensor: int = 1) -> AbstractTransformer:
-        leaves, paths, structure = _flatten(frozen)
+        leaves, paths, structure = flatten_by_name(frozen)
         for name, rows in self.rows:
             path, frozen_leaf = paths[name], leaves[name]
             value = in_device_order(path, weights[name], frozen.config, tensor)
@@ -96,7 +101,7 @@ class TrainedLayers(TrainedPart):
     def gradients(
         self, of_network: WeightArrays, weights: WeightArrays, frozen: PyTree, tensor: int = 1
     ) -> WeightArrays:
-        _, paths, _ = _flatten(frozen)
+        _, paths, _ = flatten_by_name(frozen)
         found = {}
         for name, rows in self.rows:
             gradient = of_network[name]
@@ -120,9 +125,8 @@ class TrainedAdapter(TrainedPart):
     def join(self, weights: WeightArrays, frozen: PyTree, tensor: int = 1) -> AbstractTransformer:
         network, rest = frozen
         adapted = attach(network, [with_named_leaves(rest, weights)])
-        if tensor > 1 and any(
-            map(_is_row_scaled, jax.tree.leaves(adapted, is_leaf=_is_row_scaled))
-        ):
+        nodes = jax.tree.leaves(adapted, is_leaf=_is_row_scaled)
+        if tensor > 1 and any(map(_is_row_scaled, nodes)):
             raise ValueError(
                 "A DoRA depends on the norms of rows, which have changed places where heads are "
                 f"split over tensor={tensor}. Use fsdp or context in its place."
@@ -130,7 +134,7 @@ class TrainedAdapter(TrainedPart):
 
         def reorder(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
             # The base is in the order of the devices already.
-            if getattr(path[-1], "name", "") not in _ADDED_FIELDS or not _is_added(path):
+            if not _is_added(path):
                 return leaf
             return in_device_order(path, leaf, network.config, tensor)
 
@@ -173,7 +177,7 @@ def divide_layers(
     **Returns:** the part, and the divided transformer, whose chosen leaves are not in `frozen`.
     **Raises:** `ValueError` for a pattern that is not valid, or that matches nothing.
     """
-    leaves, _, structure = _flatten(flux)
+    leaves, _, structure = flatten_by_name(flux)
     chosen = _chosen_rows(leaves, targets)
     weights = {}
     for name, rows in chosen.items():
@@ -198,57 +202,8 @@ def divide_adapter(
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         weights[leaf_path_name(path)] = jnp.asarray(leaf, dtype)
     # The structure stays whole, so that arrays can be put back by name.
-    skeleton = eqx.combine(rest, jax.tree.map(lambda leaf: _Hole(), trained))
+    skeleton = eqx.combine(rest, jax.tree.map(lambda leaf: LeafHole(), trained))
     return TrainedAdapter(), Division(weights, (flux, skeleton))
-
-
-class _Hole(eqx.Module):
-    """The place of a trained array in the frozen part.
-
-    It has no leaves, so that placing, casting and compiling the frozen part pass it by, and it
-    keeps the structure of the network, so that the array can be put back by name.
-    """
-
-
-def with_named_leaves(tree: PyTree, arrays: Mapping[str, PyTree]) -> PyTree:
-    """Return a pytree whose places of trained arrays are filled again.
-
-    **Arguments:** `tree`: the frozen part of an adapter. `arrays`: by the names that
-    `leaf_path_name` gives.
-    """
-
-    def fill(path: jax.tree_util.KeyPath, node: PyTree) -> PyTree:
-        return arrays[leaf_path_name(path)] if isinstance(node, _Hole) else node
-
-    return jax.tree_util.tree_map_with_path(
-        fill, tree, is_leaf=lambda node: isinstance(node, _Hole)
-    )
-
-
-def select_leaves(network: AbstractTransformer, names: Sequence[str]) -> WeightArrays:
-    """Return some leaves of a transformer by name, as `fluxjax.nets.leaf_names` names them."""
-    leaves = dict(zip(leaf_names(network), jax.tree.leaves(network), strict=True))
-    return {name: leaves[name] for name in names}
-
-
-def replace_leaves(
-    network: AbstractTransformer, arrays: Mapping[str, PyTree]
-) -> AbstractTransformer:
-    """Return a transformer with other leaves of these names."""
-    leaves, structure = jax.tree.flatten(network)
-    named = dict(zip(leaf_names(network), leaves, strict=True))
-    return jax.tree.unflatten(structure, list((named | dict(arrays)).values()))
-
-
-def leaf_path_name(path: jax.tree_util.KeyPath) -> str:
-    """Return the name of a leaf of any pytree: its fields, keys and indices, joined by dots."""
-    parts = []
-    for entry in path:
-        for attribute in ("name", "key", "idx"):
-            if hasattr(entry, attribute):
-                parts.append(str(getattr(entry, attribute)))
-                break
-    return ".".join(parts)
 
 
 def _is_row_scaled(node: PyTree) -> bool:
@@ -256,27 +211,10 @@ def _is_row_scaled(node: PyTree) -> bool:
 
 
 def _is_added(path: jax.tree_util.KeyPath) -> bool:
+    """Return whether a leaf is a factor that an adapter puts beside a weight."""
+    if getattr(path[-1], "name", "") not in _ADDED_FIELDS:
+        return False
     return "weight" in leaf_path_name(path).split(".")
-
-
-def _flatten(
-    network: AbstractTransformer,
-) -> tuple[dict[str, PyTree], dict[str, jax.tree_util.KeyPath], jax.tree_util.PyTreeDef]:
-    """Return the leaves of a network and their paths, both by name, and its structure.
-
-    The places of trained leaves hold `_Hole`. Names are those of `fluxjax.nets.leaf_names`, without
-    the field of a plain weight's storage.
-    """
-
-    def is_hole(node: PyTree) -> bool:
-        return isinstance(node, _Hole)
-
-    found, structure = jax.tree_util.tree_flatten_with_path(network, is_leaf=is_hole)
-    leaves, paths = {}, {}
-    for path, leaf in found:
-        name = leaf_path_name(path).removesuffix(".value")
-        leaves[name], paths[name] = leaf, path
-    return leaves, paths, structure
 
 
 def _without_chosen(
@@ -284,16 +222,16 @@ def _without_chosen(
     leaves: Mapping[str, Array],
     chosen: Mapping[str, tuple[int, ...] | None],
 ) -> AbstractTransformer:
-    """Return a network with `_Hole` in the place of each leaf that is trained whole.
+    """Return a network with `LeafHole` in the place of each leaf that is trained whole.
 
     Of a stack of which some blocks are trained, the whole stack stays: `TrainedLayers.join` writes
     the trained blocks over their old values.
 
-    **Arguments:** `structure`, `leaves`: from `_flatten`. `chosen`: from `_chosen_rows`.
+    **Arguments:** `structure`, `leaves`: from `flatten_by_name`. `chosen`: from `_chosen_rows`.
     """
     filled = []
     for name, leaf in leaves.items():
-        filled.append(_Hole() if name in chosen and chosen[name] is None else leaf)
+        filled.append(LeafHole() if name in chosen and chosen[name] is None else leaf)
     return jax.tree.unflatten(structure, filled)
 
 

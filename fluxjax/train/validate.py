@@ -26,8 +26,9 @@ from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 from fluxjax.train.batch import TrainBatch
 from fluxjax.train.mesh_step import row_example
+from fluxjax.train.named_leaves import WeightArrays
 from fluxjax.train.objective import Draws, Evaluation, LossSettings, example_loss
-from fluxjax.train.parts import TrainedPart, WeightArrays
+from fluxjax.train.parts import TrainedPart
 from fluxjax.train.place import SharedInputs, StepRows, place_batch
 from fluxjax.zoo import Defaults
 

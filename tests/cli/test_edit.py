@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from fluxjax import DrawSettings, generate, load_models, read_image
-from fluxjax.cli import edit
+from fluxjax.cli import edit, restore
 from fluxjax.cli.main import build_parser
 
 SIZE = (25, 30)
@@ -170,7 +170,7 @@ def test_restore_draws_what_the_function_draws(run, tmp_path, picture, mask, met
     ("run_command", "words"),
     [
         (edit.run_edit, ["edit", "in.png", RING, "--method", "sdedit"]),
-        (edit.run_restore, ["restore", "in.png", "--operator", "blur:1"]),
+        (restore.run_restore, ["restore", "in.png", "--operator", "blur:1"]),
     ],
     ids=["edit", "restore"],
 )
@@ -179,7 +179,10 @@ def test_a_file_of_times_is_a_timer_and_sets_the_steps(
 ):
     monkeypatch.chdir(tmp_path)
     jobs = []
-    monkeypatch.setattr(edit, "draw_pictures", lambda options, make: jobs.append(make(options)))
+    for command in (edit, restore):
+        monkeypatch.setattr(
+            command, "draw_pictures", lambda options, make: jobs.append(make(options))
+        )
     generate.write_times("own.json", [1.0, 0.75, 0.5, 0.125, 0.0])
     run_command(build_parser().parse_args([*words, "--timer", "own.json"]))
     request, job = jobs[0]

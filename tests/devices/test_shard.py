@@ -12,7 +12,8 @@ from meshes import flux_inputs, mesh_of, relative, velocities
 import fluxjax
 from fluxjax import attention, make_mesh, shard
 from fluxjax.checkpoint.shipped import shipped_lora
-from fluxjax.devices.context import RingAttention, UlyssesAttention
+from fluxjax.devices.ring import RingAttention
+from fluxjax.devices.ulysses import UlyssesAttention
 from fluxjax.devices.weights import ConcatenatedWeight, GatheredWeight, SummedWeight
 from fluxjax.flow import DDIM
 from fluxjax.generate import FirstBlock, WeakNetwork

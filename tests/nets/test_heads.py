@@ -13,7 +13,8 @@ from bench_parts import pretended
 
 import fluxjax
 from fluxjax import Flux, FluxConfig
-from fluxjax.devices.context import RingAttention, UlyssesAttention
+from fluxjax.devices.ring import RingAttention
+from fluxjax.devices.ulysses import UlyssesAttention
 from fluxjax.kernels import Nag, flash_tpu, qkv_tpu
 from fluxjax.kernels.attention import Attention, resolve_implementation
 from fluxjax.kernels.chips import TPU_CHIPS
