@@ -113,6 +113,7 @@ class Tile(Rows):
     known: list[GroupMoments | AllCellHeads]
 
     def pad(self, x: Cells, pad: Pad) -> tuple[PaddedCells, Pad]:
+        """Return the cells with zeros beyond the image, and the padding as it is."""
         # Cells beyond the image are not zeros after a convolution: they must be read as zeros.
         return jnp.where(self.place.image_cells(x), x, 0), pad
 
@@ -120,6 +121,10 @@ class Tile(Rows):
         raise NotImplementedError("A tile has moments of groups only.")
 
     def moments(self, x: Cells, groups: int) -> GroupMoments:
+        """Return the next moments that are known of the whole image.
+
+        **Raises:** `_UnknownError` with what this tile contributes, if no more are known.
+        """
         if self.known:
             return cast(GroupMoments, self.known.pop(0))
         own = self.place.without_halo(x)
@@ -131,11 +136,17 @@ class Tile(Rows):
         raise _UnknownError(PartialMoments(count, mean, of_groups(squares, groups)))
 
     def all_cells(self, x: CellHeads) -> AllCellHeads:
+        """Return the next cells that are known of the whole image.
+
+        **Raises:** `_UnknownError` with those of this tile, if no more are known.
+        """
         if self.known:
             return cast(Array, self.known.pop(0))
         raise _UnknownError(StripCells(x))
 
     def attend(self, q: CellHeads, k: AllCellHeads, v: AllCellHeads) -> CellHeads:
+        """Attend from a tile's cells to those of the whole image, in chunks of queries."""
+
         # As xla_chunked, but without the copies of keys and values in float32 that it keeps for
         # gradients.
         def one_query(query: Float[Array, "heads head_dim"]) -> Float[Array, "heads head_dim"]:

@@ -42,8 +42,9 @@ def limit_vae_memory(vae: Vae, memory: float = VAE_MEMORY) -> Vae:
 
 def without_vae_limit(vae: Vae) -> Vae:
     """Return the VAE that was given to `limit_vae_memory`, which has gradients for every image."""
-    parts = [vae.encoder, vae.decoder]
-    whole = tuple(part.network if isinstance(part, _Limited) else part for part in parts)
+    whole = []
+    for part in (vae.encoder, vae.decoder):
+        whole.append(part.network if isinstance(part, _Limited) else part)
     return eqx.tree_at(lambda vae: (vae.encoder, vae.decoder), vae, whole)
 
 
@@ -90,10 +91,11 @@ def choose_strips(
     if whole_bytes(config, rows, columns, size) <= memory:
         return None
     candidates = _candidates(config, rows, columns)
-    for strips in candidates:
-        if strips_bytes(config, rows, columns, size, strips) <= memory:
+    needs = [strips_bytes(config, rows, columns, size, strips) for strips in candidates]
+    for strips, need in zip(candidates, needs, strict=True):
+        if need <= memory:
             return strips
-    return min(candidates, key=lambda strips: strips_bytes(config, rows, columns, size, strips))
+    return candidates[needs.index(min(needs))]
 
 
 def whole_bytes(config: VaeConfig, rows: int, columns: int, size: int) -> float:
@@ -105,15 +107,26 @@ def whole_bytes(config: VaeConfig, rows: int, columns: int, size: int) -> float:
 
 
 def strips_bytes(config: VaeConfig, rows: int, columns: int, size: int, strips: VaeStrips) -> float:
-    """Return the bytes that a VAE needs to run an image in strips; arguments as `whole_bytes`."""
-    cells, channels = rows * columns, config.channels[::-1]
+    """Return the bytes that a VAE needs to run an image in strips.
+
+    It is what the attention takes, or what the finest layers take, whichever is more: the stored
+    features, copies of a strip and of a tile, and the image twice.
+
+    **Arguments:** as for `whole_bytes`.
+    """
+    cells = rows * columns
+    channels = config.channels[::-1]
     attention = _ATTENTION_COPIES * cells * channels[0] * size + _LOGITS
+    # Numbers for each cell of the latent, by resolution, the coarsest first.
     features = [4**level * channels[level] for level in range(strips.stored)]
     strip = strips.rows * columns * features[-1]
     halo = 2 * decoder_reach(config, strips.stored)
-    tile = (strips.rows + halo) * (min(strips.columns, columns) + halo) * _widest_features(config)
+    tile_rows = strips.rows + halo
+    tile_columns = min(strips.columns, columns) + halo
+    tile = tile_rows * tile_columns * _widest_features(config)
     image = 2 * 3 * cells * config.factor**2
-    return max(attention, (max(features) * cells + _COPIES * (strip + tile) + image) * size)
+    layers = max(features) * cells + _COPIES * (strip + tile) + image
+    return max(attention, layers * size)
 
 
 def decoder_reach(config: VaeConfig, stored: int) -> float:

@@ -56,6 +56,7 @@ class ReverseSDE(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
+        """Take one Euler-Maruyama step: the drift at t over the whole step, and fresh noise."""
         v = velocity(x, t)
         if self.squared is None:
             squared = jnp.asarray(2 * self.eta * t)
@@ -91,6 +92,7 @@ class DDIM(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
+        """Return the estimates of x0 and of noise mixed for u, and the deviation of fresh noise."""
         v = velocity(x, t)
         x0 = x - t * v
         noise = x + (1 - t) * v
@@ -137,6 +139,7 @@ class Renoise(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: None
     ) -> tuple[X, Scalar, None]:
+        """Return the estimate of x0, to which all the noise of u is added afresh."""
         x0 = x - t * velocity(x, t)
         return (1 - u) * x0, u, None
 
@@ -164,6 +167,7 @@ class DPMpp2MSDE(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
     ) -> tuple[X, Scalar, PreviousEstimate]:
+        """Integrate the linear part exactly, with x0 extrapolated from two estimates."""
         estimate = x - t * velocity(x, t)
         # e^-h, where h is the clock difference.
         ratio = u * (1 - t) / (t * (1 - u))
@@ -201,6 +205,7 @@ class ERSDE2(StochasticStep):
     def moments(
         self, velocity: Velocity, x: X, t: Scalar, u: Scalar, state: PreviousEstimate
     ) -> tuple[X, Scalar, PreviousEstimate]:
+        """Integrate with the estimate of x0, and its slope between the last two."""
         estimate = x - t * velocity(x, t)
         # Sigma at both ends of the step.
         start = t / (1 - t)

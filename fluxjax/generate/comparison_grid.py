@@ -60,6 +60,7 @@ def comparison_grid(
     window = _most_different(images, height // _CROP, width // _CROP)
 
     def place(row: int, column: int, image: np.ndarray, label: str) -> None:
+        """Paste an image, its part beside it, and its label below both."""
         x = _MARGIN + column * cell_width
         y = _MARGIN + row * cell_height
         whole, part = _framed_and_part(image, window, scale)
@@ -102,9 +103,10 @@ def _framed_and_part(
 
 def _most_different(images: Sequence[np.ndarray], height: int, width: int) -> _Window:
     """Return the window in which images differ most from the first."""
-    error = np.zeros(images[0].shape[:2], np.float64)
-    for image in images[1:]:
-        error += np.square(image - images[0]).sum(-1)
+    reference, *others = images
+    error = np.zeros(reference.shape[:2], np.float64)
+    for image in others:
+        error += np.square(image - reference).sum(-1)
     # A window's sum is a difference of four sums from the top left corner of the image.
     sums = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     windows = sums[height:, width:] - sums[:-height, width:]

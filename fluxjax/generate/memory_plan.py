@@ -218,18 +218,24 @@ def _offloads(job: Job, fixed: Fixed) -> Sequence[bool]:
 
 
 def stage_needs(job: Job, machine: MachineMemory, choice: Choice) -> dict[str, StageNeed]:
-    """Return what each stage needs on the device."""
+    """Return what each stage needs on the device.
+
+    **Arguments:** `choice`: how networks are stored, how many images are drawn at once, and what is
+    freed or offloaded between the stages.
+    **Returns:** by the name of the stage, in order; images are encoded only where the job has some.
+    """
     demand = job.demand._replace(rows=choice.batch)
     t5, flux, vae = job.configs
-    encoders = _on_device(job.text, choice.text) + job.clip.on_device(None)
+    encoders = _encoder_bytes(job, choice)
     stays = job.keeps_encoders and not choice.offloads
     kept = encoders if stays else 0
     transformer = _on_device(job.transformer, choice.transformer)
     transformer += _on_device(job.beside, choice.transformer)
-    drawing = kept + transformer + job.vae.on_device(None)
+    vae_weights = job.vae.on_device(None)
+    drawing = kept + transformer + vae_weights
     encoding = encoders
     if job.encodes_beside:
-        encoding += transformer + job.vae.on_device(None)
+        encoding += transformer + vae_weights
     prompts = demand._replace(rows=min(job.prompts, choice.batch))
     found = {"text encoders": StageNeed(encoding, text_bytes(prompts, t5))}
     images = encode_bytes(demand, vae, job.vae_memory) if job.encodes_images else 0
@@ -247,7 +253,13 @@ def stage_needs(job: Job, machine: MachineMemory, choice: Choice) -> dict[str, S
     return found
 
 
+def _encoder_bytes(job: Job, choice: Choice) -> int:
+    """Return the bytes of the text encoders on the device."""
+    return _on_device(job.text, choice.text) + job.clip.on_device(None)
+
+
 def _on_device(network: NetworkBytes, storage: str | None) -> int:
+    """Return the bytes of a network on the device, in a storage or in bfloat16."""
     if storage == BFLOAT16:
         return network.rest + 2 * network.numbers
     return network.on_device(storage)
@@ -255,18 +267,22 @@ def _on_device(network: NetworkBytes, storage: str | None) -> int:
 
 def _host_bytes(job: Job, choice: Choice) -> int:
     """Return the bytes that stay in the host's memory at once."""
-    drawing = job.transformer.on_host(choice.transformer) + job.beside.on_host(choice.transformer)
+    drawing = job.transformer.on_host(choice.transformer)
+    drawing += job.beside.on_host(choice.transformer)
     text = job.text.on_host(choice.text)
     if choice.offloads and choice.text != STREAMED:
-        text += _on_device(job.text, choice.text) + job.clip.on_device(None)
+        text += _encoder_bytes(job, choice)
+    if job.encodes_beside or job.keeps_encoders:
+        return drawing + text
     # One prompt's encoders are freed before the transformer is loaded.
-    together = job.encodes_beside or job.keeps_encoders
-    return drawing + text if together else max(drawing, text)
+    return max(drawing, text)
 
 
 def host_suffices(job: Job, machine: MachineMemory, choice: Choice) -> bool:
-    """Return whether the host has the memory that a choice takes there."""
-    return machine.host is None or _host_bytes(job, choice) <= HOST_FULL * machine.host
+    """Return whether the host has the memory that a choice takes there, as far as is known."""
+    if machine.host is None:
+        return True
+    return _host_bytes(job, choice) <= HOST_FULL * machine.host
 
 
 def _fits(job: Job, machine: MachineMemory, choice: Choice) -> bool:

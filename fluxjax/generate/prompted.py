@@ -157,7 +157,10 @@ class PromptedDrawing:
         return Recipe(self.times, self.settings.step, guidance, self.settings.attention)
 
     def encode_prompt(self, prompt: str) -> TextStates:
-        """Return another prompt encoded, as a batch of one."""
+        """Return another prompt encoded, as a batch of one.
+
+        **Arguments:** `prompt`: for both text encoders.
+        """
         texts = PromptTexts([prompt])
         return encode_prompts(self.models, texts, self.settings, self.hooks)[0]
 
@@ -172,7 +175,11 @@ class PromptedDrawing:
         return encode_image(models.vae, image, dtype=self.dtype, mesh=models.mesh, hooks=self.hooks)
 
     def draw(self, batch: ImageBatch, recipe: Recipe) -> DrawnBatch:
-        """Denoise and decode a batch."""
+        """Denoise and decode a batch.
+
+        **Arguments:** `batch`, `recipe`: from the methods of these names, or changed ones.
+        **Raises:** as `denoise`.
+        """
         return draw_batch(
             self.models.flux,
             self.models.vae,

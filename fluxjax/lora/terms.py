@@ -94,6 +94,7 @@ class LowRankTerm(Term):
     factor: Float[Array, ""]
 
     def delta(self, base: Base) -> Matrix:
+        """Return factor * (up @ down)."""
         factor = _float32(self.factor)
         up = _float32(self.up)
         down = _float32(self.down)
@@ -129,6 +130,7 @@ class KronTerm(Term):
     factor: Float[Array, ""]
 
     def delta(self, base: Base) -> Matrix:
+        """Return factor times the Kronecker product of both sides."""
         left = _product(self.left)
         right = _product(self.right)
         factor = _float32(self.factor)
@@ -185,6 +187,7 @@ class HadamardTerm(Term):
     factor: Float[Array, ""]
 
     def delta(self, base: Base) -> Matrix:
+        """Return factor * (up1 @ down1) * (up2 @ down2), the second product by elements."""
         first = _float32(self.up1) @ _float32(self.down1)
         scaled = _float32(self.factor) * first
         second = _float32(self.up2) @ _float32(self.down2)
@@ -251,6 +254,7 @@ class ReplacementTerm(_WholeTensorTerm):
     additive: ClassVar[bool] = False
 
     def delta(self, base: Base) -> Difference:
+        """Return the difference of the value from the base."""
         # Merging sets the value itself; this is for readers that add.
         return _float32(self.value) - base
 
@@ -271,6 +275,7 @@ class MagnitudeTerm(Term):
     additive: ClassVar[bool] = False
 
     def delta(self, base: Matrix) -> Matrix:
+        """Return the change to rows or columns that have the magnitudes as norms."""
         changed = base + self.inner.delta(base)
         axis = 1 if self.by_row else 0
         norm = jnp.linalg.norm(changed, axis=axis, keepdims=True)
@@ -337,6 +342,7 @@ class OrthogonalTerm(Term):
     additive: ClassVar[bool] = False
 
     def delta(self, base: Matrix) -> Matrix:
+        """Return the rotated base, its rows scaled if there is a scale, minus the base."""
         rotated = self._rotate_rows(base) if self.on_rows else self._rotate_rows(base.T).T
         if self.scale is not None:
             scale = _float32(self.scale)
@@ -410,6 +416,7 @@ class GeneralizedTerm(Term):
     additive: ClassVar[bool] = False
 
     def delta(self, base: Matrix) -> Matrix:
+        """Return factor * (up @ down + W @ left @ right)."""
         up = _float32(self.up)
         down = _float32(self.down)
         left = _float32(self.left)
