@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.flow import sample
-from fluxjax.flow.operators import Blur, Downsample, Mask, Measurement
+from fluxjax.flow.measurement import Measurement
+from fluxjax.flow.operators import Blur, Downsample, Mask
 
 PIXELS = 8
 

@@ -17,7 +17,8 @@ from fluxjax.generate.comparison_files import comparison_csv, write_comparison
 from fluxjax.generate.comparison_grid import comparison_grid
 from fluxjax.generate.latents import check_size, seed_key
 from fluxjax.generate.limits import check_devices, check_memory, read_configs
-from fluxjax.generate.load import Models, activation_dtype, load_models
+from fluxjax.generate.load import activation_dtype
+from fluxjax.generate.load_models import Models, load_models
 from fluxjax.generate.stage_memory import Demand
 from fluxjax.zoo import Defaults
 

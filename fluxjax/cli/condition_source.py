@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from fluxjax.generate.conditioning import AddedCondition
 from fluxjax.generate.draw_hooks import DrawHooks
-from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.generate.text import TextStates
 from fluxjax.nets.chroma_config import ChromaConfig

@@ -38,7 +38,7 @@ from fluxjax.generate.controlnet import ControlSettings, controlnet_condition
 from fluxjax.generate.edges import canny_edges, import_opencv
 from fluxjax.generate.image import read_image
 from fluxjax.generate.limits import controlnet_config
-from fluxjax.generate.load import load_network
+from fluxjax.generate.load_network import load_network
 from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.printable import printable

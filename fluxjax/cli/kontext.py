@@ -17,7 +17,7 @@ from fluxjax.cli.starts import describe_file
 from fluxjax.generate.image import read_image
 from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
 from fluxjax.generate.latents import check_size, image_tokens
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.prompted import DrawSettings
 from fluxjax.shapes import Array
 

@@ -19,7 +19,8 @@ from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 from fluxjax.generate.image import to_bytes, write_numbered
 from fluxjax.generate.image_to_image import Repaint, image_to_image
 from fluxjax.generate.latents import seed_key
-from fluxjax.generate.load import Models, activation_dtype, load_models
+from fluxjax.generate.load import activation_dtype
+from fluxjax.generate.load_models import Models, load_models
 from fluxjax.generate.prompted import DrawSettings, guidance_of
 from fluxjax.generate.samplers import integrator, timer
 from fluxjax.generate.text_to_image import text_to_image

@@ -22,7 +22,7 @@ from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices
-from fluxjax.generate.load import Models, load_parts
+from fluxjax.generate.load_models import Models, load_parts
 from fluxjax.generate.masks import padded_size
 from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
 from fluxjax.printable import printable

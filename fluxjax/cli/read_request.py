@@ -18,13 +18,7 @@ from fluxjax.cli.console import interruptible
 from fluxjax.cli.options import PREVIEW_STEPS
 from fluxjax.cli.output import encodable, writable
 from fluxjax.cli.prompts import Line
-from fluxjax.cli.request import (
-    Request,
-    check_request_memory,
-    configs_of,
-    demand_of,
-    or_default,
-)
+from fluxjax.cli.request import Request, check_request_memory, configs_of, demand_of, or_default
 from fluxjax.cli.request_sizes import (
     RequestSizes,
     seeds_of_options,
@@ -35,13 +29,9 @@ from fluxjax.cli.request_sizes import (
 from fluxjax.cli.starts import describe_file, start_of_options
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.generate.image_batch import Recipe
-from fluxjax.generate.limits import (
-    check_files,
-    default_vae_memory,
-    first_device,
-    known_flux_config,
-)
-from fluxjax.generate.load import LoadOptions, activation_dtype
+from fluxjax.generate.limits import check_files, default_vae_memory, first_device, known_flux_config
+from fluxjax.generate.load import activation_dtype
+from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.memory_plan import BFLOAT16, Fixed
 from fluxjax.generate.network_bytes import STREAMED
 from fluxjax.generate.prompted import as_arrays

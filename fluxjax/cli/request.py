@@ -18,7 +18,7 @@ from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.image_to_image import Repaint
 from fluxjax.generate.latents import check_size, image_tokens
 from fluxjax.generate.limits import check_memory, read_configs
-from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.memory_plan import Choice, Fixed, with_storage
 from fluxjax.generate.stage_memory import AddedTokens, Configs, Demand
 from fluxjax.lora.widen import adapted_config

@@ -8,13 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from fluxjax.cli.compound_options import OperatorText
-from fluxjax.cli.picture import (
-    PictureJob,
-    draw_pictures,
-    read_picture,
-    request_of_size,
-    size_of,
-)
+from fluxjax.cli.picture import PictureJob, draw_pictures, read_picture, request_of_size, size_of
 from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
 from fluxjax.generate.degradations import Blurred, Degradation, Hidden, Shrunk

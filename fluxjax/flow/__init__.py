@@ -4,6 +4,8 @@ Nothing here knows a network. A velocity is any pytree that is called as velocit
 dx/dt, with t falling from 1 (noise) to 0 (data).
 """
 
+from fluxjax.flow.corrections import Corrected, Correction, NullSpace
+from fluxjax.flow.ddnm import DDNM
 from fluxjax.flow.design import (
     MeasurementChoice,
     choose_measurements,
@@ -13,10 +15,12 @@ from fluxjax.flow.design import (
 )
 from fluxjax.flow.exponential import DEIS2, RES2M, RES2S, DPMpp2M, DPMpp2S, UniPC2
 from fluxjax.flow.flow_edit import FlowEdit, edit_mask
+from fluxjax.flow.gains import Gain, dps, pigdm, proximal, tmpd
 from fluxjax.flow.guidance import ClassifierFree, Guided, Projected, Rule, WeakModel, ZeroStar
 from fluxjax.flow.inpaint import Inpaint, KeepHistory
 from fluxjax.flow.invert import FireFlow, Steered
 from fluxjax.flow.learned_times import fit_times, plan_times
+from fluxjax.flow.measurement import Measurement
 from fluxjax.flow.mixing import ImageGuided, Mixed, SlidingWindows
 from fluxjax.flow.noise import (
     NoiseFit,
@@ -26,38 +30,19 @@ from fluxjax.flow.noise import (
     optimize_noise,
     randomize_then_optimize,
 )
-from fluxjax.flow.ode import sample_ode
-from fluxjax.flow.operators import (
-    Blur,
-    Composition,
-    Decoded,
-    Downsample,
+from fluxjax.flow.normal_equations import (
     Linearized,
-    LinearMap,
-    Mask,
-    Measurement,
-    Operator,
     adjoint,
     linearize,
     pseudo_inverse,
     solve_normal,
 )
+from fluxjax.flow.ode import sample_ode
+from fluxjax.flow.operators import Blur, Composition, Decoded, Downsample, LinearMap, Mask, Operator
 from fluxjax.flow.optimize import pnp_flow, red_diff
 from fluxjax.flow.particles import Particles, twisted_sample
 from fluxjax.flow.paths import STRAIGHT, CustomPath, Discrete, VarianceExploding, VariancePreserving
-from fluxjax.flow.posterior import (
-    DDNM,
-    Conditioned,
-    ConditionedEvaluation,
-    Corrected,
-    Correction,
-    Gain,
-    NullSpace,
-    dps,
-    pigdm,
-    proximal,
-    tmpd,
-)
+from fluxjax.flow.posterior import Conditioned, ConditionedEvaluation
 from fluxjax.flow.predictions import as_velocity, convert_prediction, estimates
 from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
 from fluxjax.flow.runge_kutta import AB2, RK4, Euler, Heun, Midpoint

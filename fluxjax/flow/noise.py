@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times, import_optax
-from fluxjax.flow.operators import Measurement
+from fluxjax.flow.measurement import Measurement
 from fluxjax.flow.optimize import check_no_memory
 from fluxjax.flow.runge_kutta import Midpoint
 from fluxjax.flow.sample import sample

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import cast_value, check_times
-from fluxjax.flow.operators import Measurement, linearize, solve_normal
+from fluxjax.flow.measurement import Measurement
+from fluxjax.flow.normal_equations import linearize, solve_normal
 from fluxjax.flow.restore import estimate_move
 from fluxjax.flow.step import time_dtype
 from fluxjax.flow.velocity import Velocity, initial_memory

@@ -18,7 +18,7 @@ import numpy as np
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.checks import checked_times
-from fluxjax.flow.operators import Measurement
+from fluxjax.flow.measurement import Measurement
 from fluxjax.flow.posterior import Conditioned, ConditionedEvaluation
 from fluxjax.flow.sample import Interval
 from fluxjax.flow.step import StepState, StochasticStep

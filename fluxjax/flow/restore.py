@@ -12,14 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.flow.operators import (
-    Linearized,
-    Map,
-    Measurement,
-    linearize,
-    pseudo_inverse,
-    solve_normal,
-)
+from fluxjax.flow.measurement import Measurement
+from fluxjax.flow.normal_equations import Linearized, linearize, pseudo_inverse, solve_normal
+from fluxjax.flow.operators import Map
 from fluxjax.flow.step import (
     EvaluationTimes,
     OptionalKey,

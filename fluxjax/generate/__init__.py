@@ -74,15 +74,11 @@ from fluxjax.generate.latents import (
     unpack_latents,
 )
 from fluxjax.generate.load import (
-    LoadOptions,
-    Models,
     activation_dtype,
     load_chroma,
     load_clip,
     load_controlnet,
     load_flux,
-    load_models,
-    load_network,
     load_t5,
     load_tokenizers,
     load_vae,
@@ -93,6 +89,8 @@ from fluxjax.generate.load_image_encoders import (
     load_redux,
     load_siglip,
 )
+from fluxjax.generate.load_models import Models, load_models
+from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview

@@ -16,7 +16,7 @@ from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_batch import DrawChange, ImageBatch, Recipe
 from fluxjax.generate.latents import pack_latents
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.masks import (
     MARGIN,
     cell_mask,

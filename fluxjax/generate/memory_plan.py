@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fluxjax.generate.device_memory import MachineMemory
-from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.network_bytes import NOTHING, STREAMED, NetworkBytes
 from fluxjax.generate.stage_memory import (
     Configs,

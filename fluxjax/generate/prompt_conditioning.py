@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import Conditioning
 from fluxjax.generate.latents import image_ids
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.prompted import (
     DrawSettings,
     PromptTexts,

@@ -23,7 +23,8 @@ from fluxjax.generate.draw import DrawnBatch, draw_batch
 from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_batch import ImageBatch, Recipe, check_image_count
 from fluxjax.generate.latents import image_ids, image_size, keys_of_steps, noise_batch, seed_key
-from fluxjax.generate.load import Models, activation_dtype
+from fluxjax.generate.load import activation_dtype
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.generate.velocity import Guidance, select_scales

@@ -11,16 +11,12 @@ from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.devices.vae_memory import without_vae_limit
-from fluxjax.flow.operators import Measurement, Operator
-from fluxjax.flow.posterior import (
-    DDNM,
-    Conditioned,
-    Correction,
-    dps,
-    pigdm,
-    proximal,
-    tmpd,
-)
+from fluxjax.flow.corrections import Correction
+from fluxjax.flow.ddnm import DDNM
+from fluxjax.flow.gains import dps, pigdm, proximal, tmpd
+from fluxjax.flow.measurement import Measurement
+from fluxjax.flow.operators import Operator
+from fluxjax.flow.posterior import Conditioned
 from fluxjax.flow.restore import Decoupled, FlowDPS, Nudged
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.flow.step import Step
@@ -30,7 +26,7 @@ from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
 from fluxjax.generate.draw_hooks import DrawHooks
 from fluxjax.generate.image_batch import DrawChange
 from fluxjax.generate.image_to_image import check_image
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.masks import padded_size, paste_kept
 from fluxjax.generate.prompted import (
     DrawSettings,

@@ -23,7 +23,7 @@ from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, LAYOUTS, NetworkToWrite, 
 from fluxjax.checkpoint.weights import InMemoryWeights, Weights, parameter_names
 from fluxjax.checkpoint.write import check_target, write_json, write_networks
 from fluxjax.devices.streamed import HostWeight
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.changes import changes_of
 from fluxjax.lora.merge import MergedWeights

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.draw_hooks import DrawHooks
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.prompted import (
     DrawSettings,
     PromptTexts,

@@ -23,11 +23,7 @@ from fluxjax.train.cache_files import (
 from fluxjax.train.catalog import Catalog, check_broken, data_digest, make_catalog
 from fluxjax.train.data_settings import DataSettings, for_model
 from fluxjax.train.encode_shard import EncodingJob, encode_shard, plan_shards, read_shards
-from fluxjax.train.encoders import (
-    Encoders,
-    encode_captions,
-    fingerprint,
-)
+from fluxjax.train.encoders import Encoders, encode_captions, fingerprint
 from fluxjax.train.examples import BrokenExample
 from fluxjax.train.ordered import WHOLE_SHARE, ProcessShare
 

@@ -17,7 +17,8 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.family import family_of_source
 from fluxjax.generate.fill import mask_features
 from fluxjax.generate.latents import pack_latents
-from fluxjax.generate.load import LoadOptions, activation_dtype, load_network, load_tokenizers
+from fluxjax.generate.load import activation_dtype, load_tokenizers
+from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.generate.tokens import Tokenizers
 from fluxjax.nets.clip import Clip

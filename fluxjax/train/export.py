@@ -18,7 +18,9 @@ from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.checkpoint.family import family_of_source
 from fluxjax.checkpoint.layouts import FOLDER_LAYOUTS, LAYOUTS, check_layout
 from fluxjax.devices.shard import in_device_order
-from fluxjax.generate.load import LoadOptions, assemble_models, load_network, load_tokenizers
+from fluxjax.generate.load import load_tokenizers
+from fluxjax.generate.load_models import assemble_models
+from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.generate.save import save, save_models
 from fluxjax.lora.adapter import Lora
 from fluxjax.lora.write import FORMATS, write_lora

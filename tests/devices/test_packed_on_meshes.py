@@ -9,7 +9,7 @@ import fluxjax
 from fluxjax import quantize, shard
 from fluxjax.checkpoint.shipped import shipped_lora
 from fluxjax.devices import shardings
-from fluxjax.generate.load import LoadOptions, load_network
+from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.nets import GroupedWeight, PackedWeight
 
 

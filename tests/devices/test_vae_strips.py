@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from meshes import relative
 
-from fluxjax.devices import (
-    VaeStrips,
-    choose_strips,
-    limit_vae_memory,
-    strip_segments,
-    strip_vae,
-)
+from fluxjax.devices import VaeStrips, choose_strips, limit_vae_memory, strip_segments, strip_vae
 from fluxjax.devices.vae_memory import VAE_MEMORY, strips_bytes, whole_bytes
 from fluxjax.nets.vae import Vae, VaeConfig
 

@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fluxjax.flow.operators import adjoint
+from fluxjax.flow.normal_equations import adjoint
 from fluxjax.generate import (
     Blurred,
     Hidden,

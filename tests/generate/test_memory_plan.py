@@ -13,7 +13,7 @@ from fluxjax.generate.device_memory import (
     machine_memory,
     pool_fraction,
 )
-from fluxjax.generate.load import LoadOptions
+from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.memory_plan import (
     BFLOAT16,
     Choice,

@@ -9,7 +9,8 @@ from fluxjax.checkpoint.kinds import FLUX
 from fluxjax.checkpoint.load import load
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.shipped import shipped_lora, tiny_folder
-from fluxjax.generate.load import LoadOptions, load_network, plan_of_source
+from fluxjax.generate.load import plan_of_source
+from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.lora.merged_plan import merged_plan
 
 

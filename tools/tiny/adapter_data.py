@@ -22,7 +22,7 @@ from render_batch import (
 from scenes import caption
 
 from fluxjax.generate.latents import pack_latents
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.nets.vae import Vae
 

@@ -14,7 +14,7 @@ from placed import SIZE
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.conditioning import Conditioning, ReferenceTokens
 from fluxjax.generate.latents import image_ids
-from fluxjax.generate.load import Models
+from fluxjax.generate.load_models import Models
 from fluxjax.generate.save import save
 from fluxjax.generate.text import TextStates
 from fluxjax.generate.velocity import ConditionalFlux

@@ -20,7 +20,7 @@ from adapter_data import Encoded, encode_examples, encode_prompts
 from adapter_examples import KINDS, make_examples_in_parallel
 from adapter_tasks import RECIPES, Task, make_task
 
-from fluxjax.generate.load import load_models
+from fluxjax.generate.load_models import load_models
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.read import read_lora
 from fluxjax.lora.terms import LowRankTerm

@@ -36,7 +36,7 @@ from tiny_tokenizers import T5_LENGTH
 from fluxjax.checkpoint.weights import abstract
 from fluxjax.flow.times import resolution_mu
 from fluxjax.generate.latents import image_ids, pack_latents
-from fluxjax.generate.load import Models, load_models
+from fluxjax.generate.load_models import Models, load_models
 from fluxjax.generate.save import save_models
 from fluxjax.generate.tokens import Tokenizers, tokenize
 from fluxjax.nets.clip import Clip, ClipConfig
