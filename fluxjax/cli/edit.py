@@ -19,7 +19,8 @@ from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file, describe_start
 from fluxjax.generate.canvas import Margins
 from fluxjax.generate.edit_image import edit_image
-from fluxjax.generate.edit_methods import EDIT_METHODS, EditMethod
+from fluxjax.generate.edit_methods import EDIT_METHODS
+from fluxjax.generate.edit_record import EditMethod
 from fluxjax.generate.image_to_image import Repaint, outpaint
 
 _METHOD_NUMBERS = (

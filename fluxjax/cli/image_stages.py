@@ -19,7 +19,7 @@ from fluxjax.generate.draw import DenoisedBatch, decode_batch, denoise_batch
 from fluxjax.generate.image_batch import ImageBatch, Recipe
 from fluxjax.generate.image_to_image import begin_from_images
 from fluxjax.generate.latents import keys_of_steps, noise_batch, seed_key, step_keys
-from fluxjax.generate.prompted import prompt_batch
+from fluxjax.generate.prompt_batch import prompt_batch
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Bool
 

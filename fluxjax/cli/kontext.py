@@ -14,11 +14,11 @@ from fluxjax.cli.console import interruptible
 from fluxjax.cli.picture import PictureJob, prompt_of, read_picture, request_of_size, size_of
 from fluxjax.cli.request import Request
 from fluxjax.cli.starts import describe_file
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image import read_image
 from fluxjax.generate.kontext import ReferenceImage, References, kontext_image
 from fluxjax.generate.latents import check_size, image_tokens
 from fluxjax.generate.load_models import Models
-from fluxjax.generate.prompted import DrawSettings
 from fluxjax.shapes import Array
 
 METHOD = "kontext"

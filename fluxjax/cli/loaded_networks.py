@@ -14,7 +14,7 @@ from fluxjax.devices.offload import fetch, offload, residency
 from fluxjax.devices.vae_memory import limit_vae_memory
 from fluxjax.generate.load import load_tokenizers
 from fluxjax.generate.load_network import load_network
-from fluxjax.generate.prompted import distilled_guidance
+from fluxjax.generate.prompt_batch import distilled_guidance
 from fluxjax.generate.text import TextStates
 from fluxjax.generate.tokens import Tokenizers
 from fluxjax.nets.clip import Clip

@@ -16,12 +16,13 @@ from fluxjax.cli.compound_options import adapter
 from fluxjax.cli.output import encodable
 from fluxjax.generate.autoencode import decode_tokens
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image import to_bytes, write_numbered
 from fluxjax.generate.image_to_image import Repaint, image_to_image
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.load import activation_dtype
 from fluxjax.generate.load_models import Models, load_models
-from fluxjax.generate.prompted import DrawSettings, guidance_of
+from fluxjax.generate.prompt_batch import guidance_of
 from fluxjax.generate.samplers import integrator, timer
 from fluxjax.generate.text_to_image import text_to_image
 from fluxjax.generate.velocity import Guidance

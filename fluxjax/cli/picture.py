@@ -19,12 +19,14 @@ from fluxjax.cli.prompts import difference
 from fluxjax.cli.read_request import read_request
 from fluxjax.cli.request import Request
 from fluxjax.devices.vae_memory import limit_vae_memory
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image import read_image, read_metadata, write_numbered, write_png
 from fluxjax.generate.latents import seed_key
 from fluxjax.generate.limits import check_devices
 from fluxjax.generate.load_models import Models, load_parts
 from fluxjax.generate.masks import padded_size
-from fluxjax.generate.prompted import DrawSettings, batches, distilled_guidance
+from fluxjax.generate.prompt_batch import distilled_guidance
+from fluxjax.generate.prompted import batches
 from fluxjax.printable import printable
 from fluxjax.shapes import Array, Image, Times
 

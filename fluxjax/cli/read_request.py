@@ -34,7 +34,7 @@ from fluxjax.generate.load import activation_dtype
 from fluxjax.generate.load_network import LoadOptions
 from fluxjax.generate.memory_plan import BFLOAT16, Fixed
 from fluxjax.generate.network_bytes import STREAMED
-from fluxjax.generate.prompted import as_arrays
+from fluxjax.generate.prompt_batch import as_arrays
 from fluxjax.generate.samplers import RULES, integrator, step_cache
 from fluxjax.generate.storages import check_storage
 from fluxjax.generate.velocity import Guidance

@@ -30,17 +30,11 @@ from fluxjax.generate.draw import (
     draw_batch,
 )
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.edges import canny_edges
 from fluxjax.generate.edit_image import edit_image
-from fluxjax.generate.edit_methods import (
-    EDIT_METHODS,
-    DiffEditing,
-    EditMethod,
-    FireFlowEditing,
-    FlowEditing,
-    RFInverting,
-    SDEditing,
-)
+from fluxjax.generate.edit_methods import EDIT_METHODS, FlowEditing, SDEditing
+from fluxjax.generate.edit_record import EditMethod
 from fluxjax.generate.encoder_pixels import clip_pixels, siglip_pixels
 from fluxjax.generate.field_functions import trajectories
 from fluxjax.generate.fill import fill_around, fill_condition, fill_image, mask_features
@@ -54,6 +48,7 @@ from fluxjax.generate.image_to_image import (
     image_to_image,
     outpaint,
 )
+from fluxjax.generate.inverting_edits import DiffEditing, FireFlowEditing, RFInverting
 from fluxjax.generate.ip_adapter import (
     CombinedCondition,
     ImagePromptCondition,
@@ -94,8 +89,8 @@ from fluxjax.generate.load_network import LoadOptions, load_network
 from fluxjax.generate.masks import cell_mask, mask_tokens, pad_image, paste_kept, read_mask
 from fluxjax.generate.plots import plot_errors, plot_times
 from fluxjax.generate.preview import Preview, fit_preview
+from fluxjax.generate.prompt_batch import prompt_batch
 from fluxjax.generate.prompt_conditioning import prompt_conditioning
-from fluxjax.generate.prompted import DrawSettings, prompt_batch
 from fluxjax.generate.redux import (
     REDUX_GUIDANCE,
     REDUX_RULES,

@@ -18,7 +18,7 @@ from fluxjax.generate.image_batch import ImageBatch, Recipe
 from fluxjax.generate.latents import noise_batch, step_keys
 from fluxjax.generate.load import activation_dtype
 from fluxjax.generate.load_models import Models
-from fluxjax.generate.prompted import as_arrays, distilled_guidance, guidance_of, prompt_batch
+from fluxjax.generate.prompt_batch import as_arrays, distilled_guidance, guidance_of, prompt_batch
 from fluxjax.generate.samplers import WITH_ETA, WITH_SHIFT, integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.generate.velocity import Guidance

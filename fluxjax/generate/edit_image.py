@@ -5,11 +5,12 @@ from dataclasses import replace
 from fluxjax.arguments import convert_arguments
 from fluxjax.flow.runge_kutta import Euler
 from fluxjax.generate.draw_hooks import DrawHooks
-from fluxjax.generate.edit_methods import Edit, EditMethod, source_conditioning
+from fluxjax.generate.draw_settings import DrawSettings
+from fluxjax.generate.edit_record import Edit, EditMethod, source_conditioning
 from fluxjax.generate.image_to_image import drawing_of_image
 from fluxjax.generate.load_models import Models
 from fluxjax.generate.masks import pad_image
-from fluxjax.generate.prompted import DrawSettings, guidance_of
+from fluxjax.generate.prompt_batch import guidance_of
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray
 

@@ -12,12 +12,12 @@ from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.channels import ConcatCondition, check_features
 from fluxjax.generate.condition_images import encode_image
 from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image_to_image import check_image, drawing_of_image
 from fluxjax.generate.latents import check_size, pack_latents
 from fluxjax.generate.load import activation_dtype
 from fluxjax.generate.load_models import Models
 from fluxjax.generate.masks import check_mask, pad_image, paste_kept
-from fluxjax.generate.prompted import DrawSettings
 from fluxjax.generate.velocity import Guidance
 from fluxjax.nets.vae import Vae
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray

@@ -14,6 +14,8 @@ from fluxjax.flow.strength import STRENGTH_RULES, add_noise, partial_times, star
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.canvas import Margins, extend_canvas
 from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.draw_settings import DrawSettings
+from fluxjax.generate.encode_prompts import PromptTexts, negative_prompts
 from fluxjax.generate.image_batch import DrawChange, ImageBatch, Recipe
 from fluxjax.generate.latents import pack_latents
 from fluxjax.generate.load_models import Models
@@ -26,14 +28,8 @@ from fluxjax.generate.masks import (
     padded_size,
     paste_kept,
 )
-from fluxjax.generate.prompted import (
-    DrawSettings,
-    PromptedDrawing,
-    PromptTexts,
-    guidance_of,
-    negative_prompts,
-    prompted_drawing,
-)
+from fluxjax.generate.prompt_batch import guidance_of
+from fluxjax.generate.prompted import PromptedDrawing, prompted_drawing
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray, Times
 

@@ -11,11 +11,11 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.generate.condition_images import encode_image, resize_image
 from fluxjax.generate.conditioning import AddedCondition, Conditioning, ReferenceTokens
 from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.latents import check_size, pack_latents
 from fluxjax.generate.load import activation_dtype
 from fluxjax.generate.load_models import Models
-from fluxjax.generate.prompted import DrawSettings
 from fluxjax.generate.reference_ids import check_placement, reference_ids
 from fluxjax.generate.text_to_image import text_to_image
 from fluxjax.generate.velocity import Guidance

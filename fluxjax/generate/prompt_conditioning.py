@@ -7,15 +7,11 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.conditioning import Conditioning
+from fluxjax.generate.draw_settings import DrawSettings
+from fluxjax.generate.encode_prompts import PromptTexts, encode_prompts
 from fluxjax.generate.latents import image_ids
 from fluxjax.generate.load_models import Models
-from fluxjax.generate.prompted import (
-    DrawSettings,
-    PromptTexts,
-    distilled_guidance,
-    encode_prompts,
-    text_conditioning,
-)
+from fluxjax.generate.prompt_batch import distilled_guidance, text_conditioning
 from fluxjax.shapes import PerImage
 
 

@@ -24,18 +24,14 @@ from fluxjax.flow.times import static_times
 from fluxjax.flow.velocity import Velocity
 from fluxjax.generate.degradations import DecodePixels, Degradation, Hidden
 from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.draw_settings import DrawSettings
+from fluxjax.generate.encode_prompts import PromptTexts, negative_prompts
 from fluxjax.generate.image_batch import DrawChange
 from fluxjax.generate.image_to_image import check_image
 from fluxjax.generate.load_models import Models
 from fluxjax.generate.masks import padded_size, paste_kept
-from fluxjax.generate.prompted import (
-    DrawSettings,
-    PromptedDrawing,
-    PromptTexts,
-    guidance_of,
-    negative_prompts,
-    prompted_drawing,
-)
+from fluxjax.generate.prompt_batch import guidance_of
+from fluxjax.generate.prompted import PromptedDrawing, prompted_drawing
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, Image, PRNGKeyArray, Scalar, Times
 

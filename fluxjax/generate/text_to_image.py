@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.generate.draw_hooks import DrawHooks
+from fluxjax.generate.draw_settings import DrawSettings
+from fluxjax.generate.encode_prompts import PromptTexts, negative_prompts
 from fluxjax.generate.load_models import Models
-from fluxjax.generate.prompted import (
-    DrawSettings,
-    PromptTexts,
-    guidance_of,
-    negative_prompts,
-    prompted_drawing,
-)
+from fluxjax.generate.prompt_batch import guidance_of
+from fluxjax.generate.prompted import prompted_drawing
 from fluxjax.generate.velocity import Guidance
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxjax.lora.adapter import Change
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.read import list_keys, read_lora
-from fluxjax.lora.terms import LowRankTerm, MagnitudeTerm
+from fluxjax.lora.terms import LowRankTerm
 
 
 @dataclass(frozen=True)

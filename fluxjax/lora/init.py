@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Change, Lora
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.networks import LOOKUP_TABLES, network_kind
-from fluxjax.lora.terms import KronTerm, LowRankTerm, MagnitudeTerm, Term
+from fluxjax.lora.terms import KronTerm, LowRankTerm, Term
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.widen import widen_input
 from fluxjax.shapes import Array, PRNGKeyArray

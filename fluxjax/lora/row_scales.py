@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.changes import ScaledChange, row_range
-from fluxjax.lora.terms import LowRankTerm, MagnitudeTerm
+from fluxjax.lora.terms import LowRankTerm
 from fluxjax.nets.weight import Dense, RowScaledWeight, Weight
 from fluxjax.shapes import Array, Float
 

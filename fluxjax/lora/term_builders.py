@@ -1,7 +1,7 @@
 """The terms that the tensors of a module mean: one builder for each kind of factorization.
 
 A builder reads the tensors that it needs by their roles, checks that their shapes fit together,
-and returns the term in the conventions of `terms.py`. The table of builders at the end says by
+and returns the term in the conventions of `Term`. The table of builders at the end says by
 which roles each kind is recognized. Several tensors may remain for one module: magnitudes make a
 DoRA of the term, and biases are changes of their own.
 """
@@ -13,19 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.tensors import TensorFile
+from fluxjax.lora.base_terms import GeneralizedTerm, MagnitudeTerm, OrthogonalTerm
 from fluxjax.lora.module_tensors import Module, ModuleTensors
 from fluxjax.lora.rotations import butterfly_order, cayley, peft_butterfly_order, peft_cayley
-from fluxjax.lora.terms import (
-    FullTerm,
-    GeneralizedTerm,
-    HadamardTerm,
-    KronTerm,
-    LowRankTerm,
-    MagnitudeTerm,
-    OrthogonalTerm,
-    ReplacementTerm,
-    Term,
-)
+from fluxjax.lora.terms import FullTerm, HadamardTerm, KronTerm, LowRankTerm, ReplacementTerm, Term
 from fluxjax.printable import printable
 from fluxjax.shapes import Array
 

@@ -22,11 +22,12 @@ from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.checkpoint.safetensors_writer import OutputTensor, write_safetensors
 from fluxjax.checkpoint.weights import cast
 from fluxjax.lora.adapter import Change, Lora
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.changes import row_range
 from fluxjax.lora.factors import combined_factors
 from fluxjax.lora.flux_widths import adapter_parts
 from fluxjax.lora.networks import LOOKUP_TABLES
-from fluxjax.lora.terms import FullTerm, KronTerm, LowRankTerm, MagnitudeTerm
+from fluxjax.lora.terms import FullTerm, KronTerm, LowRankTerm
 from fluxjax.lora.write_kinds import (
     check_own_kind,
     is_of_own_kind,

@@ -9,7 +9,8 @@ from fluxjax.checkpoint.dialect import Dialect
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.lora.adapter import Change
-from fluxjax.lora.terms import KronTerm, MagnitudeTerm
+from fluxjax.lora.base_terms import MagnitudeTerm
+from fluxjax.lora.terms import KronTerm
 
 Stem = Callable[[str], str]
 """The beginning of the keys of a module, from its name."""

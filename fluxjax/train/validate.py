@@ -17,7 +17,7 @@ from fluxjax.generate.autoencode import decode
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.latents import noise_batch, seed_key
-from fluxjax.generate.prompted import distilled_guidance, prompt_batch
+from fluxjax.generate.prompt_batch import distilled_guidance, prompt_batch
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import TextStates
 from fluxjax.generate.velocity import Guidance

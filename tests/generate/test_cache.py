@@ -13,7 +13,7 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 from fluxjax import Euler, Flux, Heun, attention, flow_times, stream
 from fluxjax.flow import Guided, sample
 from fluxjax.generate import CachedFlux, Conditioning, FirstBlock, TeaCache, step_cache
-from fluxjax.generate.prompted import as_arrays
+from fluxjax.generate.prompt_batch import as_arrays
 from fluxjax.kernels import Nag
 
 TXT, VEC, NOISE = draw(TEXT, 12, seed=3), draw(6, seed=4), draw(IMAGE, 8)

@@ -13,7 +13,7 @@ from fluxjax.checkpoint.family import family_of_source
 from fluxjax.generate import FirstBlock, save_models
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.latents import noise_batch
-from fluxjax.generate.prompted import prompt_batch
+from fluxjax.generate.prompt_batch import prompt_batch
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.zoo import CHROMA, ZOO
 

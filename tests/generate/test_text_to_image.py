@@ -13,7 +13,8 @@ import fluxjax
 from fluxjax import DDIM, DrawSettings, Guidance, text_to_image
 from fluxjax.flow import uniform_times
 from fluxjax.generate import DrawHooks, FirstBlock, WeakNetwork, model_times, seed_key
-from fluxjax.generate.prompted import batches, distilled_guidance
+from fluxjax.generate.prompt_batch import distilled_guidance
+from fluxjax.generate.prompted import batches
 from fluxjax.generate.samplers import INTEGRATORS, TIMERS, integrator, timer
 from fluxjax.kernels import Nag, isolated_attention
 from fluxjax.nets import DegradedBlocks

@@ -30,17 +30,11 @@ from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.weights import InMemoryWeights, parameters_of
 from fluxjax.lora import init_lora, unmerge
 from fluxjax.lora.adapter import Change
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.changes import changes_of
 from fluxjax.lora.merge import MergedWeights
 from fluxjax.lora.stochastic_rounding import rounding_seed
-from fluxjax.lora.terms import (
-    FullTerm,
-    HadamardTerm,
-    KronTerm,
-    LowRankTerm,
-    MagnitudeTerm,
-    ReplacementTerm,
-)
+from fluxjax.lora.terms import FullTerm, HadamardTerm, KronTerm, LowRankTerm, ReplacementTerm
 from fluxjax.lora.weight_update import round_compiled
 from fluxjax.nets.weight import Weight
 

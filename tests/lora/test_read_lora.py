@@ -32,11 +32,12 @@ from fluxjax import (
     merge,
     read_lora,
 )
+from fluxjax.lora.base_terms import MagnitudeTerm
 from fluxjax.lora.describe import describe_lora
 from fluxjax.lora.merge import notes_of
 from fluxjax.lora.names import find_place
 from fluxjax.lora.peft_patterns import Patterns
-from fluxjax.lora.terms import FullTerm, LowRankTerm, MagnitudeTerm, ReplacementTerm
+from fluxjax.lora.terms import FullTerm, LowRankTerm, ReplacementTerm
 
 KOHYA_PROJ, PEFT_OUT = (
     "lora_unet_double_blocks_0_img_attn_proj",

@@ -11,7 +11,7 @@ from fluxjax.generate.draw import denoise
 from fluxjax.generate.image_batch import Recipe
 from fluxjax.generate.latents import image_ids, initial_noise, pack_latents
 from fluxjax.generate.load import load_chroma, load_t5
-from fluxjax.generate.prompted import prompt_batch
+from fluxjax.generate.prompt_batch import prompt_batch
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import TextStates
 from fluxjax.generate.velocity import Guidance

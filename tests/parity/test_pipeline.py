@@ -11,7 +11,7 @@ from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate.autoencode import decode
 from fluxjax.generate.draw import denoise
 from fluxjax.generate.image_batch import Recipe
-from fluxjax.generate.prompted import prompt_batch
+from fluxjax.generate.prompt_batch import prompt_batch
 from fluxjax.generate.samplers import model_times
 from fluxjax.generate.text import encode_text, prompt_ids
 

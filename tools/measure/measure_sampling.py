@@ -19,7 +19,7 @@ from fluxjax.generate import FirstBlock, TeaCache, WeakNetwork, prompt_batch
 from fluxjax.generate.compare import Run
 from fluxjax.generate.latents import noise_batch
 from fluxjax.generate.plots import plot_errors
-from fluxjax.generate.prompted import distilled_guidance
+from fluxjax.generate.prompt_batch import distilled_guidance
 from fluxjax.generate.samplers import INTEGRATORS, integrator, timer
 from fluxjax.generate.text import encode_text, prompt_ids
 from fluxjax.kernels import Nag, isolated_attention
