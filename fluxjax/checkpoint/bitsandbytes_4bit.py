@@ -120,8 +120,8 @@ def _quant_state(fields: Mapping[str, object]) -> QuantState | None:
     return QuantState(
         shape=tuple(shape),
         block=block,  # type: ignore[arg-type]
-        nested_block=nested_block,
-        offset=float(offset),
+        nested_block=nested_block,  # type: ignore[arg-type]
+        offset=float(offset),  # type: ignore[arg-type]
     )
 
 
