@@ -15,6 +15,18 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32)
 
 
+def index_axis(x: jax.Array, index: int | jax.Array, axis: int = 0) -> jax.Array:
+    """Return a slice of an array, without the axis that it is taken from.
+
+    Unlike `x[index]`, it has no program that asks whether the index is negative.
+
+    **Arguments:** `index`: from 0 on; may be traced.
+    """
+    return jax.lax.dynamic_index_in_dim(
+        x, index, axis, keepdims=False, allow_negative_indices=False
+    )
+
+
 def is_concrete_number(value: object) -> bool:
     """Return whether a value is a number or an array whose value is known, that is, not traced."""
     if isinstance(value, jax.core.Tracer):

@@ -58,16 +58,24 @@ WHOLE_PROGRAMS = {
         "generate/test_tiny_regions.py",
         "test_docs.py",
         "tools/test_probe_run.py",
+        # A network on eight simulated devices is compiled for minutes in all.
+        "devices/test_packed_on_meshes.py",
+        "devices/test_prompts_on_meshes.py",
+        "devices/test_restoration.py",
+        "devices/test_shard.py",
+        "devices/test_vae_rows.py",
+        "devices/test_vae_strips.py",
+        "train/test_mesh_step.py",
     )
 }
-"""What runs whole commands, pages and models, minutes in all: only with --programs, as CI does."""
+"""What runs whole commands, pages and models, or networks on meshes: with --programs, as CI does."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--programs",
         action="store_true",
-        help="run the tests of whole programs, and only these; they are left out otherwise",
+        help="run the tests of whole programs and of networks on meshes, and only these",
     )
 
 

@@ -6,7 +6,7 @@ import jax
 from fluxjax.nets.conv import Kernel
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
-from fluxjax.nets.weight import Dense, FetchedWeight, RowMaxima, Weight, WrappedWeight
+from fluxjax.nets.weight import Dense, FetchedWeight, FindMaxima, Weight, WrappedWeight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float
 
@@ -63,10 +63,10 @@ class SummedWeight(WrappedWeight):
     base: Weight
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         # Summed before the product is rounded to the dtype of x.
-        product = self.base.matmul(x, largest)
+        product = self.base.matmul(x, maxima)
         return jax.lax.psum(product.astype(wide_dtype(x.dtype)), "tensor")
 
 
@@ -79,7 +79,7 @@ class ConcatenatedWeight(WrappedWeight):
     base: Weight
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch all_out"]:
-        part = self.base.matmul(x, largest)
+        part = self.base.matmul(x, maxima)
         return jax.lax.all_gather(part, "tensor", axis=part.ndim - 1, tiled=True)

@@ -16,6 +16,7 @@ from fluxjax.checkpoint.fused import FusedRows
 from fluxjax.lora.changes import ScaledChange, row_range
 from fluxjax.lora.stochastic_rounding import round_to_dtype
 from fluxjax.lora.terms import ReplacementTerm, Term
+from fluxjax.numeric import index_axis
 from fluxjax.shapes import Array
 
 ScaledTerms = Sequence[tuple[Term, Array]]
@@ -65,7 +66,7 @@ def _add(
     """
     if block is None:
         return round_to_dtype(_add_in_float32(leaf, terms, rows), leaf.dtype, seed)
-    base = jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False)
+    base = index_axis(leaf, block)
     changed, largest = round_to_dtype(_add_in_float32(base, terms, rows), leaf.dtype, seed)
     return jax.lax.dynamic_update_index_in_dim(leaf, changed, block, 0), largest
 

@@ -5,6 +5,7 @@ also run on one device's part of the heads and hidden features.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import Projection
 from fluxjax.nets.image_prompt import BlockPrompt, add_after_block, add_to_attention
 from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, gelu_maxima, modulate
-from fluxjax.nets.weight import materialize
+from fluxjax.nets.weight import RowMaxima, materialize
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 TokenStates = Float[Array, "tokens width"]
@@ -77,8 +78,8 @@ class Mlp(eqx.Module):
         before = self.up(x)
         hidden = materialize(activation(before))
         # Of GELU it is known without computing it, so that it need not be written for two readers.
-        largest = gelu_maxima(before) if activation is gelu else None
-        return self.down(hidden, largest)
+        maxima = partial(gelu_maxima, before) if activation is gelu else None
+        return self.down(hidden, maxima)
 
 
 class Stream(eqx.Module):
@@ -228,8 +229,11 @@ class SingleBlock(eqx.Module):
         attended = add_to_attention(attended, projection, width, prompts)
         before = projected[:, 3 * width :]
         joined = jnp.concatenate([attended, materialize(gelu(before))], axis=-1)
-        largest = jnp.maximum(jnp.max(jnp.abs(attended), axis=-1), gelu_maxima(before))
-        return x + gate * self.linear2(joined, largest)
+
+        def maxima() -> RowMaxima:
+            return jnp.maximum(jnp.max(jnp.abs(attended), axis=-1), gelu_maxima(before))
+
+        return x + gate * self.linear2(joined, maxima)
 
 
 class FinalLayer(eqx.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fluxjax.nets.flux_blocks import DoubleModulation
 from fluxjax.nets.image_prompt import BlockPrompt, ImagePrompt
 from fluxjax.nets.layers import Rotation
+from fluxjax.numeric import index_axis
 from fluxjax.shapes import Array, Float, Int, ScalarLike
 
 ImgStates = Float[Array, "img_tokens width"]
@@ -48,9 +49,14 @@ class Prepared(NamedTuple):
         """Return the modulation at t; NaN if t is none of the times, within 1e-6."""
         distance = jnp.abs(self.times - jnp.asarray(t, self.times.dtype))
         index = jnp.argmin(distance)
-        nearest = jax.tree.map(lambda x: x[..., index, :], self.modulation)
-        # No error can be raised for a traced t, and another time's modulation would go unnoticed.
-        return jax.tree.map(lambda x: jnp.where(distance[index] <= 1e-6, x, jnp.nan), nearest)
+        is_prepared = jnp.min(distance) <= 1e-6
+
+        def row(x: Array) -> Array:
+            # No error can be raised for a traced t, and another time's modulation would go
+            # unnoticed.
+            return jnp.where(is_prepared, index_axis(x, index, axis=x.ndim - 2), jnp.nan)
+
+        return jax.tree.map(row, self.modulation)
 
 
 class HiddenState(NamedTuple):

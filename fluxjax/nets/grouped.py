@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.nets.stack import BlockStack, SharedArrays, block_at
-from fluxjax.nets.weight import LocalWeight, RowMaxima, Weight
+from fluxjax.nets.weight import FindMaxima, LocalWeight, Weight
 from fluxjax.shapes import Array, Float, Int
 
 
@@ -48,10 +48,10 @@ class GroupedWeight(BlockStack, LocalWeight):
         return block_at(stack, int(self.place[number]))
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         def multiply(stack: Weight) -> Float[Array, "*batch out"]:
-            return block_at(stack, self.place).matmul(x, largest)
+            return block_at(stack, self.place).matmul(x, maxima)
 
         branches = [lambda stack=stack: multiply(stack) for stack in self.stacks.content]
         return jax.lax.switch(self.group, branches)

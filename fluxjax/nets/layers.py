@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.nets.weight import Dense, RowMaxima, Weight
+from fluxjax.nets.weight import Dense, FindMaxima, RowMaxima, Weight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
 
@@ -50,9 +50,9 @@ class Linear(eqx.Module):
         self.weight = Dense(jax.random.normal(key, (out, features)) * deviation)
         self.bias = jnp.zeros(out) if bias else None
 
-    def __call__(self, x: Features, largest: RowMaxima | None = None) -> Outputs:
-        """Return x W^T + b. `largest`: the largest magnitude of each row of `x`, where known."""
-        y = self.weight.matmul(x, largest)
+    def __call__(self, x: Features, maxima: FindMaxima | None = None) -> Outputs:
+        """Return x W^T + b. `maxima`: as for `Weight.matmul`."""
+        y = self.weight.matmul(x, maxima)
         if self.bias is not None:
             # Added before the rounding to x.dtype: the product may be wider.
             y = y + self.bias.astype(y.dtype)

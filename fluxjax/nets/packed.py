@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from fluxjax.nets.grouped import GroupedWeight
 from fluxjax.nets.packed_formats import PACKED_FORMATS, PackedFormat, decode_rows
-from fluxjax.nets.weight import Dense, LocalWeight, RowMaxima, Weight
+from fluxjax.nets.weight import Dense, FindMaxima, LocalWeight, Weight
 from fluxjax.shapes import Array, Float, UInt8
 
 Network = TypeVar("Network", bound=eqx.Module)
@@ -41,7 +41,7 @@ class PackedWeight(LocalWeight):
         return (*rows, row_bytes // self.layout.nbytes * self.layout.values)
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         # Decoded again for a gradient: kept, the values would be a dense copy of all blocks.
         return jax.checkpoint(_decoded_matmul, static_argnums=2)(self.value, x, self.format)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fluxjax.nets.weight import Dense, LocalWeight, RowMaxima, product_dtype
+from fluxjax.nets.weight import Dense, FindMaxima, LocalWeight, product_dtype
 from fluxjax.shapes import Array, Float
 
 EIGHT_BITS = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -28,12 +28,13 @@ class QuantizedWeight(LocalWeight):
         return self.value.shape
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
-        if jnp.issubdtype(self.value.dtype, jnp.integer):
-            # On GPUs `largest` comes from a product in int32, whose reading twice costs more bytes
-            # than writing what is multiplied.
-            largest = None
+        largest = None
+        # On GPUs an int8 network finds them in a product in int32, whose reading twice costs more
+        # bytes than writing what is multiplied.
+        if maxima is not None and not jnp.issubdtype(self.value.dtype, jnp.integer):
+            largest = maxima()
         return _quantized_matmul(x, largest, self.value, self.scale)
 
 

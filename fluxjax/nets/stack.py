@@ -10,6 +10,7 @@ import jax
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import PyTree
 
+from fluxjax.numeric import index_axis
 from fluxjax.shapes import Array, Int, PRNGKeyArray
 
 Block = TypeVar("Block")
@@ -108,7 +109,7 @@ def block_at(blocks: PyTree, index: int | Int[Array, ""]) -> PyTree:
     if isinstance(blocks, Unrolled):
         return blocks.blocks[index]
     arrays, rest = split_arrays(blocks)
-    return eqx.combine(jax.tree.map(lambda leaf: leaf[index], arrays), rest)
+    return eqx.combine(jax.tree.map(lambda leaf: index_axis(leaf, index), arrays), rest)
 
 
 def unroll(network: Network, *, donate: bool = False) -> Network:

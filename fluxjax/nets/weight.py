@@ -1,6 +1,7 @@
 """How the matrix of a linear layer is stored: one abstract type, `Weight`, and its plain form."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -13,6 +14,8 @@ from fluxjax.shapes import Array, Float
 
 RowMaxima = Float[Array, "*batch"]
 """The largest magnitude of each row of what is multiplied."""
+FindMaxima = Callable[[], RowMaxima]
+"""Finds them; called by weights that round the rows, so that others have no program for it."""
 _MANY_ROWS = 128
 """Rows from which a GPU writes a product of bfloat16 in bfloat16."""
 
@@ -40,12 +43,12 @@ class Weight(eqx.Module):
 
     @abstractmethod
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         """Return x W^T.
 
-        **Arguments:** `largest`: the largest magnitude of each row of `x`, where it is known, for
-        weights that round the rows.
+        **Arguments:** `maxima`: finds the largest magnitude of each row of `x`, where there is a
+        better way than to read `x`.
         **Returns:** the product, accumulated in float32 (float64 for float64), in the dtype of
         `product_dtype`.
         """
@@ -66,9 +69,9 @@ class FetchedWeight(Weight):
     """A weight whose numbers are somewhere else, and are fetched to be multiplied."""
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
-        return self.fetch().matmul(x, largest)
+        return self.fetch().matmul(x, maxima)
 
 
 class WrappedWeight(Weight):
@@ -98,7 +101,7 @@ class Dense(LocalWeight):
         return self.value.shape
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         # The weight is [out, in]: both last axes are contracted, and nothing is transposed.
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
@@ -119,10 +122,10 @@ class AdaptedWeight(WrappedWeight):
     up: Float[Array, "*depth out rank"]
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
         # Two thin products: up @ down would be as large as the base.
-        product = self.base.matmul(x, largest)
+        product = self.base.matmul(x, maxima)
         reduced = Dense(self.down).matmul(x).astype(x.dtype)
         return product + Dense(self.up).matmul(reduced)
 
@@ -137,9 +140,9 @@ class RowScaledWeight(WrappedWeight):
     scale: Float[Array, "*depth out"]
 
     def matmul(
-        self, x: Float[Array, "*batch features"], largest: RowMaxima | None = None
+        self, x: Float[Array, "*batch features"], maxima: FindMaxima | None = None
     ) -> Float[Array, "*batch out"]:
-        product = self.base.matmul(x, largest)
+        product = self.base.matmul(x, maxima)
         return product * self.scale.astype(product.dtype)
 
 

@@ -128,7 +128,7 @@ COLLECTIVES = {
 def test_without_its_collective_a_mesh_is_wrong(placed, rows, expected, monkeypatch, kind):
     """Each is replaced by what one device would do without the others."""
 
-    def matmul(weight, x, largest=None):
+    def matmul(weight, x, maxima=None):
         if kind is GatheredWeight:
             repeats = [1, 1]
             repeats[weight.axis] = 2

@@ -130,7 +130,7 @@ class Int8(LocalWeight):
     def shape(self):
         return self.value.shape
 
-    def matmul(self, x, largest=None):
+    def matmul(self, x, maxima=None):
         return Dense(self.value.astype(jnp.float32) * self.scale[..., None]).matmul(x)
 
 

@@ -74,7 +74,7 @@ def test_on_gpus_gelu_is_written_once_and_in_fp8(monkeypatch):
     case = BlockCase(target="h200", block="single", weights="fp8")
     once = moved(case)
 
-    def without_largest(self, x, largest=None):
+    def without_largest(self, x, maxima=None):
         return quantized._quantized_matmul(x, None, self.value, self.scale)
 
     monkeypatch.setattr(quantized.QuantizedWeight, "matmul", without_largest)
