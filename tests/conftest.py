@@ -68,7 +68,7 @@ WHOLE_PROGRAMS = {
         "train/test_mesh_step.py",
     )
 }
-"""What runs whole commands, pages and models, or networks on meshes: with --programs, as CI does."""
+"""What runs whole commands, pages and models, or networks on meshes: only with --programs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
