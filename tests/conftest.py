@@ -54,10 +54,15 @@ WHOLE_PROGRAMS = {
     for name in (
         "cli",
         "devices/test_processes.py",
+        "generate/test_draw_chroma.py",
+        "generate/test_image_to_image.py",
+        "generate/test_text_to_image.py",
         "generate/test_tiny.py",
         "generate/test_tiny_regions.py",
+        "lora/test_lora_commands.py",
         "test_docs.py",
         "tools/test_probe_run.py",
+        "train/test_checkpoints.py",
         # A network on eight simulated devices is compiled for minutes in all.
         "devices/test_packed_on_meshes.py",
         "devices/test_prompts_on_meshes.py",
@@ -68,7 +73,7 @@ WHOLE_PROGRAMS = {
         "train/test_mesh_step.py",
     )
 }
-"""What runs whole commands, pages and models, or networks on meshes: only with --programs."""
+"""What draws and trains from end to end, or on meshes: minutes in all, only with --programs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,8 @@
 
 `all` writes the images, encodes them, trains, scores the model before and after, and draws a
 picture of both, in a new folder. The model has never seen a crescent, nor read the word "moon", and
-knows pink as a background only. Half of the images have neither, so that what it knows is kept.
+knows pink as a background only. As many examples of each step show neither, so that what it knows
+is kept (prior preservation: Ruiz et al. 2022, DreamBooth, section 3.2).
 Scored are scenes whose combination of objects, relation and background is in no training.
 
 The VAE is not trained, and draws no colour that none of its images had: lime would be yellow. T5
@@ -73,22 +74,24 @@ def scene_of(kind: str, rng: np.random.Generator) -> Scene:
         return Scene(scene.background, (Thing(first.size, color, shape), *rest), scene.relation)
 
 
-MIXED = ("old", "moon", "old", "pink", "old", "both")
-"""The kinds of images, in turns: half of them are old."""
+KEPT = 3
+"""Images without the new words, for each that has them. Those come so many times as often."""
 
 
-def write_examples(folder: Path, count: int, seed: int = 0, kinds: tuple[str, ...] = MIXED) -> None:
-    """Write captioned images of some kinds in turns, none of them held out."""
+def write_examples(folder: Path, count: int, kinds: tuple[str, ...], seed: int = 0) -> list[str]:
+    """Write images of some kinds in turns, none of them held out; return their lines of JSON."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    written = 0
-    while written < count:
-        scene = scene_of(kinds[written % len(kinds)], rng)
+    lines: list[str] = []
+    while len(lines) < count:
+        scene = scene_of(kinds[len(lines) % len(kinds)], rng)
         if scene.held_out:
             continue
-        write_png(render(scene, 128, 128, rng), folder / f"{written:03d}.png")
-        (folder / f"{written:03d}.txt").write_text(caption(scene, rng) + "\n")
-        written += 1
+        path = folder / f"{len(lines):04d}.png"
+        write_png(render(scene, 128, 128, rng), path)
+        example = {"image": f"{folder.name}/{path.name}", "prompt": caption(scene, rng)}
+        lines.append(json.dumps(example))
+    return lines
 
 
 class Drawn(NamedTuple):
@@ -146,8 +149,10 @@ def picture(before: tuple[Drawn, Drawn], after: tuple[Drawn, Drawn]) -> Image.Im
 def run_all(folder: Path, images: int, count: int) -> None:
     """Write, encode, train, score and draw, in a new folder."""
     start = time.perf_counter(), time.process_time()
-    write_examples(folder / "images", images)
-    data = ["--sources", str(folder / "images"), "--cache", str(folder / "encoded")]
+    lines = KEPT * write_examples(folder / "new", images, NEW)
+    lines += write_examples(folder / "kept", KEPT * images, OLD, seed=2)
+    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n")
+    data = ["--sources", str(folder / "examples.jsonl"), "--cache", str(folder / "encoded")]
     run(["encode", str(CONFIG), *data])
     tuned = str(folder / "tuned")
     run(["train", str(CONFIG), "--output", tuned, "--set", f"data.cache={folder / 'encoded'}"])
@@ -164,7 +169,7 @@ def main() -> None:
     )
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
-    parser.add_argument("--images", type=int, default=200, help="to train on")
+    parser.add_argument("--images", type=int, default=200, help="that have new words")
     parser.add_argument(
         "--prompts", type=int, default=100, help="new ones, and as many old ones, to score"
     )
