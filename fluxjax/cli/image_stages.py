@@ -85,7 +85,7 @@ class ImageStages(NamedTuple):
             mesh=request.load.mesh,
             hooks=self.clock,
         )
-        return DenoisedGroup(denoised, _on_host(finite_rows(prompts)), starts)
+        return DenoisedGroup(denoised, on_host(finite_rows(prompts)), starts)
 
     def _begin(
         self,
@@ -127,12 +127,12 @@ class ImageStages(NamedTuple):
             mesh=request.load.mesh,
             hooks=self.clock,
         )
-        images = _on_host(drawn.images)
+        images = on_host(drawn.images)
         finished = []
         for image, start in zip(images, group.starts, strict=False):
             finished.append(image if start is None else start.finish(image))
         lost = _lost_after(group, images, request.steps)
-        reused = int(_on_host(group.batch.reused))
+        reused = int(on_host(group.batch.reused))
         return DrawnImages(finished, lost, reused)
 
 
@@ -143,10 +143,10 @@ def _lost_after(group: DenoisedGroup, images: np.ndarray, steps: int) -> list[st
     """
     finite = {
         "the text encoders": group.finite_prompts,
-        "denoising": _on_host(finite_rows(group.batch.latents)),
+        "denoising": on_host(finite_rows(group.batch.latents)),
         "decoding": np.isfinite(images).reshape(len(images), -1).all(1),
     }
-    finite_steps = _on_host(group.batch.finite_steps)
+    finite_steps = on_host(group.batch.finite_steps)
     lost = []
     for row in range(len(images)):
         stage = next((name for name, rows in finite.items() if not rows[row]), None)
@@ -183,7 +183,7 @@ def _batch_from_noise(
     )
 
 
-def _on_host(x: Array) -> np.ndarray:
+def on_host(x: Array) -> np.ndarray:
     """Return an array that may lie on the devices of several processes."""
     if not x.is_fully_addressable:
         x = process_allgather(x, tiled=True)

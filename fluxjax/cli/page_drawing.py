@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from fluxjax.cli.adapters import read_adapter
 from fluxjax.cli.compound_options import adapter
 from fluxjax.cli.output import encodable
-from fluxjax.generate.autoencode import decode_tokens
+from fluxjax.generate.autoencode import decode, unpack_images
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 from fluxjax.generate.draw_settings import DrawSettings
 from fluxjax.generate.image import to_bytes, write_numbered
@@ -59,6 +59,16 @@ class Fields(NamedTuple):
     strength: float = 0.6
 
 
+_NUMBERS = ("steps", "guidance", "cfg", "width", "height", "seed", "images")
+
+
+def check_filled(fields: Fields) -> None:
+    """**Raises:** `ValueError` for numbers that are missing."""
+    missing = [name for name in _NUMBERS if getattr(fields, name) is None]
+    if missing:
+        raise ValueError(f"No number is given for {', '.join(missing)}. Fill it in.")
+
+
 class Drawn(NamedTuple):
     """What the page shows while it draws, and at the end.
 
@@ -93,8 +103,9 @@ class _PreviewHooks(DrawHooks):
             raise DrawingStoppedError
         if time.monotonic() - self.last < PREVIEW_SECONDS:
             return
-        vae, tokens = self.models.vae, progress.estimate
-        images = decode_tokens(vae, tokens, *self.size, dtype=self.dtype)
+        latents = unpack_images(progress.estimate, *self.size)
+        # The program of the final images, which is then compiled once.
+        images = decode(self.models.vae, latents, dtype=self.dtype, mesh=None)
         self.send(images, f"step {progress.done} of {progress.steps}")
         self.last = time.monotonic()
 
@@ -264,19 +275,25 @@ def picture_and_mask(editor: dict[str, Any] | None) -> tuple[Image | None, Array
 
     **Arguments:** `editor`: its "background" and its "layers", [height, width, 4] in bytes.
     **Returns:** None for a missing picture, and for a mask in which nothing is drawn.
+    **Raises:** `ValueError` for a mask without a picture.
     """
     if editor is None or editor.get("background") is None:
         return None, None
     background = np.asarray(editor["background"], np.float32)
+    drawn = np.zeros(background.shape[:2], bool)
+    for layer in editor.get("layers") or ():
+        drawn |= np.asarray(layer)[..., 3] > 0
     colors, alpha = background[..., :3], background[..., 3:]
     if not alpha.any():
+        if drawn.any():
+            raise ValueError(
+                "What is painted has no picture below it. Put a picture in the editor and paint "
+                "on it, or clear the editor."
+            )
         return None, None
     opacity = alpha / 255
     on_white = colors * opacity + 255 * (1 - opacity)
     picture = jnp.asarray(on_white / 127.5 - 1)
-    drawn = np.zeros(background.shape[:2], bool)
-    for layer in editor.get("layers") or ():
-        drawn |= np.asarray(layer)[..., 3] > 0
     if not drawn.any():
         return picture, None
     return picture, jnp.asarray(drawn, jnp.float32)

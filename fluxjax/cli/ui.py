@@ -14,8 +14,9 @@ import numpy as np
 from fluxjax.checkpoint.defaults import load_defaults
 from fluxjax.cli.compilation_cache import use_cache
 from fluxjax.cli.console import complain, interruptible
+from fluxjax.cli.options import step_counts
 from fluxjax.cli.output import writable
-from fluxjax.cli.page_drawing import Fields, Studio, picture_and_mask
+from fluxjax.cli.page_drawing import Fields, Studio, check_filled, picture_and_mask
 from fluxjax.generate.compare import Comparison, compare
 from fluxjax.generate.comparison_files import comparison_csv
 from fluxjax.generate.comparison_grid import comparison_grid
@@ -28,6 +29,9 @@ from fluxjax.zoo import ZOO, Defaults
 _SHOWN_FILES = 60
 """Images of the folder that the gallery shows, the newest first."""
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_BUTTONS = ["download", "fullscreen"]
+"""Buttons of an image; by default gradio has one more that sends it to another site."""
+_TRANSLUCENT_RED = "rgba(220, 30, 30, 0.5)"
 
 
 def run_ui(options: argparse.Namespace) -> None:
@@ -71,6 +75,14 @@ def import_gradio() -> Any:
     return gradio
 
 
+def _read_steps(text: str) -> list[int]:
+    """Return numbers of steps. **Raises:** `ValueError` for a text that has none, or others."""
+    try:
+        return step_counts(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"Steps: {error}") from None
+
+
 class _Page:
     """The page's parts, and what they call."""
 
@@ -86,17 +98,19 @@ class _Page:
         gr = self.gradio
         with gr.Blocks(title="fluxjax") as page:
             with gr.Tab("Draw"):
-                self._draw_tab()
+                model = self._draw_tab()
             with gr.Tab("Compare samplers"):
-                self._compare_tab()
-            with gr.Tab("Gallery"):
-                self._gallery_tab(page)
+                self._compare_tab(model)
+            with gr.Tab("Gallery") as tab:
+                self._gallery_tab(tab)
         return page
 
-    def _draw_tab(self) -> None:
+    def _draw_tab(self) -> Any:
         """Add the fields of a drawing on the left, and what is drawn on the right.
 
         The inputs are in the order of `Fields`.
+
+        **Returns:** the list of models.
         """
         gr, defaults = self.gradio, self.defaults
         with gr.Row():
@@ -105,7 +119,7 @@ class _Page:
                     self._model_field(),
                     gr.Textbox(label="Prompt", lines=2),
                     gr.Textbox(label="Negative prompt (with guidance by cfg)"),
-                    gr.Textbox(label="Adapters, one a line: FILE:SCALE", lines=1),
+                    gr.Textbox(label="Adapters, one per line: FILE:SCALE", lines=1),
                 ]
                 with gr.Row():
                     sampler = [
@@ -129,11 +143,27 @@ class _Page:
                     stop = gr.Button("Stop")
             with gr.Column():
                 status = gr.Textbox(label="Status", interactive=False)
-                pictures = gr.Gallery(label="Images", columns=2, object_fit="contain")
+                # A height; without one, gradio cuts off what is lower than half of the window.
+                pictures = gr.Gallery(
+                    label="Images",
+                    columns=2,
+                    height="100%",
+                    object_fit="contain",
+                    buttons=_BUTTONS,
+                )
                 files = gr.Files(label="Files", interactive=False)
         inputs = [*first, *sampler, *numbers, *picture]
         button.click(self._draw, inputs, [pictures, status, files])
         stop.click(self.studio.stop, queue=False)
+        model = first[0]
+        model.input(self._defaults_of, model, [sampler[2], *numbers[:4]])
+        return model
+
+    def _defaults_of(self, model: str) -> tuple[int, float, float, int, int]:
+        """Return the steps, both scales of guidance, the width and the height of a model."""
+        with self._shown_errors():
+            found = load_defaults(model)
+        return found.steps, found.guidance or 0.0, found.cfg, found.width, found.height
 
     def _model_field(self) -> Any:
         """Add a list of the models by name, in which another place may be written."""
@@ -149,11 +179,19 @@ class _Page:
         """Add what says which picture is drawn again, and how strongly."""
         gr = self.gradio
         with gr.Accordion("Draw a picture again", open=False):
+            gr.Markdown(
+                "Paint over what is drawn again; without paint, all of the picture is. It keeps "
+                "its own size."
+            )
             editor = gr.ImageEditor(
-                label="Picture; paint what is drawn again (nothing: all of it)",
+                label="Picture",
                 image_mode="RGBA",
                 type="numpy",
+                sources=("upload", "clipboard"),
                 transforms=(),
+                layers=False,
+                brush=gr.Brush(colors=[_TRANSLUCENT_RED], color_mode="fixed"),
+                buttons=[],
             )
             strength = gr.Slider(0, 1, 0.6, label="Strength")
         return [editor, strength]
@@ -161,13 +199,15 @@ class _Page:
     def _draw(self, *values: Any) -> Iterator[tuple]:
         """Yield the pictures, the status and the files that the page shows."""
         *plain, editor, strength = values
-        picture, mask = picture_and_mask(editor)
-        fields = Fields(*plain)
-        fields = fields._replace(picture=picture, mask=mask, strength=float(strength))
         with self._shown_errors():
+            fields = Fields(*plain)
+            check_filled(fields)
+            picture, mask = picture_and_mask(editor)
+            fields = fields._replace(picture=picture, mask=mask, strength=float(strength))
             for drawn in self.studio.draw(fields):
                 paths = [str(path) for path in drawn.paths]
-                yield drawn.pictures, drawn.status, paths
+                # The files where there are some: gradio compresses arrays, with losses.
+                yield paths or drawn.pictures, drawn.status, paths
 
     @contextmanager
     def _shown_errors(self) -> Iterator[None]:
@@ -175,11 +215,20 @@ class _Page:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            raise self.gradio.Error(str(error), duration=None) from None
+            # Without a traceback in the terminal: the page has the whole message.
+            raise self.gradio.Error(str(error), duration=None, print_exception=False) from None
 
-    def _compare_tab(self) -> None:
-        """Add the samplers to compare, and below them the grid and the table of their images."""
+    def _compare_tab(self, model: Any) -> None:
+        """Add the samplers to compare, and below them the grid and the table of their images.
+
+        **Arguments:** `model`: the list of models of the first tab.
+        """
         gr = self.gradio
+        gr.Markdown(
+            "Images of one prompt and seed by each sampler, beside a reference of 200 steps, with "
+            "the model of the first tab, without adapters. Beside each image is the part that "
+            "differs most from the reference, enlarged."
+        )
         prompt = gr.Textbox(label="Prompt", lines=2)
         with gr.Row():
             integrators = gr.Dropdown(
@@ -197,19 +246,28 @@ class _Page:
             steps = gr.Textbox("4,8", label="Steps, separated by commas")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         button = gr.Button("Compare", variant="primary")
-        grid = gr.Image(label="Beside a reference of many steps", interactive=False)
+        # Without its label, which would lie on the reference.
+        grid = gr.Image(show_label=False, interactive=False, format="png", buttons=_BUTTONS)
         table = gr.Dataframe(label="Distances from the reference", interactive=False)
-        inputs = [prompt, integrators, timers, steps, seed]
+        inputs = [model, prompt, integrators, timers, steps, seed]
         button.click(self._compare, inputs, [grid, table])
 
     def _compare(
-        self, prompt: str, integrators: list[str], timers: list[str], steps: str, seed: int
+        self,
+        model: str,
+        prompt: str,
+        integrators: list[str],
+        timers: list[str],
+        steps: str,
+        seed: int | None,
     ) -> tuple[np.ndarray, dict]:
         """Return the grid of images, and the table."""
         with self._shown_errors():
-            counts = [int(count) for count in steps.split(",")]
+            if seed is None:
+                raise ValueError("Seed is empty. Give a number.")
+            counts = _read_steps(steps)
             with self.studio.lock:
-                models = self.studio.load(self.model, "")
+                models = self.studio.load(model, "")
                 comparison = Comparison(integrators=integrators, timers=timers, steps=counts)
                 key = seed_key(int(seed))
                 runs, images = compare(models, prompt, comparison, key=key)
@@ -220,21 +278,29 @@ class _Page:
         }
         return np.asarray(comparison_grid(runs, images)), table
 
-    def _gallery_tab(self, page: Any) -> None:
+    def _gallery_tab(self, tab: Any) -> None:
         """Add the newest images of the folder; one that is clicked says how it was drawn."""
         gr = self.gradio
         button = gr.Button("Refresh")
-        gallery = gr.Gallery(label=str(self.folder), columns=6, object_fit="contain")
+        gallery = gr.Gallery(
+            label=str(self.folder), columns=6, object_fit="contain", buttons=_BUTTONS
+        )
         about = gr.JSON(label="How it was drawn")
-        button.click(self._files, None, gallery)
-        page.load(self._files, None, gallery)
+        shown = gr.State([])  # newer images may have come to the folder since
 
-        def describe(event) -> dict[str, str]:
-            return read_metadata(Path(self._files()[event.index]))
+        def refresh() -> tuple[list[str], list[str]]:
+            paths = self._files()
+            return paths, paths
+
+        def describe(paths: list[str], event) -> dict[str, str]:
+            with self._shown_errors():
+                return read_metadata(Path(paths[event.index]))
 
         # gradio passes what was selected to an argument of this type.
         describe.__annotations__["event"] = gr.SelectData
-        gallery.select(describe, None, about)
+        button.click(refresh, None, [gallery, shown])
+        tab.select(refresh, None, [gallery, shown])
+        gallery.select(describe, shown, about)
 
     def _files(self) -> list[str]:
         """Return the paths of the newest images of the folder."""

@@ -68,12 +68,23 @@ def decode_packed(
     height: int,
     width: int,
     dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "*images height width 3"]:
-    """Decode packed latents, with all arguments but arrays static. As `decode_tokens`."""
+    """Decode packed latents, with all arguments but arrays static.
+
+    As `decode_tokens`, and with a mesh as `decode`.
+    """
     if packed.ndim == 2:
-        return decode_packed(vae, packed[None], height, width, dtype)[0]
-    latents = jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
-    return decode(vae, latents, dtype=dtype)
+        return decode_packed(vae, packed[None], height, width, dtype, mesh)[0]
+    return decode(vae, unpack_images(packed, height, width), dtype=dtype, mesh=mesh)
+
+
+@eqx.filter_jit
+def unpack_images(
+    packed: Float[Array, "images img_tokens channels"], height: int, width: int
+) -> Float[Array, "images latent_channels rows columns"]:
+    """Return the latents of a batch from their image tokens. `height`, `width`: in pixels."""
+    return jax.vmap(lambda one: unpack_latents(one, height, width))(packed)
 
 
 @eqx.filter_jit
