@@ -28,7 +28,10 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.S)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made of files outside of `docs/`."""
+    """Add the pages that are made of files outside of `docs/`.
+
+    **Raises:** `ValueError` if two files become the same page: mkdocs would keep one of them.
+    """
     for name, place in _COPIED.items():
         content: str | bytes = (ROOT / place).read_bytes()
         if name.endswith(".md"):
@@ -36,6 +39,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=content))
     page = "reference/command_line.md"
     files.append(File.generated(config, page, content=command_line_page()))
+    sources: dict[str, str] = {}
+    for file in files:
+        if file.inclusion.is_excluded():
+            continue
+        other = sources.setdefault(file.dest_uri, file.src_uri)
+        if other != file.src_uri:
+            raise ValueError(
+                f"{other} and {file.src_uri} are both written to {file.dest_uri}. Rename one."
+            )
     return files
 
 
