@@ -2,20 +2,21 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from fluxjax import read_image
-from fluxjax.cli import ui
-from fluxjax.cli.page_drawing import Studio
 from fluxjax.generate.image import read_metadata, write_png
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'fluxjax[ui]'")
 pytest.importorskip("playwright", reason="a browser is driven by playwright")
 
 HEIGHT, WIDTH = 48, 64
-SECONDS = 300
+SECONDS = 240
 """For everything that is compiled, on a machine that does other things too."""
 
 
@@ -36,25 +37,26 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page(browser, tiny, tmp_path_factory):
-    """The page, opened, with the folder that it writes to."""
+def page(browser, tmp_path_factory, programs):
+    """The page, opened, with the folder that it writes to.
+
+    It is served by a process of its own: functions that the tests' hook checks are no generators,
+    by which gradio shows previews.
+    """
     folder = tmp_path_factory.mktemp("drawn")
-    parts = ui._Page(Studio(folder, None), folder, "tiny", tiny.defaults)
-    blocks = parts.build()
-    _, address, _ = blocks.launch(
-        server_name="127.0.0.1",
-        allowed_paths=[str(folder)],
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(SECONDS * 1000)
-    page.goto(address)
-    page.get_by_label("Prompt").first.wait_for()
-    page.folder = folder
-    yield page
-    page.close()
-    blocks.close(verbose=False)
+    command = [sys.executable, "-u", "-m", "fluxjax", "ui", "--port", "0"]
+    command += ["--output-dir", str(folder), "--compilation-cache", str(programs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.set_default_timeout(SECONDS * 1000)
+            page.goto(server.stdout.readline().split()[0])
+            page.get_by_label("Prompt").first.wait_for()
+            page.folder = folder
+            yield page
+            page.close()
+        finally:
+            server.send_signal(signal.SIGINT)
 
 
 def draw(page, name, **values):

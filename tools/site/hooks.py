@@ -114,5 +114,6 @@ def _group(group: argparse._ArgumentGroup, parser: argparse.ArgumentParser) -> l
         names = formatter._format_action_invocation(action)
         # Repeated for each name of an option: the last one with its value is enough.
         text = formatter._expand_help(action).replace("|", "\\|").replace("<", "&lt;")
+        text = text.replace(str(Path.home()), "~")  # defaults name folders of whoever builds
         lines.append(f"| `{names.replace('|', chr(92) + '|')}` | {text} |")
     return lines
