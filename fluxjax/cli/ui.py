@@ -112,7 +112,7 @@ class _Page:
 
         **Returns:** the list of models.
         """
-        gr, defaults = self.gradio, self.defaults
+        gr = self.gradio
         with gr.Row():
             with gr.Column():
                 first = [
@@ -125,18 +125,9 @@ class _Page:
                     sampler = [
                         gr.Dropdown(list(INTEGRATORS), value="euler", label="Integrator"),
                         gr.Dropdown(list(TIMERS), value="model", label="Times"),
-                        gr.Number(defaults.steps, label="Steps", precision=0, minimum=1),
+                        gr.Number(self.defaults.steps, label="Steps", precision=0, minimum=1),
                     ]
-                with gr.Row():
-                    scale = defaults.guidance or 0.0
-                    numbers = [
-                        gr.Number(scale, label="Guidance (distilled)"),
-                        gr.Number(defaults.cfg, label="Guidance (cfg)"),
-                        gr.Number(defaults.width, label="Width", precision=0, step=16),
-                        gr.Number(defaults.height, label="Height", precision=0, step=16),
-                        gr.Number(0, label="Seed", precision=0, minimum=0),
-                        gr.Number(1, label="Images", precision=0, minimum=1),
-                    ]
+                numbers = self._number_fields()
                 picture = self._picture_fields()
                 with gr.Row():
                     button = gr.Button("Draw", variant="primary")
@@ -174,6 +165,19 @@ class _Page:
             label="Model",
             allow_custom_value=True,
         )
+
+    def _number_fields(self) -> list[Any]:
+        """Add the scales of guidance, the size, the seed and the number of images."""
+        gr, defaults = self.gradio, self.defaults
+        with gr.Row():
+            return [
+                gr.Number(defaults.guidance or 0.0, label="Guidance (distilled)"),
+                gr.Number(defaults.cfg, label="Guidance (cfg)"),
+                gr.Number(defaults.width, label="Width", precision=0, step=16),
+                gr.Number(defaults.height, label="Height", precision=0, step=16),
+                gr.Number(0, label="Seed", precision=0, minimum=0),
+                gr.Number(1, label="Images", precision=0, minimum=1),
+            ]
 
     def _picture_fields(self) -> list[Any]:
         """Add what says which picture is drawn again, and how strongly."""

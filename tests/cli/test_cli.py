@@ -276,7 +276,8 @@ def test_a_comparison_with_the_reference_itself_has_no_distance(tiny):
 
 def test_a_mesh_draws_the_same_images(run, tmp_path):
     adapter = ["--lora", "tiny:kraft"]
-    for extra in (adapter, [*adapter, "--mesh", "fsdp=2,tensor=-1,data=2"]):
+    mesh = ["--mesh", "fsdp=2,tensor=-1,data=2", "--preview", "now.png", "--preview-every", "2"]
+    for extra in (adapter, [*adapter, *mesh]):
         finished = run("generate", PROMPT, *SMALL, "--images", "4", *extra)
         counts = re.findall(r"(\d+)/2 evaluations", finished.progress)
         assert max(map(int, counts)) == 2
@@ -284,3 +285,8 @@ def test_a_mesh_draws_the_same_images(run, tmp_path):
     for number in range(4):
         # One of 255 levels, where a value is between two of them.
         assert abs(images[number] - images[4 + number]).max() < 0.01
+    # The last preview shows the images, side by side.
+    preview = fluxjax.read_image(tmp_path / "now.png")
+    height, width = images[4].shape[:2]
+    assert preview.shape == (2 * height, 2 * width, 3)
+    assert abs(preview[:height, :width] - images[4]).max() < 0.01

@@ -7,7 +7,7 @@ import pytest
 
 from fluxjax import read_image
 from fluxjax.cli import ui
-from fluxjax.cli.page_drawing import Fields, Studio, picture_and_mask
+from fluxjax.cli.page_drawing import Fields, Studio, check_filled, picture_and_mask
 from fluxjax.generate.image import read_metadata
 
 FIELDS = Fields("tiny", "a red star", "", "", "euler", "model", 3, 3.5, 1.0, 48, 32, 5, 2)
@@ -80,6 +80,22 @@ def test_the_editor_gives_a_picture_and_a_mask():
     layer[1, 2, 3] = 9
     _, mask = picture_and_mask({"background": background, "layers": [layer]})
     np.testing.assert_array_equal(mask, [[0, 0, 0], [0, 0, 1]])
+    nothing = np.zeros((2, 3, 4), np.uint8)
+    with pytest.raises(ValueError, match="has no picture below it"):
+        picture_and_mask({"background": nothing, "layers": [layer]})
+
+
+def test_fields_without_a_number_are_named():
+    check_filled(FIELDS)
+    with pytest.raises(ValueError, match="No number is given for steps, seed"):
+        check_filled(FIELDS._replace(steps=None, seed=None))
+
+
+def test_numbers_of_steps_that_cannot_be_read_are_said():
+    assert ui._read_steps("2,8") == [2, 8]
+    for text in ("", "2,x", "2,2", "0"):
+        with pytest.raises(ValueError, match="Steps: "):
+            ui._read_steps(text)
 
 
 def test_a_missing_gradio_is_one_line(monkeypatch):
