@@ -410,7 +410,7 @@ def _group(line: Instruction, devices: int) -> int:
     found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", line.attributes)
     if found is None:
         raise ValueError(
-            f"`read` does not know which devices {line.name} joins. "
+            f"`read` does not know which devices {line.name} joins ({line.attributes[:300]}). "
             "Add the form of its replica_groups."
         )
     return len(found[2].split(",")) if found[2] else int(found[3]) if found[3] else devices
