@@ -166,6 +166,17 @@ def test_a_program_for_tpus_is_read():
     }
 
 
+def test_groups_may_be_axes_of_a_mesh():
+    """Of 8 devices, groups of 4 as an axis, as two axes, and as a part of one."""
+    listed = read(PROGRAM)
+    for groups in (
+        "mesh['a'=2,'b'=4] {'b'}",
+        "mesh['a'=2,'b'=2,'c'=2] {'b','c'}",
+        "mesh['a'=8] {'a':(2)4}",
+    ):
+        assert read(PROGRAM.replace("[2,4]<=[8]", groups)) == listed
+
+
 def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="gemm"):
         read(PROGRAM.replace("tpu_custom_call", "__cublas$gemm").replace("cost_estimate", "cost"))

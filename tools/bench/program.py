@@ -406,11 +406,20 @@ def _result(line: Instruction, kind: str) -> str:
 
 
 def _group(line: Instruction, devices: int) -> int:
-    """Return how many devices take part in a collective."""
-    found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", line.attributes)
+    """Return how many devices take part in a collective.
+
+    Groups are listed, counted as [groups, devices]<=…, or axes of a mesh:
+    mesh['a'=2,'b'=4] {'b'}, where 'b':(2)2 would be a part of an axis, of 2 devices.
+    """
+    text = line.attributes
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    found = re.search(r"replica_groups=(\{\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)", text)
     if found is None:
         raise ValueError(
-            f"`read` does not know which devices {line.name} joins. "
+            f"`read` does not know which devices {line.name} joins ({text[:300]}). "
             "Add the form of its replica_groups."
         )
     return len(found[2].split(",")) if found[2] else int(found[3]) if found[3] else devices
