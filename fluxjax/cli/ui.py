@@ -229,9 +229,10 @@ class _Page:
         """
         gr = self.gradio
         gr.Markdown(
-            "Images of one prompt and seed by each sampler, beside a reference of 200 steps, with "
-            "the model of the first tab, without adapters. Beside each image is the part that "
-            "differs most from the reference, enlarged."
+            "Images of one prompt and seed by each sampler, and a reference of "
+            f"{Comparison.reference_steps} steps, with the model of the first tab, without "
+            "adapters. Beside each image, enlarged, is the part that differs most from the "
+            "reference."
         )
         prompt = gr.Textbox(label="Prompt", lines=2)
         with gr.Row():
