@@ -21,7 +21,7 @@ COLORS = 64
 WIDEST = 800
 """Pixels of a picture along its longer side."""
 GAP = 6
-"""Width in pixels of the white gap between two images of a row."""
+"""White pixels between two images that are shown side by side."""
 ROWS = {
     "several": [f"flux_{number}.png" for number in range(4)],
     "sampler": ["compare_0.png"],

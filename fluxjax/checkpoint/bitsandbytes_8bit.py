@@ -54,7 +54,10 @@ def _eight_bits(layer: str, weight: Tensor | None, scale: Tensor) -> PackedTenso
 
 
 def decode_eight_bits(arrays: Arrays) -> np.ndarray:
-    """Return a weight of bitsandbytes' int8: 127 stands for the largest magnitude of a row."""
+    """Return the float32 values of a weight in bitsandbytes' int8: code * row scale / 127.
+
+    The scale of a row is the largest magnitude of its values.
+    """
     # bitsandbytes multiplies by this rounded reciprocal of 127.
     return times_scale(arrays) * np.float32(7.874015718698502e-3)
 

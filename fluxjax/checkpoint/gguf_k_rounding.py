@@ -151,7 +151,7 @@ def _least_squares(parts: Parts, codes: Parts, weights: Parts) -> tuple[OfParts,
 
 
 def _six_bits(numbers: OfParts) -> _SixBits:
-    """Return numbers rounded to 6 bits, the largest of a block to the largest code."""
+    """Round the numbers of each block to 6-bit codes; its largest number gets the code 63."""
     largest = numbers.max(-1, keepdims=True)
     inverse = _LARGEST_SCALE / jnp.where(largest > 0, largest, 1)
     codes = jnp.round(inverse * numbers)

@@ -36,8 +36,8 @@ WrittenAs = np.dtype | str | None
 def check_written_as(call: str, dtype: DTypeLike | None, layout: str) -> WrittenAs:
     """Return what weights are written as: a dtype, or one of GGUF's block formats.
 
-    **Arguments:** `call`: the function that an error names. `dtype`: a dtype, the name of a block
-    format, or None for the dtype of the weights. `layout`: of the file.
+    **Arguments:** `call`: the name of the public function, for error messages. `dtype`: a dtype,
+    the name of a block format, or None for the dtype of the weights. `layout`: of the file.
     **Raises:** `ValueError` for what the layout does not have.
     """
     if isinstance(dtype, str) and dtype in GGUF_FORMATS:
