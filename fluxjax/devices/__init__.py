@@ -1,5 +1,6 @@
 """Networks on several devices, or on one that is too small: meshes, sharding, streaming."""
 
+from fluxjax.devices.copies import mean_of_copies
 from fluxjax.devices.local import local
 from fluxjax.devices.mesh import make_mesh
 from fluxjax.devices.offload import fetch, offload, residency
@@ -21,6 +22,7 @@ __all__ = [
     "limit_vae_memory",
     "local",
     "make_mesh",
+    "mean_of_copies",
     "offload",
     "on_mesh",
     "residency",

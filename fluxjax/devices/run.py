@@ -36,8 +36,10 @@ def on_mesh(
     mesh and shapes reuse that program, as with `jax.jit`: define the function once, and pass what
     changes as an argument.
 
-    The function may take gradients of networks on meshes of "data" and "fsdp". Through layers that
-    are split over "tensor", or tokens over "context", reverse-mode gradients are wrong.
+    The function may take gradients in the inputs of networks, on every mesh. Where layers are split
+    over "tensor", or tokens over "context", give the network
+    `mean_of_copies(x, ("tensor", "context"))` in place of x, or the gradients are wrong. For
+    gradients in weights see `fluxjax.train.TrainStep`.
 
     **Arguments:** `function`: gets the networks as this device runs them, this device's rows, and
     `rest`; returns arrays with one row for each of its rows. `networks`: from `shard`, one or a

@@ -6,6 +6,7 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fluxjax.devices.ring import RingAttention
@@ -131,6 +132,14 @@ class TokenParallelFlux(eqx.Module):
             remat=remat,
         )
         return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
+
+
+def uses_ring(heads: int, mesh: Mesh) -> bool:
+    """Return whether the attention of a network on a mesh is `RingAttention`.
+
+    **Arguments:** `heads`: of the whole network.
+    """
+    return heads // mesh.shape["tensor"] % mesh.shape["context"] > 0
 
 
 def _implementation(attention: AttentionChoice) -> str | Attention | None:

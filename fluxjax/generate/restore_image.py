@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.devices.copies import SplitVelocity
+from fluxjax.devices.tokens import uses_ring
 from fluxjax.devices.vae_memory import without_vae_limit
 from fluxjax.flow.corrections import Correction
 from fluxjax.flow.ddnm import DDNM
@@ -177,7 +179,8 @@ class Measured(DrawChange):
     """A change to the posterior of each image, given a measurement of it.
 
     Its inputs are the measured values of the images. `operator`: of a packed latent. `std`: of
-    their noise. `size`, `iterations`, `method`: as in `Restoration`.
+    their noise. `size`, `iterations`, `method`: as in `Restoration`. `split_axes`: of a mesh, over
+    which the transformer's layers or tokens are split.
     """
 
     operator: Operator
@@ -185,10 +188,13 @@ class Measured(DrawChange):
     size: Scalar
     iterations: int = eqx.field(static=True)
     method: str = eqx.field(static=True)
+    split_axes: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __call__(
         self, velocity: Velocity, step: Step, inputs: Array, source: Velocity | None
     ) -> tuple[Velocity, Step]:
+        if self.split_axes:
+            velocity = SplitVelocity(velocity, self.split_axes)  # type: ignore[assignment]
         measurement = Measurement(self.operator, inputs, self.std)
         numbers = SolverNumbers(self.size, self.iterations)
         return SOLVERS[self.method](velocity, step, measurement, numbers)
@@ -219,14 +225,14 @@ def restore_image(
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
     **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
-    settings; for a step beside a method that is one; for pigdm, tmpd and dps with models that are
-    split over tensor= or context=. On a mesh, each device measures with the whole decoder.
+    settings; for a step beside a method that is one. On a mesh, each device measures with the
+    whole decoder.
     """
     guidance = guidance_of(models, guidance)
     degradation = restoration.degradation
     check_image("restore_image", image)
     degradation.check(image)
-    _check_settings_of(restoration, models, settings)
+    _check_settings_of(restoration, settings)
     height, width = degradation.restored_size(*image.shape[:2])
     rows, columns = padded_size(height, width)
     settings = replace(settings, height=rows, width=columns)
@@ -248,7 +254,7 @@ def restore_image(
     return images
 
 
-def _check_settings_of(restoration: Restoration, models: Models, settings: DrawSettings) -> None:
+def _check_settings_of(restoration: Restoration, settings: DrawSettings) -> None:
     """**Raises:** `ValueError` for settings that the restoration has no use for."""
     if settings.height is not None or settings.width is not None:
         raise ValueError(
@@ -259,24 +265,6 @@ def _check_settings_of(restoration: Restoration, models: Models, settings: DrawS
         raise ValueError(
             f"`restore_image` by {restoration.method} has an integrator of its own, which "
             f"{type(settings.step).__name__} would replace. Leave the step out of the settings."
-        )
-    check_mesh_of(restoration.method, models.mesh)
-
-
-def check_mesh_of(method: str, mesh: Mesh | None) -> None:
-    """Check that a method can restore on a mesh.
-
-    **Raises:** `ValueError` for a method that takes reverse-mode gradients of the transformer,
-    whose collectives are not transposed as they should be where a layer or the tokens are split.
-    """
-    if mesh is None or method not in _WITH_NETWORK_GRADIENT:
-        return
-    split = [f"{axis}={mesh.shape[axis]}" for axis in ("tensor", "context") if mesh.shape[axis] > 1]
-    if split:
-        raise ValueError(
-            f"`restore_image` by {method} takes gradients of the transformer, which are wrong "
-            f"where it is split over {' and '.join(split)}. Use a mesh of data= and fsdp=, or "
-            "the method decoupled."
         )
 
 
@@ -302,8 +290,9 @@ def _draw_posterior(
         size=jnp.float32(size),
         iterations=restoration.iterations,
         method=restoration.method,
+        split_axes=_split_axes(restoration.method, drawing.models.mesh),
     )
-    if restoration.method in _FORWARD_MODE and drawing.settings.attention is None:
+    if _needs_forward_attention(restoration.method, drawing):
         settings = replace(drawing.settings, attention="xla_chunked")
         drawing = replace(drawing, settings=settings)
     # For the other methods the program is the same, and does not compile again.
@@ -318,3 +307,19 @@ def _draw_posterior(
         recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
         drawn.append(drawing.draw(batch, recipe))
     return drawing.images(drawn)
+
+
+def _split_axes(method: str, mesh: Mesh | None) -> tuple[str, ...]:
+    """Return the axes over which the transformer is split that a method takes gradients of."""
+    if mesh is None or method not in _WITH_NETWORK_GRADIENT:
+        return ()
+    return tuple(axis for axis in ("tensor", "context") if mesh.shape[axis] > 1)
+
+
+def _needs_forward_attention(method: str, drawing: PromptedDrawing) -> bool:
+    """Return whether attention is to be chosen that has forward-mode gradients."""
+    if method not in _FORWARD_MODE or drawing.settings.attention is not None:
+        return False
+    # Ring attention has them, and is not chosen by name.
+    mesh, config = drawing.models.mesh, drawing.models.flux.config
+    return mesh is None or not uses_ring(config.heads, mesh)

@@ -1,9 +1,10 @@
 """Measure learned times on the tiny model: their error, beside the model's own and uniform times.
 
 Times are planned and fitted on some prompts, and measured on held-out ones: the root mean square
-distance of the latents to those of 200 steps of Heun. Prints a Markdown table; --output appends its
-rows as JSON lines to a file, and --write keeps the fitted times in JSON files, which
-`fluxjax generate --timer` reads.
+distance of the latents to those of 200 steps of Heun. Fits begin at the planned and at uniform
+times, and that with the smaller distance on the prompts learned from is kept. Prints a Markdown
+table; --output appends its rows as JSON lines to a file, and --write keeps the fitted times in JSON
+files, which `fluxjax generate --timer` reads.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -70,6 +72,27 @@ def ends(velocity: PromptVelocity, noise: jax.Array, times: jax.Array, step: Ste
     return jax.vmap(lambda x: fluxjax.sample(velocity, x, times, step=step).x[:-1])(noise)
 
 
+class Learned(NamedTuple):
+    """What times are fitted to: draws of a velocity, their ends, an integrator, iterations."""
+
+    velocity: PromptVelocity
+    noise: jax.Array
+    target: jax.Array
+    step: Step
+    iterations: int
+
+    def fit(self, starts: Sequence[jax.Array]) -> jax.Array:
+        """Return the times fitted from one of several starts that end nearest to the target."""
+        best, least = starts[0], float("inf")
+        for start in starts:
+            times = fit(self.velocity, self.noise, self.target, start, self.step, self.iterations)
+            distance = ends(self.velocity, self.noise, times, self.step) - self.target[:, :-1]
+            error = float(jnp.mean(distance**2))
+            if error < least:
+                best, least = times, error
+        return best
+
+
 def errors_of(
     options: argparse.Namespace, models: fluxjax.Models
 ) -> Iterator[tuple[dict[str, object], jax.Array]]:
@@ -84,7 +107,8 @@ def errors_of(
         planned = flow.plan_times(train, noise, steps)
         own = generate.model_times(models.defaults, steps, SIZE, SIZE)
         for name, step in INTEGRATORS.items():
-            fitted = fit(train, noise, whole_target, planned, step, options.iterations)
+            learned = Learned(train, noise, whole_target, step, options.iterations)
+            fitted = learned.fit((planned, flow.uniform_times(steps)))
             row: dict[str, object] = {"steps": steps, "integrator": name}
             every = (own, flow.uniform_times(steps), planned, fitted)
             for column, times in zip(COLUMNS, every, strict=True):
