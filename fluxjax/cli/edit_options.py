@@ -34,6 +34,7 @@ from fluxjax.cli.shared_options import (
     add_mesh,
     add_output_folder,
     add_quantize,
+    add_quiet,
     add_rule,
     add_shift,
     add_vae_memory,
@@ -57,7 +58,6 @@ _DEFAULTS_OF_GENERATE = {
     "aspect": None,
     "first_image": 0,
     "seeds": None,
-    "quiet": False,
     "nag": None,
     "cache": None,
     "attention": None,
@@ -330,6 +330,7 @@ def _add_common_options(parser: argparse.ArgumentParser, stem: str) -> None:
         "--batch", type=image_count, metavar="COUNT", help="images per forward pass (default: all)"
     )
     add_output_folder(images, f"{stem}_N.png")
+    add_quiet(images)
     model = parser.add_argument_group("model")
     add_model_options(model)
     add_quantize(model)

@@ -39,6 +39,7 @@ from fluxjax.cli.shared_options import (
     add_output_folder,
     add_parts,
     add_quantize,
+    add_quiet,
     add_rule,
     add_shift,
     add_size,
@@ -188,11 +189,7 @@ def _add_output_options(group: OptionGroup) -> None:
         help=f"paths of the images, with fields in braces: {', '.join(FIELDS)}; as "
         "out/{prompt}_{seed}.png",
     )
-    group.add_argument(
-        "--quiet",
-        action="store_true",
-        help="print the files of the images and nothing else: no progress bar, no times",
-    )
+    add_quiet(group)
     group.add_argument(
         "--overwrite",
         action="store_true",

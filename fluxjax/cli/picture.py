@@ -115,12 +115,13 @@ def _draw_one(request: Request, job: PictureJob) -> None:
     """Load the models, draw, write the images, and print the times and the paths."""
     request = with_plan(request, picture=True)
     groups = batches(request.images, request.batch)
-    with Clock(job.steps * len(groups), job.evaluations) as clock:
+    with Clock(job.steps * len(groups), job.evaluations, silent=request.quiet) as clock:
         models = _load(request, clock)
         images = _draw(request, job, models, clock)
-    if job.note is not None:
+    if job.note is not None and not request.quiet:
         print(job.note)
-    print(clock.report())
+    if not request.quiet:
+        print(clock.report())
     metadata = _metadata(request, job, _guidance_text(request, job, models))
     for number, image in enumerate(images):
         about = metadata | {"image": str(number)}
@@ -141,7 +142,7 @@ def _draw_lines(options: argparse.Namespace, make_job: MakeJob) -> None:
                 present += 1
                 continue
             request = with_plan(request, picture=True)
-            with Clock(job.steps, job.evaluations) as clock:
+            with Clock(job.steps, job.evaluations, silent=request.quiet) as clock:
                 models = _load(request, clock) if models is None else models
                 image = _draw(request, job, models, clock)[0]
             metadata = _metadata(request, job, _guidance_text(request, job, models))
@@ -151,7 +152,8 @@ def _draw_lines(options: argparse.Namespace, make_job: MakeJob) -> None:
             continue
         written += 1
         print(path)
-    print(f"{written} images written, {present} were there, {len(lines)} lines in all")
+    if not options.quiet:
+        print(f"{written} images written, {present} were there, {len(lines)} lines in all")
     raise_problems(options.pictures, problems)
 
 
@@ -234,7 +236,7 @@ def _load(request: Request, clock: Clock) -> Models:
 
     Text encoders stay in host memory except while prompts are encoded, unless the device is a CPU.
     """
-    name_device()
+    name_device(quiet=request.quiet)
     models = load_parts(
         request.model,
         request.load_of,

@@ -193,6 +193,15 @@ def add_output_folder(group: OptionGroup, files: str) -> None:
     )
 
 
+def add_quiet(group: OptionGroup) -> None:
+    """Add the option that prints nothing but the names of the written files."""
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print the files of the images and nothing else: no progress bar, no times",
+    )
+
+
 def add_compilation_cache(group: OptionGroup) -> None:
     """Add the option that sets where compiled programs are kept."""
     group.add_argument(

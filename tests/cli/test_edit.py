@@ -109,6 +109,8 @@ def test_outpaint_keeps_the_image_on_a_larger_canvas(run, tmp_path, picture):
     assert finished.output.endswith("outpaint_0.png\n")
     np.testing.assert_array_equal(pixels(tmp_path / "outpaint_0.png")[:25, 2:], pixels(picture))
     assert text_of(tmp_path / "outpaint_0.png")["margins"] == "left 2, bottom 7"
+    again = run("outpaint", picture, RING, *STEPS, "--left", "2", "--bottom", "7", "--quiet")
+    assert (again.output, again.progress) == ("outpaint_1.png\n", "")
 
 
 def test_edit_writes_each_image_with_the_numbers_of_its_method(run, tmp_path, picture):
@@ -295,6 +297,7 @@ def test_each_line_of_a_file_of_pictures_is_drawn_once(run, tmp_path, picture, m
     finished = run(*command)
     assert finished.code == 0
     assert "0 images written, 2 were there" in finished.output
+    assert run(*command, "--quiet").output == ""
     finished = run("edit", "--pictures", "lines.jsonl", "--steps", "1")
     assert finished.code == 2
     assert "line 1: its image exists with " in finished.progress
