@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from fluxjax.flow.step import X, scalar_like
@@ -23,7 +24,8 @@ _SERIES_TERMS = 18
 def clock_difference(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
     """Return c(u) - c(t) to the relative precision of its dtype, however close t and u are.
 
-    It is infinite where one of the two is infinite, and NaN where both are.
+    It is infinite where one of the two is infinite, and NaN where both are; there its gradients
+    are 0.
     """
     t_rest: Scalar | float = 1.0
     u_rest: Scalar | float = 1.0
@@ -32,9 +34,15 @@ def clock_difference(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
         u_rest = 1 - u
     # log1p of the ratio of both odds minus 1. The ratio is taken so that it is above 1: then
     # nothing cancels, however close the times are.
-    falling = jnp.log1p((t - u) / (u * t_rest))
-    rising = -jnp.log1p((u - t) / (t * u_rest))
-    return jnp.where(u < t, falling, rising)
+    falls = u < t
+    distance = jnp.where(falls, t - u, u - t)
+    odds = jnp.where(falls, u * t_rest, t * u_rest)
+    finite = odds > 0
+    # Divided only where that is finite: gradients would make NaN of 0 times infinity.
+    ratio = jnp.where(finite, distance, 0) / jnp.where(finite, odds, 1)
+    limit = jax.lax.stop_gradient(distance) * jnp.inf
+    size = jnp.where(finite, jnp.log1p(ratio), limit)
+    return jnp.where(falls, size, -size)
 
 
 def half_difference(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
@@ -48,14 +56,20 @@ def middle_time(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
 
     It is 0 for u = 0, and 1 for t = 1 with the clock "log_snr".
     """
-    noise = jnp.sqrt(t * u)
+    noise = _root(t) * _root(u)
     if clock == "log_time":
         return noise
     # The same from the shares of noise and image, of which none is infinite.
-    image = jnp.sqrt((1 - t) * (1 - u))
+    image = _root(1 - t) * _root(1 - u)
     whole = noise + image
     known = whole > 0
     return jnp.where(known, noise / jnp.where(known, whole, 1), 0)
+
+
+def _root(share: Scalar) -> Scalar:
+    """Return the square root, with a gradient of 0 at 0 instead of an infinite one."""
+    positive = share > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, share, 1)), 0)
 
 
 def slope_weight(clock: Clock, t: Scalar, u: Scalar) -> Scalar:
@@ -119,15 +133,18 @@ def _phi(z: Scalar, order: int, formula: Callable[[Scalar], Scalar]) -> Scalar:
 
 
 class PreviousEstimate(NamedTuple):
-    """The x0 estimate at the previous node, and the time of that node (NaN before the first)."""
+    """The x0 estimate at the previous node, and the time of that node (0 before the first)."""
 
     estimate: Array
     t: Scalar
 
 
 def no_previous_estimate(x: X) -> PreviousEstimate:
-    """Return the state before the first node. Its time is NaN, which makes every slope 0."""
-    return PreviousEstimate(x * 0, scalar_like(x, float("nan")))
+    """Return the state before the first node.
+
+    Its time is 0, where the clock is infinite, so that every slope is 0.
+    """
+    return PreviousEstimate(x * 0, scalar_like(x, 0))
 
 
 def estimate_slope(clock: Clock, previous: PreviousEstimate, estimate: X, t: Scalar) -> X:

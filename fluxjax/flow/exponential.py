@@ -301,13 +301,16 @@ class UniPC2(_Multistep):
 
     def _corrected(self, state: UniPCState, t: Scalar, estimate: X) -> X:
         """Return the last step taken again, to t, with the estimate that was found at t."""
-        start = state.last.t
+        # Before the first step there is no node, and what is returned is not used.
+        start = jnp.where(state.steps > 0, state.last.t, t)
         difference = clock_difference(self.clock, start, t)
         first, second = _corrector_right_sides(difference)
-        # The clock of the earlier node, in units of the last step; negative.
+        # The clock of the earlier node, in units of the last step; negative. It is 0 where it is
+        # unknown: gradients would make NaN of 0 times NaN.
         earlier_clock = clock_difference(self.clock, state.earlier.t, start)
-        ratio = -earlier_clock * safe_inverse(difference)
-        usable = (state.steps > 1) & jnp.isfinite(ratio) & (ratio != 0)
+        known = jnp.where(jnp.isfinite(earlier_clock), earlier_clock, 0)
+        ratio = -known * safe_inverse(difference)
+        usable = (state.steps > 1) & (ratio != 0)
         ratio = jnp.where(usable, ratio, -1)
         # The solution of the two order conditions.
         older = jnp.where(usable, (first - second) / (1 - ratio), 0)

@@ -5,6 +5,7 @@ Both compare with a teacher, which takes many small steps over a batch of noise.
 
 from typing import cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,8 @@ def fit_times(
 
     **Returns:** the times with the least error of all iterations, [nodes].
     **Raises:** `ValueError` for targets of another shape than the noise, a stochastic step, no
-    iterations; as `sample`. `ImportError` without optax (extra `train`).
+    iterations; as `sample`. An error of Equinox's, also under `jax.jit`, if a gradient is not
+    finite. `ImportError` without optax (extra `train`).
     **Source:** Xia et al. 2023 (2312.02443), with the mean squared error of x as the objective.
     """
     optax = import_optax("fit_times")
@@ -117,6 +119,7 @@ def fit_times(
     def improve(state: tuple, _: None) -> tuple[tuple, None]:
         logits, memory, best, least = state
         loss, slope = jax.value_and_grad(error)(logits)
+        slope = eqx.error_if(slope, ~jnp.isfinite(slope).all(), _NO_SLOPE)
         best = jnp.where(loss < least, logits, best)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             updates, memory = optimizer.update(slope, memory)
@@ -126,6 +129,12 @@ def fit_times(
     start = (logits, optimizer.init(logits), logits, jnp.asarray(jnp.inf, logits.dtype))
     (_, _, best, _), _ = jax.lax.scan(improve, start, length=iterations)
     return times_of(best)
+
+
+_NO_SLOPE = (
+    "`fit_times` got a gradient in the times that is not finite. Differentiate the velocity in x "
+    "and t on its own, also at the first and the last time, or begin with other times."
+)
 
 
 def _jump_errors(

@@ -215,9 +215,10 @@ class ERSDE2(StochasticStep):
         x_share = (1 - u) * _noise_scale(end) / (t * (jnp.exp(start**0.3) + 10))
         estimate_share = (1 - u) * (1 - ratio)
         mean = x_share * x + estimate_share * estimate
-        # The slope is per unit of sigma, which falls.
+        # The slope is per unit of sigma, which falls. Before there is a previous node it is 0.
         previous_sigma = state.t / (1 - state.t)
-        slope = (estimate - state.estimate) * safe_inverse(start - previous_sigma)
+        difference = jnp.where(state.t > 0, start - previous_sigma, 0)
+        slope = (estimate - state.estimate) * safe_inverse(difference)
         has_slope = jnp.isfinite(start) & (u > 0)
         weight = jnp.where(has_slope, self._slope_weight(start, end), 0)
         old_noise = jnp.square(_noise_scale(end) / (jnp.exp(start**0.3) + 10))

@@ -171,6 +171,25 @@ def test_one_step_from_1_to_0_is_finite(step):
     assert np.isfinite(mixture_end(step, X, np.array([1.0, 0.0]))).all()
 
 
+@pytest.mark.parametrize("step", [*EXPONENTIAL, DEIS2(), AB2()], ids=name)
+def test_gradients_in_the_times_are_those_of_finite_differences(step):
+    times, shift = jnp.linspace(1.0, 0.0, 6), 1e-6
+
+    def end(times):
+        return jnp.sum(jnp.sin(sample(mixture_velocity, jnp.asarray(X), times, step=step).x))
+
+    @jax.jit
+    def both(times):
+        moved = times + shift * jnp.eye(6)[1:-1, None] * jnp.array([[1.0], [-1.0]])
+        ends = jax.vmap(jax.vmap(end))(moved)
+        return jax.grad(end)(times), (ends[:, 0] - ends[:, 1]) / (2 * shift)
+
+    found, expected = both(times)
+    # Also at both ends of the path, where the clocks are infinite.
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[1:-1], expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("step", [*EXPONENTIAL, DEIS2()], ids=name)
 def test_exponential_steps_are_exact_for_a_constant_estimate_and_end_on_the_estimate(step):
     target, start = jnp.array([0.3, -2.0]), jnp.array([1.0, 5.0])

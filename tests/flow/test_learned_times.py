@@ -112,15 +112,29 @@ def test_fitted_euler_times_on_a_normal_distribution_are_even_angles(deviation):
         np.testing.assert_allclose(shrinkage[1:], [0.88348, 0.87898], atol=6e-6)
 
 
-def test_fitted_times_of_a_multistep_integrator_reduce_its_error():
+@pytest.mark.parametrize("step", [AB2(), DPMpp2M()], ids=["ab2", "dpmpp_2m"])
+def test_fitted_times_of_a_multistep_integrator_reduce_its_error(step):
     velocity = m8().prior
     train, noise = (jax.random.normal(jax.random.key(i), (512, PIXELS)) for i in (0, 1))
     target = ends(velocity, train, jnp.linspace(1, 0, 101), RK4())
     even = uniform_times(5)
-    fit = jax.jit(lambda times: fit_times(velocity, train, target, times, step=AB2()))
+    fit = jax.jit(lambda times: fit_times(velocity, train, target, times, step=step))
     exact = exact_ends(velocity, noise)
-    errors = [end_error(velocity, noise, exact, times, AB2()) for times in (even, fit(even))]
+    errors = [end_error(velocity, noise, exact, times, step) for times in (even, fit(even))]
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    noise = jnp.ones((2, PIXELS))
+    times = uniform_times(2)
+
+    def velocity(x, t):  # its gradient in t is infinite at t = 1/2
+        return jnp.sqrt(jnp.abs(t - 0.5)) * x
+
+    target = noise / 2
+    message = "gradient in the times that is not finite"
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(fit_times(velocity, noise, target, times, step=AB2()))
 
 
 def test_bad_arguments_are_refused():
