@@ -31,7 +31,8 @@ def test_on_a_mesh_of_all_their_devices(
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     size = ["--height", HEIGHT, "--width", WIDTH, "--steps", 1, "--images", images]
     output = ["--output-dir", tmp_path / "out", "--compilation-cache", tmp_path / "cache"]
-    arguments = [*size, *output, "--lora", "tiny:kraft", "--mesh", mesh]
+    preview = ["--preview", tmp_path / "now.png"]
+    arguments = [*size, *output, *preview, "--lora", "tiny:kraft", "--mesh", mesh]
     job = start_job(["generate", PROMPT, *arguments], processes, devices=devices)
     outputs = [process.communicate(timeout=300) for process in job]
     assert [process.returncode for process in job] == [0] * processes, outputs
@@ -44,3 +45,6 @@ def test_on_a_mesh_of_all_their_devices(
         # A level of 255 apart at most, where rounding falls the other way.
         found = fluxjax.read_image(tmp_path / "out" / name)
         np.testing.assert_allclose(found, expected[number], atol=1.01 / 127.5)
+    # After the only step the preview shows all images, in a grid.
+    shown = fluxjax.read_image(tmp_path / "now.png")
+    np.testing.assert_allclose(shown[:HEIGHT, :WIDTH], expected[0], atol=1.01 / 127.5)
