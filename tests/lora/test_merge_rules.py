@@ -145,7 +145,7 @@ def test_rounding_is_the_same_on_every_run_in_every_reading_and_on_every_shardin
     whole = np.asarray(merged.double.img.qkv.weight.value[1])
     for rows in (slice(0, 96), slice(32, 64), slice(90, 96)):
         np.testing.assert_array_equal(read.read("double.1.img.qkv.weight", rows, E4M3), whole[rows])
-    mesh = jax.make_mesh((2,), ("x",))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P(None, "x"))
     placed = eqx.tree_at(
         lambda net: net.double.img.qkv.weight.value,
