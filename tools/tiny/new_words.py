@@ -59,29 +59,19 @@ def extend_scenes() -> None:
     scenes.COLORS[COLOR] = scenes.BACKGROUNDS[COLOR]
 
 
-def scene_of(kind: str, rng: np.random.Generator, second: str = "old") -> Scene:
-    """Return a scene with new words in its objects.
-
-    **Arguments:** `kind`: of the words of the first object: "moon", "pink", "both", or "old" for
-    none. `second`: of those of the second object, if there is one.
-    """
+def scene_of(kind: str, rng: np.random.Generator) -> Scene:
+    """Return a scene with the new words of a kind in its first object, and with none elsewhere."""
     while True:
         scene = random_scene(rng)
         words = [word for thing in scene.things for word in (thing.shape, thing.color)]
         if {SHAPE, COLOR}.intersection(words):
             continue
-        things = tuple(map(_renamed, scene.things, (kind, second)))
-        colors = [scene.background, *(thing.color for thing in things)]
-        # As in every scene, no object has the colour of what is around it.
-        if colors.count(COLOR) <= 1:
-            return Scene(scene.background, things, scene.relation)
-
-
-def _renamed(thing: Thing, kind: str) -> Thing:
-    """Return an object with the new words of a kind."""
-    shape = SHAPE if kind in ("moon", "both") else thing.shape
-    color = COLOR if kind in ("pink", "both") else thing.color
-    return Thing(thing.size, color, shape)
+        first, *rest = scene.things
+        shape = SHAPE if kind in ("moon", "both") else first.shape
+        color = COLOR if kind in ("pink", "both") else first.color
+        if color == scene.background:
+            continue
+        return Scene(scene.background, (Thing(first.size, color, shape), *rest), scene.relation)
 
 
 KEPT = 3
@@ -89,17 +79,12 @@ KEPT = 3
 
 
 def write_examples(folder: Path, count: int, kinds: tuple[str, ...], seed: int = 0) -> list[str]:
-    """Write images of some kinds in turns, none of them held out; return their lines of JSON.
-
-    Both objects of a scene have new words, or none has: all that an image can teach.
-    """
+    """Write images of some kinds in turns, none of them held out; return their lines of JSON."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     while len(lines) < count:
-        number = len(lines)
-        second = kinds[(number // len(kinds)) % len(kinds)]
-        scene = scene_of(kinds[number % len(kinds)], rng, second)
+        scene = scene_of(kinds[len(lines) % len(kinds)], rng)
         if scene.held_out:
             continue
         path = folder / f"{len(lines):04d}.png"
