@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
     parsed, the problem that this returns is an error.
     """
 
+    def _check_help(self, action: argparse.Action) -> None:
+        """Leave the text of an option's help as it is, until it is shown.
+
+        From Python 3.14 on, argparse fills in the choices as an option is defined, to find mistakes
+        in the text; here that would import JAX for every command.
+        """
+
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
         """Parse options, also where words that may be left out follow an option.
 
