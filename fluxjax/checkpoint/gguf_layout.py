@@ -36,9 +36,10 @@ WrittenAs = np.dtype | str | None
 def check_written_as(call: str, dtype: DTypeLike | None, layout: str) -> WrittenAs:
     """Return what weights are written as: a dtype, or one of GGUF's block formats.
 
-    **Arguments:** `call`: the name of the public function, for error messages. `dtype`: a dtype,
-    the name of a block format, or None for the dtype of the weights. `layout`: of the file.
-    **Raises:** `ValueError` for what the layout does not have.
+    **Arguments:** `call`: the name of the public function, for error messages. `dtype`: a dtype;
+    or the name of one of GGUF's block formats, as "Q4_K"; or None, which keeps the dtype of each
+    weight. `layout`: the name of the file's layout, as "gguf".
+    **Raises:** `ValueError` for a dtype or block format that files of this layout can't hold.
     """
     if isinstance(dtype, str) and dtype in GGUF_FORMATS:
         if layout == "gguf":

@@ -6,7 +6,6 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fluxjax.devices.ring import RingAttention
@@ -109,15 +108,14 @@ class TokenParallelFlux(eqx.Module):
         implementation = _implementation(attention if nag is None else nag.implementation)
         if degraded is not None:
             _implementation(degraded.attention)
-        devices = jax.lax.axis_size("context")
-        # "tensor" splits the heads before "context" exchanges them.
-        heads = self.flux.config.heads // jax.lax.axis_size("tensor")
+        devices, tensor = jax.lax.axis_size("context"), jax.lax.axis_size("tensor")
         joint: UlyssesAttention | RingAttention
-        if heads % devices == 0:
+        if not uses_ring(self.flux.config.heads, tensor, devices):
             joint = UlyssesAttention("context", prepared.txt_tokens, len(x), implementation, nag)
         elif implementation is None:
             joint = RingAttention("context", prepared.txt_tokens, len(x), nag)
         else:
+            heads = self.flux.config.heads // tensor
             raise ValueError(
                 f"{heads} heads are not divided by context={devices}, so ring attention is used, "
                 "which has only one implementation. Leave out attention=, or choose a context that "
@@ -134,12 +132,13 @@ class TokenParallelFlux(eqx.Module):
         return jax.lax.all_gather(part, "context", tiled=True)[: len(x)]
 
 
-def uses_ring(heads: int, mesh: Mesh) -> bool:
+def uses_ring(heads: int, tensor: int, context: int) -> bool:
     """Return whether the attention of a network on a mesh is `RingAttention`.
 
-    **Arguments:** `heads`: of the whole network.
+    **Arguments:** `heads`: of the whole network. `tensor`, `context`: sizes of the mesh's axes.
     """
-    return heads // mesh.shape["tensor"] % mesh.shape["context"] > 0
+    # "tensor" splits the heads before "context" exchanges them.
+    return heads // tensor % context > 0
 
 
 def _implementation(attention: AttentionChoice) -> str | Attention | None:

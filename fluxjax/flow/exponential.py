@@ -301,7 +301,8 @@ class UniPC2(_Multistep):
 
     def _corrected(self, state: UniPCState, t: Scalar, estimate: X) -> X:
         """Return the last step taken again, to t, with the estimate that was found at t."""
-        # Before the first step there is no node, and what is returned is not used.
+        # At the first step there is no earlier node to correct from. The caller ignores the result
+        # then, but its gradient has to be finite.
         start = jnp.where(state.steps > 0, state.last.t, t)
         difference = clock_difference(self.clock, start, t)
         first, second = _corrector_right_sides(difference)

@@ -215,7 +215,8 @@ def restore_image(
     """Draw what a picture may have been before it was blurred, shrunk, or partly hidden.
 
     Each image is an approximate draw of the posterior: of the pictures that the model draws for the
-    prompt, given what is left of this one. Guidance narrows the prior.
+    prompt, given what is left of this one. Guidance narrows the prior. On a mesh, each device has
+    the whole decoder for what is measured in pixels.
 
     **Arguments:** `image`: what is left of the picture, in [-1, 1], of any size. `prompt`:
     describes the picture; it may be empty. `restoration`: what has happened to it, and the method.
@@ -224,9 +225,8 @@ def restore_image(
     not have; guidance leads away from the empty prompt.
     **Returns:** float32 in [-1, 1], of the picture's size. Pixels that were not hidden are the
     image's if there is no noise in them.
-    **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for sizes in the
-    settings; for a step beside a method that is one. On a mesh, each device measures with the
-    whole decoder.
+    **Raises:** `ValueError` as `text_to_image`; for a mask of another size; for a height or width
+    in the settings; for an integrator in the settings where the method has its own.
     """
     guidance = guidance_of(models, guidance)
     degradation = restoration.degradation
@@ -321,5 +321,5 @@ def _needs_forward_attention(method: str, drawing: PromptedDrawing) -> bool:
     if method not in _FORWARD_MODE or drawing.settings.attention is not None:
         return False
     # Ring attention has them, and is not chosen by name.
-    mesh, config = drawing.models.mesh, drawing.models.flux.config
-    return mesh is None or not uses_ring(config.heads, mesh)
+    mesh, heads = drawing.models.mesh, drawing.models.flux.config.heads
+    return mesh is None or not uses_ring(heads, mesh.shape["tensor"], mesh.shape["context"])
