@@ -23,10 +23,10 @@ def mean_of_copies(x: Float[Array, "*shape"], axes: tuple[str, ...]) -> Float[Ar
     and gathers of a forward pass are transposed to sums over devices, and what follows the network
     has a copy of its output on each device.
 
-    **Arguments:** `axes`: such as `("tensor", "context")`; with none of them x is returned.
+    **Arguments:** `axes`: such as `("tensor", "context")`.
     """
     # Its transpose is a mean too: the gradients' parts are summed, and the copies counted once.
-    return jax.lax.pmean(x, axes) if axes else x
+    return jax.lax.pmean(x, axes)
 
 
 class SplitVelocity(StatefulVelocity):

@@ -43,7 +43,8 @@ class CommonInputs(eqx.Module):
     """What all images of a batch have in common.
 
     The conditions and the guidance are complements of those in `ImageRows`: `equinox.combine` of
-    both gives the ones of an image.
+    both gives the ones of an image. `split_axes`: the axes of the mesh that split the transformer's
+    layers or tokens.
     """
 
     positive: Conditioning
@@ -51,6 +52,7 @@ class CommonInputs(eqx.Module):
     guidance: Guidance
     recipe: Recipe
     source: Conditioning | None
+    split_axes: tuple[str, ...] = eqx.field(static=True, default=())
 
 
 class FieldNetworks(NamedTuple):
@@ -107,8 +109,16 @@ def split_batch(
         guidance=guidance,
         recipe=recipe,
         source=source,
+        split_axes=_split_axes(mesh),
     )
     return rows, shared
+
+
+def _split_axes(mesh: Mesh | None) -> tuple[str, ...]:
+    """Return the axes of a mesh that split the transformer's layers or tokens."""
+    if mesh is None:
+        return ()
+    return tuple(axis for axis in ("tensor", "context") if mesh.shape[axis] > 1)
 
 
 def _split_condition(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:

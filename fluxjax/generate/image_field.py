@@ -4,6 +4,7 @@ from typing import NamedTuple, cast
 
 import equinox as eqx
 
+from fluxjax.devices.copies import SplitVelocity
 from fluxjax.flow.sample import evaluation_times
 from fluxjax.flow.step import Step
 from fluxjax.flow.velocity import Velocity
@@ -65,6 +66,11 @@ def image_field(
     change, step = shared.recipe.change, shared.recipe.step
     if change is None:
         return velocity, step
+    if shared.split_axes:
+        # A change may take gradients of velocities.
+        velocity = SplitVelocity(velocity, shared.split_axes)  # type: ignore[assignment]
+        if source is not None:
+            source = SplitVelocity(source, shared.split_axes)  # type: ignore[assignment]
     return change(velocity, step, row.inputs, source)
 
 

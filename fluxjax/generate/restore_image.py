@@ -7,10 +7,8 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.devices.copies import SplitVelocity
 from fluxjax.devices.tokens import uses_ring
 from fluxjax.devices.vae_memory import without_vae_limit
 from fluxjax.flow.corrections import Correction
@@ -179,8 +177,7 @@ class Measured(DrawChange):
     """A change to the posterior of each image, given a measurement of it.
 
     Its inputs are the measured values of the images. `operator`: of a packed latent. `std`: of
-    their noise. `size`, `iterations`, `method`: as in `Restoration`. `split_axes`: of a mesh, over
-    which the transformer's layers or tokens are split.
+    their noise. `size`, `iterations`, `method`: as in `Restoration`.
     """
 
     operator: Operator
@@ -188,13 +185,10 @@ class Measured(DrawChange):
     size: Scalar
     iterations: int = eqx.field(static=True)
     method: str = eqx.field(static=True)
-    split_axes: tuple[str, ...] = eqx.field(static=True, default=())
 
     def __call__(
         self, velocity: Velocity, step: Step, inputs: Array, source: Velocity | None
     ) -> tuple[Velocity, Step]:
-        if self.split_axes:
-            velocity = SplitVelocity(velocity, self.split_axes)  # type: ignore[assignment]
         measurement = Measurement(self.operator, inputs, self.std)
         numbers = SolverNumbers(self.size, self.iterations)
         return SOLVERS[self.method](velocity, step, measurement, numbers)
@@ -290,7 +284,6 @@ def _draw_posterior(
         size=jnp.float32(size),
         iterations=restoration.iterations,
         method=restoration.method,
-        split_axes=_split_axes(restoration.method, drawing.models.mesh),
     )
     if _needs_forward_attention(restoration.method, drawing):
         settings = replace(drawing.settings, attention="xla_chunked")
@@ -307,13 +300,6 @@ def _draw_posterior(
         recipe = replace(drawing.recipe(numbers), change=change, remat=remat)
         drawn.append(drawing.draw(batch, recipe))
     return drawing.images(drawn)
-
-
-def _split_axes(method: str, mesh: Mesh | None) -> tuple[str, ...]:
-    """Return the axes over which the transformer is split that a method takes gradients of."""
-    if mesh is None or method not in _WITH_NETWORK_GRADIENT:
-        return ()
-    return tuple(axis for axis in ("tensor", "context") if mesh.shape[axis] > 1)
 
 
 def _needs_forward_attention(method: str, drawing: PromptedDrawing) -> bool:

@@ -19,7 +19,7 @@ VAE = VaeConfig(channels=(8,), groups=4, resnets=0, latent_channels=2)
 IMAGES, SIZE = 4, 32
 
 
-def restored(flux, vae, method, mesh=None, split_axes=(), scale=1.0):
+def restored(flux, vae, method, mesh=None, scale=1.0):
     """Return latents after two steps by a method that takes gradients of both networks."""
     decode = DecodePixels(vae, SIZE, SIZE, jnp.float32)
     change = Measured(
@@ -28,7 +28,6 @@ def restored(flux, vae, method, mesh=None, split_axes=(), scale=1.0):
         size=jnp.float32(0.3),
         iterations=2,
         method=method,
-        split_axes=split_axes,
     )
     prompt = draw(IMAGES, 3, 12, seed=1), draw(IMAGES, 6, seed=2)
     other = draw(IMAGES, 3, 12, seed=5), draw(IMAGES, 6, seed=6)
@@ -45,30 +44,22 @@ def restored(flux, vae, method, mesh=None, split_axes=(), scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("method", "sizes", "split_axes", "scale"),
+    ("method", "sizes", "scale"),
     [
-        ("pigdm", {"data": 2, "fsdp": 2}, (), 1.0),
-        ("pigdm", {"tensor": 2}, ("tensor",), 1.0),
+        ("pigdm", {"data": 2, "fsdp": 2}, 1.0),
+        ("pigdm", {"tensor": 2}, 1.0),
         # Heads are exchanged for tokens: context divides the 2 heads.
-        ("tmpd", {"fsdp": 2, "context": 2}, ("context",), 1.0),
+        ("tmpd", {"fsdp": 2, "context": 2}, 1.0),
         # Ring attention, as each device has one head.
-        ("tmpd", {"tensor": 2, "context": 2}, ("tensor", "context"), 1.0),
-        ("dps", {"data": 2, "tensor": 2, "context": 2}, ("tensor", "context"), 1.5),
+        ("tmpd", {"tensor": 2, "context": 2}, 1.0),
+        ("dps", {"data": 2, "tensor": 2, "context": 2}, 1.5),
     ],
 )
-def test_pixels_are_restored_on_a_mesh_as_on_one_device(method, sizes, split_axes, scale):
+def test_pixels_are_restored_on_a_mesh_as_on_one_device(method, sizes, scale):
     flux, vae = small_flux(), Vae(VAE, key=jax.random.key(0))
     expected = restored(flux, vae, method, scale=scale)
     assert np.isfinite(expected).all()
     mesh = mesh_of(**sizes)
-    found = restored(shard(flux, mesh), shard(vae, mesh), method, mesh, split_axes, scale)
+    found = restored(shard(flux, mesh), shard(vae, mesh), method, mesh, scale)
     # Sums in another order, and then divided by a variance of 0.01.
     assert relative(found, expected) <= 1e-4
-
-
-def test_gradients_of_a_split_transformer_need_the_mean_of_copies():
-    flux, vae = small_flux(), Vae(VAE, key=jax.random.key(0))
-    expected = restored(flux, vae, "pigdm")
-    mesh = mesh_of(tensor=2)
-    found = restored(shard(flux, mesh), shard(vae, mesh), "pigdm", mesh)
-    assert relative(found, expected) > 1e-2

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -72,25 +71,31 @@ def ends(velocity: PromptVelocity, noise: jax.Array, times: jax.Array, step: Ste
     return jax.vmap(lambda x: fluxjax.sample(velocity, x, times, step=step).x[:-1])(noise)
 
 
-class Learned(NamedTuple):
-    """What times are fitted to: draws of a velocity, their ends, an integrator, iterations."""
+class TimesFit(eqx.Module):
+    """A fit of times: to the ends of draws of a velocity, for one integrator."""
 
     velocity: PromptVelocity
     noise: jax.Array
     target: jax.Array
     step: Step
-    iterations: int
+    iterations: int = eqx.field(static=True)
 
-    def fit(self, starts: Sequence[jax.Array]) -> jax.Array:
-        """Return the times fitted from one of several starts that end nearest to the target."""
+    def best_of(self, starts: Sequence[jax.Array]) -> jax.Array:
+        """Fit from each of several times; return the result that ends nearest to the target."""
         best, least = starts[0], float("inf")
         for start in starts:
-            times = fit(self.velocity, self.noise, self.target, start, self.step, self.iterations)
+            times = self.fit_from(start)
             distance = ends(self.velocity, self.noise, times, self.step) - self.target[:, :-1]
             error = float(jnp.mean(distance**2))
             if error < least:
                 best, least = times, error
         return best
+
+    @eqx.filter_jit
+    def fit_from(self, start: jax.Array) -> jax.Array:
+        """Return the times fitted from one beginning, in one compiled program."""
+        options = {"step": self.step, "iterations": self.iterations}
+        return flow.fit_times(self.velocity, self.noise, self.target, start, **options)
 
 
 def errors_of(
@@ -105,12 +110,13 @@ def errors_of(
     whole_target = jnp.concatenate([target, noise[:, -1:]], 1)
     for steps in options.steps:
         planned = flow.plan_times(train, noise, steps)
+        uniform = flow.uniform_times(steps)
         own = generate.model_times(models.defaults, steps, SIZE, SIZE)
         for name, step in INTEGRATORS.items():
-            learned = Learned(train, noise, whole_target, step, options.iterations)
-            fitted = learned.fit((planned, flow.uniform_times(steps)))
+            times_fit = TimesFit(train, noise, whole_target, step, options.iterations)
+            fitted = times_fit.best_of((planned, uniform))
             row: dict[str, object] = {"steps": steps, "integrator": name}
-            every = (own, flow.uniform_times(steps), planned, fitted)
+            every = (own, uniform, planned, fitted)
             for column, times in zip(COLUMNS, every, strict=True):
                 distance = ends(test, test_noise, times, step) - exact
                 row[column] = round(float(jnp.sqrt(jnp.mean(distance**2))), 4)
@@ -139,19 +145,6 @@ def main() -> None:
             about = {"model": "tiny", "integrator": row["integrator"], "size": f"{SIZE}x{SIZE}"}
             path = options.write / f"{row['integrator']}_{row['steps']}.json"
             generate.write_times(path, fitted, about)
-
-
-@eqx.filter_jit
-def fit(
-    velocity: PromptVelocity,
-    noise: jax.Array,
-    target: jax.Array,
-    times: jax.Array,
-    step: Step,
-    iterations: int,
-) -> jax.Array:
-    """Return fitted times, in one compiled program."""
-    return flow.fit_times(velocity, noise, target, times, step=step, iterations=iterations)
 
 
 if __name__ == "__main__":
