@@ -1,6 +1,7 @@
 """The training examples of the tiny model's adapters, drawn and encoded in large batches."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from render_batch import (
     mask_features,
     scene_arrays,
 )
-from scenes import caption
+from scenes import ROLES, Scene, caption, plain_caption, plain_words
 
 from fluxjax.generate.latents import pack_latents
 from fluxjax.generate.load_models import Models
@@ -36,7 +37,8 @@ class Encoded(NamedTuple):
     each token (fill, edges), packed latents (kontext, controlnet), or a picture in bytes (redux).
     `caption`: states of the targets' full captions; of kontext and redux only. `taught`: [tokens],
     1 for those that are drawn anew where the base model knows how: hidden (fill), or changed by the
-    instruction (kontext).
+    instruction (kontext); of redux 1 for all if the picture shows what is to be drawn. `words`: for
+    each of `ROLES` the number of its state in `caption`; of redux only.
     """
 
     latents: jax.Array
@@ -44,6 +46,7 @@ class Encoded(NamedTuple):
     condition: jax.Array
     caption: TextStates | None
     taught: jax.Array
+    words: jax.Array | None
 
 
 class _Part(NamedTuple):
@@ -53,6 +56,7 @@ class _Part(NamedTuple):
     source: SceneArrays
     mask: Blot
     known: np.ndarray
+    is_shown: np.ndarray
 
 
 @eqx.filter_jit
@@ -78,6 +82,8 @@ def _encode_part(vae: Vae, tables: jax.Array, kind: str, part: _Part) -> tuple:
         if kind != "redux":
             condition = condition.astype(jnp.float16)
         taught = part.known * of_tokens(drawn_anew.astype(jnp.float16))
+        if kind == "redux":
+            taught = jnp.full_like(taught, part.is_shown)
         return latent(target).astype(jnp.float16), condition, taught
 
     return jax.vmap(one)(part)
@@ -101,27 +107,46 @@ def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     """Draw and encode examples; `models` are in float32."""
     tables = jnp.asarray(distance_tables())
     known = np.array([target.known for target in examples.targets], np.float16)
+    pairs = zip(examples.targets, examples.sources, strict=True)
+    is_shown = np.array([target.scene == source.scene for target, source in pairs], np.float16)
     targets, sources = scene_arrays(examples.targets), scene_arrays(examples.sources)
-    part = _Part(targets, sources, examples.masks, known)
+    part = _Part(targets, sources, examples.masks, known, is_shown)
     part = part._replace(mask=Blot(*(array.astype(np.float32) for array in part.mask)))
     encoded = _in_chunks(
         lambda rows: _encode_part(models.vae, tables, kind, rows), part, len(examples.prompts)
     )
     text = encode_prompts(models, examples.prompts)
-    captions = None
+    captions = words = None
+    if kind == "redux":
+        last = text.txt.shape[1] - 1
+        words = jnp.array([_numbers_of_words(one.scene, last) for one in examples.targets])
     if kind in ("kontext", "redux"):
         rng = np.random.default_rng(1)
-        captions = encode_prompts(models, [caption(one.scene, rng) for one in examples.targets])
-    return Encoded(encoded[0], text, encoded[1], captions, encoded[2])
+        worded = plain_caption if kind == "redux" else partial(caption, rng=rng)
+        captions = encode_prompts(models, [worded(one.scene) for one in examples.targets])
+    return Encoded(encoded[0], text, encoded[1], captions, encoded[2], words)
+
+
+def _numbers_of_words(scene: Scene, last: int) -> list[int]:
+    """Return which token of a plain caption has each role, or the last one, which is padding.
+
+    Every word of it is one token.
+    """
+    places = {role: number for number, role in enumerate(plain_words(scene))}
+    return [places.get(role, last) for role in ROLES]
 
 
 def encode_prompts(models: Models, prompts: Sequence[str]) -> TextStates:
-    """Encode prompts, in bfloat16."""
+    """Encode prompts: in bfloat16, or on a CPU, where that is slow, in float32.
+
+    The networks compute in the dtype of the text.
+    """
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     ids = prompt_ids(models.tokenizers, prompts, max_length=models.defaults.max_length)
 
     def run(rows):
         states = encode_text(models.clip, models.t5, rows, dtype=jnp.float32)
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), states)
+        return jax.tree.map(lambda x: x.astype(dtype), states)
 
     return _in_chunks(run, jax.tree.map(np.asarray, ids), len(prompts))
 

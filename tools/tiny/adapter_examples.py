@@ -76,16 +76,16 @@ def _plain(rng: np.random.Generator, canonical: float) -> Draw:
 def _edit(rng: np.random.Generator, canonical: float) -> Draw | None:
     """Return an edited scene, the instruction, and the scene before it.
 
-    Of a scene as the base model draws it, the edited one is so too: what is moved, added or left
-    over lies where the model puts the objects of the new scene.
+    Of a scene as the base model draws it, the edited one is so too: what is moved or added lies
+    where the model puts the objects of the new scene. What is left when another is removed stays.
     """
-    edit = EDITS[str(rng.choice(list(EDITS)))]
+    kind = str(rng.choice(list(EDITS)))
     for _ in range(40):
         source = random_placed(rng, canonical=canonical)
-        found = edit(source, rng)
+        found = EDITS[kind](source, rng)
         if found is not None:
             target, words = found
-            if source.known and not target.known:
+            if source.known and not target.known and kind != "remove":
                 target = canonical_spots(target.scene, rng)
             return target, words, source
     return None

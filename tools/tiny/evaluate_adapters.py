@@ -83,7 +83,7 @@ class Setup(NamedTuple):
 
     def with_lora(self, name: str) -> fluxjax.Models:
         """Return the models with an adapter merged."""
-        lora = fluxjax.read_lora(self.folder / f"{name}.safetensors")
+        lora = fluxjax.read_lora(self.folder / "loras" / f"{name}.safetensors")
         return self.models._replace(flux=fluxjax.merge(self.models.flux, [lora], [1.0]))
 
 
@@ -185,7 +185,7 @@ def score_edges(setup: Setup) -> Score:
 def score_controlnet(setup: Setup) -> Score:
     """Return the scores of the ControlNet, which follows a gray picture."""
     models = setup.models
-    controlnet = generate.load_controlnet(setup.folder / "controlnet.safetensors", dtype="float32")
+    controlnet = generate.load_controlnet(setup.folder / "controlnet", dtype="float32")
     settings = generate.ControlSettings(scale=1.0)
 
     def followed(picture: np.ndarray, prompt: str, row: int) -> np.ndarray:
@@ -238,8 +238,8 @@ def instruction_kind(prompt: str) -> str:
 def score_redux(setup: Setup) -> Score:
     """Return how well images show what a picture shows, and with a prompt, what it changes."""
     models, examples = setup.models, setup.examples("redux")
-    siglip = generate.load_siglip(setup.folder / "siglip.safetensors", dtype="float32")
-    redux = generate.load_redux(setup.folder / "redux_embedder.safetensors", dtype="float32")
+    siglip = generate.load_siglip(setup.folder / "image_encoder", dtype="float32")
+    redux = generate.load_redux(setup.folder / "image_embedder", dtype="float32")
     met, pictures = defaultdict(list), []
     for row, (target, prompt) in enumerate(zip(examples.targets, examples.prompts, strict=True)):
         source = drawn(examples.sources[row])
@@ -269,7 +269,7 @@ SCORES: dict[str, Callable[[Setup], Score]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", nargs="+", choices=SCORES, default=[*SCORES])
-    parser.add_argument("--folder", type=Path, default=tiny_folder() / "loras")
+    parser.add_argument("--folder", type=Path, default=tiny_folder())
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--anywhere", action="store_true", help="objects at random places")
     parser.add_argument("--guidance", type=float, default=1.0, help="distilled, of the adapter")

@@ -125,15 +125,18 @@ def drawn(placed: Placed) -> np.ndarray:
 Edit = tuple[Placed, str]
 
 
-def name_of(scene: Scene, index: int) -> str | None:
-    """Return words that mean one object of a scene, or None if its shape and colour do not."""
+def name_of(scene: Scene, index: int, rng: np.random.Generator) -> str | None:
+    """Return words that mean one object of a scene, or None if its shape and colour do not.
+
+    Of two objects both are named. Of one alone its shape may be enough.
+    """
     thing = scene.things[index]
     others = [other for number, other in enumerate(scene.things) if number != index]
-    if all(other.shape != thing.shape for other in others):
+    if not others and rng.random() < 0.5:
         return thing.shape
-    if all(other.color != thing.color for other in others):
-        return f"{thing.color} {thing.shape}"
-    return None
+    if any((other.color, other.shape) == (thing.color, thing.shape) for other in others):
+        return None
+    return f"{thing.color} {thing.shape}"
 
 
 def _with_thing(placed: Placed, index: int, thing: Thing, spot: Spot | None = None) -> Placed:
@@ -145,7 +148,7 @@ def _with_thing(placed: Placed, index: int, thing: Thing, spot: Spot | None = No
 
 
 def recolor(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """make the star blue"""
+    """make the red star blue"""
     index, name = _pick(placed, rng)
     if name is None:
         return None
@@ -164,7 +167,7 @@ def change_background(placed: Placed, rng: np.random.Generator) -> Edit | None:
 
 
 def reshape(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """turn the star into a heart"""
+    """turn the red star into a heart"""
     index, name = _pick(placed, rng)
     if name is None:
         return None
@@ -175,7 +178,7 @@ def reshape(placed: Placed, rng: np.random.Generator) -> Edit | None:
 
 
 def resize(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """make the star large"""
+    """make the red star large"""
     index, name = _pick(placed, rng)
     thing = placed.scene.things[index]
     if name is None or placed.scene.relation == "inside":
@@ -187,7 +190,7 @@ def resize(placed: Placed, rng: np.random.Generator) -> Edit | None:
 
 
 def remove(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """remove the ring"""
+    """remove the blue ring"""
     if len(placed.spots) == 1:
         return None
     index, name = _pick(placed, rng)
@@ -207,12 +210,12 @@ def _beside(relation: str, other: Spot, radius: float) -> Spot:
 
 
 def move(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """move the star below the ring"""
+    """move the red star below the blue ring"""
     scene = placed.scene
     if len(placed.spots) == 1 or scene.relation == "inside":
         return None
     index = int(rng.integers(2))
-    names = name_of(scene, index), name_of(scene, 1 - index)
+    names = name_of(scene, index, rng), name_of(scene, 1 - index, rng)
     if None in names:
         return None
     relation = str(rng.choice([r for r in RELATIONS[:4] if r != scene.relation]))
@@ -229,7 +232,7 @@ def move(placed: Placed, rng: np.random.Generator) -> Edit | None:
 
 
 def add(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """add a red star below the ring"""
+    """add a red star below the blue ring"""
     scene = placed.scene
     if len(placed.spots) == 2:
         return None
@@ -242,17 +245,18 @@ def add(placed: Placed, rng: np.random.Generator) -> Edit | None:
     edited = Placed(
         replace(scene, relation=relation, things=(thing, *scene.things)), (spot, *placed.spots)
     )
-    if not fits(edited):
+    name = name_of(scene, 0, rng)
+    if name is None or not fits(edited):
         return None
-    return edited, f"add {thing.phrase} {_worded(relation, rng)} the {scene.things[0].shape}"
+    return edited, f"add {thing.phrase} {_worded(relation, rng)} the {name}"
 
 
 def swap(placed: Placed, rng: np.random.Generator) -> Edit | None:
-    """swap the star and the ring"""
+    """swap the red star and the blue ring"""
     scene = placed.scene
     if len(placed.spots) == 1 or scene.relation == "inside":
         return None
-    names = name_of(scene, 0), name_of(scene, 1)
+    names = name_of(scene, 0, rng), name_of(scene, 1, rng)
     if None in names:
         return None
     (x0, y0, first), (x1, y1, second) = placed.spots
@@ -265,7 +269,7 @@ def swap(placed: Placed, rng: np.random.Generator) -> Edit | None:
 
 def _pick(placed: Placed, rng: np.random.Generator) -> tuple[int, str | None]:
     index = int(rng.integers(len(placed.spots)))
-    return index, name_of(placed.scene, index)
+    return index, name_of(placed.scene, index, rng)
 
 
 def _worded(relation: str, rng: np.random.Generator) -> str:

@@ -180,6 +180,38 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return str(rng.choice(forms))
 
 
+ROLES = (
+    *("article", "size", "color", "shape", "relation", "of"),
+    *("second article", "second size", "second color", "second shape"),
+    *("on", "third article", "background", "ground", "end"),
+)
+"""What the words of a plain caption stand for, and its end."""
+
+
+def plain_words(scene: Scene) -> dict[str, str]:
+    """Return the words of a scene's plain caption by role, in their order, and its end as "".
+
+    Scenes that look the same have the same words: things are above and left of others.
+    """
+    things, relation = scene.things, scene.relation
+    if relation in ("below", "right of"):
+        things, relation = things[::-1], OPPOSITE[relation]
+    words = {}
+    for prefix, thing in zip(("", "second "), things, strict=False):
+        words[f"{prefix}article"] = thing.phrase.split()[0]
+        words |= {f"{prefix}{name}": getattr(thing, name) for name in ("size", "color", "shape")}
+        if relation is not None and not prefix:
+            words |= dict(zip(("relation", "of"), relation.split(), strict=False))
+    ground = _article(f"{scene.background} background").split()
+    words |= dict(zip(ROLES[10:14], ("on", *ground), strict=True))
+    return {role: word for role, word in words.items() if word} | {"end": ""}
+
+
+def plain_caption(scene: Scene) -> str:
+    """Return the text of `plain_words`."""
+    return " ".join(plain_words(scene).values()).rstrip()
+
+
 def place(
     scene: Scene, height: int, width: int, rng: np.random.Generator
 ) -> list[tuple[float, float, float]]:

@@ -6,7 +6,6 @@ What is written is the moving average of the weights.
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from adapter_data import Encoded, encode_examples, encode_prompts
 from adapter_examples import KINDS, make_examples_in_parallel
-from adapter_tasks import RECIPES, Task, make_task
+from adapter_tasks import Stage, Task, make_task
 
 from fluxjax.generate.load_models import load_models
 from fluxjax.lora.adapter import Change, Lora
@@ -75,9 +74,9 @@ def rate_at(share: float, highest: float) -> float:
     return highest * (LAST_RATE + (1 - LAST_RATE) * falling)
 
 
-def compiled_steps(task: Task, optimizer: Any, count: int, batch: int) -> Callable:
+def compiled_steps(task: Task, stage: Stage, optimizer: Any, count: int, batch: int) -> Callable:
     """Return a compiled function of several steps on random batches of the examples."""
-    step = make_step(task.loss, optimizer, ema_decay=EMA, trainable=task.trained)
+    step = make_step(stage.loss, optimizer, ema_decay=EMA, trainable=task.trained)
 
     def steps(state, flux, data: Encoded, empty, key):
         def one(state, key):
@@ -104,19 +103,20 @@ def compile_quickly(function: Callable, *arguments: Any) -> Callable:
 
 
 class Clock:
-    """The share of the training that is over, by time or by steps, whichever is more."""
+    """The share of a stage that is over, by time or by steps, whichever is more."""
 
-    def __init__(self, minutes: float, steps: int | None):
-        self.begin, self.steps = process_seconds(), steps
-        self.seconds = max(60 * minutes - STOP_EARLY - self.begin, 1e-3)
+    def __init__(self, seconds: float, steps: float | None):
+        self.begin, self.steps = time.monotonic(), steps
+        self.seconds = max(seconds, 1e-3)
 
     def share(self, step: int) -> float:
-        by_time = (process_seconds() - self.begin) / self.seconds
+        by_time = (time.monotonic() - self.begin) / self.seconds
         return by_time if self.steps is None else max(by_time, step / self.steps)
 
 
 def train(options: argparse.Namespace) -> None:
     kind, key = options.kind, jax.random.key(options.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
     examples = make_examples_in_parallel(kind, options.examples, options.seed, options.workers)
     _log(kind, f"{len(examples.prompts)} examples")
     models = load_models("tiny", dtype="float32")
@@ -127,29 +127,50 @@ def train(options: argparse.Namespace) -> None:
     task = make_task(kind, models, key)
     if options.start is not None:
         task = task._replace(model=like(task.model, read_lora(options.start)))
-    rate = options.rate or RECIPES[kind].rate
-    optimizer = make_optimizer(rate)
-    state = TrainState.create(task.model, optimizer, trainable=task.trained)
+    optimizer = make_optimizer(task.stages[0].rate)
     # Copies, since arrays of the model and of its average would be donated twice.
-    state = with_rate(jax.tree.map(jnp.array, state), rate)
-    steps = compile_quickly(
-        compiled_steps(task, optimizer, options.scan, options.batch),
-        *(state, task.flux, data, empty, key),
-    )
-    _log(kind, "compiled")
-    log = Log(kind, options.report)
-    clock, done, written = Clock(options.minutes, options.steps), 0, time.monotonic()
-    path = options.output / f"{kind}.safetensors"
+    state = TrainState.create(task.model, optimizer, trainable=task.trained)
+    state = jax.tree.map(jnp.array, state)
+    for number, stage in enumerate(task.stages):
+        arguments = task.flux, data, empty
+        state = train_stage(options, task, stage, state, arguments, jax.random.fold_in(key, number))
+    task.write(state.ema, options.output)
+    _log(kind, f"finished: {options.output}")
+
+
+def train_stage(
+    options: argparse.Namespace,
+    task: Task,
+    stage: Stage,
+    state: TrainState,
+    arguments: tuple,
+    key: jax.Array,
+) -> TrainState:
+    """Return the state after a stage of the training.
+
+    **Arguments:** `arguments`: of the steps, between the state and the key.
+    """
+    rate = options.rate or stage.rate
+    optimizer = make_optimizer(rate)
+    state = with_rate(state, rate)
+    made = compiled_steps(task, stage, optimizer, options.scan, options.batch)
+    steps = compile_quickly(made, state, *arguments, key)
+    _log(options.kind, "compiled")
+    log = Log(options.kind, options.report)
+    rest = 60 * options.minutes - STOP_EARLY - process_seconds()
+    seconds = rest if stage is task.stages[-1] else stage.share * rest
+    count = None if options.steps is None else stage.share * options.steps
+    clock, done, written = Clock(seconds, count), 0, time.monotonic()
     while (share := clock.share(done)) < 1:
         state = with_rate(state, rate_at(share, rate))
-        state, losses = steps(state, task.flux, data, empty, jax.random.fold_in(key, done))
+        state, losses = steps(state, *arguments, jax.random.fold_in(key, done))
         done += options.scan
         log.add(done, float(jnp.mean(losses)))
         if time.monotonic() - written >= options.save:
-            replace_file(task, state.ema, path)
+            task.write(state.ema, options.output)
             written = time.monotonic()
-    replace_file(task, state.ema, path)
-    _log(kind, f"finished after {done} steps: {path}")
+    _log(options.kind, f"{done} steps")
+    return state
 
 
 class Log:
@@ -166,14 +187,6 @@ class Log:
             mean, speed = sum(self.losses) / len(self.losses), (step - self.first) / passed
             _log(self.kind, f"step {step} loss {mean:.5f} {speed:.1f} steps/s")
             self.since, self.first, self.losses = time.monotonic(), step, []
-
-
-def replace_file(task: Task, model: eqx.Module, path: Path) -> None:
-    """Write a file, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"part-{path.name}")
-    task.write(model, temporary)
-    os.replace(temporary, path)
 
 
 def process_seconds() -> float:
@@ -193,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("kind", choices=KINDS)
     add("--minutes", type=float, required=True, help="from the start to the last write")
-    add("--output", type=Path, required=True, help="folder of the written files")
+    add("--output", type=Path, required=True, help="folder of what is written")
     add("--examples", type=int, default=32768, help="scenes that are drawn and encoded first")
     add("--workers", type=int, default=3, help="processes that draw the scenes")
     add("--batch", type=int, default=256, help="examples of a step")
