@@ -171,7 +171,7 @@ HEIGHT, WIDTH, STEPS = 48, 80, 5
 
 @pytest.fixture(scope="module")
 def tiny_nets(folder):
-    """ControlNets of the shipped model's width, theirs and ours."""
+    """ControlNets of the shipped model's width, theirs and ours, and the one that ships with it."""
     sizes = dict(diffusers.FluxTransformer2DModel.load_config(tiny_folder() / "transformer"))
     names = ("num_attention_heads", "attention_head_dim", "axes_dims_rope", "joint_attention_dim")
     names += ("pooled_projection_dim", "guidance_embeds", "in_channels")
@@ -181,6 +181,10 @@ def tiny_nets(folder):
         theirs = perturbed(diffusers.FluxControlNetModel(**config, **kind), seed=5)
         theirs.save_pretrained(folder / f"tiny {name}")
         found[name] = theirs, load_controlnet(folder / f"tiny {name}")
+    theirs = diffusers.FluxControlNetModel.from_pretrained(
+        tiny_folder() / "controlnet", torch_dtype=torch.float32
+    )
+    found["shipped"] = theirs.eval(), load_controlnet("tiny", dtype="float32")
     return found
 
 
@@ -219,6 +223,7 @@ def pipeline_latents(theirs, tiny, image, noise, settings, scale):
         ("Union", ControlSettings(mode=2, scale=0.6, start=0.2, end=0.8), 2.0),
         ("Union-Pro 2.0", ControlSettings(scale=0.8, end=0.5), 1.0),
         ("XLabs", ControlSettings(scale=0.7), 1.0),
+        ("shipped", ControlSettings(end=0.8), 1.0),
     ],
 )
 def test_both_pipelines_end_at_the_same_latents(tiny_nets, tiny, name, settings, scale):
