@@ -139,7 +139,7 @@ FLUX1 = Family(
             defaults=Defaults(
                 steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65
             ),
-            adapters={"fill": "fill", "control": "edges"},
+            adapters={"fill": "fill", "control": "edges", "reference": "kontext"},
         ),
         "dev": Model(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
         "schnell": Model(

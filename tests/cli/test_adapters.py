@@ -20,7 +20,7 @@ def places(model: str, given: list[str], takes: list[str | None]) -> list[str]:
         ([], [None], []),
         ([], ["fill"], ["tiny:fill"]),
         ([], [None, "control"], ["tiny:edges"]),
-        ([], ["reference"], []),
+        ([], ["reference"], ["tiny:kontext"]),
         ([], ["fill", "fill"], ["tiny:fill"]),
         (["tiny:chalk:0.5"], ["fill"], ["tiny:chalk", "tiny:fill"]),
         (["tiny:fill:0.5"], ["fill"], ["tiny:fill"]),

@@ -11,9 +11,11 @@ import pytest
 from adapter_data import Encoded, encode_examples, encode_prompts
 from adapter_examples import make_examples
 from adapter_tasks import RECIPES, make_task, words_loss
+from evaluate_adapters import SCORES, Setup
 from placed import EDITS, canonical_spots, drawn
 from scenes import OPPOSITE, ROLES, Scene, Thing, check, plain_caption, plain_words, random_scene
 
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.train.step import TrainState, make_step
 
 
@@ -152,3 +154,29 @@ def test_what_is_left_when_an_object_is_removed_stays_in_its_place():
     assert removed
     for target, source in removed:
         assert target.spots[0] in source.spots
+
+
+# The adapters that ship. What they score on 100 scenes is in the model's card; of 8 the bounds are
+# lower, since one scene counts for much.
+
+
+def scores(tiny, name, **settings):
+    setup = Setup(tiny, tiny_folder(), **{"count": 8, "canonical": 1.0, "guidance": 3.5} | settings)
+    found, pictures = SCORES[name](setup)
+    assert pictures.shape[0] == setup.count
+    return found
+
+
+def test_the_controlnet_that_ships_follows_gray_pictures(tiny):
+    found = scores(tiny, "controlnet", canonical=0.0)
+    # Two of the eight scenes have an object that is as bright as its background.
+    assert found["edges_followed_percent"] >= 80
+    assert found["own_edges_percent"] <= 10
+    assert found["without_followed_percent"] <= 40
+
+
+def test_the_kontext_adapter_that_ships_follows_instructions_and_keeps_the_rest(tiny):
+    found = scores(tiny, "kontext")
+    # Without the adapter, no instruction is followed.
+    assert found["adherence_percent"] >= 25
+    assert found["kept_psnr_db"] >= 25

@@ -57,6 +57,18 @@ def psnr(error: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean(np.square(error / 2))))
 
 
+def kept_scores(errors: list[np.ndarray], limits: list[np.ndarray]) -> dict[str, float]:
+    """Return the mean PSNR of what is kept over the scenes that keep something, and that of all
+    their pixels together, which the worst scenes decide; of images and of the VAE alone.
+    """
+    scores = {}
+    for name, parts in (("kept", errors), ("vae", limits)):
+        of_scenes = [psnr(part) for part in parts if part.size]
+        scores[f"{name}_psnr_db"] = round(float(np.mean(of_scenes)), 2)
+        scores[f"{name}_psnr_of_all_pixels_db"] = round(psnr(np.concatenate(parts)), 2)
+    return scores
+
+
 def percent(met: list[bool]) -> float:
     """Return the share of what is true, in percent."""
     return round(100 * float(np.mean(met)), 1)
@@ -117,8 +129,7 @@ def score_fill(setup: Setup) -> Score:
     scores = {
         "adherence_percent": percent(met),
         "inpainting_percent": percent(met_base),
-        "kept_psnr_db": round(psnr(np.concatenate(errors)), 2),
-        "vae_psnr_db": round(psnr(np.concatenate(limits)), 2),
+        **kept_scores(errors, limits),
     }
     return scores, np.array(pictures)
 
@@ -217,8 +228,7 @@ def score_kontext(setup: Setup) -> Score:
     scores = {
         "adherence_percent": percent([one for kind in met.values() for one in kind]),
         "by_instruction_percent": {kind: percent(met[kind]) for kind in EDITS if kind in met},
-        "kept_psnr_db": round(psnr(np.concatenate(errors)), 2),
-        "vae_psnr_db": round(psnr(np.concatenate(limits)), 2),
+        **kept_scores(errors, limits),
     }
     return scores, np.array(pictures)
 
