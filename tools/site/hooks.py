@@ -21,6 +21,8 @@ _COPIED = {
     "styles.png": "weights/tiny/loras/styles.png",
     "fill.png": "weights/tiny/loras/fill.png",
     "edges.png": "weights/tiny/loras/edges.png",
+    "kontext.png": "weights/tiny/loras/kontext.png",
+    "controlnet.png": "weights/tiny/controlnet/controlnet.png",
 }
 """Files of the site, and those of the repository that they are."""
 _LINK = re.compile(r"\]\((?P<place>[^)#\s:]+)(?P<heading>#[^)\s]*)?\)")
