@@ -301,8 +301,9 @@ class UniPC2(_Multistep):
 
     def _corrected(self, state: UniPCState, t: Scalar, estimate: X) -> X:
         """Return the last step taken again, to t, with the estimate that was found at t."""
-        # At the first step there is no earlier node to correct from. The caller ignores the result
-        # then, but its gradient has to be finite.
+        # A correction starts at the time of the step before. The first step has none before it: the
+        # result is then unused, but it is computed, and its gradient must not be NaN. Starting at
+        # t makes the step empty and the gradient finite.
         start = jnp.where(state.steps > 0, state.last.t, t)
         difference = clock_difference(self.clock, start, t)
         first, second = _corrector_right_sides(difference)

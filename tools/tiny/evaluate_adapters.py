@@ -58,8 +58,13 @@ def psnr(error: np.ndarray) -> float:
 
 
 def kept_scores(errors: list[np.ndarray], limits: list[np.ndarray]) -> dict[str, float]:
-    """Return the mean PSNR of what is kept over the scenes that keep something, and that of all
-    their pixels together, which the worst scenes decide; of images and of the VAE alone.
+    """Return how close the kept pixels are to the original picture, in dB.
+
+    There are two numbers: the mean of the scenes' PSNRs, and the PSNR of the pixels of all scenes
+    together, which depends mostly on the worst scenes. Scenes without kept pixels are left out.
+
+    **Arguments:** `errors`: for each scene, drawn minus original at the kept pixels. `limits`: the
+    same after the original has only been encoded and decoded by the VAE.
     """
     scores = {}
     for name, parts in (("kept", errors), ("vae", limits)):

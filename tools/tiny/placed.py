@@ -126,9 +126,11 @@ Edit = tuple[Placed, str]
 
 
 def name_of(scene: Scene, index: int, rng: np.random.Generator) -> str | None:
-    """Return words that mean one object of a scene, or None if its shape and colour do not.
+    """Return words that name one object of a scene, as "red star".
 
-    Of two objects both are named. Of one alone its shape may be enough.
+    In a scene of two objects the name has the colour and the shape. An object that is alone in its
+    scene is called by its shape only in half of the cases. If both objects have the same colour and
+    shape, no name tells them apart, and None is returned.
     """
     thing = scene.things[index]
     others = [other for number, other in enumerate(scene.things) if number != index]
