@@ -58,11 +58,6 @@ def test_scenes_that_look_the_same_have_the_same_plain_caption():
             assert plain_caption(mirrored) == plain_caption(scene)
 
 
-@pytest.fixture(scope="module")
-def float32(tiny):
-    return tiny._replace(flux=jax.tree.map(lambda x: x.astype(jnp.float32), tiny.flux))
-
-
 def encoded(models, kind, count=4):
     return encode_examples(models, kind, make_examples(kind, count, seed=3))
 
@@ -106,16 +101,16 @@ def one_step(task, data, models):
     return step(state, task.flux, data, empty, key=jax.random.key(1))
 
 
-def test_a_new_controlnet_changes_nothing_and_its_text_gets_no_mlp(float32):
-    data = encoded(float32, "controlnet")
-    task = make_task("controlnet", float32, jax.random.key(0))
-    state, loss = one_step(task, data, float32)
+def test_a_new_controlnet_changes_nothing_and_its_text_gets_no_mlp(tiny):
+    data = encoded(tiny, "controlnet")
+    task = make_task("controlnet", tiny, jax.random.key(0))
+    state, loss = one_step(task, data, tiny)
     zeroed = eqx.tree_at(
         lambda net: (net.condition_in, net.double),
         task.model,
         replace_fn=lambda part: jax.tree.map(jnp.zeros_like, part),
     )
-    _, same = one_step(task._replace(model=zeroed), data, float32)
+    _, same = one_step(task._replace(model=zeroed), data, tiny)
     assert float(loss) == pytest.approx(float(same), rel=1e-5)
     trained = state.model
     assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(trained.double.txt.mlp))
@@ -126,8 +121,8 @@ def test_a_new_controlnet_changes_nothing_and_its_text_gets_no_mlp(float32):
     assert float(jnp.abs(trained.double_residual.bias).max()) > 0
 
 
-def test_kontext_changes_every_matrix(float32):
-    task = make_task("kontext", float32, jax.random.key(0))
+def test_kontext_changes_every_matrix(tiny):
+    task = make_task("kontext", tiny, jax.random.key(0))
     (lora,) = task.model.changes.values()
     assert {"double.0.img.modulation.weight", "final.modulation.weight", "img_in.weight"} <= {*lora}
     assert {change.term.up.shape[1] for (change,) in lora.values()} <= {RECIPES["kontext"].rank, 64}
@@ -184,6 +179,5 @@ def test_the_controlnet_that_ships_follows_gray_pictures(tiny):
 
 def test_the_kontext_adapter_that_ships_follows_instructions_and_keeps_the_rest(tiny):
     found = scores(tiny, "kontext")
-    # Without the adapter, no instruction is followed.
     assert found["adherence_percent"] >= 50
     assert found["kept_psnr_db"] >= 28

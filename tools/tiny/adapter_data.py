@@ -37,8 +37,9 @@ class Encoded(NamedTuple):
     each token (fill, edges), packed latents (kontext, controlnet), or a picture in bytes (redux).
     `caption`: states of the targets' full captions; of kontext and redux only. `taught`: [tokens],
     1 for those that are drawn anew where the base model knows how: hidden (fill), or changed by the
-    instruction (kontext); of redux 1 for all if the picture shows what is to be drawn. `words`: for
-    each of `ROLES` the number of its state in `caption`; of redux only.
+    instruction (kontext). For redux it is 1 for all tokens if the picture shows the scene that is
+    to be drawn, and 0 if the prompt changes it. `words`: for each of `ROLES` the number of its
+    state in `caption`; of redux only.
     """
 
     latents: jax.Array
@@ -56,7 +57,6 @@ class _Part(NamedTuple):
     source: SceneArrays
     mask: Blot
     known: np.ndarray
-    is_shown: np.ndarray
 
 
 @eqx.filter_jit
@@ -78,12 +78,11 @@ def _encode_part(vae: Vae, tables: jax.Array, kind: str, part: _Part) -> tuple:
         elif kind == "kontext":
             condition = latent(source)
         else:
+            drawn_anew = jnp.ones_like(drawn_anew)
             condition = jnp.round((source + 1) * 127.5).astype(jnp.uint8)
         if kind != "redux":
             condition = condition.astype(jnp.float16)
         taught = part.known * of_tokens(drawn_anew.astype(jnp.float16))
-        if kind == "redux":
-            taught = jnp.full_like(taught, part.is_shown)
         return latent(target).astype(jnp.float16), condition, taught
 
     return jax.vmap(one)(part)
@@ -107,10 +106,11 @@ def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     """Draw and encode examples; `models` are in float32."""
     tables = jnp.asarray(distance_tables())
     known = np.array([target.known for target in examples.targets], np.float16)
-    pairs = zip(examples.targets, examples.sources, strict=True)
-    is_shown = np.array([target.scene == source.scene for target, source in pairs], np.float16)
+    if kind == "redux":
+        pairs = zip(examples.targets, examples.sources, strict=True)
+        known = np.array([target.scene == source.scene for target, source in pairs], np.float16)
     targets, sources = scene_arrays(examples.targets), scene_arrays(examples.sources)
-    part = _Part(targets, sources, examples.masks, known, is_shown)
+    part = _Part(targets, sources, examples.masks, known)
     part = part._replace(mask=Blot(*(array.astype(np.float32) for array in part.mask)))
     encoded = _in_chunks(
         lambda rows: _encode_part(models.vae, tables, kind, rows), part, len(examples.prompts)

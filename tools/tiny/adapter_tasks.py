@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from adapter_data import Encoded
+from jax.typing import DTypeLike
 from placed import SIZE
 
 from fluxjax.flow.times import resolution_mu
@@ -41,10 +42,11 @@ TAUGHT = ("fill", "kontext")
 """The adapters that learn from the base model what is to be drawn anew."""
 DROPPED = 0.1
 LEAST_TIME = 0.1
-"""Below the last time that is evaluated, which is 0.27 of 20 steps, and 0.13 of 50."""
+"""The lowest of the uniform times. A sampler's last evaluation is at 0.27 for 20 steps, and at 0.13
+for 50."""
 SIGLIP = SiglipConfig(image_size=SIZE, patch=16, width=96, heads=3, depth=3, mlp_width=384)
 FLOAT8 = jnp.float8_e4m3fn
-"""The dtype of the files of whole networks, which are large beside LoRAs."""
+"""The dtype of large files: whole networks, and LoRAs of every matrix."""
 
 
 EVERY_MATRIX = (".*",)
@@ -59,7 +61,7 @@ class Recipe(NamedTuple):
     `rate`: the highest learning rate. `features`: appended to each token. `rank`: of the matrices
     that `targets` choose. `input_rank`: of `img_in`, 0 for none. `uniform`: the share of times that
     are uniform in [`LEAST_TIME`, 1]. The others are those of the sampler, which are mostly near 1;
-    but what is copied exactly is decided at the lowest ones.
+    but what is copied exactly is decided at the lowest ones. `dtype`: of a LoRA's file.
     """
 
     rate: float
@@ -68,12 +70,13 @@ class Recipe(NamedTuple):
     input_rank: int = 0
     uniform: float = 0.25
     targets: tuple[str, ...] = (*BLOCKS, r"final\.linear")
+    dtype: DTypeLike = jnp.bfloat16
 
 
 RECIPES = {
     "fill": Recipe(2e-3, features=320, rank=16, input_rank=128, uniform=0.5, targets=EVERY_MATRIX),
     "edges": Recipe(2e-3, features=64, input_rank=64),
-    "kontext": Recipe(4e-3, rank=24, uniform=0.5, targets=EVERY_MATRIX),
+    "kontext": Recipe(4e-3, rank=24, uniform=0.5, targets=EVERY_MATRIX, dtype=FLOAT8),
     "controlnet": Recipe(1e-3),
     "redux": Recipe(5e-4, rank=0, uniform=0.0),
 }
@@ -140,7 +143,7 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
     def write(lora: eqx.Module, folder: Path) -> None:
         # In kohya's names, q, k and v share one down, so the file is smaller.
         path = folder / f"{kind}.safetensors"
-        write_lora(path, lora, to="kohya", dtype=jnp.bfloat16, overwrite=True)
+        write_lora(path, lora, to="kohya", dtype=recipe.dtype, overwrite=True)
 
     stages = (Stage(partial(lora_loss, kind), recipe.rate),)
     return Task(lora, trainable(lora), _frozen(flux), stages, write)

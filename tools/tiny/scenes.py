@@ -203,7 +203,9 @@ def plain_words(scene: Scene) -> dict[str, str]:
         if relation is not None and not prefix:
             words |= dict(zip(("relation", "of"), relation.split(), strict=False))
     ground = _article(f"{scene.background} background").split()
-    words |= dict(zip(ROLES[10:14], ("on", *ground), strict=True))
+    words |= {"on": "on"} | dict(
+        zip(("third article", "background", "ground"), ground, strict=True)
+    )
     return {role: word for role, word in words.items() if word} | {"end": ""}
 
 
