@@ -47,7 +47,7 @@ class Model:
     licence of Black Forest Labs allows no commercial use. `takes`: what it is conditioned on beside
     a prompt: "fill" for an image and a mask, "control" for edges or depth, "reference" for an image
     that is edited, None for nothing. `adapters`: names of LoRA adapters that ship with the package,
-    by what the model takes with them.
+    by what the model takes with them; "image" for the image prompts of the Redux that ships.
     """
 
     repository: str | None
@@ -139,7 +139,7 @@ FLUX1 = Family(
             defaults=Defaults(
                 steps=20, height=128, width=128, max_length=24, base_shift=2.0, max_shift=2.65
             ),
-            adapters={"fill": "fill", "control": "edges", "reference": "kontext"},
+            adapters={"fill": "fill", "control": "edges", "reference": "kontext", "image": "redux"},
         ),
         "dev": Model(repository="black-forest-labs/FLUX.1-dev", defaults=Defaults()),
         "schnell": Model(

@@ -30,7 +30,7 @@ from fluxjax.generate.redux import REDUX_GUIDANCE, REDUX_STEPS, redux_condition,
 from fluxjax.generate.stage_memory import AddedTokens
 from fluxjax.nets.siglip import SiglipConfig
 from fluxjax.shapes import Image
-from fluxjax.zoo import Defaults
+from fluxjax.zoo import Defaults, named_model
 
 _SIGLIP_TOKENS = (SiglipConfig().image_size // SiglipConfig().patch) ** 2
 """Of an image prompt of Redux."""
@@ -60,6 +60,11 @@ class ReduxSource(ConditionSource):
     siglip: str
     rule: str
     needs_both: bool
+
+    @property
+    def takes(self) -> str | None:
+        # The adapter that ships with a model belongs to the Redux that ships with it.
+        return None if named_model(self.redux) is None else "image"
 
     @property
     def networks(self) -> Sequence[ConditionNetwork]:

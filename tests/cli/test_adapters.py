@@ -22,6 +22,7 @@ def places(model: str, given: list[str], takes: list[str | None]) -> list[str]:
         ([], [None, "control"], ["tiny:edges"]),
         ([], ["reference"], ["tiny:kontext"]),
         ([], ["fill", "fill"], ["tiny:fill"]),
+        ([], ["image", None], ["tiny:redux"]),
         (["tiny:chalk:0.5"], ["fill"], ["tiny:chalk", "tiny:fill"]),
         (["tiny:fill:0.5"], ["fill"], ["tiny:fill"]),
         (["mine.safetensors"], ["fill"], ["mine.safetensors"]),

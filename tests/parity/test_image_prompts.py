@@ -11,6 +11,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from reference import FLOAT32_BOUND, normal, perturbed, relative_error, to_torch
 
 from fluxjax import Conditioning
+from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.generate import (
     clip_pixels,
     load_clip_vision,
@@ -75,6 +76,22 @@ def test_siglip_equals_transformers_in_every_state_and_pooled(siglips):
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_redux_that_ships_is_read_by_transformers_and_diffusers():
+    folder = tiny_folder()
+    encoder = transformers.SiglipVisionModel.from_pretrained(
+        folder / "image_encoder", dtype=torch.float32
+    ).eval()
+    embedder = ReduxImageEncoder.from_pretrained(
+        folder / "image_embedder", torch_dtype=torch.float32
+    ).eval()
+    siglip, redux = load_siglip("tiny", dtype="float32"), load_redux("tiny", dtype="float32")
+    pixels = np.tanh(normal(siglip.config.image_size, siglip.config.image_size, 3))
+    with torch.no_grad():
+        states = encoder(torch_pixels(pixels)).last_hidden_state
+        expected = embedder(states).image_embeds[0]
+    assert relative_error(redux(siglip(pixels)), expected) <= FLOAT32_BOUND
+
+
 def test_clip_vision_equals_transformers_projected(tmp_path, activation):
     config = transformers.CLIPVisionConfig(
         hidden_size=48,

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_data import Encoded, encode_examples, encode_prompts
+from adapter_data import WORDS, encode_examples, encode_prompts, numbers_of_words
 from adapter_examples import make_examples
-from adapter_tasks import RECIPES, make_task, words_loss
+from adapter_tasks import RECIPES
 from evaluate_adapters import SCORES, Setup
 from placed import EDITS, canonical_spots, drawn
+from redux_task import pictures_loss, redux_task, rows_of_roles
 from scenes import OPPOSITE, ROLES, Scene, Thing, check, plain_caption, plain_words, random_scene
+from train_adapters import make_task
 
 from fluxjax.checkpoint.shipped import tiny_folder
 from fluxjax.train.step import TrainState, make_step
@@ -31,72 +33,96 @@ STAR, RING = Thing("large", "red", "star"), Thing("", "blue", "ring")
 
 def test_a_plain_caption_is_written_out():
     scene = Scene("orange", (STAR, RING), "left of")
-    assert plain_caption(scene) == "a large red star left of a blue ring on an orange background"
-    assert list(plain_words(scene).values())[:6] == ["a", "large", "red", "star", "left", "of"]
-    words_of_one_object = plain_words(Scene("white", (RING,)))
-    assert words_of_one_object == {
-        "article": "a",
+    words = "a large red star left of a blue ring on an orange background"
+    assert plain_caption(scene) == words
+    assert plain_caption(Scene("orange", (RING, STAR), "right of")) == words
+    assert plain_caption(Scene("white", (RING,))) == "a blue ring on a white background"
+    assert plain_words(Scene("white", (RING,))) == {
+        "size": "",
         "color": "blue",
         "shape": "ring",
-        "on": "on",
-        "third article": "a",
+        "relation": "",
+        "second size": "",
+        "second color": "",
+        "second shape": "",
         "background": "white",
-        "ground": "background",
-        "end": "",
     }
-    assert list(words_of_one_object) == sorted(words_of_one_object, key=ROLES.index)
 
 
-def test_scenes_that_look_the_same_have_the_same_plain_caption():
+def test_scenes_that_look_the_same_have_the_same_words():
     rng = np.random.default_rng(0)
     for _ in range(200):
         scene = random_scene(rng)
-        words = list(plain_words(scene))
-        assert words == sorted(words, key=ROLES.index)
+        words = plain_words(scene)
+        assert list(words) == list(ROLES)
+        assert all(word in ROLES[role] for role, word in words.items())
         if scene.relation in OPPOSITE:
             mirrored = Scene(scene.background, scene.things[::-1], OPPOSITE[scene.relation])
             assert plain_caption(mirrored) == plain_caption(scene)
+            assert plain_words(mirrored) == words
 
 
 def encoded(models, kind, count=4):
     return encode_examples(models, kind, make_examples(kind, count, seed=3))
 
 
-def test_each_word_of_a_plain_caption_is_one_token(tiny):
+def test_words_are_numbered_by_role(tiny):
     scene = Scene("teal", (STAR, replace(RING, size="small")), "above")
-    data = encoded(tiny, "redux", 2)
-    texts = [plain_caption(scene), plain_caption(replace(scene, background="navy"))]
-    states = encode_prompts(tiny, texts).txt
-    # The states of words before a change differ too, since T5 reads both ways; those of padding
-    # are nearly the same. So the token of the background is where the states differ most.
-    change = jnp.abs(states[0] - states[1]).mean(-1)
-    assert int(jnp.argmax(change)) == list(plain_words(scene)).index("background")
-    assert data.words.shape == (2, len(ROLES))
+    numbers = numbers_of_words(scene)
+    assert [WORDS[number] for number in numbers] == list(plain_words(scene).items())
+    for number, rows in zip(numbers, rows_of_roles(), strict=True):
+        assert number in rows
+    assert sum(map(len, rows_of_roles())) == len(WORDS)
+    assert encoded(tiny, "redux", 2).words.shape == (2, len(ROLES))
 
 
-def test_the_loss_of_words_is_zero_where_the_tokens_are_the_states_and_counts_shown_pictures(tiny):
+def test_a_picture_that_is_read_as_its_words_has_no_error_and_the_least_cross_entropy(tiny):
+    task = redux_task(tiny, jax.random.key(0))
     data = encoded(tiny, "redux", 8)
-    count = 64
-    states = jnp.take_along_axis(data.caption.txt, data.words[..., None], axis=1)
-    padding = jnp.repeat(data.caption.txt[:, -1:], count - states.shape[1], axis=1)
-    right = jnp.concatenate([states, padding], axis=1)
-    # In place of networks, a table of tokens; in place of pictures, its rows.
-    shown = data._replace(condition=jnp.arange(8), taught=jnp.ones_like(data.taught))
+    right = jax.vmap(task.model.vocabulary.tokens)(data.words)
 
-    def loss(tokens, batch: Encoded):
-        return words_loss(lambda row: tokens[row], None, batch, None, key=jax.random.key(0))
+    class Table(eqx.Module):
+        """Tokens in place of networks that read a picture; rows of it stand for pictures."""
 
-    assert float(loss(right, shown)) == 0
-    wrong = right.at[0].add(1.0)
-    assert float(loss(wrong, shown)) == pytest.approx(1 / 8)
-    hidden = shown._replace(taught=shown.taught.at[0].set(0))
-    assert float(loss(wrong, hidden)) == 0
+        vocabulary: eqx.Module
+        tokens: jax.Array
+
+        def read(self, row):
+            return self.tokens[row]
+
+    def loss(tokens):
+        table = Table(task.model.vocabulary, tokens)
+        rows = data._replace(condition=jnp.arange(8))
+        return float(pictures_loss(table, None, rows, None, key=None))
+
+    # All that is left is that words are alike; a picture that shows another scene has more.
+    assert 0 <= loss(right) < 0.1
+    assert loss(right[::-1]) > loss(right) + 1
+    # The squared error counts as that of the roles' tokens.
+    further = right.at[:, len(ROLES) :].add(1.0)
+    count, roles = right.shape[1], len(ROLES)
+    assert loss(further) - loss(right) == pytest.approx((count - roles) / roles, rel=1e-4)
 
 
-def one_step(task, data, models):
+def test_the_words_and_the_networks_of_redux_are_trained_one_after_the_other(tiny):
+    task = make_task("redux", tiny, jax.random.key(0))
+    words, pictures = (stage.trained for stage in task.stages)
+    assert not any(map(np.logical_and, jax.tree.leaves(words), jax.tree.leaves(pictures)))
+    data, model = encoded(tiny, "redux"), task.model
+    for number, changed in ((0, {"vocabulary", "lora"}), (1, {"siglip", "redux"})):
+        state, _ = one_step(task, data, tiny, number)
+        for name in ("vocabulary", "lora", "siglip", "redux"):
+            before, after = getattr(model, name), getattr(state.model, name)
+            assert eqx.tree_equal(before, after) != (name in changed)
+        assert eqx.tree_equal(model.siglip.pooler, state.model.siglip.pooler)
+
+
+def one_step(task, data, models, number=0):
+    """Return the state after a step of a stage, and the loss before it."""
+    stage = task.stages[number]
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
-    state = TrainState.create(task.model, optimizer, trainable=task.trained)
-    step = make_step(task.stages[-1].loss, optimizer, ema_decay=0.9, trainable=task.trained)
+    state = TrainState.create(task.model, optimizer, trainable=stage.trained)
+    step = make_step(stage.loss, optimizer, ema_decay=0.9, trainable=stage.trained)
     empty = jax.tree.map(lambda x: x[0], encode_prompts(models, [""]))
     return step(state, task.flux, data, empty, key=jax.random.key(1))
 
@@ -181,3 +207,8 @@ def test_the_kontext_adapter_that_ships_follows_instructions_and_keeps_the_rest(
     found = scores(tiny, "kontext")
     assert found["adherence_percent"] >= 50
     assert found["kept_psnr_db"] >= 28
+
+
+def test_the_redux_that_ships_draws_what_pictures_show(tiny):
+    found = scores(tiny, "redux", guidance=2.5)
+    assert found["adherence_percent"] >= 60

@@ -22,6 +22,7 @@ _COPIED = {
     "fill.png": "weights/tiny/loras/fill.png",
     "edges.png": "weights/tiny/loras/edges.png",
     "kontext.png": "weights/tiny/loras/kontext.png",
+    "redux.png": "weights/tiny/loras/redux.png",
     "controlnet.png": "weights/tiny/controlnet/controlnet.png",
 }
 """Files of the site, and those of the repository that they are."""

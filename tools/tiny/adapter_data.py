@@ -28,6 +28,8 @@ from fluxjax.generate.text import TextStates, encode_text, prompt_ids
 from fluxjax.nets.vae import Vae
 
 CHUNKS = {"gpu": 256, "cpu": 32}
+WORDS = [(role, word) for role, words in ROLES.items() for word in words]
+"""The words that scenes are made of, each with its role."""
 
 
 class Encoded(NamedTuple):
@@ -37,9 +39,8 @@ class Encoded(NamedTuple):
     each token (fill, edges), packed latents (kontext, controlnet), or a picture in bytes (redux).
     `caption`: states of the targets' full captions; of kontext and redux only. `taught`: [tokens],
     1 for those that are drawn anew where the base model knows how: hidden (fill), or changed by the
-    instruction (kontext). For redux it is 1 for all tokens if the picture shows the scene that is
-    to be drawn, and 0 if the prompt changes it. `words`: for each of `ROLES` the number of its
-    state in `caption`; of redux only.
+    instruction (kontext); all of redux. `words`: of redux only, the numbers in `WORDS` of those
+    that the picture shows, one for each role.
     """
 
     latents: jax.Array
@@ -106,9 +107,6 @@ def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     """Draw and encode examples; `models` are in float32."""
     tables = jnp.asarray(distance_tables())
     known = np.array([target.known for target in examples.targets], np.float16)
-    if kind == "redux":
-        pairs = zip(examples.targets, examples.sources, strict=True)
-        known = np.array([target.scene == source.scene for target, source in pairs], np.float16)
     targets, sources = scene_arrays(examples.targets), scene_arrays(examples.sources)
     part = _Part(targets, sources, examples.masks, known)
     part = part._replace(mask=Blot(*(array.astype(np.float32) for array in part.mask)))
@@ -118,8 +116,7 @@ def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     text = encode_prompts(models, examples.prompts)
     captions = words = None
     if kind == "redux":
-        last = text.txt.shape[1] - 1
-        words = jnp.array([_numbers_of_words(one.scene, last) for one in examples.targets])
+        words = jnp.array([numbers_of_words(one.scene) for one in examples.sources])
     if kind in ("kontext", "redux"):
         rng = np.random.default_rng(1)
         worded = plain_caption if kind == "redux" else partial(caption, rng=rng)
@@ -127,13 +124,9 @@ def encode_examples(models: Models, kind: str, examples: Examples) -> Encoded:
     return Encoded(encoded[0], text, encoded[1], captions, encoded[2], words)
 
 
-def _numbers_of_words(scene: Scene, last: int) -> list[int]:
-    """Return which token of a plain caption has each role, or the last one, which is padding.
-
-    Every word of it is one token.
-    """
-    places = {role: number for number, role in enumerate(plain_words(scene))}
-    return [places.get(role, last) for role in ROLES]
+def numbers_of_words(scene: Scene) -> list[int]:
+    """Return which of `WORDS` a scene shows, one for each role."""
+    return [WORDS.index(pair) for pair in plain_words(scene).items()]
 
 
 def encode_prompts(models: Models, prompts: Sequence[str]) -> TextStates:

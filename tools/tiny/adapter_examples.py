@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from placed import EDITS, SIZE, Placed, Spot, canonical_spots, random_placed
-from scenes import BACKGROUNDS, Scene, caption, random_scene
+from scenes import BACKGROUNDS, Scene, caption, plain_caption, random_scene
 
 KINDS = ("fill", "edges", "kontext", "controlnet", "redux")
 BLOTS = 2
@@ -121,8 +121,8 @@ def mixed(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
         other = random_scene(rng)
         if all(thing.color != scene.background for thing in other.things):
             break
-    words = caption(Scene("white", other.things, other.relation), np.random.default_rng(0))
-    return Scene(scene.background, other.things, other.relation), words
+    changed = Scene(scene.background, other.things, other.relation)
+    return changed, plain_caption(changed).split(" on ")[0]
 
 
 DRAWS: dict[str, Callable[[np.random.Generator, float], Draw | None]] = {

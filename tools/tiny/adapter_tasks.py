@@ -30,8 +30,6 @@ from fluxjax.nets.controlnet_config import ControlNetConfig
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.flux_blocks import Mlp
 from fluxjax.nets.flux_config import FluxConfig
-from fluxjax.nets.redux import Redux, ReduxConfig
-from fluxjax.nets.siglip import Siglip, SiglipConfig
 from fluxjax.train.loss import drop_captions, flow_matching_loss, logit_normal_times
 from fluxjax.zoo import ZOO
 
@@ -44,7 +42,6 @@ DROPPED = 0.1
 LEAST_TIME = 0.1
 """The lowest of the uniform times. A sampler's last evaluation is at 0.27 for 20 steps, and at 0.13
 for 50."""
-SIGLIP = SiglipConfig(image_size=SIZE, patch=16, width=96, heads=3, depth=3, mlp_width=384)
 FLOAT8 = jnp.float8_e4m3fn
 """The dtype of large files: whole networks, and LoRAs of every matrix."""
 
@@ -78,51 +75,36 @@ RECIPES = {
     "edges": Recipe(2e-3, features=64, input_rank=64),
     "kontext": Recipe(4e-3, rank=24, uniform=0.5, targets=EVERY_MATRIX, dtype=FLOAT8),
     "controlnet": Recipe(1e-3),
-    "redux": Recipe(5e-4, rank=0, uniform=0.0),
 }
-WORDS_RATE = 1.5e-3
-"""The highest learning rate while Redux learns the states of captions."""
-WORDS_SHARE = 0.5
-"""The share of the time in which it does."""
 
 
 class Stage(NamedTuple):
     """A part of the training.
 
     `loss`: (model, flux, batch, empty text, key=) -> scalar. `rate`: the highest learning rate.
-    `share`: of the time.
+    `trained`: which leaves of the model are. `share`: of the time.
     """
 
     loss: Callable[..., jax.Array]
     rate: float
+    trained: Any
     share: float = 1.0
 
 
 class Task(NamedTuple):
     """What is trained.
 
-    `model`: before the first step. `trained`: which of its leaves are. `flux`: the frozen
-    transformer. `stages`: one after the other. `write`: (model, folder) writes its file or folders
-    there, in the place of earlier ones.
+    `model`: before the first step. `flux`: the frozen transformer. `stages`: one after the other.
+    `write`: (model, folder) writes its file or folders there, in the place of earlier ones.
     """
 
     model: eqx.Module
-    trained: Any
     flux: Flux
     stages: tuple[Stage, ...]
     write: Callable[[eqx.Module, Path], None]
 
 
-def make_task(kind: str, models: Models, key: jax.Array) -> Task:
-    """Return the training of a kind of adapter."""
-    if kind == "controlnet":
-        return controlnet_task(models, key)
-    if kind == "redux":
-        return redux_task(models, key)
-    return lora_task(kind, models, key)
-
-
-def _frozen(flux: Flux) -> Flux:
+def frozen_flux(flux: Flux) -> Flux:
     """Return the transformer in bfloat16, or on a CPU, where that is slow, as it is."""
     if jax.default_backend() == "cpu":
         return flux
@@ -145,8 +127,8 @@ def lora_task(kind: str, models: Models, key: jax.Array) -> Task:
         path = folder / f"{kind}.safetensors"
         write_lora(path, lora, to="kohya", dtype=recipe.dtype, overwrite=True)
 
-    stages = (Stage(partial(lora_loss, kind), recipe.rate),)
-    return Task(lora, trainable(lora), _frozen(flux), stages, write)
+    stages = (Stage(partial(lora_loss, kind), recipe.rate, trainable(lora)),)
+    return Task(lora, frozen_flux(flux), stages, write)
 
 
 def lora_loss(
@@ -275,8 +257,8 @@ def controlnet_task(models: Models, key: jax.Array) -> Task:
     trained = jax.tree.map(eqx.is_inexact_array, control)
     frozen = jax.tree.map(lambda leaf: False, text_mlp(control))
     trained = eqx.tree_at(text_mlp, trained, frozen)
-    stages = (Stage(controlnet_loss, RECIPES["controlnet"].rate),)
-    return Task(control, trained, _frozen(flux), stages, _save)
+    stages = (Stage(controlnet_loss, RECIPES["controlnet"].rate, trained),)
+    return Task(control, frozen_flux(flux), stages, write_network)
 
 
 def text_mlp(control: ControlNet) -> Mlp:
@@ -307,43 +289,7 @@ def controlnet_loss(
     return matching_loss(network, batch.latents, conditions, uniform=uniform, key=rest)
 
 
-class ReduxNetworks(eqx.Module):
-    """An image encoder, and the embedder of its states."""
-
-    siglip: Siglip
-    redux: Redux
-
-    def __call__(self, picture: jax.Array) -> jax.Array:
-        """Return the tokens of a picture in bytes, [tokens, context]."""
-        return self.redux(self.siglip(picture.astype(jnp.float32) / 127.5 - 1))
-
-
-def redux_task(models: Models, key: jax.Array) -> Task:
-    """Return the training of an image encoder with its embedder."""
-    encoder, embedder = jax.random.split(key)
-    config = ReduxConfig(features=SIGLIP.width, hidden=384, context=models.flux.config.context)
-    networks = ReduxNetworks(Siglip(SIGLIP, key=encoder), Redux(config, key=embedder))
-    # Redux does not use the pooled state. Zeros take no place in a compressed file.
-    pooler = jax.tree.map(jnp.zeros_like, networks.siglip.pooler)
-    networks = eqx.tree_at(lambda n: n.siglip.pooler, networks, pooler)
-    trained = eqx.tree_at(
-        lambda n: n.siglip.pooler,
-        jax.tree.map(eqx.is_inexact_array, networks),
-        jax.tree.map(lambda leaf: False, pooler),
-    )
-
-    def write(networks: eqx.Module, folder: Path) -> None:
-        _save(networks.siglip, folder)
-        _save(networks.redux, folder)
-
-    stages = (
-        Stage(words_loss, WORDS_RATE, WORDS_SHARE),
-        Stage(redux_loss, RECIPES["redux"].rate, 1 - WORDS_SHARE),
-    )
-    return Task(networks, trained, _frozen(models.flux), stages, write)
-
-
-def _save(network: eqx.Module, folder: Path) -> None:
+def write_network(network: eqx.Module, folder: Path) -> None:
     """Write a network's folder in the diffusers layout, with its matrices in float8."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -351,58 +297,3 @@ def _save(network: eqx.Module, folder: Path) -> None:
         target = folder / written.name
         shutil.rmtree(target, ignore_errors=True)
         written.rename(target)
-
-
-def words_loss(
-    networks: ReduxNetworks, flux: Flux, batch: Encoded, empty: TextStates, *, key: jax.Array
-) -> jax.Array:
-    """Return how far a picture's tokens are from the states of its caption, by role.
-
-    The order of text tokens does not matter to the transformer, which gives them no positions. So
-    the picture's first tokens stand for the roles of words in `ROLES`, one token for each role, and
-    the target of each is the T5 state of the word with that role. If the caption has no such word,
-    the target is the state of a padding token. That is also the target of all tokens after the
-    roles'; their mean error counts as much as that of one role.
-
-    The loss does not need the transformer, so a step costs a tenth of one of `redux_loss`.
-    """
-    del flux, empty, key
-    tokens = jax.vmap(networks)(batch.condition)
-    states = jnp.take_along_axis(batch.caption.txt, batch.words[..., None], axis=1)
-    roles = states.shape[1]
-    of_roles = jnp.mean(jnp.square(tokens[:, :roles] - states), axis=(1, 2))
-    padding = jnp.square(tokens[:, roles:] - batch.caption.txt[:, -1:])
-    errors = (roles * of_roles + jnp.mean(padding, axis=(1, 2))) / (roles + 1)
-    is_shown = batch.taught[:, 0]  # the caption is that of the picture
-    return jnp.mean(is_shown * errors) / jnp.mean(is_shown)
-
-
-def redux_loss(
-    networks: ReduxNetworks, flux: Flux, batch: Encoded, empty: TextStates, *, key: jax.Array
-) -> jax.Array:
-    """Return the loss with the pictures' tokens after the prompts'.
-
-    The target is the transformer's own velocity for the caption of what is to be drawn.
-    """
-    del empty
-    tokens = jax.vmap(networks)(batch.condition)
-    dtype = batch.text.txt.dtype
-    ids = image_ids(SIZE, SIZE)
-    scale_key, key = jax.random.split(key)
-    scales = jax.random.uniform(scale_key, (len(batch.latents),), minval=1, maxval=MOST_GUIDANCE)
-
-    def conditioning(text: TextStates, tokens: jax.Array, scale: jax.Array) -> Conditioning:
-        joined = jnp.concatenate([text.txt, tokens.astype(dtype)])
-        return Conditioning(joined, text.vec, ids, scale)
-
-    def plain(text: TextStates, scale: jax.Array) -> Conditioning:
-        return Conditioning(text.txt, text.vec, ids, scale)
-
-    conditions = jax.vmap(conditioning)(batch.text, tokens, scales)
-    network = ConditionalFlux(flux, "xla")
-    everywhere = jnp.ones(batch.latents.shape[:2])
-    teacher = Teacher(network, jax.vmap(plain)(batch.caption, scales), everywhere)
-    uniform = RECIPES["redux"].uniform
-    return matching_loss(
-        network, batch.latents, conditions, uniform=uniform, key=key, teacher=teacher
-    )

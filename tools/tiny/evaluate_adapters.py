@@ -252,7 +252,7 @@ def instruction_kind(prompt: str) -> str:
 
 def score_redux(setup: Setup) -> Score:
     """Return how well images show what a picture shows, and with a prompt, what it changes."""
-    models, examples = setup.models, setup.examples("redux")
+    models, examples = setup.with_lora("redux"), setup.examples("redux")
     siglip = generate.load_siglip(setup.folder / "image_encoder", dtype="float32")
     redux = generate.load_redux(setup.folder / "image_embedder", dtype="float32")
     met, pictures = defaultdict(list), []

@@ -43,9 +43,9 @@ def score_adapter(path: str, count: int) -> None:
 def run_all(folder: Path, images: int, count: int) -> None:
     """Write, encode, train and score, in a new folder."""
     start = time.perf_counter(), time.process_time()
-    write_examples(folder / "images", images, kinds=("old",))
+    captions = write_examples(folder / "images", images, kinds=("old",))
     cache, adapter = str(folder / "encoded"), str(folder / "adapter.safetensors")
-    run(["encode", str(CONFIG), "--sources", str(folder / "images"), "--cache", cache])
+    run(["encode", str(CONFIG), "--sources", str(captions), "--cache", cache])
     run(["train", str(CONFIG), "--output", adapter, "--set", f"data.cache={cache}"])
     minutes = np.subtract((time.perf_counter(), time.process_time()), start) / 60
     print(f"{minutes[0]:.1f} minutes, {minutes[1]:.1f} of them of a CPU")

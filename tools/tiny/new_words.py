@@ -3,38 +3,72 @@
     python tools/tiny/new_words.py all words
     python tools/tiny/new_words.py score words/tuned
 
-`all` writes the images, encodes them, trains, scores the model before and after, and draws a
+`all` writes the images with their captions, trains, scores the model before and after, and draws a
 picture of both, in a new folder. The model has never seen a crescent, nor read the word "moon", and
-knows pink as a background only. As many examples of each step show neither, so that what it knows
+knows teal as a background only. As many examples of each step show neither, so that what it knows
 is kept (prior preservation: Ruiz et al. 2022, DreamBooth, section 3.2).
 Scored are scenes whose combination of objects, relation and background is in no training.
 
-The VAE is not trained, and draws no colour that none of its images had: lime would be yellow. T5
+CLIP and T5 are trained together with the transformer. They have never read the letters of "moon"
+either, and tell what they know of a caption in states that the transformer has long learned to
+read; with the text encoders frozen, the transformer has to read states that mean nothing.
+
+The VAE's encoder stays, and tells apart no colour that none of its images had: lime would be
+yellow. Its decoder has only seen teal as a background, and is trained too, on the same images. T5
 spells a new word letter by letter; with a longer one, captions would not fit its 24 tokens.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import scenes
 from evaluate_tiny import generate, grid
 from PIL import Image
-from scenes import Scene, Thing, caption, check, random_scene, render
+from scenes import OPPOSITE, Scene, Thing, caption, check, random_scene, render
 
 import fluxjax
-from fluxjax.cli.main import main as run
-from fluxjax.generate.image import write_png
+from fluxjax.flow.times import resolution_mu
+from fluxjax.generate.conditioning import Conditioning
+from fluxjax.generate.image import read_image, write_png
+from fluxjax.generate.latents import image_ids, pack_latents, unpack_latents
+from fluxjax.generate.save import save_models
+from fluxjax.generate.text import PromptIds, encode_text, prompt_ids
+from fluxjax.generate.velocity import ConditionalFlux
+from fluxjax.nets.clip import Clip
+from fluxjax.nets.flux import Flux
+from fluxjax.nets.t5 import T5
+from fluxjax.nets.vae import Vae
+from fluxjax.train.loss import flow_matching_loss, logit_normal_times
+from fluxjax.train.step import TrainState, make_step
 
-SHAPE, COLOR = "moon", "pink"
-NEW = ("moon", "pink", "both")
+SHAPE, COLOR = "moon", "teal"
+NEW = (SHAPE, COLOR, "both")
 OLD = ("old",)
-CONFIG = Path(__file__).with_suffix(".toml")
+SIZE = 128
 SHOWN = 6
 """New prompts in the picture, and half as many old ones: the first of each."""
+KEPT = 600
+"""Images of what the model knows. Half of each step's examples are of these."""
+WORDINGS = 6
+"""Captions of each image, one of which is drawn whenever the image is."""
+BATCH, WARM_UP, EMA, DROPPED = 16, 50, 0.99, 0.05
+GUIDANCE = 1.0
+"""The distilled scale that the transformer is trained at, and the tuned model is sampled with."""
+DECODER_BATCH, DECODER_STEPS, DECODER_RATE = 4, 600, 3e-4
+NOISE = 0.12
+"""The largest deviation of noise on latents from which the decoder learns to draw: those that the
+transformer draws are not exact either."""
+FLUX_RATE, TEXT_RATE = 3e-4, 5e-4
+"""The highest learning rates of the transformer, and of the text encoders."""
 
 
 def _crescent(points: int = 48) -> np.ndarray:
@@ -67,31 +101,171 @@ def scene_of(kind: str, rng: np.random.Generator) -> Scene:
         if {SHAPE, COLOR}.intersection(words):
             continue
         first, *rest = scene.things
-        shape = SHAPE if kind in ("moon", "both") else first.shape
-        color = COLOR if kind in ("pink", "both") else first.color
+        shape = SHAPE if kind in (SHAPE, "both") else first.shape
+        color = COLOR if kind in (COLOR, "both") else first.color
         if color == scene.background:
             continue
         return Scene(scene.background, (Thing(first.size, color, shape), *rest), scene.relation)
 
 
-KEPT = 3
-"""Images without the new words, for each that has them. Those come so many times as often."""
+def training_scene(kind: str, rng: np.random.Generator) -> Scene:
+    """Return a scene as of `scene_of`, in which a second object often has new words too."""
+    while True:
+        scene = scene_of(kind, rng)
+        if kind in OLD:
+            return scene
+        if len(scene.things) == 1:
+            # Two objects show more; fewer than half of the single ones are kept.
+            if rng.random() < 0.6:
+                continue
+            return scene
+        first, second = scene.things
+        also = ("", SHAPE, COLOR, "both")[int(rng.integers(4))]
+        shape = SHAPE if also in (SHAPE, "both") else second.shape
+        color = COLOR if also in (COLOR, "both") else second.color
+        is_hidden = scene.relation == "inside" and color == first.color
+        if color != scene.background and not is_hidden:
+            things = first, Thing(second.size, color, shape)
+            return Scene(scene.background, things, scene.relation)
 
 
-def write_examples(folder: Path, count: int, kinds: tuple[str, ...], seed: int = 0) -> list[str]:
-    """Write images of some kinds in turns, none of them held out; return their lines of JSON."""
+def reworded(scene: Scene, rng: np.random.Generator) -> str:
+    """Return one of a scene's captions, which may name the other object first."""
+    if scene.relation in OPPOSITE and rng.random() < 0.5:
+        scene = Scene(scene.background, scene.things[::-1], OPPOSITE[scene.relation])
+    return caption(scene, rng)
+
+
+def write_examples(
+    folder: Path, count: int, kinds: tuple[str, ...], *, seed: int = 0, wordings: int = 1
+) -> Path:
+    """Write images of some kinds in turns, none of them held out.
+
+    **Arguments:** `folder`: new. `wordings`: captions of each image.
+    **Returns:** the file of the captions in it, a JSONL that `fluxjax train` reads: as many lines
+    for each image, one after another.
+    """
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     lines: list[str] = []
-    while len(lines) < count:
-        scene = scene_of(kinds[len(lines) % len(kinds)], rng)
+    while len(lines) < count * wordings:
+        number = len(lines) // wordings
+        scene = training_scene(kinds[number % len(kinds)], rng)
         if scene.held_out:
             continue
-        path = folder / f"{len(lines):04d}.png"
-        write_png(render(scene, 128, 128, rng), path)
-        example = {"image": f"{folder.name}/{path.name}", "prompt": caption(scene, rng)}
-        lines.append(json.dumps(example))
-    return lines
+        path = folder / f"{number:04d}.png"
+        write_png(render(scene, SIZE, SIZE, rng), path)
+        for _ in range(wordings):
+            lines.append(json.dumps({"image": path.name, "prompt": reworded(scene, rng)}))
+    captions = folder / "captions.jsonl"
+    captions.write_text("\n".join(lines) + "\n")
+    return captions
+
+
+class Examples(NamedTuple):
+    """Encoded images with the tokens of their captions.
+
+    `images`: [images, SIZE, SIZE, 3] in [-1, 1]. `latents`: packed, [images, tokens, channels].
+    `ids`: [images, wordings, ...].
+    """
+
+    images: np.ndarray
+    latents: np.ndarray
+    ids: PromptIds
+
+
+def tokens_of(models: fluxjax.Models, captions: list[str]) -> PromptIds:
+    """Return the token ids of captions."""
+    ids = prompt_ids(models.tokenizers, captions, max_length=models.defaults.max_length)
+    return jax.tree.map(np.asarray, ids)
+
+
+def read_examples(models: fluxjax.Models, captions: Path) -> Examples:
+    """Read and encode what `write_examples` wrote, with `WORDINGS` captions of each image."""
+    encode = jax.jit(lambda image: pack_latents(models.vae.encode(image)))
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    images = [read_image(captions.parent / row["image"]) for row in rows[::WORDINGS]]
+    latents = np.stack([np.asarray(encode(image)) for image in images])
+    ids = tokens_of(models, [row["prompt"] for row in rows])
+    split = jax.tree.map(lambda x: x.reshape(-1, WORDINGS, *x.shape[1:]), ids)
+    return Examples(np.stack(images), latents, split)
+
+
+def draw_batch(examples: tuple[Examples, ...], empty: PromptIds, rng: np.random.Generator):
+    """Return latents and token ids of a step, as many from each of the examples.
+
+    Of each image one of the captions is taken, or rarely the empty one.
+    """
+    latents, ids = [], []
+    for group in examples:
+        rows = rng.integers(len(group.latents), size=BATCH // len(examples))
+        wordings = rng.integers(WORDINGS, size=rows.shape)
+        latents.append(group.latents[rows])
+        ids.append(jax.tree.map(lambda x: x[rows, wordings], group.ids))  # noqa: B023
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *ids)
+    dropped = rng.random(BATCH) < DROPPED
+    joined = jax.tree.map(lambda x, none: np.where(dropped[:, None], none, x), joined, empty)
+    return np.concatenate(latents), joined
+
+
+Networks = tuple[Flux, Clip, T5]
+"""What is trained."""
+
+
+def loss(networks: Networks, latents: jax.Array, ids: PromptIds, *, key: jax.Array) -> jax.Array:
+    """Return the flow-matching loss of a batch, the text encoded anew."""
+    flux, clip, t5 = networks
+    network, places = ConditionalFlux(flux, "xla"), image_ids(SIZE, SIZE)
+    text = encode_text(clip, t5, ids, dtype=jnp.float32)
+    defaults = fluxjax.zoo.ZOO["tiny"].defaults
+    shifts = {"base_shift": defaults.base_shift, "max_shift": defaults.max_shift}
+    when, noise_key = jax.random.split(key)
+    times = logit_normal_times(when, len(latents), mu=resolution_mu(latents.shape[1], **shifts))
+    noise = jax.random.normal(noise_key, latents.shape)
+
+    def one(x0: jax.Array, t: jax.Array, noise: jax.Array, txt: jax.Array, vec: jax.Array):
+        condition = Conditioning(txt, vec, places, jnp.float32(GUIDANCE))
+        return flow_matching_loss(lambda x, t: network(x, t, condition), x0, t, noise)
+
+    return jnp.mean(jax.vmap(one)(latents, times, noise, text.txt, text.vec))
+
+
+def with_rate(rate: float, steps: int) -> optax.GradientTransformation:
+    """Return AdamW, whose learning rate rises to `rate` and then falls to a twentieth of it."""
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, WARM_UP, steps, 0.05 * rate)
+    adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def make_optimizer(networks: Networks, steps: int) -> optax.GradientTransformation:
+    """Return AdamW with a rate for the transformer and one for the text encoders."""
+
+    names = ("flux", "text", "text")
+    labels = tuple(
+        jax.tree.map(lambda _, name=name: name, eqx.filter(network, eqx.is_inexact_array))
+        for name, network in zip(names, networks, strict=True)
+    )
+    rates = {"flux": with_rate(FLUX_RATE, steps), "text": with_rate(TEXT_RATE, steps)}
+    return optax.multi_transform(rates, labels)
+
+
+def train(models: fluxjax.Models, examples: tuple[Examples, ...], steps: int) -> fluxjax.Models:
+    """Return models whose transformer and text encoders have learned from examples."""
+    networks = models.flux, models.clip, models.t5
+    optimizer = make_optimizer(networks, steps)
+    state = TrainState.create(networks, optimizer)
+    take_step = make_step(loss, optimizer, ema_decay=EMA)
+    empty = jax.tree.map(lambda x: x[:1], tokens_of(models, [""]))
+    rng, losses = np.random.default_rng(0), []
+    for step in range(steps):
+        latents, ids = draw_batch(examples, empty, rng)
+        key = jax.random.fold_in(jax.random.key(0), step)
+        state, value = take_step(state, latents, ids, key=key)
+        losses.append(float(value))
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} loss {np.mean(losses[-100:]):.4f}", flush=True)
+    flux, clip, t5 = state.ema
+    return models._replace(flux=flux, clip=clip, t5=t5)
 
 
 class Drawn(NamedTuple):
@@ -138,6 +312,40 @@ def draw_model(path: str, count: int) -> tuple[Drawn, Drawn]:
     return drawn
 
 
+def decoder_loss(vae: Vae, latents: jax.Array, images: jax.Array, *, key: jax.Array) -> jax.Array:
+    """Return the mean absolute plus the mean squared error of images from latents with noise."""
+    much, noise = jax.random.split(key)
+    deviation = jax.random.uniform(much, (len(latents), 1, 1), maxval=NOISE)
+    noisy = latents + deviation * jax.random.normal(noise, latents.shape)
+    drawn = jax.vmap(lambda x: vae.decode(unpack_latents(x, SIZE, SIZE)))(noisy)
+    return jnp.mean(jnp.abs(drawn - images)) + jnp.mean(jnp.square(drawn - images))
+
+
+def train_decoder(models: fluxjax.Models, examples: tuple[Examples, ...]) -> fluxjax.Models:
+    """Return models whose VAE decodes examples better; its encoder stays as it is."""
+    vae = models.vae
+    trained = eqx.tree_at(
+        lambda vae: vae.decoder,
+        jax.tree.map(lambda leaf: False, vae),
+        jax.tree.map(eqx.is_inexact_array, vae.decoder),
+    )
+    optimizer = with_rate(DECODER_RATE, DECODER_STEPS)
+    state = TrainState.create(vae, optimizer, trainable=trained)
+    take_step = make_step(decoder_loss, optimizer, ema_decay=EMA, trainable=trained)
+    rng = np.random.default_rng(1)
+    for step in range(DECODER_STEPS):
+        picked = []
+        for group in examples:
+            rows = rng.integers(len(group.latents), size=DECODER_BATCH // len(examples))
+            picked.append((group.latents[rows], group.images[rows]))
+        latents, images = (np.concatenate(parts) for parts in zip(*picked, strict=True))
+        key = jax.random.fold_in(jax.random.key(1), step)
+        state, value = take_step(state, latents, images, key=key)
+        if (step + 1) % 100 == 0:
+            print(f"decoder step {step + 1} loss {float(value):.4f}", flush=True)
+    return models._replace(vae=state.ema)
+
+
 def picture(before: tuple[Drawn, Drawn], after: tuple[Drawn, Drawn]) -> Image.Image:
     """Return the first images of both: above before the training, below after it."""
     shown: list[np.ndarray] = []
@@ -146,20 +354,20 @@ def picture(before: tuple[Drawn, Drawn], after: tuple[Drawn, Drawn]) -> Image.Im
     return grid(np.stack(shown), SHOWN + SHOWN // 2)
 
 
-def run_all(folder: Path, images: int, count: int) -> None:
-    """Write, encode, train, score and draw, in a new folder."""
+def run_all(folder: Path, images: int, steps: int, count: int) -> None:
+    """Write, train, save, score and draw, in a new folder."""
     start = time.perf_counter(), time.process_time()
-    lines = KEPT * write_examples(folder / "new", images, NEW)
-    lines += write_examples(folder / "kept", KEPT * images, OLD, seed=2)
-    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n")
-    data = ["--sources", str(folder / "examples.jsonl"), "--cache", str(folder / "encoded")]
-    run(["encode", str(CONFIG), *data])
-    tuned = str(folder / "tuned")
-    run(["train", str(CONFIG), "--output", tuned, "--set", f"data.cache={folder / 'encoded'}"])
+    new = write_examples(folder / "new", images, NEW, wordings=WORDINGS)
+    kept = write_examples(folder / "kept", KEPT, OLD, seed=2, wordings=WORDINGS)
+    models = fluxjax.load_models("tiny", dtype="float32")
+    examples = read_examples(models, new), read_examples(models, kept)
+    tuned = train_decoder(train(models, examples, steps), examples)
+    tuned = tuned._replace(defaults=replace(tuned.defaults, guidance=GUIDANCE))
+    save_models(tuned, folder / "tuned", to="diffusers")
     minutes = (time.perf_counter() - start[0]) / 60
     busy = (time.process_time() - start[1]) / 60
     print(f"{minutes:.1f} minutes from the images to the model, {busy:.1f} of them of a CPU")
-    before, after = draw_model("tiny", count), draw_model(tuned, count)
+    before, after = draw_model("tiny", count), draw_model(str(folder / "tuned"), count)
     picture(before, after).save(folder / "before_and_after.png")
 
 
@@ -170,13 +378,15 @@ def main() -> None:
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
     parser.add_argument("--images", type=int, default=200, help="that have new words")
+    parser.add_argument("--steps", type=int, default=1400, help="of 16 examples each")
     parser.add_argument(
         "--prompts", type=int, default=100, help="new ones, and as many old ones, to score"
     )
     options = parser.parse_args()
     extend_scenes()
     if options.action == "all":
-        run_all(Path(options.path).absolute(), options.images, options.prompts)
+        folder = Path(options.path)
+        run_all(folder, options.images, options.steps, options.prompts)
     else:
         draw_model(options.path, options.prompts)
 

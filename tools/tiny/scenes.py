@@ -180,38 +180,44 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return str(rng.choice(forms))
 
 
-ROLES = (
-    *("article", "size", "color", "shape", "relation", "of"),
-    *("second article", "second size", "second color", "second shape"),
-    *("on", "third article", "background", "ground", "end"),
-)
-"""What the words of a plain caption stand for, and its end."""
+ROLES = {
+    "size": tuple(SIZES),
+    "color": tuple(COLORS),
+    "shape": tuple(SHAPES),
+    "relation": ("", "above", "left of", "inside"),
+    "second size": tuple(SIZES),
+    "second color": ("", *COLORS),
+    "second shape": ("", *SHAPES),
+    "background": tuple(BACKGROUNDS),
+}
+"""The words that say what a scene looks like, by their role; "" where there is no such word."""
+
+
+def plain_scene(scene: Scene) -> Scene:
+    """Return a scene as its plain caption names it: things are above and left of others.
+
+    Two scenes that look the same are then equal.
+    """
+    if scene.relation in ("below", "right of"):
+        return Scene(scene.background, scene.things[::-1], OPPOSITE[scene.relation])
+    return scene
 
 
 def plain_words(scene: Scene) -> dict[str, str]:
-    """Return the words of a scene's plain caption by role, in their order, and its end as "".
-
-    Scenes that look the same have the same words: things are above and left of others.
-    """
-    things, relation = scene.things, scene.relation
-    if relation in ("below", "right of"):
-        things, relation = things[::-1], OPPOSITE[relation]
-    words = {}
-    for prefix, thing in zip(("", "second "), things, strict=False):
-        words[f"{prefix}article"] = thing.phrase.split()[0]
+    """Return the words of a scene by role; "" where there is no such word."""
+    plain = plain_scene(scene)
+    words = dict.fromkeys(ROLES, "") | {"background": plain.background}
+    words["relation"] = plain.relation or ""
+    for prefix, thing in zip(("", "second "), plain.things, strict=False):
         words |= {f"{prefix}{name}": getattr(thing, name) for name in ("size", "color", "shape")}
-        if relation is not None and not prefix:
-            words |= dict(zip(("relation", "of"), relation.split(), strict=False))
-    ground = _article(f"{scene.background} background").split()
-    words |= {"on": "on"} | dict(
-        zip(("third article", "background", "ground"), ground, strict=True)
-    )
-    return {role: word for role, word in words.items() if word} | {"end": ""}
+    return words
 
 
 def plain_caption(scene: Scene) -> str:
-    """Return the text of `plain_words`."""
-    return " ".join(plain_words(scene).values()).rstrip()
+    """Return a caption that scenes have in common if they look the same."""
+    plain = plain_scene(scene)
+    subject = f" {plain.relation} ".join(thing.phrase for thing in plain.things)
+    return f"{subject} on {_article(f'{plain.background} background')}"
 
 
 def place(

@@ -14,15 +14,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from adapter_data import Encoded, encode_examples, encode_prompts
 from adapter_examples import KINDS, make_examples_in_parallel
-from adapter_tasks import Stage, Task, make_task
+from adapter_tasks import Stage, Task, controlnet_task, lora_task
+from redux_task import redux_task
 
-from fluxjax.generate.load_models import load_models
+from fluxjax.generate.load_models import Models, load_models
+from fluxjax.generate.text import TextStates
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.read import read_lora
 from fluxjax.lora.terms import LowRankTerm
+from fluxjax.nets.flux import Flux
 from fluxjax.train.step import TrainState, make_step
 
 STARTED = time.monotonic()
@@ -30,6 +34,15 @@ EMA = 0.998
 WARM_UP = 0.04
 LAST_RATE = 0.03
 STOP_EARLY = 4.0  # seconds that the last write may take
+
+
+def make_task(kind: str, models: Models, key: jax.Array) -> Task:
+    """Return the training of a kind of adapter."""
+    if kind == "controlnet":
+        return controlnet_task(models, key)
+    if kind == "redux":
+        return redux_task(models, key)
+    return lora_task(kind, models, key)
 
 
 def like(model: Lora, started: Lora) -> Lora:
@@ -74,19 +87,43 @@ def rate_at(share: float, highest: float) -> float:
     return highest * (LAST_RATE + (1 - LAST_RATE) * falling)
 
 
-def compiled_steps(task: Task, stage: Stage, optimizer: Any, count: int, batch: int) -> Callable:
-    """Return a compiled function of several steps on random batches of the examples."""
-    step = make_step(stage.loss, optimizer, ema_decay=EMA, trainable=task.trained)
+def compiled_steps(stage: Stage, optimizer: Any) -> Callable:
+    """Return a function of several steps to compile, one for each batch of `batches`.
 
-    def steps(state, flux, data: Encoded, empty, key):
-        def one(state, key):
-            pick, key = jax.random.split(key)
-            rows = jax.random.randint(pick, (batch,), 0, len(data.latents))
-            return step(state, flux, jax.tree.map(lambda x: x[rows], data), empty, key=key)
+    The steps are a loop of the compiled program. On a CPU convolutions within such a loop take
+    several times as long, and `batches` has one batch only, without the axis of batches.
+    """
+    step = make_step(stage.loss, optimizer, ema_decay=EMA, trainable=stage.trained)
 
-        return jax.lax.scan(one, state, jax.random.split(key, count))
+    def steps(state, flux, batches: Encoded, empty, key):
+        if batches.latents.ndim == 3:
+            return step(state, flux, batches, empty, key=key)
+
+        def one(state, scanned):
+            key, batch = scanned
+            return step(state, flux, batch, empty, key=key)
+
+        keys = jax.random.split(key, len(batches.latents))
+        return jax.lax.scan(one, state, (keys, batches))
 
     return jax.jit(steps, donate_argnums=0)
+
+
+class Batches:
+    """Draws random batches of the examples.
+
+    On a CPU NumPy reads the rows: within a compiled step that took longer than all the rest.
+    """
+
+    def __init__(self, data: Encoded, shape: tuple[int, ...], seed: int):
+        on_cpu = jax.default_backend() == "cpu"
+        self.data = jax.tree.map(np.asarray, data) if on_cpu else data
+        self.shape, self.rng = shape, np.random.default_rng(seed)
+
+    def draw(self) -> Encoded:
+        """Return examples with leading axes of the shape."""
+        rows = self.rng.integers(len(self.data.latents), size=self.shape)
+        return jax.tree.map(lambda array: array[rows], self.data)
 
 
 def compile_quickly(function: Callable, *arguments: Any) -> Callable:
@@ -127,14 +164,14 @@ def train(options: argparse.Namespace) -> None:
     task = make_task(kind, models, key)
     if options.start is not None:
         task = task._replace(model=like(task.model, read_lora(options.start)))
-    optimizer = make_optimizer(task.stages[0].rate)
-    # Copies, since arrays of the model and of its average would be donated twice.
-    state = TrainState.create(task.model, optimizer, trainable=task.trained)
-    state = jax.tree.map(jnp.array, state)
+    model = task.model
     for number, stage in enumerate(task.stages):
-        arguments = task.flux, data, empty
-        state = train_stage(options, task, stage, state, arguments, jax.random.fold_in(key, number))
-    task.write(state.ema, options.output)
+        on_cpu = jax.default_backend() == "cpu"
+        shape = (options.batch,) if on_cpu else (options.scan, options.batch)
+        batches = Batches(data, shape, seed=number)
+        inputs = task.flux, batches, empty
+        model = train_stage(options, task, stage, model, inputs, jax.random.fold_in(key, number))
+    task.write(model, options.output)
     _log(kind, f"finished: {options.output}")
 
 
@@ -142,35 +179,41 @@ def train_stage(
     options: argparse.Namespace,
     task: Task,
     stage: Stage,
-    state: TrainState,
-    arguments: tuple,
+    model: eqx.Module,
+    inputs: tuple[Flux, Batches, TextStates],
     key: jax.Array,
-) -> TrainState:
-    """Return the state after a stage of the training.
+) -> eqx.Module:
+    """Return the average of the model over the steps of a stage.
 
-    **Arguments:** `arguments`: of the steps, between the state and the key.
+    **Arguments:** `model`: before them. `inputs`: the frozen transformer, the batches, and the
+    states of the empty prompt.
     """
     rate = options.rate or stage.rate
     optimizer = make_optimizer(rate)
-    state = with_rate(state, rate)
-    made = compiled_steps(task, stage, optimizer, options.scan, options.batch)
-    steps = compile_quickly(made, state, *arguments, key)
+    # Copies, since arrays of the model and of its average would be donated twice.
+    state = TrainState.create(model, optimizer, trainable=stage.trained)
+    state = jax.tree.map(jnp.array, state)
+    flux, batches, empty = inputs
+    made = compiled_steps(stage, optimizer)
+    steps = compile_quickly(made, state, flux, batches.draw(), empty, key)
     _log(options.kind, "compiled")
     log = Log(options.kind, options.report)
+    steps_of_call = batches.shape[0] if len(batches.shape) > 1 else 1
     rest = 60 * options.minutes - STOP_EARLY - process_seconds()
     seconds = rest if stage is task.stages[-1] else stage.share * rest
     count = None if options.steps is None else stage.share * options.steps
     clock, done, written = Clock(seconds, count), 0, time.monotonic()
     while (share := clock.share(done)) < 1:
         state = with_rate(state, rate_at(share, rate))
-        state, losses = steps(state, *arguments, jax.random.fold_in(key, done))
-        done += options.scan
+        step_key = jax.random.fold_in(key, done)
+        state, losses = steps(state, flux, batches.draw(), empty, step_key)
+        done += steps_of_call
         log.add(done, float(jnp.mean(losses)))
         if time.monotonic() - written >= options.save:
             task.write(state.ema, options.output)
             written = time.monotonic()
     _log(options.kind, f"{done} steps")
-    return state
+    return state.ema
 
 
 class Log:
@@ -210,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, default=32768, help="scenes that are drawn and encoded first")
     add("--workers", type=int, default=3, help="processes that draw the scenes")
     add("--batch", type=int, default=256, help="examples of a step")
-    add("--scan", type=int, default=20, help="steps of a call")
+    add("--scan", type=int, default=20, help="steps of a call; 1 on a CPU")
     add("--steps", type=int, help="end after so many steps, if the time is not over before")
     add("--rate", type=float, help="the highest learning rate (default: that of the kind)")
     add("--report", type=float, default=20, help="seconds between two lines of the log")
