@@ -85,6 +85,16 @@ def test_redux_draws_of_weighted_images_with_its_own_defaults(run, tmp_path, fil
     assert np.abs(one - two).max() > 0.01
 
 
+def test_the_redux_that_ships_brings_its_adapter_and_another_one_does_not(run, tmp_path, files):
+    image = ["--image-prompt", files["one"], *SMALL]
+    assert run("generate", PROMPT, "--redux", "tiny", *image).code == 0
+    other = ["--redux", files["redux"], "--siglip", files["siglip"]]
+    assert run("generate", PROMPT, *other, *image).code == 0
+    first, second = (text_of(tmp_path / f"flux_{number}.png") for number in (0, 1))
+    assert first["lora"] == "redux:1"
+    assert "lora" not in second
+
+
 def test_an_ip_adapter_draws_of_images_with_a_negative_prompt(run, tmp_path, files):
     networks = ["--ip-adapter", files["adapter"], "--clip-vision", files["clip_vision"]]
     command = ["generate", PROMPT, *networks, "--image-prompt", f"{files['one']}=0.5", *SMALL]
