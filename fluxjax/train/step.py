@@ -35,14 +35,14 @@ class TrainState(eqx.Module):
     @classmethod
     def create(
         cls,
-        model: eqx.Module,
+        model: PyTree,
         optimizer: optax.GradientTransformation,
         *,
         trainable: Trainable = eqx.is_inexact_array,
     ) -> "TrainState":
         """Return the state before the first step, whose average is the model itself.
 
-        **Arguments:** `trainable`: as for `make_step`.
+        **Arguments:** `model`: a network, or a pytree of several. `trainable`: as for `make_step`.
         """
         optimizer_state = optimizer.init(eqx.filter(model, trainable))
         return cls(model, model, optimizer_state, jnp.zeros((), jnp.int32))
@@ -60,7 +60,7 @@ def make_step(
 
     **Arguments:**
 
-    - `loss`: (model, *batch, key=) -> scalar.
+    - `loss`: (model, *batch, key=) -> scalar. The model is a network, or a pytree of several.
     - `optimizer`: of optax.
     - `ema_decay`: of the averaged weights, in [0, 1). The first steps use a smaller one,
       min(ema_decay, (1 + step) / (10 + step)).
@@ -73,7 +73,7 @@ def make_step(
     def step(state: TrainState, *batch: Any, key: PRNGKeyArray) -> tuple[TrainState, Scalar]:
         trained, frozen = eqx.partition(state.model, trainable)
 
-        def loss_of(trained: eqx.Module) -> Scalar:
+        def loss_of(trained: PyTree) -> Scalar:
             return loss(eqx.combine(trained, frozen), *batch, key=key)
 
         value, gradient = eqx.filter_value_and_grad(loss_of)(trained)

@@ -232,7 +232,8 @@ def loss(networks: Networks, latents: jax.Array, ids: PromptIds, *, key: jax.Arr
 
 def with_rate(rate: float, steps: int) -> optax.GradientTransformation:
     """Return AdamW, whose learning rate rises to `rate` and then falls to a twentieth of it."""
-    schedule = optax.warmup_cosine_decay_schedule(0, rate, WARM_UP, steps, 0.05 * rate)
+    warm_up = min(WARM_UP, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, warm_up, steps, 0.05 * rate)
     adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 

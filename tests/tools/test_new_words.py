@@ -1,0 +1,88 @@
+"""How the tiny model is taught a new shape and a new colour: its examples, and what is trained."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import new_words
+import numpy as np
+import pytest
+import scenes
+from new_words import COLOR, NEW, SHAPE, WORDINGS, Examples, draw_batch, tokens_of, write_examples
+
+
+@pytest.fixture(autouse=True)
+def _new_words(monkeypatch):
+    """The new words for the time of a test, with NumPy's rules for dtypes, as of the tool."""
+    monkeypatch.setattr(scenes, "SHAPES", dict(scenes.SHAPES))
+    monkeypatch.setattr(scenes, "COLORS", dict(scenes.COLORS))
+    new_words.extend_scenes()
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_new_shape_is_read_as_such_in_each_colour_and_size():
+    rng = np.random.default_rng(0)
+    for kind in NEW:
+        for _ in range(20):
+            scene = new_words.scene_of(kind, rng)
+            assert scenes.check(scenes.render(scene, 128, 128, rng), scene)["all"]
+
+
+def test_all_captions_of_an_image_say_the_same(tmp_path):
+    captions = write_examples(tmp_path / "new", 9, NEW, wordings=4)
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    assert len(rows) == 9 * 4
+    assert len(list((tmp_path / "new").glob("*.png"))) == 9
+    known = (*scenes.SHAPES, *scenes.BACKGROUNDS, "small", "large", "inside")
+    for number in range(9):
+        mine = rows[4 * number : 4 * number + 4]
+        assert {row["image"] for row in mine} == {f"{number:04d}.png"}
+        said = {
+            tuple(sorted(set(row["prompt"].replace(",", "").split()) & set(known))) for row in mine
+        }
+        # Only a white background may be left unsaid.
+        assert len({tuple(word for word in words if word != "white") for words in said}) == 1
+        expected = {SHAPE: [SHAPE], COLOR: [COLOR], "both": [SHAPE, COLOR]}[NEW[number % 3]]
+        assert all(word in row["prompt"] for word in expected for row in mine)
+
+
+def random_examples(models, count, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.uniform(-1, 1, (count, 128, 128, 3)).astype(np.float32)
+    latents = rng.standard_normal((count, 64, 64)).astype(np.float32)
+    ids = tokens_of(models, [f"a {color} star" for color in scenes.COLORS][:count] * WORDINGS)
+    split = jax.tree.map(lambda x: x.reshape(-1, WORDINGS, *x.shape[1:]), ids)
+    return Examples(images, latents, split)
+
+
+def test_half_of_a_batch_is_of_each_group_and_few_captions_are_dropped(tiny):
+    groups = random_examples(tiny, 4, 0), random_examples(tiny, 4, 1)
+    empty = jax.tree.map(lambda x: x[:1], tokens_of(tiny, [""]))
+    rng, dropped = np.random.default_rng(0), []
+    for _ in range(200):
+        latents, ids = draw_batch(groups, empty, rng)
+        for number, group in enumerate(groups):
+            half = latents[8 * number : 8 * number + 8]
+            assert all((group.latents == one).all((1, 2)).any() for one in half)
+        dropped.append((ids.t5 == empty.t5).all(1).mean())
+    assert np.mean(dropped) == pytest.approx(new_words.DROPPED, abs=0.012)  # 3 deviations
+
+
+def changed(before, after) -> bool:
+    arrays = (jax.tree.leaves(eqx.filter(one, eqx.is_array)) for one in (before, after))
+    return any(bool(jnp.any(old != new)) for old, new in zip(*arrays, strict=True))
+
+
+def test_the_transformer_and_both_text_encoders_are_trained_and_then_the_decoder(tiny, monkeypatch):
+    groups = random_examples(tiny, 4, 0), random_examples(tiny, 4, 1)
+    trained = new_words.train(tiny, groups, 2)
+    for name in ("flux", "clip", "t5"):
+        assert changed(getattr(tiny, name), getattr(trained, name))
+    assert not changed(tiny.vae, trained.vae)
+    monkeypatch.setattr(new_words, "DECODER_STEPS", 2)
+    both = new_words.train_decoder(trained, groups)
+    assert changed(trained.vae.decoder, both.vae.decoder)
+    assert not changed(trained.vae.encoder, both.vae.encoder)
+    assert not changed(trained.flux, both.flux)
