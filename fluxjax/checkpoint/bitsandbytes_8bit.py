@@ -56,8 +56,8 @@ def _eight_bits(layer: str, weight: Tensor | None, scale: Tensor) -> PackedTenso
 def decode_eight_bits(arrays: Arrays) -> np.ndarray:
     """Return the float32 values of a weight in bitsandbytes' int8: code * row scale / 127.
 
-    The scale of a row, as bitsandbytes writes it, is the largest absolute value that the row had
-    before it was rounded to int8.
+    bitsandbytes stores one scale for each row: the largest absolute value in the row before it was
+    rounded to int8.
     """
     # bitsandbytes multiplies by this rounded reciprocal of 127.
     return times_scale(arrays) * np.float32(7.874015718698502e-3)

@@ -34,8 +34,8 @@ def test_the_zoo_and_the_folder_agree_on_the_defaults():
 def test_the_folder_is_small_enough_to_ship():
     files = [path for path in tiny_folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 22_000_000
-    # Wheels are compressed, as zlib does it. The members of the FLUX.1 family that are made of the
-    # model may add 4 MB to the wheel; the two adapters of styles are no members.
+    # Wheels are compressed with zlib. The files that turn the model into members of the FLUX.1
+    # family may add 4 MB to the wheel. The two adapters for styles do not count as such files.
     folders = {"loras", "controlnet", "image_encoder", "image_embedder"}
     members = [path for path in files if path.parent.name in folders]
     added = [path for path in members if path.stem not in ("chalk", "kraft", "styles")]

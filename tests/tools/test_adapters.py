@@ -118,7 +118,7 @@ def test_the_words_and_the_networks_of_redux_are_trained_one_after_the_other(tin
 
 
 def one_step(task, data, models, number=0):
-    """Return the state after a step of a stage, and the loss before it."""
+    """Take one training step of a task's stage; return the new state and the step's loss."""
     stage = task.stages[number]
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
     state = TrainState.create(task.model, optimizer, trainable=stage.trained)

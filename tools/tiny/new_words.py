@@ -7,21 +7,25 @@
 picture of both, in a new folder. The model has never seen a crescent, nor read the word "moon", and
 knows teal as a background only. As many examples of each step show neither, so that what it knows
 is kept (prior preservation: Ruiz et al. 2022, DreamBooth, section 3.2).
-Scored are scenes whose combination of objects, relation and background is in no training.
+The scores are those of scenes whose combination of objects, relation and background was in no
+training.
 
 CLIP and T5 are trained together with the transformer. They have never read the letters of "moon"
 either, and tell what they know of a caption in states that the transformer has long learned to
 read; with the text encoders frozen, the transformer has to read states that mean nothing.
 
-The VAE's encoder stays, and tells apart no colour that none of its images had: lime would be
-yellow. Its decoder has only seen teal as a background, and is trained too, on the same images. T5
-spells a new word letter by letter; with a longer one, captions would not fit its 24 tokens.
+The VAE's encoder is not trained. It encodes a colour that was in none of its training images like
+the nearest one that was; lime would come out yellow. So the new colour is one of the backgrounds'.
+The VAE's decoder has seen it as a background only, and is trained on the same images. T5 splits an
+unknown word into letters. With a word longer than "moon", some captions would be longer than the 24
+tokens that the model reads.
 """
 
 import argparse
 import json
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,9 +143,11 @@ def reworded(scene: Scene, rng: np.random.Generator) -> str:
 def write_examples(
     folder: Path, count: int, kinds: tuple[str, ...], *, seed: int = 0, wordings: int = 1
 ) -> Path:
-    """Write images of some kinds in turns, none of them held out.
+    """Write training images of several kinds in turns, and their captions.
 
-    **Arguments:** `folder`: new. `wordings`: captions of each image.
+    Scenes that are kept for scoring (`Scene.held_out`) are left out.
+
+    **Arguments:** `folder`: new. `wordings`: the number of captions of each image.
     **Returns:** the file of the captions in it, a JSONL that `fluxjax train` reads: as many lines
     for each image, one after another.
     """
@@ -201,7 +207,7 @@ def draw_batch(examples: tuple[Examples, ...], empty: PromptIds, rng: np.random.
         rows = rng.integers(len(group.latents), size=BATCH // len(examples))
         wordings = rng.integers(WORDINGS, size=rows.shape)
         latents.append(group.latents[rows])
-        ids.append(jax.tree.map(lambda x: x[rows, wordings], group.ids))  # noqa: B023
+        ids.append(jax.tree.map(itemgetter((rows, wordings)), group.ids))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *ids)
     dropped = rng.random(BATCH) < DROPPED
     joined = jax.tree.map(lambda x, none: np.where(dropped[:, None], none, x), joined, empty)

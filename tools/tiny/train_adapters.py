@@ -90,8 +90,9 @@ def rate_at(share: float, highest: float) -> float:
 def compiled_steps(stage: Stage, optimizer: Any) -> Callable:
     """Return a function of several steps to compile, one for each batch of `batches`.
 
-    The steps are a loop of the compiled program. On a CPU convolutions within such a loop take
-    several times as long, and `batches` has one batch only, without the axis of batches.
+    Several steps are a loop of the compiled program. On a CPU the gradients of convolutions take
+    several times as long within such a loop. So `batches` may also be one batch, without the axis
+    of batches, for one step without a loop.
     """
     step = make_step(stage.loss, optimizer, ema_decay=EMA, trainable=stage.trained)
 
@@ -153,6 +154,8 @@ class Clock:
 
 def train(options: argparse.Namespace) -> None:
     kind, key = options.kind, jax.random.key(options.seed)
+    if options.scan is None:
+        options.scan = 1 if jax.default_backend() == "cpu" else 20
     options.output.mkdir(parents=True, exist_ok=True)
     examples = make_examples_in_parallel(kind, options.examples, options.seed, options.workers)
     _log(kind, f"{len(examples.prompts)} examples")
@@ -166,8 +169,7 @@ def train(options: argparse.Namespace) -> None:
         task = task._replace(model=like(task.model, read_lora(options.start)))
     model = task.model
     for number, stage in enumerate(task.stages):
-        on_cpu = jax.default_backend() == "cpu"
-        shape = (options.batch,) if on_cpu else (options.scan, options.batch)
+        shape = (options.batch,) if options.scan == 1 else (options.scan, options.batch)
         batches = Batches(data, shape, seed=number)
         inputs = task.flux, batches, empty
         model = train_stage(options, task, stage, model, inputs, jax.random.fold_in(key, number))
@@ -198,7 +200,6 @@ def train_stage(
     steps = compile_quickly(made, state, flux, batches.draw(), empty, key)
     _log(options.kind, "compiled")
     log = Log(options.kind, options.report)
-    steps_of_call = batches.shape[0] if len(batches.shape) > 1 else 1
     rest = 60 * options.minutes - STOP_EARLY - process_seconds()
     seconds = rest if stage is task.stages[-1] else stage.share * rest
     count = None if options.steps is None else stage.share * options.steps
@@ -207,7 +208,7 @@ def train_stage(
         state = with_rate(state, rate_at(share, rate))
         step_key = jax.random.fold_in(key, done)
         state, losses = steps(state, flux, batches.draw(), empty, step_key)
-        done += steps_of_call
+        done += options.scan
         log.add(done, float(jnp.mean(losses)))
         if time.monotonic() - written >= options.save:
             task.write(state.ema, options.output)
@@ -253,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, default=32768, help="scenes that are drawn and encoded first")
     add("--workers", type=int, default=3, help="processes that draw the scenes")
     add("--batch", type=int, default=256, help="examples of a step")
-    add("--scan", type=int, default=20, help="steps of a call; 1 on a CPU")
+    add("--scan", type=int, help="steps of a call (default: 20, and 1 on a CPU)")
     add("--steps", type=int, help="end after so many steps, if the time is not over before")
     add("--rate", type=float, help="the highest learning rate (default: that of the kind)")
     add("--report", type=float, default=20, help="seconds between two lines of the log")
