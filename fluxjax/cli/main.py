@@ -224,9 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def command() -> None:
         options = build_parser().parse_args(arguments)
-        if arguments is None and getattr(options, "quantize", None) is None:
-            # Products of 8 bits are not measured without Triton.
-            read_weights_in_place()
+        if arguments is None:
+            read_weights_in_place(getattr(options, "quantize", None))
         # The import takes seconds; in a worker thread, a signal ends it at once.
         function = interruptible(pkgutil.resolve_name, options.function)
         function(options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import Attention, as_attention, choose_implementation
 from fluxjax.kernels.block_sizes import resolve_block_sizes
-from fluxjax.kernels.cudnn_attention import cudnn_attention
+from fluxjax.kernels.cudnn_attention import cudnn_labelled_attention
 from fluxjax.kernels.xla_attention import LogitOptions, chunked_attention, xla_attention
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Int, ScalarLike
@@ -42,7 +42,7 @@ def labelled_attention(
     chosen = choose_implementation(q, k, True, False, name)
     options = LogitOptions(q.shape[-1] ** -0.5, labels=labels)
     if chosen == "cudnn":
-        return cudnn_attention(q, k, v, None, options)
+        return cudnn_labelled_attention(q, k, v, labels, options.scale)
     if chosen == "xla":
         return xla_attention(q, k, v, None, options)
     chunk = None

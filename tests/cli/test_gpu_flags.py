@@ -16,9 +16,15 @@ def plugin(monkeypatch):
     return found
 
 
-def test_products_are_left_to_cublas_where_there_is_a_cuda_plugin(plugin):
-    gpu_flags.read_weights_in_place()
+@pytest.mark.parametrize("quantize", [None, "fp8", "int8-128", "nf4"])
+def test_products_are_left_to_cublas_where_there_is_a_cuda_plugin(plugin, quantize):
+    gpu_flags.read_weights_in_place(quantize)
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_enable_triton_gemm=false"
+
+
+def test_int8_keeps_the_products_that_are_faster(plugin):
+    gpu_flags.read_weights_in_place("int8")
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
 
 
 def test_the_users_own_choice_stays(plugin, monkeypatch):

@@ -9,8 +9,7 @@ from small import draw
 
 from fluxjax import attention
 from fluxjax.kernels import Attention, BlockSizes, RegionalAttention, labelled_attention
-from fluxjax.kernels.cudnn_attention import cudnn_attention
-from fluxjax.kernels.xla_attention import LogitOptions
+from fluxjax.kernels.cudnn_attention import cudnn_labelled_attention
 
 BASE, TOKENS, IMAGE = 2, 3, 6  # tokens of the base prompt, of each region's prompt, of the image
 TEXT = BASE + 2 * TOKENS
@@ -88,23 +87,75 @@ def test_gradients_of_chunks_are_those_of_the_mask():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [12, 11])
-def test_cudnn_gets_one_mask_for_all_heads_and_padding_that_no_token_sees(tokens, monkeypatch):
-    q, k, v = in_regions(heads())[:, :tokens]
-    seen = []
+def in_place_of_cudnn(monkeypatch) -> list:
+    """Let JAX's function compute in plain JAX what it is asked to do by cuDNN.
 
-    def plain(q, k, v, *, mask, implementation, key_value_seq_lengths, **options):
+    **Returns:** a list to which it adds the shapes of masks.
+    """
+    masks = []
+
+    def plain(q, k, v, *, mask, implementation, **options):
         assert implementation == "cudnn"
-        seen.append(mask.shape)
+        assert len(q) == len(mask)
+        masks.append(mask.shape[1:])
         return original(q, k, v, mask=mask, implementation="xla", **options)
 
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
-    options = LogitOptions(8**-0.5, labels=LABELS[:tokens])
-    found = cudnn_attention(q, k, v, None, options)
-    assert seen == [(1, 1, 12, 12)]
+    return masks
+
+
+@pytest.mark.parametrize("tokens", [12, 11])
+def test_cudnn_gets_one_mask_for_all_heads_and_padding_that_no_token_sees(tokens, monkeypatch):
+    q, k, v = in_regions(heads())[:, :tokens]
+    masks = in_place_of_cudnn(monkeypatch)
+    found = cudnn_labelled_attention(q, k, v, LABELS[:tokens], 8**-0.5)
+    assert set(masks) == {(1, 12, 12)}
     expected = masked(q, k, v, VISIBLE[:tokens, :tokens])
     np.testing.assert_allclose(found, expected, atol=BOUND)
+
+
+def test_examples_of_a_batch_with_labels_of_their_own_and_their_gradients(monkeypatch):
+    q, k, v = in_regions(heads())
+    masks = in_place_of_cudnn(monkeypatch)
+    scales, labels = jnp.array([0.5, 1.0, 2.0]), jnp.stack([LABELS, LABELS[::-1], LABELS])
+
+    def attend_cudnn(q, k, v, labels):
+        return cudnn_labelled_attention(q, k, v, labels, 8**-0.5)
+
+    def attend_plain(q, k, v, labels):
+        return labelled_attention(q, k, v, labels, "xla")
+
+    def losses(attend):
+        def loss(scale, labels):
+            return (attend(scale * q, k, scale * v, labels) ** 2).sum()
+
+        # Both of labels and of scales, one after the other.
+        over_labels = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))
+        return jax.jit(jax.vmap(over_labels, in_axes=(0, None)))(scales, labels)
+
+    expected = losses(attend_plain)
+    for found, one in zip(losses(attend_cudnn), expected, strict=True):
+        assert found.shape == (3, 3)
+        np.testing.assert_allclose(found, one, rtol=1e-5)
+    assert set(masks) == {(1, 12, 12)}
+
+
+def test_jax_traces_cudnn_for_a_batch_with_labels_of_their_own(monkeypatch):
+    # What it looks for on this machine, before it traces.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    x, labels = jnp.zeros((3, 12, 6, 64), jnp.bfloat16), jnp.stack([LABELS] * 3)
+
+    def loss(x, labels):
+        return cudnn_labelled_attention(x, x, x, labels, 0.1).astype(jnp.float32).sum()
+
+    traced = str(jax.make_jaxpr(jax.vmap(jax.grad(loss)))(x, labels))
+    assert "dot_product_attention_fwd" in traced
+    assert "bf16[3,1,12,12]" in traced  # the mask
+    assert "bf16[3,6,12,12]" not in traced
 
 
 def test_the_image_mixes_the_base_prompt_and_its_regions():

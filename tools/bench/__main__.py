@@ -11,6 +11,8 @@ tpu-aot, flash-aot, gpu-aot: programs compiled for TPUs and GPUs on a machine wi
 memory, operations and communication, and the attention kernels' VMEM.
 blocks: the bytes that the kernels of one block of dev move, compiled the same way.
 train-aot: training steps of dev, compiled for both in the same way.
+train: training steps of a LoRA on full-size dev on this device, compared with diffusers and peft.
+cards: the command line with full-size dev in as much memory as smaller cards have.
 
 Each bench prints its rows. With --output it also appends them as JSON lines, with the versions and
 the machine.
@@ -24,6 +26,7 @@ from importlib.metadata import distributions
 
 import bench_attention
 import bench_blocks
+import bench_cards
 import bench_compile
 import bench_cpu
 import bench_flash
@@ -35,6 +38,7 @@ import bench_memory
 import bench_stream
 import bench_tpu
 import bench_train
+import bench_train_step
 import jax
 
 import fluxjax
@@ -52,7 +56,9 @@ BENCHES = (
     bench_gpu_aot,
     bench_memory,
     bench_blocks,
+    bench_cards,
     bench_train,
+    bench_train_step,
 )
 
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bench_parts import (
     seconds_of,
     summarize_times,
 )
+from bench_tpu import packed
 from scaling import forward_flop
 
 import fluxjax
@@ -31,10 +33,13 @@ from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
 from fluxjax.generate import TextStates, decode
 from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.packed_formats import PACKED_FORMATS
+from fluxjax.nets.rounding import QUANTIZATIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
-FORMATS = ("bfloat16", "int8", "fp8")
+GGUF_FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
+FORMATS = ("bfloat16", *QUANTIZATIONS, *GGUF_FORMATS)
 BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3")
 """Attention implementations that diffusers may have; the fastest is used."""
 
@@ -75,7 +80,7 @@ def forms(options: argparse.Namespace, first: bool) -> list[Form]:
     """
     attention, *others = options.attention
     stacked = [Form(weights, False, attention) for weights in options.weights]
-    weights = (options.apart or FORMATS) if options.unroll else ()
+    weights = (options.apart or options.weights) if options.unroll else ()
     apart = [form._replace(unrolled=True) for form in stacked if form.weights in weights]
     return stacked + first * (apart + [stacked[0]._replace(attention=other) for other in others])
 
@@ -99,6 +104,8 @@ class Networks:
                 flux = unroll(self.ours(weights, False))
             elif weights == "bfloat16":
                 flux = random_flux(self.config)
+            elif weights in GGUF_FORMATS:
+                flux = random_packed(self.config, weights)
             elif "bfloat16" in self.options.weights:
                 flux = quantize(self.ours("bfloat16", False), weights)
             else:
@@ -134,6 +141,34 @@ class Networks:
             )
             self.torch = made  # kept only once all of this has succeeded
         return self.torch
+
+
+def random_packed(config: FluxConfig, format: str) -> fluxjax.Flux:
+    """Return a transformer whose blocks' matrices are random blocks of GGUF, on the device.
+
+    Their codes are random bits, and all of their scales the same small number.
+    """
+    sizes = PACKED_FORMATS[format]
+    scale = jnp.full(1, 2e-4, sizes.scale_dtype).view(jnp.uint8)
+
+    @partial(jax.jit, static_argnums=1)
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        *rows, row_bytes = shape
+        blocks = jax.random.bits(key, (*rows, row_bytes // sizes.nbytes, sizes.nbytes), jnp.uint8)
+        for first in sizes.scales:
+            blocks = blocks.at[..., first : first + scale.size].set(scale)
+        return blocks.reshape(shape)
+
+    shapes = packed(eqx.filter_eval_shape(fluxjax.Flux, config, key=jax.random.key(0)), format)
+    leaves, structure = jax.tree.flatten(shapes)
+    drawn = []
+    for number, leaf in enumerate(leaves):
+        key = jax.random.key(number)
+        if leaf.dtype == jnp.uint8:
+            drawn.append(draw(key, leaf.shape))
+        else:
+            drawn.append(0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16))
+    return jax.tree.unflatten(structure, drawn)
 
 
 def _torch_device() -> str:
@@ -494,7 +529,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--apart",
         nargs="+",
         choices=FORMATS,
-        help="formats of weights that also run with unrolled blocks (default: all)",
+        help="formats of weights that also run with unrolled blocks (default: those of --weights)",
     )
     gpu.add_argument(
         "--parts", nargs="+", choices=["vae", "transformer"], default=["vae", "transformer"]
