@@ -113,7 +113,8 @@ def eight_bits(flux: Flux, dtype: Any) -> Flux:
             return node
         shape = node.value.shape
         parts = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
-        return eqx.tree_at(lambda weight: (weight.value, weight.scale), _EIGHT, parts)
+        empty = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
+        return eqx.tree_at(lambda weight: (weight.value, weight.scale), empty, parts)
 
     return jax.tree_util.tree_map_with_path(
         place, flux, is_leaf=lambda node: isinstance(node, Dense)
@@ -138,9 +139,6 @@ def packed(flux: Flux, format: str) -> Flux:
     )
 
 
-_EIGHT = QuantizedWeight(jnp.zeros((0, 0), jnp.int8), jnp.zeros(0))
-
-
 def hosted(flux: Flux, host: NamedSharding) -> Flux:
     """Return the shapes of the result of `fluxjax.stream_blocks`."""
 
@@ -148,7 +146,8 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
         stays = isinstance(node, Dense) and is_stacked(path_name(path))
         if not stays:
             return node
-        return eqx.tree_at(lambda weight: weight.stored.value, _EMPTY, struct(node.value))
+        empty = HostWeight(Dense(jnp.zeros((0, 0))))
+        return eqx.tree_at(lambda weight: weight.stored.value, empty, struct(node.value))
 
     def struct(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
@@ -156,9 +155,6 @@ def hosted(flux: Flux, host: NamedSharding) -> Flux:
     return jax.tree_util.tree_map_with_path(
         place, flux, is_leaf=lambda node: isinstance(node, Dense)
     )
-
-
-_EMPTY = HostWeight(Dense(jnp.zeros((0, 0))))
 
 
 def compiled_text(lowered: Any, flags: dict[str, str]) -> tuple[Any, str]:
