@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -18,9 +19,11 @@ from fluxjax.devices.streamed import BlockReader, FileWeight, HostWeight, Stored
 from fluxjax.nets.clip import Clip
 from fluxjax.nets.controlnet import ControlNet
 from fluxjax.nets.grouped import GroupedWeight
+from fluxjax.nets.mixed import mixed_weight
 from fluxjax.nets.stack import is_rounded, is_stacked, path_name
 from fluxjax.nets.t5 import T5
 from fluxjax.nets.transformer import AbstractTransformer
+from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
 
@@ -34,8 +37,7 @@ def stream_blocks(network: Network) -> Network:
     **Arguments:** `network`: a `Flux`, `Chroma`, `ControlNet`, `T5` or `Clip`, on the device or
     from `offload`, with which it is never on the device as a whole. Merge adapters before, or
     attach them.
-    **Raises:** `ValueError` for another network, or for weights whose blocks are stored in several
-    ways.
+    **Raises:** `ValueError` for another network.
     """
     if not isinstance(network, AbstractTransformer | ControlNet | T5 | Clip):
         raise ValueError(
@@ -45,10 +47,7 @@ def stream_blocks(network: Network) -> Network:
 
     def place(path: KeyPath, node: PyTree) -> PyTree:
         if isinstance(node, GroupedWeight):
-            raise ValueError(
-                "Weights whose blocks are stored in several ways have no streamed form. Load them "
-                "with dtype='bfloat16' (--dtype bfloat16), or keep them on the device."
-            )
+            return HostWeight(mixed_weight(node, _in_host_memory))
         if isinstance(node, StoredWeight) and is_stacked(path_name(path)):
             return HostWeight(move_arrays(node, HOST_MEMORY))
         return move_arrays(node, DEVICE_MEMORY)
@@ -57,6 +56,12 @@ def stream_blocks(network: Network) -> Network:
         return isinstance(node, StoredWeight | GroupedWeight)
 
     return jax.tree_util.tree_map_with_path(place, network, is_leaf=is_placed)
+
+
+def _in_host_memory(array: np.ndarray) -> Array:
+    """Return an array in the host's memory that the device copies from."""
+    sharding = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST_MEMORY)
+    return jax.device_put(array, sharding)
 
 
 def load_streamed(plan: Plan, *, dtype: DTypeLike | None = None) -> PyTree:

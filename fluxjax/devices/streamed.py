@@ -10,13 +10,14 @@ from fluxjax.checkpoint.load import block_index
 from fluxjax.checkpoint.packed_leaves import Stored, read_packed, stored_shape
 from fluxjax.checkpoint.plan import Plan
 from fluxjax.checkpoint.tensors import BYTES
+from fluxjax.nets.mixed import MixedWeight
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.quantized import QuantizedWeight
 from fluxjax.nets.stack import block_name
 from fluxjax.nets.weight import Dense, FetchedWeight, Weight
 from fluxjax.shapes import Array, Int
 
-StoredWeight = Dense | QuantizedWeight | PackedWeight
+StoredWeight = Dense | QuantizedWeight | PackedWeight | MixedWeight
 """Weights whose arrays each have an axis of blocks."""
 
 

@@ -19,17 +19,15 @@ from fluxjax.lora.adapter import Lora
 from fluxjax.lora.changes import ScaledChange, WeightChanges, changes_of
 from fluxjax.lora.factors import Factor, combined_factors
 from fluxjax.lora.merge import merge_changes
-from fluxjax.lora.networks import is_weight
+from fluxjax.lora.networks import Leaf, dense_shapes, is_weight
 from fluxjax.lora.row_scales import BlockChanges, scale_rows
 from fluxjax.lora.scales import Scales, check_scales
 from fluxjax.lora.widen import widen_for_changes
 from fluxjax.nets.stack import is_stacked, leaf_names
-from fluxjax.nets.weight import AdaptedWeight, Dense, RowScaledWeight, Weight
+from fluxjax.nets.weight import AdaptedWeight, RowScaledWeight, Weight
 from fluxjax.shapes import Array
 
 Network = TypeVar("Network", bound=eqx.Module)
-Leaf = Array | jax.ShapeDtypeStruct
-"""An array, or the shape of one."""
 
 
 @convert_arguments
@@ -66,10 +64,10 @@ def attach(
     columns, OFT, a LoKr whose second factor is whole, full differences): merge it instead. So has a
     DoRA of rows beside weights that are not plain arrays, since it depends on their norms.
     """
-    shapes = _as_dense_shapes(model)
+    shapes = dense_shapes(model)
     changes = changes_of(shapes, loras, check_scales("attach", len(loras), scales))
     model = widen_for_changes(model, changes)
-    shapes = _as_dense_shapes(model)
+    shapes = dense_shapes(model)
     slots = parameters_of(shapes)
     names = leaf_names(shapes)
     # Vectors are changed as they are; matrices get factors beside them, by leaf and block.
@@ -137,23 +135,6 @@ def _change_vectors(
     for name, leaf in zip(leaf_names(model), leaves, strict=True):
         exact.append(leaf.astype(jnp.float32) if name in changed else leaf)
     return merge_changes(jax.tree.unflatten(structure, exact), changes, donate=False)
-
-
-def _as_dense_shapes(model: Network) -> Network:
-    """Return the shapes of a network as if all of its weights were dense.
-
-    The slots of dense weights have the names that adapters use, in whatever way weights are
-    stored.
-    """
-
-    def shape(node: Weight | Leaf) -> Dense | jax.ShapeDtypeStruct:
-        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
-        if not isinstance(node, Weight):
-            return plain
-        # The field is replaced afterwards, because its type allows arrays only.
-        return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain)
-
-    return jax.tree.map(shape, model, is_leaf=is_weight)
 
 
 def _adapt_weight(

@@ -15,7 +15,7 @@ from fluxjax.arguments import convert_arguments
 from fluxjax.checkpoint.weights import Parameter, parameters_of
 from fluxjax.lora.adapter import Change, Lora
 from fluxjax.lora.base_terms import MagnitudeTerm
-from fluxjax.lora.networks import LOOKUP_TABLES, network_kind
+from fluxjax.lora.networks import LOOKUP_TABLES, check_plain, dense_shapes, network_kind
 from fluxjax.lora.terms import KronTerm, LowRankTerm, Term
 from fluxjax.nets.flux import Flux
 from fluxjax.nets.widen import widen_input
@@ -51,7 +51,7 @@ def init_lora(
 
     **Arguments:**
 
-    - `model`: a `Flux`, `Clip` or `T5`, or its shapes.
+    - `model`: a `Flux`, `Clip` or `T5`, of weights in any storage, or its shapes.
     - `rank`: at least 1, and at most that of the largest chosen matrix.
     - `targets`: regular expressions, or one of them. A weight is chosen if one matches its whole
       name without ".weight", as in "double.0.img.qkv".
@@ -139,12 +139,13 @@ def init_dora(
 ) -> Lora:
     """Return a DoRA that changes nothing yet: the norm of each row is trained apart.
 
-    **Arguments:** as for `init_lora`; the `model` holds arrays, whose rows' norms are the first
-    magnitudes.
-    **Raises:** `ValueError` as `init_lora`.
+    **Arguments:** as for `init_lora`; the `model` holds plain arrays, whose rows' norms are the
+    first magnitudes.
+    **Raises:** `ValueError` as `init_lora`; `WeightsError` for weights in another storage.
     **Source:** Liu et al. 2024, DoRA, section 4.1.
     """
     _check_rank("init_dora", rank)
+    check_plain(model, "`init_dora` takes the norms of rows, and has none of")
     factor = _factor("init_dora", rank, alpha)
     slots, leaves = parameters_of(model), jax.tree.leaves(model)
 
@@ -250,7 +251,7 @@ def _widened_shapes(model: eqx.Module, features: int) -> Flux:
 def _matrices(model: eqx.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the matrices of a network, by name without ".weight"."""
     matrices: dict[str, tuple[int, ...]] = {}
-    for name, slot in parameters_of(model).items():
+    for name, slot in parameters_of(dense_shapes(model)).items():
         if len(slot.shape) == 2 and name not in LOOKUP_TABLES:
             matrices[name.removesuffix(".weight")] = slot.shape
     return matrices

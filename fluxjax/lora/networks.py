@@ -1,14 +1,21 @@
 """The networks that adapters are for, and the storage of their weights that merging needs."""
 
+from typing import TypeVar
+
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from fluxjax.checkpoint.errors import WeightsError
 from fluxjax.checkpoint.kinds import KINDS
 from fluxjax.nets.grouped import GroupedWeight
 from fluxjax.nets.packed import PackedWeight
 from fluxjax.nets.weight import Dense, Weight
+from fluxjax.shapes import Array
 
+Network = TypeVar("Network", bound=eqx.Module)
+Leaf = Array | jax.ShapeDtypeStruct
+"""An array, or the shape of one."""
 LOOKUP_TABLES = ("tokens.weight", "positions.weight", "position_bias.weight")
 """Matrices whose rows are looked up, so they are never multiplied by activations."""
 
@@ -40,6 +47,23 @@ def network_kind(call: str, model: eqx.Module) -> str:
 def is_weight(node: object) -> bool:
     """Return whether a node of a network is a linear layer's matrix, in whatever storage."""
     return isinstance(node, Weight)
+
+
+def dense_shapes(model: Network) -> Network:
+    """Return the shapes of a network as if all of its weights were dense.
+
+    The slots of dense weights have the names that adapters use, in whatever way weights are
+    stored.
+    """
+
+    def shape(node: Weight | Leaf) -> Dense | jax.ShapeDtypeStruct:
+        plain = jax.ShapeDtypeStruct(node.shape, jnp.float32)
+        if not isinstance(node, Weight):
+            return plain
+        # The field is replaced afterwards, because its type allows arrays only.
+        return eqx.tree_at(lambda dense: dense.value, Dense(jnp.zeros((0, 0))), plain)
+
+    return jax.tree.map(shape, model, is_leaf=is_weight)
 
 
 def check_plain(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fluxjax.nets.rounding import check_quantization
 from fluxjax.printable import printable
 from fluxjax.train.data_settings import DataSettings, data_settings
 from fluxjax.train.mesh_step import StepSettings
@@ -30,7 +31,8 @@ class MethodSettings:
       its mask, of a model that does not read them yet.
     - `start`: an adapter to go on with.
     - `weights_dtype`: of the trained weights.
-    - `quantize`: "int8" or "fp8" for the frozen blocks beside an adapter; None to keep them.
+    - `quantize`: a format of `fluxjax.quantize` for the frozen blocks beside an adapter, as
+      "int8" or "nf4"; None to keep them.
 
     **Raises:** `ValueError` for another method, and for what it does not take.
     """
@@ -69,6 +71,14 @@ class MethodSettings:
                 raise ValueError(
                     f"train.{name} is for adapters, and train.method is {self.method!r}. Leave it "
                     "out, or choose an adapter as the method."
+                )
+
+        if self.quantize is not None:
+            check_quantization(self.quantize)
+            if self.method == "dora":
+                raise ValueError(
+                    "train.method = 'dora' trains the norms of rows, which train.quantize rounds. "
+                    "Choose 'lora', or leave train.quantize out."
                 )
 
     @property

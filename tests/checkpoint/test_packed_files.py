@@ -7,7 +7,18 @@ import pytest
 from layouts import assert_same_network, export, random_network, write, write_gguf
 from meshes import flux_inputs, relative, velocities
 
-from fluxjax import Flux, FluxConfig, WeightsError, convert_weights, load_flux, merge, save
+from fluxjax import (
+    Flux,
+    FluxConfig,
+    WeightsError,
+    attach,
+    convert_weights,
+    load_flux,
+    merge,
+    offload,
+    save,
+    stream_blocks,
+)
 from fluxjax.checkpoint import names as tables
 from fluxjax.checkpoint.bitsandbytes_4bit import QuantState, decode_four_bits
 from fluxjax.checkpoint.gguf_rounding import round_to_gguf
@@ -79,6 +90,24 @@ def test_a_file_of_several_formats_keeps_each_blocks_own(bfl, mixed):
     assert relative(velocities(load_flux(mixed, config=CONFIG, stream=True), rows), expected) < 0.01
     with pytest.raises(WeightsError, match="decodes packed ones; or attach the adapters"):
         merge(flux, [init_lora(flux, rank=2, key=jax.random.key(0))])
+
+
+def test_a_file_of_several_formats_is_streamed_from_host_memory(bfl, mixed):
+    flux = load_flux(mixed, config=CONFIG)
+    streamed = stream_blocks(offload(flux))
+    linear1 = streamed.single.linear1.weight
+    assert linear1.shape == (3, 1280, 256)
+    (kind,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(linear1)}
+    assert kind == "pinned_host"
+    # The bytes are those of the file, and rows of 4 bits are padded to the length of float32.
+    raw = round_to_gguf(bfl["single_blocks.1.linear1.weight"], "Q4_K")
+    np.testing.assert_array_equal(linear1.stored.value[1, :, :144], raw)
+    assert linear1.stored.value.shape == (3, 1280, 1024)
+    rows = flux_inputs(CONFIG, 1)
+    expected = velocities(flux, rows)
+    assert relative(velocities(streamed, rows), expected) <= 1e-6
+    lora = init_lora(flux, rank=2, key=jax.random.key(0))
+    assert relative(velocities(attach(streamed, [lora]), rows), expected) <= 1e-6
 
 
 def test_a_scale_that_is_not_finite_is_refused(bfl, tmp_path):

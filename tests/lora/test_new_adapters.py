@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 from adapters import random_flux
 
-from fluxjax import WeightsError, attach, merge, read_lora, write_lora
+from fluxjax import Flux, FluxConfig, WeightsError, attach, merge, read_lora, write_lora
 from fluxjax.lora import init_dora, init_lokr, init_lora, trainable
 from fluxjax.nets import RowScaledWeight, quantize
 
 KEY = jax.random.key(0)
+SIZES = dict(  # blocks of 64 values divide the columns
+    width=64,
+    heads=4,
+    double_depth=1,
+    single_depth=1,
+    mlp_width=128,
+    context=24,
+    pooled=8,
+    rope_axes=(4, 6, 6),
+    time_width=16,
+)
 TARGETS = [r"double\.\d\.img\.(qkv|out)", r"single\.1\.linear1", r"final\.modulation"]
 
 
@@ -80,6 +91,19 @@ def test_a_lokr_is_refused_in_pefts_names_and_ranks_that_do_not_fit(flux, tmp_pa
         init_lokr(flux, 2, TARGETS, divisor=0, key=KEY)
     with pytest.raises(ValueError, match="`init_dora` needs a rank of at least 1"):
         init_dora(flux, 0, TARGETS, key=KEY)
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_an_adapter_for_rounded_weights_has_the_shapes_of_the_plain_ones(format):
+    network = Flux(FluxConfig(**SIZES), key=KEY)
+    rounded = quantize(network, format)
+    made = [init_lora(one, 2, key=KEY) for one in (rounded, network)]
+    assert jax.tree.map(jnp.shape, made[0]) == jax.tree.map(jnp.shape, made[1])
+    for one, other in zip(*map(jax.tree.leaves, made), strict=True):
+        np.testing.assert_array_equal(one, other)
+    attach(rounded, made[:1])
+    with pytest.raises(WeightsError, match="`init_dora` takes the norms of rows"):
+        init_dora(rounded, 2, key=KEY)
 
 
 def test_a_dora_beside_rounded_weights_is_refused(flux):

@@ -10,10 +10,11 @@ from meshes import relative
 from small import draw
 
 from fluxjax.nets import Dense, GroupedWeight, PackedWeight, decode_weights, quantize, unroll
+from fluxjax.nets.mixed import MixedWeight, mixed_weight
 from fluxjax.nets.packed_formats import NF4_CODES, PACKED_FORMATS, decode_rows
 from fluxjax.nets.packed_rounding import ROUNDED_FORMATS, pack_rows
 from fluxjax.nets.scan import scan_blocks
-from fluxjax.nets.stack import Unrolled
+from fluxjax.nets.stack import Unrolled, block_at
 
 OF_GGUF = [name for name in PACKED_FORMATS if hasattr(gguf.GGMLQuantizationType, name)]
 
@@ -76,7 +77,7 @@ def test_a_product_and_its_gradient_are_those_of_the_values():
 
 
 class Layer(eqx.Module):
-    weight: PackedWeight | GroupedWeight | Dense
+    weight: PackedWeight | GroupedWeight | MixedWeight | Dense
 
 
 def run(layers, x):
@@ -116,6 +117,28 @@ def test_blocks_of_several_storages_each_read_their_own():
     assert relative(eqx.filter_jit(run)(unrolled, x), expected) <= 1e-6
     over_images = eqx.filter_jit(eqx.filter_vmap(run, in_axes=(None, 0)))
     assert relative(over_images(mixed, x[None])[0], expected) <= 1e-6
+
+
+def test_blocks_of_several_storages_as_one_array_of_bytes_multiply_the_same():
+    grouped, _ = mixed_layers()
+    mixed = Layer(mixed_weight(grouped.weight))
+    assert mixed.weight.shape == (4, 512, 512)
+    assert mixed.weight.ways == ("Q4_K", "Q6_K", "float16")
+    assert mixed.weight.value.shape == (4, 512, 1024)  # float16 is the longest
+    for row in (0, 1, 3):
+        grouped_row, mixed_row = (x.weight for x in (block_at(grouped, row), block_at(mixed, row)))
+        x = draw(2, 512)
+        expected = eqx.filter_jit(lambda weight, x: weight.matmul(x))(grouped_row, x)
+        found = eqx.filter_jit(lambda weight, x: weight.matmul(x))(mixed_row, x)
+        np.testing.assert_array_equal(found, expected)
+    x = draw(2, 512)
+    expected = eqx.filter_jit(run)(grouped, x)
+    assert relative(eqx.filter_jit(run)(mixed, x), expected) <= 1e-6
+    assert relative(eqx.filter_jit(run)(unroll_layers(mixed), x), expected) <= 1e-6
+
+
+def unroll_layers(layers):
+    return Unrolled(tuple(block_at(layers, number) for number in range(4)))
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "mixed"])

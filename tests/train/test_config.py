@@ -48,6 +48,8 @@ WRONG = {
     "decay": ({"ema": 1.0}, r"in \[0, 1\), got 1\.0"),
     "optimizer": ({"optimizer": {"name": "sgd"}}, "one of adamw, adafactor, lion, muon"),
     "start": ({"train": {"method": "full", "start": "a.safetensors"}}, "is for adapters"),
+    "storage": ({"train": {"quantize": "nf5"}}, "no format 'nf5' to quantize to. Choose one of"),
+    "norms of a storage": ({"train": {"method": "dora", "quantize": "nf4"}}, "Choose 'lora'"),
     "times": ({"loss": {"times": "linear"}}, "is one of logit_normal, uniform"),
 }
 

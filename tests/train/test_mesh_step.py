@@ -1,5 +1,7 @@
 """A training step on a mesh, or in micro-batches, is the step on one device at once."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 from meshes import mesh_of
-from training import AVERAGED, Training, batch_of, jit_gradients, random_flux
+from training import AVERAGED, CONFIG, Training, batch_of, jit_gradients, random_flux
 
+from fluxjax.nets import PackedWeight, decode_weights, quantize
 from fluxjax.train import mesh_step
 from fluxjax.train.config import MethodSettings
 from fluxjax.train.mesh_step import StepSettings
@@ -198,3 +201,17 @@ def test_bfloat16_weights_have_moments_and_an_average_in_float32():
     # Updates of 1e-3 beside weights of 0.2, which are 1e-3 apart, and half of them more.
     assert changed[1] > 0.3
     assert np.all(np.isfinite(np.asarray(kept.state.ema["img_in.weight"])))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("format", ["nf4", "int8-128"])
+def test_an_adapter_beside_packed_weights_gets_the_gradients_beside_their_values(format, kind):
+    config = replace(CONFIG, width=64, heads=4, mlp_width=128)  # blocks of 64 values divide these
+    packed = quantize(random_flux(config=config), format)
+    assert isinstance(packed.single.linear2.weight, PackedWeight)
+    method = MethodSettings(method=kind, rank=2, divisor=4)
+    found = gradients(network=packed, method=method, remat=True)
+    expected = gradients(network=decode_weights(packed, "float32"), method=method, remat=True)
+    assert found.keys() == expected.keys()
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-3
+    assert relative(found, expected) <= BOUND

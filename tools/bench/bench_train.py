@@ -74,6 +74,7 @@ PROGRAMS = {
     "v5p-8-adamw-data2": Program("v5p-8", FULL, {"data": 2, "fsdp": 2}),
     "24gb-lora": Program("rtx4090", _lora()),
     "24gb-lora-int8": Program("rtx4090", _lora("int8")),
+    "24gb-lora-nf4": Program("rtx4090", _lora("nf4")),
     "80gb-lora": Program("h100", _lora()),
     "80gb-lora-int8": Program("h100", _lora("int8")),
 }

@@ -3,6 +3,9 @@
 The weights are random and frozen in bfloat16 or 8 bits, the latents and the states of the texts are
 computed already, and each block is computed again in the backward pass. A failure is a row as well,
 and the other rows go on.
+
+A library that crashes the GPU takes the rows of the other with it. `--no-diffusers` and `--weights`
+without a format measure either alone.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from fluxjax.generate import TextStates
 from fluxjax.generate.latents import image_tokens
 from fluxjax.kernels import select_attention
 from fluxjax.kernels.attention import IMPLEMENTATIONS
+from fluxjax.nets.rounding import QUANTIZATIONS
 from fluxjax.train.batch import TrainBatch
 from fluxjax.train.config import TrainConfig, train_config
 from fluxjax.train.cost import TokenCounts, step_cost, training_flop
@@ -40,7 +44,7 @@ from fluxjax.train.step import TrainState
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
-FORMATS = ("bfloat16", "int8", "fp8")
+FORMATS = ("bfloat16", *QUANTIZATIONS)
 TXT_TOKENS = 512
 BACKENDS = ("native", "_native_cudnn")
 """Attention implementations of diffusers that have a gradient; the fastest is used."""
