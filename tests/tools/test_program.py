@@ -171,6 +171,7 @@ def test_groups_may_be_axes_of_a_mesh():
     listed = read(PROGRAM)
     for groups in (
         "mesh['a'=2,'b'=4] {'b'}",
+        "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}",
         "mesh['a'=2,'b'=2,'c'=2] {'b','c'}",
         "mesh['a'=8] {'a':(2)4}",
     ):

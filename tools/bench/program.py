@@ -409,10 +409,13 @@ def _group(line: Instruction, devices: int) -> int:
     """Return how many devices take part in a collective.
 
     Groups are listed, counted as [groups, devices]<=…, or axes of a mesh:
-    mesh['a'=2,'b'=4] {'b'}, where 'b':(2)2 would be a part of an axis, of 2 devices.
+    mesh['a'=2,'b'=4] {'b'}, where 'b':(2)2 would be a part of an axis, of 2 devices. The order of a
+    mesh's devices, as device_ids=([2,2]T(1,0)), does not change how many there are.
     """
     text = line.attributes
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", text
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)

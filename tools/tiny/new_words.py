@@ -38,6 +38,7 @@ import scenes
 from evaluate_tiny import generate, grid
 from PIL import Image
 from scenes import OPPOSITE, Scene, Thing, caption, check, random_scene, render
+from scipy.optimize import nnls
 
 import fluxjax
 from fluxjax.flow.times import resolution_mu
@@ -64,6 +65,8 @@ KEPT = 600
 """Images of what the model knows. Half of each step's examples are of these."""
 WORDINGS = 6
 """Captions of each image, one of which is drawn whenever the image is."""
+PALETTES = 8
+"""How often each image with new words is shown: once as it is, then in other colours."""
 BATCH, WARM_UP, EMA, DROPPED = 16, 50, 0.99, 0.05
 GUIDANCE = 1.0
 """The distilled scale that the transformer is trained at, and the tuned model is sampled with."""
@@ -140,29 +143,84 @@ def reworded(scene: Scene, rng: np.random.Generator) -> str:
     return caption(scene, rng)
 
 
+def in_other_colors(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return a training scene of the same objects in other colours, a third of them the new one.
+
+    One new word at least is left in it.
+    """
+    while True:
+        found = {}
+        for thing in scene.things:
+            is_new = rng.random() < 1 / 3
+            found[thing.color] = COLOR if is_new else str(rng.choice(list(scenes.COLORS)))
+        background = scene.background
+        if rng.random() < 0.5:
+            background = str(rng.choice(list(scenes.BACKGROUNDS)))
+        things = tuple(replace(thing, color=found[thing.color]) for thing in scene.things)
+        other = Scene(background, things, scene.relation)
+        words = [word for thing in things for word in (thing.shape, thing.color)]
+        colors = [thing.color for thing in things]
+        is_hidden = scene.relation == "inside" and len(set(colors)) == 1
+        has_new = bool({SHAPE, COLOR}.intersection(words))
+        if has_new and background not in colors and not is_hidden and not other.held_out:
+            return other
+
+
+def recolored(image: np.ndarray, scene: Scene, other: Scene) -> np.ndarray:
+    """Return an image of a scene in the colours of another scene of the same objects.
+
+    Each pixel is a mixture of the background's and the objects' colours, and becomes that mixture
+    of the other colours.
+
+    **Arguments:** `image`: [height, width, 3] in [-1, 1].
+    """
+    names = {scene.background: other.background}
+    for one, changed in zip(scene.things, other.things, strict=True):
+        names[one.color] = changed.color
+    old = np.array([scenes.BACKGROUNDS[name] for name in names]) / 127.5 - 1
+    new = np.array([scenes.BACKGROUNDS[name] for name in names.values()]) / 127.5 - 1
+    # Shares of colours are not negative, and add up to one.
+    weights = np.concatenate([old.T, np.ones((1, len(old)))])
+    pixels, places = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
+    shares = np.stack([nnls(weights, np.append(pixel, 1.0))[0] for pixel in pixels])
+    shares /= shares.sum(-1, keepdims=True)
+    return np.float32(shares @ new)[places.reshape(-1)].reshape(image.shape)
+
+
 def write_examples(
-    folder: Path, count: int, kinds: tuple[str, ...], *, seed: int = 0, wordings: int = 1
+    folder: Path,
+    count: int,
+    kinds: tuple[str, ...],
+    *,
+    seed: int = 0,
+    wordings: int = 1,
+    palettes: int = 1,
 ) -> Path:
     """Write training images of several kinds in turns, and their captions.
 
     Scenes that are kept for scoring (`Scene.held_out`) are left out.
 
-    **Arguments:** `folder`: new. `wordings`: the number of captions of each image.
+    **Arguments:** `folder`: new. `wordings`: the number of captions of each image. `palettes`: how
+    often each image is written: once as it is, then in other colours.
     **Returns:** the file of the captions in it, a JSONL that `fluxjax train` reads: as many lines
     for each image, one after another.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     lines: list[str] = []
-    while len(lines) < count * wordings:
-        number = len(lines) // wordings
+    number = 0
+    while number < count:
         scene = training_scene(kinds[number % len(kinds)], rng)
         if scene.held_out:
             continue
-        path = folder / f"{number:04d}.png"
-        write_png(render(scene, SIZE, SIZE, rng), path)
-        for _ in range(wordings):
-            lines.append(json.dumps({"image": path.name, "prompt": reworded(scene, rng)}))
+        image = render(scene, SIZE, SIZE, rng)
+        for palette in range(palettes):
+            shown = scene if palette == 0 else in_other_colors(scene, rng)
+            path = folder / f"{number:04d}-{palette}.png"
+            write_png(recolored(image, scene, shown) if palette else image, path)
+            for _ in range(wordings):
+                lines.append(json.dumps({"image": path.name, "prompt": reworded(shown, rng)}))
+        number += 1
     captions = folder / "captions.jsonl"
     captions.write_text("\n".join(lines) + "\n")
     return captions
@@ -364,7 +422,7 @@ def picture(before: tuple[Drawn, Drawn], after: tuple[Drawn, Drawn]) -> Image.Im
 def run_all(folder: Path, images: int, steps: int, count: int) -> None:
     """Write, train, save, score and draw, in a new folder."""
     start = time.perf_counter(), time.process_time()
-    new = write_examples(folder / "new", images, NEW, wordings=WORDINGS)
+    new = write_examples(folder / "new", images, NEW, wordings=WORDINGS, palettes=PALETTES)
     kept = write_examples(folder / "kept", KEPT, OLD, seed=2, wordings=WORDINGS)
     models = fluxjax.load_models("tiny", dtype="float32")
     examples = read_examples(models, new), read_examples(models, kept)
