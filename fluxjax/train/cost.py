@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from fluxjax.generate.limits import memory_bytes
+from fluxjax.lora.networks import dense_shapes
 from fluxjax.nets.stack import leaf_names
 from fluxjax.nets.transformer import AbstractTransformer
 
@@ -61,7 +62,9 @@ def _layer_flop(network: AbstractTransformer, tokens: TokenCounts) -> dict[str, 
     single blocks both. Modulation and embedders see one vector for each example.
     """
     found = {}
-    for name, leaf in zip(leaf_names(network), jax.tree.leaves(network), strict=True):
+    # In fewer bits a weight multiplies as much as a plain one of its shape.
+    dense = dense_shapes(network)
+    for name, leaf in zip(leaf_names(dense), jax.tree.leaves(dense), strict=True):
         if not name.endswith(".weight"):
             continue
         rows = 1  # of the conditioning vector

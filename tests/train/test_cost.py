@@ -1,13 +1,15 @@
 """Operations by formula are those of the compiled program, and what does not fit is refused."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from program import read
-from training import random_flux
+from training import CONFIG, random_flux
 
-from fluxjax import Flux, FluxConfig, image_ids
+from fluxjax import Flux, FluxConfig, image_ids, quantize
 from fluxjax.train.cost import StepCost, TokenCounts, forward_flop, training_flop
 
 
@@ -35,6 +37,14 @@ def test_devs_operations_are_those_that_are_known():
     assert training_flop(dev, tokens) == pytest.approx(3 * forward)
     # Beside an adapter the gradients of the base's weights are not computed.
     assert training_flop(dev, tokens, {}) == pytest.approx(2 * 59.5e12 + 3 * 14.9e12, rel=0.01)
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_weights_of_fewer_bits_multiply_as_much(format):
+    flux = random_flux(config=replace(CONFIG, width=64, heads=4, mlp_width=128))
+    tokens = TokenCounts(6, 5)
+    rounded = quantize(flux, format)
+    assert training_flop(rounded, tokens, {}) == training_flop(flux, tokens, {})
 
 
 def test_a_step_that_does_not_fit_is_refused():
