@@ -38,7 +38,7 @@ def test_all_captions_of_an_image_say_the_same(tmp_path):
     known = (*scenes.SHAPES, *scenes.BACKGROUNDS, "small", "large", "inside")
     for number in range(9):
         mine = rows[4 * number : 4 * number + 4]
-        assert {row["image"] for row in mine} == {f"{number:04d}.png"}
+        assert {row["image"] for row in mine} == {f"{number:04d}-0.png"}
         said = {
             tuple(sorted(set(row["prompt"].replace(",", "").split()) & set(known))) for row in mine
         }
@@ -46,6 +46,35 @@ def test_all_captions_of_an_image_say_the_same(tmp_path):
         assert len({tuple(word for word in words if word != "white") for words in said}) == 1
         expected = {SHAPE: [SHAPE], COLOR: [COLOR], "both": [SHAPE, COLOR]}[NEW[number % 3]]
         assert all(word in row["prompt"] for word in expected for row in mine)
+
+
+def test_an_image_in_other_colours_is_the_one_that_is_drawn_in_them():
+    rng = np.random.default_rng(1)
+    changed_backgrounds = new_colors = 0
+    for number in range(60):
+        scene = new_words.training_scene(NEW[number % 3], rng)
+        other = new_words.in_other_colors(scene, rng)
+        shapes = [[(thing.size, thing.shape) for thing in one.things] for one in (scene, other)]
+        assert shapes[0] == shapes[1]
+        assert other.relation == scene.relation
+        assert not other.held_out
+        assert {SHAPE, COLOR} & {word for t in other.things for word in (t.shape, t.color)}
+        image, expected = (
+            scenes.render(one, 128, 128, np.random.default_rng(number)) for one in (scene, other)
+        )
+        found = new_words.recolored(image, scene, other)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        changed_backgrounds += other.background != scene.background
+        new_colors += any(thing.color == COLOR for thing in other.things)
+    assert 15 < changed_backgrounds < 45
+    assert new_colors > 20
+
+
+def test_each_image_is_written_in_as_many_palettes(tmp_path):
+    captions = write_examples(tmp_path / "new", 3, NEW, wordings=2, palettes=4)
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    assert len(rows) == 3 * 4 * 2
+    assert len({row["image"] for row in rows}) == 3 * 4
 
 
 def random_examples(models, count, seed):
