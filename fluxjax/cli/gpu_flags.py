@@ -11,7 +11,7 @@ def read_weights_in_place(quantize: str | None = None) -> None:
     """Let XLA leave products to cuBLAS, so that they read stacked weights where they lie.
 
     FLUX.1-dev in bfloat16 is then 7 % faster on an H100: see `fluxjax.nets.weight`. In fp8 it is as
-    fast on an H200, and compiles in 10 s instead of 60. In int8 its steps are slower, 136 ms
+    fast on an H200, and compiles in 10 s instead of 60. In int8 its steps are slower, 142 ms
     instead of 116, so that nothing is set for it. Without JAX's CUDA plugin, or where the user has
     set the option, nothing changes either.
 
