@@ -124,7 +124,7 @@ def training_scene(kind: str, rng: np.random.Generator) -> Scene:
         scene = scene_with_more(kind, rng)
         moons = [thing for thing in scene.things if thing.shape == SHAPE]
         has_small = any(scene.relation == "inside" or moon.size == "small" for moon in moons)
-        if has_small or not moons or rng.random() < 0.4:
+        if has_small or not moons or rng.random() < 0.3:
             return scene
 
 
@@ -456,7 +456,7 @@ def main() -> None:
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
     parser.add_argument("--images", type=int, default=200, help="that have new words")
-    parser.add_argument("--steps", type=int, default=2300, help="of 16 examples each")
+    parser.add_argument("--steps", type=int, default=2800, help="of 16 examples each")
     parser.add_argument(
         "--prompts", type=int, default=100, help="new ones, and as many old ones, to score"
     )
