@@ -425,22 +425,14 @@ def run_section(name: str, options: argparse.Namespace) -> None:
     SECTIONS[name].run(options, keep)
 
 
-def device_bytes() -> float:
-    """Return the memory of the first NVIDIA GPU; 0 where there is none."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return float(printed.split("\n")[0]) * 2**20
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return 0.0
-
-
 def run_in_process(name: str, options: argparse.Namespace, seconds: float) -> str | None:
     """Run a section in a new process; return how it failed, if it did."""
     words = [sys.executable, __file__, "--section", name, "--rows", str(options.rows)]
     words += ["--folder", str(options.folder)] + ["--small"] * options.small
+    from bench_parts import gpu_bytes
+
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    environment |= SECTIONS[name].environment(device_bytes())
+    environment |= SECTIONS[name].environment(gpu_bytes())
     try:
         code = subprocess.run(words, timeout=seconds, env=environment).returncode
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Weights of stacked blocks that are stored in several ways, as one array of bytes."""
+"""Weights whose blocks are stored in several formats, together in one array of bytes."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,16 @@ from fluxjax.shapes import Array, Float, Int, UInt8
 
 
 class MixedWeight(LocalWeight):
-    """A stacked weight whose blocks are stored in several ways, their rows padded to one length.
+    """A stacked weight whose blocks are stored in several formats, in one array of bytes.
 
-    Unlike a `GroupedWeight` it has one array in which all blocks have the same shape, so that the
-    next block can be copied from the host's memory while one runs. The padding is copied as well:
-    of blocks in Q4_K beside some in Q6_K, rows of 144 bytes for 256 values become 210 bytes long.
+    A `GroupedWeight` has one array for each format. Here the rows of all blocks are padded to the
+    same number of bytes, so that the next block can be copied from the host's memory while one
+    runs. The padding is copied too: where some blocks are in Q6_K, 256 values of a block in Q4_K
+    take 210 bytes in place of 144.
 
-    `value`: the bytes of the rows. `way`: the number of each block's way in `ways`. `ways`: names
-    of packed formats or of dtypes. `features`: of a row.
+    `value`: the bytes of the rows. `way`: for each block, the place of its format in `ways`.
+    `ways`: the formats, each the name of a packed format or of a dtype. `features`: how many
+    numbers a row holds.
     """
 
     value: UInt8[Array, "*depth out most_bytes"]
@@ -46,10 +48,10 @@ class MixedWeight(LocalWeight):
 def mixed_weight(
     weight: GroupedWeight, to_array: Callable[[np.ndarray], Array] = jnp.asarray
 ) -> MixedWeight:
-    """Return the blocks of several stacks as one array of bytes.
+    """Return a `GroupedWeight` with all of its blocks in one array of bytes.
 
-    **Arguments:** `weight`: of plain and packed stacks, on a device or in the host's memory.
-    `to_array`: makes JAX's arrays of numpy's, so that the large one is only where it is to be.
+    **Arguments:** `weight`: its stacks are plain or packed, on a device or in the host's memory.
+    `to_array`: makes an array of JAX from one of numpy. It decides in which memory the bytes are.
     """
     stacks = weight.stacks.content
     rows_of_stacks, ways = [], []
@@ -69,7 +71,11 @@ def mixed_weight(
 
 
 def _weight_of(value: UInt8[Array, "out most_bytes"], way: str, features: int) -> Weight:
-    """Return the weight of a block whose rows of bytes are stored in a way."""
+    """Return the weight of one block.
+
+    **Arguments:** `value`: the bytes of its rows, with padding. `way`: the name of their format.
+    `features`: how many numbers a row holds.
+    """
     if way in PACKED_FORMATS:
         packed = PACKED_FORMATS[way]
         return PackedWeight(value[:, : features // packed.values * packed.nbytes], way)

@@ -88,7 +88,7 @@ def test_gradients_of_chunks_are_those_of_the_mask():
 
 
 def in_place_of_cudnn(monkeypatch) -> list:
-    """Let JAX's function compute in plain JAX what it is asked to do by cuDNN.
+    """Replace cuDNN's attention by XLA's in JAX's function, since there is no GPU here.
 
     **Returns:** a list to which it adds the shapes of masks.
     """

@@ -22,6 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from bench_parts import gpu_bytes
 
 from fluxjax import FluxConfig
 from fluxjax.checkpoint.folders import CLIP_TOKENIZER_FOLDER, T5_TOKENIZER_FOLDER
@@ -111,23 +112,13 @@ def model_folder(options: argparse.Namespace) -> Iterator[Path]:
         yield folder
 
 
-def device_bytes() -> float | None:
-    """Return the memory of the first NVIDIA GPU; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return float(printed.split("\n")[0]) * 2**20
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return None
-
-
 def draw(
-    model: Path, gigabytes: float, total: float | None, options: argparse.Namespace
+    model: Path, gigabytes: float, total: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Draw an image in the memory of a card; return what it took.
 
-    **Arguments:** `gigabytes`: of the card. `total`: bytes of this device; None leaves JAX's share
-    of it as it is.
+    **Arguments:** `gigabytes`: of the card. `total`: bytes of this GPU; 0 where there is none,
+    and JAX takes what it takes.
     """
     with tempfile.TemporaryDirectory(dir=options.folder) as output:
         words = ["generate", "a red star above a blue ring", "--model", str(model)]
@@ -136,7 +127,7 @@ def draw(
         if options.size is not None:
             words += ["--height", str(options.size), "--width", str(options.size)]
         environment = dict(os.environ)
-        if total is not None:
+        if total:
             share = POOL_FRACTION * gigabytes * 1e9 / total
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.4f}"
         start = time.perf_counter()
@@ -168,7 +159,7 @@ def draw(
 def bench_cards(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Draw in the memory of each card, one after another."""
     rows = []
-    total = device_bytes()
+    total = gpu_bytes()
     with model_folder(options) as model, tempfile.TemporaryDirectory() as cache:
         options.cache = Path(cache)
         for gigabytes in options.cards:
@@ -182,7 +173,7 @@ def bench_cards(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write_command(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write the checkpoint alone."""
+    """Write the checkpoint, and draw nothing."""
     start = time.perf_counter()
     write_model(options.to, options.tokenizers)
     seconds = time.perf_counter() - start

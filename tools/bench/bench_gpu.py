@@ -20,13 +20,22 @@ import jax.numpy as jnp
 from bench_parts import (
     VARIANTS,
     diffusers_vae,
+    error_line,
     random_flux,
     sample_latents,
+    seconds_in_turns,
     seconds_of,
     summarize_times,
 )
 from bench_tpu import packed
 from scaling import forward_flop
+from torch_parts import (
+    diffusers_flux,
+    finish,
+    library_versions,
+    set_fastest_attention,
+    torch_device,
+)
 
 import fluxjax
 from fluxjax import FluxConfig, flow_times, initial_noise, quantize, unroll
@@ -118,24 +127,17 @@ class Networks:
 
         `torch.compiler.set_stance` turns compilation off again.
         """
-        import diffusers
         import torch
 
+        def call() -> None:
+            with torch.no_grad():
+                made(**inputs)
+            finish()
+
         if self.torch is None:
-            torch.set_default_dtype(torch.bfloat16)  # so that there is never a float32 copy
-            try:
-                with torch.device(_torch_device()):
-                    made = diffusers.FluxTransformer2DModel(
-                        num_layers=self.config.double_depth,
-                        num_single_layers=self.config.single_depth,
-                        guidance_embeds=self.config.guidance_embed,
-                    )
-            finally:
-                torch.set_default_dtype(torch.float32)
-            made = made.to(torch.bfloat16).eval()
+            made = diffusers_flux(self.config).eval()
             made.fuse_qkv_projections()
-            self.backend = fastest(made, inputs)
-            made.set_attention_backend(self.backend)
+            self.backend = set_fastest_attention(made, BACKENDS, call)
             made.compile_repeated_blocks(
                 mode=self.options.torch_mode, fullgraph=True, dynamic=False
             )
@@ -169,40 +171,6 @@ def random_packed(config: FluxConfig, format: str) -> fluxjax.Flux:
         else:
             drawn.append(0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16))
     return jax.tree.unflatten(structure, drawn)
-
-
-def _torch_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _finish() -> None:
-    """Wait until the GPU has finished torch's work."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def fastest(network: Any, inputs: dict[str, Any]) -> str:
-    """Return the name of the fastest attention implementation of diffusers that works here."""
-    import torch
-
-    def call() -> None:
-        with torch.no_grad():
-            network(**inputs)
-        _finish()
-
-    seconds = {}
-    for backend in BACKENDS if torch.cuda.is_available() else BACKENDS[:1]:
-        try:
-            network.set_attention_backend(backend)
-            call()
-            seconds[backend] = min(seconds_of(call) for _ in range(2))
-        except Exception as error:
-            print(f"diffusers' attention {backend}: {_line(error)}", flush=True)
-    return min(seconds, key=seconds.__getitem__)
 
 
 def fluxjax_contender(
@@ -277,7 +245,7 @@ def diffusers_contender(
     def make(row: dict[str, Any]) -> Callable[[], object]:
         import torch
 
-        with torch.device(_torch_device()):
+        with torch.device(torch_device()):
             inputs = {
                 "hidden_states": torch.randn(batch, tokens, 64, dtype=torch.bfloat16),
                 "encoder_hidden_states": torch.zeros(batch, txt_tokens, 4096, dtype=torch.bfloat16),
@@ -309,7 +277,7 @@ def _torch_call(
         with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
             for _ in range(steps):
                 call()
-        _finish()
+        finish()
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -367,7 +335,7 @@ def vae_group(options: argparse.Namespace) -> list[Contender]:
         def make(row: dict[str, Any]) -> Callable[[], object]:
             import torch
 
-            with torch.device(_torch_device()):
+            with torch.device(torch_device()):
                 vae = diffusers_vae()
                 latents = torch.randn(1, 16, side, side, dtype=torch.bfloat16)
             vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -407,32 +375,23 @@ def measure_in_turns(
             print(f"made; {seconds_of(calls[number]):.3f} s the first time: {row}", flush=True)
         except Exception as error:
             calls.pop(number, None)
-            row["error"] = _line(error)
-    spent: dict[int, list[float]] = {number: [] for number in calls}
-    for turn in range(options.repeats):
-        if turn and time.perf_counter() - begun > seconds:
-            break
-        for number, call in list(calls.items()):
-            try:
-                spent[number].append(seconds_of(call))
-            except Exception as error:
-                del calls[number]
-                contenders[number].row["error"] = _line(error)
-    for number, call in calls.items():
-        row = contenders[number].row
-        row |= summarize_times(spent[number])
+            row["error"] = error_line(error)
+    spent, errors = seconds_in_turns(
+        calls, options.repeats, lambda: time.perf_counter() - begun > seconds
+    )
+    for number, text in errors.items():
+        contenders[number].row["error"] = text
+    for number, times in spent.items():
+        row, call = contenders[number].row, calls[number]
+        row |= summarize_times(times)
         print(f"timed: {row}", flush=True)  # printed before the profiler, which may crash
         if options.profile and row["what"] == "fluxjax":
             try:
                 with jax.profiler.trace(str(options.profile)):
                     call()
             except Exception as error:
-                print(f"no profile: {_line(error)}", flush=True)
+                print(f"no profile: {error_line(error)}", flush=True)
     return [row for row, _ in contenders]
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def compared(rows: list[dict[str, Any]], ceiling: float) -> Iterator[dict[str, Any]]:
@@ -459,7 +418,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         "bench": "gpu",
         "size": options.size,
         "matmul TFLOP/s": round(ceiling / 1e12, 1),
-        **_versions(),
+        **library_versions("torch", "diffusers"),
     }
     rows: list[dict[str, Any]] = []
 
@@ -487,18 +446,6 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         jax.clear_caches()
         gc.collect()
     return rows
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "diffusers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -1,9 +1,10 @@
 """What several benches use: random weights, sampling as one program, timing, a simulated device."""
 
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -79,6 +80,44 @@ def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def seconds_in_turns(
+    calls: Mapping[int, Callable[[], Any]], repeats: int, is_over: Callable[[], bool]
+) -> tuple[dict[int, list[float]], dict[int, str]]:
+    """Time calls in turns, so that other load affects all of them; each is timed once at least.
+
+    **Arguments:** `calls`: by number. `is_over`: whether to begin no further turn.
+    **Returns:** the seconds of each call, and the errors of those that failed, which are not called
+    again and have no seconds.
+    """
+    spent: dict[int, list[float]] = {number: [] for number in calls}
+    errors: dict[int, str] = {}
+    for turn in range(repeats):
+        if turn and is_over():
+            break
+        for number in list(spent):
+            try:
+                spent[number].append(seconds_of(calls[number]))
+            except Exception as error:
+                del spent[number]
+                errors[number] = error_line(error)
+    return spent, errors
+
+
+def gpu_bytes() -> float:
+    """Return the memory of the first NVIDIA GPU; 0 where there is none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return float(printed.split("\n")[0]) * 2**20
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return 0.0
 
 
 def summarize_times(spent: list[float]) -> dict[str, float]:

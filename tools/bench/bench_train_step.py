@@ -1,11 +1,11 @@
 """Measure training steps of a LoRA on full-size dev, in turns with diffusers and peft on torch.
 
 The weights are random and frozen in bfloat16 or 8 bits, the latents and the states of the texts are
-computed already, and each block is computed again in the backward pass. A failure is a row as well,
-and the other rows go on.
+computed before the steps are timed. For the gradient each block is computed a second time. If a
+contender fails, its row has the error, and the others are still measured.
 
-A library that crashes the GPU takes the rows of the other with it. `--no-diffusers` and `--weights`
-without a format measure either alone.
+After a crash on the GPU no other row of the process can be measured. To measure fluxjax alone, pass
+`--no-diffusers`; to measure diffusers alone, pass `--weights` without a format.
 """
 
 import argparse
@@ -23,8 +23,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_parts import random_flux, seconds_of, summarize_times
+from bench_parts import error_line, random_flux, seconds_in_turns, seconds_of, summarize_times
 from bench_train import LORA
+from torch_parts import (
+    diffusers_flux,
+    finish,
+    library_versions,
+    set_fastest_attention,
+    torch_device,
+)
 
 from fluxjax import Flux, FluxConfig, quantize
 from fluxjax.checkpoint.defaults import load_defaults
@@ -65,7 +72,7 @@ Step = Callable[[], float]
 
 
 class Work(NamedTuple):
-    """What a step is taken of: so many images of so many pixels along a side."""
+    """The batch of a step: the number of images, and their pixels along a side."""
 
     size: int
     batch: int
@@ -81,11 +88,6 @@ class Contender(NamedTuple):
     make: Callable[[dict[str, Any]], Step]
 
 
-def line_of(error: BaseException) -> str:
-    """Return an error as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def compile_as_command_line(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compile a program with the option of `fluxjax.cli.gpu_flags`.
 
@@ -99,7 +101,7 @@ def compile_as_command_line(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     except (RuntimeError, ValueError) as error:
         if "option" not in str(error):
             raise
-        print(f"compiling with the default options: {line_of(error)}", flush=True)
+        print(f"compiling with the default options: {error_line(error)}", flush=True)
         return lowered.compile()
 
 
@@ -262,7 +264,6 @@ class Theirs:
 
     def prepare(self) -> None:
         """Make the network and the optimizer, unless they are made."""
-        import diffusers
         import torch
         from peft import LoraConfig
 
@@ -275,18 +276,8 @@ class Theirs:
             init_lora_weights="gaussian",
             target_modules=TARGETS,
         )
-        torch.set_default_dtype(torch.bfloat16)  # so that there is never a float32 copy
-        try:
-            with torch.device(device):
-                made = diffusers.FluxTransformer2DModel(
-                    num_layers=self.config.double_depth,
-                    num_single_layers=self.config.single_depth,
-                    guidance_embeds=self.config.guidance_embed,
-                )
-                made = made.to(torch.bfloat16).requires_grad_(False)
-                made.add_adapter(adapter)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        made = diffusers_flux(self.config).requires_grad_(False)
+        made.add_adapter(adapter)
         made = made.to(device).train()
         made.enable_gradient_checkpointing()
         if self.options.torch_compile:
@@ -342,38 +333,6 @@ class Theirs:
 
         return step
 
-    def fastest(self, step: Step) -> str:
-        """Choose the fastest attention implementation that works here, and return its name."""
-        seconds = {}
-        for backend in BACKENDS if torch_device() == "cuda" else BACKENDS[:1]:
-            try:
-                self.network.set_attention_backend(backend)
-                step()
-                seconds[backend] = min(seconds_of(step) for _ in range(2))
-            except Exception as error:
-                self.optimizer.zero_grad(set_to_none=True)
-                print(f"diffusers' attention {backend}: {line_of(error)}", flush=True)
-        if not seconds:
-            raise RuntimeError("no attention implementation of diffusers works here")
-        best = min(seconds, key=seconds.__getitem__)
-        self.network.set_attention_backend(best)
-        return best
-
-
-def torch_device() -> str:
-    """Return the device of torch."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def finish() -> None:
-    """Wait until the GPU has finished torch's work."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
 
 def diffusers_contender(theirs: Theirs, compiled: bool, work: Work) -> Contender:
     """Return the contender that takes steps with diffusers, peft and torch.
@@ -387,7 +346,7 @@ def diffusers_contender(theirs: Theirs, compiled: bool, work: Work) -> Contender
         theirs.prepare()
         row["trained"] = sum(leaf.numel() for leaf in theirs.trained)
         row["factors"] = str(theirs.trained[0].dtype).removeprefix("torch.")
-        row["attention"] = theirs.fastest(theirs.step(work, False))
+        row["attention"] = set_fastest_attention(theirs.network, BACKENDS, theirs.step(work, False))
         step = theirs.step(work, compiled)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -442,7 +401,7 @@ def contenders_of(
         try:
             make()
         except Exception as error:  # the contender tries again, and its row has the error
-            print(f"not made yet: {line_of(error)}", flush=True)
+            print(f"not made yet: {error_line(error)}", flush=True)
     return found
 
 
@@ -467,20 +426,13 @@ def measure_in_turns(
             print(f"made; a step took {1000 * seconds_of(step):.1f} ms: {row}", flush=True)
             steps[number] = step
         except Exception as error:
-            row["error"] = line_of(error)
+            row["error"] = error_line(error)
             print(row, flush=True)
-    spent: dict[int, list[float]] = {number: [] for number in steps}
-    for turn in range(options.repeats):
-        if turn and time.perf_counter() > end:
-            break
-        for number, step in list(steps.items()):
-            try:
-                spent[number].append(seconds_of(step))
-            except Exception as error:
-                del steps[number]
-                contenders[number].row["error"] = line_of(error)
-    for number in steps:
-        times = summarize_times(spent[number])
+    spent, errors = seconds_in_turns(steps, options.repeats, lambda: time.perf_counter() > end)
+    for number, text in errors.items():
+        contenders[number].row["error"] = text
+    for number, turns in spent.items():
+        times = summarize_times(turns)
         row = contenders[number].row
         row["ms per step"] = round(1000 * times.pop("seconds"), 2)
         row.update(times)
@@ -511,7 +463,10 @@ def bench_train_step(options: argparse.Namespace) -> list[dict[str, Any]]:
     ours, theirs = Ours(config, options, end), Theirs(config, options)
     shapes = ours.shapes("bfloat16")
     common = {"bench": "train", "blocks": f"{config.double_depth}+{config.single_depth}"}
-    common |= {**_versions(), "flags": os.environ.get("XLA_FLAGS", "")}
+    common |= {
+        **library_versions("torch", "diffusers", "peft"),
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    }
     rows: list[dict[str, Any]] = []
     pool = ThreadPoolExecutor(max(1, len(options.weights)))
     for size in options.sizes:
@@ -543,18 +498,6 @@ def _free() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "diffusers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def add_commands(commands: Any) -> None:
