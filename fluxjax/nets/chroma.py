@@ -11,6 +11,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.nets.activations import silu
 from fluxjax.nets.chroma_config import DOUBLE_VECTORS, SINGLE_VECTORS, ChromaConfig
 from fluxjax.nets.flux_blocks import DoubleBlock, DoubleModulation, FinalLayer, Mlp, SingleBlock
 from fluxjax.nets.flux_prepare import check_widths, in_wide_dtype, joint_rotation
@@ -43,7 +44,7 @@ class ApproximatorLayer(eqx.Module):
         self.mlp = Mlp(width, width, width, key=key)
 
     def __call__(self, x: Float[Array, "rows features"]) -> Float[Array, "rows features"]:
-        return x + self.mlp(self.norm(x), jax.nn.silu)
+        return x + self.mlp(self.norm(x), silu)
 
 
 class Chroma(AbstractTransformer):

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.nets.activations import silu
 from fluxjax.nets.controlnet_config import HINT_PATCH, ControlNetConfig
 from fluxjax.nets.conv import Conv
 from fluxjax.nets.flux_attention import AttentionChoice, block_runner
@@ -77,7 +78,7 @@ class HintBlock(eqx.Module):
         x = self.convs[0](image)
         for conv, stride in zip(self.convs[1:], _HINT_STRIDES[1:], strict=True):
             # As PyTorch pads, on both sides: XLA's "same" would pad less before.
-            x = conv(jax.nn.silu(x), stride=stride, padding=((1, 1), (1, 1)))
+            x = conv(silu(x), stride=stride, padding=((1, 1), (1, 1)))
         packed = "(rows dy) (columns dx) c -> (rows columns) (c dy dx)"
         return rearrange(x, packed, dy=HINT_PATCH, dx=HINT_PATCH)
 

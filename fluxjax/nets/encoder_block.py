@@ -1,33 +1,17 @@
 """The transformer block of CLIP's encoders of text and images, and of SigLIP's encoder."""
 
-from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import LayerNorm, Linear, gelu, join_heads, split_heads
+from fluxjax.nets.activations import ACTIVATIONS
+from fluxjax.nets.layers import LayerNorm, Linear, join_heads, split_heads
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 EncoderStates = Float[Array, "tokens width"]
 """One hidden state per token."""
-
-
-def _quick_gelu(x: Array) -> Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _exact_gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "quick_gelu": _quick_gelu,
-    "gelu": _exact_gelu,
-    "gelu_tanh": gelu,
-}
-"""The activations of MLPs, by the names that configs have for them."""
 
 
 @runtime_checkable

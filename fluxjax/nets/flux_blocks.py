@@ -12,10 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fluxjax.nets.activations import Activation, gelu, gelu_maxima
 from fluxjax.nets.flux_config import BlockConfig
 from fluxjax.nets.heads import Projection
 from fluxjax.nets.image_prompt import BlockPrompt, add_after_block, add_to_attention
-from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, gelu, gelu_maxima, modulate
+from fluxjax.nets.layers import Features, Linear, Outputs, RmsNorm, modulate
 from fluxjax.nets.weight import RowMaxima, materialize
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
@@ -25,7 +26,6 @@ Attended = Float[Array, "tokens attended_width"]
 """The attention's output, heads concatenated; narrower where a device has a part of the heads."""
 Width = Float[Array, " width"]
 ImageAndText = tuple[Float[Array, "img_tokens width"], Float[Array, "txt_tokens width"]]
-Activation = Callable[[Array], Array]
 BlockAttention = Callable[..., Attended]
 """(width, *projections) -> the attention's output for all of their tokens.
 

@@ -7,11 +7,11 @@ before their loop; and the rotation of the tokens.
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from fluxjax.nets.activations import silu
 from fluxjax.nets.flux_blocks import DoubleBlock, DoubleModulation, Mlp, SingleBlock
 from fluxjax.nets.flux_config import BlockConfig, TransformerConfig
 from fluxjax.nets.flux_state import Times, TxtLength
@@ -50,13 +50,13 @@ class Embedders(NamedTuple):
         def embed(mlp: Mlp, value: Array | ScalarLike) -> Array:
             # The sinusoid is cast after it is computed: 1000 t has no exact bfloat16.
             wave = sinusoid(1000 * in_wide_dtype(value), time_width)
-            return mlp(wave.astype(vec.dtype), jax.nn.silu)
+            return mlp(wave.astype(vec.dtype), silu)
 
         # The text's vector is the same at all times.
-        total = embed(self.time, times) + self.vector(vec, jax.nn.silu)
+        total = embed(self.time, times) + self.vector(vec, silu)
         if self.guidance is not None and guidance is not None:
             total = total + embed(self.guidance, guidance)
-        return jax.nn.silu(total)
+        return silu(total)
 
 
 def joint_rotation(

@@ -9,7 +9,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.nets.encoder_block import ACTIVATIONS
+from fluxjax.nets.activations import exact_gelu
 from fluxjax.nets.image_prompt import ImagePrompt, KeyValue
 from fluxjax.nets.layers import LayerNorm, Linear, RmsNorm
 from fluxjax.nets.scan import map_blocks
@@ -152,7 +152,7 @@ class IpAdapter(eqx.Module):
     def _tokens(self, x: Float[Array, " features"]) -> Float[Array, "tokens context"]:
         """Return the tokens of an image."""
         if self.up is not None:
-            x = ACTIVATIONS["gelu"](self.up(x))
+            x = exact_gelu(self.up(x))
         tokens = rearrange(
             self.project(x), "(tokens context) -> tokens context", tokens=self.config.tokens
         )

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
-from fluxjax.nets.weight import Dense, FindMaxima, RowMaxima, Weight
+from fluxjax.nets.weight import Dense, FindMaxima, Weight
 from fluxjax.numeric import wide_dtype
 from fluxjax.shapes import Array, Float, Ids, Int, PRNGKeyArray
 
@@ -21,10 +21,6 @@ Outputs = Float[Array, "*batch out"]
 HeadFeatures = Float[Array, "tokens heads head_dim"]
 Vector = Float[Array, " features"]
 """One number for each feature, the same for the whole batch."""
-
-
-_GELU_LOWEST = -0.7524614
-"""Where `gelu` is lowest."""
 
 
 class Linear(eqx.Module):
@@ -196,30 +192,6 @@ def modulate(
     # 1 + scale: with a modulation of zeros it is the norm alone.
     y = y * (1 + scale.astype(y.dtype)) + shift.astype(y.dtype)
     return y.astype(x.dtype)
-
-
-def gelu(x: Array) -> Array:
-    """GELU in its tanh form.
-
-    **Source:** Hendrycks & Gimpel 2016.
-    """
-    return jax.nn.gelu(x, approximate=True)
-
-
-def gelu_maxima(x: Features) -> RowMaxima:
-    """Return the largest magnitude of gelu(x) along the last axis, in the dtype of x.
-
-    It is found by comparisons of x: GELU falls to its minimum, and rises from there on.
-    """
-    lowest, infinity = jnp.asarray(_GELU_LOWEST, x.dtype), jnp.asarray(jnp.inf, x.dtype)
-    largest = jnp.abs(gelu(jnp.max(x, axis=-1)))
-    # Of negative numbers those next to the minimum are the largest, on both sides of it.
-    below = jnp.max(jnp.where(x <= lowest, x, -infinity), axis=-1)
-    above = jnp.min(jnp.where(x >= lowest, x, infinity), axis=-1)
-    for nearest in (below, above):
-        found = jnp.where(jnp.isfinite(nearest), jnp.abs(gelu(nearest)), 0)
-        largest = jnp.maximum(largest, found)
-    return largest
 
 
 def sinusoid(

@@ -7,6 +7,7 @@ import jax
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.nets.activations import silu
 from fluxjax.nets.layers import Linear
 from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, PRNGKeyArray
@@ -63,4 +64,4 @@ class Redux(eqx.Module):
         default that of the states.
         """
         x = states if dtype is None else states.astype(dtype)
-        return self.down(jax.nn.silu(self.up(x)))
+        return self.down(silu(self.up(x)))

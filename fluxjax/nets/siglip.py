@@ -9,13 +9,9 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
+from fluxjax.nets.activations import ACTIVATIONS
 from fluxjax.nets.conv import Conv
-from fluxjax.nets.encoder_block import (
-    ACTIVATIONS,
-    EncoderBlock,
-    EncoderStates,
-    check_encoder_config,
-)
+from fluxjax.nets.encoder_block import EncoderBlock, EncoderStates, check_encoder_config
 from fluxjax.nets.flux_blocks import Mlp
 from fluxjax.nets.layers import Embedding, LayerNorm, Linear, join_heads, split_heads
 from fluxjax.nets.patches import Pixels, check_pixels, embed_patches

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.kernels.attention import attention
-from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, gelu, join_heads, split_heads
+from fluxjax.nets.activations import gelu
+from fluxjax.nets.layers import Embedding, Linear, RmsNorm, check_ids, join_heads, split_heads
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fluxjax.arguments import convert_arguments
+from fluxjax.nets.activations import silu
 from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.rows import WHOLE, Cells, Rows
 from fluxjax.nets.summary import describe_network
@@ -101,7 +102,7 @@ class Encoder(eqx.Module):
         ]
 
     def _head(self, x: Cells, rows: Rows) -> Moments:
-        return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
+        return self.conv_out(silu(self.norm_out(x, rows)), rows)
 
 
 class Decoder(eqx.Module):
@@ -149,7 +150,7 @@ class Decoder(eqx.Module):
         ]
 
     def _head(self, x: Cells, rows: Rows) -> Image:
-        return self.conv_out(jax.nn.silu(self.norm_out(x, rows)), rows)
+        return self.conv_out(silu(self.norm_out(x, rows)), rows)
 
 
 def _run_stage(stage: Stage, rows: Rows, x: Cells) -> OutCells:

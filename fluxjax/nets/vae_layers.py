@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fluxjax.nets.activations import silu
 from fluxjax.nets.conv import Conv, OutCells
 from fluxjax.nets.layers import Linear, Vector
 from fluxjax.nets.rows import WHOLE, Cells, Rows
@@ -83,9 +84,9 @@ class Resnet(eqx.Module):
     def __call__(self, x: Cells, rows: Rows = WHOLE) -> OutCells:
         """Return the cells after this block, in the same resolution."""
         y = self.norm1(x, rows)
-        y = self.conv1(jax.nn.silu(y), rows)
+        y = self.conv1(silu(y), rows)
         y = self.norm2(y, rows)
-        y = self.conv2(jax.nn.silu(y), rows)
+        y = self.conv2(silu(y), rows)
         if self.shortcut is None:
             return y + x
         return y + self.shortcut(x, rows)

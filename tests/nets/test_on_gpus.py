@@ -18,7 +18,7 @@ VAE = VaeConfig(channels=(8, 16), groups=4, resnets=1)
 def h200(monkeypatch):
     """Let all modules that ask for the default device see an H200."""
     gpu = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
-    for name in ("kernels.attention", "nets.weight", "nets.scan", "nets.conv"):
+    for name in ("kernels.attention", "nets.activations", "nets.weight", "nets.scan", "nets.conv"):
         monkeypatch.setattr(sys.modules[f"fluxjax.{name}"], "default_device", lambda: gpu)
     return gpu
 

@@ -11,7 +11,7 @@ from small import CONFIG, IDS, IMAGE, TEXT, draw, small_flux
 import fluxjax
 from fluxjax import quantize, shard
 from fluxjax.checkpoint.shipped import shipped_lora
-from fluxjax.nets.layers import gelu, gelu_maxima
+from fluxjax.nets.activations import gelu, gelu_maxima
 from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 
 FORMATS = pytest.mark.parametrize("name", EIGHT_BITS)

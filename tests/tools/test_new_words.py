@@ -9,7 +9,17 @@ import new_words
 import numpy as np
 import pytest
 import scenes
-from new_words import COLOR, NEW, SHAPE, WORDINGS, Examples, draw_batch, tokens_of, write_examples
+from new_words import (
+    COLOR,
+    NEW,
+    SHAPE,
+    WORDINGS,
+    Examples,
+    draw_batch,
+    outline_weights,
+    tokens_of,
+    write_examples,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +87,23 @@ def test_each_image_is_written_in_as_many_palettes(tmp_path):
     assert len({row["image"] for row in rows}) == 3 * 4
 
 
+def test_tokens_count_more_where_an_outline_passes():
+    images = np.full((2, 128, 128, 3), -1, np.float32)
+    # A corner of the rectangle lies in each of four tokens, with 14 pixels of both its sides.
+    images[1, 18:46, 34:62, 0] = 1
+    found = outline_weights(images).reshape(2, 8, 8)
+    expected = np.ones((2, 8, 8))
+    expected[1, 1:3, 2:4] = 1 + new_words.OUTLINES
+    np.testing.assert_allclose(found, expected)
+
+
 def random_examples(models, count, seed):
     rng = np.random.default_rng(seed)
     images = rng.uniform(-1, 1, (count, 128, 128, 3)).astype(np.float32)
     latents = rng.standard_normal((count, 64, 64)).astype(np.float32)
     ids = tokens_of(models, [f"a {color} star" for color in scenes.COLORS][:count] * WORDINGS)
     split = jax.tree.map(lambda x: x.reshape(-1, WORDINGS, *x.shape[1:]), ids)
-    return Examples(images, latents, split)
+    return Examples(images, latents, outline_weights(images), split)
 
 
 def test_half_of_a_batch_is_of_each_group_and_few_captions_are_dropped(tiny):
@@ -91,11 +111,13 @@ def test_half_of_a_batch_is_of_each_group_and_few_captions_are_dropped(tiny):
     empty = jax.tree.map(lambda x: x[:1], tokens_of(tiny, [""]))
     rng, dropped = np.random.default_rng(0), []
     for _ in range(200):
-        latents, ids = draw_batch(groups, empty, rng)
+        batch = draw_batch(groups, empty, rng)
         for number, group in enumerate(groups):
-            half = latents[8 * number : 8 * number + 8]
-            assert all((group.latents == one).all((1, 2)).any() for one in half)
-        dropped.append((ids.t5 == empty.t5).all(1).mean())
+            half = slice(8 * number, 8 * number + 8)
+            for latents, weights in zip(batch.latents[half], batch.weights[half], strict=True):
+                (row,) = np.flatnonzero((group.latents == latents).all((1, 2)))
+                np.testing.assert_array_equal(weights, group.weights[row])
+        dropped.append((batch.ids.t5 == empty.t5).all(1).mean())
     assert np.mean(dropped) == pytest.approx(new_words.DROPPED, abs=0.012)  # 3 deviations
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fluxjax import Flux, FluxConfig, WeightsError, read_lora, write_lora
 from fluxjax.lora import init_lora
-from fluxjax.nets.layers import Linear, gelu
+from fluxjax.nets.activations import gelu
+from fluxjax.nets.layers import Linear
 from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 

@@ -20,7 +20,14 @@ from fluxjax.generate.cache import AttentionChoice
 
 VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell(), 256, 4)}
 """The official models: the transformer's configuration, T5's tokens, Euler steps."""
-DEVICE_MODULES = ("kernels.attention", "nets.weight", "nets.scan", "nets.heads", "nets.conv")
+DEVICE_MODULES = (
+    "kernels.attention",
+    "nets.activations",
+    "nets.weight",
+    "nets.scan",
+    "nets.heads",
+    "nets.conv",
+)
 """The modules that choose an implementation by the default device."""
 
 

@@ -15,7 +15,8 @@ either, and tell what they know of a caption in states that the transformer has 
 read; with the text encoders frozen, the transformer has to read states that mean nothing.
 
 Each of the 200 images is shown in seven other palettes too: colours are exchanged pixel by pixel,
-and in the captions. Small moons, whose outlines are the hardest, are more frequent than others.
+and in the captions. Small moons, whose outlines are the hardest, are more frequent than others, and
+tokens with outlines count more in the loss.
 
 The VAE's encoder is not trained. It encodes a colour that was in none of its training images like
 the nearest one that was; lime would come out yellow. So the new colour is one of the backgrounds'.
@@ -38,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scenes
+from einops import reduce
 from evaluate_tiny import generate, grid
 from PIL import Image
 from scenes import OPPOSITE, Scene, Thing, caption, check, random_scene, render
@@ -62,6 +64,8 @@ SHAPE, COLOR = "moon", "teal"
 NEW = (SHAPE, COLOR, "both")
 OLD = ("old",)
 SIZE = 128
+TOKEN = 16
+"""Pixels along a side of what a token of the transformer stands for."""
 SHOWN = 6
 """New prompts in the picture, and half as many old ones: the first of each."""
 KEPT = 600
@@ -70,6 +74,8 @@ WORDINGS = 6
 """Captions of each image, one of which is drawn whenever the image is."""
 PALETTES = 8
 """How often each image with new words is shown: once as it is, then in other colours."""
+OUTLINES = 3.0
+"""How much more than others a token with outlines counts in the loss."""
 BATCH, WARM_UP, EMA, DROPPED = 16, 50, 0.99, 0.05
 GUIDANCE = 1.0
 """The distilled scale that the transformer is trained at, and the tuned model is sampled with."""
@@ -246,11 +252,13 @@ class Examples(NamedTuple):
     """Encoded images with the tokens of their captions.
 
     `images`: [images, SIZE, SIZE, 3] in [-1, 1]. `latents`: packed, [images, tokens, channels].
-    `ids`: [images, wordings, ...].
+    `weights`: how much each token counts in the loss, [images, tokens]. `ids`: [images, wordings,
+    ...].
     """
 
     images: np.ndarray
     latents: np.ndarray
+    weights: np.ndarray
     ids: PromptIds
 
 
@@ -260,54 +268,87 @@ def tokens_of(models: fluxjax.Models, captions: list[str]) -> PromptIds:
     return jax.tree.map(np.asarray, ids)
 
 
+def outline_weights(images: np.ndarray) -> np.ndarray:
+    """Return how much each token of images counts in the loss: more where outlines are.
+
+    An outline passes through pixels that differ from the one above or to the left. A token with a
+    tenth of such pixels, about one straight line, or with more, counts 1 + `OUTLINES`.
+
+    **Arguments:** `images`: [images, SIZE, SIZE, 3] in [-1, 1].
+    **Returns:** [images, tokens], from 1 on.
+    """
+    differs = np.zeros(images.shape[:3], bool)
+    for axis, later in ((1, np.s_[:, 1:]), (2, np.s_[:, :, 1:])):
+        differs[later] |= np.abs(np.diff(images, axis=axis)).max(-1) > 0.1
+    share = reduce(differs, "i (y h) (x w) -> i (y x)", np.mean, h=TOKEN, w=TOKEN)
+    return np.float32(1 + OUTLINES * np.minimum(share / 0.1, 1))
+
+
 def read_examples(models: fluxjax.Models, captions: Path) -> Examples:
     """Read and encode what `write_examples` wrote, with `WORDINGS` captions of each image."""
     encode = jax.jit(lambda image: pack_latents(models.vae.encode(image)))
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
-    images = [read_image(captions.parent / row["image"]) for row in rows[::WORDINGS]]
+    images = np.stack([read_image(captions.parent / row["image"]) for row in rows[::WORDINGS]])
     latents = np.stack([np.asarray(encode(image)) for image in images])
     ids = tokens_of(models, [row["prompt"] for row in rows])
     split = jax.tree.map(lambda x: x.reshape(-1, WORDINGS, *x.shape[1:]), ids)
-    return Examples(np.stack(images), latents, split)
+    return Examples(images, latents, outline_weights(images), split)
 
 
-def draw_batch(examples: tuple[Examples, ...], empty: PromptIds, rng: np.random.Generator):
-    """Return latents and token ids of a step, as many from each of the examples.
+class Batch(NamedTuple):
+    """The examples of a step, fields as of `Examples`, with one caption of each image."""
+
+    latents: np.ndarray
+    weights: np.ndarray
+    ids: PromptIds
+
+
+def draw_batch(examples: tuple[Examples, ...], empty: PromptIds, rng: np.random.Generator) -> Batch:
+    """Return the examples of a step, as many from each of the groups.
 
     Of each image one of the captions is taken, or rarely the empty one.
     """
-    latents, ids = [], []
+    parts = []
     for group in examples:
         rows = rng.integers(len(group.latents), size=BATCH // len(examples))
         wordings = rng.integers(WORDINGS, size=rows.shape)
-        latents.append(group.latents[rows])
-        ids.append(jax.tree.map(itemgetter((rows, wordings)), group.ids))
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *ids)
+        ids = jax.tree.map(itemgetter((rows, wordings)), group.ids)
+        parts.append(Batch(group.latents[rows], group.weights[rows], ids))
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     dropped = rng.random(BATCH) < DROPPED
-    joined = jax.tree.map(lambda x, none: np.where(dropped[:, None], none, x), joined, empty)
-    return np.concatenate(latents), joined
+    ids = jax.tree.map(lambda x, none: np.where(dropped[:, None], none, x), joined.ids, empty)
+    return joined._replace(ids=ids)
 
 
 Networks = tuple[Flux, Clip, T5]
 """What is trained."""
 
 
-def loss(networks: Networks, latents: jax.Array, ids: PromptIds, *, key: jax.Array) -> jax.Array:
+def loss(networks: Networks, batch: Batch, *, key: jax.Array) -> jax.Array:
     """Return the flow-matching loss of a batch, the text encoded anew."""
     flux, clip, t5 = networks
     network, places = ConditionalFlux(flux, "xla"), image_ids(SIZE, SIZE)
-    text = encode_text(clip, t5, ids, dtype=jnp.float32)
+    text = encode_text(clip, t5, batch.ids, dtype=jnp.float32)
     defaults = fluxjax.zoo.ZOO["tiny"].defaults
     shifts = {"base_shift": defaults.base_shift, "max_shift": defaults.max_shift}
     when, noise_key = jax.random.split(key)
-    times = logit_normal_times(when, len(latents), mu=resolution_mu(latents.shape[1], **shifts))
-    noise = jax.random.normal(noise_key, latents.shape)
+    count, tokens, _ = batch.latents.shape
+    times = logit_normal_times(when, count, mu=resolution_mu(tokens, **shifts))
+    noise = jax.random.normal(noise_key, batch.latents.shape)
 
-    def one(x0: jax.Array, t: jax.Array, noise: jax.Array, txt: jax.Array, vec: jax.Array):
+    def one(
+        x0: jax.Array,
+        t: jax.Array,
+        noise: jax.Array,
+        weights: jax.Array,
+        txt: jax.Array,
+        vec: jax.Array,
+    ) -> jax.Array:
         condition = Conditioning(txt, vec, places, jnp.float32(GUIDANCE))
-        return flow_matching_loss(lambda x, t: network(x, t, condition), x0, t, noise)
+        return flow_matching_loss(lambda x, t: network(x, t, condition), x0, t, noise, weights)
 
-    return jnp.mean(jax.vmap(one)(latents, times, noise, text.txt, text.vec))
+    examples = batch.latents, times, noise, batch.weights, text.txt, text.vec
+    return jnp.mean(jax.vmap(one)(*examples))
 
 
 def with_rate(rate: float, steps: int) -> optax.GradientTransformation:
@@ -339,9 +380,9 @@ def train(models: fluxjax.Models, examples: tuple[Examples, ...], steps: int) ->
     empty = jax.tree.map(lambda x: x[:1], tokens_of(models, [""]))
     rng, losses = np.random.default_rng(0), []
     for step in range(steps):
-        latents, ids = draw_batch(examples, empty, rng)
+        batch = draw_batch(examples, empty, rng)
         key = jax.random.fold_in(jax.random.key(0), step)
-        state, value = take_step(state, latents, ids, key=key)
+        state, value = take_step(state, batch, key=key)
         losses.append(float(value))
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} loss {np.mean(losses[-100:]):.4f}", flush=True)
