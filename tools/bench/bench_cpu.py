@@ -1,6 +1,6 @@
 """Measure the networks on a CPU, compared with diffusers and transformers on torch.
 
-Both have the same weights and inputs, and are called in turns.
+Both have the same weights and inputs, and are called in turns, twice each.
 """
 
 import argparse
@@ -37,19 +37,29 @@ class Case(NamedTuple):
     more: Mapping[str, Callable[[], jax.Array]] = MappingProxyType({})
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, made in turns, so that other load affects all of them.
+class Times(NamedTuple):
+    """Seconds of a call, one number for each turn.
 
-    Each call is timed right after another one of its own: memory that was idle while others ran is
-    slower, by a quarter on the machine that was measured.
+    `first`: right after another library ran. `again`: right after another call of its own.
     """
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+
+    first: list[float]
+    again: list[float]
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
+    """Return the times of each call, made in turns, so that other load affects all of them.
+
+    A first call finds caches full of the other library's memory, and threads of it that still
+    wait for work.
+    """
+    spent = {name: Times([], []) for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            spent[name].append(time.perf_counter() - start)
+            for times in spent[name]:
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
     return spent
 
 
@@ -250,7 +260,8 @@ def bench_cpu(options: argparse.Namespace) -> list[dict]:
     rows = []
     for dtype in options.dtypes:
         spent = in_turns(ceiling(dtype), 3 * options.repeats)
-        best = {name: 2 * 1536 * 3072 * 12288 / min(seconds) for name, seconds in spent.items()}
+        flop = 2 * 1536 * 3072 * 12288
+        best = {name: flop / min(times.again) for name, times in spent.items()}
         print(
             f"{dtype} matmul: "
             + ", ".join(f"{name} {flops / 1e9:.0f} GFLOP/s" for name, flops in best.items()),
@@ -282,13 +293,16 @@ def bench_cpu(options: argparse.Namespace) -> list[dict]:
 def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
     """Return a case's median times and their spread, fluxjax's relative error and speed.
 
-    "ratio" is how many times faster fluxjax is than the fastest of torch's calls.
+    "ratio" is how many times faster fluxjax is than the fastest of torch's calls, "ratio of first
+    calls" the same right after another library ran.
     """
     calls = {"fluxjax": case.ours, **case.more, **case.theirs}
     error = _error(case.ours(), case.theirs["torch"]())
+    for call in calls.values():
+        call()  # compiles
     spent = in_turns(calls, repeats)
-    median = {name: statistics.median(seconds) for name, seconds in spent.items()}
-    best = min(median[name] for name in case.theirs)
+    median = {name: statistics.median(times.again) for name, times in spent.items()}
+    first = {name: statistics.median(times.first) for name, times in spent.items()}
     share = (
         {}
         if case.flop is None
@@ -298,12 +312,18 @@ def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
         "relative error": float(f"{error:.2g}"),
         **{f"{name} s": round(seconds, 4) for name, seconds in median.items()},
         "spread": {
-            name: round((max(seconds) - min(seconds)) / median[name], 2)
-            for name, seconds in spent.items()
+            name: round((max(times.again) - min(times.again)) / median[name], 2)
+            for name, times in spent.items()
         },
-        "ratio": round(best / median["fluxjax"], 2),
+        "ratio": _ratio(median, case),
+        "ratio of first calls": _ratio(first, case),
         **share,
     }
+
+
+def _ratio(seconds: Mapping[str, float], case: Case) -> float:
+    """Return the time of the fastest of torch's calls over that of fluxjax."""
+    return round(min(seconds[name] for name in case.theirs) / seconds["fluxjax"], 2)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
