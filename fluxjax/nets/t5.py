@@ -165,8 +165,7 @@ class T5(eqx.Module):
         dtype = self.tokens.weight.dtype if dtype is None else dtype
         wide = wide_dtype(jnp.dtype(dtype))
         # The same bias in all blocks.
-        buckets = position_buckets(len(ids), self.config.buckets, self.config.max_distance)
-        bias = rearrange(self.position_bias(buckets, wide), "q k heads -> heads q k")
+        bias = self._position_bias(len(ids), wide)
         x = self.tokens(ids, wide)
         if isinstance(length, int) and not 1 <= length <= len(ids):
             raise ValueError(f"`T5(length)` is 1 to {len(ids)}, the number of ids, got {length}.")
@@ -174,28 +173,39 @@ class T5(eqx.Module):
         x = scan_blocks(self.blocks, x, lambda block, x: block(x, bias, dtype, keys))
         return self.norm(x, dtype)
 
+    def _position_bias(self, tokens: int, dtype: DTypeLike) -> PositionBias:
+        """Return the bias of each head and pair of tokens, which depends on their offset only."""
+        # The offsets in the order of a row of the result, from its diagonal on: 0 to tokens - 1,
+        # then one that no pair has, then those of keys before the query.
+        offsets = jnp.concatenate([jnp.arange(tokens), jnp.arange(-tokens, 0)])
+        buckets = position_buckets(offsets, self.config.buckets, self.config.max_distance)
+        rows = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
+        # The sequence repeats after 2 tokens numbers. Cut into rows that are one shorter, it begins
+        # one offset earlier in each row. On CPUs a lookup for every pair takes twice as long.
+        repeated = jnp.tile(rows, (1, tokens))[:, : tokens * (2 * tokens - 1)]
+        return repeated.reshape(-1, tokens, 2 * tokens - 1)[:, :, :tokens]
+
 
 def position_buckets(
-    tokens: int,
+    offsets: Int[Array, "*offsets"],
     buckets: int,
     max_distance: int,
-) -> Int[Array, "tokens tokens"]:
-    """Return the bucket of the relative position of each (query, key) pair.
+) -> Int[Array, "*offsets"]:
+    """Return the bucket of each relative position.
 
     Half of the buckets are for keys after the query. Of each half, half hold one distance each; the
     others are spaced logarithmically up to `max_distance`.
 
-    **Arguments:** `tokens`: of the sequence. `buckets`: how many there are; a multiple of 4.
-    `max_distance`: distances from there on are in the last bucket of their half.
+    **Arguments:** `offsets`: positions of keys less those of queries. `buckets`: how many there
+    are; a multiple of 4. `max_distance`: distances from there on are in the last bucket of their
+    half.
     **Source:** Raffel et al. 2020, section 2.1; Mesh TensorFlow's relative position buckets.
     """
-    position = jnp.arange(tokens, dtype=jnp.int32)
-    offset = position[None, :] - position[:, None]
     half, exact = buckets // 2, buckets // 4
-    distance = jnp.abs(offset)
+    distance = jnp.abs(offsets)
     log_range = math.log(max_distance / exact)
     # Clipped only so that the logarithm is finite; such distances are not far.
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / log_range
     far = jnp.minimum(exact + (ratio * (half - exact)).astype(jnp.int32), half - 1)
     near_or_far = jnp.where(distance < exact, distance, far)
-    return near_or_far + jnp.where(offset > 0, half, 0)
+    return near_or_far + jnp.where(offsets > 0, half, 0)

@@ -500,9 +500,9 @@ def main() -> None:
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
     parser.add_argument("--images", type=int, default=200, help="that have new words")
-    parser.add_argument("--steps", type=int, default=2300, help="of 16 examples each")
+    parser.add_argument("--steps", type=int, default=3400, help="of 16 examples each")
     parser.add_argument(
-        "--prompts", type=int, default=100, help="new ones, and as many old ones, to score"
+        "--prompts", type=int, default=300, help="new ones, and as many old ones, to score"
     )
     options = parser.parse_args()
     extend_scenes()
