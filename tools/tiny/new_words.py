@@ -502,7 +502,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="that have new words")
     parser.add_argument("--steps", type=int, default=3400, help="of 16 examples each")
     parser.add_argument(
-        "--prompts", type=int, default=300, help="new ones, and as many old ones, to score"
+        "--prompts", type=int, default=900, help="new ones, and as many old ones, to score"
     )
     options = parser.parse_args()
     extend_scenes()
