@@ -177,7 +177,8 @@ class T5(eqx.Module):
         """Return the bias of each head and pair of tokens, which depends on their offset only."""
         # The offsets in the order of a row of the result, from its diagonal on: 0 to tokens - 1,
         # then one that no pair has, then those of keys before the query.
-        offsets = jnp.concatenate([jnp.arange(tokens), jnp.arange(-tokens, 0)])
+        offsets = jnp.arange(-tokens, tokens, dtype=jnp.int32)
+        offsets = jnp.roll(offsets, tokens)
         buckets = position_buckets(offsets, self.config.buckets, self.config.max_distance)
         rows = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
         # The sequence repeats after 2 tokens numbers. Cut into rows that are one shorter, it begins
