@@ -19,12 +19,12 @@ class MixedWeight(LocalWeight):
 
     A `GroupedWeight` has one array for each format. Here the rows of all blocks are padded to the
     same number of bytes, so that the next block can be copied from the host's memory while one
-    runs. The padding is copied too: where some blocks are in Q6_K, 256 values of a block in Q4_K
-    take 210 bytes in place of 144.
+    runs. The copy includes the padding. For example, 256 numbers take 144 bytes in Q4_K and 210
+    bytes in Q6_K. In a file with blocks of both formats, 210 bytes are copied for each of them.
 
     `value`: the bytes of the rows. `way`: for each block, the place of its format in `ways`.
-    `ways`: the formats, each the name of a packed format or of a dtype. `features`: how many
-    numbers a row holds.
+    `ways`: the formats, each the name of a packed format or of a dtype. `features`: the
+    length of a row of the matrix.
     """
 
     value: UInt8[Array, "*depth out most_bytes"]
@@ -74,7 +74,7 @@ def _weight_of(value: UInt8[Array, "out most_bytes"], way: str, features: int) -
     """Return the weight of one block.
 
     **Arguments:** `value`: the bytes of its rows, with padding. `way`: the name of their format.
-    `features`: how many numbers a row holds.
+    `features`: the length of a row of the matrix.
     """
     if way in PACKED_FORMATS:
         packed = PACKED_FORMATS[way]

@@ -175,14 +175,16 @@ class T5(eqx.Module):
 
     def _position_bias(self, tokens: int, dtype: DTypeLike) -> PositionBias:
         """Return the bias of each head and pair of tokens, which depends on their offset only."""
-        # The offsets in the order of a row of the result, from its diagonal on: 0 to tokens - 1,
-        # then one that no pair has, then those of keys before the query.
+        # Position of the key less that of the query, from 0 to tokens - 1 and then from -tokens to
+        # -1: in this order they stand in a row of the result that is read from its diagonal on, to
+        # the end of the row and then from its beginning. No pair has the offset -tokens.
         offsets = jnp.arange(-tokens, tokens, dtype=jnp.int32)
         offsets = jnp.roll(offsets, tokens)
         buckets = position_buckets(offsets, self.config.buckets, self.config.max_distance)
         rows = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
-        # The sequence repeats after 2 tokens numbers. Cut into rows that are one shorter, it begins
-        # one offset earlier in each row. On CPUs a lookup for every pair takes twice as long.
+        # These 2 * tokens numbers are repeated, and cut into rows of 2 * tokens - 1, so that each
+        # row starts one offset below the row above it. On CPUs this takes half the time of looking
+        # up every pair.
         repeated = jnp.tile(rows, (1, tokens))[:, : tokens * (2 * tokens - 1)]
         return repeated.reshape(-1, tokens, 2 * tokens - 1)[:, :, :tokens]
 

@@ -4,8 +4,9 @@ The weights are random and frozen in bfloat16 or 8 bits, the latents and the sta
 computed before the steps are timed. For the gradient each block is computed a second time. If a
 contender fails, its row has the error, and the others are still measured.
 
-After a crash on the GPU no other row of the process can be measured. To measure fluxjax alone, pass
-`--no-diffusers`; to measure diffusers alone, pass `--weights` without a format.
+If a program crashes on the GPU, the process can't use the GPU any more, and the rows after it fail.
+Then measure each library in a process of its own: fluxjax with `--no-diffusers`, diffusers with
+`--weights` followed by no format.
 """
 
 import argparse
@@ -72,7 +73,7 @@ Step = Callable[[], float]
 
 
 class Work(NamedTuple):
-    """The batch of a step: the number of images, and their pixels along a side."""
+    """The images of a training step. `size`: their side in pixels. `batch`: how many there are."""
 
     size: int
     batch: int
@@ -113,12 +114,12 @@ class Training:
         self.state: TrainState = setup.first_state()
 
     def restore(self) -> None:
-        """Begin anew if a step that failed has taken the state with it."""
+        """Make a new state if a failed step has deleted the old one, which steps donate."""
         if self.state.step.is_deleted():
             self.state = self.setup.first_state()
 
     def take(self, compiled: jax.stages.Compiled, rows: StepRows, shared: SharedInputs) -> float:
-        """Take a step, wait for it, and return its loss."""
+        """Run one training step, wait until it is done, and return its loss."""
         setup = self.setup
         self.state, metrics = compiled(self.state, setup.frozen, rows, shared, setup.key)
         jax.block_until_ready(self.state)
