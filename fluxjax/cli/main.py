@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def command() -> None:
         options = build_parser().parse_args(arguments)
         if arguments is None:
-            read_weights_in_place(getattr(options, "quantize", None))
+            read_weights_in_place()
         # The import takes seconds; in a worker thread, a signal ends it at once.
         function = interruptible(pkgutil.resolve_name, options.function)
         function(options)

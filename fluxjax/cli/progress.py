@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from fluxjax.cli.console import interruptible, start_in_thread
+from fluxjax.cli.gpu_flags import compiler_options
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 
 Result = TypeVar("Result")
@@ -85,7 +86,8 @@ class Clock(DrawHooks):
         """Return the compiled function for inputs of these shapes, or what is to become of it."""
 
         def compile_function() -> Callable[..., Any]:
-            return function.lower(*inputs, **options).compile()  # type: ignore[attr-defined]
+            lowered = function.lower(*inputs, **options)  # type: ignore[attr-defined]
+            return lowered.compile(compiler_options=compiler_options((inputs, options)))
 
         kind = function, _shapes((inputs, options))
         if kind not in self.programs:

@@ -1,9 +1,18 @@
 import importlib.util
 import os
+from dataclasses import replace
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import pytest
+from small import CONFIG
 
-from fluxjax.cli import gpu_flags
+from fluxjax import Flux, quantize
+from fluxjax.cli import gpu_flags, progress
+from fluxjax.cli.progress import Clock
+
+OPTION = "xla_gpu_enable_triton_gemm"
 
 
 @pytest.fixture
@@ -12,25 +21,33 @@ def plugin(monkeypatch):
     found = {"jax_cuda13_plugin": True}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name))
     monkeypatch.setattr(gpu_flags, "version", lambda name: "0.11.2")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    set_by_user(monkeypatch, "--xla_dump_to=x")
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8-128", "nf4"])
-def test_products_are_left_to_cublas_where_there_is_a_cuda_plugin(plugin, quantize):
-    gpu_flags.read_weights_in_place(quantize)
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_enable_triton_gemm=false"
+def set_by_user(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(gpu_flags, "_USERS_FLAGS", flags)
 
 
-def test_int8_keeps_the_products_that_are_faster(plugin):
-    gpu_flags.read_weights_in_place("int8")
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+def network(format=None):
+    """Return the shapes of a small transformer with weights in a format of `quantize`."""
+    config = replace(CONFIG, width=128, heads=8, mlp_width=256, double_depth=1, single_depth=1)
+    flux = eqx.filter_eval_shape(Flux, config, key=jax.random.key(0))
+    return flux if format is None else eqx.filter_eval_shape(quantize, flux, format)
 
 
-def test_the_users_own_choice_stays(plugin, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+def test_products_are_left_to_cublas_where_there_is_a_cuda_plugin(plugin):
     gpu_flags.read_weights_in_place()
-    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x --{OPTION}=false"
+
+
+@pytest.mark.parametrize("choice", ["true", "false"])
+def test_the_users_own_choice_stays(plugin, monkeypatch, choice):
+    set_by_user(monkeypatch, f"--{OPTION}={choice}")
+    gpu_flags.read_weights_in_place()
+    assert os.environ["XLA_FLAGS"] == f"--{OPTION}={choice}"
+    assert gpu_flags.compiler_options(network("int8")) == {}
 
 
 @pytest.mark.parametrize("absent", ["plugin", "known version"])
@@ -41,3 +58,25 @@ def test_nothing_is_set_where_it_would_do_nothing_or_stop_xla(plugin, monkeypatc
         monkeypatch.setattr(gpu_flags, "version", lambda name: "0.12.0")
     gpu_flags.read_weights_in_place()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+    assert gpu_flags.compiler_options(network("int8")) == {}
+
+
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int8-128", "nf4"])
+def test_programs_with_int8_weights_keep_the_products_that_are_faster(plugin, format):
+    gpu_flags.read_weights_in_place()
+    options = gpu_flags.compiler_options((network(format), jnp.ones(128)))
+    assert options == ({OPTION: True} if format == "int8" else {})
+
+
+@pytest.mark.parametrize("jit", [jax.jit, eqx.filter_jit])
+def test_the_clock_compiles_with_the_options_of_a_programs_inputs(monkeypatch, jit):
+    seen = []
+
+    def options_of(inputs):
+        seen.append(inputs)
+        return {"xla_cpu_enable_fast_math": False}
+
+    monkeypatch.setattr(progress, "compiler_options", options_of)
+    with Clock(1, 1, silent=True) as clock:
+        assert clock.run("denoise", jit(lambda x, y: x + y), 1.0, y=2.0) == 3
+    assert seen == [((1.0,), {"y": 2.0})]

@@ -419,6 +419,7 @@ def bench_gpu(options: argparse.Namespace) -> list[dict]:
         "size": options.size,
         "matmul TFLOP/s": round(ceiling / 1e12, 1),
         **library_versions("torch", "diffusers"),
+        "flags": os.environ.get("XLA_FLAGS", ""),
     }
     rows: list[dict[str, Any]] = []
 

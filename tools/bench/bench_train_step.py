@@ -54,7 +54,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 
 FORMATS = ("bfloat16", *QUANTIZATIONS)
 TXT_TOKENS = 512
-BACKENDS = ("native", "_native_cudnn")
+BACKENDS = ("native", "_native_flash", "_native_efficient")
 """Attention implementations of diffusers that have a gradient; the fastest is used."""
 # What `fluxjax.lora.init.BLOCKS` covers: the attention and the MLP of every block, and not the
 # modulation. fluxjax has one product of queries, keys and values, and in single blocks of the MLP
@@ -270,6 +270,9 @@ class Theirs:
 
         if self.network is not None:
             return
+        # The gradient of cuDNN's attention fails in torch 2.11 on an H200: it ends with an illegal
+        # memory access, or with "mha_graph.execute … is_good()".
+        torch.backends.cuda.enable_cudnn_sdp(False)
         method, device = LORA["train"], torch_device()
         adapter = LoraConfig(
             r=method["rank"],
