@@ -117,8 +117,7 @@ class Conv(eqx.Module):
                 # The kernel of even rows begins a cell earlier, that of odd rows ends a cell later.
                 padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
                 parts.append(self._apply(x, rows, folded, 1, padding))
-        interleave = "(odd_row odd_column) y x c -> (y odd_row) (x odd_column) c"
-        return rearrange(jnp.stack(parts), interleave, odd_row=2)
+        return _interleave(parts)
 
     def _apply(
         self,
@@ -132,10 +131,8 @@ class Conv(eqx.Module):
         vertical, horizontal = padding
         x, vertical = rows.pad(x, vertical)
         # XLA's convolutions take a batch.
-        y = _convolve(x[None], kernel.astype(x.dtype), stride, (vertical, horizontal))[0]
-        if self.bias is not None:
-            y = y + self.bias.astype(y.dtype)
-        return y.astype(x.dtype)
+        y = _convolve(x[None], kernel.astype(x.dtype), self.bias, stride, (vertical, horizontal))
+        return y[0]
 
 
 def _folded(
@@ -153,41 +150,73 @@ def _folded(
     return jnp.concatenate([first, middle + last], axis)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@jax.custom_jvp
+def _interleave(parts: list[Array]) -> Array:
+    """Return [2 rows, 2 columns, channels] from its four parts [rows, columns, channels].
+
+    **Arguments:** `parts`: of even rows, then of odd ones; of each the even columns come first.
+    """
+    first = parts[0]
+    if not _is_bfloat16_on_cpu(first):
+        return _interleave_plainly(parts)
+    return _from_bits(_interleave_plainly([_to_bits(part) for part in parts]), first.dtype)
+
+
+@_interleave.defjvp
+def _interleave_jvp(
+    primals: tuple[list[Array]], tangents: tuple[list[Array]]
+) -> tuple[Array, Array]:
+    """Differentiate without integers, which have no derivatives."""
+    (parts,), (changes,) = primals, tangents
+    return _interleave(parts), _interleave_plainly(changes)
+
+
+def _interleave_plainly(parts: list[Array]) -> Array:
+    order = "(odd_row odd_column) y x c -> (y odd_row) (x odd_column) c"
+    return rearrange(jnp.stack(parts), order, odd_row=2)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _convolve(
     x: Array,
     kernel: Array,
+    bias: Array | None,
     stride: int,
     padding: Padding,
 ) -> Array:
-    """Convolve [1, rows, columns, channels], accumulated in float32.
+    """Convolve [1, rows, columns, channels] and add the bias.
 
-    **Returns:** the result in the dtype of `product_dtype`.
+    **Returns:** the result in the dtype of x, to which the sum is rounded from `product_dtype`.
     """
     if _as_products(x, kernel, stride):
-        return _convolve_by_products(x[0], kernel, padding)[None]
-    return _convolve_to(product_dtype(x), x, kernel, stride, padding)
+        return _convolve_by_products(x[0], kernel, bias, padding)[None]
+    y = _convolve_to(product_dtype(x), x, kernel, stride, padding)
+    return _add_bias(y, bias).astype(x.dtype)
 
 
 @_convolve.defjvp
 def _convolve_jvp(
     stride: int,
     padding: Padding,
-    primals: tuple[Array, Array],
-    tangents: tuple[Array, Array],
+    primals: tuple[Array, Array, Array | None],
+    tangents: tuple[Array, Array, Array | None],
 ) -> tuple[Array, Array]:
     """Differentiate in the dtype of the operands.
 
     JAX does not transpose a convolution whose result has another dtype than its operands.
     """
-    x, kernel = primals
-    dx, dkernel = tangents
+    x, kernel, bias = primals
+    dx, dkernel, dbias = tangents
     # Restoration transposes this part in loops.
     by_cells = _sum_products if default_device().platform == "cpu" else _convolve_to
     by_x = by_cells(x.dtype, dx, kernel, stride, padding)
     by_kernel = _convolve_to(x.dtype, x, dkernel, stride, padding)
-    tangent = (by_x + by_kernel).astype(product_dtype(x))
-    return _convolve(x, kernel, stride, padding), tangent
+    tangent = _add_bias((by_x + by_kernel).astype(product_dtype(x)), dbias)
+    return _convolve(x, kernel, bias, stride, padding), tangent.astype(x.dtype)
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 def _convolve_to(
@@ -241,13 +270,17 @@ def _as_products(x: Array, kernel: Array, stride: int) -> bool:
     XLA:CPU computes a convolution of bfloat16 in float32, but a matrix product of bfloat16 with the
     processor's instructions for it. With few channels the products are too small to gain.
     """
-    wide = min(kernel.shape[2:]) >= _WIDE
-    return wide and stride == 1 and x.dtype == jnp.bfloat16 and default_device().platform == "cpu"
+    return min(kernel.shape[2:]) >= _WIDE and stride == 1 and _is_bfloat16_on_cpu(x)
+
+
+def _is_bfloat16_on_cpu(x: Array) -> bool:
+    return x.dtype == jnp.bfloat16 and default_device().platform == "cpu"
 
 
 def _convolve_by_products(
     x: Cells,
     kernel: KernelArray,
+    bias: Array | None,
     padding: Padding,
 ) -> OutCells:
     """Convolve with a stride of 1, as one matrix product for each cell of the kernel.
@@ -263,7 +296,8 @@ def _convolve_by_products(
     blocks = -(-rows // block)  # rounded up
     (above, below), horizontal = padding
     missing = blocks * block - rows
-    padded = jnp.pad(x, ((above, below + missing), horizontal, (0, 0)))
+    padded = jnp.pad(_to_bits(x), ((above, below + missing), horizontal, (0, 0)))
+    kernels = [[kernel[row, column] for column in range(side)] for row in range(side)]
 
     def convolve_block(number: Array) -> Array:
         read = jax.lax.dynamic_slice_in_dim(padded, number * block, block + side - 1)
@@ -272,12 +306,24 @@ def _convolve_by_products(
             for column in range(side):
                 cells = read[row : row + block, column : column + columns]
                 total += jax.lax.dot_general(
-                    cells.reshape(-1, channels),
-                    kernel[row, column],
+                    _from_bits(cells.reshape(-1, channels), x.dtype),
+                    kernels[row][column],
                     (((1,), (0,)), ((), ())),
                     preferred_element_type=total.dtype,
                 )
-        return total
+        return _to_bits(_add_bias(total, bias).astype(x.dtype))
 
     found = jax.lax.map(convolve_block, jnp.arange(blocks))
-    return found.reshape(-1, columns, out)[:rows]
+    return _from_bits(found.reshape(-1, columns, out)[:rows], x.dtype)
+
+
+def _to_bits(x: Array) -> Array:
+    """Return numbers of 16 bits as integers, which XLA:CPU copies as they are.
+
+    It copies bfloat16 by way of float32, and where a loop writes a part of an array, all of it.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _from_bits(bits: Array, dtype: DTypeLike) -> Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)

@@ -121,6 +121,23 @@ def test_half_of_a_batch_is_of_each_group_and_few_captions_are_dropped(tiny):
     assert np.mean(dropped) == pytest.approx(new_words.DROPPED, abs=0.012)  # 3 deviations
 
 
+def test_each_token_counts_in_the_loss_as_its_weight_says(tiny):
+    examples = random_examples(tiny, 2, 0)
+    ids = jax.tree.map(lambda leaf: leaf[:, 0], examples.ids)
+    networks = tiny.flux, tiny.clip, tiny.t5
+    evaluate = jax.jit(new_words.loss)
+
+    def loss_of(weights):
+        batch = new_words.Batch(examples.latents, np.float32(weights), ids)
+        return float(evaluate(networks, batch, key=jax.random.key(0)))
+
+    first = np.broadcast_to(np.arange(64) < 32, (2, 64))
+    halves = loss_of(first), loss_of(~first)
+    assert halves[0] != pytest.approx(halves[1], rel=1e-3)
+    assert loss_of(np.ones((2, 64))) == pytest.approx(np.mean(halves), rel=1e-5)
+    assert loss_of(1 + 2.0 * first) == pytest.approx(np.average(halves, weights=(3, 1)), rel=1e-5)
+
+
 def changed(before, after) -> bool:
     arrays = (jax.tree.leaves(eqx.filter(one, eqx.is_array)) for one in (before, after))
     return any(bool(jnp.any(old != new)) for old, new in zip(*arrays, strict=True))

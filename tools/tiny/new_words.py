@@ -68,7 +68,7 @@ TOKEN = 16
 """Pixels along a side of what a token of the transformer stands for."""
 SHOWN = 6
 """New prompts in the picture, and half as many old ones: the first of each."""
-KEPT = 600
+KEPT = 1800
 """Images of what the model knows. Half of each step's examples are of these."""
 WORDINGS = 6
 """Captions of each image, one of which is drawn whenever the image is."""
@@ -88,8 +88,11 @@ FLUX_RATE, TEXT_RATE = 3e-4, 5e-4
 
 
 def _crescent(points: int = 48) -> np.ndarray:
-    """A disc without another one that lies to its right: its outer and its inner arc."""
-    shift, inner = 0.7, 0.75
+    """A disc without another one that lies to its right: its outer and its inner arc.
+
+    It is about as thick as its radius: the VAE then draws it as well as it draws other shapes.
+    """
+    shift, inner = 0.8, 0.75
     # Where both circles meet, seen from either center.
     meet = (1 + shift**2 - inner**2) / (2 * shift)
     outer_angle = np.arccos(meet)
@@ -100,7 +103,8 @@ def _crescent(points: int = 48) -> np.ndarray:
         np.stack([np.cos(outer), np.sin(outer)], -1),
         inner * np.stack([np.cos(back), np.sin(back)], -1) + (shift, 0),
     ]
-    return np.concatenate(arcs) + np.array([0.17, 0.0])
+    # From -1 to `meet` along x: in the middle of its box, as the other shapes are.
+    return np.concatenate(arcs) + np.array([(1 - meet) / 2, 0.0])
 
 
 def extend_scenes() -> None:
@@ -500,7 +504,7 @@ def main() -> None:
     parser.add_argument("action", choices=("all", "score"))
     parser.add_argument("path", help="the new folder of `all`, or the model that is scored")
     parser.add_argument("--images", type=int, default=200, help="that have new words")
-    parser.add_argument("--steps", type=int, default=3400, help="of 16 examples each")
+    parser.add_argument("--steps", type=int, default=5200, help="of 16 examples each")
     parser.add_argument(
         "--prompts", type=int, default=900, help="new ones, and as many old ones, to score"
     )
