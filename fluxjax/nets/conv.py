@@ -320,7 +320,8 @@ def _convolve_by_products(
 def _to_bits(x: Array) -> Array:
     """Return numbers of 16 bits as integers, which XLA:CPU copies as they are.
 
-    It copies bfloat16 by way of float32, and where a loop writes a part of an array, all of it.
+    To copy bfloat16 it converts each number to float32 and back. Where a loop writes a part of an
+    array of bfloat16, it converts the whole array each time.
     """
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 

@@ -23,8 +23,8 @@ class MixedWeight(LocalWeight):
     bytes in Q6_K. In a file with blocks of both formats, 210 bytes are copied for each of them.
 
     `value`: the bytes of the rows. `way`: for each block, the place of its format in `ways`.
-    `ways`: the formats, each the name of a packed format or of a dtype. `features`: the
-    length of a row of the matrix.
+    `ways`: the formats, each the name of a packed format or of a dtype. `features`: the number of
+    columns of the matrix.
     """
 
     value: UInt8[Array, "*depth out most_bytes"]
@@ -74,7 +74,7 @@ def _weight_of(value: UInt8[Array, "out most_bytes"], way: str, features: int) -
     """Return the weight of one block.
 
     **Arguments:** `value`: the bytes of its rows, with padding. `way`: the name of their format.
-    `features`: the length of a row of the matrix.
+    `features`: the number of columns of the matrix.
     """
     if way in PACKED_FORMATS:
         packed = PACKED_FORMATS[way]

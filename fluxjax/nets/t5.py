@@ -175,16 +175,16 @@ class T5(eqx.Module):
 
     def _position_bias(self, tokens: int, dtype: DTypeLike) -> PositionBias:
         """Return the bias of each head and pair of tokens, which depends on their offset only."""
-        # Position of the key less that of the query, from 0 to tokens - 1 and then from -tokens to
-        # -1: in this order they stand in a row of the result that is read from its diagonal on, to
-        # the end of the row and then from its beginning. No pair has the offset -tokens.
+        # An offset is the position of the key minus that of the query. The offsets are sorted as 0
+        # to tokens - 1, then -tokens to -1. For 3 tokens: 0, 1, 2, -3, -2, -1.
         offsets = jnp.arange(-tokens, tokens, dtype=jnp.int32)
         offsets = jnp.roll(offsets, tokens)
         buckets = position_buckets(offsets, self.config.buckets, self.config.max_distance)
         rows = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
-        # These 2 * tokens numbers are repeated, and cut into rows of 2 * tokens - 1, so that each
-        # row starts one offset below the row above it. On CPUs this takes half the time of looking
-        # up every pair.
+        # The 2 * tokens numbers of a head are repeated, and the sequence is cut into rows of
+        # 2 * tokens - 1. For 3 tokens, the offsets of these rows are (0, 1, 2, -3, -2),
+        # (-1, 0, 1, 2, -3) and (-2, -1, 0, 1, 2). The first 3 of each row are those of a query and
+        # all keys. On CPUs this takes half the time of looking up the bias of every pair.
         repeated = jnp.tile(rows, (1, tokens))[:, : tokens * (2 * tokens - 1)]
         return repeated.reshape(-1, tokens, 2 * tokens - 1)[:, :, :tokens]
 

@@ -70,13 +70,14 @@ def test_programs_with_int8_weights_keep_the_products_that_are_faster(plugin, fo
 
 @pytest.mark.parametrize("jit", [jax.jit, eqx.filter_jit])
 def test_the_clock_compiles_with_the_options_of_a_programs_inputs(monkeypatch, jit):
-    seen = []
-
     def options_of(inputs):
-        seen.append(inputs)
-        return {"xla_cpu_enable_fast_math": False}
+        (x,), named = inputs
+        return {} if x + named["y"] == 3 else {"an_unknown_option": True}
 
     monkeypatch.setattr(progress, "compiler_options", options_of)
+    add = jit(lambda x, y: x + y)
     with Clock(1, 1, silent=True) as clock:
-        assert clock.run("denoise", jit(lambda x, y: x + y), 1.0, y=2.0) == 3
-    assert seen == [((1.0,), {"y": 2.0})]
+        assert clock.run("denoise", add, jnp.float32(1), y=jnp.float32(2)) == 3
+        # XLA refuses it, so it has got the options. Another shape is another program.
+        with pytest.raises(RuntimeError, match="an_unknown_option"):
+            clock.run("denoise", add, jnp.ones(1), y=jnp.ones(1))
