@@ -1,10 +1,14 @@
-"""Gradients of the whole network are torch's, with and without rematerialization."""
+"""Gradients of the whole network are torch's, with each attention, rematerialized and not."""
+
+from functools import partial
+from unittest import mock
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_parts import pretended
 from reference import normal, perturbed, to_torch
 
 from fluxjax.checkpoint.chroma_names import TRANSFORMER_DIFFUSERS
@@ -12,6 +16,7 @@ from fluxjax.checkpoint.fused import fused_parts
 from fluxjax.checkpoint.weights import parameters_of
 from fluxjax.generate.latents import image_ids
 from fluxjax.generate.load import load_flux
+from fluxjax.kernels import flash_tpu
 from fluxjax.train.loss import flow_matching_loss
 
 torch = pytest.importorskip("torch")
@@ -60,7 +65,7 @@ def pair(tmp_path_factory):
 
 
 @eqx.filter_jit
-def loss_and_gradients(flux, x0, noise, txt, vec, t, remat):
+def loss_and_gradients(flux, x0, noise, txt, vec, t, attention, remat):
     def loss(flux):
         velocity = eqx.Partial(
             flux,
@@ -68,6 +73,7 @@ def loss_and_gradients(flux, x0, noise, txt, vec, t, remat):
             vec=vec,
             guidance=jnp.float32(3.0),
             img_ids=image_ids(HEIGHT, WIDTH),
+            attention=attention,
             remat=remat,
         )
         return flow_matching_loss(velocity, x0, t, noise)
@@ -75,10 +81,22 @@ def loss_and_gradients(flux, x0, noise, txt, vec, t, remat):
     return jax.value_and_grad(loss)(flux)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Let a TPU be the device that attention is chosen for, and interpret its kernels."""
+    kernel = mock.Mock(side_effect=partial(flash_tpu.flash_attention_tpu, interpret=True))
+    monkeypatch.setattr(flash_tpu, "flash_attention_tpu", kernel)
+    tpu = mock.Mock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
+    with pretended(tpu, ("kernels.attention",)):
+        yield kernel
+
+
 @pytest.mark.parametrize("remat", [False, True])
-def test_gradients_of_every_weight_are_torchs(pair, remat):
+@pytest.mark.parametrize("attention", ["xla", "flash_tpu"])
+def test_gradients_of_every_weight_are_torchs(pair, attention, remat, interpreted):
     flux, inputs, expected_loss, expected = pair
-    value, gradients = loss_and_gradients(flux, *map(jnp.asarray, inputs), remat)
+    value, gradients = loss_and_gradients(flux, *map(jnp.asarray, inputs), attention, remat)
+    assert interpreted.called == (attention == "flash_tpu")
     assert float(value) == pytest.approx(expected_loss, rel=1e-5)
     leaves = jax.tree.leaves(gradients)
     parts = fused_parts(flux.config)
