@@ -27,6 +27,20 @@ def index_axis(x: jax.Array, index: int | jax.Array, axis: int = 0) -> jax.Array
     )
 
 
+def to_bits(x: jax.Array) -> jax.Array:
+    """Return numbers of 16 bits as integers, which XLA:CPU copies as they are.
+
+    To copy bfloat16 it converts each number to float32 and back. Where a loop writes a part of an
+    array of bfloat16, it converts the whole array each time. Integers have no derivatives.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def from_bits(bits: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return the numbers of `dtype` that `to_bits` made integers of."""
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
 def is_concrete_number(value: object) -> bool:
     """Return whether a value is a number or an array whose value is known, that is, not traced."""
     if isinstance(value, jax.core.Tracer):

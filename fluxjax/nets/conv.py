@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from fluxjax.kernels.chips import default_device
 from fluxjax.nets.rows import WHOLE, Cells, Pad, Rows
 from fluxjax.nets.weight import product_dtype
-from fluxjax.numeric import wide_dtype
+from fluxjax.numeric import from_bits, to_bits, wide_dtype
 from fluxjax.shapes import Array, Float, PRNGKeyArray
 
 Padding = tuple[Pad, Pad]
@@ -159,7 +159,7 @@ def _interleave(parts: list[Array]) -> Array:
     first = parts[0]
     if not _is_bfloat16_on_cpu(first):
         return _interleave_plainly(parts)
-    return _from_bits(_interleave_plainly([_to_bits(part) for part in parts]), first.dtype)
+    return from_bits(_interleave_plainly([to_bits(part) for part in parts]), first.dtype)
 
 
 @_interleave.defjvp
@@ -296,7 +296,7 @@ def _convolve_by_products(
     blocks = -(-rows // block)  # rounded up
     (above, below), horizontal = padding
     missing = blocks * block - rows
-    padded = jnp.pad(_to_bits(x), ((above, below + missing), horizontal, (0, 0)))
+    padded = jnp.pad(to_bits(x), ((above, below + missing), horizontal, (0, 0)))
     kernels = [[kernel[row, column] for column in range(side)] for row in range(side)]
 
     def convolve_block(number: Array) -> Array:
@@ -306,25 +306,12 @@ def _convolve_by_products(
             for column in range(side):
                 cells = read[row : row + block, column : column + columns]
                 total += jax.lax.dot_general(
-                    _from_bits(cells.reshape(-1, channels), x.dtype),
+                    from_bits(cells.reshape(-1, channels), x.dtype),
                     kernels[row][column],
                     (((1,), (0,)), ((), ())),
                     preferred_element_type=total.dtype,
                 )
-        return _to_bits(_add_bias(total, bias).astype(x.dtype))
+        return to_bits(_add_bias(total, bias).astype(x.dtype))
 
     found = jax.lax.map(convolve_block, jnp.arange(blocks))
-    return _from_bits(found.reshape(-1, columns, out)[:rows], x.dtype)
-
-
-def _to_bits(x: Array) -> Array:
-    """Return numbers of 16 bits as integers, which XLA:CPU copies as they are.
-
-    To copy bfloat16 it converts each number to float32 and back. Where a loop writes a part of an
-    array of bfloat16, it converts the whole array each time.
-    """
-    return jax.lax.bitcast_convert_type(x, jnp.uint16)
-
-
-def _from_bits(bits: Array, dtype: DTypeLike) -> Array:
-    return jax.lax.bitcast_convert_type(bits, dtype)
+    return from_bits(found.reshape(-1, columns, out)[:rows], x.dtype)

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from fluxjax.kernels.chips import default_device
 from fluxjax.nets.stack import Unrolled, block_at, depth_of, split_arrays
 from fluxjax.nets.weight import Weight
+from fluxjax.numeric import from_bits, index_axis, to_bits
 from fluxjax.shapes import Array, Int
 
 Carry = TypeVar("Carry")
@@ -140,16 +141,17 @@ def _slice_in_place(
 ) -> Array:
     """Return `row`, which is stacked[number], in the way that XLA reads with the least memory.
 
-    XLA:CPU slices 16-bit floats as float32, and hoists the cast of the whole stack out of the loop:
-    three times the memory. It can't where the stack looks loop-variant, behind a barrier together
-    with the loop's counter. Gradients go to `row`, by scan's own rule.
+    XLA:CPU slices floats of 16 bits as float32, and casts the whole stack before the loop: three
+    times the memory. So they are sliced as integers. XLA still computes those of the whole stack
+    before the loop, unless the stack looks as if it changed in the loop: it passes a barrier
+    together with the loop's counter. Gradients go to `row`, by scan's own rule.
     """
     if stacked.dtype.itemsize != 2 or default_device().platform != "cpu" or len(stacked) == 0:
         return row
     # The gradient of a slice by number would be a whole stack for each block.
     stacked = jax.lax.stop_gradient(stacked)
     stacked, number = jax.lax.optimization_barrier((stacked, number))
-    return _with_gradient_of(row, stacked[number])
+    return _with_gradient_of(row, from_bits(index_axis(to_bits(stacked), number), stacked.dtype))
 
 
 @jax.custom_jvp

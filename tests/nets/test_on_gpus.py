@@ -9,6 +9,7 @@ import pytest
 
 from fluxjax import Vae, attention
 from fluxjax.nets import VaeConfig
+from fluxjax.nets.quantized import EIGHT_BITS, QuantizedWeight, round_rows
 from fluxjax.nets.weight import Dense
 
 VAE = VaeConfig(channels=(8, 16), groups=4, resnets=1)
@@ -18,7 +19,8 @@ VAE = VaeConfig(channels=(8, 16), groups=4, resnets=1)
 def h200(monkeypatch):
     """Let all modules that ask for the default device see an H200."""
     gpu = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
-    for name in ("kernels.attention", "nets.activations", "nets.weight", "nets.scan", "nets.conv"):
+    modules = ["kernels.attention", "kernels.xla_attention", "nets.activations", "nets.weight"]
+    for name in (*modules, "nets.scan", "nets.conv", "nets.quantized"):
         monkeypatch.setattr(sys.modules[f"fluxjax.{name}"], "default_device", lambda: gpu)
     return gpu
 
@@ -46,3 +48,13 @@ def test_large_products_of_bfloat16_are_apart_from_their_bias_on_gpus(h200):
     assert not has_barrier(128, jnp.float32)
     h200.platform = "cpu"
     assert not has_barrier(128, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_float8_is_multiplied_as_float8_on_gpus(h200, rows):
+    weight = QuantizedWeight(*round_rows(jnp.ones((8, 16)), EIGHT_BITS["fp8"]))
+    traced = jax.jit(lambda x: weight.matmul(x)).trace(jnp.ones((rows, 16)))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (product,) = [line for line in program.splitlines() if "dot_general" in line]
+    assert product.count("xf8E4M3FN>") == 2
+    assert product.endswith(f"tensor<{rows}x8xf32>")

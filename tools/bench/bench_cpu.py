@@ -24,6 +24,10 @@ from fluxjax.generate.latents import image_ids
 DTYPES = ("float32", "bfloat16")
 
 
+_PAUSE = 0.05
+"""Seconds. On two cores torch's threads used up to 10 ms after their last work, JAX's up to 4."""
+
+
 class Case(NamedTuple):
     """What is compared; all calls are without arguments and return an output.
 
@@ -40,7 +44,7 @@ class Case(NamedTuple):
 class Times(NamedTuple):
     """Seconds of a call, one number for each turn.
 
-    `first`: right after another library ran. `again`: right after another call of its own.
+    `first`: after another library ran, and a pause. `again`: right after another call of its own.
     """
 
     first: list[float]
@@ -50,12 +54,14 @@ class Times(NamedTuple):
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
     """Return the times of each call, made in turns, so that other load affects all of them.
 
-    A first call finds caches full of the other library's memory, and threads of it that still
-    wait for work.
+    A first call finds caches full of the other library's memory. Before it there is a pause, in
+    which the other library's threads go to sleep: after their last work they look for more for some
+    milliseconds, in which they take cores from whoever runs.
     """
     spent = {name: Times([], []) for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(_PAUSE)
             for times in spent[name]:
                 start = time.perf_counter()
                 call()
@@ -294,7 +300,7 @@ def compared(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
     """Return a case's median times and their spread, fluxjax's relative error and speed.
 
     "ratio" is how many times faster fluxjax is than the fastest of torch's calls, "ratio of first
-    calls" the same right after another library ran.
+    calls" the same after another library ran.
     """
     calls = {"fluxjax": case.ours, **case.more, **case.theirs}
     error = _error(case.ours(), case.theirs["torch"]())

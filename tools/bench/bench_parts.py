@@ -22,8 +22,10 @@ VARIANTS = {"dev": (FluxConfig.dev(), 512, 28), "schnell": (FluxConfig.schnell()
 """The official models: the transformer's configuration, T5's tokens, Euler steps."""
 DEVICE_MODULES = (
     "kernels.attention",
+    "kernels.xla_attention",
     "nets.activations",
     "nets.weight",
+    "nets.quantized",
     "nets.scan",
     "nets.heads",
     "nets.conv",
