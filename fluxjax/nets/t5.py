@@ -175,18 +175,17 @@ class T5(eqx.Module):
 
     def _position_bias(self, tokens: int, dtype: DTypeLike) -> PositionBias:
         """Return the bias of each head and pair of tokens, which depends on their offset only."""
-        # An offset is the position of the key minus that of the query. The offsets are sorted as 0
-        # to tokens - 1, then -tokens to -1. For 3 tokens: 0, 1, 2, -3, -2, -1.
+        # An offset is the position of the key minus that of the query.
         offsets = jnp.arange(-tokens, tokens, dtype=jnp.int32)
-        offsets = jnp.roll(offsets, tokens)
         buckets = position_buckets(offsets, self.config.buckets, self.config.max_distance)
-        rows = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
-        # The 2 * tokens numbers of a head are repeated, and the sequence is cut into rows of
-        # 2 * tokens - 1. For 3 tokens, the offsets of these rows are (0, 1, 2, -3, -2),
-        # (-1, 0, 1, 2, -3) and (-2, -1, 0, 1, 2). The first 3 of each row are those of a query and
-        # all keys. On CPUs this takes half the time of looking up the bias of every pair.
-        repeated = jnp.tile(rows, (1, tokens))[:, : tokens * (2 * tokens - 1)]
-        return repeated.reshape(-1, tokens, 2 * tokens - 1)[:, :, :tokens]
+        by_offset = rearrange(self.position_bias(buckets, dtype), "offsets heads -> heads offsets")
+
+        def of_query(query: Int[Array, ""]) -> Float[Array, "heads keys"]:
+            # Its keys have the offsets from -query on. A row of them is copied as a whole: to look
+            # up every pair, TPUs would need temporary memory of twice the size of the result.
+            return jax.lax.dynamic_slice_in_dim(by_offset, tokens - query, tokens, axis=1)
+
+        return jax.vmap(of_query, out_axes=1)(jnp.arange(tokens))
 
 
 def position_buckets(
