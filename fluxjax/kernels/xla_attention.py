@@ -10,7 +10,7 @@ from einops import rearrange
 
 from fluxjax.kernels.block_sizes import balanced_block_size, round_up
 from fluxjax.kernels.chips import default_device
-from fluxjax.numeric import wide_dtype
+from fluxjax.numeric import from_bits, to_bits, wide_dtype
 from fluxjax.shapes import Array, Float, Int
 
 Heads = Float[Array, "_ heads head_dim"]
@@ -79,9 +79,10 @@ def xla_attention(
         return jnp.concatenate(list(mixed), axis=1)
 
     def sequential() -> Heads:
-        heads = _heads_first(q, k, v, bias)
-        mixed = jax.lax.map(lambda head: one_head(*head), heads)
-        return jnp.swapaxes(mixed, 0, 1)
+        if q.dtype.itemsize == 2:
+            fixed = options._replace(key_length=None, labels=None)
+            return _sequential_by_bits(q, k, v, bias, options.key_length, options.labels, fixed)
+        return _sequential(q, k, v, bias, options)
 
     queries, heads, _ = q.shape
     logit_bytes = 4 * heads * queries * len(k)
@@ -91,6 +92,67 @@ def xla_attention(
         return grouped() if default_device().platform == "cpu" else batched()
     # Which one runs is decided when the program is compiled for its platform.
     return jax.lax.platform_dependent(cpu=sequential, default=batched)
+
+
+def _sequential(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    bias: Array | None,
+    options: LogitOptions,
+) -> Heads:
+    """Compute the attention of one head after another. The arguments are as of `xla_attention`."""
+
+    def one_head(head: tuple[Head, Head, Head, Array | None]) -> Head:
+        q, k, v, bias = head
+        return _head_attention(q, k, v, bias, options)
+
+    mixed = jax.lax.map(one_head, _heads_first(q, k, v, bias))
+    return jnp.swapaxes(mixed, 0, 1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _sequential_by_bits(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    bias: Array | None,
+    key_length: Array | None,
+    labels: Array | None,
+    fixed: LogitOptions,
+) -> Heads:
+    """Compute `_sequential` of 16-bit numbers, which are moved as integers.
+
+    XLA:CPU would move q, k, v and the result as float32: of 24 heads of 1536 tokens, attention
+    takes 0.85 of the time this way.
+
+    **Arguments:** `key_length`, `labels`: of the `LogitOptions`. `fixed`: those without arrays.
+    """
+    options = fixed._replace(key_length=key_length, labels=labels)
+
+    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
+        q, k, v = (from_bits(bits, dtype) for bits in head[:3])
+        return to_bits(_head_attention(q, k, v, head[3], options))
+
+    dtype = q.dtype
+    heads_first = [jnp.swapaxes(to_bits(x), 0, 1) for x in (q, k, v)]
+    mixed = jax.lax.map(one_head, (*heads_first, bias))
+    return from_bits(jnp.swapaxes(mixed, 0, 1), dtype)
+
+
+@_sequential_by_bits.defjvp
+def _sequential_by_bits_jvp(
+    fixed: LogitOptions,
+    primals: tuple[Array | None, ...],
+    tangents: tuple[Array | None, ...],
+) -> tuple[Array, Array]:
+    """Differentiate without moving integers, which have no derivatives."""
+
+    def plain(q: Heads, k: Heads, v: Heads, bias: Array | None) -> Heads:
+        return _sequential(q, k, v, bias, fixed._replace(key_length=key_length, labels=labels))
+
+    *differentiated, key_length, labels = primals
+    return jax.jvp(plain, tuple(differentiated), tuple(tangents[:4]))
 
 
 def chunked_attention(

@@ -1,17 +1,19 @@
 """Attention by its default implementation, against float64."""
 
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 from implementations import operands
 
 from fluxjax import attention
 from fluxjax.kernels.cudnn_attention import cudnn_attention
-from fluxjax.kernels.xla_attention import LogitOptions
+from fluxjax.kernels.xla_attention import LogitOptions, xla_attention
 
 # One program for each shape, rather than one for each operation.
 attend = jax.jit(attention)
@@ -32,7 +34,7 @@ def exact(q, k, v, scale, bias=None, causal=False):
 @given(
     queries=st.integers(1, 20),
     keys=st.integers(1, 20),
-    heads=st.integers(1, 3),
+    heads=st.integers(1, 4),
     dim=st.sampled_from([1, 8, 17]),
     seed=st.integers(0, 99),
     size=st.sampled_from([0.1, 1.0, 30.0]),
@@ -58,6 +60,39 @@ def test_bfloat16_sums_in_float32():
     # The weights and the result are each rounded once, to 2^-8 of values of some 1 / sqrt(4000).
     expected = exact(q, k, v, 0.25)
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=2**-8 * 0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"key_length": jnp.int32(7)},
+        {"labels": jnp.arange(12, dtype=jnp.int32) % 3 + 1},
+    ],
+    ids=lambda options: str(*options),
+)
+def test_heads_of_bfloat16_one_after_another_are_those_of_float32(options, monkeypatch):
+    """As CPUs compute large logits, with the derivatives of both modes, of a batch."""
+    *inputs, grad = (jnp.stack([x, 2 * x]) for x in operands(12, 12, 3, 8, 1, dtype=jnp.bfloat16))
+    inputs.append(jax.random.normal(jax.random.key(9), (2, 3, 12, 12), jnp.bfloat16))
+
+    def run(*inputs):
+        attend = partial(xla_attention, options=LogitOptions(0.3, **options))
+        mixed, change = jax.jvp(jax.vmap(attend), inputs, inputs)
+        _, pull = jax.vjp(jax.vmap(attend), *inputs)
+        return [mixed, change, *pull(grad.astype(mixed.dtype))]
+
+    monkeypatch.setattr(sys.modules["fluxjax.kernels.xla_attention"], "CPU_CACHE_BYTES", 0)
+    for found, expected in zip(
+        jax.jit(run)(*inputs),
+        jax.jit(run)(*(x.astype(jnp.float32) for x in inputs)),
+        strict=True,
+    ):
+        assert found.dtype == jnp.bfloat16
+        # Weights, their gradients and results are rounded to 2^-9 of them, one after another.
+        error = np.linalg.norm(np.asarray(found, np.float64) - expected)
+        assert error < 3 * 2**-9 * np.linalg.norm(expected)
 
 
 def test_gradients_equal_finite_differences_under_vmap():
