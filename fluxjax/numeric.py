@@ -37,7 +37,10 @@ def to_bits(x: jax.Array) -> jax.Array:
 
 
 def from_bits(bits: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return the numbers of `dtype` that `to_bits` made integers of."""
+    """Return the numbers that `to_bits` made integers of.
+
+    **Arguments:** `dtype`: theirs, of 16 bits.
+    """
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 

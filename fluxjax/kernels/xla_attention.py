@@ -73,10 +73,9 @@ def xla_attention(
 
     def grouped() -> Heads:
         count = math.gcd(heads, _CPU_GROUPS)
-        q_groups, k_groups, v_groups = (jnp.split(x, count, axis=1) for x in (q, k, v))
+        q_k_v = [jnp.split(x, count, axis=1) for x in (q, k, v)]
         biases = [None] * count if bias is None else jnp.split(bias, count)
-        mixed = map(over_heads, q_groups, k_groups, v_groups, biases)
-        return jnp.concatenate(list(mixed), axis=1)
+        return jnp.concatenate(list(map(over_heads, *q_k_v, biases)), axis=1)
 
     def sequential() -> Heads:
         if q.dtype.itemsize == 2:
@@ -103,7 +102,7 @@ def _sequential(
 ) -> Heads:
     """Compute the attention of one head after another. The arguments are as of `xla_attention`."""
 
-    def one_head(head: tuple[Head, Head, Head, Array | None]) -> Head:
+    def one_head(head: tuple) -> Head:
         q, k, v, bias = head
         return _head_attention(q, k, v, bias, options)
 
@@ -130,11 +129,13 @@ def _sequential_by_bits(
     """
     options = fixed._replace(key_length=key_length, labels=labels)
 
-    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
-        q, k, v = (from_bits(bits, dtype) for bits in head[:3])
-        return to_bits(_head_attention(q, k, v, head[3], options))
-
     dtype = q.dtype
+
+    def one_head(head: tuple) -> Array:
+        *bits, bias = head
+        q, k, v = (from_bits(each, dtype) for each in bits)
+        return to_bits(_head_attention(q, k, v, bias, options))
+
     heads_first = [jnp.swapaxes(to_bits(x), 0, 1) for x in (q, k, v)]
     mixed = jax.lax.map(one_head, (*heads_first, bias))
     return from_bits(jnp.swapaxes(mixed, 0, 1), dtype)
@@ -146,13 +147,11 @@ def _sequential_by_bits_jvp(
     primals: tuple[Array | None, ...],
     tangents: tuple[Array | None, ...],
 ) -> tuple[Array, Array]:
-    """Differentiate without moving integers, which have no derivatives."""
-
-    def plain(q: Heads, k: Heads, v: Heads, bias: Array | None) -> Heads:
-        return _sequential(q, k, v, bias, fixed._replace(key_length=key_length, labels=labels))
-
-    *differentiated, key_length, labels = primals
-    return jax.jvp(plain, tuple(differentiated), tuple(tangents[:4]))
+    """Differentiate `_sequential`, which moves no integers: these have no derivatives."""
+    q, k, v, bias, key_length, labels = primals
+    options = fixed._replace(key_length=key_length, labels=labels)
+    # The arrays of the options are integers, and have no tangents.
+    return jax.jvp(partial(_sequential, options=options), (q, k, v, bias), tangents[:4])
 
 
 def chunked_attention(
@@ -217,7 +216,11 @@ def _heads_first(
     v: Heads,
     bias: Array | None,
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Return what `jax.lax.map` maps over heads; the heads of `bias` come first already."""
+    """Return what `jax.lax.map` maps over heads.
+
+    **Returns:** q, k and v as [heads, tokens, head_dim], and `bias` as it is: its heads come first
+    already.
+    """
     return (
         jnp.swapaxes(q, 0, 1),
         jnp.swapaxes(k, 0, 1),

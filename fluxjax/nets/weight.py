@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fluxjax.kernels.chips import default_device
 from fluxjax.numeric import wide_dtype
-from fluxjax.shapes import Array, Float, Int
+from fluxjax.shapes import Array, Float
 
 RowMaxima = Float[Array, "*batch"]
 """The largest magnitude of each row of what is multiplied."""
@@ -142,12 +142,13 @@ class RowScaledWeight(WrappedWeight):
         return product * self.scale.astype(product.dtype)
 
 
-def multiply_rows(
-    x: Float[Array, "*batch features"] | Int[Array, "*batch features"],
-    matrix: Float[Array, "out features"] | Int[Array, "out features"],
-    dtype: jnp.dtype,
-) -> Float[Array, "*batch out"] | Int[Array, "*batch out"]:
-    """Return x matrix^T, accumulated in `dtype`. Both operands have one dtype."""
+def multiply_rows(x: Array, matrix: Array, dtype: jnp.dtype) -> Array:
+    """Return x matrix^T, accumulated in `dtype`.
+
+    **Arguments:** `x`: [*batch, features]. `matrix`: [out, features], in the dtype of `x`. Both are
+    floats or both are integers.
+    **Returns:** [*batch, out].
+    """
     is_single_row = x.size == x.shape[-1]
     if is_single_row and x.dtype.itemsize <= 2 and default_device().platform == "cpu":
         # XLA:CPU multiplies a single row of narrow numbers one by one. With a second row, here of
