@@ -84,7 +84,7 @@ def _quantized_matmul(
     else:
         accumulated = product_dtype(x)
         if default_device().platform == "cpu":
-            # XLA:CPU takes two to ten times as long for float8. All of its numbers are bfloat16's.
+            # XLA:CPU multiplies float8 two to ten times slower. bfloat16 has all of its numbers.
             rows, value = rows.astype(jnp.bfloat16), value.astype(jnp.bfloat16)
     # Both operands have 8 bits elsewhere, so that a chip that can multiply these does.
     product = multiply_rows(rows, value, accumulated)

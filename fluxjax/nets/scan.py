@@ -141,10 +141,10 @@ def _slice_in_place(
 ) -> Array:
     """Return `row`, which is stacked[number], in the way that XLA reads with the least memory.
 
-    XLA:CPU slices floats of 16 bits as float32, and casts the whole stack before the loop: three
-    times the memory. So they are sliced as integers. XLA still computes those of the whole stack
-    before the loop, unless the stack looks as if it changed in the loop: it passes a barrier
-    together with the loop's counter. Gradients go to `row`, by scan's own rule.
+    XLA:CPU slices floats of 16 bits as float32, and casts the whole stack before the loop, which
+    takes three times the memory. So they are sliced as integers. XLA would still convert the whole
+    stack to integers before the loop; a barrier that the stack passes together with the loop's
+    counter prevents it. Gradients go to `row`, by scan's own rule.
     """
     if stacked.dtype.itemsize != 2 or default_device().platform != "cpu" or len(stacked) == 0:
         return row

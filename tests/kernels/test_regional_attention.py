@@ -102,6 +102,8 @@ def in_place_of_cudnn(monkeypatch) -> list:
 
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    # From JAX 0.12 on a program that another test has traced is not traced again.
+    jax.clear_caches()
     return masks
 
 

@@ -25,7 +25,11 @@ DTYPES = ("float32", "bfloat16")
 
 
 _PAUSE = 0.05
-"""Seconds. On two cores torch's threads used up to 10 ms after their last work, JAX's up to 4."""
+"""Seconds between the libraries.
+
+On two cores torch's threads kept a core busy for up to 10 ms after their last work, and JAX's for
+up to 4 ms.
+"""
 
 
 class Case(NamedTuple):
