@@ -41,6 +41,16 @@ def _numbers(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def randomized(make, config):
+    """Return a network all of whose arrays are random, also those that start as zeros."""
+    network = eqx.filter_eval_shape(make, config, key=jax.random.key(0))
+    leaves, structure = jax.tree.flatten(network)
+    rng = np.random.default_rng(1)
+    drawn = [(0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+    arrays = [jnp.asarray(values, values.dtype) for values in drawn]
+    return jax.tree.unflatten(structure, arrays)
+
+
 def adapted(flux: Flux, rank: int = 2) -> Flux:
     """Return a network with a random adapter beside each matrix of its stacked blocks."""
 

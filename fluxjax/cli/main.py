@@ -22,7 +22,6 @@ from fluxjax.cli.edit_options import (
 )
 from fluxjax.cli.encode_options import add_encode_options
 from fluxjax.cli.generate_options import add_generate_options, add_plan_options
-from fluxjax.cli.gpu_flags import read_weights_in_place
 from fluxjax.cli.lora_options import (
     add_lora_convert_options,
     add_lora_extract_options,
@@ -38,6 +37,7 @@ from fluxjax.cli.weights_options import (
     add_inspect_options,
     add_models_options,
 )
+from fluxjax.cli.xla_options import read_weights_in_place
 from fluxjax.version import __version__
 
 

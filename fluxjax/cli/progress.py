@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from fluxjax.cli.console import interruptible, start_in_thread
-from fluxjax.cli.gpu_flags import compiler_options
+from fluxjax.cli.xla_options import compiler_options
 from fluxjax.generate.draw_hooks import DrawHooks, DrawProgress
 
 Result = TypeVar("Result")

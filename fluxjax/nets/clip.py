@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from fluxjax.arguments import convert_arguments
 from fluxjax.nets.encoder_block import EncoderBlock, check_encoder_config
 from fluxjax.nets.layers import Embedding, LayerNorm, check_ids
-from fluxjax.nets.scan import scan_blocks
+from fluxjax.nets.scan import read_block, scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
@@ -90,6 +90,10 @@ class Clip(eqx.Module):
 
         **Arguments:** and **Raises:** as for a call of the network.
         """
+        return self.norm(self._run_blocks(ids, dtype, self.config.depth))
+
+    def _run_blocks(self, ids: Tokens, dtype: DTypeLike | None, stop: int) -> States:
+        """Return the hidden state of every token after `stop` blocks."""
         check_ids("Clip", ids, self.config.vocabulary)
         if len(ids) > self.config.positions:
             raise ValueError(
@@ -98,8 +102,7 @@ class Clip(eqx.Module):
             )
         x = self.tokens(ids, dtype)
         x = x + self.positions(jnp.arange(len(ids)), dtype)
-        x = scan_blocks(self.blocks, x, lambda block, x: block(x))
-        return self.norm(x)
+        return scan_blocks(self.blocks, x, lambda block, x: block(x), stop=stop)
 
     @convert_arguments
     def __call__(
@@ -115,10 +118,12 @@ class Clip(eqx.Module):
         **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids
         outside of it give NaN.
         """
-        check_ids("Clip", ids, self.config.vocabulary)
+        last = self.config.depth - 1
+        x = self._run_blocks(ids, dtype, last)
         # argmax returns the first of equal values.
         if self.config.eos_token is None:
             end = jnp.argmax(ids)
         else:
             end = jnp.argmax((ids == self.config.eos_token).astype(jnp.int32))
-        return self.hidden_states(ids, dtype=dtype)[end]
+        # Only this token's state is read after the last block.
+        return self.norm(read_block(self.blocks, last).state_of(x, end))

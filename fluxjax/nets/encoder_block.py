@@ -8,9 +8,9 @@ import jax
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.activations import ACTIVATIONS
 from fluxjax.nets.layers import LayerNorm, Linear, join_heads, split_heads
-from fluxjax.shapes import Array, Float, PRNGKeyArray
+from fluxjax.shapes import Array, Float, Int, PRNGKeyArray
 
-EncoderStates = Float[Array, "tokens width"]
+EncoderStates = Float[Array, "_ width"]
 """One hidden state per token."""
 
 
@@ -25,6 +25,9 @@ class EncoderSizes(Protocol):
     def heads(self) -> int: ...
 
     @property
+    def depth(self) -> int: ...
+
+    @property
     def mlp_width(self) -> int: ...
 
     @property
@@ -35,8 +38,14 @@ class EncoderSizes(Protocol):
 
 
 def check_encoder_config(config: EncoderSizes) -> None:
-    """**Raises:** `ValueError` for heads that do not divide the width, or an unknown activation."""
+    """Check what the blocks of an encoder need of its config.
+
+    **Raises:** `ValueError` for no block, heads that do not divide the width, or an unknown
+    activation.
+    """
     name = type(config).__name__
+    if config.depth < 1:
+        raise ValueError(f"`{name}(depth={config.depth})` has no block: it is 1 or more.")
     if config.width % config.heads:
         raise ValueError(
             f"`{name}` needs a width that heads divide, got {config.width} and {config.heads}."
@@ -84,17 +93,46 @@ class EncoderBlock(eqx.Module):
 
     def __call__(self, x: EncoderStates) -> EncoderStates:
         """Return the hidden states after this block."""
-        x = x + self._attend(self.norm1(x))
+        normed = self.norm1(x)
+        return self._add_mlp(x + self._attend(normed, normed, causal=self.causal))
+
+    def state_of(self, x: EncoderStates, token: Int[Array, ""]) -> Float[Array, " width"]:
+        """Return the hidden state of one token after this block, without those of the others.
+
+        Of the others only keys and values are computed: of the products of the block that is a
+        sixth.
+
+        **Arguments:** `x`: the states of all tokens before this block. `token`: the index of one.
+        """
+
+        def row(states: EncoderStates) -> EncoderStates:
+            return jax.lax.dynamic_slice_in_dim(states, token, 1)
+
+        normed = self.norm1(x)
+        # A causal block: the token attends to itself and those before it.
+        length = token + 1 if self.causal else None
+        attended = self._attend(row(normed), normed, key_length=length)
+        return self._add_mlp(row(x) + attended)[0]
+
+    def _attend(
+        self,
+        queries: EncoderStates,
+        keys: EncoderStates,
+        *,
+        causal: bool = False,
+        key_length: Int[Array, ""] | None = None,
+    ) -> EncoderStates:
+        """Return what attention adds to the states of the queries."""
+        q = split_heads(self.q(queries), self.head_dim)
+        k = split_heads(self.k(keys), self.head_dim)
+        v = split_heads(self.v(keys), self.head_dim)
+        # Of at most 77 tokens of text, or 729 of an image: a fused implementation would gain
+        # little.
+        attended = attention(q, k, v, causal=causal, key_length=key_length, implementation="xla")
+        return self.out(join_heads(attended))
+
+    def _add_mlp(self, x: EncoderStates) -> EncoderStates:
+        """Return states with what the MLP adds to them."""
         activation = ACTIVATIONS[self.activation]
         hidden = activation(self.up(self.norm2(x)))
         return x + self.down(hidden)
-
-    def _attend(self, x: EncoderStates) -> EncoderStates:
-        """Return what attention adds to the states."""
-        q = split_heads(self.q(x), self.head_dim)
-        k = split_heads(self.k(x), self.head_dim)
-        v = split_heads(self.v(x), self.head_dim)
-        # Of at most 77 tokens of text, or 729 of an image: a fused implementation would gain
-        # little.
-        attended = attention(q, k, v, causal=self.causal, implementation="xla")
-        return self.out(join_heads(attended))

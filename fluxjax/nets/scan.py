@@ -36,6 +36,7 @@ def scan_blocks(
     *,
     inputs: Inputs = (),
     start: int = 0,
+    stop: int | None = None,
     remat: bool = False,
 ) -> Carry:
     """Return `carry` after call(block, carry, *row) for every block in turn.
@@ -44,16 +45,16 @@ def scan_blocks(
 
     **Arguments:** `blocks`: stacked or unrolled. `carry`: a pytree, of which blocks keep the shapes
     and dtypes. `inputs`: pytrees of arrays with one row for each block, of which `call` gets the
-    block's. `start`: the number of the first block to run; if it is not 0, the gradient of each
-    block is summed over the whole stack. `remat`: keep only the input of each block for a gradient,
-    and run the block again.
+    block's. `start`, `stop`: the number of the first block to run, and of the first one after it
+    not to run, None for all; if some are not run, the gradient of each block is summed over the
+    whole stack. `remat`: keep only the input of each block for a gradient, and run the block again.
     **Source:** `remat`: Chen et al. 2016.
     """
 
     def step(*arguments: PyTree) -> tuple[Carry, None]:
         return call(*arguments), None
 
-    return _scan(blocks, carry, step, inputs, start, remat)[0]
+    return _scan(blocks, carry, step, inputs, slice(start, stop), remat)[0]
 
 
 def scan_blocks_with_results(
@@ -68,7 +69,7 @@ def scan_blocks_with_results(
 
     **Arguments:** `call`: (block, carry, *row) -> (carry, result). The others as for `scan_blocks`.
     """
-    return _scan(blocks, carry, call, inputs, 0, remat)
+    return _scan(blocks, carry, call, inputs, slice(None), remat)
 
 
 def map_blocks(
@@ -85,7 +86,20 @@ def map_blocks(
     def step(block: Block, _: None) -> tuple[None, Result]:
         return None, call(block)
 
-    return _scan(blocks, None, step, (), 0, remat)[1]
+    return _scan(blocks, None, step, (), slice(None), remat)[1]
+
+
+def read_block(blocks: Block, number: int) -> Block:
+    """Return one block, read out of its stack as the loops over blocks read it.
+
+    **Arguments:** `blocks`: stacked or unrolled. `number`: of the block.
+    """
+    if isinstance(blocks, Unrolled):
+        return blocks.blocks[number]
+    arrays, static = split_arrays(blocks)
+    return eqx.combine(
+        _slices_in_place(jnp.asarray(number), arrays, block_at(arrays, number)), static
+    )
 
 
 def _scan(
@@ -93,16 +107,17 @@ def _scan(
     carry: Carry,
     call: Step,
     inputs: Inputs,
-    start: int,
+    part: slice,
     remat: bool,
 ) -> tuple[Carry, PyTree]:
-    """Return the last carry, and the results of all blocks stacked."""
+    """Return the last carry, and the results of the blocks of a part of the stack, stacked."""
     if isinstance(blocks, Unrolled):
-        return _run_unrolled(blocks, carry, call, inputs, start, remat)
+        return _run_unrolled(blocks, carry, call, inputs, part, remat)
+    numbers = range(depth_of(blocks))[part]
     # With remat nothing is prefetched: every fetched block would be kept for the gradient.
     if not remat and _has_remote_weights(blocks):
-        return _scan_prefetching(blocks, carry, call, inputs, start)
-    return _scan_stacked(blocks, carry, call, inputs, start, remat)
+        return _scan_prefetching(blocks, carry, call, inputs, numbers)
+    return _scan_stacked(blocks, carry, call, inputs, numbers, remat)
 
 
 def _scan_stacked(
@@ -110,28 +125,36 @@ def _scan_stacked(
     carry: Carry,
     call: Step,
     inputs: Inputs,
-    start: int,
+    numbers: range,
     remat: bool,
 ) -> tuple[Carry, PyTree]:
     """`_scan` of stacked blocks whose weights are used where they are."""
     # Activations and sizes of layers are static: a scan takes arrays only, of all blocks.
     arrays, static = split_arrays(blocks)
-    numbers = jnp.arange(start, depth_of(blocks))
+    is_whole = len(numbers) == depth_of(blocks)
 
     def body(carry: Carry, scanned: PyTree) -> tuple[Carry, PyTree]:
         number, slices = scanned
-        if start:
+        if not is_whole:
             # Scanning over a part of the stack would copy that part: read blocks in place instead.
             slices = block_at((arrays, *inputs), number)
         block, *row = slices
-        block = jax.tree.map(partial(_slice_in_place, number), arrays, block)
-        return call(eqx.combine(block, static), carry, *row)
+        return call(eqx.combine(_slices_in_place(number, arrays, block), static), carry, *row)
 
     # Inside a scan XLA can't merge the second run with the first, so the barriers against that,
     # which `prevent_cse` adds, would only cost.
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
-    scanned = None if start else (arrays, *inputs)
-    return jax.lax.scan(step, carry, (numbers, scanned))
+    scanned = (arrays, *inputs) if is_whole else None
+    return jax.lax.scan(step, carry, (_as_array(numbers), scanned))
+
+
+def _as_array(numbers: range) -> Int[Array, " blocks"]:
+    return jnp.arange(numbers.start, numbers.stop)
+
+
+def _slices_in_place(number: Int[Array, ""], arrays: PyTree, block: PyTree) -> PyTree:
+    """Return the arrays of a block, which are those of the stack at `number`: see the next one."""
+    return jax.tree.map(partial(_slice_in_place, number), arrays, block)
 
 
 def _slice_in_place(
@@ -174,14 +197,14 @@ def _run_unrolled(
     carry: Carry,
     call: Step,
     inputs: Inputs,
-    start: int,
+    part: slice,
     remat: bool,
 ) -> tuple[Carry, PyTree]:
     """`_scan` of unrolled blocks."""
     if remat:
         call = eqx.filter_checkpoint(call)
     results = []
-    for number in range(start, len(blocks.blocks)):
+    for number in range(len(blocks.blocks))[part]:
         row = block_at(inputs, number)
         carry, result = call(blocks.blocks[number], carry, *row)
         results.append(result)
@@ -196,7 +219,7 @@ def _scan_prefetching(
     carry: Carry,
     call: Step,
     inputs: Inputs,
-    start: int,
+    numbers: range,
 ) -> tuple[Carry, PyTree]:
     """`_scan`, in which the next block's weights are fetched while a block runs."""
     depth = depth_of(blocks)
@@ -205,7 +228,7 @@ def _scan_prefetching(
         block = jax.tree.map(_fetched, block_at(blocks, number), is_leaf=_is_weight)
         return split_arrays(block)
 
-    first, static = fetch_block(start)
+    first, static = fetch_block(numbers.start)
 
     def body(
         state: tuple[Carry, PyTree],
@@ -214,14 +237,13 @@ def _scan_prefetching(
         carry, arrays = state
         number, row = scanned
         # It does not depend on `call`, so that XLA can overlap the two. The last iteration fetches
-        # the first block again, for nothing: all iterations have one body.
+        # a block for nothing: all iterations have one body.
         following, _ = fetch_block((number + 1) % depth)
         carry, result = call(eqx.combine(arrays, static), carry, *row)
         return (carry, following), result
 
-    remaining = jax.tree.map(lambda leaf: leaf[start:], inputs)
-    numbers = jnp.arange(start, depth)
-    (carry, _), results = jax.lax.scan(body, (carry, first), (numbers, remaining))
+    rows = jax.tree.map(lambda leaf: leaf[numbers.start : numbers.stop], inputs)
+    (carry, _), results = jax.lax.scan(body, (carry, first), (_as_array(numbers), rows))
     return carry, results
 
 

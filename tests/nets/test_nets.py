@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import randomized
 
 from fluxjax import T5, Clip, Flux, FluxConfig, Vae, image_ids
 from fluxjax.nets import ClipConfig, T5Config, VaeConfig, leaf_names
@@ -26,16 +27,6 @@ SMALL = FluxConfig(
     rope_axes=(4, 6, 6),
 )
 VAE = VaeConfig(channels=(8, 8, 16, 16), groups=4, resnets=1)
-
-
-def randomized(make, config):
-    """Return a network all of whose arrays are random, also those that start as zeros."""
-    network = eqx.filter_eval_shape(make, config, key=KEY)
-    leaves, structure = jax.tree.flatten(network)
-    rng = np.random.default_rng(1)
-    drawn = [(0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
-    arrays = [jnp.asarray(values, values.dtype) for values in drawn]
-    return jax.tree.unflatten(structure, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +193,8 @@ def test_configs_of_impossible_networks_are_refused():
         ClipConfig(heads=7)
     with pytest.raises(ValueError, match="Choose one of quick_gelu"):
         ClipConfig(activation="relu")
+    with pytest.raises(ValueError, match="1 or more"):
+        ClipConfig(depth=0)
 
 
 def test_the_pooled_state_of_clip_depends_on_no_token_after_the_end():

@@ -90,7 +90,7 @@ class Contender(NamedTuple):
 
 
 def compile_as_command_line(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compile a program with the option of `fluxjax.cli.gpu_flags`.
+    """Compile a program with the option of `fluxjax.cli.xla_options`.
 
     As an option of this program, because other benches use JAX when they are imported, after which
     `XLA_FLAGS` has no effect.
