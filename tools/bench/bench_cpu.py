@@ -5,10 +5,14 @@ compiled with the options of its command line.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,6 +42,16 @@ _SECONDS = 1.0
 """Seconds of second calls to take the median of, where the turns asked for are fewer."""
 
 
+_SPIN = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while os.getppid() == int(sys.argv[2]):
+    sum(range(10_000))
+"""
+"""A program that runs on one core whenever it has nothing else to do, until its parent ends."""
+
+
 class Case(NamedTuple):
     """What is compared; all calls are without arguments and return an output.
 
@@ -61,6 +75,28 @@ class Times(NamedTuple):
     again: list[float]
 
 
+@contextmanager
+def awake_cores() -> Iterator[None]:
+    """Keep all cores from becoming idle, by processes that run only when a core has nothing to do.
+
+    On a virtual machine a core that was idle takes long to run again, and during a call threads
+    that wait for each other become idle often. After a pause of 0.05 s CLIP-L took 41 ms instead of
+    25 with JAX, whose threads sleep while they wait, and 26 with torch, whose threads do not.
+    Elsewhere than on Linux nothing is done.
+    """
+    spinning = []
+    if hasattr(os, "SCHED_IDLE"):
+        for core in sorted(os.sched_getaffinity(0)):
+            command = [sys.executable, "-c", _SPIN, str(core), str(os.getpid())]
+            spinning.append(subprocess.Popen(command))
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
     """Return the times of each call, made in turns, so that other load affects all of them.
 
@@ -69,13 +105,14 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
     milliseconds, in which they take cores from whoever runs.
     """
     spent = {name: Times([], []) for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            time.sleep(_PAUSE)
-            for times in spent[name]:
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
+    with awake_cores():
+        for _ in range(repeats):
+            for name, call in calls.items():
+                time.sleep(_PAUSE)
+                for times in spent[name]:
+                    start = time.perf_counter()
+                    call()
+                    times.append(time.perf_counter() - start)
     return spent
 
 
