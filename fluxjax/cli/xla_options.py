@@ -1,4 +1,8 @@
-"""Options of XLA: of the process, set before JAX is used, and of a program."""
+"""Options of XLA: of the process, set before JAX is used, and of a program.
+
+What they are worth was measured: docs/performance.md. An option that the user has set in
+`XLA_FLAGS` stays as it is.
+"""
 
 import importlib.util
 import os

@@ -162,7 +162,7 @@ def chunked_attention(
         size = balanced_block_size(queries, largest)
     else:
         size = min(chunk, queries)
-    starts = jnp.arange(0, queries, size)
+    starts = jnp.arange(0, queries, size, dtype=jnp.int32)
 
     # Inside a loop the compiler merges nothing across iterations, so that the barriers which
     # prevent_cse adds would only cost time.
@@ -248,9 +248,10 @@ def _head_attention(
     logits = options.scale * products
     if bias is not None:
         logits = logits + bias.astype(wide)
-    keys = jnp.arange(k.shape[0])
+    # Of int32 also with 64-bit types enabled: JAX may be told to mix no integers of two sizes.
+    keys = jnp.arange(k.shape[0], dtype=jnp.int32)
     if options.causal:
-        queries = first_query + jnp.arange(q.shape[0])[:, None]
+        queries = first_query + jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
         logits = jnp.where(queries >= keys, logits, -jnp.inf)
     if options.key_length is not None:
         # Not -inf: with a key_length of 0 softmax would give NaN. `attention` sets those to 0.
@@ -258,7 +259,7 @@ def _head_attention(
         logits = jnp.where(keys < options.key_length, logits, lowest)
     if options.labels is not None:
         # The last chunk has padding, whose rows are dropped; its label may be that of any token.
-        rows = first_query + jnp.arange(q.shape[0])
+        rows = first_query + jnp.arange(q.shape[0], dtype=jnp.int32)
         own = jnp.take(options.labels, rows, mode="clip")
         visible = own[:, None] & options.labels != 0
         logits = jnp.where(visible, logits, jnp.finfo(wide).min)

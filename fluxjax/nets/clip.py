@@ -113,6 +113,9 @@ class Clip(eqx.Module):
     ) -> Float[Array, " width"]:
         """Return the pooled state: the hidden state of the first end-of-text token.
 
+        The last block is computed for this token only. For the states of all tokens, of which this
+        is one, see `hidden_states`.
+
         **Arguments:** `ids`: token ids, at most `positions` of them. `dtype`: of the activations,
         by default that of the weights.
         **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids

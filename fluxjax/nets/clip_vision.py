@@ -121,6 +121,8 @@ class ClipVision(eqx.Module):
     ) -> Float[Array, " embedding"]:
         """Return the projected embedding of an image, which is not normalized.
 
+        It is that of the class token's state: the last block is computed for this token only.
+
         **Arguments:** `pixels`: of an image of `image_size`, as from `clip_pixels`. `dtype`: of the
         activations, by default that of the weights.
         **Raises:** `ValueError` for an image of another size.

@@ -103,6 +103,7 @@ class EncoderBlock(eqx.Module):
         sixth.
 
         **Arguments:** `x`: the states of all tokens before this block. `token`: the index of one.
+        **Returns:** what a call of the block gives in this row, up to rounding.
         """
 
         def row(states: EncoderStates) -> EncoderStates:

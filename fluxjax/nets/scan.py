@@ -92,7 +92,11 @@ def map_blocks(
 def read_block(blocks: Block, number: int) -> Block:
     """Return one block, read out of its stack as the loops over blocks read it.
 
+    It is for a block that is run apart from the others, such as the last one of an encoder of which
+    one token's state is needed.
+
     **Arguments:** `blocks`: stacked or unrolled. `number`: of the block.
+    **Returns:** the block, whose weights may still be somewhere else: their `matmul` fetches them.
     """
     if isinstance(blocks, Unrolled):
         return blocks.blocks[number]
@@ -149,6 +153,7 @@ def _scan_stacked(
 
 
 def _as_array(numbers: range) -> Int[Array, " blocks"]:
+    """Return the numbers of blocks that follow one another, for a loop over them."""
     return jnp.arange(numbers.start, numbers.stop)
 
 
