@@ -45,7 +45,7 @@ def check_encoder_config(config: EncoderSizes) -> None:
     """
     name = type(config).__name__
     if config.depth < 1:
-        raise ValueError(f"`{name}(depth={config.depth})` has no block: it is 1 or more.")
+        raise ValueError(f"`{name}(depth)` is 1 or more, got {config.depth}.")
     if config.width % config.heads:
         raise ValueError(
             f"`{name}` needs a width that heads divide, got {config.width} and {config.heads}."

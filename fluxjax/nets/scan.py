@@ -45,9 +45,10 @@ def scan_blocks(
 
     **Arguments:** `blocks`: stacked or unrolled. `carry`: a pytree, of which blocks keep the shapes
     and dtypes. `inputs`: pytrees of arrays with one row for each block, of which `call` gets the
-    block's. `start`, `stop`: the number of the first block to run, and of the first one after it
-    not to run, None for all; if some are not run, the gradient of each block is summed over the
-    whole stack. `remat`: keep only the input of each block for a gradient, and run the block again.
+    block's. `start`, `stop`: the blocks from number `start` on are run, up to the one before
+    number `stop`, or to the last one; if some are not run, the gradient of each block is summed
+    over the whole stack. `remat`: keep only the input of each block for a gradient, and run the
+    block again.
     **Source:** `remat`: Chen et al. 2016.
     """
 
@@ -158,7 +159,10 @@ def _as_array(numbers: range) -> Int[Array, " blocks"]:
 
 
 def _slices_in_place(number: Int[Array, ""], arrays: PyTree, block: PyTree) -> PyTree:
-    """Return the arrays of a block, which are those of the stack at `number`: see the next one."""
+    """Return the arrays of a block, each as `_slice_in_place` reads it.
+
+    **Arguments:** `arrays`: of the stack. `block`: their rows at `number`.
+    """
     return jax.tree.map(partial(_slice_in_place, number), arrays, block)
 
 
