@@ -12,7 +12,7 @@ from typing import Any
 _TRITON_GEMM = "xla_gpu_enable_triton_gemm"
 _CPU_SCHEDULE = "xla_cpu_scheduler_type"
 _UNKNOWN_FROM = {_TRITON_GEMM: (0, 12), _CPU_SCHEDULE: (0, 13)}
-"""The jaxlib from which it is not known whether there is an option: XLA stops at unknown ones."""
+"""Of each option, the first jaxlib that may not have it any more: XLA stops at unknown options."""
 _USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
 """XLA's options as the user has set them: read before `read_weights_in_place` adds its own."""
 

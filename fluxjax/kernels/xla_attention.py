@@ -248,7 +248,8 @@ def _head_attention(
     logits = options.scale * products
     if bias is not None:
         logits = logits + bias.astype(wide)
-    # Of int32 also with 64-bit types enabled: JAX may be told to mix no integers of two sizes.
+    # int32, as `key_length` is: with jax_enable_x64 the default would be int64, and JAX refuses to
+    # compare the two where jax_numpy_dtype_promotion is "strict".
     keys = jnp.arange(k.shape[0], dtype=jnp.int32)
     if options.causal:
         queries = first_query + jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
-from fluxjax.nets.encoder_block import EncoderBlock, check_encoder_config
+from fluxjax.nets.encoder_block import EncoderBlock, check_encoder_config, encode_token
 from fluxjax.nets.layers import Embedding, LayerNorm, check_ids
-from fluxjax.nets.scan import read_block, scan_blocks
+from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, PRNGKeyArray, Tokens
@@ -90,10 +90,11 @@ class Clip(eqx.Module):
 
         **Arguments:** and **Raises:** as for a call of the network.
         """
-        return self.norm(self._run_blocks(ids, dtype, self.config.depth))
+        x = self._embed(ids, dtype)
+        return self.norm(scan_blocks(self.blocks, x, lambda block, x: block(x)))
 
-    def _run_blocks(self, ids: Tokens, dtype: DTypeLike | None, stop: int) -> States:
-        """Return the hidden state of every token after `stop` blocks."""
+    def _embed(self, ids: Tokens, dtype: DTypeLike | None) -> States:
+        """Return the hidden state of every token before the blocks."""
         check_ids("Clip", ids, self.config.vocabulary)
         if len(ids) > self.config.positions:
             raise ValueError(
@@ -101,8 +102,7 @@ class Clip(eqx.Module):
                 "Truncate the text, keeping its end token."
             )
         x = self.tokens(ids, dtype)
-        x = x + self.positions(jnp.arange(len(ids)), dtype)
-        return scan_blocks(self.blocks, x, lambda block, x: block(x), stop=stop)
+        return x + self.positions(jnp.arange(len(ids)), dtype)
 
     @convert_arguments
     def __call__(
@@ -121,12 +121,10 @@ class Clip(eqx.Module):
         **Raises:** `ValueError` for more tokens, none, or ids outside of the vocabulary; traced ids
         outside of it give NaN.
         """
-        last = self.config.depth - 1
-        x = self._run_blocks(ids, dtype, last)
+        x = self._embed(ids, dtype)
         # argmax returns the first of equal values.
         if self.config.eos_token is None:
             end = jnp.argmax(ids)
         else:
             end = jnp.argmax((ids == self.config.eos_token).astype(jnp.int32))
-        # Only this token's state is read after the last block.
-        return self.norm(read_block(self.blocks, last).state_of(x, end))
+        return self.norm(encode_token(self.blocks, x, end))

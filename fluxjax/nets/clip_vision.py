@@ -9,10 +9,15 @@ from jax.typing import DTypeLike
 
 from fluxjax.arguments import convert_arguments
 from fluxjax.nets.conv import Conv
-from fluxjax.nets.encoder_block import EncoderBlock, EncoderStates, check_encoder_config
+from fluxjax.nets.encoder_block import (
+    EncoderBlock,
+    EncoderStates,
+    check_encoder_config,
+    encode_token,
+)
 from fluxjax.nets.layers import Embedding, LayerNorm, Linear
 from fluxjax.nets.patches import Pixels, check_pixels, embed_patches
-from fluxjax.nets.scan import read_block, scan_blocks
+from fluxjax.nets.scan import scan_blocks
 from fluxjax.nets.stack import stack
 from fluxjax.nets.summary import describe_network
 from fluxjax.shapes import Array, Float, PRNGKeyArray
@@ -101,16 +106,16 @@ class ClipVision(eqx.Module):
 
         **Arguments:** and **Raises:** as for a call of the network.
         """
-        return self._run_blocks(pixels, dtype, self.config.depth)
+        x = self._embed(pixels, dtype)
+        return scan_blocks(self.blocks, x, lambda block, x: block(x))
 
-    def _run_blocks(self, pixels: Pixels, dtype: DTypeLike | None, stop: int) -> EncoderStates:
-        """Return the hidden states after `stop` blocks."""
+    def _embed(self, pixels: Pixels, dtype: DTypeLike | None) -> EncoderStates:
+        """Return the hidden states of the class token and of every patch before the blocks."""
         check_pixels("ClipVision", pixels, self.config.image_size)
         dtype = self.positions.weight.dtype if dtype is None else dtype
         x = embed_patches(self.patches, pixels.astype(dtype), self.config.patch)
         x = jnp.concatenate([self.class_token.astype(dtype)[None], x])
-        x = self.norm_in(x + self.positions.weight.astype(dtype))
-        return scan_blocks(self.blocks, x, lambda block, x: block(x), stop=stop)
+        return self.norm_in(x + self.positions.weight.astype(dtype))
 
     @convert_arguments
     def __call__(
@@ -127,8 +132,6 @@ class ClipVision(eqx.Module):
         activations, by default that of the weights.
         **Raises:** `ValueError` for an image of another size.
         """
-        last = self.config.depth - 1
-        x = self._run_blocks(pixels, dtype, last)
-        # Only the class token's state is read after the last block.
-        state = read_block(self.blocks, last).state_of(x, jnp.int32(0))
-        return self.project(self.norm(state))
+        x = self._embed(pixels, dtype)
+        class_token = jnp.int32(0)
+        return self.project(self.norm(encode_token(self.blocks, x, class_token)))

@@ -4,10 +4,13 @@ from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
+from jaxtyping import PyTree
 
 from fluxjax.kernels.attention import attention
 from fluxjax.nets.activations import ACTIVATIONS
 from fluxjax.nets.layers import LayerNorm, Linear, join_heads, split_heads
+from fluxjax.nets.scan import read_block, scan_blocks
+from fluxjax.nets.stack import depth_of
 from fluxjax.shapes import Array, Float, Int, PRNGKeyArray
 
 EncoderStates = Float[Array, "_ width"]
@@ -55,6 +58,23 @@ def check_encoder_config(config: EncoderSizes) -> None:
             f"`{name}(activation={config.activation!r})` is unknown. Choose one of "
             f"{', '.join(ACTIVATIONS)}."
         )
+
+
+def encode_token(
+    blocks: PyTree,
+    x: EncoderStates,
+    token: Int[Array, ""],
+) -> Float[Array, " width"]:
+    """Return the hidden state of one token after all blocks.
+
+    The last block is computed for this token only.
+
+    **Arguments:** `blocks`: stacked or unrolled. `x`: the states of all tokens before them.
+    `token`: the index of one.
+    """
+    last = depth_of(blocks) - 1
+    x = scan_blocks(blocks, x, lambda block, x: block(x), stop=last)
+    return read_block(blocks, last).state_of(x, token)
 
 
 class EncoderBlock(eqx.Module):

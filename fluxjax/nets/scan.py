@@ -91,20 +91,19 @@ def map_blocks(
 
 
 def read_block(blocks: Block, number: int) -> Block:
-    """Return one block, read out of its stack as the loops over blocks read it.
+    """Return one block, read from its stack in the same way as in the loops over blocks.
 
-    It is for a block that is run apart from the others, such as the last one of an encoder of which
+    Use it for a block that runs outside of the loop, such as the last block of an encoder when only
     one token's state is needed.
 
     **Arguments:** `blocks`: stacked or unrolled. `number`: of the block.
-    **Returns:** the block, whose weights may still be somewhere else: their `matmul` fetches them.
+    **Returns:** the block. Weights that are in another memory are still there, and are fetched when
+    they are multiplied.
     """
     if isinstance(blocks, Unrolled):
         return blocks.blocks[number]
     arrays, static = split_arrays(blocks)
-    return eqx.combine(
-        _slices_in_place(jnp.asarray(number), arrays, block_at(arrays, number)), static
-    )
+    return _block_in_place(arrays, static, jnp.asarray(number), block_at(arrays, number))
 
 
 def _scan(
@@ -115,10 +114,13 @@ def _scan(
     part: slice,
     remat: bool,
 ) -> tuple[Carry, PyTree]:
-    """Return the last carry, and the results of the blocks of a part of the stack, stacked."""
-    if isinstance(blocks, Unrolled):
-        return _run_unrolled(blocks, carry, call, inputs, part, remat)
+    """Run the blocks whose numbers are in `part`.
+
+    **Returns:** the last carry, and the results of these blocks, stacked.
+    """
     numbers = range(depth_of(blocks))[part]
+    if isinstance(blocks, Unrolled):
+        return _run_unrolled(blocks, carry, call, inputs, numbers, remat)
     # With remat nothing is prefetched: every fetched block would be kept for the gradient.
     if not remat and _has_remote_weights(blocks):
         return _scan_prefetching(blocks, carry, call, inputs, numbers)
@@ -143,8 +145,9 @@ def _scan_stacked(
         if not is_whole:
             # Scanning over a part of the stack would copy that part: read blocks in place instead.
             slices = block_at((arrays, *inputs), number)
-        block, *row = slices
-        return call(eqx.combine(_slices_in_place(number, arrays, block), static), carry, *row)
+        rows, *inputs_of_block = slices
+        block = _block_in_place(arrays, static, number, rows)
+        return call(block, carry, *inputs_of_block)
 
     # Inside a scan XLA can't merge the second run with the first, so the barriers against that,
     # which `prevent_cse` adds, would only cost.
@@ -158,12 +161,17 @@ def _as_array(numbers: range) -> Int[Array, " blocks"]:
     return jnp.arange(numbers.start, numbers.stop)
 
 
-def _slices_in_place(number: Int[Array, ""], arrays: PyTree, block: PyTree) -> PyTree:
-    """Return the arrays of a block, each as `_slice_in_place` reads it.
+def _block_in_place(
+    arrays: PyTree,
+    static: PyTree,
+    number: Int[Array, ""],
+    rows: PyTree,
+) -> PyTree:
+    """Return the block of a stack with this number, whose arrays `_slice_in_place` slices.
 
-    **Arguments:** `arrays`: of the stack. `block`: their rows at `number`.
+    **Arguments:** `arrays`, `static`: the stack, as of `split_arrays`. `rows`: arrays[number].
     """
-    return jax.tree.map(partial(_slice_in_place, number), arrays, block)
+    return eqx.combine(jax.tree.map(partial(_slice_in_place, number), arrays, rows), static)
 
 
 def _slice_in_place(
@@ -206,14 +214,14 @@ def _run_unrolled(
     carry: Carry,
     call: Step,
     inputs: Inputs,
-    part: slice,
+    numbers: range,
     remat: bool,
 ) -> tuple[Carry, PyTree]:
     """`_scan` of unrolled blocks."""
     if remat:
         call = eqx.filter_checkpoint(call)
     results = []
-    for number in range(len(blocks.blocks))[part]:
+    for number in numbers:
         row = block_at(inputs, number)
         carry, result = call(blocks.blocks[number], carry, *row)
         results.append(result)

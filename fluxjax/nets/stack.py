@@ -96,7 +96,9 @@ def zip_blocks(first: PyTree, second: PyTree) -> PyTree:
 
 
 def depth_of(blocks: PyTree) -> int:
-    """Return how many blocks are stacked, which is the leading size of all of their arrays."""
+    """Return how many blocks there are: of stacked ones, the leading size of all their arrays."""
+    if isinstance(blocks, Unrolled):
+        return len(blocks.blocks)
     arrays, _ = split_arrays(blocks)
     return jax.tree.leaves(arrays)[0].shape[0]
 
